@@ -1,0 +1,30 @@
+// Schemas of the kl_loss ops. The kernels register themselves in *_cpu.cpp and *_cuda.cu.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
+  // Rows of logits in, one divergence per row out; stats holds what the backward needs of a row:
+  // max_s, 1/sum_s, max_t, 1/sum_t, lse_s - lse_t, kl.
+  m.def(
+      "kl_loss_forward(Tensor student_logits, Tensor teacher_logits, Tensor? mask, int vocab_size, "
+      "float beta, float inv_tau, float student_scale, float student_softcap, float teacher_scale, "
+      "float teacher_softcap) -> (Tensor loss, Tensor stats)");
+  m.def(
+      "kl_loss_backward(Tensor grad_loss, Tensor stats, Tensor student_logits, Tensor teacher_logits, "
+      "Tensor? mask, int vocab_size, float beta, float inv_tau, float student_scale, float student_softcap, "
+      "float teacher_scale, float teacher_softcap) -> Tensor grad_student_logits");
+
+  // Hidden states and heads in; fills loss, stats and whichever gradients are given. The caller plans
+  // (schedule, chunk_rows, tile, super_tiles, engine) and lends a workspace of linear_kl_loss_layout()'s size.
+  m.def(
+      "linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teacher_hidden, "
+      "Tensor teacher_head, Tensor? student_bias, Tensor? teacher_bias, Tensor? mask, Tensor? row_weight, "
+      "Tensor(a!) loss, Tensor(b!) stats, bool stats_given, Tensor(c!)? grad_hidden, Tensor(d!)? grad_head, "
+      "Tensor(e!)? grad_bias, Tensor(f!)? head_accumulator, Tensor(g!) workspace, int vocab_size, float beta, "
+      "float inv_tau, float student_scale, float student_softcap, float teacher_scale, float teacher_softcap, "
+      "str schedule, int chunk_rows, int tile, int super_tiles, str engine) -> ()");
+  // Bytes of each part of that workspace, in the order of LinearKLPlan.PARTS.
+  m.def(
+      "linear_kl_loss_layout(int rows, int vocab_size, int student_width, int teacher_width, "
+      "int operand_bytes, int accumulate_bytes, bool grad_hidden, bool grad_head, bool head_in_place, "
+      "bool hidden_in_place, str schedule, int chunk_rows, int tile, int super_tiles, int threads) -> int[]");
+}

@@ -1,0 +1,88 @@
+"""The truth in float64 NumPy, written from the formulas; shares no code with the library.
+
+log p_S, log p_T are log-softmaxes of s = f(z_S)/tau and t = f(z_T)/tau, f(z) = cap * tanh(scale * z / cap).
+A logit of -inf is an impossible token: p = 0, and 0 * log 0 = 0.
+"""
+
+import numpy as np
+
+
+def _log_softmax(x):
+    top = x.max(axis=1, keepdims=True)
+    return x - top - np.log(np.exp(x - top).sum(axis=1, keepdims=True))
+
+
+def _transform(z, scale, softcap, inv_tau):
+    """Returns (f(z)/tau, d(f(z)/tau)/dz)."""
+    y = scale * z
+    slope = np.full_like(z, scale * inv_tau)
+    if softcap:
+        finite = np.isfinite(y)
+        capped = softcap * np.tanh(np.where(finite, y, 0.0) / softcap)
+        slope = slope * (1.0 - (capped / softcap) ** 2)
+        y = np.where(np.isneginf(y), y, np.where(finite, capped, y))
+    return y * inv_tau, np.where(np.isneginf(z), 0.0, slope)
+
+
+def _plogq(p, q):
+    """p * q where p = 0 wins over an infinite q."""
+    return np.where(p > 0, p * np.where(p > 0, q, 0.0), np.where(np.isnan(p), np.nan, 0.0))
+
+
+def oracle_rows(
+    student_logits,
+    teacher_logits,
+    *,
+    beta=0.0,
+    inv_tau=1.0,
+    student_scale=1.0,
+    student_softcap=0.0,
+    teacher_scale=1.0,
+    teacher_softcap=0.0,
+    vocab_size=None,
+):
+    """Per-row divergence [N] in nats and its gradient to the raw student logits [N, Vs], both float64."""
+    zs = np.asarray(student_logits, np.float64)
+    zt = np.asarray(teacher_logits, np.float64)
+    V = min(zs.shape[1], zt.shape[1]) if vocab_size is None else vocab_size
+    with np.errstate(all="ignore"):
+        s, slope = _transform(zs[:, :V], student_scale, student_softcap, inv_tau)
+        t, _ = _transform(zt[:, :V], teacher_scale, teacher_softcap, inv_tau)
+        log_s, log_t = _log_softmax(s), _log_softmax(t)
+        p_s, p_t = np.exp(log_s), np.exp(log_t)
+        if beta == 0.0:
+            loss = _plogq(p_t, log_t - log_s).sum(1)
+            grad = p_s - p_t
+        elif beta == 1.0:
+            loss = _plogq(p_s, log_s - log_t).sum(1)
+            grad = _plogq(p_s, log_s - log_t - loss[:, None])
+        else:
+            log_m = np.log(beta * p_t + (1.0 - beta) * p_s)
+            kl_student = _plogq(p_s, log_s - log_m).sum(1)
+            loss = beta * _plogq(p_t, log_t - log_m).sum(1) + (1.0 - beta) * kl_student
+            grad = (1.0 - beta) * _plogq(p_s, log_s - log_m - kl_student[:, None])
+        full = np.zeros_like(zs)
+        full[:, :V] = np.where(slope == 0.0, 0.0, grad * slope)
+    return loss, full
+
+
+def oracle_linear(
+    student_hidden,
+    student_head,
+    teacher_hidden,
+    teacher_head,
+    *,
+    student_bias=None,
+    teacher_bias=None,
+    row_weight=None,
+    **options,
+):
+    """Per-row loss [N]; gradients of sum(row_weight * loss) to student hidden, head and bias."""
+    X, W = np.asarray(student_hidden, np.float64), np.asarray(student_head, np.float64)
+    Y, U = np.asarray(teacher_hidden, np.float64), np.asarray(teacher_head, np.float64)
+    zs = X @ W.T + (0.0 if student_bias is None else np.asarray(student_bias, np.float64))
+    zt = Y @ U.T + (0.0 if teacher_bias is None else np.asarray(teacher_bias, np.float64))
+    loss, dz = oracle_rows(zs, zt, **options)
+    if row_weight is not None:
+        dz = dz * np.asarray(row_weight, np.float64)[:, None]
+    return loss, dz @ W, dz.T @ X, dz.sum(0)
