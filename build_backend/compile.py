@@ -1,0 +1,200 @@
+"""From csrc/ to one shared object: one command per object file, run by ninja.
+
+What a source file is compiled with follows from its name:
+  *_cuda.cu    nvcc, for every CUDA arch of the plan; only where there is CUDA
+  *_simd.cpp   once per SIMD level, with the level's -m flags and -DMINITRON_SIMD=<level>
+  *.cpp        once
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from build_backend.tools import SIMD_FLAGS, Compiler, Cuda, Plan, Torch, find_ninja
+
+# the oldest libtorch whose stable ABI the sources may use: 2.13.0, whatever the headers' own version is
+TORCH_TARGET_VERSION = "0x020d000000000000"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command; `depfile` where the compiler lists the headers it read."""
+
+    output: Path
+    inputs: list[Path]
+    command: list[str]
+    depfile: Path | None = None
+
+
+def build_extension(root: Path, folder: Path, plan: Plan, version: str) -> Path:
+    """Compile and link what the plan says into `folder`; return the shared object's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = sorted((root / "csrc").rglob("*.cpp")) + sorted((root / "csrc").rglob("*_cuda.cu"))
+    _write_if_changed(folder / "build_config.h", config_header(plan, version))
+    steps = compile_steps(root, folder, plan, sources)
+    steps.append(
+        link_step(folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", [s.output for s in steps], plan)
+    )
+    if ninja := find_ninja():
+        _write_if_changed(folder / "build.ninja", ninja_file(steps))
+        command = [ninja, "-f", str(folder / "build.ninja"), "-j", str(os.cpu_count() or 1)]
+        ok = subprocess.run(command, cwd=root).returncode == 0
+    else:
+        print("ninja was not found: everything is compiled anew (pip install ninja for incremental builds)")
+        ok = run_all(steps)
+    if not ok:
+        hint = "; MINITRON_BUILD=cpu builds without CUDA" if plan.cuda else ""
+        raise SystemExit(
+            "error: compiling minitron_kernels._C failed, see above "
+            f"(MINITRON_BUILD=python builds without it{hint})"
+        )
+    return steps[-1].output
+
+
+def compile_steps(root: Path, folder: Path, plan: Plan, sources: list[Path]) -> list[Step]:
+    """The commands that make the object files."""
+    assert plan.compiler is not None and plan.torch is not None
+    common = common_flags(root, folder, plan.compiler, plan.torch, plan.cuda)
+    steps = []
+    for source in sources:
+        stem = folder / source.relative_to(root)
+        if source.suffix == ".cu":
+            if plan.cuda:
+                flags = cuda_flags(plan.cuda, plan.compiler) + common
+                steps.append(_compile(plan.cuda.nvcc, flags, source, stem.with_suffix(".cu.o")))
+        elif source.stem.endswith("_simd"):
+            for level in plan.compiler.simd_levels:
+                flags = [*host_flags(), *SIMD_FLAGS[level], f"-DMINITRON_SIMD={level}", *common]
+                steps.append(_compile(plan.compiler.command, flags, source, stem.with_suffix(f".{level}.o")))
+        else:
+            steps.append(
+                _compile(plan.compiler.command, host_flags() + common, source, stem.with_suffix(".o"))
+            )
+    return steps
+
+
+def common_flags(root: Path, folder: Path, compiler: Compiler, torch: Torch, cuda: Cuda | None) -> list[str]:
+    """Optimisation, macros and include folders of every file."""
+    include = torch.folder / "include"
+    systems = [include, include / "torch/csrc/api/include", Path(sysconfig.get_path("include"))]
+    return [
+        "-std=c++20",
+        "-O3",
+        "-DNDEBUG",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+        *(f"-DMINITRON_HAVE_{level.upper()}=1" for level in compiler.simd_levels if SIMD_FLAGS[level]),
+        *(["-DMINITRON_WITH_CUDA=1"] if cuda else []),
+        f"-I{root / 'csrc'}",
+        f"-I{folder}",
+        *(flag for path in systems for flag in ("-isystem", str(path))),  # no warnings about others' headers
+    ]
+
+
+def host_flags() -> list[str]:
+    """Never -march=native: what is built here may run elsewhere."""
+    return ["-Wall", "-fPIC", "-fvisibility=hidden", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+
+
+def cuda_flags(cuda: Cuda, compiler: Compiler) -> list[str]:
+    """Machine code for each arch and PTX of the newest."""
+    newest = cuda.archs[-1]
+    return [
+        *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda.archs),
+        f"-gencode=arch=compute_{newest},code=compute_{newest}",
+        "-ccbin",
+        compiler.command[0],
+        "--expt-relaxed-constexpr",
+        "-Xcompiler=-Wall,-fPIC,-fvisibility=hidden",
+    ]
+
+
+def link_step(output: Path, objects: list[Path], plan: Plan) -> Step:
+    """No rpath: `import torch` comes first and has loaded the libraries by then."""
+    assert plan.compiler is not None and plan.torch is not None
+    mac = sys.platform == "darwin"
+    command = [
+        *plan.compiler.command,
+        *(["-bundle", "-undefined", "dynamic_lookup"] if mac else ["-shared"]),
+        "-o",
+        str(output),
+        *map(str, objects),
+        f"-L{plan.torch.folder / 'lib'}",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
+    if plan.cuda:
+        # static and not exported, so that it cannot get in the way of the runtime that a CUDA torch brings
+        command += [f"-L{folder}" for folder in plan.cuda.library_folders]
+        command += ["-lcudart_static", "-ldl", "-lpthread", "-lrt", "-Wl,--exclude-libs,libcudart_static.a"]
+    return Step(output, objects, command + shlex.split(os.environ.get("LDFLAGS", "")))
+
+
+def config_header(plan: Plan, version: str) -> str:
+    """The facts that module.cpp reports; strings in a file need no quoting for a shell."""
+    assert plan.compiler is not None and plan.torch is not None
+    archs = (
+        [f"sm_{arch}" for arch in plan.cuda.archs] + [f"compute_{plan.cuda.archs[-1]}"] if plan.cuda else []
+    )
+    facts = {
+        "VERSION": version,
+        "TORCH": plan.torch.version,
+        "SIMD_COMPILED": " ".join(plan.compiler.simd_levels),
+        "CUDA_VERSION": plan.cuda.version if plan.cuda else "",
+        "CUDA_ARCHS": " ".join(archs),
+        "CUDA_REASON": plan.no_cuda,
+    }
+    lines = [f'#define MINITRON_BUILD_{name} "{_c_string(value)}"' for name, value in facts.items()]
+    return "\n".join(["#pragma once", *lines, ""])
+
+
+def ninja_file(steps: list[Step]) -> str:
+    """One rule for all, each step with its own command: a step whose command changed is run again."""
+    lines = ["ninja_required_version = 1.5", ""]
+    for kind, extra in (("compile", ["  deps = gcc", "  depfile = $out.d"]), ("link", [])):
+        lines += [f"rule {kind}", "  command = $command", f"  description = {kind} $out", *extra, ""]
+    for step in steps:
+        inputs = " ".join(_ninja_path(path) for path in step.inputs)
+        lines += [f"build {_ninja_path(step.output)}: {'compile' if step.depfile else 'link'} {inputs}"]
+        lines += [f"  command = {shlex.join(step.command).replace('$', '$$')}", ""]
+    return "\n".join(lines)
+
+
+def run_all(steps: list[Step]) -> bool:
+    """Without ninja: the same commands, all of them; the last one, the link, after the others."""
+
+    def run(step: Step) -> bool:
+        step.output.parent.mkdir(parents=True, exist_ok=True)
+        print(shlex.join(step.command), flush=True)
+        return subprocess.run(step.command).returncode == 0
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return all(list(pool.map(run, steps[:-1]))) and run(steps[-1])
+
+
+def _compile(compiler: str | list[str], flags: list[str], source: Path, output: Path) -> Step:
+    depfile = Path(f"{output}.d")
+    start = [compiler] if isinstance(compiler, str) else compiler
+    dependencies = ["-MD", "-MF", str(depfile)]
+    return Step(
+        output, [source], [*start, *flags, *dependencies, "-c", str(source), "-o", str(output)], depfile
+    )
+
+
+def _ninja_path(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _c_string(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)

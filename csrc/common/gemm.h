@@ -1,0 +1,32 @@
+// The matrix multiplications of the CPU kernels: one call signature, several engines.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "common/types.h"
+
+namespace minitron {
+
+// Columns of a packed B panel (see pack.h). 64 keeps four AVX-512 accumulators per row of A.
+constexpr int kPanel = 64;
+// Longest chain of products summed in one accumulator; longer K is split (one long chain doubles the fp32 error).
+constexpr int64_t kMaxChain = 512;
+
+// C[M, N] = A[M, K] B[K, N], or += with add; N <= kPanel, ldb = kPanel; Op = float, double or bf16 (B in pairs).
+template <typename Op, typename A>
+using Gemm = void (*)(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const Op* a,
+                      const Op* b, A* c);
+
+// torch's brgemm microkernels, or nullptr where libtorch does not export them or this CPU cannot run them.
+Gemm<bf16, float> brgemm_bf16();
+Gemm<float, float> brgemm_f32();
+// Hands back the tile registers that brgemm_bf16 may have configured on this thread (AMX).
+void brgemm_release();
+
+// The operand type in which bf16 x bf16 -> fp32 runs fastest here: "bf16" or "f32" (bf16 widens exactly).
+const char* bf16_operand_type();
+// One line for people: which engine serves which dtype, and why.
+std::string gemm_engine_report();
+
+}  // namespace minitron

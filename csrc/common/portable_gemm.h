@@ -1,0 +1,54 @@
+// C[M, N] (+)= A[M, K] B[K, N] for one panel of B (N <= kPanel), in plain vector code of this SIMD level: what runs
+// where no vendor microkernel is to be had, and for float64.
+#pragma once
+
+#include "common/gemm.h"
+#include "common/vec.h"
+
+namespace minitron::MINITRON_SIMD {
+
+// kRows x kVecs accumulators stay in registers; K in order, so that C does not depend on the blocking.
+template <typename A, int kRows, int kVecs>
+inline void gemm_block(int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const A* a, const A* b,
+                       A* c) {
+  constexpr int L = kLanes<A>;
+  Vec<A> acc[kRows][kVecs] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    Vec<A> row[kVecs];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) row[j] = load<A>(b + k * ldb + j * L);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) acc[i][j] += a[i * lda + k] * row[j];
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVecs; ++j) {
+      const int64_t n = N - j * L;
+      A* out = c + i * ldc + j * L;
+      if (n >= L) {
+        store(out, add ? load<A>(out) + acc[i][j] : acc[i][j]);
+      } else if (n > 0) {
+        store_partial(out, add ? load_partial<A>(out, n, A(0)) + acc[i][j] : acc[i][j], n);
+      }
+    }
+  }
+}
+
+template <typename A>
+void portable_gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const A* a,
+                   const A* b, A* c) {
+  constexpr int L = kLanes<A>, kVecs = MINITRON_VECTOR_BYTES == 64 ? 4 : 2, kRows = 6;
+  for (int64_t n = 0; n < N; n += kVecs * L) {
+    int64_t m = 0;
+    for (; m + kRows <= M; m += kRows) {
+      gemm_block<A, kRows, kVecs>(N - n, K, lda, ldb, ldc, add, a + m * lda, b + n, c + m * ldc + n);
+    }
+    for (; m < M; ++m) {
+      gemm_block<A, 1, kVecs>(N - n, K, lda, ldb, ldc, add, a + m * lda, b + n, c + m * ldc + n);
+    }
+  }
+}
+
+}  // namespace minitron::MINITRON_SIMD

@@ -1,0 +1,114 @@
+// Between the launchers (which know torch) and the kernels (which know a SIMD level): plain structs and one table of
+// function pointers per level.
+#pragma once
+
+#include <cstdint>
+
+#include "common/gemm.h"
+#include "common/simd.h"
+#include "common/types.h"
+
+namespace minitron {
+
+enum class Divergence { kForward, kReverse, kJsd };
+
+struct LossOptions {
+  double beta = 0, inv_tau = 1;
+  double student_scale = 1, student_softcap = 0, teacher_scale = 1, teacher_softcap = 0;
+  Divergence kind() const {
+    return beta == 0 ? Divergence::kForward : beta == 1 ? Divergence::kReverse : Divergence::kJsd;
+  }
+};
+
+// Columns of `stats`, [rows, kStats]: what the gradient needs of a row.
+enum Stat { kMaxS, kInvSumS, kMaxT, kInvSumT, kDelta, kKl, kStats };
+// Running sums of a row over a tile of the vocabulary, mergeable: maxima, sums of exp, and sum of exp * (log ratio).
+enum Partial { kPartMaxS, kPartSumS, kPartMaxT, kPartSumT, kPartDot, kPartials };
+
+// One row of logits, [vocab_size] with stride 1.
+struct LogitsRow {
+  const void* student;
+  const void* teacher;
+  DType student_dtype, teacher_dtype;
+  int64_t vocab_size;
+};
+
+// A = float or double: the type in which logits are held and summed.
+template <typename A>
+struct KlKernels {
+  // kl_loss: a row's loss and stats (kStats values of A); a row's gradient, [vocab_size] in the student's dtype.
+  void (*row_forward)(const LogitsRow&, const LossOptions&, A* loss, A* stats);
+  void (*row_backward)(const LogitsRow&, const LossOptions&, const A* stats, A grad_loss, void* grad);
+
+  // linear_kl_loss, on panels [rows of the vocabulary, kPanel tokens]; per-token values are rows of kPanel, `stride`
+  // apart. `stats` transforms the panels in place (bias per vocabulary row, or nullptr); `grad` overwrites student.
+  void (*panel_stats)(A* student, A* teacher, int64_t rows, const A* student_bias, const A* teacher_bias,
+                      const LossOptions&, A* partials, int64_t stride);
+  void (*panel_kl)(const A* student, const A* teacher, int64_t rows, const LossOptions&, const A* stats,
+                   int64_t stride, A* kl, A* loss);
+  void (*panel_grad)(A* student, const A* teacher, int64_t rows, const LossOptions&, const A* stats, int64_t stride,
+                     const A* row_weight, A* loss);
+  // row_sums[v] += the sum of the panel's row v.
+  void (*panel_row_sums)(const A* panel, int64_t rows, A* row_sums);
+  Gemm<A, A> gemm;
+};
+
+// Packing of operands of type Op (see pack.h) from storage of any dtype that widens to it.
+template <typename A, typename Op>
+struct PackKernels {
+  void (*transposed)(const void* src, DType, int64_t ld, const int64_t* index, int64_t rows, int64_t cols, Op* dst);
+  void (*rows)(const void* src, DType, int64_t ld, const int64_t* index, int64_t rows, int64_t padded_rows,
+               int64_t cols, Op* dst);
+  void (*convert)(const void* src, DType, int64_t ld, int64_t rows, int64_t cols, int64_t padded_cols, Op* dst);
+  void (*cast_panel)(const A* panel, int64_t rows, Op* dst, int64_t ld);
+  void (*transpose_panel)(const A* panel, int64_t rows, Op* dst, int64_t ld);
+  // [rows, cols] of A to storage of a dtype.
+  void (*narrow)(const A* src, int64_t lds, int64_t rows, int64_t cols, void* dst, DType, int64_t ldd);
+};
+
+struct CpuKernels {
+  KlKernels<float> f32;
+  KlKernels<double> f64;
+  PackKernels<float, float> pack_f32;
+  PackKernels<float, bf16> pack_bf16;
+  PackKernels<double, double> pack_f64;
+
+  template <typename A>
+  const KlKernels<A>& kl() const {
+    if constexpr (sizeof(A) == 4) return f32;
+    if constexpr (sizeof(A) == 8) return f64;
+  }
+  template <typename Op>
+  const auto& pack() const {
+    if constexpr (sizeof(Op) == 2) return pack_bf16;
+    if constexpr (sizeof(Op) == 4) return pack_f32;
+    if constexpr (sizeof(Op) == 8) return pack_f64;
+  }
+};
+
+namespace baseline {
+const CpuKernels& cpu_kernels();
+}
+namespace avx2 {
+const CpuKernels& cpu_kernels();
+}
+namespace avx512 {
+const CpuKernels& cpu_kernels();
+}
+
+inline const CpuKernels& cpu_kernels() {
+  switch (simd_level()) {
+#ifdef MINITRON_HAVE_AVX512
+    case SimdLevel::kAvx512:
+      return avx512::cpu_kernels();
+#endif
+#ifdef MINITRON_HAVE_AVX2
+    case SimdLevel::kAvx2:
+      return avx2::cpu_kernels();
+#endif
+    default:
+      return baseline::cpu_kernels();
+  }
+}
+
+}  // namespace minitron

@@ -1,0 +1,468 @@
+// linear_kl_loss on CPU: hidden states and heads in, loss and gradients out, logits only ever in tiles.
+//
+// Logits are made with the vocabulary down and the tokens across: C[tile of V, tokens] = W[tile, H] X^T[H, tokens].
+// The head W, the only large operand, is then read as it lies in memory (the A of the GEMM), the few hidden states are
+// packed once per chunk, and the tile of dz is at once the A operand of dW = dz^T X. Phases of a chunk of rows:
+//   logits  one task per tile of V: both logits, their maxima and sums of exp
+//   merge   one task per run of rows: tiles in order, in double; so any thread count gives the same bits
+//   grad    one task per tile of V: dz from logits and row stats, dW of the tile (done, or added to fp32)
+//   hidden  one task per block of columns: dX += dz W over the tiles in order
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "common/parallel.h"
+#include "common/tensors.h"
+#include "kl_loss/linear_layout.h"
+
+namespace minitron {
+
+// All that one call reads and writes; absent outputs are null. `rows` are the indices of the rows that count.
+struct LinearProblem {
+  Matrix student_hidden, student_head, teacher_hidden, teacher_head;
+  const void *student_bias, *teacher_bias;  // [V], accumulate type, or null
+  std::vector<int64_t> rows;
+  const void* row_weight;  // [N], accumulate type, or null for 1
+  LossOptions options;
+
+  void *loss, *stats;  // [N], [N, kStats], accumulate type
+  bool stats_given;    // stats hold the result of an earlier forward: skip to the gradient
+  Matrix grad_hidden, grad_head;  // data null where not wanted
+  void* grad_bias;                // [V], accumulate type
+  Matrix head_accumulator;        // grad_head is added to it, instead of written
+};
+
+template <typename Op, typename A>
+class LinearKl {
+ public:
+  LinearKl(const LinearProblem& problem, const LinearShape& shape, Gemm<Op, A> gemm, char* workspace)
+      : p_(problem),
+        s_(shape),
+        layout_(make_layout(shape)),
+        kl_(cpu_kernels().kl<A>()),
+        pack_(cpu_kernels().pack<Op>()),
+        gemm_(gemm),
+        base_(workspace) {}
+
+  void run() {
+    if (p_.head_accumulator.data) {
+      head_target_ = {const_cast<void*>(p_.head_accumulator.data), p_.head_accumulator.ld, true};
+    } else if (s_.head_in_place) {
+      head_target_ = {const_cast<void*>(p_.grad_head.data), p_.grad_head.ld, false};
+    } else if (layout_.head_accumulator.bytes) {
+      head_target_ = {base_ + layout_.head_accumulator.offset, s_.student_width, false};
+    }
+    if (s_.schedule == Schedule::kStore) {
+      for (int64_t c = 0; c < s_.chunks(); ++c) run_stored_chunk(c);
+    } else {
+      run_recomputed();
+    }
+  }
+
+ private:
+  // Where the fp32 gradient of the head grows; data null: a tile is finished at once, in scratch.
+  struct HeadTarget {
+    void* data = nullptr;
+    int64_t ld = 0;
+    bool has_value = false;  // holds something to add to before the first chunk
+  };
+  struct Chunk {
+    int64_t index, begin, rows, padded;
+  };
+  struct Tile {
+    int64_t index, begin, rows;
+  };
+
+  Chunk chunk(int64_t c) const {
+    const int64_t begin = c * s_.chunk(), rows = std::min(s_.chunk(), s_.rows - begin);
+    return {c, begin, rows, round_up(rows, kPanel)};
+  }
+  Tile tile(int64_t t) const {
+    const int64_t begin = t * s_.tile;
+    return {t, begin, std::min(s_.tile, s_.vocab_size - begin)};
+  }
+
+  template <typename T>
+  T* at(int64_t offset) const {
+    return reinterpret_cast<T*>(base_ + offset);
+  }
+  template <typename T>
+  T* scratch(const Part& part, int64_t slot) const {
+    return at<T>(layout_.scratch.offset + slot * layout_.scratch_stride + part.offset);
+  }
+  // Panel of a stored tile; teacher panels follow the student's. After `grad`, dz lies in the teacher's.
+  A* stored_logits(const Chunk& c, int64_t t, int side) const {
+    return at<A>(layout_.logits.offset) + (side * s_.tiles() + t) * s_.tile * c.padded;
+  }
+  A* partials(const Chunk& c, int64_t t) const {
+    return at<A>(layout_.partials.offset) + t * (kPartials + 2) * c.padded;
+  }
+  A* tile_loss(const Chunk& c, int64_t t) const { return partials(c, t) + kPartials * c.padded; }
+  A* tile_kl(const Chunk& c, int64_t t) const { return tile_loss(c, t) + c.padded; }
+  // [kStats + 1][padded]: the stats of a chunk's rows, then their weights.
+  A* row_stats(const Chunk& c) const {
+    return at<A>(layout_.rows.offset) + c.index * (kStats + 1) * s_.padded_chunk();
+  }
+  A* row_weights(const Chunk& c) const { return row_stats(c) + kStats * c.padded; }
+  double* row_losses(const Chunk& c) const {
+    const int64_t before = s_.chunks() * (kStats + 1) * s_.padded_chunk() * int64_t(sizeof(A));
+    return at<double>(layout_.rows.offset + before) + c.index * s_.padded_chunk();
+  }
+
+  // dz of a tile as the A operand of dX: [tokens, ld].
+  struct Dz {
+    Op* data;
+    int64_t ld;
+  };
+  Dz dz(const Chunk& c, int64_t t, int64_t first_tile) const {
+    if (s_.schedule == Schedule::kStore) {
+      return {reinterpret_cast<Op*>(stored_logits(c, t, 1)), s_.tile * int64_t(sizeof(A) / sizeof(Op))};
+    }
+    return {at<Op>(layout_.dz.offset) + (t - first_tile) * s_.tile * c.padded, s_.tile};
+  }
+
+  void run_stored_chunk(int64_t index) {
+    const Chunk c = chunk(index);
+    pack(c);
+    reduce_logits(c);
+    if (p_.stats_given) {
+      load_stats(c);
+    } else {
+      merge_stats(c);
+      if (p_.options.kind() == Divergence::kJsd) sum_kl(c);
+    }
+    grad(c, 0, s_.tiles());
+    write_hidden(c);
+  }
+
+  void run_recomputed() {
+    for (int64_t i = 0; i < s_.chunks(); ++i) {
+      const Chunk c = chunk(i);
+      if (p_.stats_given) {
+        load_stats(c);
+        continue;
+      }
+      pack(c);
+      reduce_logits(c);
+      merge_stats(c);
+      if (p_.options.kind() == Divergence::kJsd) sum_kl(c);
+    }
+    if (s_.schedule == Schedule::kForward) return;
+    for (int64_t first = 0; first < s_.tiles(); first += s_.held_tiles()) {
+      for (int64_t i = 0; i < s_.chunks(); ++i) {
+        const Chunk c = chunk(i);
+        if (s_.chunks() > 1 || p_.stats_given) pack(c);
+        grad(c, first, std::min(s_.tiles(), first + s_.held_tiles()));
+      }
+    }
+    for (int64_t i = 0; i < s_.chunks(); ++i) write_hidden(chunk(i));
+  }
+
+  // Hidden states as B operands: transposed for the logits, and as they are for dW.
+  void pack(const Chunk& c) {
+    const int64_t* index = p_.rows.data() + c.begin;
+    const int64_t panels = c.padded / kPanel;
+    parallel_tasks(panels, [&](int64_t panel, int64_t) {
+      const int64_t first = panel * kPanel, rows = std::min<int64_t>(kPanel, c.rows - first);
+      const auto side = [&](const Matrix& x, int64_t offset) {
+        pack_.transposed(x.data, x.dtype, x.ld, index + first, rows, x.cols,
+                         at<Op>(offset) + first * s_.depth(x.cols));
+      };
+      side(p_.student_hidden, layout_.student_packed);
+      side(p_.teacher_hidden, layout_.teacher_packed);
+    });
+    if (!s_.grad_head) return;
+    const Matrix& x = p_.student_hidden;
+    parallel_tasks(ceil_div(s_.student_width, kPanel), [&](int64_t panel, int64_t) {
+      const int64_t first = panel * kPanel, cols = std::min<int64_t>(kPanel, s_.student_width - first);
+      const char* src = static_cast<const char*>(x.data) + first * bytes_of(x.dtype);
+      pack_.rows(src, x.dtype, x.ld, index, c.rows, c.padded, cols,
+                 at<Op>(layout_.hidden_packed) + first * c.padded);
+    });
+  }
+
+  // C[tile, panels of tokens] = W[tile, :] X^T for panels [first, last) of the packed hidden states.
+  void make_logits(const Matrix& head, int64_t packed, const Tile& t, int64_t first, int64_t last, A* out,
+                   int64_t slot) const {
+    const int64_t depth = s_.depth(head.cols);
+    const bool direct = head.dtype == op_dtype() && depth == head.cols;
+    for (int64_t k = 0; k < depth; k += kMaxChain) {
+      const int64_t chain = std::min(kMaxChain, depth - k);
+      const char* block = head.row(t.begin) + k * bytes_of(head.dtype);
+      const Op* a = reinterpret_cast<const Op*>(block);
+      if (!direct) {
+        Op* converted = scratch<Op>(layout_.a_block, slot);
+        pack_.convert(block, head.dtype, head.ld, t.rows, std::min(chain, head.cols - k), chain, converted);
+        a = converted;
+      }
+      for (int64_t panel = first; panel < last; ++panel) {
+        gemm_(t.rows, kPanel, chain, direct ? head.ld : chain, kPanel, kPanel, k > 0, a,
+              at<Op>(packed) + (panel * depth + k) * kPanel, out + (panel - first) * s_.tile * kPanel);
+      }
+    }
+  }
+
+  // Both logits of panels [first, last), either where the chunk stores them or in this thread's scratch.
+  struct Logits {
+    A *student, *teacher;
+  };
+  Logits place_of_logits(const Chunk& c, const Tile& t, int64_t first, int64_t slot) const {
+    if (s_.schedule == Schedule::kStore) {
+      const int64_t offset = first * s_.tile * kPanel;
+      return {stored_logits(c, t.index, 0) + offset, stored_logits(c, t.index, 1) + offset};
+    }
+    A* block = scratch<A>(layout_.logits_block, slot);
+    return {block, block + s_.tile * std::min(s_.padded_chunk(), kMaxChain)};
+  }
+
+  // Calls f(panel, student, teacher) for each panel of a tile; `make` says whether the logits must be made.
+  template <typename F>
+  void each_panel(const Chunk& c, const Tile& t, int64_t slot, bool make, F&& f) const {
+    constexpr int64_t kBlockPanels = kMaxChain / kPanel;
+    for (int64_t first = 0; first < c.padded / kPanel; first += kBlockPanels) {
+      const int64_t last = std::min(first + kBlockPanels, c.padded / kPanel);
+      const Logits z = place_of_logits(c, t, first, slot);
+      if (make) {
+        make_logits(p_.student_head, layout_.student_packed, t, first, last, z.student, slot);
+        make_logits(p_.teacher_head, layout_.teacher_packed, t, first, last, z.teacher, slot);
+      }
+      for (int64_t panel = first; panel < last; ++panel) {
+        const int64_t offset = (panel - first) * s_.tile * kPanel;
+        f(panel, z.student + offset, z.teacher + offset);
+      }
+    }
+  }
+
+  void transform_and_reduce(const Chunk& c, const Tile& t, int64_t panel, A* student, A* teacher) const {
+    const auto bias = [&](const void* b) { return b ? static_cast<const A*>(b) + t.begin : nullptr; };
+    kl_.panel_stats(student, teacher, t.rows, bias(p_.student_bias), bias(p_.teacher_bias), p_.options,
+                    partials(c, t.index) + panel * kPanel, c.padded);
+  }
+
+  void reduce_logits(const Chunk& c) const {
+    parallel_tasks(s_.tiles(), [&](int64_t index, int64_t slot) {
+      const Tile t = tile(index);
+      each_panel(c, t, slot, true, [&](int64_t panel, A* student, A* teacher) {
+        transform_and_reduce(c, t, panel, student, teacher);
+      });
+      brgemm_release();
+    });
+  }
+
+  void merge_stats(const Chunk& c) const {
+    const LossOptions& o = p_.options;
+    A* stats = row_stats(c);
+    parallel_tasks(ceil_div(c.padded, kPanel), [&](int64_t panel, int64_t) {
+      for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel; ++n) {
+        const auto part = [&](int64_t t, int which) { return partials(c, t)[which * c.padded + n]; };
+        const auto merged = [&](int max_column, int sum_column, bool with_dot, A* max, double* sum, double* dot) {
+          A top = -std::numeric_limits<A>::infinity();
+          for (int64_t t = 0; t < s_.tiles(); ++t) top = std::max(top, part(t, max_column));
+          *max = top, *sum = 0, *dot = 0;
+          for (int64_t t = 0; t < s_.tiles(); ++t) {
+            const A tile_max = part(t, max_column);
+            // a tile without a possible token has sum 0; inf - inf is not asked
+            const double scale = tile_max == top ? 1.0 : std::exp(double(tile_max) - double(top));
+            *sum += scale * part(t, sum_column);
+            if (with_dot) *dot += scale * part(t, kPartDot);
+          }
+        };
+        A max_s, max_t;
+        double sum_s, sum_t, dot_s, dot_t;
+        merged(kPartMaxS, kPartSumS, o.beta == 1, &max_s, &sum_s, &dot_s);
+        merged(kPartMaxT, kPartSumT, o.beta == 0, &max_t, &sum_t, &dot_t);
+        const double delta = (double(max_s) - double(max_t)) + (std::log(sum_s) - std::log(sum_t));
+        const double reverse_kl = dot_s / sum_s - delta;
+        const auto set = [&](int which, double value) { stats[which * c.padded + n] = A(value); };
+        set(kMaxS, max_s);
+        set(kInvSumS, 1 / sum_s);
+        set(kMaxT, max_t);
+        set(kInvSumT, 1 / sum_t);
+        set(kDelta, delta);
+        set(kKl, o.beta == 1 ? reverse_kl : 0);
+        if (n < c.rows) set_loss(c, n, o.beta == 1 ? reverse_kl : dot_t / sum_t + delta);
+      }
+    });
+    write_stats(c);
+    load_weights(c);
+  }
+
+  void set_loss(const Chunk& c, int64_t n, double value) const {
+    static_cast<A*>(p_.loss)[p_.rows[c.begin + n]] = A(value);
+  }
+  A* stats_out(const Chunk& c, int64_t n) const {
+    return static_cast<A*>(p_.stats) + p_.rows[c.begin + n] * kStats;
+  }
+
+  void write_stats(const Chunk& c) const {
+    for (int64_t n = 0; n < c.rows; ++n) {
+      for (int which = 0; which < kStats; ++which) stats_out(c, n)[which] = row_stats(c)[which * c.padded + n];
+    }
+  }
+  void load_stats(const Chunk& c) const {
+    for (int64_t n = 0; n < c.padded; ++n) {
+      for (int which = 0; which < kStats; ++which) {
+        row_stats(c)[which * c.padded + n] = n < c.rows ? stats_out(c, n)[which] : A(0);
+      }
+    }
+    load_weights(c);
+  }
+  // Rows that only pad a panel weigh nothing.
+  void load_weights(const Chunk& c) const {
+    const A* weight = static_cast<const A*>(p_.row_weight);
+    for (int64_t n = 0; n < c.padded; ++n) {
+      row_weights(c)[n] = n >= c.rows ? A(0) : weight ? weight[p_.rows[c.begin + n]] : A(1);
+    }
+  }
+
+  // JSD: its gradient needs KL(S || M) of the row, which only a second look at the logits can give; so does its loss.
+  void sum_kl(const Chunk& c) const {
+    const bool make = s_.schedule != Schedule::kStore;
+    parallel_tasks(s_.tiles(), [&](int64_t index, int64_t slot) {
+      const Tile t = tile(index);
+      each_panel(c, t, slot, make, [&](int64_t panel, A* student, A* teacher) {
+        if (make) transform_and_reduce(c, t, panel, student, teacher);
+        const int64_t n = panel * kPanel;
+        kl_.panel_kl(student, teacher, t.rows, p_.options, row_stats(c) + n, c.padded, tile_kl(c, index) + n,
+                     tile_loss(c, index) + n);
+      });
+      brgemm_release();
+    });
+    parallel_tasks(c.padded / kPanel, [&](int64_t panel, int64_t) {
+      for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel; ++n) {
+        double kl = 0;
+        for (int64_t t = 0; t < s_.tiles(); ++t) kl += tile_kl(c, t)[n];
+        row_stats(c)[kKl * c.padded + n] = A(kl);
+      }
+    });
+    write_stats(c);
+    merge_loss(c, 0, s_.tiles());
+  }
+
+  // Tiles in order, in double, and continued from stretch to stretch: both schedules give the same bits.
+  void merge_loss(const Chunk& c, int64_t first_tile, int64_t last_tile) const {
+    for (int64_t n = 0; n < c.rows; ++n) {
+      double& loss = row_losses(c)[n];
+      if (first_tile == 0) loss = 0;
+      for (int64_t t = first_tile; t < last_tile; ++t) loss += tile_loss(c, t)[n];
+      set_loss(c, n, loss);
+    }
+  }
+
+  void grad(const Chunk& c, int64_t first_tile, int64_t last_tile) const {
+    parallel_tasks(last_tile - first_tile, [&](int64_t i, int64_t slot) {
+      grad_of_tile(c, tile(first_tile + i), first_tile, slot);
+      brgemm_release();
+    });
+    merge_loss(c, first_tile, last_tile);
+    if (s_.grad_hidden) hidden_of_tiles(c, first_tile, last_tile);
+  }
+
+  void grad_of_tile(const Chunk& c, const Tile& t, int64_t first_tile, int64_t slot) const {
+    const bool make = s_.schedule != Schedule::kStore;
+    Op* transposed = scratch<Op>(layout_.dz_transposed, slot);
+    A* sums = scratch<A>(layout_.head_tile, slot);
+    const Dz out = dz(c, t.index, first_tile);
+    if (p_.grad_bias) std::fill_n(sums, t.rows, A(0));
+    each_panel(c, t, slot, make, [&](int64_t panel, A* student, A* teacher) {
+      if (make) transform_and_reduce(c, t, panel, student, teacher);
+      const int64_t n = panel * kPanel;
+      kl_.panel_grad(student, teacher, t.rows, p_.options, row_stats(c) + n, c.padded, row_weights(c) + n,
+                     tile_loss(c, t.index) + n);
+      if (p_.grad_bias) kl_.panel_row_sums(student, t.rows, sums);
+      if (s_.grad_head) pack_.cast_panel(student, t.rows, transposed + n, c.padded);
+      if (s_.grad_hidden) {
+        pack_.transpose_panel(student, t.rows, out.data + n * out.ld, out.ld);
+        for (int64_t i = 0; i < kPanel && t.rows < s_.depth(t.rows); ++i) out.data[(n + i) * out.ld + t.rows] = Op{};
+      }
+    });
+    if (p_.grad_bias) {
+      A* bias = static_cast<A*>(p_.grad_bias) + t.begin;
+      for (int64_t v = 0; v < t.rows; ++v) bias[v] = (c.index ? bias[v] : A(0)) + sums[v];
+    }
+    if (s_.grad_head) head_of_tile(c, t, first_tile, transposed, slot);
+  }
+
+  // dW of a tile = dz^T X, over the rows of the chunk in chains of kMaxChain.
+  void head_of_tile(const Chunk& c, const Tile& t, int64_t first_tile, const Op* dz_transposed, int64_t slot) const {
+    const bool last = c.index + 1 == s_.chunks(), accumulates = head_target_.data != nullptr;
+    const bool own = accumulates && layout_.head_accumulator.bytes && s_.schedule == Schedule::kRecompute;
+    const int64_t row = own ? t.begin - first_tile * s_.tile : t.begin;  // recompute's accumulator is one stretch
+    const int64_t ld = accumulates ? head_target_.ld : kPanel;
+    for (int64_t h = 0; h < s_.student_width; h += kPanel) {
+      const int64_t cols = std::min<int64_t>(kPanel, s_.student_width - h);
+      A* out = accumulates ? static_cast<A*>(head_target_.data) + row * ld + h : scratch<A>(layout_.head_tile, slot);
+      for (int64_t n = 0; n < c.padded; n += kMaxChain) {
+        gemm_(t.rows, cols, std::min(kMaxChain, c.padded - n), c.padded, kPanel, ld,
+              n > 0 || (accumulates && (c.index > 0 || head_target_.has_value)), dz_transposed + n,
+              at<Op>(layout_.hidden_packed) + h * c.padded + n * kPanel, out);
+      }
+      if (last && p_.grad_head.data && !s_.head_in_place) {
+        char* to = const_cast<char*>(p_.grad_head.row(t.begin)) + h * bytes_of(p_.grad_head.dtype);
+        pack_.narrow(out, ld, t.rows, cols, to, p_.grad_head.dtype, p_.grad_head.ld);
+      }
+    }
+  }
+
+  // dX[:, block] += dz W[tiles, block], tiles in order: the sum over the vocabulary never depends on the threads.
+  void hidden_of_tiles(const Chunk& c, int64_t first_tile, int64_t last_tile) const {
+    const int64_t blocks = ceil_div(s_.student_width, kHiddenBlock), row_blocks = ceil_div(c.padded, kMaxChain);
+    const Matrix target = hidden_target(c);
+    parallel_tasks(blocks * row_blocks, [&](int64_t task, int64_t slot) {
+      const int64_t h = task % blocks * kHiddenBlock, n = task / blocks * kMaxChain;
+      const int64_t cols = std::min(kHiddenBlock, s_.student_width - h);
+      const int64_t rows = std::min(kMaxChain, c.rows - n);
+      Op* panels = scratch<Op>(layout_.head_panels, slot);
+      A* out = static_cast<A*>(const_cast<void*>(target.data)) + n * target.ld + h;
+      for (int64_t index = first_tile; index < last_tile; ++index) {
+        const Tile t = tile(index);
+        const int64_t depth = s_.depth(t.rows);
+        const char* head = p_.student_head.row(t.begin) + h * bytes_of(p_.student_head.dtype);
+        pack_.rows(head, p_.student_head.dtype, p_.student_head.ld, nullptr, t.rows, depth, cols, panels);
+        const Dz a = dz(c, index, first_tile);
+        for (int64_t panel = 0; panel < cols; panel += kPanel) {
+          gemm_(rows, std::min<int64_t>(kPanel, cols - panel), depth, a.ld, kPanel, target.ld, index > 0,
+                a.data + n * a.ld, panels + panel * depth, out + panel);
+        }
+      }
+      brgemm_release();
+    });
+  }
+
+  // fp32 [chunk rows, H]: the output itself, or an accumulator that write_hidden() narrows.
+  Matrix hidden_target(const Chunk& c) const {
+    if (s_.hidden_in_place) {
+      Matrix m = p_.grad_hidden;
+      m.data = m.row(c.begin);
+      return m;
+    }
+    const int64_t row = s_.schedule == Schedule::kStore ? 0 : c.begin;
+    return {at<A>(layout_.hidden_accumulator.offset) + row * s_.student_width, dtype_code<A>(), c.rows,
+            s_.student_width, s_.student_width};
+  }
+
+  void write_hidden(const Chunk& c) const {
+    if (!s_.grad_hidden || s_.hidden_in_place) return;
+    const Matrix from = hidden_target(c);
+    for (int64_t n = 0; n < c.rows; ++n) {
+      void* to = const_cast<char*>(p_.grad_hidden.row(p_.rows[c.begin + n]));
+      pack_.narrow(static_cast<const A*>(from.data) + n * from.ld, from.ld, 1, from.cols, to, p_.grad_hidden.dtype,
+                   p_.grad_hidden.ld);
+    }
+  }
+
+  static constexpr DType op_dtype() { return sizeof(Op) == 2 ? DType::kBFloat16 : dtype_code<A>(); }
+
+  const LinearProblem& p_;
+  const LinearShape s_;
+  const LinearLayout layout_;
+  const KlKernels<A>& kl_;
+  const PackKernels<A, Op>& pack_;
+  const Gemm<Op, A> gemm_;
+  char* const base_;
+  HeadTarget head_target_;
+};
+
+}  // namespace minitron

@@ -1,0 +1,153 @@
+// Registration of linear_kl_loss on CPU: checks, the choice of operand type, and the call.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "kl_loss/linear_kl_loss.h"
+
+namespace minitron {
+namespace {
+
+Schedule schedule_of(const std::string& name) {
+  if (name == "store") return Schedule::kStore;
+  if (name == "recompute") return Schedule::kRecompute;
+  STD_TORCH_CHECK(name == "forward", "schedule must be store, recompute or forward, got ", name);
+  return Schedule::kForward;
+}
+
+std::vector<int64_t> linear_kl_loss_layout(int64_t rows, int64_t vocab_size, int64_t student_width,
+                                           int64_t teacher_width, int64_t operand_bytes, int64_t accumulate_bytes,
+                                           bool grad_hidden, bool grad_head, bool head_in_place, bool hidden_in_place,
+                                           std::string schedule, int64_t chunk_rows, int64_t tile, int64_t super_tiles,
+                                           int64_t threads) {
+  return make_layout({rows, vocab_size, student_width, teacher_width, operand_bytes, accumulate_bytes, grad_hidden,
+                      grad_head, hidden_in_place, head_in_place, schedule_of(schedule), chunk_rows, tile, super_tiles,
+                      threads})
+      .bytes();
+}
+
+std::string bf16_operands() { return bf16_operand_type(); }
+
+Matrix output_of(const std::optional<Tensor>& x, int64_t rows, int64_t cols, const char* name) {
+  if (!x) return {};
+  const Matrix m = matrix_of(*x, name);
+  STD_TORCH_CHECK(m.rows >= rows && m.cols == cols, name, " has a wrong shape");
+  advise_huge_pages(const_cast<void*>(m.data), m.rows * m.ld * bytes_of(m.dtype));
+  return m;
+}
+
+void zero_rows(const Matrix& m, int64_t first, int64_t last) {
+  for (int64_t r = first; m.data && r < last; ++r) {
+    std::memset(const_cast<char*>(m.row(r)), 0, m.cols * bytes_of(m.dtype));
+  }
+}
+
+std::vector<int64_t> active_rows(const uint8_t* mask, int64_t n) {
+  std::vector<int64_t> rows;
+  rows.reserve(n);
+  for (int64_t i = 0; i < n; ++i) {
+    if (!mask || mask[i]) rows.push_back(i);
+  }
+  return rows;
+}
+
+template <typename Op, typename A>
+void run(const LinearProblem& problem, const LinearShape& shape, Gemm<Op, A> gemm, const Tensor& workspace) {
+  const int64_t need = make_layout(shape).total;
+  STD_TORCH_CHECK(workspace.numel() >= need, "workspace must have at least ", need, " bytes, got ",
+                  workspace.numel());
+  LinearKl<Op, A>(problem, shape, gemm, static_cast<char*>(workspace.data_ptr())).run();
+}
+
+void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teacher_hidden, Tensor teacher_head,
+                         std::optional<Tensor> student_bias, std::optional<Tensor> teacher_bias,
+                         std::optional<Tensor> mask, std::optional<Tensor> row_weight, Tensor loss, Tensor stats,
+                         bool stats_given, std::optional<Tensor> grad_hidden, std::optional<Tensor> grad_head,
+                         std::optional<Tensor> grad_bias, std::optional<Tensor> head_accumulator, Tensor workspace,
+                         int64_t vocab_size, double beta, double inv_tau, double student_scale, double student_softcap,
+                         double teacher_scale, double teacher_softcap, std::string schedule, int64_t chunk_rows,
+                         int64_t tile, int64_t super_tiles, std::string engine) {
+  LinearProblem p{};
+  p.student_hidden = matrix_of(student_hidden, "student_hidden");
+  p.student_head = matrix_of(student_head, "student_head");
+  p.teacher_hidden = matrix_of(teacher_hidden, "teacher_hidden");
+  p.teacher_head = matrix_of(teacher_head, "teacher_head");
+  const int64_t N = p.student_hidden.rows, H = p.student_hidden.cols, V = vocab_size;
+  STD_TORCH_CHECK(p.teacher_hidden.rows == N && p.student_head.cols == H && p.teacher_head.cols == p.teacher_hidden.cols &&
+                      V <= p.student_head.rows && V <= p.teacher_head.rows,
+                  "shapes of hidden states, heads and vocab_size do not fit each other");
+  STD_TORCH_CHECK(tile > 0 && tile % 2 == 0 && chunk_rows > 0 && super_tiles > 0, "plan out of range");
+  p.options = {beta, inv_tau, student_scale, student_softcap, teacher_scale, teacher_softcap};
+  p.stats_given = stats_given;
+  p.rows = active_rows(mask_of(mask, N), N);
+  p.grad_hidden = output_of(grad_hidden, N, H, "grad_hidden");
+  p.grad_head = output_of(grad_head, V, H, "grad_head");
+  p.head_accumulator = output_of(head_accumulator, V, H, "grad_head_accumulator");
+
+  const bool wide = p.student_hidden.dtype == DType::kFloat64;
+  const DType accumulate = wide ? DType::kFloat64 : DType::kFloat32;
+  const bool any_row = !p.rows.empty() && V > 0;
+  if (int64_t(p.rows.size()) < N || !any_row) zero_rows(p.grad_hidden, 0, N);
+  zero_rows(p.grad_head, any_row ? V : 0, p.grad_head.rows);  // rows beyond vocab_size are padding
+
+  const auto vectors = [&](auto element) {
+    using A = decltype(element);
+    p.student_bias = vector_of<A>(student_bias, V, "student_bias");
+    p.teacher_bias = vector_of<A>(teacher_bias, V, "teacher_bias");
+    p.row_weight = vector_of<A>(row_weight, N, "row_weight");
+    p.loss = vector_of<A>(loss, N, "loss");
+    p.stats = vector_of<A>(stats, N * kStats, "stats");
+    A* bias = vector_of<A>(grad_bias, V, "grad_bias");
+    p.grad_bias = bias;
+    if (bias && !any_row) std::fill_n(bias, V, A(0));
+    if (int64_t(p.rows.size()) < N || !any_row) {
+      std::fill_n(static_cast<A*>(p.loss), N, A(0));
+      if (!stats_given) std::fill_n(static_cast<A*>(p.stats), N * kStats, A(0));
+    }
+  };
+  if (wide) {
+    vectors(double{});
+  } else {
+    vectors(float{});
+  }
+  if (!any_row) return;
+
+  const bool narrow = engine == "bf16";
+  const bool lent = p.head_accumulator.data != nullptr;
+  LinearShape shape{int64_t(p.rows.size()),
+                    V,
+                    H,
+                    p.teacher_hidden.cols,
+                    wide ? 8 : narrow ? 2 : 4,
+                    wide ? 8 : 4,
+                    p.grad_hidden.data != nullptr,
+                    p.grad_head.data != nullptr || lent,
+                    p.grad_hidden.dtype == accumulate && int64_t(p.rows.size()) == N,
+                    lent || p.grad_head.dtype == accumulate,
+                    schedule_of(schedule),
+                    chunk_rows,
+                    tile,
+                    super_tiles,
+                    max_threads()};
+  if (wide) {
+    run<double, double>(p, shape, cpu_kernels().f64.gemm, workspace);
+  } else if (narrow) {
+    STD_TORCH_CHECK(brgemm_bf16(), "engine bf16: this CPU or this libtorch has no bf16 microkernel");
+    run<bf16, float>(p, shape, brgemm_bf16(), workspace);
+  } else {
+    const bool portable = engine == "portable" || !brgemm_f32();
+    run<float, float>(p, shape, portable ? cpu_kernels().f32.gemm : brgemm_f32(), workspace);
+  }
+}
+
+}  // namespace
+}  // namespace minitron
+
+STABLE_TORCH_LIBRARY_IMPL(minitron_kernels, CPU, m) {
+  m.impl("linear_kl_loss_cpu_", TORCH_BOX(&minitron::linear_kl_loss_cpu_));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(minitron_kernels, CompositeExplicitAutograd, m) {
+  m.impl("linear_kl_loss_layout", TORCH_BOX(&minitron::linear_kl_loss_layout));
+  m.impl("bf16_operands", TORCH_BOX(&minitron::bf16_operands));
+}

@@ -1,0 +1,93 @@
+"""pick(): the whole dispatch policy, from tables made once on import.
+
+CPU tensor: native C++ if built, else the reference. CUDA tensor: native CUDA if built, else Triton. ROCm and
+XPU tensor: Triton. A backend that the caller names never falls back to another; only "auto" does, to the
+reference at last. pick() and why_not() are look-ups, so that torch.compile traces through them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from minitron_kernels import _native
+
+BACKENDS = ("native", "triton", "reference")
+DEVICES = ("cpu", "cuda", "xpu")  # a ROCm tensor's device is called cuda
+
+# (op, backend) -> the kinds of device it has kernels for. The reference runs on any. Add an op's lines here.
+_KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("kl_loss", "native"): ("cpu", "cuda"),
+    ("kl_loss", "triton"): (),
+    ("linear_kl_loss", "native"): ("cpu",),
+    ("linear_kl_loss", "triton"): (),
+}
+OPS = tuple(dict.fromkeys(op for op, _ in _KERNELS))
+
+
+def _find_reason(op: str, backend: str, device: str) -> str | None:
+    """Why `backend` cannot serve `op` for tensors on `device`; None where it can. Called once, on import."""
+    if backend == "reference":
+        return None
+    kernels = _KERNELS[op, backend]
+    if device not in kernels:
+        kind = {"native": "C++" if device == "cpu" else "CUDA", "triton": "Triton"}[backend]
+        if backend == "triton" and device == "cpu":
+            return "Triton kernels need a GPU"
+        if backend == "native" and device not in ("cpu", "cuda"):
+            return f"there are no native kernels for {device}"
+        return f"no {kind} kernel for {op} in this version"
+    if backend == "triton":
+        return None if importlib.util.find_spec("triton") else "triton is not installed"
+    if not _native.available():
+        return _native.reason()
+    if device == "cuda":
+        if torch.version.hip is not None:
+            return "native GPU kernels are CUDA only, and this torch is for ROCm"
+        info = _native.build_info()
+        if not info["cuda_archs"]:
+            return f"minitron_kernels was built without CUDA: {info['cuda_reason']}"
+    return None
+
+
+_WHY_NOT: dict[tuple[str, str, str], str | None] = {
+    (op, backend, device): _find_reason(op, backend, device)
+    for op in OPS
+    for backend in BACKENDS
+    for device in DEVICES
+}
+_AUTO: dict[tuple[str, str], str] = {
+    (op, device): next(backend for backend in BACKENDS if _WHY_NOT[op, backend, device] is None)
+    for op in OPS
+    for device in DEVICES
+}
+
+
+def why_not(op: str, backend: str, device: torch.device) -> str | None:
+    """Why `backend` cannot serve `op` for tensors on `device`; None where it can."""
+    if device.type not in DEVICES:
+        return None if backend == "reference" else f"there are no {backend} kernels for {device.type}"
+    return _WHY_NOT[op, backend, device.type]
+
+
+def pick(op: str, device: torch.device, backend: str) -> str:
+    """The backend that serves `op` for tensors on `device`: "native", "triton" or "reference".
+
+    Args:
+        op: a name in OPS.
+        device: of the tensors.
+        backend: one of BACKENDS, or "auto" for the first of them that can.
+
+    Raises:
+        ValueError: `backend` is no such name.
+        RuntimeError: the backend named cannot serve the op here; says why.
+    """
+    if backend == "auto":
+        return _AUTO.get((op, device.type), "reference")
+    if backend not in BACKENDS:
+        raise ValueError(f'backend must be "auto", "native", "triton" or "reference", got {backend!r}')
+    reason = why_not(op, backend, device)
+    if reason is not None:
+        raise RuntimeError(f'backend="{backend}" cannot serve {op} on {device.type}: {reason}')
+    return backend

@@ -1,0 +1,196 @@
+"""Builds the library's *_cuda.cu files for the host through tests/cuda_shim and steers the result.
+
+Each build is one shared object that registers its ops for CPU tensors in a namespace of its own, kept in a cache
+folder under a hash of all that it was made from. A build may have faults planted in its sources.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+TESTS = Path(__file__).resolve().parent
+CSRC = TESTS.parent / "csrc"
+FORWARD, REVERSE = 0, 1  # orders of threads; from 2 on, the seed of a shuffle
+SANITIZERS = "-fsanitize=address,undefined"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """In `file` (under csrc), the one occurrence of `old` becomes `new`."""
+
+    file: str
+    old: str
+    new: str
+
+
+# fault builds compile a few dtype pairs only
+FEWER_DTYPES = Fault(
+    "common/cuda_torch.cuh", "    case ScalarType::Half:\n      return f(__half{});\n", ""
+)
+
+
+def missing_tool() -> str | None:
+    """Why there can be no build here, or None."""
+    return None if shutil.which("g++") else "the host shim needs g++"
+
+
+def cache_folder() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"minitron_cuda_shim_{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _sources() -> dict[str, str]:
+    files = [*CSRC.rglob("*.cuh"), *CSRC.rglob("*_cuda.cu")]
+    return {str(path.relative_to(CSRC)): path.read_text() for path in sorted(files)}
+
+
+def _planted(sources: dict[str, str], faults: tuple[Fault, ...]) -> dict[str, str]:
+    out = dict(sources)
+    for fault in faults:
+        count = out[fault.file].count(fault.old)
+        if count != 1:
+            raise ValueError(f"{fault.file} has {count} times, wanted once: {fault.old!r}")
+        out[fault.file] = out[fault.file].replace(fault.old, fault.new)
+    return out
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def compile_shim(faults: tuple[Fault, ...] = (), sanitize: bool = False) -> tuple[Path, str]:
+    """The shared object's path and the namespace of its ops."""
+    sources = _planted(_sources(), faults)
+    shim = {path.name: path.read_text() for path in sorted((TESTS / "cuda_shim").iterdir())}
+    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Werror"]
+    flags += ["-Wno-unknown-pragmas", "-DMINITRON_CUDA_SHIM", "-DMINITRON_CUDA_KEY=CPU"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020d000000000000"]
+    flags += [SANITIZERS, "-fno-sanitize-recover=all", "-g1"] if sanitize else ["-g0"]
+    version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256(repr((sources, shim, flags, version, torch.__version__)).encode()).hexdigest()[:16]
+    namespace = f"minitron_kernels_shim_{digest}"
+    target = cache_folder() / f"{namespace}.so"
+    if target.exists():
+        return target, namespace
+
+    torch_folder = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as name:
+        work = Path(name)
+        for path, text in sources.items():
+            copy = work / "csrc" / path
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(text)
+        flags += [f"-DMINITRON_CUDA_LIBRARY={namespace}", f"-I{TESTS / 'cuda_shim'}", f"-I{work / 'csrc'}"]
+        flags += ["-isystem", str(torch_folder / "include")]
+        units = [TESTS / "cuda_shim/cuda_shim.cpp", TESTS / "cuda_shim/register.cpp"]
+        units += [work / "csrc" / path for path in sources if path.endswith(".cu")]
+        objects = [work / f"{i}.o" for i in range(len(units))]
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            commands = [
+                ["g++", *flags, "-x", "c++", "-c", str(unit), "-o", str(obj)]
+                for unit, obj in zip(units, objects, strict=True)
+            ]
+            list(pool.map(_run, reversed(commands)))
+        link = ["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects), "-o", str(work / "shim.so")]
+        link += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", *([SANITIZERS] if sanitize else [])]
+        _run(link)
+        os.replace(work / "shim.so", target)
+    return target, namespace
+
+
+@dataclass
+class Loads:
+    bytes: int
+    narrow: int  # accesses of less than 16 bytes
+
+
+@dataclass
+class Stores:
+    bytes: int
+    narrow: int
+    never: int  # bytes not written
+    twice: int  # bytes written more than once
+    elsewhere: int  # stores to no output taken so far
+
+
+class Shim:
+    """One loaded build; `ops` are torch ops on CPU tensors."""
+
+    def __init__(self, path: Path, namespace: str):
+        torch.ops.load_library(str(path))
+        self.ops = getattr(torch.ops, namespace)
+        self._lib = ctypes.CDLL(str(path))
+        self._lib.cuda_shim_most_shared_bytes.restype = ctypes.c_int64
+
+    @contextmanager
+    def order(self, order: int):
+        self._lib.cuda_shim_set_order(ctypes.c_int(order))
+        try:
+            yield
+        finally:
+            self._lib.cuda_shim_set_order(ctypes.c_int(FORWARD))
+
+    @contextmanager
+    def trace(self, **readable: torch.Tensor):
+        """Only the elements of these tensors may be loaded; what is loaded and stored is counted."""
+        self._lib.cuda_shim_trace(1)
+        try:
+            regions = {n: self._lib.cuda_shim_allow_loads(*_extent(x)) for n, x in readable.items()}
+            yield _Trace(self._lib, regions)
+        finally:
+            self._lib.cuda_shim_trace(0)
+
+
+class _Trace:
+    def __init__(self, lib, regions):
+        self._lib, self._regions = lib, regions
+
+    def loads(self, name: str) -> Loads:
+        out = (ctypes.c_int64 * 2)()
+        self._lib.cuda_shim_loads(self._regions[name], out)
+        return Loads(*out)
+
+    def take_stores(self, output: torch.Tensor) -> Stores:
+        out = (ctypes.c_int64 * 5)()
+        self._lib.cuda_shim_take_stores(*_extent(output), out)
+        return Stores(*out)
+
+    def most_shared_bytes(self) -> int:
+        return self._lib.cuda_shim_most_shared_bytes()
+
+
+def _extent(x: torch.Tensor):
+    """Rows of bytes of a matrix or vector whose last dimension is dense."""
+    matrix = x if x.dim() == 2 else x[None]
+    rows, columns = matrix.shape
+    size = x.element_size()
+    if x.dim() == 1 and x.stride(0) != 1:
+        rows, columns, stride = x.shape[0], 1, x.stride(0)
+    else:
+        stride = matrix.stride(0)
+    return (
+        ctypes.c_uint64(x.data_ptr()),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns * size),
+        ctypes.c_int64(stride * size),
+    )
+
+
+@functools.cache
+def load(*faults: Fault, sanitize: bool = False) -> Shim:
+    return Shim(*compile_shim(faults, sanitize))

@@ -1,0 +1,78 @@
+"""What is tested is what pip installed; and the rules for tests that need a GPU or the compiled extension."""
+
+from __future__ import annotations
+
+import filecmp
+import importlib.machinery
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "minitron_kernels"
+
+
+def _prefer_installed() -> Path | None:
+    """Take the checkout off sys.path where a copy is installed; return that copy's folder.
+
+    `python -m pytest` puts the checkout first, and its package folder, which need not have a _C, would hide
+    the installed one. Where nothing is found elsewhere, the checkout is what is installed (editable).
+    """
+    others = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+    spec = importlib.machinery.PathFinder.find_spec(NAME, others)
+    if spec is None or spec.origin is None:
+        return None
+    sys.path[:] = others
+    return Path(spec.origin).parent
+
+
+INSTALLED = _prefer_installed()
+
+import torch  # noqa: E402
+
+from minitron_kernels import _native  # noqa: E402
+
+
+def _stale() -> list[str]:
+    """Python files of the checkout that differ from the installed copy."""
+    if INSTALLED is None:
+        return []
+    files = [path.relative_to(ROOT / NAME) for path in sorted((ROOT / NAME).rglob("*.py"))]
+    _, differ, missing = filecmp.cmpfiles(ROOT / NAME, INSTALLED, files, shallow=False)
+    return [str(path) for path in (*differ, *missing)]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-native",
+        action="store_true",
+        help="fail, rather than skip tests, without the compiled extension",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if stale := _stale():
+        raise pytest.UsageError(
+            f"the installed {INSTALLED} is not what this checkout holds ({', '.join(stale)} differ): "
+            "run pip install . again, or once pip install --no-build-isolation -e ."
+        )
+    if config.getoption("--require-native") and not _native.available():
+        raise pytest.UsageError(f"--require-native, but {_native.reason()}")
+
+
+def pytest_report_header() -> list[str]:
+    info = _native.build_info()
+    native = (
+        f"{info['simd_chosen']}, CUDA objects: {' '.join(info['cuda_archs']) or 'none'}" if info else "no"
+    )
+    return [f"{NAME}: {Path(_native.__file__).parent}, native: {native}"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_gpu = None if torch.cuda.is_available() else pytest.mark.skip(reason="needs a GPU")
+    no_native = None if _native.available() else pytest.mark.skip(reason=f"needs _C: {_native.reason()}")
+    for item in items:
+        for name, skip in (("gpu", no_gpu), ("native", no_native)):
+            if skip is not None and item.get_closest_marker(name):
+                item.add_marker(skip)

@@ -1,0 +1,411 @@
+// The scheduler of the shim, and the C functions by which the tests steer and question it.
+#include "cuda_shim.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#define SHIM_ASAN 1
+#else
+#define SHIM_ASAN 0
+#endif
+
+// ---- switching stacks
+
+#if defined(__x86_64__)
+extern "C" void cuda_shim_switch(void** save, void* load);
+asm(R"(
+.text
+.globl cuda_shim_switch
+.hidden cuda_shim_switch
+.type cuda_shim_switch,@function
+cuda_shim_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size cuda_shim_switch,.-cuda_shim_switch
+)");
+struct Context {
+  void* stack_pointer = nullptr;
+  void prepare(char* stack, size_t size, void (*entry)()) {
+    void** top = reinterpret_cast<void**>(stack + size - 64);  // 16-byte aligned after the return address is popped
+    *--top = nullptr;
+    *--top = reinterpret_cast<void*>(entry);
+    for (int i = 0; i < 6; ++i) *--top = nullptr;
+    stack_pointer = top;
+  }
+  static void swap(Context& from, Context& to) { cuda_shim_switch(&from.stack_pointer, to.stack_pointer); }
+};
+#else
+#include <ucontext.h>  // portable, but a system call at every switch
+struct Context {
+  ucontext_t context;
+  void prepare(char* stack, size_t size, void (*entry)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = size;
+    context.uc_link = nullptr;
+    makecontext(&context, entry, 0);
+  }
+  static void swap(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+};
+#endif
+
+namespace cuda_shim {
+namespace {
+
+constexpr size_t kStackBytes = SHIM_ASAN ? 256 << 10 : 64 << 10;
+
+[[noreturn]] void fail(const std::string& message) { throw std::runtime_error("cuda_shim: " + message); }
+
+struct Fiber {
+  Context context;
+  char* stack = nullptr;
+  void* fake_stack = nullptr;  // ASan's
+  bool done = false, blocked = false;
+  std::string waits_for;
+  uint32_t inbox[32] = {};
+};
+
+// One collective of a warp that not all of its lanes have reached.
+struct Rendezvous {
+  uint32_t mask = 0, arrived = 0;
+  const char* what = nullptr;
+  uint32_t words[32] = {};
+};
+
+// `rows` runs of `row_bytes`, `stride_bytes` apart.
+struct Region {
+  uintptr_t base;
+  int64_t rows, row_bytes, stride_bytes;
+  int64_t loaded = 0, narrow_loads = 0;
+
+  // Offset of an access in the runs laid end to end, or -1.
+  int64_t find(uintptr_t p, size_t bytes) const {
+    if (p < base) return -1;
+    const int64_t offset = static_cast<int64_t>(p - base);
+    const int64_t row = stride_bytes == 0 ? 0 : std::min(offset / stride_bytes, rows - 1);
+    const int64_t column = offset - row * stride_bytes;
+    return column + static_cast<int64_t>(bytes) <= row_bytes ? row * row_bytes + column : -1;
+  }
+};
+
+struct Store {
+  uintptr_t address;
+  uint32_t bytes;
+};
+
+struct Machine {
+  Where where;
+  int order = 0;  // 0 forwards, 1 backwards, else the seed of a shuffle in every round
+  std::mt19937 random;
+  std::vector<Fiber> fibers;
+  Fiber* current = nullptr;
+  Context scheduler;
+  int live = 0, at_barrier = 0;
+  std::vector<Rendezvous> warps;
+  std::map<const void*, std::unique_ptr<char, void (*)(void*)>> shared;
+  int64_t shared_bytes = 0, most_shared_bytes = 0, launches = 0;
+  const std::function<void()>* body = nullptr;
+  std::exception_ptr error;
+  bool traced = false;
+  std::vector<Region> readable;  // while traced, the only bytes that may be loaded
+  std::vector<Store> stores;     // while traced
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_bytes = 0;
+  void* scheduler_fake_stack = nullptr;
+};
+
+Machine& machine() {
+  static Machine m;
+  return m;
+}
+
+void to_scheduler(Fiber& fiber, bool last) {
+  Machine& m = machine();
+#if SHIM_ASAN
+  __sanitizer_start_switch_fiber(last ? nullptr : &fiber.fake_stack, m.scheduler_stack, m.scheduler_stack_bytes);
+#endif
+  (void)last;
+  Context::swap(fiber.context, m.scheduler);
+#if SHIM_ASAN
+  __sanitizer_finish_switch_fiber(fiber.fake_stack, &m.scheduler_stack, &m.scheduler_stack_bytes);
+#endif
+}
+
+void to_fiber(Fiber& fiber) {
+  Machine& m = machine();
+#if SHIM_ASAN
+  __sanitizer_start_switch_fiber(&m.scheduler_fake_stack, fiber.stack, kStackBytes);
+#endif
+  Context::swap(m.scheduler, fiber.context);
+#if SHIM_ASAN
+  __sanitizer_finish_switch_fiber(m.scheduler_fake_stack, nullptr, nullptr);
+#endif
+}
+
+void block_current(std::string waits_for) {
+  Fiber& fiber = *machine().current;
+  fiber.blocked = true;
+  fiber.waits_for = std::move(waits_for);
+  to_scheduler(fiber, false);
+}
+
+// Threads that have exited no longer take part in a barrier.
+void release_barrier_if_complete() {
+  Machine& m = machine();
+  if (m.at_barrier == 0 || m.at_barrier < m.live) return;
+  m.at_barrier = 0;
+  for (Fiber& f : m.fibers) f.blocked = false;
+}
+
+void fiber_entry() {
+  Machine& m = machine();
+#if SHIM_ASAN
+  __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_stack, &m.scheduler_stack_bytes);
+#endif
+  try {
+    (*m.body)();
+  } catch (...) {
+    if (!m.error) m.error = std::current_exception();
+  }
+  m.current->done = true;
+  --m.live;
+  release_barrier_if_complete();
+  to_scheduler(*m.current, true);
+  __builtin_unreachable();
+}
+
+std::string deadlock_report() {
+  const Machine& m = machine();
+  std::map<std::string, std::vector<size_t>> waiting;
+  for (size_t i = 0; i < m.fibers.size(); ++i) {
+    if (!m.fibers[i].done) waiting[m.fibers[i].waits_for].push_back(i);
+  }
+  std::string text = "deadlock in block (" + std::to_string(m.where.block.x) + ", " +
+                     std::to_string(m.where.block.y) + ")";
+  for (const auto& [what, threads] : waiting) {
+    text += "; " + std::to_string(threads.size()) + " threads from " + std::to_string(threads[0]) + " on wait at " + what;
+  }
+  return text + "; " + std::to_string(m.fibers.size() - m.live) + " have exited";
+}
+
+void run_block() {
+  Machine& m = machine();
+  m.shared.clear();
+  m.shared_bytes = 0;
+  m.at_barrier = 0;
+  m.live = static_cast<int>(m.fibers.size());
+  m.warps.assign((m.fibers.size() + 31) / 32, Rendezvous{});
+  for (Fiber& f : m.fibers) {
+    f.done = f.blocked = false;
+    f.context.prepare(f.stack, kStackBytes, fiber_entry);
+  }
+  std::vector<int> order(m.fibers.size());
+  std::iota(order.begin(), order.end(), 0);
+  if (m.order == 1) std::reverse(order.begin(), order.end());
+  while (m.live > 0) {
+    if (m.order > 1) std::shuffle(order.begin(), order.end(), m.random);
+    bool progress = false;
+    for (int i : order) {
+      Fiber& f = m.fibers[i];
+      if (f.done || f.blocked) continue;
+      progress = true;
+      m.current = &f;
+      m.where.thread = {static_cast<unsigned>(i), 0, 0};
+      to_fiber(f);
+      if (m.error) std::rethrow_exception(m.error);
+    }
+    if (!progress) fail(deadlock_report());
+  }
+}
+
+void set_threads(unsigned count) {
+  Machine& m = machine();
+  while (m.fibers.size() > count) {
+    munmap(m.fibers.back().stack, kStackBytes);
+    m.fibers.pop_back();
+  }
+  while (m.fibers.size() < count) {
+    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stack == MAP_FAILED) fail("no memory for stacks");
+    m.fibers.emplace_back().stack = static_cast<char*>(stack);
+  }
+}
+
+void on_access(const void* p, size_t bytes, bool store) {
+  Machine& m = machine();
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  if (address % bytes != 0) fail("misaligned " + std::to_string(bytes) + "-byte access");
+  if (!m.traced) return;
+  if (store) return m.stores.push_back({address, static_cast<uint32_t>(bytes)});
+  for (Region& r : m.readable) {
+    if (r.find(address, bytes) < 0) continue;
+    r.loaded += static_cast<int64_t>(bytes);
+    r.narrow_loads += bytes < 16;
+    return;
+  }
+  fail("load outside of the allowed regions, thread " + std::to_string(m.where.thread.x) + " of block " +
+       std::to_string(m.where.block.x));
+}
+
+}  // namespace
+
+Where& where() { return machine().where; }
+
+void launch(dim3 grid, dim3 block, const std::function<void()>& thread) {
+  Machine& m = machine();
+  if (block.y != 1 || block.z != 1) fail("only one-dimensional blocks are modelled");
+  if (block.x == 0 || block.x > 1024) fail(std::to_string(block.x) + " threads in a block");
+  if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y - 1 > 65534u || grid.z - 1 > 65534u) fail("grid out of range");
+  set_threads(block.x);
+  m.where.block_dim = block;
+  m.where.grid_dim = grid;
+  m.random.seed(m.order);
+  m.error = nullptr;
+  m.body = &thread;
+  ++m.launches;
+  try {
+    for (unsigned z = 0; z < grid.z; ++z) {
+      for (unsigned y = 0; y < grid.y; ++y) {
+        for (unsigned x = 0; x < grid.x; ++x) {
+          m.where.block = {x, y, z};
+          run_block();
+        }
+      }
+    }
+  } catch (...) {
+    set_threads(0);  // fibers stopped halfway cannot be started again
+    throw;
+  }
+}
+
+void block_barrier(const char* file, unsigned line) {
+  Machine& m = machine();
+  Fiber& me = *m.current;
+  ++m.at_barrier;
+  me.blocked = true;
+  release_barrier_if_complete();  // the last one also yields: which thread goes on is the order's choice
+  me.waits_for = std::string(file) + ":" + std::to_string(line);
+  to_scheduler(me, false);
+}
+
+const uint32_t* exchange(uint32_t mask, uint32_t word, const char* what) {
+  Machine& m = machine();
+  const unsigned thread = m.where.thread.x, lane = thread % 32, first = thread - lane;
+  Rendezvous& r = m.warps[thread / 32];
+  if (m.fibers.size() - first < 32) mask &= (1u << (m.fibers.size() - first)) - 1;
+  if (!(mask >> lane & 1)) fail(std::string(what) + ": the calling lane is not in its mask");
+  if (r.arrived == 0) {
+    r.mask = mask;
+    r.what = what;
+  } else if (r.mask != mask || r.what != what) {
+    fail(std::string("lanes of a warp diverge: ") + what + " against " + r.what);
+  }
+  r.words[lane] = word;
+  r.arrived |= 1u << lane;
+  Fiber& me = *m.current;
+  if (r.arrived != r.mask) {
+    block_current(what);
+    return me.inbox;
+  }
+  for (unsigned i = 0; i < 32; ++i) {
+    if (!(mask >> i & 1)) continue;
+    memcpy(m.fibers[first + i].inbox, r.words, sizeof r.words);
+    m.fibers[first + i].blocked = false;
+  }
+  r.arrived = 0;
+  return me.inbox;
+}
+
+void* shared_memory(const void* key, size_t bytes) {
+  Machine& m = machine();
+  auto found = m.shared.find(key);
+  if (found == m.shared.end()) {
+    void* p = aligned_alloc(16, (bytes + 15) / 16 * 16);
+    memset(p, 0xff, bytes);  // NaN in every float format
+    found = m.shared.emplace(key, std::unique_ptr<char, void (*)(void*)>(static_cast<char*>(p), free)).first;
+    m.shared_bytes += static_cast<int64_t>(bytes);
+    m.most_shared_bytes = std::max(m.most_shared_bytes, m.shared_bytes);
+  }
+  return found->second.get();
+}
+
+void on_load(const void* p, size_t bytes) { on_access(p, bytes, false); }
+void on_store(const void* p, size_t bytes) { on_access(p, bytes, true); }
+
+}  // namespace cuda_shim
+
+// ---- for the tests, by ctypes
+
+#define SHIM_API extern "C" __attribute__((visibility("default")))
+
+SHIM_API void cuda_shim_set_order(int order) { cuda_shim::machine().order = order; }
+
+SHIM_API void cuda_shim_trace(int on) {
+  auto& m = cuda_shim::machine();
+  m.traced = on != 0;
+  m.readable.clear();
+  m.stores.clear();
+  m.most_shared_bytes = 0;
+}
+
+SHIM_API int cuda_shim_allow_loads(uintptr_t base, int64_t rows, int64_t row_bytes, int64_t stride_bytes) {
+  auto& readable = cuda_shim::machine().readable;
+  readable.push_back({base, rows, row_bytes, stride_bytes});
+  return static_cast<int>(readable.size()) - 1;
+}
+
+// bytes loaded, loads of less than 16 bytes
+SHIM_API void cuda_shim_loads(int region, int64_t* out) {
+  const auto& r = cuda_shim::machine().readable.at(region);
+  out[0] = r.loaded;
+  out[1] = r.narrow_loads;
+}
+
+// Takes the stores to an output out of the log: bytes stored, stores of less than 16 bytes, bytes never written, bytes
+// written more than once, stores left in the log.
+SHIM_API void cuda_shim_take_stores(uintptr_t base, int64_t rows, int64_t row_bytes, int64_t stride_bytes,
+                                    int64_t* out) {
+  auto& m = cuda_shim::machine();
+  const cuda_shim::Region output{base, rows, row_bytes, stride_bytes};
+  std::vector<uint8_t> writes(rows * row_bytes);
+  std::vector<cuda_shim::Store> left;
+  std::fill(out, out + 5, 0);
+  for (const auto& store : m.stores) {
+    const int64_t offset = output.find(store.address, store.bytes);
+    if (offset < 0) {
+      left.push_back(store);
+      continue;
+    }
+    out[0] += store.bytes;
+    out[1] += store.bytes < 16;
+    for (uint32_t i = 0; i < store.bytes; ++i) writes[offset + i] += writes[offset + i] < 255;
+  }
+  m.stores = left;
+  out[2] = std::count(writes.begin(), writes.end(), 0);
+  out[3] = std::count_if(writes.begin(), writes.end(), [](uint8_t n) { return n > 1; });
+  out[4] = static_cast<int64_t>(left.size());
+}
+
+SHIM_API int64_t cuda_shim_most_shared_bytes() { return cuda_shim::machine().most_shared_bytes; }

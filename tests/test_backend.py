@@ -1,0 +1,73 @@
+"""pick(): names are checked, a named backend never falls back, "auto" does, torch.compile traces it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from minitron_kernels import _backend, _native
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_auto_takes_native_where_it_is_built(op):
+    assert _backend.pick(op, CPU, "auto") == ("native" if _native.available() else "reference")
+
+
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_auto_takes_the_reference_where_there_is_nothing_else(op):
+    assert _backend.pick(op, torch.device("meta"), "auto") == "reference"
+
+
+@pytest.mark.parametrize("backend", ["Native", "cpu", "", None])
+def test_unknown_name(backend):
+    with pytest.raises(ValueError, match='backend must be "auto", "native", "triton" or "reference", got'):
+        _backend.pick("kl_loss", CPU, backend)
+
+
+def test_named_backend_is_taken_or_refused_never_replaced():
+    devices = [*_backend.DEVICES, "meta"]
+    for op, backend, kind in itertools.product(_backend.OPS, _backend.BACKENDS, devices):
+        device = torch.device(kind)
+        reason = _backend.why_not(op, backend, device)
+        if reason is None:
+            assert _backend.pick(op, device, backend) == backend
+        else:
+            assert len(reason) > 10
+            with pytest.raises(RuntimeError, match=f'backend="{backend}" cannot serve {op} on {kind}: '):
+                _backend.pick(op, device, backend)
+
+
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_missing_extension(op, monkeypatch):
+    monkeypatch.setattr(_native, "available", lambda: False)
+    monkeypatch.setattr(_native, "reason", lambda: "because of the weather")
+    assert _backend._find_reason(op, "native", "cpu") == "because of the weather"
+
+
+def test_extension_without_cuda(monkeypatch):
+    monkeypatch.setattr(_native, "available", lambda: True)
+    monkeypatch.setattr(
+        _native, "build_info", lambda: {"cuda_archs": [], "cuda_reason": "nvcc was not found"}
+    )
+    reason = _backend._find_reason("kl_loss", "native", "cuda")
+    assert reason == "minitron_kernels was built without CUDA: nvcc was not found"
+
+
+def test_rocm_does_not_take_the_cuda_kernels(monkeypatch):
+    monkeypatch.setattr(_native, "available", lambda: True)
+    monkeypatch.setattr(_native, "build_info", lambda: {"cuda_archs": ["sm_80"], "cuda_reason": None})
+    assert _backend._find_reason("kl_loss", "native", "cuda") is None
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "ROCm" in _backend._find_reason("kl_loss", "native", "cuda")
+
+
+def test_compiles_without_a_graph_break():
+    def f(x):
+        return x + 1 if _backend.pick("kl_loss", x.device, "auto") == "reference" else x + 2
+
+    x = torch.zeros(3)
+    assert torch.equal(torch.compile(f, fullgraph=True, backend="eager")(x), f(x))

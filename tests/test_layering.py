@@ -1,0 +1,189 @@
+"""Imports run one way, ops do not know each other, files stay short; the same for #include in csrc/."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "minitron_kernels"
+LONGEST_FILE = 400
+
+
+def part_of(module: str) -> str:
+    """The part of the house that a module belongs to."""
+    parts = module.split(".")[1:]
+    if parts in ([], ["__main__"]):
+        return "top"
+    if parts[0] in ("_native", "_backend", "pruning", "distillation"):
+        return parts[0]
+    if parts == ["ops"]:
+        return "ops"
+    assert parts[0] == "ops", f"{module} has no place in the layers of {__file__}: give it one"
+    if len(parts) == 3 and parts[2] in ("reference", "kernel_triton"):
+        return parts[2]
+    return "op"  # op.py and the files it is split into
+
+
+# part -> what it may import of the package; `op`, `reference`, `kernel_triton` mean those of the same op
+MAY_IMPORT = {
+    "_native": set(),
+    "_backend": {"_native"},
+    "ops": set(),
+    "reference": set(),
+    "kernel_triton": set(),
+    "op": {"op", "reference", "kernel_triton", "_backend", "_native"},
+    "pruning": {"pruning", "op"},
+    "distillation": {"distillation", "op"},
+    "top": {"_native", "_backend", "op", "pruning", "distillation"},
+}
+
+
+def imports_of(source: str, module: str, is_package: bool) -> set[str]:
+    """Absolute names of what a module imports from the package; `from x import y` is x and x.y."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")[
+                    : None if is_package and node.level == 1 else -node.level + is_package
+                ]
+                base = ".".join([*parents, *([node.module] if node.module else [])])
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return {name for name in found if name.split(".")[0] == PACKAGE}
+
+
+def modules_under(root: Path) -> dict[str, Path]:
+    files = sorted((root / PACKAGE).rglob("*.py"))
+    return {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in files
+    }
+
+
+def wrong_imports(root: Path) -> list[str]:
+    modules = modules_under(root)
+    wrong = []
+    for module, path in modules.items():
+        for name in sorted(imports_of(path.read_text(), module, path.name == "__init__.py")):
+            # a name that is no module (a function), or a package on the way to the module that is meant
+            if name not in modules or name == module or name in (PACKAGE, f"{PACKAGE}.ops"):
+                continue
+            source, target = part_of(module), part_of(name)
+            of_other_op = source in ("op", "reference", "kernel_triton") and (
+                target in ("op", "reference", "kernel_triton") and module.split(".")[2] != name.split(".")[2]
+            )
+            if target not in MAY_IMPORT[source] or of_other_op:
+                wrong.append(f"{module} ({source}) imports {name} ({target})")
+    return wrong
+
+
+def wrong_includes(root: Path) -> list[str]:
+    """common/ knows no op, an op knows no other op; kernel headers and module.cpp know no torch (*_torch.cuh may)."""
+    wrong = []
+    for path in sorted(p for p in (root / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu")):
+        here = path.relative_to(root / "csrc")
+        kernels = path.name.endswith((".cuh", "_kernel.h")) and not path.name.endswith("_torch.cuh")
+        without_torch = kernels or path.name == "module.cpp"
+        for name in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M):
+            folder = name.split("/")[0]
+            if without_torch and folder in ("torch", "ATen", "c10"):
+                wrong.append(f"{here} includes {name}: it must know no torch")
+            other = (root / "csrc" / folder).is_dir() and folder not in ("common", here.parts[0])
+            if "/" in name and other:
+                wrong.append(f"{here} includes {name}: that is another op's")
+    return wrong
+
+
+def test_imports_run_one_way():
+    assert len(modules_under(ROOT)) > 5
+    assert wrong_imports(ROOT) == []
+
+
+def test_includes_run_one_way():
+    assert wrong_includes(ROOT) == []
+
+
+def test_ops_init_is_empty():
+    # a function kl_loss imported there would hide the package kl_loss beside it
+    assert (ROOT / PACKAGE / "ops" / "__init__.py").read_text().strip() == ""
+
+
+def test_no_file_is_long():
+    files = [
+        p
+        for top in (PACKAGE, "csrc")
+        for p in (ROOT / top).rglob("*")
+        if p.suffix in (".py", ".h", ".cuh", ".cpp", ".cu")
+    ]
+    assert files
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+PLANTED = [
+    ("_native.py", "from minitron_kernels import _backend"),
+    ("_native.py", "from . import _backend"),
+    ("_backend.py", "def f():\n    import minitron_kernels.ops.kl_loss.op"),
+    ("ops/kl_loss/reference.py", "from .op import kl_loss"),
+    ("ops/kl_loss/reference.py", "from ..._backend import pick"),
+    ("ops/kl_loss/kernel_triton.py", "from minitron_kernels.ops.kl_loss import reference"),
+    ("ops/gather/op.py", "from minitron_kernels.ops.kl_loss.op import kl_loss"),
+    ("ops/gather/op.py", "from ..kl_loss import op"),
+    ("ops/kl_loss/op.py", "from minitron_kernels.pruning import plan"),
+    ("pruning/plan.py", "from minitron_kernels.ops.kl_loss import reference"),
+    ("pruning/plan.py", "from ..distillation import losses"),
+]
+
+
+@pytest.mark.parametrize(("file", "line"), PLANTED)
+def test_a_planted_import_is_found(tmp_path, file, line):
+    house = """__init__ __main__ _native _backend ops/__init__ ops/kl_loss/__init__ ops/kl_loss/op
+        ops/kl_loss/plan ops/kl_loss/reference ops/kl_loss/kernel_triton ops/gather/__init__ ops/gather/op
+        pruning/__init__ pruning/plan distillation/__init__ distillation/losses"""
+    for name in house.split():
+        path = tmp_path / PACKAGE / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    good = (
+        "import torch\nfrom minitron_kernels import _backend\nfrom . import reference\nfrom .plan import f\n"
+    )
+    (tmp_path / PACKAGE / "ops/kl_loss/op.py").write_text(good)
+    assert wrong_imports(tmp_path) == []
+    with (tmp_path / PACKAGE / file).open("a") as stream:
+        stream.write(line)
+    importer = f"{PACKAGE}.{file.removesuffix('.py').replace('/', '.')} "
+    assert [found for found in wrong_imports(tmp_path) if found.startswith(importer)]
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("common/a.h", '#include "kl_loss/b.h"'),
+        ("gather/a_cuda.cu", '#include "kl_loss/b.h"'),
+        ("kl_loss/a_cuda.cuh", "#include <torch/csrc/stable/tensor.h>"),
+        ("module.cpp", "#  include <ATen/ATen.h>"),
+    ],
+)
+def test_a_planted_include_is_found(tmp_path, file, line):
+    for name in (
+        "common/vec.h",
+        "gather/a_cuda.cu",
+        "kl_loss/b.h",
+        "module.cpp",
+        "common/a.h",
+        "kl_loss/a_cuda.cuh",
+    ):
+        path = tmp_path / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('#include <cmath>\n#include "common/vec.h"\n')
+    assert wrong_includes(tmp_path) == []
+    with (tmp_path / "csrc" / file).open("a") as stream:
+        stream.write(line)
+    assert len(wrong_includes(tmp_path)) == 1
