@@ -1,4 +1,4 @@
-"""What is measured: shapes, their inputs (far from the teacher, close to it, or a file), and the truth in float64.
+"""What is measured: shapes, their inputs (far from the teacher, close to it, real), the truth in float64.
 
 N rows (tokens), H and Ht the hidden sizes of student and teacher, V the vocabulary.
 """
@@ -66,7 +66,7 @@ def parse_shape(text: str) -> Case:
 
 @dataclass
 class Inputs:
-    """Operands of the loss: hidden states [N, H] and [N, Ht], heads [V, H] and [V, Ht]; labels [N] of zeros."""
+    """Operands of the loss: hidden states [N, H] and [N, Ht], heads [V, H] and [V, Ht]; labels [N], zeros."""
 
     student_hidden: torch.Tensor
     student_head: torch.Tensor
@@ -91,11 +91,13 @@ class Inputs:
 
 
 def make_inputs(case: Case, dtype: str, kind: str = "far", device: str = "cpu", seed: int = 0) -> Inputs:
-    """Draws, or loads, the operands of `case`. `kind`: "far" or "close"; a case with a file has one kind, "real"."""
+    """Draws the operands of `case`, "far" or "close"; a case with a file loads them, whatever `kind` is."""
     wanted = DTYPES[dtype]
     if case.file is not None:
         stored = torch.load(case.file, weights_only=True)
-        X, W, Y, U = (stored[name] for name in ("student_hidden", "student_head", "teacher_hidden", "teacher_head"))
+        X, W, Y, U = (
+            stored[name] for name in ("student_hidden", "student_head", "teacher_hidden", "teacher_head")
+        )
         return Inputs.of([X[: case.N], W[: case.V], Y[: case.N], U[: case.V]], wanted, device)
     gen = torch.Generator().manual_seed(seed)
 
@@ -114,10 +116,13 @@ def make_inputs(case: Case, dtype: str, kind: str = "far", device: str = "cpu", 
         if width == k:
             return [hidden, head]
         extra = width - k
-        return [torch.cat([hidden, draw(N, extra)], 1), torch.cat([head, draw(V, extra, CLOSE_STD / extra**0.5)], 1)]
+        return [
+            torch.cat([hidden, draw(N, extra)], 1),
+            torch.cat([head, draw(V, extra, CLOSE_STD / extra**0.5)], 1),
+        ]
 
     student, teacher = widen(H), widen(Ht)
-    if H == Ht:
+    if Ht == H:
         teacher[1] = head + draw(V, k, CLOSE_STD / k**0.5)
     return Inputs.of(student + teacher, wanted, device)
 

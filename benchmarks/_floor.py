@@ -1,7 +1,7 @@
 """The floor: the GEMMs that no implementation can do without, by torch.mm and nothing else.
 
-Teacher logits, student logits, gradient of the hidden states, gradient of the head, in blocks of 512 rows and 4096
-tokens of the vocabulary, into buffers allocated before.
+Teacher logits, student logits, gradient of the hidden states, gradient of the head, in blocks of 512 rows and
+4096 tokens of the vocabulary, into buffers allocated before.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def gemm_flops(case: Case) -> int:
 
 
 class Floor:
-    """Calling it runs the four GEMMs once, on operands and buffers of `dtype` (that of the inputs unless given)."""
+    """Calling it runs the four GEMMs once, on operands and buffers of `dtype` (the inputs' unless given)."""
 
     def __init__(self, inputs: Inputs, dtype: torch.dtype | None = None) -> None:
         self.X, self.W, self.Y, self.U = (

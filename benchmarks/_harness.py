@@ -1,8 +1,8 @@
 """Measuring: time side by side with a floor, peak memory of one call, work in a fresh process.
 
-Machines are shared and drift, so a time alone says little. What is trusted is the ratio to the floor, taken in turns
-with it in one process, of *busy seconds*: on the CPU user + system seconds of the process, on CUDA the time between
-two events on the stream.
+Machines are shared and drift, so a time alone says little. What is trusted is the ratio to the floor, taken
+in turns with it in one process, of *busy seconds*: on the CPU user + system seconds of the process, on CUDA
+the time between two events on the stream.
 """
 
 from __future__ import annotations
@@ -59,7 +59,12 @@ class Pairs:
 
 
 def interleave(
-    floor: Callable[[], object], call: Callable[[], object], device: str, *, budget_s: float, reps: tuple[int, int]
+    floor: Callable[[], object],
+    call: Callable[[], object],
+    device: str,
+    *,
+    budget_s: float,
+    reps: tuple[int, int],
 ) -> Pairs:
     """Takes turns until `budget_s` is spent, at least reps[0] and at most reps[1] times."""
     pairs = Pairs([], [])
@@ -104,8 +109,8 @@ def _status_bytes(field: str) -> int:
 def extra_peak_bytes(call: Callable[[], object], device: str) -> int | None:
     """How far one call raises the memory of the process above where it stood; None where that cannot be told.
 
-    On the CPU: the kernel's high-water mark of resident pages, reset before the call. Call it once in a fresh process,
-    after a warm-up that loads what is loaded once: memory the allocator kept from earlier work would go unseen.
+    On the CPU: the kernel's high-water mark of resident pages, reset before the call. To be used once in a
+    fresh process, after a warm-up that loads what is loaded once: memory kept from earlier work goes unseen.
     """
     gc.collect()
     if torch.device(device).type == "cuda":
@@ -130,20 +135,32 @@ class WorkerError(RuntimeError):
     """A worker ended without a result; the message is its reason."""
 
 
-def run_worker(script: Path, spec: dict[str, Any], *, threads: int, timeout_s: float = 3600) -> dict[str, Any]:
-    """Runs `script` in a fresh process with `spec` as JSON on its standard input; returns the JSON it answers."""
-    env = os.environ | {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+def run_worker(
+    script: Path, spec: dict[str, Any], *, threads: int, timeout_s: float = 3600
+) -> dict[str, Any]:
+    """Runs `script` in a fresh process with `spec` as JSON on standard input; returns the JSON it answers."""
+    env = os.environ | {
+        name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    }
     command = [sys.executable, str(script)]
     try:
         done = subprocess.run(
-            command, input=json.dumps(spec), capture_output=True, text=True, env=env, timeout=timeout_s, check=False
+            command,
+            input=json.dumps(spec),
+            capture_output=True,
+            text=True,
+            env=env,
+            timeout=timeout_s,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise WorkerError(f"took more than {timeout_s:.0f} s") from None
     if done.returncode == 0:
         return json.loads(done.stdout)
     if done.returncode < 0:
-        raise WorkerError(f"killed by signal {-done.returncode}" + (" (memory?)" if done.returncode == -9 else ""))
+        raise WorkerError(
+            f"killed by signal {-done.returncode}" + (" (memory?)" if done.returncode == -9 else "")
+        )
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     raise WorkerError(lines[-1].strip() if lines else f"exit status {done.returncode}")
 

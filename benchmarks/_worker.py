@@ -1,7 +1,7 @@
 """A fresh process for one measurement of the KL loss; _harness.run_worker() starts it.
 
-The specification it reads says what to do: "measure" (memory of the first call, then time in turns with the floor) or
-"errors" (each implementation against float64 on one draw of inputs).
+The specification it reads says what to do: "measure" (memory of the first call, then time in turns with the
+floor) or "errors" (each implementation against float64 on one draw of inputs).
 """
 
 from __future__ import annotations

@@ -35,9 +35,10 @@ class Fault:
     new: str
 
 
-# fault builds compile a few dtype pairs only
-FEWER_DTYPES = Fault(
-    "common/cuda_torch.cuh", "    case ScalarType::Half:\n      return f(__half{});\n", ""
+# planted to save time in compiling
+WITHOUT_HALF = Fault("common/cuda_torch.cuh", "    case ScalarType::Half:\n      return f(__half{});\n", "")
+WITHOUT_BFLOAT16 = Fault(
+    "common/cuda_torch.cuh", "    case ScalarType::BFloat16:\n      return f(__nv_bfloat16{});\n", ""
 )
 
 
@@ -52,13 +53,13 @@ def cache_folder() -> Path:
     return folder
 
 
-def _sources() -> dict[str, str]:
+def sources() -> dict[str, str]:
     files = [*CSRC.rglob("*.cuh"), *CSRC.rglob("*_cuda.cu")]
     return {str(path.relative_to(CSRC)): path.read_text() for path in sorted(files)}
 
 
-def _planted(sources: dict[str, str], faults: tuple[Fault, ...]) -> dict[str, str]:
-    out = dict(sources)
+def planted(texts: dict[str, str], faults: tuple[Fault, ...]) -> dict[str, str]:
+    out = dict(texts)
     for fault in faults:
         count = out[fault.file].count(fault.old)
         if count != 1:
@@ -67,50 +68,57 @@ def _planted(sources: dict[str, str], faults: tuple[Fault, ...]) -> dict[str, st
     return out
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+def write_sources(texts: dict[str, str], folder: Path) -> None:
+    for path, text in texts.items():
+        copy = folder / path
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(text)
+
+
+def digest_of(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def compile_to(command: list[str], target: Path) -> Path:
+    """`command -o target`, unless that exists. It appears whole or not at all, whoever else is building it."""
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+            output = Path(folder) / target.name
+            done = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+            os.replace(output, target)
+    return target
 
 
 def compile_shim(faults: tuple[Fault, ...] = (), sanitize: bool = False) -> tuple[Path, str]:
     """The shared object's path and the namespace of its ops."""
-    sources = _planted(_sources(), faults)
+    texts = planted(sources(), faults)
     shim = {path.name: path.read_text() for path in sorted((TESTS / "cuda_shim").iterdir())}
-    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Werror"]
-    flags += ["-Wno-unknown-pragmas", "-DMINITRON_CUDA_SHIM", "-DMINITRON_CUDA_KEY=CPU"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020d000000000000"]
-    flags += [SANITIZERS, "-fno-sanitize-recover=all", "-g1"] if sanitize else ["-g0"]
-    version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
-    digest = hashlib.sha256(repr((sources, shim, flags, version, torch.__version__)).encode()).hexdigest()[:16]
-    namespace = f"minitron_kernels_shim_{digest}"
-    target = cache_folder() / f"{namespace}.so"
-    if target.exists():
-        return target, namespace
-
     torch_folder = Path(torch.__file__).parent
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as name:
-        work = Path(name)
-        for path, text in sources.items():
-            copy = work / "csrc" / path
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_text(text)
-        flags += [f"-DMINITRON_CUDA_LIBRARY={namespace}", f"-I{TESTS / 'cuda_shim'}", f"-I{work / 'csrc'}"]
-        flags += ["-isystem", str(torch_folder / "include")]
-        units = [TESTS / "cuda_shim/cuda_shim.cpp", TESTS / "cuda_shim/register.cpp"]
-        units += [work / "csrc" / path for path in sources if path.endswith(".cu")]
-        objects = [work / f"{i}.o" for i in range(len(units))]
+    version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+    flags = ["g++", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall"]
+    flags += ["-Wno-unknown-pragmas", "-DMINITRON_CUDA_SHIM", "-DMINITRON_CUDA_KEY=CPU"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020d000000000000", "-isystem", str(torch_folder / "include")]
+    flags += [SANITIZERS, "-fno-sanitize-recover=all", "-g1"] if sanitize else ["-g0"]
+    flags += [] if faults else ["-Werror"]
+    tools = (flags, version, torch.__version__)
+    digest = digest_of(texts, shim, *tools)
+    namespace = f"minitron_kernels_shim_{digest}"
+    cache = cache_folder()
+
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        csrc = Path(folder) / "csrc"
+        write_sources(texts, csrc)
+        include = [f"-I{TESTS / 'cuda_shim'}", f"-I{csrc}", f"-DMINITRON_CUDA_LIBRARY={namespace}"]
+        units = {csrc / path: cache / f"{digest}_{Path(path).stem}.o" for path in texts if path.endswith(".cu")}
+        units[TESTS / "cuda_shim/register.cpp"] = cache / f"{digest}_register.o"
+        units[TESTS / "cuda_shim/cuda_shim.cpp"] = cache / f"{digest_of(shim, *tools)}_shim.o"  # in all builds the same
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            commands = [
-                ["g++", *flags, "-x", "c++", "-c", str(unit), "-o", str(obj)]
-                for unit, obj in zip(units, objects, strict=True)
-            ]
-            list(pool.map(_run, reversed(commands)))
-        link = ["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects), "-o", str(work / "shim.so")]
-        link += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", *([SANITIZERS] if sanitize else [])]
-        _run(link)
-        os.replace(work / "shim.so", target)
-    return target, namespace
+            commands = [[*flags, *include, "-x", "c++", "-c", str(unit)] for unit in units]
+            objects = list(pool.map(compile_to, commands, units.values()))
+    link = ["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+    return compile_to([*link, *([SANITIZERS] if sanitize else [])], cache / f"{namespace}.so"), namespace
 
 
 @dataclass

@@ -18,7 +18,7 @@ def part_of(module: str) -> str:
     parts = module.split(".")[1:]
     if parts in ([], ["__main__"]):
         return "top"
-    if parts[0] in ("_native", "_backend", "pruning", "distillation"):
+    if parts[0] in ("_native", "_workspace", "_backend", "pruning", "distillation"):
         return parts[0]
     if parts == ["ops"]:
         return "ops"
@@ -31,14 +31,15 @@ def part_of(module: str) -> str:
 # part -> what it may import of the package; `op`, `reference`, `kernel_triton` mean those of the same op
 MAY_IMPORT = {
     "_native": set(),
+    "_workspace": set(),
     "_backend": {"_native"},
     "ops": set(),
     "reference": set(),
     "kernel_triton": set(),
-    "op": {"op", "reference", "kernel_triton", "_backend", "_native"},
+    "op": {"op", "reference", "kernel_triton", "_backend", "_workspace", "_native"},
     "pruning": {"pruning", "op"},
     "distillation": {"distillation", "op"},
-    "top": {"_native", "_backend", "op", "pruning", "distillation"},
+    "top": {"_native", "_workspace", "_backend", "op", "pruning", "distillation"},
 }
 
 
@@ -85,7 +86,7 @@ def wrong_imports(root: Path) -> list[str]:
 
 
 def wrong_includes(root: Path) -> list[str]:
-    """common/ knows no op, an op knows no other op; kernel headers and module.cpp know no torch (*_torch.cuh may)."""
+    """common/ knows no op, an op no other op; kernel headers and module.cpp no torch (*_torch.cuh may)."""
     wrong = []
     for path in sorted(p for p in (root / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu")):
         here = path.relative_to(root / "csrc")

@@ -46,17 +46,44 @@ inline Vec<A> weigh(Vec<A> p, Vec<A> factor) {
   return p > A(0) ? p * factor : p;
 }
 
+// e^r - 1 - r for |r| < kSmallRatio, exact to a few ulps: r^2 (1/2! + r/3! + r^2/4! + ...).
+constexpr double kSmallRatio = 0.5;
+template <typename A>
+inline Vec<A> exp_beyond_linear(Vec<A> r) {
+  constexpr int kTerms = sizeof(A) == 4 ? 8 : 14;
+  A factorial = 1;
+  for (int k = 2; k <= kTerms + 1; ++k) factorial *= k;
+  Vec<A> series = splat(A(1) / factorial);
+#pragma GCC unroll 16
+  for (int k = kTerms + 1; k > 2; --k) {
+    factorial /= k;
+    series = series * r + A(1) / factorial;
+  }
+  return r * r * series;
+}
+
+// KL(P || Q) of one token, p (log p - log q) + q - p, with ratio = log q - log p. Its terms are all >= 0 and the extra
+// q - p sums to 0, so nothing cancels in the sum. Close to each other, p and q are not subtracted at all: their
+// normalisers' last bits would be as large as the term.
+template <typename A>
+inline Vec<A> kl_term(Vec<A> p, Vec<A> q, Vec<A> ratio, Vec<A> beyond, Mask<A> small) {
+  return small ? p * beyond : weigh<A>(p, -ratio) + (q - p);
+}
+
 template <typename A, Divergence kind>
 inline Terms<A> divergence_terms(Vec<A> s, Vec<A> t, const RowStats<A>& row, A beta) {
   const Vec<A> p_s = exp_nonpositive<A>(s - row.max_s) * row.rz_s;
   const Vec<A> p_t = exp_nonpositive<A>(t - row.max_t) * row.rz_t;
   const Vec<A> ratio = (s - t) - row.delta;  // ls - lt
-  // Each loss term below is >= 0: p (log p - log q) + q - p, whose extra parts sum to 0. Nothing cancels in the sum.
   if constexpr (kind == Divergence::kForward) {
-    const Vec<A> grad = p_s - p_t;
-    return {weigh<A>(p_t, -ratio) + (p_s - p_t), Vec<A>{}, grad};
+    const Mask<A> small = (ratio < A(kSmallRatio)) & (ratio > A(-kSmallRatio));
+    const Vec<A> beyond = exp_beyond_linear<A>(ratio);
+    const Vec<A> grad = small ? p_t * (ratio + beyond) : p_s - p_t;
+    return {kl_term<A>(p_t, p_s, ratio, beyond, small), Vec<A>{}, grad};
   } else if constexpr (kind == Divergence::kReverse) {
-    return {weigh<A>(p_s, ratio) + (p_t - p_s), Vec<A>{}, weigh<A>(p_s, ratio - row.kl)};
+    const Mask<A> small = (ratio < A(kSmallRatio)) & (ratio > A(-kSmallRatio));
+    const Vec<A> beyond = exp_beyond_linear<A>(-ratio);
+    return {kl_term<A>(p_s, p_t, -ratio, beyond, small), Vec<A>{}, weigh<A>(p_s, ratio - row.kl)};
   } else {
     // lm = log(beta p_t + (1 - beta) p_s) taken from the larger of the two, so that no exponential overflows
     const auto student_larger = ratio >= A(0);

@@ -22,8 +22,9 @@ struct LossOptions {
 
 // Columns of `stats`, [rows, kStats]: what the gradient needs of a row.
 enum Stat { kMaxS, kInvSumS, kMaxT, kInvSumT, kDelta, kKl, kStats };
-// Running sums of a row over a tile of the vocabulary, mergeable: maxima, sums of exp, and sum of exp * (log ratio).
-enum Partial { kPartMaxS, kPartSumS, kPartMaxT, kPartSumT, kPartDot, kPartials };
+// What a tile of the vocabulary leaves of a row, mergeable: maxima and sums of exp, and the KL divergence (in the
+// direction asked for) given that the token is in the tile. By the chain rule KL = KL(tile) + sum P(tile) KL(in tile).
+enum Partial { kPartMaxS, kPartSumS, kPartMaxT, kPartSumT, kPartKl, kPartials };
 
 // One row of logits, [vocab_size] with stride 1.
 struct LogitsRow {
@@ -43,7 +44,7 @@ struct KlKernels {
   // linear_kl_loss, on panels [rows of the vocabulary, kPanel tokens]; per-token values are rows of kPanel, `stride`
   // apart. `stats` transforms the panels in place (bias per vocabulary row, or nullptr); `grad` overwrites student.
   void (*panel_stats)(A* student, A* teacher, int64_t rows, const A* student_bias, const A* teacher_bias,
-                      const LossOptions&, A* partials, int64_t stride);
+                      const LossOptions&, bool want_kl, A* partials, int64_t stride);
   void (*panel_kl)(const A* student, const A* teacher, int64_t rows, const LossOptions&, const A* stats,
                    int64_t stride, A* kl, A* loss);
   void (*panel_grad)(A* student, const A* teacher, int64_t rows, const LossOptions&, const A* stats, int64_t stride,

@@ -238,7 +238,7 @@ class LinearKl {
   void transform_and_reduce(const Chunk& c, const Tile& t, int64_t panel, A* student, A* teacher) const {
     const auto bias = [&](const void* b) { return b ? static_cast<const A*>(b) + t.begin : nullptr; };
     kl_.panel_stats(student, teacher, t.rows, bias(p_.student_bias), bias(p_.teacher_bias), p_.options,
-                    partials(c, t.index) + panel * kPanel, c.padded);
+                    wants_tile_kl(), partials(c, t.index) + panel * kPanel, c.padded);
   }
 
   void reduce_logits(const Chunk& c) const {
@@ -252,41 +252,68 @@ class LinearKl {
   }
 
   void merge_stats(const Chunk& c) const {
-    const LossOptions& o = p_.options;
     A* stats = row_stats(c);
-    parallel_tasks(ceil_div(c.padded, kPanel), [&](int64_t panel, int64_t) {
+    parallel_tasks(c.padded / kPanel, [&](int64_t panel, int64_t) {
       for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel; ++n) {
-        const auto part = [&](int64_t t, int which) { return partials(c, t)[which * c.padded + n]; };
-        const auto merged = [&](int max_column, int sum_column, bool with_dot, A* max, double* sum, double* dot) {
-          A top = -std::numeric_limits<A>::infinity();
-          for (int64_t t = 0; t < s_.tiles(); ++t) top = std::max(top, part(t, max_column));
-          *max = top, *sum = 0, *dot = 0;
-          for (int64_t t = 0; t < s_.tiles(); ++t) {
-            const A tile_max = part(t, max_column);
-            // a tile without a possible token has sum 0; inf - inf is not asked
-            const double scale = tile_max == top ? 1.0 : std::exp(double(tile_max) - double(top));
-            *sum += scale * part(t, sum_column);
-            if (with_dot) *dot += scale * part(t, kPartDot);
-          }
-        };
-        A max_s, max_t;
-        double sum_s, sum_t, dot_s, dot_t;
-        merged(kPartMaxS, kPartSumS, o.beta == 1, &max_s, &sum_s, &dot_s);
-        merged(kPartMaxT, kPartSumT, o.beta == 0, &max_t, &sum_t, &dot_t);
-        const double delta = (double(max_s) - double(max_t)) + (std::log(sum_s) - std::log(sum_t));
-        const double reverse_kl = dot_s / sum_s - delta;
+        const MergedSum student = merge_sum(c, n, kPartMaxS, kPartSumS);
+        const MergedSum teacher = merge_sum(c, n, kPartMaxT, kPartSumT);
+        const double kl = wants_tile_kl() ? merge_kl(c, n, student, teacher) : 0.0;
         const auto set = [&](int which, double value) { stats[which * c.padded + n] = A(value); };
-        set(kMaxS, max_s);
-        set(kInvSumS, 1 / sum_s);
-        set(kMaxT, max_t);
-        set(kInvSumT, 1 / sum_t);
-        set(kDelta, delta);
-        set(kKl, o.beta == 1 ? reverse_kl : 0);
-        if (n < c.rows) set_loss(c, n, o.beta == 1 ? reverse_kl : dot_t / sum_t + delta);
+        set(kMaxS, student.max);
+        set(kInvSumS, 1 / student.sum);
+        set(kMaxT, teacher.max);
+        set(kInvSumT, 1 / teacher.sum);
+        set(kDelta, (student.max - teacher.max) + (std::log(student.sum) - std::log(teacher.sum)));
+        set(kKl, p_.options.kind() == Divergence::kReverse ? kl : 0.0);
+        if (n < c.rows) set_loss(c, n, kl);
       }
     });
     write_stats(c);
     load_weights(c);
+  }
+
+  // Without a gradient pass to sum the loss, and for reverse KL, whose gradient needs it first.
+  bool wants_tile_kl() const {
+    const Divergence kind = p_.options.kind();
+    return kind == Divergence::kReverse || (kind == Divergence::kForward && s_.schedule == Schedule::kForward);
+  }
+
+  struct MergedSum {
+    double max = -std::numeric_limits<double>::infinity(), sum = 0;
+    // Of a tile's sum; 0 for a tile without a possible token, whose maximum is -inf.
+    double scale(double tile_max) const { return tile_max == max ? 1.0 : std::exp(tile_max - max); }
+  };
+  MergedSum merge_sum(const Chunk& c, int64_t n, int max_column, int sum_column) const {
+    MergedSum merged;
+    for (int64_t t = 0; t < s_.tiles(); ++t) {
+      merged.max = std::max(merged.max, double(partials(c, t)[max_column * c.padded + n]));
+    }
+    for (int64_t t = 0; t < s_.tiles(); ++t) {
+      const A* part = partials(c, t) + n;
+      merged.sum += merged.scale(part[max_column * c.padded]) * part[sum_column * c.padded];
+    }
+    return merged;
+  }
+
+  // The chain rule of KL over tiles, each term >= 0.
+  double merge_kl(const Chunk& c, int64_t n, const MergedSum& student, const MergedSum& teacher) const {
+    double kl = 0;
+    for (int64_t t = 0; t < s_.tiles(); ++t) {
+      const A* part = partials(c, t) + n;
+      const auto mass = [&](const MergedSum& side, int max_column, int sum_column) {
+        return side.scale(part[max_column * c.padded]) * part[sum_column * c.padded] / side.sum;
+      };
+      double p = mass(teacher, kPartMaxT, kPartSumT), q = mass(student, kPartMaxS, kPartSumS);
+      if (p_.options.kind() == Divergence::kReverse) std::swap(p, q);
+      if (p == 0) {
+        kl += q;
+      } else if (q == 0) {
+        kl = std::numeric_limits<double>::infinity();
+      } else {
+        kl += p * std::log(p / q) + (q - p) + p * part[kPartKl * c.padded];
+      }
+    }
+    return kl;
   }
 
   void set_loss(const Chunk& c, int64_t n, double value) const {

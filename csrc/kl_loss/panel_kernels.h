@@ -3,6 +3,8 @@
 // reduction and no remainder, and the panel is already the A operand of dW = dz^T X.
 #pragma once
 
+#include <cmath>
+
 #include "kl_loss/divergence.h"
 
 namespace minitron::MINITRON_SIMD {
@@ -40,50 +42,50 @@ inline Vec<A> column_sum(int64_t rows, F&& term) {
 }
 
 template <typename A>
-void panel_stats(A* student, A* teacher, int64_t rows, const A* student_bias, const A* teacher_bias,
-                 const LossOptions& o, A* partials, int64_t stride) {
-  transform_panel<A>(student, rows, student_bias, A(o.student_scale), A(o.student_softcap), A(o.inv_tau));
-  transform_panel<A>(teacher, rows, teacher_bias, A(o.teacher_scale), A(o.teacher_softcap), A(o.inv_tau));
-  const Divergence kind = o.kind();
-  for (int c = 0; c < kPanel; c += kLanes<A>) {
-    const A *s = student + c, *t = teacher + c;
-    const Vec<A> max_s = column_max<A>(s, rows), max_t = column_max<A>(t, rows);
-    // a column that is all -inf has no maximum to subtract; its sum is 0
-    const Vec<A> none = splat(-std::numeric_limits<A>::infinity());
-    const Vec<A> base_s = max_s == none ? Vec<A>{} : max_s, base_t = max_t == none ? Vec<A>{} : max_t;
-    const auto exp_at = [](const A* column, Vec<A> base, int64_t v) {
-      return exp_nonpositive<A>(load<A>(column + v * kPanel) - base);
-    };
-    store(partials + kPartMaxS * stride + c, max_s);
-    store(partials + kPartMaxT * stride + c, max_t);
-    Vec<A> dot{};
-    Vec<A> sum_s, sum_t;
-    // the expectation of the log ratio rides along: KL is dot / sum, up to the difference of the two lse
-    if (kind == Divergence::kForward) {
-      sum_s = column_sum<A>(rows, [&](int64_t v) { return exp_at(s, base_s, v); });
-      sum_t = column_sum<A>(rows, [&](int64_t v) {
-        const Vec<A> e = exp_at(t, base_t, v);
-        dot += weigh<A>(e, load<A>(t + v * kPanel) - load<A>(s + v * kPanel));
-        return e;
-      });
-    } else {
-      sum_t = column_sum<A>(rows, [&](int64_t v) { return exp_at(t, base_t, v); });
-      sum_s = column_sum<A>(rows, [&](int64_t v) {
-        const Vec<A> e = exp_at(s, base_s, v);
-        dot += weigh<A>(e, load<A>(s + v * kPanel) - load<A>(t + v * kPanel));
-        return e;
-      });
-    }
-    store(partials + kPartSumS * stride + c, sum_s);
-    store(partials + kPartSumT * stride + c, sum_t);
-    store(partials + kPartDot * stride + c, dot);
-  }
-}
-
-template <typename A>
 inline RowStats<A> load_stats(const A* stats, int64_t stride, int c) {
   const auto at = [&](int which) { return load<A>(stats + which * stride + c); };
   return {at(kMaxS), at(kInvSumS), at(kMaxT), at(kInvSumT), at(kDelta), at(kKl)};
+}
+
+// KL of the two distributions given that the token is in this tile.
+template <typename A>
+inline Vec<A> tile_kl(const A* s, const A* t, int64_t rows, Divergence kind, Vec<A> max_s, Vec<A> sum_s, Vec<A> max_t,
+                      Vec<A> sum_t) {
+  RowStats<A> row{max_s, A(1) / sum_s, max_t, A(1) / sum_t, Vec<A>{}, Vec<A>{}};
+  for (int i = 0; i < kLanes<A>; ++i) {
+    row.delta[i] = A((double(max_s[i]) - double(max_t[i])) + (std::log(double(sum_s[i])) - std::log(double(sum_t[i]))));
+  }
+  const auto sum = [&](auto kind_constant) {
+    return column_sum<A>(rows, [&](int64_t v) {
+      return divergence_terms<A, kind_constant()>(load<A>(s + v * kPanel), load<A>(t + v * kPanel), row, A(0)).loss;
+    });
+  };
+  if (kind == Divergence::kReverse) return sum(std::integral_constant<Divergence, Divergence::kReverse>{});
+  return sum(std::integral_constant<Divergence, Divergence::kForward>{});
+}
+
+template <typename A>
+void panel_stats(A* student, A* teacher, int64_t rows, const A* student_bias, const A* teacher_bias,
+                 const LossOptions& o, bool want_kl, A* partials, int64_t stride) {
+  transform_panel<A>(student, rows, student_bias, A(o.student_scale), A(o.student_softcap), A(o.inv_tau));
+  transform_panel<A>(teacher, rows, teacher_bias, A(o.teacher_scale), A(o.teacher_softcap), A(o.inv_tau));
+  for (int c = 0; c < kPanel; c += kLanes<A>) {
+    const auto reduce = [&](const A* column, Vec<A>* max) {
+      *max = column_max<A>(column, rows);
+      // a column that is all -inf has no maximum to subtract; its sum is 0
+      const Vec<A> base = *max == -std::numeric_limits<A>::infinity() ? Vec<A>{} : *max;
+      return column_sum<A>(rows,
+                           [&](int64_t v) { return exp_nonpositive<A>(load<A>(column + v * kPanel) - base); });
+    };
+    Vec<A> max_s, max_t;
+    const Vec<A> sum_s = reduce(student + c, &max_s), sum_t = reduce(teacher + c, &max_t);
+    store(partials + kPartMaxS * stride + c, max_s);
+    store(partials + kPartSumS * stride + c, sum_s);
+    store(partials + kPartMaxT * stride + c, max_t);
+    store(partials + kPartSumT * stride + c, sum_t);
+    store(partials + kPartKl * stride + c,
+          want_kl ? tile_kl<A>(student + c, teacher + c, rows, o.kind(), max_s, sum_s, max_t, sum_t) : Vec<A>{});
+  }
 }
 
 // KL(student || mixture) of each token over these rows, which JSD's gradient needs before it can begin, and the loss.

@@ -12,6 +12,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define SHIM_ASAN 1
 #else
@@ -141,6 +142,14 @@ Machine& machine() {
   return m;
 }
 
+// A stack that is used anew or given back: fiber_entry never returned to clean up its marks.
+void unpoison(Fiber& fiber) {
+#if SHIM_ASAN
+  __asan_unpoison_memory_region(fiber.stack, kStackBytes);
+#endif
+  (void)fiber;
+}
+
 void to_scheduler(Fiber& fiber, bool last) {
   Machine& m = machine();
 #if SHIM_ASAN
@@ -219,6 +228,7 @@ void run_block() {
   m.warps.assign((m.fibers.size() + 31) / 32, Rendezvous{});
   for (Fiber& f : m.fibers) {
     f.done = f.blocked = false;
+    unpoison(f);
     f.context.prepare(f.stack, kStackBytes, fiber_entry);
   }
   std::vector<int> order(m.fibers.size());
@@ -243,6 +253,7 @@ void run_block() {
 void set_threads(unsigned count) {
   Machine& m = machine();
   while (m.fibers.size() > count) {
+    unpoison(m.fibers.back());
     munmap(m.fibers.back().stack, kStackBytes);
     m.fibers.pop_back();
   }

@@ -54,5 +54,8 @@ def kl_divergence_rows(
         return _expectation(p_t, log_t - log_s)
     if beta == 1.0:
         return _expectation(p_s, log_s - log_t)
-    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+    nowhere = (log_s == -math.inf) & (log_t == -math.inf)  # logaddexp has no derivative there
+    log_m = torch.logaddexp(
+        log_t.masked_fill(nowhere, 0.0) + math.log(beta), log_s.masked_fill(nowhere, 0.0) + math.log1p(-beta)
+    )
     return beta * _expectation(p_t, log_t - log_m) + (1.0 - beta) * _expectation(p_s, log_s - log_m)

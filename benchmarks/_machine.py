@@ -1,0 +1,87 @@
+"""What the figures were measured on."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# vector and matrix units that decide how fast a GEMM or an exp can be
+FLAGS = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512_bf16",
+    "avx512_fp16",
+    "avx_vnni",
+    "amx_tile",
+    "amx_bf16",
+)
+
+
+def cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu() -> tuple[str, list[str]]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine(), []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    have = set(fields.get("flags", fields.get("Features", "")).split())
+    return fields.get("model name", platform.machine()), [flag for flag in FLAGS if flag in have]
+
+
+def facts(device: str, packages: Iterable[str] = ()) -> dict[str, Any]:
+    """Processor, software and date; the versions of those `packages` that are installed."""
+    cpu, flags = _cpu()
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    versions = {"torch": torch.__version__}
+    for package in sorted(set(packages)):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu,
+        "cpu_family_model_stepping": _family(),
+        "flags": flags,
+        "cores": cores(),
+        "memory_gib": round(pages / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": versions,
+    }
+    if torch.device(device).type == "cuda":
+        result["gpu"] = torch.cuda.get_device_name(device)
+        result["cuda"] = torch.version.cuda
+    return result
+
+
+def _family() -> str | None:
+    """Family, model and stepping: virtual machines often hide the model's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    parts = [fields.get(name) for name in ("cpu family", "model", "stepping")]
+    return "/".join(parts) if all(parts) else None
+
+
+def describe(machine: dict[str, Any]) -> str:
+    """One line for a human."""
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    where = machine.get("gpu") or f"{machine['cpu']} ({' '.join(machine['flags'])}), {machine['cores']} cores"
+    return f"{where}; {packages}; {machine['date']}"

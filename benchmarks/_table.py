@@ -1,0 +1,49 @@
+"""Tables, aligned for a terminal or in Markdown. Cells are strings; the first column is left-aligned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MIB = 2**20
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(row: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+
+    rule = "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def seconds(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def ratio(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def mebibytes(value: int | None) -> str:
+    return "–" if value is None else f"{value / MIB:.0f}"
+
+
+def error(value: float | None) -> str:
+    """Errors above a thousandth in percent, smaller ones as a power of ten."""
+    if value is None:
+        return "–"
+    if value >= 1e-3:
+        return f"{value * 100:.2g} %" if value < 1 else f"{value * 100:.0f} %"
+    return f"{value:.0e}"

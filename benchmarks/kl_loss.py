@@ -1,0 +1,271 @@
+"""The distillation loss against what else one would use: time, memory and error, beside the bare GEMMs.
+
+    python benchmarks/kl_loss.py                  # a few minutes: real hidden states, then S and M
+    python benchmarks/kl_loss.py --quick          # tens of seconds, a tiny shape
+    python benchmarks/kl_loss.py --shape S L --threads 1,2 --dtype bf16 fp32 --full --json out.json
+    python benchmarks/kl_loss.py --from out.json --plot out.png --markdown out.md     # measures nothing
+
+Forward KL from hidden states and heads, mean over the rows, forward and backward. Each implementation runs in
+a fresh process: memory first, then time in turns with the floor. Errors are against float64 on the same
+inputs. A gate comes first: at a small shape the library's own results must be right, or nothing is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from _cases import DTYPES, GATE, SHAPES, Case, error_case, parse_shape
+from _floor import gemm_flops
+from _harness import MIB, WorkerError, run_worker, summarize
+from _machine import cores, describe, facts
+from _peers import IMPLEMENTATIONS, OURS
+from _report import as_markdown, as_text
+from _worker import FLOOR_FP32
+
+WORKER = Path(__file__).with_name("_worker.py")
+QUICK = ("naive", "naive-float", "liger", "torchtune", *OURS)
+# the default run's at its largest shape, where a small machine needs half a minute for one call and one floor
+AT_M = ("naive", *OURS, FLOOR_FP32)
+BUDGET_M_S = 30.0
+# the gate's bounds on (loss, dX, dW); 16-bit gradients are at best dz and the result, rounded once each
+BOUNDS = {"fp32": (1e-5, 5e-5, 5e-5), "bf16": (1e-5, 3e-3, 3e-3), "fp16": (1e-5, 1e-3, 1e-3)}
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = [*IMPLEMENTATIONS, FLOOR_FP32]
+    parser.add_argument(
+        "--shape", nargs="+", help=f"real, {', '.join(SHAPES)}, or N,H,Ht,V; default: real S M"
+    )
+    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--impl", nargs="+", help=f"rows, of {', '.join(known)}, or all")
+    parser.add_argument(
+        "--threads", default=str(cores()), help="numbers of threads, as 1,2; default: all cores"
+    )
+    parser.add_argument(
+        "--reps", type=int, help="repetitions; default: as many as fit into --budget, at most 30"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=6.0, help="seconds of timing for each row (default 6)"
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="every row at every shape, at least 5 repetitions"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny shape, nothing that compiles: a smoke test"
+    )
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    parser.add_argument("--plot", type=Path, help="write the picture here (.png or .svg)")
+    parser.add_argument("--from", dest="source", type=Path, help="read a result instead of measuring")
+    args = parser.parse_args(argv)
+    args.restrict_m = args.shape is None and args.impl is None and not args.full
+    args.shape = args.shape or (["XS"] if args.quick else ["real", "S", "M"])
+    wanted = args.impl or (list(QUICK) if args.quick else ["all"])
+    wanted = [key for part in wanted for key in part.split(",") if key]
+    args.impl = known if "all" in wanted else wanted
+    if unknown := [key for key in args.impl if key not in known]:
+        parser.error(f"--impl: no {', '.join(unknown)}; there are {', '.join(known)}, all")
+    try:
+        args.threads = [int(part) for part in args.threads.split(",")]
+        for name in args.shape:
+            if name != "real":
+                parse_shape(name)
+    except ValueError as error:
+        parser.error(str(error))
+    low = args.reps or (5 if args.full else 2)
+    args.limits = (low, args.reps or 30)
+    return args
+
+
+def gate(keys: list[str], dtype: str, device: str, threads: int) -> None:
+    """Refuses to go on unless the library agrees with float64, far from the teacher and close to it."""
+    for kind in ("far", "close"):
+        spec = {
+            "work": "errors",
+            "case": GATE.to_dict(),
+            "dtype": dtype,
+            "kind": kind,
+            "device": device,
+            "keys": keys,
+        }
+        try:
+            rows = run_worker(WORKER, spec, threads=threads)["rows"]
+        except WorkerError as error:
+            raise SystemExit(f"correctness gate: {error}") from None
+        for key, row in rows.items():
+            if "failed" in row:
+                raise SystemExit(f"correctness gate: {IMPLEMENTATIONS[key].label}, {dtype}: {row['failed']}")
+            for name, bound in zip(("loss", "dX", "dW"), BOUNDS[dtype], strict=True):
+                if not row[name] <= bound:  # NaN fails too
+                    raise SystemExit(
+                        f"correctness gate: {IMPLEMENTATIONS[key].label}, {dtype}, {kind}: relative error of "
+                        f"{name} is {row[name]:.2g}, allowed {bound:.0e}. Wrong results are not timed."
+                    )
+    say(f"correctness gate, {dtype}: passed ({', '.join(IMPLEMENTATIONS[key].label for key in keys)})")
+
+
+def take_errors(case: Case, dtype: str, device: str, threads: int, keys: list[str]) -> dict[str, Any]:
+    """Per kind of input: its KL, its size, and each implementation's errors."""
+    small = error_case(case)
+    result = {}
+    for kind in ("real",) if case.file else ("far", "close"):
+        spec = {
+            "work": "errors",
+            "case": small.to_dict(),
+            "dtype": dtype,
+            "kind": kind,
+            "device": device,
+            "keys": keys,
+        }
+        try:
+            result[kind] = {"N": small.N, "V": small.V, **run_worker(WORKER, spec, threads=threads)}
+        except WorkerError as error:
+            say(f"  no errors {kind}: {error}")
+    return result
+
+
+def time_row(case: Case, dtype: str, threads: int, key: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Measures one row in a fresh process."""
+    spec = {"work": "measure", "case": case.to_dict(), "dtype": dtype, "device": args.device, "key": key}
+    brief = case.name == "M" and args.restrict_m
+    spec |= {"budget_s": max(args.budget, BUDGET_M_S) if brief else args.budget}
+    spec |= {"reps": (1, args.limits[1]) if brief and not args.reps else args.limits}
+    try:
+        got = run_worker(WORKER, spec, threads=threads)
+    except WorkerError as error:
+        return {"status": "failed", "reason": str(error)}
+    ratios = [call[1] / floor[1] for floor, call in zip(got["floor"], got["call"], strict=True)]
+    return {
+        "status": "ok",
+        "wall_s": summarize([wall for wall, _ in got["call"]]),
+        "busy_s": summarize([busy for _, busy in got["call"]]),
+        "ratio": summarize(ratios),
+        "extra_peak_bytes": got["extra_peak_bytes"],
+        "gradient_bytes": got["gradient_bytes"],
+        "samples": {"floor": got["floor"], "call": got["call"]},
+    }
+
+
+def measure(
+    case: Case, about: str | None, dtype: str, threads: int, keys: list[str], args: Any
+) -> dict[str, Any]:
+    """One table: all rows at one shape, dtype and number of threads."""
+    run: dict[str, Any] = {**case.to_dict(), "shape": case.name, "dtype": dtype, "device": args.device}
+    run |= {"threads": threads, "about": about, "flops": gemm_flops(case)}
+    del run["name"], run["file"]
+    say(f"{case.describe()}, {dtype}, {threads} thread(s)")
+    present = [key for key in keys if key in IMPLEMENTATIONS and IMPLEMENTATIONS[key].version()]
+    errors = take_errors(case, dtype, args.device, threads, present)
+    run["errors"] = {kind: {name: got[name] for name in ("kl", "N", "V")} for kind, got in errors.items()}
+    run["rows"] = []
+    for number, key in enumerate(keys, 1):
+        row: dict[str, Any] = {"key": key, "label": "the GEMMs in fp32", "family": "floor"}
+        if key in IMPLEMENTATIONS:
+            implementation = IMPLEMENTATIONS[key]
+            row |= {"label": implementation.label, "family": implementation.family}
+        if key in IMPLEMENTATIONS and key not in present:
+            row |= {"status": "absent", "reason": implementation.pip}
+        else:
+            begin = time.perf_counter()
+            row |= time_row(case, dtype, threads, key, args)
+            took = time.perf_counter() - begin
+            done = f"{row['ratio']['median']:.2f} × floor" if row["status"] == "ok" else row["reason"]
+            extra = row.get("extra_peak_bytes")
+            memory = f", {extra / MIB:.0f} MiB" if extra is not None and row["family"] != "floor" else ""
+            say(f"  [{number}/{len(keys)}] {row['label']}: {done}{memory} ({took:.0f} s)")
+        row["errors"] = {
+            kind: got["rows"][key] for kind, got in errors.items() if "dX" in got["rows"].get(key, {})
+        }
+        run["rows"].append(row)
+    floors = [pair for row in run["rows"] if row["status"] == "ok" for pair in row["samples"]["floor"]]
+    if floors:
+        run["floor"] = {
+            "wall_s": summarize([w for w, _ in floors]),
+            "busy_s": summarize([b for _, b in floors]),
+        }
+    return run
+
+
+def backend_note(device: str) -> dict[str, Any]:
+    """Which backend of the library serves the loss here; {} where the library is absent."""
+    try:
+        import torch
+
+        from minitron_kernels import _backend
+    except ImportError:
+        return {}
+    return {"backend": _backend.pick("linear_kl_loss", torch.device(device), "auto")}
+
+
+def run_all(args: argparse.Namespace) -> dict[str, Any]:
+    ours = [key for key in args.impl if key in OURS]
+    if ours and not IMPLEMENTATIONS[ours[0]].version():
+        raise SystemExit(
+            "minitron-kernels is not installed; in the root of the repository: pip install '.[bench]'"
+        )
+    note = backend_note(args.device)
+    if ours and note.get("backend") == "reference":
+        say(
+            "the library's rows are its slow reference: no kernels here (python -m minitron_kernels says why)"
+        )
+    packages = [row.package for row in IMPLEMENTATIONS.values() if row.package]
+    result = {"format": 1, "benchmark": "kl_loss", "machine": facts(args.device, packages) | note, "runs": []}
+    say(describe(result["machine"]))
+    for dtype in args.dtype:
+        if ours:
+            gate(ours, dtype, args.device, args.threads[0])
+    for name in args.shape:
+        case, about = (parse_shape(name), None) if name != "real" else real_inputs()
+        for dtype in args.dtype:
+            keys = [key for key in args.impl if not (key == FLOOR_FP32 and dtype == "fp32")]
+            if name == "M" and args.restrict_m:
+                keys = [key for key in keys if key in AT_M]
+            for threads in args.threads:
+                run = measure(case, about, dtype, threads, keys, args)
+                result["runs"].append(run)
+                width = shutil.get_terminal_size((200, 50)).columns
+                print(f"\n{as_text(run, width)}\n", flush=True)
+    return result
+
+
+def real_inputs() -> tuple[Case, str]:
+    try:
+        from _models import real_case
+    except ImportError as error:
+        raise SystemExit(f"--shape real needs {error.name}: pip install '.[bench]'") from None
+    return real_case(say)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.source:
+        result = json.loads(args.source.read_text())
+        print("\n\n".join(as_text(run) for run in result["runs"]))
+    else:
+        result = run_all(args)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.markdown:
+        args.markdown.write_text(as_markdown(result))
+    if args.plot:
+        from _plot import draw
+
+        draw(result, args.plot)
+
+
+if __name__ == "__main__":
+    main()

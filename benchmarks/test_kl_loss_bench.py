@@ -1,0 +1,31 @@
+"""The same cases under pytest-benchmark, at a tiny shape: `pytest benchmarks --benchmark-only`.
+
+For comparing two versions of the library on one machine, with --benchmark-autosave and --benchmark-compare;
+kl_loss.py is for comparing it with others.
+"""
+
+from __future__ import annotations
+
+import pytest
+from _cases import SHAPES, make_inputs
+from _floor import Floor
+from _peers import IMPLEMENTATIONS, step
+
+KEYS = [key for key, row in IMPLEMENTATIONS.items() if not row.compiles]
+
+
+@pytest.fixture(scope="module", params=["bf16", "fp32"])
+def inputs(request):
+    return make_inputs(SHAPES["XS"], request.param)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_forward_backward(benchmark, inputs, key):
+    implementation = IMPLEMENTATIONS[key]
+    if implementation.version() is None:
+        pytest.skip(f"{implementation.package} is absent: {implementation.pip}")
+    benchmark(step, implementation.build(), inputs)
+
+
+def test_floor(benchmark, inputs):
+    benchmark(Floor(inputs))

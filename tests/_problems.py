@@ -1,0 +1,73 @@
+"""Inputs for the kl_loss tests, and the rule by which results are judged."""
+
+import numpy as np
+import torch
+
+from minitron_kernels.ops.kl_loss import plan as plan_module
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# What rounding the operands and results to a dtype may cost a gradient (Frobenius, relative).
+GRADIENT_BOUND = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 3e-3,
+    torch.float16: 3e-3,
+}
+BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
+
+
+def to_numpy(*tensors):
+    """float64 copies; None stays None."""
+    return [None if x is None else x.detach().double().numpy() for x in tensors]
+
+
+def relative(actual, truth):
+    """||actual - truth|| / ||truth||."""
+    return float(
+        np.linalg.norm(actual.detach().double().numpy() - truth) / max(np.linalg.norm(truth), 1e-300)
+    )
+
+
+def assert_gradient(actual, truth, dtype, *, probability_norm):
+    """Within GRADIENT_BOUND of the truth, plus 4 ulps of the probabilities that are subtracted to make it."""
+    error = np.linalg.norm(actual.detach().double().numpy() - truth)
+    ulp = 2.0**-52 if dtype == torch.float64 else 2.0**-23
+    allowed = GRADIENT_BOUND[dtype] * np.linalg.norm(truth) + 4 * ulp * probability_norm
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}, truth {np.linalg.norm(truth):.3g}"
+
+
+def make_linear(N, H, Ht, V, dtype, *, distance=3.0, seed=0):
+    """Student hidden and head, teacher hidden and head; distance is the spread of the difference of the logits.
+
+    The teacher sees what the student sees and Ht - H channels more, so that distance 0.05 gives a KL of about 1e-3.
+    """
+    g = torch.Generator().manual_seed(seed)
+    shared = min(H, Ht)
+    hidden = torch.randn(N, max(H, Ht), generator=g)
+    head = torch.randn(V, max(H, Ht), generator=g) * 2.5 / shared**0.5
+    if max(H, Ht) > shared:
+        head[:, shared:] *= distance / 2.5 * 0.5
+    student_head = head[:, :H] + torch.randn(V, H, generator=g) * distance / H**0.5
+    return [x.to(dtype) for x in (hidden[:, :H], student_head, hidden[:, :Ht], head[:, :Ht])]
+
+
+def make_rows(N, V, dtype, *, distance=1.0, rising=False, seed=0):
+    """Student and teacher logits; rising: every block of the vocabulary raises the running maximum."""
+    g = torch.Generator().manual_seed(seed)
+    teacher = torch.randn(N, V, generator=g) * 2
+    if rising:
+        teacher = teacher + torch.linspace(-30, 30, V)
+    student = teacher + torch.randn(N, V, generator=g) * distance
+    return student.to(dtype), teacher.to(dtype)
+
+
+def force_operands(monkeypatch, kind):
+    """Makes linear_kl_loss pack its operands as bf16 or f32, or use the portable GEMM, whatever this CPU prefers."""
+    if kind is not None:
+        monkeypatch.setattr(plan_module, "operand_type", lambda dtype, other: kind)
+
+
+def assert_no_worse(actual, baseline, truth, *, floor):
+    """The error is at most twice PyTorch's own in that dtype, or within `floor` (relative) of the truth."""
+    error, allowed = relative(actual, truth), max(2 * relative(baseline, truth), floor)
+    assert error <= allowed, f"relative error {error:.3g}, allowed {allowed:.3g}"

@@ -1,0 +1,244 @@
+"""The benchmark's own arithmetic: a harness that measures wrongly is worse than none."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+if not FOLDER.is_dir():  # an sdist may be tested without it
+    pytest.skip("no benchmarks folder here", allow_module_level=True)
+sys.path.insert(0, str(FOLDER))
+
+import _cases  # noqa: E402
+import _harness  # noqa: E402
+import _table  # noqa: E402
+import kl_loss  # noqa: E402
+from _floor import Floor, gemm_flops  # noqa: E402
+from _peers import IMPLEMENTATIONS, OURS, step  # noqa: E402
+from _report import as_markdown, as_text  # noqa: E402
+
+TINY = _cases.Case("tiny", 24, 16, 20, 301)
+QUICK_TO_BUILD = [key for key, row in IMPLEMENTATIONS.items() if not row.compiles]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 10])
+@pytest.mark.parametrize("q", [0.0, 0.2, 0.5, 0.8, 1.0])
+def test_quantile_is_numpys(n, q):
+    values = np.random.default_rng(n).normal(size=n)
+    assert _harness.quantile(list(values), q) == pytest.approx(np.quantile(values, q))
+
+
+def test_quantile_of_nothing():
+    with pytest.raises(ValueError, match="no values"):
+        _harness.quantile([], 0.5)
+
+
+def test_interleave_takes_turns_and_keeps_its_limits():
+    order = []
+    floor, call = (lambda name=name: order.append(name) for name in ("floor", "call"))
+    pairs = _harness.interleave(floor, call, "cpu", budget_s=0.0, reps=(3, 9))
+    assert order == ["floor", "call"] * 3 and len(pairs.floor) == len(pairs.call) == 3
+    assert len(_harness.interleave(floor, call, "cpu", budget_s=60.0, reps=(1, 4)).call) == 4
+
+
+def test_pairs_give_the_ratio_of_busy_seconds():
+    pairs = _harness.Pairs([_harness.Sample(9.0, 2.0)], [_harness.Sample(1.0, 3.0)])
+    assert pairs.ratios == [1.5]
+
+
+def test_busy_seconds_leave_out_sleep():
+    got = _harness.sample(lambda: __import__("time").sleep(0.2), "cpu")
+    assert got.wall_s >= 0.2 and got.busy_s < 0.1
+
+
+def test_floor_counts_its_flops():
+    """2 N V (3 H + Ht), counted by torch as the floor runs, over blocks that do not divide the shape."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    case = _cases.Case("blocks", 700, 24, 40, 9001)
+    floor = Floor(_cases.make_inputs(case, "fp32"))
+    with FlopCounterMode(display=False) as counter:
+        floor()
+    assert counter.get_total_flops() == gemm_flops(case) == 2 * 700 * 9001 * (3 * 24 + 40)
+
+
+def test_floor_of_another_dtype():
+    floor = Floor(_cases.make_inputs(TINY, "bf16"), torch.float32)
+    floor()
+    assert floor.dW.dtype == torch.float32 and floor.dW.shape == (TINY.V, TINY.H)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+@pytest.mark.parametrize("kept", [True, False])
+def test_memory_probe_sees_a_planted_allocation(tmp_path, kept):
+    """64 MiB, kept or given back before the end, in a fresh process as in the benchmark."""
+    script = tmp_path / "planted.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n"
+        "import torch\n"
+        "from _harness import answer, extra_peak_bytes\n"
+        "def work(spec):\n"
+        "    held = []\n"
+        "    def call():\n"
+        "        planted = torch.ones(spec['bytes'] // 4)\n"
+        "        if spec['kept']: held.append(planted)\n"
+        "    torch.ones(4 * 2**20)  # an earlier peak, which must not count\n"
+        "    return {'extra': extra_peak_bytes(call, 'cpu')}\n"
+        "answer(work)\n"
+    )
+    planted = 64 * 2**20
+    extra = _harness.run_worker(script, {"bytes": planted, "kept": kept}, threads=1)["extra"]
+    if extra is None:
+        pytest.skip("this system does not let a process reset its high-water mark")
+    assert planted <= extra < planted + 4 * 2**20
+
+
+def test_worker_failure_is_told(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text("print('noise'); raise ValueError('no such thing')")
+    with pytest.raises(_harness.WorkerError, match="ValueError: no such thing"):
+        _harness.run_worker(script, {}, threads=1)
+
+
+def test_truth_is_the_gradient_of_its_loss():
+    """Against autograd in float64, far and close."""
+    for kind in ("far", "close"):
+        inputs = _cases.make_inputs(TINY, "fp32", kind)
+        exact = _cases.truth(inputs)
+        X, W, Y, U = (operand.detach().double() for operand in inputs.operands)
+        X.requires_grad_(), W.requires_grad_()
+        double = _cases.Inputs(X, W, Y, U, inputs.labels)
+        loss = step(IMPLEMENTATIONS["naive"].build(), double)
+        assert float(loss) == pytest.approx(exact.loss, rel=1e-12)
+        assert _cases.relative_error(X.grad, exact.dX) < 1e-12
+        assert _cases.relative_error(W.grad, exact.dW) < 1e-12
+
+
+@pytest.mark.parametrize("H, Ht", [(64, 80), (80, 64), (64, 64)])
+def test_inputs_are_as_far_as_they_say(H, Ht):
+    case = _cases.Case("kl", 64, H, Ht, 2000)
+    far, close = (_cases.truth(_cases.make_inputs(case, "bf16", kind)).loss for kind in ("far", "close"))
+    assert 2 < far < 6 and 2e-3 < close < 6e-3
+
+
+@pytest.mark.parametrize("key", QUICK_TO_BUILD)
+def test_adapters_compute_the_same_loss(key):
+    """In fp32 every row of the table is the forward KL, mean over the rows, with its gradients."""
+    row = IMPLEMENTATIONS[key]
+    if row.version() is None:
+        pytest.skip(f"{row.package} is not installed")
+    try:
+        loss = row.build()
+    except ImportError as error:  # what the package itself needs
+        pytest.skip(f"{row.package} does not import: {error}")
+    inputs = _cases.make_inputs(TINY, "fp32")
+    exact = _cases.truth(inputs)
+    value = float(step(loss, inputs))
+    if row.gives_kl:
+        assert value == pytest.approx(exact.loss, rel=1e-5)
+    assert _cases.relative_error(inputs.student_hidden.grad, exact.dX) < 1e-5
+    assert _cases.relative_error(inputs.student_head.grad, exact.dW) < 1e-5
+    assert inputs.teacher_head.grad is None
+
+
+def test_shapes():
+    assert _cases.parse_shape("M") == _cases.Case("M", 1024, 2048, 2560, 131072)
+    assert replace(_cases.parse_shape("5,6,7,8"), name="") == _cases.Case("", 5, 6, 7, 8)
+    for wrong in ("Q", "1,2,3", "1,2,3,0"):
+        with pytest.raises(ValueError):
+            _cases.parse_shape(wrong)
+
+
+def test_tables():
+    text = _table.aligned(["name", "n"], [["a", "1"], ["long name", "22"]]).split("\n")
+    assert text == ["name        n", "---------  --", "a           1", "long name  22"]
+    marked = _table.markdown(["name", "n"], [["a|b", "1"]]).split("\n")
+    assert marked == ["| name | n |", "|---|---:|", "| a\\|b | 1 |"]
+    assert [_table.error(value) for value in (None, 0.251, 1.2, 0.0023, 3e-7)] == [
+        "–",
+        "25 %",
+        "120 %",
+        "0.23 %",
+        "3e-07",
+    ]
+
+
+def _run() -> dict:
+    summary = {"median": 2.0, "p20": 1.5, "p80": 2.5, "n": 3}
+    ok = {
+        "key": "store",
+        "label": "ours",
+        "family": "minitron",
+        "status": "ok",
+        "busy_s": summary,
+        "wall_s": summary,
+        "ratio": summary,
+        "extra_peak_bytes": 3 * 2**20,
+        "gradient_bytes": 2**20,
+        "errors": {"far": {"loss": 1e-7, "dX": 0.002, "dW": 0.25}},
+    }
+    absent = {
+        "key": "x",
+        "label": "theirs",
+        "family": "TRL",
+        "status": "absent",
+        "reason": "pip",
+        "errors": {},
+    }
+    run = {"shape": "S", "N": 1, "H": 2, "Ht": 3, "V": 4, "dtype": "bf16", "device": "cpu", "threads": 1}
+    run |= {
+        "about": None,
+        "flops": 10**9,
+        "floor": {"busy_s": summary, "wall_s": summary},
+        "rows": [ok, absent],
+    }
+    return run | {"errors": {"far": {"kl": 4.0, "N": 1, "V": 4}}}
+
+
+def test_report():
+    text = as_text(_run())
+    assert "2.00 (1.50–2.50)" in text and "theirs: absent, pip" in text and "25 %" in text
+    row = next(line for line in text.split("\n") if line.startswith("ours")).split()
+    assert row[6:8] == ["3", "2"]  # MiB in all; beyond the gradients
+    assert len(as_text(_run(), width=60).split("forward + backward")) == 3  # two tables where one is too wide
+    machine = {"cpu": "a cpu", "flags": [], "cores": 2, "packages": {"torch": "1"}, "date": "today"}
+    assert "| ours |" in as_markdown({"runs": [_run()], "machine": machine})
+
+
+def test_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    from _plot import draw
+
+    run = _run()
+    draw({"runs": [run, run | {"rows": []}]}, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_gate_refuses_wrong_results(monkeypatch):
+    right = {"loss": 1e-7, "dX": 1e-3, "dW": 1e-3}
+    for wrong in (right | {"dW": 1e-2}, right | {"loss": math.nan}, {"failed": "no kernel"}):
+        monkeypatch.setattr(kl_loss, "run_worker", lambda *_, wrong=wrong, **__: {"rows": {OURS[0]: wrong}})
+        with pytest.raises(SystemExit, match="correctness gate"):
+            kl_loss.gate([OURS[0]], "bf16", "cpu", 1)
+    monkeypatch.setattr(kl_loss, "run_worker", lambda *_, **__: {"rows": {OURS[0]: right}})
+    kl_loss.gate([OURS[0]], "bf16", "cpu", 1)
+
+
+def test_command_line(tmp_path, capsys):
+    """One row, end to end; the file written can be read again."""
+    file = tmp_path / "out.json"
+    kl_loss.main(["--shape", "16,16,24,300", "--impl", "naive", "--reps", "2", "--json", str(file)])
+    result = json.loads(file.read_text())
+    (row,) = result["runs"][0]["rows"]
+    assert row["status"] == "ok" and row["ratio"]["n"] == 2 and row["errors"]["far"]["dW"] < 0.1
+    capsys.readouterr()
+    kl_loss.main(["--from", str(file), "--markdown", str(tmp_path / "out.md")])
+    assert "naive PyTorch" in capsys.readouterr().out and "naive PyTorch" in (tmp_path / "out.md").read_text()
+    with pytest.raises(SystemExit):
+        kl_loss.parse_args(["--impl", "nobody"])
