@@ -123,7 +123,7 @@ def make_inputs(case: Case, dtype: str, kind: str = "far", device: str = "cpu", 
 
     student, teacher = widen(H), widen(Ht)
     if Ht == H:
-        teacher[1] = head + draw(V, k, CLOSE_STD / k**0.5)
+        teacher = [hidden.clone(), head + draw(V, k, CLOSE_STD / k**0.5)]
     return Inputs.of(student + teacher, wanted, device)
 
 

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from _report import title
 from matplotlib.axes import Axes
 from matplotlib.font_manager import FontProperties
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 MIB = 2**20
@@ -58,8 +59,9 @@ def _points(run: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
-    """Common area of two boxes (x0, y0, x1, y1)."""
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    """Common area of two boxes (x0, y0, x1, y1), as a share of the smaller one."""
+    common = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    return common / min((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
 
 
 def _label(axes: Axes, rows: list[dict[str, Any]], size: float = 8.0) -> None:
@@ -77,7 +79,7 @@ def _label(axes: Axes, rows: list[dict[str, Any]], size: float = 8.0) -> None:
         bold = "bold" if row["family"] == "minitron" else "normal"
         font = FontProperties(size=size, weight=bold)
         width, height, _ = renderer.get_text_width_height_descent(SHORT[row["key"]], font, False)
-        width, height = width + 4 * point, height + 3 * point
+        width, height = width + 9 * point, height + 3 * point
         choices = []
         for reach in range(0, 90, 5):
             away = (row["radius"] + reach) * point
@@ -86,10 +88,8 @@ def _label(axes: Axes, rows: list[dict[str, Any]], size: float = 8.0) -> None:
                 cx = x + math.cos(angle) * (away + width / 2)
                 cy = y + math.sin(angle) * (away + height / 2)
                 box = (cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
-                outside = width * height - _overlap(box, frame)
-                cost = (
-                    sum(_overlap(box, other) for other in taken) + 4 * outside + 0.02 * reach * width * height
-                )
+                cost = sum(_overlap(box, other) for other in taken) + 4 * (1 - _overlap(box, frame))
+                cost += 0.01 * reach
                 choices.append((cost, reach, turn, box, (cx, cy)))
         _, reach, _, box, centre = min(choices)
         taken.append(box)
@@ -103,6 +103,7 @@ def _label(axes: Axes, rows: list[dict[str, Any]], size: float = 8.0) -> None:
             color=COLOURS[row["family"]],
             arrowprops={"arrowstyle": "-", "color": FAINT, "lw": 0.8, "shrinkA": 1} if reach > 5 else None,
             zorder=4,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )
 
 
@@ -123,6 +124,13 @@ def _panel(axes: Axes, run: dict[str, Any]) -> list[dict[str, Any]]:
     axes.set_xlim(min(0.75, min(xs) * 0.75), max(2.0, max(xs) * 1.35))
     axes.set_ylim(min(ys) / 3.5, max(ys) * 4)
     axes.axvline(1.0, color=INK, lw=1, ls=(0, (4, 3)), zorder=1)
+    for row in run["rows"]:
+        if row["key"] == "floor-fp32" and row["status"] == "ok":  # can be the faster one without bf16 units
+            at = row["ratio"]["median"]
+            axes.axvline(at, color=INK, lw=0.8, ls=":", zorder=1)
+            axes.set_xlim(left=min(axes.get_xlim()[0], at * 0.85))
+            place = axes.get_xaxis_transform()
+            axes.text(at, 0.5, " in fp32", transform=place, fontsize=7, color=INK, rotation=90, ha="right")
     for row in sorted(rows, key=lambda row: -row["radius"]):
         colour = COLOURS[row["family"]]
         axes.plot(
@@ -139,7 +147,7 @@ def _panel(axes: Axes, run: dict[str, Any]) -> list[dict[str, Any]]:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     busy = "CPU time" if run["device"] == "cpu" else "GPU time"
-    axes.set_xlabel(f"{busy} ÷ bare GEMMs (dashed)", fontsize=8, color=INK)
+    axes.set_xlabel(f"{busy} ÷ bare GEMMs in {run['dtype']} (dashed)", fontsize=8, color=INK)
     about = (
         f"inputs {kind}"
         if kind == "real"

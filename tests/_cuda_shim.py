@@ -1,7 +1,7 @@
 """Builds the library's *_cuda.cu files for the host through tests/cuda_shim and steers the result.
 
-Each build is one shared object that registers its ops for CPU tensors in a namespace of its own, kept in a cache
-folder under a hash of all that it was made from. A build may have faults planted in its sources.
+Each build is one shared object that registers its ops for CPU tensors in a namespace of its own, kept in a
+cache folder under a hash of all that it was made from. A build may have faults planted in its sources.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def cache_folder() -> Path:
 
 
 def sources() -> dict[str, str]:
+    """{path under csrc: text} of the CUDA files and of each op's schemas, <op>/<op>.cpp."""
     files = [*CSRC.rglob("*.cuh"), *CSRC.rglob("*_cuda.cu")]
+    files += [path for path in CSRC.glob("*/*.cpp") if path.stem == path.parent.name]
     return {str(path.relative_to(CSRC)): path.read_text() for path in sorted(files)}
 
 
@@ -80,7 +82,7 @@ def digest_of(*parts: object) -> str:
 
 
 def compile_to(command: list[str], target: Path) -> Path:
-    """`command -o target`, unless that exists. It appears whole or not at all, whoever else is building it."""
+    """`command -o target`, unless that exists. Appears whole or not at all, whoever else is building it."""
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
             output = Path(folder) / target.name
@@ -109,15 +111,27 @@ def compile_shim(faults: tuple[Fault, ...] = (), sanitize: bool = False) -> tupl
 
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         csrc = Path(folder) / "csrc"
+        # the schemas, under the build's own namespace
+        texts = {
+            path: text.replace("(minitron_kernels, m)", f"({namespace}, m)") for path, text in texts.items()
+        }
         write_sources(texts, csrc)
         include = [f"-I{TESTS / 'cuda_shim'}", f"-I{csrc}", f"-DMINITRON_CUDA_LIBRARY={namespace}"]
-        units = {csrc / path: cache / f"{digest}_{Path(path).stem}.o" for path in texts if path.endswith(".cu")}
-        units[TESTS / "cuda_shim/register.cpp"] = cache / f"{digest}_register.o"
-        units[TESTS / "cuda_shim/cuda_shim.cpp"] = cache / f"{digest_of(shim, *tools)}_shim.o"  # in all builds the same
+        units = {csrc / p: cache / f"{digest}_{Path(p).stem}.o" for p in texts if p.endswith((".cu", ".cpp"))}
+        scheduler = cache / f"{digest_of(shim, *tools)}_shim.o"  # in all builds the same
+        units[TESTS / "cuda_shim/cuda_shim.cpp"] = scheduler
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             commands = [[*flags, *include, "-x", "c++", "-c", str(unit)] for unit in units]
             objects = list(pool.map(compile_to, commands, units.values()))
-    link = ["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+    link = [
+        "g++",
+        "-shared",
+        "-Wl,-Bsymbolic",
+        *map(str, objects),
+        f"-L{torch_folder / 'lib'}",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
     return compile_to([*link, *([SANITIZERS] if sanitize else [])], cache / f"{namespace}.so"), namespace
 
 

@@ -96,7 +96,7 @@ def test_memory_probe_sees_a_planted_allocation(tmp_path, kept):
     extra = _harness.run_worker(script, {"bytes": planted, "kept": kept}, threads=1)["extra"]
     if extra is None:
         pytest.skip("this system does not let a process reset its high-water mark")
-    assert planted <= extra < planted + 4 * 2**20
+    assert planted - 2**20 < extra < planted + 4 * 2**20  # the kernel counts pages in batches
 
 
 def test_worker_failure_is_told(tmp_path):

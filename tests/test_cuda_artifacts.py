@@ -1,7 +1,8 @@
-"""Every *_cuda.cu compiled by nvcc for every arch, and what the compiler made of the kernels: no spills, registers,
-shared memory, occupancy and 128-bit accesses within tests/cuda_artifacts.json. No GPU is needed.
+"""Every *_cuda.cu compiled by nvcc for every arch, and what the compiler made of the kernels: no spills,
+registers, shared memory, occupancy and 128-bit accesses within cuda_artifacts.json. No GPU is needed.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -9,7 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections import defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from pathlib import Path
 import pytest
 import torch
 from _cuda_shim import (
-    CSRC,
     WITHOUT_BFLOAT16,
     WITHOUT_HALF,
     Fault,
@@ -37,13 +37,15 @@ REGISTERS, THREADS, WARP, REGISTERS_PER_UNIT = 65536, 2048, 32, 256
 
 def find_tool(name):
     """In the CUDA toolkit, on the PATH, or in the wheels that bring it."""
-    if home := os.environ.get("CUDA_HOME"):
-        candidates = [Path(home) / "bin" / name]
-    else:
-        candidates = []
+    home = os.environ.get("CUDA_HOME")
+    candidates = [Path(home) / "bin" / name] if home else []
     if found := shutil.which(name):
         candidates.append(Path(found))
-    for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin"), ("nvidia", "cuda_cuobjdump/bin")):
+    for package, inside in (
+        ("triton", "backends/nvidia/bin"),
+        ("nvidia", "cu13/bin"),
+        ("nvidia", "cuda_cuobjdump/bin"),
+    ):
         spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or []) if spec else []:
             candidates.append(Path(folder) / inside / name)
@@ -63,26 +65,34 @@ pytestmark = [
 class Kernel:
     """One instance of a kernel in one arch's machine code."""
 
-    family: str
+    name: str
     symbol: str
     registers: int
     stack: int
     local: int
-    shared: int
+    shared: int  # from sm_90 on with the driver's own 1024 bytes where there is any
     loads_128: int
     stores_128: int
     spills: int  # instructions that access local memory
 
     def blocks_per_sm(self, threads):
         per_warp = -(-self.registers * WARP // REGISTERS_PER_UNIT) * REGISTERS_PER_UNIT
-        return min(REGISTERS // per_warp * WARP // threads, THREADS // threads)
+        return min(REGISTERS // per_warp // (threads // WARP), THREADS // threads)
 
 
 def cubin(unit, arch, faults=(), flags=()):
     """Machine code of one .cu file, kept under a hash of all that it was made from."""
     texts = planted(sources(), faults)
     version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
-    command = [NVCC, "-cubin", f"-arch=sm_{arch}", "-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr"]
+    command = [
+        NVCC,
+        "-cubin",
+        f"-arch=sm_{arch}",
+        "-std=c++20",
+        "-O3",
+        "-DNDEBUG",
+        "--expt-relaxed-constexpr",
+    ]
     command += ["-DTORCH_TARGET_VERSION=0x020d000000000000", "-DMINITRON_WITH_CUDA=1", *flags]
     command += ["-isystem", str(Path(torch.__file__).parent / "include")]
     target = cache_folder() / f"{digest_of(texts, unit, command, version)}_{Path(unit).stem}.cubin"
@@ -91,28 +101,131 @@ def cubin(unit, arch, faults=(), flags=()):
         return compile_to([*command, f"-I{folder}", str(Path(folder) / unit)], target)
 
 
+def plain_name(symbol):
+    """The last part of a mangled nested name: _ZN8minitron4cuda9my_kernelI... -> my_kernel."""
+    name, rest = symbol, symbol.removeprefix("_ZN")
+    while found := re.match(r"\d+", rest):
+        end = found.end() + int(found.group())
+        name, rest = rest[found.end() : end], rest[end:]
+    return name
+
+
+@functools.cache
 def kernels_of(path):
     def dump(what):
         return subprocess.run([CUOBJDUMP, what, str(path)], capture_output=True, text=True, check=True).stdout
 
     sass = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", dump("-sass"), re.S))
-    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", dump("-res-usage"))
-    kernels = []
-    for symbol, registers, stack, shared, local in usage:
-        text = sass[symbol]
-        family = re.search(r"\d([a-z]\w*?_kernel)", symbol)
-        kernels.append(
-            Kernel(
-                family.group(1) if family else symbol,
-                symbol,
-                int(registers),
-                int(stack),
-                int(local),
-                # what the driver keeps for itself in each block is not the kernel's
-                int(shared) - GATES["reserved_shared_bytes"].get(re.search(r"sm_\d+", dump("-elf") if False else text + "sm_0").group(), 0),
-                len(re.findall(r"\bLDG\.E\S*\.128", text)),
-                len(re.findall(r"\bSTG\.E\S*\.128", text)),
-                len(re.findall(r"\b(?:LDL|STL)\b", text)),
-            )
+    usage = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", dump("-res-usage")
+    )
+    return [
+        Kernel(
+            plain_name(symbol),
+            symbol,
+            *map(int, (registers, stack, local, shared)),
+            len(re.findall(r"\bLDG\.E\S*\.128", sass[symbol])),
+            len(re.findall(r"\bSTG\.E\S*\.128", sass[symbol])),
+            len(re.findall(r"\b(?:LDL|STL)\b", sass[symbol])),
         )
-    return kernels
+        for symbol, registers, stack, shared, local in usage
+    ]
+
+
+def violations(kernels, arch):
+    """What the gates forbid, one line each."""
+    lines = []
+    for kernel in kernels:
+        gate = GATES["kernels"].get(kernel.name)
+        if gate is None:
+            lines.append(f"{kernel.symbol}: has no gate in cuda_artifacts.json")
+            continue
+        blocks = kernel.blocks_per_sm(gate["threads"])
+        for wrong, what in (
+            (
+                kernel.stack or kernel.local or kernel.spills,
+                f"spills: stack {kernel.stack}, local {kernel.local}",
+            ),
+            (
+                kernel.registers > gate["registers"],
+                f"{kernel.registers} registers, at most {gate['registers']}",
+            ),
+            (kernel.shared != gate["shared_bytes"][str(arch)], f"{kernel.shared} bytes of shared memory"),
+            (blocks < gate["blocks_per_sm"], f"{blocks} blocks per SM, at least {gate['blocks_per_sm']}"),
+            (kernel.loads_128 < gate["loads_128"], f"{kernel.loads_128} 128-bit loads"),
+            (kernel.stores_128 < gate["stores_128"], f"{kernel.stores_128} 128-bit stores"),
+        ):
+            if wrong:
+                lines.append(f"{kernel.symbol}: {what}")
+    return lines
+
+
+@functools.cache
+def all_cubins():
+    """{arch: cubins}; every unit for every arch, side by side."""
+    jobs = [(path, arch) for path in sources() if path.endswith(".cu") for arch in ARCHS]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        paths = list(pool.map(lambda job: cubin(*job), jobs))
+        list(pool.map(kernels_of, paths))
+    out = {arch: [] for arch in ARCHS}
+    for (_, arch), path in zip(jobs, paths, strict=True):
+        out[arch].append(path)
+    return out
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gates(arch):
+    kernels = [kernel for path in all_cubins()[arch] for kernel in kernels_of(path)]
+    assert violations(kernels, arch) == []
+    found = Counter(kernel.name for kernel in kernels)
+    assert found == {name: gate["instances"] for name, gate in GATES["kernels"].items()}
+
+
+KL, ONE_DTYPE = "kl_loss/kl_loss_cuda.cu", (WITHOUT_HALF, WITHOUT_BFLOAT16)
+ALIGNED_LOAD = (
+    "  if (aligned) {\n#pragma unroll\n    for (int i = 0; i < N; i += kPerAccess) {\n      const uint4 v"
+)
+FAULTS = {  # name: faults in the source, compiler flags, what the gate says
+    "none": ((), (), None),
+    "local memory": (  # indexed by what the compiler cannot know
+        (
+            Fault(
+                "kl_loss/kl_loss_cuda.cuh",
+                "  OnlineSum sum = OnlineSum::empty();",
+                "  float table[64] = {};\n  table[n % 64] = 1.0f;\n"
+                "  OnlineSum sum = {-INFINITY, table[blockDim.x % 64]};",
+            ),
+        ),
+        (),
+        "spills",
+    ),
+    "scalar loads": (
+        (Fault("common/cuda_vec.cuh", ALIGNED_LOAD, ALIGNED_LOAD.replace("(aligned)", "(false)")),),
+        (),
+        r" 0 128-bit loads",
+    ),
+    "more shared memory": (
+        (Fault("common/cuda_reduce.cuh", "kMaxWarps = 32;", "kMaxWarps = 64;"),),
+        (),
+        "bytes of shared memory",
+    ),
+    "too many registers": (
+        (Fault("kl_loss/kl_loss_cuda.cuh", "kBlocksPerSM = 3;", "kBlocksPerSM = 1;"),),
+        ("-Xptxas=-O0",),
+        "registers, at most",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_fault_is_found(name):
+    faults, flags, message = FAULTS[name]
+    lines = violations(kernels_of(cubin(KL, 90, (*faults, *ONE_DTYPE), flags)), 90)
+    if message is None:
+        assert lines == []
+    else:
+        assert any(re.search(message, line) for line in lines), lines
+
+
+def test_plain_name():
+    assert plain_name("_ZN8minitron4cuda17kl_forward_kernelILNS0_6KlKindE0EffEEvPf") == "kl_forward_kernel"

@@ -1,4 +1,4 @@
-"""kl_loss's CUDA kernels, run on the host by the shim: values, bounds, traffic, order of threads, planted faults."""
+"""kl_loss's CUDA kernels, run on the host by the shim: values, bounds, traffic, thread order, faults."""
 
 import itertools
 import math
@@ -25,7 +25,9 @@ def shim():
     return load(WITHOUT_HALF, sanitize=True) if SANITIZE else load()
 
 
-def run(shim, student, teacher, *, beta=0.0, mask=None, vocab_size=None, inv_tau=1.0, grad_loss=None, **options):
+def run(
+    shim, student, teacher, *, beta=0.0, mask=None, vocab_size=None, inv_tau=1.0, grad_loss=None, **options
+):
     """(loss, stats, gradient) of the shim's two ops."""
     V = min(student.shape[1], teacher.shape[1]) if vocab_size is None else vocab_size
     keys = ("student_scale", "student_softcap", "teacher_scale", "teacher_softcap")
@@ -38,8 +40,8 @@ def run(shim, student, teacher, *, beta=0.0, mask=None, vocab_size=None, inv_tau
 
 
 def assert_gradient(grad, truth, near=1.0, weight=1.0):
-    """No worse than the truth rounded to the gradient's dtype, beyond fp32's own error. p_S - p_T carries 1e-6
-    of p, however small the difference is: `near` loosens the bound where student and teacher all but agree.
+    """No worse than the truth rounded to the gradient's dtype, beyond fp32's own error. p_S - p_T carries
+    1e-6 of p, however small the difference is: `near` loosens the bound where the two all but agree.
     """
     rounded = torch.from_numpy(truth).to(grad.dtype).double().numpy()
     size, unavoidable = np.linalg.norm(truth), np.linalg.norm(rounded - truth)
@@ -77,7 +79,7 @@ def test_values(shim, student_dtype, teacher_dtype, beta, close):
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("distance", [0.05, 1e-2, 1e-3])
 def test_accuracy_where_the_student_is_close(shim, beta, distance):
-    """KL from 1e-3 down to 5e-7: the loss keeps its relative accuracy, the gradient what fp32 logits allow."""
+    """KL from 1e-3 down to 5e-7: the loss keeps its relative accuracy, the gradient what fp32 allows."""
     teacher = normal(2, 4099, seed=3)
     student = teacher + normal(2, 4099, seed=4, scale=distance)
     loss, _, grad = run(shim, student, teacher, beta=beta)
@@ -100,7 +102,9 @@ HAND = {  # (tau, beta): loss and gradient at teacher ln [1, 2, 1], student 0
 
 @pytest.mark.parametrize(("tau", "beta"), HAND)
 def test_hand_oracle(shim, tau, beta):
-    loss, _, grad = run(shim, torch.zeros(1, 3), torch.tensor([[1.0, 2.0, 1.0]]).log(), beta=beta, inv_tau=1 / tau)
+    loss, _, grad = run(
+        shim, torch.zeros(1, 3), torch.tensor([[1.0, 2.0, 1.0]]).log(), beta=beta, inv_tau=1 / tau
+    )
     assert loss.item() == pytest.approx(HAND[tau, beta][0], abs=2e-9)
     assert grad[0].tolist() == pytest.approx(HAND[tau, beta][1], abs=6e-7)
 
@@ -135,9 +139,15 @@ def test_rising_and_extreme_data(shim, beta):
 @pytest.mark.parametrize("student_dtype", DTYPES)
 @pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.bfloat16])
 def test_layouts(shim, student_dtype, teacher_dtype, beta):
-    """Rows that start anywhere, any stride, padding that holds NaN: nothing outside of the V columns is read."""
+    """Rows that start anywhere, any stride, padding that holds NaN: nothing but the V columns is read."""
     V = 77
-    for s_start, t_start, s_pad, t_pad in [(0, 0, 0, 0), (1, 1, 0, 0), (3, 0, 2, 5), (0, 2, 8, 3), (5, 7, 1, 1)]:
+    for s_start, t_start, s_pad, t_pad in [
+        (0, 0, 0, 0),
+        (1, 1, 0, 0),
+        (3, 0, 2, 5),
+        (0, 2, 8, 3),
+        (5, 7, 1, 1),
+    ]:
         store_s = torch.full((3, s_start + V + s_pad + 3), math.nan, dtype=student_dtype)
         store_t = torch.full((3, t_start + V + t_pad + 2), math.nan, dtype=teacher_dtype)
         student = store_s[:, s_start : s_start + V + s_pad]
@@ -340,7 +350,9 @@ def check_padding(shim):
     student, teacher = normal(2, 90), normal(2, 90, seed=16)
     loss, stats, _ = run(shim, student, teacher, vocab_size=64)
     with shim.trace(student=student, teacher=teacher, stats=stats, loss=loss) as trace:
-        grad = shim.ops.kl_loss_backward(loss, stats, student, teacher, None, 64, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0)
+        grad = shim.ops.kl_loss_backward(
+            loss, stats, student, teacher, None, 64, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0
+        )
         assert trace.take_stores(grad).never == 0
 
 
@@ -348,10 +360,16 @@ REDUCE, VEC, MATH = "common/cuda_reduce.cuh", "common/cuda_vec.cuh", "kl_loss/di
 KERNELS = "kl_loss/kl_loss_cuda.cuh"
 PASS_TWO = "  RowStats stat = RowStats::of(sums);\n"
 ANOTHER_PASS = "  stat.kl = online_sum(student, options.vocab_size, options.student).max;\n"
-VECTOR_LOAD = "  if (aligned) {\n#pragma unroll\n    for (int i = 0; i < N; i += kPerAccess) {\n      const uint4 v"
+VECTOR_LOAD = (
+    "  if (aligned) {\n#pragma unroll\n    for (int i = 0; i < N; i += kPerAccess) {\n      const uint4 v"
+)
 ZERO_PADDING = "columns - options.vocab_size, begin, step);"
 FAULTS = {  # name: the check, what is done to the source, what the failure must say
-    "no rescale": (check_rising, Fault(MATH, "      sum *= exp_approx(max - top);\n", ""), "Not equal to tolerance"),
+    "no rescale": (
+        check_rising,
+        Fault(MATH, "      sum *= exp_approx(max - top);\n", ""),
+        "Not equal to tolerance",
+    ),
     "no barrier": (check_orders, Fault(REDUCE, "  __syncthreads();\n", ""), "Not equal to tolerance"),
     "divergent barrier": (
         check_orders,
@@ -363,9 +381,21 @@ FAULTS = {  # name: the check, what is done to the source, what the failure must
         Fault(VEC, "rest = n - runs * kRun;", "rest = n - runs * kRun + 1;"),
         "load outside of the allowed regions",
     ),
-    "misaligned": (check_alignment, Fault(VEC, "if (head > n) head = n;", "head = 0;"), "misaligned 16-byte access"),
-    "a third pass": (check_traffic, Fault(KERNELS, PASS_TWO, PASS_TWO + ANOTHER_PASS), r"assert \(?147456 == "),
-    "scalar loads": (check_traffic, Fault(VEC, VECTOR_LOAD, VECTOR_LOAD.replace("aligned", "false")), "narrow"),
+    "misaligned": (
+        check_alignment,
+        Fault(VEC, "if (head > n) head = n;", "head = 0;"),
+        "misaligned 16-byte access",
+    ),
+    "a third pass": (
+        check_traffic,
+        Fault(KERNELS, PASS_TWO, PASS_TWO + ANOTHER_PASS),
+        r"assert \(?147456 == ",
+    ),
+    "scalar loads": (
+        check_traffic,
+        Fault(VEC, VECTOR_LOAD, VECTOR_LOAD.replace("aligned", "false")),
+        "narrow",
+    ),
     "padding not zeroed": (check_padding, Fault(KERNELS, ZERO_PADDING, f"-1 + {ZERO_PADDING}"), "never"),
 }
 

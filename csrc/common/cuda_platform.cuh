@@ -1,5 +1,6 @@
-// What CUDA sources use in place of <<<>>>, __shared__ and raw 16-byte accesses, so that the same file also compiles
-// as host C++ against the shim of the tests (MINITRON_CUDA_SHIM), which runs the kernels without a GPU.
+// What CUDA sources use in place of <<<>>>, __shared__ and raw 16-byte accesses, so that the same file also
+// compiles as host C++ against the shim of the tests (MINITRON_CUDA_SHIM), which runs the kernels without a
+// GPU.
 #pragma once
 
 #ifdef MINITRON_CUDA_SHIM
@@ -13,7 +14,8 @@
 #include <cstdint>
 
 // kernel: a pointer to a __global__ function
-#define MINITRON_LAUNCH(kernel, grid, block, stream, ...) (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__)
+#define MINITRON_LAUNCH(kernel, grid, block, stream, ...) \
+  (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__)
 #define MINITRON_SHARED(type, name, count) __shared__ type name[count]
 
 namespace minitron::cuda {

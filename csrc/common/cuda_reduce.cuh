@@ -34,8 +34,8 @@ __device__ __forceinline__ V warp_reduce(V v, Merge merge) {
   return v;
 }
 
-// The same result in every thread. partial: shared memory for kMaxWarps values that this call alone uses, which
-// saves a second barrier. identity: merge(v, identity) == v.
+// The same result in every thread. partial: shared memory for kMaxWarps values that this call alone uses,
+// which saves a second barrier. identity: merge(v, identity) == v.
 template <typename V, typename Merge>
 __device__ __forceinline__ V block_reduce(V v, V identity, V* partial, Merge merge) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;

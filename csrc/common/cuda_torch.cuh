@@ -1,4 +1,5 @@
-// What every launcher needs of torch: the stable ABI alone, so that one build loads under a CPU and a CUDA torch.
+// What every launcher needs of torch: the stable ABI alone, so that one build loads under a CPU and a CUDA
+// torch.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -34,8 +35,9 @@ class LaunchScope {
   explicit LaunchScope(const torch::stable::Tensor& tensor)
       : device_(tensor.get_device_index()),
         guard_(device_),
-        stream_(static_cast<cudaStream_t>(
-            torch::stable::accelerator::getCurrentStream(device_).nativeHandle())) {}
+        stream_(
+            static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device_).nativeHandle())) {
+  }
 
   cudaStream_t stream() const { return stream_; }
 

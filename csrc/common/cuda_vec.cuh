@@ -1,4 +1,5 @@
-// Runs of elements between memory and fp32 registers: 16-byte accesses where the address allows it, else one by one.
+// Runs of elements between memory and fp32 registers: 16-byte accesses where the address allows it, else one
+// by one.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,9 @@
 namespace minitron::cuda {
 
 // A 32-bit word of memory <-> the elements in it.
-__device__ __forceinline__ void unpack_word(uint32_t word, float* out, const float*) { *out = __uint_as_float(word); }
+__device__ __forceinline__ void unpack_word(uint32_t word, float* out, const float*) {
+  *out = __uint_as_float(word);
+}
 __device__ __forceinline__ void unpack_word(uint32_t word, float* out, const __nv_bfloat16*) {
   out[0] = __uint_as_float(word << 16);  // bf16 is the upper half of an fp32
   out[1] = __uint_as_float(word & 0xffff0000u);
@@ -38,7 +41,9 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 
-__device__ __forceinline__ uint32_t pack_word(const float* in, const float*) { return __float_as_uint(in[0]); }
+__device__ __forceinline__ uint32_t pack_word(const float* in, const float*) {
+  return __float_as_uint(in[0]);
+}
 __device__ __forceinline__ uint32_t pack_word(const float* in, const __nv_bfloat16*) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(in[0], in[1]);  // one instruction for both
   uint32_t word;
@@ -94,8 +99,8 @@ __device__ __forceinline__ void store_run(T* p, bool aligned, const float (&in)[
   }
 }
 
-// Splits a row of n elements into whole runs of kRun elements that start at a multiple of 16 bytes, and the rest
-// before and after them, fewer than kRun + 16 / sizeof(T) elements.
+// Splits a row of n elements into whole runs of kRun elements that start at a multiple of 16 bytes, and the
+// rest before and after them, fewer than kRun + 16 / sizeof(T) elements.
 template <int kRun, typename T>
 struct RowSplit {
   int head, runs, rest;
@@ -117,7 +122,8 @@ __device__ __forceinline__ void fill_zero(T* row, int n, int begin, int step) {
   constexpr int kRun = 16 / sizeof(T);
   const RowSplit<kRun, T> split(row, n);
   const float zeros[kRun] = {};
-  for (int run = begin; run < split.runs; run += step) store_run<kRun>(row + split.run_start(run), true, zeros);
+  for (int run = begin; run < split.runs; run += step)
+    store_run<kRun>(row + split.run_start(run), true, zeros);
   for (int i = begin; i < split.rest; i += step) store_scalar(row + split.rest_index(i), from_float<T>(0.0f));
 }
 

@@ -1,12 +1,13 @@
-// What one pair of logits adds to a row's loss and gradient, in fp32 registers: forward KL, reverse KL and generalised
-// JSD, shared by the kernels on rows of logits and the kernels on tiles of linear_kl_loss.
+// What one pair of logits adds to a row's loss and gradient, in fp32 registers: forward KL, reverse KL and
+// generalised JSD, shared by the kernels on rows of logits and the kernels on tiles of linear_kl_loss.
 //
 //   s, t: transformed logits (scale, softcap, temperature)     d = lt - ls = (t - s) + (lse_s - lse_t)
 //
-// Every loss term is p_X (log p_X - log p_Y) + p_Y - p_X >= 0, whose extra parts sum to 0 over the vocabulary: nothing
-// cancels in the sum. Near d = 0, where student and teacher agree, a term is p (d + exp(-d) - 1) by its series; the sum
-// is then insensitive to first order to an error in lse_s - lse_t. Exponentials are ex2.approx of x log2(e): relative
-// error 2 ulp + 1e-7 |x|, random from token to token; exp of a difference from the row's maximum, so x <= 0.
+// Every loss term is p_X (log p_X - log p_Y) + p_Y - p_X >= 0, whose extra parts sum to 0 over the
+// vocabulary: nothing cancels in the sum. Near d = 0, where student and teacher agree, a term is p (d +
+// exp(-d) - 1) by its series; the sum is then insensitive to first order to an error in lse_s - lse_t.
+// Exponentials are ex2.approx of x log2(e): relative error 2 ulp + 1e-7 |x|, random from token to token; exp
+// of a difference from the row's maximum, so x <= 0.
 #pragma once
 
 #include <cfloat>
@@ -134,7 +135,8 @@ __device__ __forceinline__ float log1p_gap_near(float a) {
   return y * (a - 2.0f * y2 * z);
 }
 
-// p_x d + p_y - p_x, a term of KL(X || Y), with d = log p_x - log p_y. p = 0 wins over an infinite d; a NaN survives.
+// p_x d + p_y - p_x, a term of KL(X || Y), with d = log p_x - log p_y. p = 0 wins over an infinite d; a NaN
+// survives.
 __device__ __forceinline__ float kl_term_far(float p_x, float p_y, float d) {
   return (p_x == 0.0f ? 0.0f : p_x * d) + (p_y - p_x);
 }
@@ -192,12 +194,12 @@ struct PairTerms<KlKind::kJsd> {
     return impossible(s) && impossible(t) ? 0.0f : row.log_ratio(s, t);
   }
 
-  // Far from d = 0 all is told by the larger of p_s and p_t and by e = smaller / larger, which cannot overflow:
-  // m = larger (1 + a), a = weight of the smaller * (e - 1).
+  // Far from d = 0 all is told by the larger of p_s and p_t and by e = smaller / larger, which cannot
+  // overflow: m = larger (1 + a), a = weight of the smaller * (e - 1).
   static __device__ __forceinline__ LossSums loss(float s, float t, const RowStats& row, float beta) {
     const float d = log_ratio(s, t, row);
     if (fabsf(d) < kNear) {
-      const float p_t = row.prob_t(t), u = bregman_near(d) - d;     // p_s / p_t - 1
+      const float p_t = row.prob_t(t), u = bregman_near(d) - d;           // p_s / p_t - 1
       const float one_plus_u = 1.0f + u, v = __fdividef(-u, one_plus_u);  // p_t / p_s - 1
       return {p_t * log1p_gap_near((1.0f - beta) * u), p_t * one_plus_u * log1p_gap_near(beta * v)};
     }

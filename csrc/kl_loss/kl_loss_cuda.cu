@@ -1,12 +1,11 @@
 // Launchers of the row kernels. No host sync, no allocation but the outputs.
-#include "kl_loss/kl_loss_cuda.cuh"
-
 #include <algorithm>
 #include <limits>
 #include <optional>
 #include <tuple>
 
 #include "common/cuda_torch.cuh"
+#include "kl_loss/kl_loss_cuda.cuh"
 
 namespace minitron::cuda {
 namespace {
@@ -21,20 +20,24 @@ struct Shape {
 
 Shape check_rows(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
                  int64_t vocab_size) {
-  for (const auto& [name, logits] : {std::pair{"student_logits", &student}, std::pair{"teacher_logits", &teacher}}) {
+  for (const auto& [name, logits] :
+       {std::pair{"student_logits", &student}, std::pair{"teacher_logits", &teacher}}) {
     STD_TORCH_CHECK(logits->dim() == 2, name, " must be [N, V], got ", logits->dim(), " dimensions");
-    STD_TORCH_CHECK(logits->size(1) <= 1 || logits->stride(1) == 1, name, " must have stride 1 in its last dimension");
-    STD_TORCH_CHECK(logits->size(1) <= std::numeric_limits<int>::max(), name, " has more than 2^31 - 1 columns");
-    STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= logits->size(1), "vocab_size ", vocab_size, " is not in [1, ",
-                    logits->size(1), "], the columns of ", name);
+    STD_TORCH_CHECK(logits->size(1) <= 1 || logits->stride(1) == 1, name,
+                    " must have stride 1 in its last dimension");
+    STD_TORCH_CHECK(logits->size(1) <= std::numeric_limits<int>::max(), name,
+                    " has more than 2^31 - 1 columns");
+    STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= logits->size(1), "vocab_size ", vocab_size,
+                    " is not in [1, ", logits->size(1), "], the columns of ", name);
   }
   STD_TORCH_CHECK(teacher.size(0) == student.size(0), "teacher_logits has ", teacher.size(0),
                   " rows, student_logits ", student.size(0));
-  STD_TORCH_CHECK(teacher.device() == student.device(), "teacher_logits and student_logits are on different devices");
+  STD_TORCH_CHECK(teacher.device() == student.device(),
+                  "teacher_logits and student_logits are on different devices");
   STD_TORCH_CHECK(student.size(0) <= std::numeric_limits<int>::max(), "more than 2^31 - 1 rows");
   if (mask) {
-    STD_TORCH_CHECK(mask->dim() == 1 && mask->size(0) == student.size(0) && mask->scalar_type() == ScalarType::Bool &&
-                        mask->device() == student.device(),
+    STD_TORCH_CHECK(mask->dim() == 1 && mask->size(0) == student.size(0) &&
+                        mask->scalar_type() == ScalarType::Bool && mask->device() == student.device(),
                     "mask must be bool [N] on the device of student_logits");
   }
   return {student.size(0), static_cast<int>(vocab_size)};
@@ -79,9 +82,10 @@ void dispatch(float beta, const Tensor& student, const Tensor& teacher, F&& f) {
 }
 
 std::tuple<Tensor, Tensor> kl_loss_forward_cuda(const Tensor& student_logits, const Tensor& teacher_logits,
-                                                const std::optional<Tensor>& mask, int64_t vocab_size, double beta,
-                                                double inv_tau, double student_scale, double student_softcap,
-                                                double teacher_scale, double teacher_softcap) {
+                                                const std::optional<Tensor>& mask, int64_t vocab_size,
+                                                double beta, double inv_tau, double student_scale,
+                                                double student_softcap, double teacher_scale,
+                                                double teacher_softcap) {
   const Shape shape = check_rows(student_logits, teacher_logits, mask, vocab_size);
   const LaunchScope scope(student_logits);
   Tensor loss = torch::stable::new_empty(student_logits, {shape.rows}, ScalarType::Float);
@@ -95,21 +99,23 @@ std::tuple<Tensor, Tensor> kl_loss_forward_cuda(const Tensor& student_logits, co
     using S = decltype(s);
     using T = decltype(t);
     const auto kernel = &kl_forward_kernel<decltype(kind)::value, S, T>;
-    MINITRON_LAUNCH(kernel, dim3(shape.rows), dim3(threads_for(shape.vocab_size / kPairRun<S, T>)), scope.stream(),
-                    rows_of<S, T>(student_logits, teacher_logits, mask), options,
-                    static_cast<float*>(loss.mutable_data_ptr()), static_cast<float*>(stats.mutable_data_ptr()));
+    MINITRON_LAUNCH(kernel, dim3(shape.rows), dim3(threads_for(shape.vocab_size / kPairRun<S, T>)),
+                    scope.stream(), rows_of<S, T>(student_logits, teacher_logits, mask), options,
+                    static_cast<float*>(loss.mutable_data_ptr()),
+                    static_cast<float*>(stats.mutable_data_ptr()));
   });
   scope.check("kl_loss_forward");
   return {loss, stats};
 }
 
 Tensor kl_loss_backward_cuda(const Tensor& grad_loss, const Tensor& stats, const Tensor& student_logits,
-                             const Tensor& teacher_logits, const std::optional<Tensor>& mask, int64_t vocab_size,
-                             double beta, double inv_tau, double student_scale, double student_softcap,
-                             double teacher_scale, double teacher_softcap) {
+                             const Tensor& teacher_logits, const std::optional<Tensor>& mask,
+                             int64_t vocab_size, double beta, double inv_tau, double student_scale,
+                             double student_softcap, double teacher_scale, double teacher_softcap) {
   const Shape shape = check_rows(student_logits, teacher_logits, mask, vocab_size);
   STD_TORCH_CHECK(grad_loss.dim() == 1 && grad_loss.size(0) == shape.rows &&
-                      grad_loss.scalar_type() == ScalarType::Float && grad_loss.device() == student_logits.device(),
+                      grad_loss.scalar_type() == ScalarType::Float &&
+                      grad_loss.device() == student_logits.device(),
                   "grad_loss must be float32 [N] on the device of student_logits");
   STD_TORCH_CHECK(stats.dim() == 2 && stats.size(0) == shape.rows && stats.size(1) == RowStats::kFields &&
                       stats.scalar_type() == ScalarType::Float && stats.is_contiguous() &&
@@ -129,11 +135,11 @@ Tensor kl_loss_backward_cuda(const Tensor& grad_loss, const Tensor& stats, const
     const auto kernel = &kl_backward_kernel<decltype(kind)::value, S, T>;
     const int runs = shape.vocab_size / kPairRun<S, T>;
     const int threads = threads_for(runs);
-    MINITRON_LAUNCH(kernel, dim3(shape.rows, parts_for(shape.rows, runs, threads)), dim3(threads), scope.stream(),
-                    rows_of<S, T>(student_logits, teacher_logits, mask), options,
+    MINITRON_LAUNCH(kernel, dim3(shape.rows, parts_for(shape.rows, runs, threads)), dim3(threads),
+                    scope.stream(), rows_of<S, T>(student_logits, teacher_logits, mask), options,
                     static_cast<const float*>(grad_loss.const_data_ptr()), grad_loss.stride(0),
-                    static_cast<const float*>(stats.const_data_ptr()), static_cast<S*>(grad.mutable_data_ptr()),
-                    static_cast<int>(columns));
+                    static_cast<const float*>(stats.const_data_ptr()),
+                    static_cast<S*>(grad.mutable_data_ptr()), static_cast<int>(columns));
   });
   scope.check("kl_loss_backward");
   return grad;

@@ -1,8 +1,11 @@
 // Row divergences of two matrices of logits, and their gradient to the student's.
 //
-//   forward   grid (N), one block a row. Two passes over both rows: maxima and sums of exp, then the loss. The second
-//             runs backwards, so that it meets first what the caches still hold. Reads each logit twice, writes O(1).
-//   backward  grid (N, parts of a row). One pass: reads each logit once, writes each gradient once, padding included.
+//   forward   grid (N), one block a row. Two passes over both rows: maxima and sums of exp, then the loss.
+//   The second
+//             runs backwards, so that it meets first what the caches still hold. Reads each logit twice,
+//             writes O(1).
+//   backward  grid (N, parts of a row). One pass: reads each logit once, writes each gradient once, padding
+//   included.
 //
 // Nothing depends on the order in which threads run: results are bitwise equal from run to run.
 #pragma once
@@ -16,13 +19,13 @@
 namespace minitron::cuda {
 
 constexpr int kMaxThreads = 512;
-constexpr int kBlocksPerSM = 2;  // with kMaxThreads: at most 64 registers a thread
+constexpr int kBlocksPerSM = 3;  // with kMaxThreads: at most 40 registers a thread
 
 template <typename S, typename T>
 struct KlRows {
-  const S* student;  // (N, >= vocab_size), stride 1 in the vocabulary
-  const T* teacher;  // likewise
-  const bool* mask;  // (N) or null; false: the row's logits are not read
+  const S* student;                                     // (N, >= vocab_size), stride 1 in the vocabulary
+  const T* teacher;                                     // likewise
+  const bool* mask;                                     // (N) or null; false: the row's logits are not read
   int64_t student_stride, teacher_stride, mask_stride;  // elements from row to row
 
   __device__ __forceinline__ bool counts(int64_t row) const {
@@ -60,11 +63,11 @@ __device__ __forceinline__ OnlineSum online_sum(const T* row, int n, const Logit
   return sum;
 }
 
-// Calls visit(column, s, t) with arrays of transformed logits, for the runs begin, begin + step, ... The student's runs
-// are aligned; the teacher's are read one by one where they are not aligned alike.
+// Calls visit(column, s, t) with arrays of transformed logits, for the runs begin, begin + step, ... The
+// student's runs are aligned; the teacher's are read one by one where they are not aligned alike.
 template <bool kBackwards, typename S, typename T, typename Visit>
-__device__ __forceinline__ void for_each_pair(const S* student, const T* teacher, const KlOptions& options, int begin,
-                                              int step, Visit visit) {
+__device__ __forceinline__ void for_each_pair(const S* student, const T* teacher, const KlOptions& options,
+                                              int begin, int step, Visit visit) {
   constexpr int kRun = kPairRun<S, T>;
   const RowSplit<kRun, S> split(student, options.vocab_size);
   const bool teacher_aligned = aligned16(teacher + split.head);
@@ -90,7 +93,7 @@ __device__ __forceinline__ void for_each_pair(const S* student, const T* teacher
 template <KlKind kKind, typename S, typename T>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
     kl_forward_kernel(KlRows<S, T> rows, KlOptions options, float* __restrict__ loss,  // (N)
-                      float* __restrict__ stats) {                                     // (N, RowStats::kFields)
+                      float* __restrict__ stats) {  // (N, RowStats::kFields)
   MINITRON_SHARED(RowSums, partial_sums, kMaxWarps);
   MINITRON_SHARED(LossSums, partial_loss, kMaxWarps);
   const int64_t row = blockIdx.x;
@@ -112,12 +115,13 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
   RowStats stat = RowStats::of(sums);
 
   LossSums terms = {0.0f, 0.0f};
-  for_each_pair<true>(student, teacher, options, threadIdx.x, blockDim.x, [&](int, const auto& s, const auto& t) {
+  for_each_pair<true>(student, teacher, options, threadIdx.x, blockDim.x,
+                      [&](int, const auto& s, const auto& t) {
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(s) / sizeof(float)); ++i) {
-      terms = terms.merged(PairTerms<kKind>::loss(s[i], t[i], stat, options.beta));
-    }
-  });
+                        for (int i = 0; i < static_cast<int>(sizeof(s) / sizeof(float)); ++i) {
+                          terms = terms.merged(PairTerms<kKind>::loss(s[i], t[i], stat, options.beta));
+                        }
+                      });
   terms = block_reduce(terms, LossSums{0.0f, 0.0f}, partial_loss,
                        [](const LossSums& a, const LossSums& b) { return a.merged(b); });
   if (threadIdx.x == 0) {
@@ -142,8 +146,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
   const RowStats stat = {load_scalar<true>(in),     load_scalar<true>(in + 1), load_scalar<true>(in + 2),
                          load_scalar<true>(in + 3), load_scalar<true>(in + 4), load_scalar<true>(in + 5)};
   const float weight = load_scalar<true>(grad_loss + row * grad_loss_stride);
-  for_each_pair<false>(rows.student + row * rows.student_stride, rows.teacher + row * rows.teacher_stride, options,
-                       begin, step, [&](int column, const auto& s, const auto& t) {
+  for_each_pair<false>(rows.student + row * rows.student_stride, rows.teacher + row * rows.teacher_stride,
+                       options, begin, step, [&](int column, const auto& s, const auto& t) {
                          constexpr int kRun = sizeof(s) / sizeof(float);
                          float g[kRun];
 #pragma unroll

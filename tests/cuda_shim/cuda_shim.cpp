@@ -49,7 +49,8 @@ cuda_shim_switch:
 struct Context {
   void* stack_pointer = nullptr;
   void prepare(char* stack, size_t size, void (*entry)()) {
-    void** top = reinterpret_cast<void**>(stack + size - 64);  // 16-byte aligned after the return address is popped
+    void** top =
+        reinterpret_cast<void**>(stack + size - 64);  // 16-byte aligned after the return address is popped
     *--top = nullptr;
     *--top = reinterpret_cast<void*>(entry);
     for (int i = 0; i < 6; ++i) *--top = nullptr;
@@ -153,7 +154,8 @@ void unpoison(Fiber& fiber) {
 void to_scheduler(Fiber& fiber, bool last) {
   Machine& m = machine();
 #if SHIM_ASAN
-  __sanitizer_start_switch_fiber(last ? nullptr : &fiber.fake_stack, m.scheduler_stack, m.scheduler_stack_bytes);
+  __sanitizer_start_switch_fiber(last ? nullptr : &fiber.fake_stack, m.scheduler_stack,
+                                 m.scheduler_stack_bytes);
 #endif
   (void)last;
   Context::swap(fiber.context, m.scheduler);
@@ -211,10 +213,11 @@ std::string deadlock_report() {
   for (size_t i = 0; i < m.fibers.size(); ++i) {
     if (!m.fibers[i].done) waiting[m.fibers[i].waits_for].push_back(i);
   }
-  std::string text = "deadlock in block (" + std::to_string(m.where.block.x) + ", " +
-                     std::to_string(m.where.block.y) + ")";
+  std::string text =
+      "deadlock in block (" + std::to_string(m.where.block.x) + ", " + std::to_string(m.where.block.y) + ")";
   for (const auto& [what, threads] : waiting) {
-    text += "; " + std::to_string(threads.size()) + " threads from " + std::to_string(threads[0]) + " on wait at " + what;
+    text += "; " + std::to_string(threads.size()) + " threads from " + std::to_string(threads[0]) +
+            " on wait at " + what;
   }
   return text + "; " + std::to_string(m.fibers.size() - m.live) + " have exited";
 }
@@ -258,7 +261,8 @@ void set_threads(unsigned count) {
     m.fibers.pop_back();
   }
   while (m.fibers.size() < count) {
-    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) fail("no memory for stacks");
     m.fibers.emplace_back().stack = static_cast<char*>(stack);
   }
@@ -288,7 +292,8 @@ void launch(dim3 grid, dim3 block, const std::function<void()>& thread) {
   Machine& m = machine();
   if (block.y != 1 || block.z != 1) fail("only one-dimensional blocks are modelled");
   if (block.x == 0 || block.x > 1024) fail(std::to_string(block.x) + " threads in a block");
-  if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y - 1 > 65534u || grid.z - 1 > 65534u) fail("grid out of range");
+  if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y - 1 > 65534u || grid.z - 1 > 65534u)
+    fail("grid out of range");
   set_threads(block.x);
   m.where.block_dim = block;
   m.where.grid_dim = grid;
@@ -394,8 +399,8 @@ SHIM_API void cuda_shim_loads(int region, int64_t* out) {
   out[1] = r.narrow_loads;
 }
 
-// Takes the stores to an output out of the log: bytes stored, stores of less than 16 bytes, bytes never written, bytes
-// written more than once, stores left in the log.
+// Takes the stores to an output out of the log: bytes stored, stores of less than 16 bytes, bytes never
+// written, bytes written more than once, stores left in the log.
 SHIM_API void cuda_shim_take_stores(uintptr_t base, int64_t rows, int64_t row_bytes, int64_t stride_bytes,
                                     int64_t* out) {
   auto& m = cuda_shim::machine();

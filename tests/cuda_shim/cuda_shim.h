@@ -1,13 +1,19 @@
-// Runs CUDA kernels on the host: compiled by g++ with -DMINITRON_CUDA_SHIM, a kernel is a plain function and every
-// thread of a block a fiber on one OS thread. What it finds:
+// Runs CUDA kernels on the host: compiled by g++ with -DMINITRON_CUDA_SHIM, a kernel is a plain function and
+// every thread of a block a fiber on one OS thread. What it finds:
 //   - wrong values, from the kernels' own source and the launchers' own grid;
-//   - missing barriers: shared memory starts as NaN in every block, and threads run forwards, backwards or shuffled;
-//   - divergent barriers and shuffles: a block in which nobody can go on is an error that names who waits where;
-//   - accesses outside of the regions that a test allows (finer than ASan: also padding and masked rows), 16-byte
+//   - missing barriers: shared memory starts as NaN in every block, and threads run forwards, backwards or
+//   shuffled;
+//   - divergent barriers and shuffles: a block in which nobody can go on is an error that names who waits
+//   where;
+//   - accesses outside of the regions that a test allows (finer than ASan: also padding and masked rows),
+//   16-byte
 //     accesses at unaligned addresses, bytes moved per region, bytes written twice or never;
 //   - with -fsanitize=address,undefined whatever these find.
 // It does not model the memory system between blocks: these run one after another.
 #pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <bit>
 #include <cmath>
@@ -16,9 +22,6 @@
 #include <functional>
 #include <source_location>
 #include <string>
-
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 // ---- the language
 
@@ -112,7 +115,9 @@ inline float __bfloat162float(__nv_bfloat16 x) { return std::bit_cast<float>(uin
 inline float __half2float(__half x) { return c10::Half(x.bits, c10::Half::from_bits()); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {c10::BFloat16(x).x}; }
 inline __half __float2half_rn(float x) { return {c10::Half(x).x}; }
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 
 namespace minitron::cuda {

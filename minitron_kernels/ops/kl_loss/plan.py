@@ -120,6 +120,7 @@ def plan_linear_kl_loss(
     grad_head: bool = True,
     grad_bias: bool = False,
     grad_head_accumulator: bool = False,
+    masked: bool = False,
     divergence_needs_kl: bool = False,
     schedule: str = "auto",
     workspace_bytes: int | None = None,
@@ -138,6 +139,7 @@ def plan_linear_kl_loss(
         grad_head: whether the gradient to the student's head is wanted.
         grad_bias: whether the gradient to the student's bias is wanted.
         grad_head_accumulator: whether a buffer for it is lent.
+        masked: whether some rows of the tensors do not count; a float32 grad_hidden then needs a copy without them.
         divergence_needs_kl: JSD with 0 < beta < 1, which looks at the logits once more.
         schedule: "auto", "store" or "recompute".
         workspace_bytes: budget in bytes, 512 MiB by default. It bounds all that the call allocates beyond inputs
@@ -183,7 +185,7 @@ def plan_linear_kl_loss(
             grad_hidden,
             grad_head,
             grad_head_accumulator or dtype == accumulate,
-            dtype == accumulate,
+            dtype == accumulate and not masked,
             name,
             chunk_rows,
             tile,
