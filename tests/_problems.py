@@ -37,9 +37,9 @@ def assert_gradient(actual, truth, dtype, *, probability_norm):
 
 
 def make_linear(N, H, Ht, V, dtype, *, distance=3.0, seed=0):
-    """Student hidden and head, teacher hidden and head; distance is the spread of the difference of the logits.
+    """Student hidden and head, teacher hidden and head; distance is the spread of the logits' difference.
 
-    The teacher sees what the student sees and Ht - H channels more, so that distance 0.05 gives a KL of about 1e-3.
+    The teacher sees what the student sees and Ht - H channels more; distance 0.05 gives a KL of about 1e-3.
     """
     g = torch.Generator().manual_seed(seed)
     shared = min(H, Ht)
@@ -62,7 +62,7 @@ def make_rows(N, V, dtype, *, distance=1.0, rising=False, seed=0):
 
 
 def force_operands(monkeypatch, kind):
-    """Makes linear_kl_loss pack its operands as bf16 or f32, or use the portable GEMM, whatever this CPU prefers."""
+    """linear_kl_loss packs operands as bf16 or f32, or uses the portable GEMM, whatever this CPU prefers."""
     if kind is not None:
         monkeypatch.setattr(plan_module, "operand_type", lambda dtype, other: kind)
 

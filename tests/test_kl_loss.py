@@ -178,9 +178,7 @@ def test_labels_mask_and_reductions(backend):
     assert rows.shape == (2, 3) and torch.equal(rows, torch.where(counts, every, 0.0))
     options = {"labels": labels, "mask": mask, "backend": backend}
     assert mk.kl_loss(student, teacher, **options).item() == pytest.approx(rows.sum().item() / 3)
-    assert mk.kl_loss(student, teacher, reduction="sum", **options).item() == pytest.approx(
-        rows.sum().item()
-    )
+    assert mk.kl_loss(student, teacher, reduction="sum", **options).item() == pytest.approx(rows.sum().item())
     for num_items in (12, torch.tensor(12)):
         assert mk.kl_loss(student, teacher, num_items=num_items, **options).item() == pytest.approx(
             rows.sum().item() / 12

@@ -61,11 +61,23 @@ def test_options_of_both(changes, error, message):
     "changes,error,message",
     [
         ({"student_logits": None}, TypeError, r"student_logits must be a torch.Tensor, got NoneType"),
-        ({"student_logits": torch.zeros(N, V, dtype=torch.int64)}, TypeError, r"student_logits .* got torch.int64"),
+        (
+            {"student_logits": torch.zeros(N, V, dtype=torch.int64)},
+            TypeError,
+            r"student_logits .* got torch.int64",
+        ),
         ({"teacher_logits": torch.zeros(N, V, device=META)}, ValueError, r"teacher_logits is on meta"),
         ({"teacher_logits": torch.zeros(N, V).double()}, TypeError, r"float64 needs float64"),
-        ({"teacher_logits": torch.zeros(N + 1, V)}, ValueError, r"leading dimensions .* \(6, 40\) and \(7, 40\)"),
-        ({"teacher_logits": torch.zeros(N, V + 8)}, ValueError, r"vocabularies of 40 and 48 .* pass vocab_size="),
+        (
+            {"teacher_logits": torch.zeros(N + 1, V)},
+            ValueError,
+            r"leading dimensions .* \(6, 40\) and \(7, 40\)",
+        ),
+        (
+            {"teacher_logits": torch.zeros(N, V + 8)},
+            ValueError,
+            r"vocabularies of 40 and 48 .* pass vocab_size=",
+        ),
     ],
 )
 def test_kl_loss(changes, error, message):
@@ -76,17 +88,33 @@ def test_kl_loss(changes, error, message):
 @pytest.mark.parametrize(
     "changes,error,message",
     [
-        ({"student_head": torch.zeros(V, H + 1)}, ValueError, r"student_head \[V, H\] .* \(6, 8\) and \(40, 9\)"),
+        (
+            {"student_head": torch.zeros(V, H + 1)},
+            ValueError,
+            r"student_head \[V, H\] .* \(6, 8\) and \(40, 9\)",
+        ),
         ({"teacher_head": torch.zeros(V)}, ValueError, r"teacher_hidden .* teacher_head .* \(40,\)"),
-        ({"teacher_hidden": torch.zeros(N - 1, HT)}, ValueError, r"leading dimensions, got \(6, 8\) and \(5, 12\)"),
+        (
+            {"teacher_hidden": torch.zeros(N - 1, HT)},
+            ValueError,
+            r"leading dimensions, got \(6, 8\) and \(5, 12\)",
+        ),
         ({"teacher_head": torch.zeros(V + 8, HT)}, ValueError, r"40 and 48 .* pass vocab_size="),
         ({"student_head": torch.zeros(V, H, device=META)}, ValueError, r"student_head is on meta"),
         ({"student_head": torch.zeros(V, H).double()}, TypeError, r"student_head is torch.float64"),
-        ({"student_bias": torch.zeros(V - 1)}, ValueError, r"student_bias must be \[V\] = \[40\].* got \(39,\)"),
+        (
+            {"student_bias": torch.zeros(V - 1)},
+            ValueError,
+            r"student_bias must be \[V\] = \[40\].* got \(39,\)",
+        ),
         ({"teacher_bias": torch.zeros(V).int()}, TypeError, r"teacher_bias must be float32"),
         ({"schedule": "fast"}, ValueError, r"schedule must be one of auto, store, recompute; got 'fast'"),
         ({"workspace_bytes": 1000}, ValueError, r"workspace_bytes=1000 is too small: the least .* is \d+ \("),
-        ({"grad_head_accumulator": torch.zeros(V, H).half()}, TypeError, r"torch.float32 tensor, got torch.float16"),
+        (
+            {"grad_head_accumulator": torch.zeros(V, H).half()},
+            TypeError,
+            r"torch.float32 tensor, got torch.float16",
+        ),
         ({"grad_head_accumulator": 3}, TypeError, r"grad_head_accumulator .* got int"),
         ({"grad_head_accumulator": torch.zeros(H, V).T}, ValueError, r"stride 1 along H"),
         (

@@ -111,9 +111,7 @@ def test_chunks_of_rows_and_stretches_of_the_vocabulary(monkeypatch, operands, s
     N, H, V = 700, 48, 2500
     tensors = make_linear(N, H, 56, V, torch.bfloat16)
     budget = {"store": 14 << 20, "recompute": 3 << 20}[schedule]
-    plan = mk.plan_linear_kl_loss(
-        N, V, H, 56, schedule=schedule, workspace_bytes=budget, engine=operands
-    )
+    plan = mk.plan_linear_kl_loss(N, V, H, 56, schedule=schedule, workspace_bytes=budget, engine=operands)
     assert plan.num_chunks > 1 and plan.part_bytes[-1] > 0
     for divergence in ("forward_kl", "reverse_kl", "jsd"):
         loss, *grads = truth_of(tensors, beta=BETA[divergence], row_weight=np.full(N, 1 / N))
@@ -184,9 +182,9 @@ def test_masked_tokens_are_skipped(schedule):
     expected = run((hidden[keep], head, teacher_hidden[keep], teacher_head), schedule=schedule)
     assert torch.equal(loss, expected[0]) and torch.equal(dw, expected[2])
     assert torch.equal(dx[keep], expected[1]) and (dx[~keep] == 0).all()
-    rows = run(
-        (hidden, head, teacher_hidden, teacher_head), mask=keep, reduction="none", schedule=schedule
-    )[0]
+    rows = run((hidden, head, teacher_hidden, teacher_head), mask=keep, reduction="none", schedule=schedule)[
+        0
+    ]
     assert (rows[~keep] == 0).all() and rows[keep].mean().item() == pytest.approx(loss.item(), rel=1e-6)
 
 
@@ -215,7 +213,9 @@ def test_nan_is_not_hidden(schedule, dtype):
         assert mk.linear_kl_loss(*tensors).isnan()
 
 
-@pytest.mark.parametrize("dtype,operands", [(torch.bfloat16, "bf16"), (torch.bfloat16, "f32"), (torch.float32, None)])
+@pytest.mark.parametrize(
+    "dtype,operands", [(torch.bfloat16, "bf16"), (torch.bfloat16, "f32"), (torch.float32, None)]
+)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_same_bits_every_time_and_for_any_thread_count(monkeypatch, dtype, operands, schedule):
     force_operands(monkeypatch, operands)
@@ -243,7 +243,9 @@ def test_schedules_and_forward_only_agree():
 
 
 @pytest.mark.parametrize("level", ["avx512", "avx2", "baseline"])
-@pytest.mark.parametrize("dtype,operands", [(torch.float32, "portable"), (torch.bfloat16, "bf16"), (torch.float16, None)])
+@pytest.mark.parametrize(
+    "dtype,operands", [(torch.float32, "portable"), (torch.bfloat16, "bf16"), (torch.float16, None)]
+)
 def test_every_simd_level(monkeypatch, level, dtype, operands):
     force_operands(monkeypatch, operands)
     try:
@@ -291,9 +293,7 @@ def test_per_token_loss_takes_any_incoming_gradient():
         )
         assert rows.shape == (4, 24)
         (rows.reshape(-1) * weight).sum().backward()
-        _, *grads = truth_of(
-            tensors, beta=BETA[divergence], inv_tau=0.5, row_weight=4 * weight.numpy()
-        )
+        _, *grads = truth_of(tensors, beta=BETA[divergence], inv_tau=0.5, row_weight=4 * weight.numpy())
         for grad, truth in zip((hidden.grad, head.grad, bias.grad), grads, strict=True):
             assert relative(grad, truth) <= 1e-11
 

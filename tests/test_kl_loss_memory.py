@@ -97,10 +97,12 @@ def test_plan_beyond_32_bits():
 
 
 def test_offsets_beyond_32_bits():
-    """A store chunk whose panels lie more than 2^31 bytes apart: first and last tiles agree with a small call."""
+    """A store chunk whose panels lie more than 2^31 bytes apart agrees with a small-budget call."""
     V, H = 262144, 2
     tensors = make_linear(1088, H, H, V, torch.float32)
-    plan = mk.plan_linear_kl_loss(1088, V, H, H, dtype=torch.float32, workspace_bytes=3 << 30, schedule="store")
+    plan = mk.plan_linear_kl_loss(
+        1088, V, H, H, dtype=torch.float32, workspace_bytes=3 << 30, schedule="store"
+    )
     assert plan.num_chunks == 1 and plan.part_bytes[0] > 1 << 31
     results = []
     for schedule, budget in (("store", 3 << 30), ("recompute", 64 * MIB)):

@@ -42,9 +42,7 @@ def test_compile_fullgraph(reduction, divergence):
     eager = step(*arguments)
     compiled = torch.compile(step, fullgraph=True)(*arguments)
     assert compiled.item() == pytest.approx(eager.item(), rel=1e-6)
-    for a, b in zip(
-        grads_of(eager, hidden, head, bias), grads_of(compiled, hidden, head, bias), strict=True
-    ):
+    for a, b in zip(grads_of(eager, hidden, head, bias), grads_of(compiled, hidden, head, bias), strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
@@ -151,7 +149,7 @@ def test_checkpoint_and_retain_graph():
 
 
 def test_accumulation_over_micro_batches_and_tied_heads():
-    """Two micro-batches through num_items and a lent fp32 buffer = one batch; an embedding tied to the head."""
+    """Two micro-batches by num_items and a lent fp32 buffer = one batch; the embedding is tied."""
     torch.manual_seed(0)
     embedding = nn.Embedding(300, 32)
     tokens = torch.randint(0, 300, (2, 24))
@@ -236,7 +234,8 @@ from torch.nn.parallel import DistributedDataParallel
 torch.manual_seed(0); torch.set_num_threads(1)
 class Student(torch.nn.Module):
     def __init__(self):
-        super().__init__(); self.body = torch.nn.Linear(16, 16); self.head = torch.nn.Linear(16, 100, bias=False)
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(16, 16), torch.nn.Linear(16, 100, bias=False)
     def forward(self, x, y, u):
         return mk.linear_kl_loss(self.body(x), self.head.weight, y, u)
 student = Student(); x, y, u = torch.randn(8, 16), torch.randn(8, 24), torch.randn(100, 24)

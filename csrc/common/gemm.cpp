@@ -4,14 +4,15 @@
 #include <exception>
 #include <vector>
 
-// libtorch's microkernels (torch >= 2.6). They are not part of its stable ABI, so they are referenced weakly: a
-// libtorch without them leaves null pointers here, and the portable GEMM serves.
+// libtorch's microkernels (torch >= 2.6). They are not part of its stable ABI, so they are referenced weakly:
+// a libtorch without them leaves null pointers here, and the portable GEMM serves.
 namespace c10 {
 struct BFloat16;
 }
 namespace at::native::cpublas {
 __attribute__((weak)) void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c,
-                                  bool add_C, const c10::BFloat16* A, const c10::BFloat16* B, float* C, bool is_vnni);
+                                  bool add_C, const c10::BFloat16* A, const c10::BFloat16* B, float* C,
+                                  bool is_vnni);
 __attribute__((weak)) void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c,
                                   bool add_C, const float* A, const float* B, float* C, bool is_vnni);
 __attribute__((weak)) void brgemm_release(bool is_vnni);
@@ -26,17 +27,17 @@ namespace {
 
 using Bf16Fn = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const c10::BFloat16*,
                         const c10::BFloat16*, float*, bool);
-using F32Fn = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const float*, const float*, float*,
-                       bool);
+using F32Fn = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const float*, const float*,
+                       float*, bool);
 
-void call_bf16(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const bf16* a,
-               const bf16* b, float* c) {
+void call_bf16(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+               const bf16* a, const bf16* b, float* c) {
   at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, reinterpret_cast<const c10::BFloat16*>(a),
                               reinterpret_cast<const c10::BFloat16*>(b), c, true);
 }
 
-void call_f32(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* a,
-              const float* b, float* c) {
+void call_f32(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+              const float* a, const float* b, float* c) {
   at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, a, b, c, false);
 }
 
@@ -104,9 +105,10 @@ void brgemm_release() {
   if (&at::native::cpublas::brgemm_release) at::native::cpublas::brgemm_release(true);
 }
 
-// A rule, not a timing, so that one machine gives the same bits every time. AMX and AMD's AVX512_BF16 (Zen 4 on)
-// multiply bf16 at twice the rate of fp32 or better. Intel's VDPBF16PS without AMX runs at half the rate of its fp32
-// FMA (measured on Emerald Rapids: 87 against 165 GFLOP/s a core), and bf16 widens to fp32 without rounding.
+// A rule, not a timing, so that one machine gives the same bits every time. AMX and AMD's AVX512_BF16 (Zen 4
+// on) multiply bf16 at twice the rate of fp32 or better. Intel's VDPBF16PS without AMX runs at half the rate
+// of its fp32 FMA (measured on Emerald Rapids: 87 against 165 GFLOP/s a core), and bf16 widens to fp32
+// without rounding.
 const char* bf16_operand_type() {
   if (!engines().bf16_engine) return "f32";
   return cpu().amx_bf16 || (cpu().amd && cpu().avx512_bf16) ? "bf16" : "f32";

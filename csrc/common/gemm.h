@@ -10,13 +10,15 @@ namespace minitron {
 
 // Columns of a packed B panel (see pack.h). 64 keeps four AVX-512 accumulators per row of A.
 constexpr int kPanel = 64;
-// Longest chain of products summed in one accumulator; longer K is split (one long chain doubles the fp32 error).
+// Longest chain of products summed in one accumulator; longer K is split (one long chain doubles the fp32
+// error).
 constexpr int64_t kMaxChain = 512;
 
-// C[M, N] = A[M, K] B[K, N], or += with add; N <= kPanel, ldb = kPanel; Op = float, double or bf16 (B in pairs).
+// C[M, N] = A[M, K] B[K, N], or += with add; N <= kPanel, ldb = kPanel; Op = float, double or bf16 (B in
+// pairs).
 template <typename Op, typename A>
-using Gemm = void (*)(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const Op* a,
-                      const Op* b, A* c);
+using Gemm = void (*)(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+                      const Op* a, const Op* b, A* c);
 
 // torch's brgemm microkernels, or nullptr where libtorch does not export them or this CPU cannot run them.
 Gemm<bf16, float> brgemm_bf16();

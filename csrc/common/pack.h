@@ -1,6 +1,7 @@
-// Repacking of GEMM operands. A GEMM here is C[M, N] (+)= A[M, K] B[K, N] with A in plain rows and B in panels of
-// kPanel columns, [K, kPanel] each and zero-padded; 16-bit panels hold pairs of rows interleaved ([K/2, kPanel, 2],
-// "VNNI"), K rounded up to even. `Op` is the operands' type, `index` an optional list of source rows.
+// Repacking of GEMM operands. A GEMM here is C[M, N] (+)= A[M, K] B[K, N] with A in plain rows and B in
+// panels of kPanel columns, [K, kPanel] each and zero-padded; 16-bit panels hold pairs of rows interleaved
+// ([K/2, kPanel, 2], "VNNI"), K rounded up to even. `Op` is the operands' type, `index` an optional list of
+// source rows.
 #pragma once
 
 #include <utility>
@@ -36,6 +37,17 @@ inline void transpose_square(Vec<A>* v) {
 template <typename T>
 inline const T* source_row(const T* src, int64_t ld, const int64_t* index, int64_t row) {
   return src + (index ? index[row] : row) * ld;
+}
+
+// Rows of a head are far apart, and only a few cache lines of each are read: no hardware prefetcher sees them
+// coming.
+constexpr int64_t kPrefetchRows = 8;
+template <typename T>
+inline void prefetch_row(const T* src, int64_t ld, const int64_t* index, int64_t row, int64_t rows,
+                         int64_t cols) {
+  if (row >= rows) return;
+  const char* p = reinterpret_cast<const char*>(source_row(src, ld, index, row));
+  for (int64_t byte = 0; byte < cols * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(p + byte);
 }
 
 // B[K = cols, N = rows] from rows of src: transposes. dst: ceil(rows / kPanel) panels of [cols, kPanel].
@@ -86,11 +98,12 @@ inline void pack_transposed(const bf16* src, int64_t ld, const int64_t* index, i
 // B[K = rows, N = cols] from rows of src, for columns [0, cols) of it. dst: ceil(cols / kPanel) panels of
 // [padded_rows, kPanel]; rows beyond `rows` are zero.
 template <typename A, typename T>
-void pack_rows(const T* src, int64_t ld, const int64_t* index, int64_t rows, int64_t padded_rows, int64_t cols,
-               A* dst) {
+void pack_rows(const T* src, int64_t ld, const int64_t* index, int64_t rows, int64_t padded_rows,
+               int64_t cols, A* dst) {
   constexpr int L = kLanes<A>;
   for (int64_t k = 0; k < padded_rows; ++k) {
     const T* p = k < rows ? source_row(src, ld, index, k) : nullptr;
+    prefetch_row(src, ld, index, k + kPrefetchRows, rows, cols);
     for (int64_t c = 0; c < round_up(cols, kPanel); c += L) {
       A* out = dst + c / kPanel * padded_rows * kPanel + k * kPanel + c % kPanel;
       if (!p || c >= cols) {
@@ -123,6 +136,8 @@ inline void pack_rows(const bf16* src, int64_t ld, const int64_t* index, int64_t
     return v;
   };
   for (int64_t k = 0; k < padded_rows; k += 2) {
+    prefetch_row(src, ld, index, k + kPrefetchRows, rows, cols);
+    prefetch_row(src, ld, index, k + kPrefetchRows + 1, rows, cols);
     for (int64_t c = 0; c < round_up(cols, kPanel); c += L) {
       bf16* out = dst + c / kPanel * padded_rows * kPanel + k * kPanel + c % kPanel * 2;
       V low, high;
@@ -161,7 +176,8 @@ void cast_panel(const A* panel, int64_t rows, Op* dst, int64_t ld) {
   }
 }
 
-// [rows, kPanel] -> its transpose [kPanel, rows] as Op with leading dimension ld >= rows; ld's rest is not touched.
+// [rows, kPanel] -> its transpose [kPanel, rows] as Op with leading dimension ld >= rows; ld's rest is not
+// touched.
 template <typename A, typename Op>
 void transpose_panel(const A* panel, int64_t rows, Op* dst, int64_t ld) {
   constexpr int L = kLanes<A>;

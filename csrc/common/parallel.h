@@ -11,8 +11,8 @@ namespace minitron {
 
 inline int64_t max_threads() { return torch::stable::get_num_threads(); }
 
-// f(task, slot) for task in [0, n), taken in order by whichever thread is free; slot < max_threads() names the
-// thread's scratch space. Tasks must not depend on which slot runs them.
+// f(task, slot) for task in [0, n), taken in order by whichever thread is free; slot < max_threads() names
+// the thread's scratch space. Tasks must not depend on which slot runs them.
 template <typename F>
 void parallel_tasks(int64_t n, F&& f) {
   const int64_t threads = std::min<int64_t>(n, max_threads());

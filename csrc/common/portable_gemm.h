@@ -1,5 +1,5 @@
-// C[M, N] (+)= A[M, K] B[K, N] for one panel of B (N <= kPanel), in plain vector code of this SIMD level: what runs
-// where no vendor microkernel is to be had, and for float64.
+// C[M, N] (+)= A[M, K] B[K, N] for one panel of B (N <= kPanel), in plain vector code of this SIMD level:
+// what runs where no vendor microkernel is to be had, and for float64.
 #pragma once
 
 #include "common/gemm.h"
@@ -9,8 +9,8 @@ namespace minitron::MINITRON_SIMD {
 
 // kRows x kVecs accumulators stay in registers; K in order, so that C does not depend on the blocking.
 template <typename A, int kRows, int kVecs>
-inline void gemm_block(int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const A* a, const A* b,
-                       A* c) {
+inline void gemm_block(int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const A* a,
+                       const A* b, A* c) {
   constexpr int L = kLanes<A>;
   Vec<A> acc[kRows][kVecs] = {};
   for (int64_t k = 0; k < K; ++k) {
@@ -37,8 +37,8 @@ inline void gemm_block(int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t l
 }
 
 template <typename A>
-void portable_gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const A* a,
-                   const A* b, A* c) {
+void portable_gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+                   const A* a, const A* b, A* c) {
   constexpr int L = kLanes<A>, kVecs = MINITRON_VECTOR_BYTES == 64 ? 4 : 2, kRows = 6;
   for (int64_t n = 0; n < N; n += kVecs * L) {
     int64_t m = 0;

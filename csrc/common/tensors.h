@@ -55,7 +55,8 @@ inline Matrix matrix_of(const Tensor& x, const char* name) {
   return {x.const_data_ptr(), dtype_of(x, name), x.size(0), x.size(1), x.stride(0)};
 }
 
-// The elements of a contiguous tensor of type T (float or double) and known length; nullptr for an absent one.
+// The elements of a contiguous tensor of type T (float or double) and known length; nullptr for an absent
+// one.
 template <typename T>
 T* vector_of(const std::optional<Tensor>& x, int64_t length, const char* name) {
   if (!x) return nullptr;
@@ -66,9 +67,9 @@ T* vector_of(const std::optional<Tensor>& x, int64_t length, const char* name) {
 
 inline const uint8_t* mask_of(const std::optional<Tensor>& x, int64_t length) {
   if (!x) return nullptr;
-  STD_TORCH_CHECK(x->scalar_type() == torch::headeronly::ScalarType::Bool && x->is_contiguous() &&
-                      x->numel() == length,
-                  "mask must be a contiguous bool tensor of ", length, " elements");
+  STD_TORCH_CHECK(
+      x->scalar_type() == torch::headeronly::ScalarType::Bool && x->is_contiguous() && x->numel() == length,
+      "mask must be a contiguous bool tensor of ", length, " elements");
   return static_cast<const uint8_t*>(x->const_data_ptr());
 }
 

@@ -15,7 +15,8 @@ struct f16 {
 
 enum class DType { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
-// Calls f with a value-initialised element of the dtype: dispatch(dtype, [&](auto e) { using T = decltype(e); }).
+// Calls f with a value-initialised element of the dtype: dispatch(dtype, [&](auto e) { using T = decltype(e);
+// }).
 template <typename F>
 decltype(auto) dispatch(DType dtype, F&& f) {
   switch (dtype) {

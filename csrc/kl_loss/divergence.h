@@ -1,6 +1,8 @@
-// What one pair of logits adds to a row's loss and gradient: the formulas of forward KL, reverse KL and generalised
-// JSD on vectors, shared by the kernel on rows of logits and the kernel on panels of linear_kl_loss.
-//   s, t: transformed logits (scale, softcap, temperature); ls = s - lse_s and lt = t - lse_t, log-probabilities.
+// What one pair of logits adds to a row's loss and gradient: the formulas of forward KL, reverse KL and
+// generalised JSD on vectors, shared by the kernel on rows of logits and the kernel on panels of
+// linear_kl_loss.
+//   s, t: transformed logits (scale, softcap, temperature); ls = s - lse_s and lt = t - lse_t,
+//   log-probabilities.
 #pragma once
 
 #include "common/vec_math.h"
@@ -27,7 +29,8 @@ inline Vec<A> transform_slope(Vec<A> s, A scale, A softcap, A inv_tau) {
   return (A(1) - ratio * ratio) * (scale * inv_tau);
 }
 
-// A row's normalisers, one row per lane or one row in all lanes. rz = 1 / sum exp(x - max); delta = lse_s - lse_t.
+// A row's normalisers, one row per lane or one row in all lanes. rz = 1 / sum exp(x - max); delta = lse_s -
+// lse_t.
 template <typename A>
 struct RowStats {
   Vec<A> max_s, rz_s, max_t, rz_t, delta, kl;
@@ -62,9 +65,9 @@ inline Vec<A> exp_beyond_linear(Vec<A> r) {
   return r * r * series;
 }
 
-// KL(P || Q) of one token, p (log p - log q) + q - p, with ratio = log q - log p. Its terms are all >= 0 and the extra
-// q - p sums to 0, so nothing cancels in the sum. Close to each other, p and q are not subtracted at all: their
-// normalisers' last bits would be as large as the term.
+// KL(P || Q) of one token, p (log p - log q) + q - p, with ratio = log q - log p. Its terms are all >= 0 and
+// the extra q - p sums to 0, so nothing cancels in the sum. Close to each other, p and q are not subtracted
+// at all: their normalisers' last bits would be as large as the term.
 template <typename A>
 inline Vec<A> kl_term(Vec<A> p, Vec<A> q, Vec<A> ratio, Vec<A> beyond, Mask<A> small) {
   return small ? p * beyond : weigh<A>(p, -ratio) + (q - p);

@@ -14,13 +14,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
       "float teacher_scale, float teacher_softcap) -> Tensor grad_student_logits");
 
   // Hidden states and heads in; fills loss, stats and whichever gradients are given. The caller plans
-  // (schedule, chunk_rows, tile, super_tiles, engine) and lends a workspace of linear_kl_loss_layout()'s size.
+  // (schedule, chunk_rows, tile, super_tiles, engine) and lends a workspace of linear_kl_loss_layout()'s
+  // size.
   m.def(
       "linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teacher_hidden, "
       "Tensor teacher_head, Tensor? student_bias, Tensor? teacher_bias, Tensor? mask, Tensor? row_weight, "
       "Tensor(a!) loss, Tensor(b!) stats, bool stats_given, Tensor(c!)? grad_hidden, Tensor(d!)? grad_head, "
-      "Tensor(e!)? grad_bias, Tensor(f!)? head_accumulator, Tensor(g!) workspace, int vocab_size, float beta, "
-      "float inv_tau, float student_scale, float student_softcap, float teacher_scale, float teacher_softcap, "
+      "Tensor(e!)? grad_bias, Tensor(f!)? head_accumulator, Tensor(g!) workspace, int vocab_size, float "
+      "beta, "
+      "float inv_tau, float student_scale, float student_softcap, float teacher_scale, float "
+      "teacher_softcap, "
       "str schedule, int chunk_rows, int tile, int super_tiles, str engine) -> ()");
   // The operand type in which a bf16 product runs fastest here: "bf16" or "f32".
   m.def("bf16_operands() -> str");

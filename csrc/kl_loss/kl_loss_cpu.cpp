@@ -1,9 +1,10 @@
 // kl_loss on CPU: rows are independent, one task is a run of rows.
+#include "kl_loss/kl_loss_cpu.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include "common/parallel.h"
 #include "common/tensors.h"
-#include "kl_loss/kl_loss_cpu.h"
 
 namespace minitron {
 namespace {
@@ -29,11 +30,12 @@ struct Rows {
   }
 };
 
-Rows rows_of(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask, int64_t vocab_size,
-             const LossOptions& options) {
+Rows rows_of(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
+             int64_t vocab_size, const LossOptions& options) {
   const Rows rows{matrix_of(student, "student_logits"), matrix_of(teacher, "teacher_logits"),
                   mask_of(mask, student.size(0)), vocab_size, options};
-  STD_TORCH_CHECK(rows.student.rows == rows.teacher.rows, "student_logits and teacher_logits must have as many rows");
+  STD_TORCH_CHECK(rows.student.rows == rows.teacher.rows,
+                  "student_logits and teacher_logits must have as many rows");
   STD_TORCH_CHECK(vocab_size >= 0 && vocab_size <= std::min(rows.student.cols, rows.teacher.cols),
                   "vocab_size must fit both logits");
   STD_TORCH_CHECK((rows.student.dtype == DType::kFloat64) == (rows.teacher.dtype == DType::kFloat64),
@@ -55,8 +57,9 @@ void forward_rows(const Rows& rows, A* loss, A* stats) {
 }
 
 std::tuple<Tensor, Tensor> kl_loss_forward(Tensor student, Tensor teacher, std::optional<Tensor> mask,
-                                           int64_t vocab_size, double beta, double inv_tau, double student_scale,
-                                           double student_softcap, double teacher_scale, double teacher_softcap) {
+                                           int64_t vocab_size, double beta, double inv_tau,
+                                           double student_scale, double student_softcap, double teacher_scale,
+                                           double teacher_softcap) {
   const Rows rows = rows_of(student, teacher, mask, vocab_size,
                             {beta, inv_tau, student_scale, student_softcap, teacher_scale, teacher_softcap});
   const bool wide = rows.student.dtype == DType::kFloat64;
@@ -88,9 +91,10 @@ void backward_rows(const Rows& rows, const A* grad_loss, const A* stats, char* g
   });
 }
 
-Tensor kl_loss_backward(Tensor grad_loss, Tensor stats, Tensor student, Tensor teacher, std::optional<Tensor> mask,
-                        int64_t vocab_size, double beta, double inv_tau, double student_scale, double student_softcap,
-                        double teacher_scale, double teacher_softcap) {
+Tensor kl_loss_backward(Tensor grad_loss, Tensor stats, Tensor student, Tensor teacher,
+                        std::optional<Tensor> mask, int64_t vocab_size, double beta, double inv_tau,
+                        double student_scale, double student_softcap, double teacher_scale,
+                        double teacher_softcap) {
   const Rows rows = rows_of(student, teacher, mask, vocab_size,
                             {beta, inv_tau, student_scale, student_softcap, teacher_scale, teacher_softcap});
   const int64_t N = rows.student.rows;

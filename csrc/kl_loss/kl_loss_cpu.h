@@ -1,5 +1,5 @@
-// Between the launchers (which know torch) and the kernels (which know a SIMD level): plain structs and one table of
-// function pointers per level.
+// Between the launchers (which know torch) and the kernels (which know a SIMD level): plain structs and one
+// table of function pointers per level.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +22,9 @@ struct LossOptions {
 
 // Columns of `stats`, [rows, kStats]: what the gradient needs of a row.
 enum Stat { kMaxS, kInvSumS, kMaxT, kInvSumT, kDelta, kKl, kStats };
-// What a tile of the vocabulary leaves of a row, mergeable: maxima and sums of exp, and the KL divergence (in the
-// direction asked for) given that the token is in the tile. By the chain rule KL = KL(tile) + sum P(tile) KL(in tile).
+// What a tile of the vocabulary leaves of a row, mergeable: maxima and sums of exp, and the KL divergence (in
+// the direction asked for) given that the token is in the tile. By the chain rule KL = KL(tile) + sum P(tile)
+// KL(in tile).
 enum Partial { kPartMaxS, kPartSumS, kPartMaxT, kPartSumT, kPartKl, kPartials };
 
 // One row of logits, [vocab_size] with stride 1.
@@ -37,18 +38,20 @@ struct LogitsRow {
 // A = float or double: the type in which logits are held and summed.
 template <typename A>
 struct KlKernels {
-  // kl_loss: a row's loss and stats (kStats values of A); a row's gradient, [vocab_size] in the student's dtype.
+  // kl_loss: a row's loss and stats (kStats values of A); a row's gradient, [vocab_size] in the student's
+  // dtype.
   void (*row_forward)(const LogitsRow&, const LossOptions&, A* loss, A* stats);
   void (*row_backward)(const LogitsRow&, const LossOptions&, const A* stats, A grad_loss, void* grad);
 
-  // linear_kl_loss, on panels [rows of the vocabulary, kPanel tokens]; per-token values are rows of kPanel, `stride`
-  // apart. `stats` transforms the panels in place (bias per vocabulary row, or nullptr); `grad` overwrites student.
+  // linear_kl_loss, on panels [rows of the vocabulary, kPanel tokens]; per-token values are rows of kPanel,
+  // `stride` apart. `stats` transforms the panels in place (bias per vocabulary row, or nullptr); the others
+  // read them.
   void (*panel_stats)(A* student, A* teacher, int64_t rows, const A* student_bias, const A* teacher_bias,
                       const LossOptions&, bool want_kl, A* partials, int64_t stride);
   void (*panel_kl)(const A* student, const A* teacher, int64_t rows, const LossOptions&, const A* stats,
                    int64_t stride, A* kl, A* loss);
-  void (*panel_grad)(A* student, const A* teacher, int64_t rows, const LossOptions&, const A* stats, int64_t stride,
-                     const A* row_weight, A* loss);
+  void (*panel_grad)(const A* student, const A* teacher, int64_t rows, const LossOptions&, const A* stats,
+                     int64_t stride, const A* row_weight, A* dz, A* loss);
   // row_sums[v] += the sum of the panel's row v.
   void (*panel_row_sums)(const A* panel, int64_t rows, A* row_sums);
   Gemm<A, A> gemm;
@@ -57,10 +60,12 @@ struct KlKernels {
 // Packing of operands of type Op (see pack.h) from storage of any dtype that widens to it.
 template <typename A, typename Op>
 struct PackKernels {
-  void (*transposed)(const void* src, DType, int64_t ld, const int64_t* index, int64_t rows, int64_t cols, Op* dst);
+  void (*transposed)(const void* src, DType, int64_t ld, const int64_t* index, int64_t rows, int64_t cols,
+                     Op* dst);
   void (*rows)(const void* src, DType, int64_t ld, const int64_t* index, int64_t rows, int64_t padded_rows,
                int64_t cols, Op* dst);
-  void (*convert)(const void* src, DType, int64_t ld, int64_t rows, int64_t cols, int64_t padded_cols, Op* dst);
+  void (*convert)(const void* src, DType, int64_t ld, int64_t rows, int64_t cols, int64_t padded_cols,
+                  Op* dst);
   void (*cast_panel)(const A* panel, int64_t rows, Op* dst, int64_t ld);
   void (*transpose_panel)(const A* panel, int64_t rows, Op* dst, int64_t ld);
   // [rows, cols] of A to storage of a dtype.

@@ -23,15 +23,17 @@ void with_source(const void* src, DType dtype, F&& f) {
 template <typename A, typename Op>
 constexpr PackKernels<A, Op> pack_kernels() {
   PackKernels<A, Op> k{};
-  k.transposed = [](const void* src, DType dtype, int64_t ld, const int64_t* index, int64_t rows, int64_t cols,
-                    Op* dst) {
+  k.transposed = [](const void* src, DType dtype, int64_t ld, const int64_t* index, int64_t rows,
+                    int64_t cols, Op* dst) {
     with_source<Op>(src, dtype, [&](const auto* p) { pack_transposed(p, ld, index, rows, cols, dst); });
   };
-  k.rows = [](const void* src, DType dtype, int64_t ld, const int64_t* index, int64_t rows, int64_t padded_rows,
-              int64_t cols, Op* dst) {
-    with_source<Op>(src, dtype, [&](const auto* p) { pack_rows(p, ld, index, rows, padded_rows, cols, dst); });
+  k.rows = [](const void* src, DType dtype, int64_t ld, const int64_t* index, int64_t rows,
+              int64_t padded_rows, int64_t cols, Op* dst) {
+    with_source<Op>(src, dtype,
+                    [&](const auto* p) { pack_rows(p, ld, index, rows, padded_rows, cols, dst); });
   };
-  k.convert = [](const void* src, DType dtype, int64_t ld, int64_t rows, int64_t cols, int64_t padded_cols, Op* dst) {
+  k.convert = [](const void* src, DType dtype, int64_t ld, int64_t rows, int64_t cols, int64_t padded_cols,
+                 Op* dst) {
     with_source<Op>(src, dtype, [&](const auto* p) { convert_rows(p, ld, rows, cols, padded_cols, dst); });
   };
   k.cast_panel = &cast_panel<A, Op>;

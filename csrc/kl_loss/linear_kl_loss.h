@@ -1,50 +1,33 @@
 // linear_kl_loss on CPU: hidden states and heads in, loss and gradients out, logits only ever in tiles.
 //
-// Logits are made with the vocabulary down and the tokens across: C[tile of V, tokens] = W[tile, H] X^T[H, tokens].
-// The head W, the only large operand, is then read as it lies in memory (the A of the GEMM), the few hidden states are
-// packed once per chunk, and the tile of dz is at once the A operand of dW = dz^T X. Phases of a chunk of rows:
+// Logits are made with the vocabulary down and the tokens across: C[tile of V, tokens] = W[tile, H] X^T[H,
+// tokens]. The head W, the only large operand, is then read as it lies in memory (the A of the GEMM), the few
+// hidden states are packed once per chunk, and the tile of dz is at once the A operand of dW = dz^T X. Phases
+// of a chunk of rows:
 //   logits  one task per tile of V: both logits, their maxima and sums of exp
 //   merge   one task per run of rows: tiles in order, in double; so any thread count gives the same bits
 //   grad    one task per tile of V: dz from logits and row stats, dW of the tile (done, or added to fp32)
 //   hidden  one task per block of columns: dX += dz W over the tiles in order
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
-
-#include "common/parallel.h"
-#include "common/tensors.h"
-#include "kl_loss/linear_layout.h"
+#include "kl_loss/linear_rows.h"
 
 namespace minitron {
 
-// All that one call reads and writes; absent outputs are null. `rows` are the indices of the rows that count.
-struct LinearProblem {
-  Matrix student_hidden, student_head, teacher_hidden, teacher_head;
-  const void *student_bias, *teacher_bias;  // [V], accumulate type, or null
-  std::vector<int64_t> rows;
-  const void* row_weight;  // [N], accumulate type, or null for 1
-  LossOptions options;
-
-  void *loss, *stats;  // [N], [N, kStats], accumulate type
-  bool stats_given;    // stats hold the result of an earlier forward: skip to the gradient
-  Matrix grad_hidden, grad_head;  // data null where not wanted
-  void* grad_bias;                // [V], accumulate type
-  Matrix head_accumulator;        // grad_head is added to it, instead of written
-};
-
 template <typename Op, typename A>
-class LinearKl {
+class LinearKl : private LinearRows<Op, A> {
+  using Base = LinearRows<Op, A>;
+  using Base::p_, Base::s_, Base::layout_, Base::base_, Base::chunk, Base::tile, Base::at, Base::partials,
+      Base::tile_loss, Base::tile_kl, Base::row_stats, Base::row_weights, Base::stored_logits, Base::dz,
+      Base::merge_stats, Base::merge_loss, Base::merge_mixture_kl, Base::load_stats, Base::wants_tile_kl;
+  using typename Base::Chunk, typename Base::Tile, typename Base::Dz;
+
  public:
   LinearKl(const LinearProblem& problem, const LinearShape& shape, Gemm<Op, A> gemm, char* workspace)
-      : p_(problem),
-        s_(shape),
-        layout_(make_layout(shape)),
+      : Base(problem, shape, workspace),
         kl_(cpu_kernels().kl<A>()),
         pack_(cpu_kernels().pack<Op>()),
-        gemm_(gemm),
-        base_(workspace) {}
+        gemm_(gemm) {}
 
   void run() {
     if (p_.head_accumulator.data) {
@@ -68,60 +51,8 @@ class LinearKl {
     int64_t ld = 0;
     bool has_value = false;  // holds something to add to before the first chunk
   };
-  struct Chunk {
-    int64_t index, begin, rows, padded;
-  };
-  struct Tile {
-    int64_t index, begin, rows;
-  };
-
-  Chunk chunk(int64_t c) const {
-    const int64_t begin = c * s_.chunk(), rows = std::min(s_.chunk(), s_.rows - begin);
-    return {c, begin, rows, round_up(rows, kPanel)};
-  }
-  Tile tile(int64_t t) const {
-    const int64_t begin = t * s_.tile;
-    return {t, begin, std::min(s_.tile, s_.vocab_size - begin)};
-  }
-
-  template <typename T>
-  T* at(int64_t offset) const {
-    return reinterpret_cast<T*>(base_ + offset);
-  }
-  template <typename T>
-  T* scratch(const Part& part, int64_t slot) const {
-    return at<T>(layout_.scratch.offset + slot * layout_.scratch_stride + part.offset);
-  }
-  // Panel of a stored tile; teacher panels follow the student's. After `grad`, dz lies in the teacher's.
-  A* stored_logits(const Chunk& c, int64_t t, int side) const {
-    return at<A>(layout_.logits.offset) + (side * s_.tiles() + t) * s_.tile * c.padded;
-  }
-  A* partials(const Chunk& c, int64_t t) const {
-    return at<A>(layout_.partials.offset) + t * (kPartials + 2) * c.padded;
-  }
-  A* tile_loss(const Chunk& c, int64_t t) const { return partials(c, t) + kPartials * c.padded; }
-  A* tile_kl(const Chunk& c, int64_t t) const { return tile_loss(c, t) + c.padded; }
-  // [kStats + 1][padded]: the stats of a chunk's rows, then their weights.
-  A* row_stats(const Chunk& c) const {
-    return at<A>(layout_.rows.offset) + c.index * (kStats + 1) * s_.padded_chunk();
-  }
-  A* row_weights(const Chunk& c) const { return row_stats(c) + kStats * c.padded; }
-  double* row_losses(const Chunk& c) const {
-    const int64_t before = s_.chunks() * (kStats + 1) * s_.padded_chunk() * int64_t(sizeof(A));
-    return at<double>(layout_.rows.offset + before) + c.index * s_.padded_chunk();
-  }
-
-  // dz of a tile as the A operand of dX: [tokens, ld].
-  struct Dz {
-    Op* data;
-    int64_t ld;
-  };
-  Dz dz(const Chunk& c, int64_t t, int64_t first_tile) const {
-    if (s_.schedule == Schedule::kStore) {
-      return {reinterpret_cast<Op*>(stored_logits(c, t, 1)), s_.tile * int64_t(sizeof(A) / sizeof(Op))};
-    }
-    return {at<Op>(layout_.dz.offset) + (t - first_tile) * s_.tile * c.padded, s_.tile};
-  }
+  // Tiles whose dz is made before dX takes it in: few enough for it to be still in cache.
+  static constexpr int64_t kStoreStretch = 32;
 
   void run_stored_chunk(int64_t index) {
     const Chunk c = chunk(index);
@@ -133,7 +64,9 @@ class LinearKl {
       merge_stats(c);
       if (p_.options.kind() == Divergence::kJsd) sum_kl(c);
     }
-    grad(c, 0, s_.tiles());
+    for (int64_t first = 0; first < s_.tiles(); first += kStoreStretch) {
+      grad(c, first, std::min(s_.tiles(), first + kStoreStretch));
+    }
     write_hidden(c);
   }
 
@@ -168,7 +101,7 @@ class LinearKl {
       const int64_t first = panel * kPanel, rows = std::min<int64_t>(kPanel, c.rows - first);
       const auto side = [&](const Matrix& x, int64_t offset) {
         pack_.transposed(x.data, x.dtype, x.ld, index + first, rows, x.cols,
-                         at<Op>(offset) + first * s_.depth(x.cols));
+                         this->template at<Op>(offset) + first * s_.depth(x.cols));
       };
       side(p_.student_hidden, layout_.student_packed);
       side(p_.teacher_hidden, layout_.teacher_packed);
@@ -179,7 +112,7 @@ class LinearKl {
       const int64_t first = panel * kPanel, cols = std::min<int64_t>(kPanel, s_.student_width - first);
       const char* src = static_cast<const char*>(x.data) + first * bytes_of(x.dtype);
       pack_.rows(src, x.dtype, x.ld, index, c.rows, c.padded, cols,
-                 at<Op>(layout_.hidden_packed) + first * c.padded);
+                 this->template at<Op>(layout_.hidden_packed) + first * c.padded);
     });
   }
 
@@ -193,13 +126,14 @@ class LinearKl {
       const char* block = head.row(t.begin) + k * bytes_of(head.dtype);
       const Op* a = reinterpret_cast<const Op*>(block);
       if (!direct) {
-        Op* converted = scratch<Op>(layout_.a_block, slot);
+        Op* converted = this->template scratch<Op>(layout_.a_block, slot);
         pack_.convert(block, head.dtype, head.ld, t.rows, std::min(chain, head.cols - k), chain, converted);
         a = converted;
       }
       for (int64_t panel = first; panel < last; ++panel) {
         gemm_(t.rows, kPanel, chain, direct ? head.ld : chain, kPanel, kPanel, k > 0, a,
-              at<Op>(packed) + (panel * depth + k) * kPanel, out + (panel - first) * s_.tile * kPanel);
+              this->template at<Op>(packed) + (panel * depth + k) * kPanel,
+              out + (panel - first) * s_.tile * kPanel);
       }
     }
   }
@@ -213,7 +147,7 @@ class LinearKl {
       const int64_t offset = first * s_.tile * kPanel;
       return {stored_logits(c, t.index, 0) + offset, stored_logits(c, t.index, 1) + offset};
     }
-    A* block = scratch<A>(layout_.logits_block, slot);
+    A* block = this->template scratch<A>(layout_.logits_block, slot);
     return {block, block + s_.tile * std::min(s_.padded_chunk(), kMaxChain)};
   }
 
@@ -251,100 +185,8 @@ class LinearKl {
     });
   }
 
-  void merge_stats(const Chunk& c) const {
-    A* stats = row_stats(c);
-    parallel_tasks(c.padded / kPanel, [&](int64_t panel, int64_t) {
-      for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel; ++n) {
-        const MergedSum student = merge_sum(c, n, kPartMaxS, kPartSumS);
-        const MergedSum teacher = merge_sum(c, n, kPartMaxT, kPartSumT);
-        const double kl = wants_tile_kl() ? merge_kl(c, n, student, teacher) : 0.0;
-        const auto set = [&](int which, double value) { stats[which * c.padded + n] = A(value); };
-        set(kMaxS, student.max);
-        set(kInvSumS, 1 / student.sum);
-        set(kMaxT, teacher.max);
-        set(kInvSumT, 1 / teacher.sum);
-        set(kDelta, (student.max - teacher.max) + (std::log(student.sum) - std::log(teacher.sum)));
-        set(kKl, p_.options.kind() == Divergence::kReverse ? kl : 0.0);
-        if (n < c.rows) set_loss(c, n, kl);
-      }
-    });
-    write_stats(c);
-    load_weights(c);
-  }
-
-  // Without a gradient pass to sum the loss, and for reverse KL, whose gradient needs it first.
-  bool wants_tile_kl() const {
-    const Divergence kind = p_.options.kind();
-    return kind == Divergence::kReverse || (kind == Divergence::kForward && s_.schedule == Schedule::kForward);
-  }
-
-  struct MergedSum {
-    double max = -std::numeric_limits<double>::infinity(), sum = 0;
-    // Of a tile's sum; 0 for a tile without a possible token, whose maximum is -inf.
-    double scale(double tile_max) const { return tile_max == max ? 1.0 : std::exp(tile_max - max); }
-  };
-  MergedSum merge_sum(const Chunk& c, int64_t n, int max_column, int sum_column) const {
-    MergedSum merged;
-    for (int64_t t = 0; t < s_.tiles(); ++t) {
-      merged.max = std::max(merged.max, double(partials(c, t)[max_column * c.padded + n]));
-    }
-    for (int64_t t = 0; t < s_.tiles(); ++t) {
-      const A* part = partials(c, t) + n;
-      merged.sum += merged.scale(part[max_column * c.padded]) * part[sum_column * c.padded];
-    }
-    return merged;
-  }
-
-  // The chain rule of KL over tiles, each term >= 0.
-  double merge_kl(const Chunk& c, int64_t n, const MergedSum& student, const MergedSum& teacher) const {
-    double kl = 0;
-    for (int64_t t = 0; t < s_.tiles(); ++t) {
-      const A* part = partials(c, t) + n;
-      const auto mass = [&](const MergedSum& side, int max_column, int sum_column) {
-        return side.scale(part[max_column * c.padded]) * part[sum_column * c.padded] / side.sum;
-      };
-      double p = mass(teacher, kPartMaxT, kPartSumT), q = mass(student, kPartMaxS, kPartSumS);
-      if (p_.options.kind() == Divergence::kReverse) std::swap(p, q);
-      if (p == 0) {
-        kl += q;
-      } else if (q == 0) {
-        kl = std::numeric_limits<double>::infinity();
-      } else {
-        kl += p * std::log(p / q) + (q - p) + p * part[kPartKl * c.padded];
-      }
-    }
-    return kl;
-  }
-
-  void set_loss(const Chunk& c, int64_t n, double value) const {
-    static_cast<A*>(p_.loss)[p_.rows[c.begin + n]] = A(value);
-  }
-  A* stats_out(const Chunk& c, int64_t n) const {
-    return static_cast<A*>(p_.stats) + p_.rows[c.begin + n] * kStats;
-  }
-
-  void write_stats(const Chunk& c) const {
-    for (int64_t n = 0; n < c.rows; ++n) {
-      for (int which = 0; which < kStats; ++which) stats_out(c, n)[which] = row_stats(c)[which * c.padded + n];
-    }
-  }
-  void load_stats(const Chunk& c) const {
-    for (int64_t n = 0; n < c.padded; ++n) {
-      for (int which = 0; which < kStats; ++which) {
-        row_stats(c)[which * c.padded + n] = n < c.rows ? stats_out(c, n)[which] : A(0);
-      }
-    }
-    load_weights(c);
-  }
-  // Rows that only pad a panel weigh nothing.
-  void load_weights(const Chunk& c) const {
-    const A* weight = static_cast<const A*>(p_.row_weight);
-    for (int64_t n = 0; n < c.padded; ++n) {
-      row_weights(c)[n] = n >= c.rows ? A(0) : weight ? weight[p_.rows[c.begin + n]] : A(1);
-    }
-  }
-
-  // JSD: its gradient needs KL(S || M) of the row, which only a second look at the logits can give; so does its loss.
+  // JSD: its gradient needs KL(S || M) of the row, which only a second look at the logits can give; so does
+  // its loss.
   void sum_kl(const Chunk& c) const {
     const bool make = s_.schedule != Schedule::kStore;
     parallel_tasks(s_.tiles(), [&](int64_t index, int64_t slot) {
@@ -357,25 +199,7 @@ class LinearKl {
       });
       brgemm_release();
     });
-    parallel_tasks(c.padded / kPanel, [&](int64_t panel, int64_t) {
-      for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel; ++n) {
-        double kl = 0;
-        for (int64_t t = 0; t < s_.tiles(); ++t) kl += tile_kl(c, t)[n];
-        row_stats(c)[kKl * c.padded + n] = A(kl);
-      }
-    });
-    write_stats(c);
-    merge_loss(c, 0, s_.tiles());
-  }
-
-  // Tiles in order, in double, and continued from stretch to stretch: both schedules give the same bits.
-  void merge_loss(const Chunk& c, int64_t first_tile, int64_t last_tile) const {
-    for (int64_t n = 0; n < c.rows; ++n) {
-      double& loss = row_losses(c)[n];
-      if (first_tile == 0) loss = 0;
-      for (int64_t t = first_tile; t < last_tile; ++t) loss += tile_loss(c, t)[n];
-      set_loss(c, n, loss);
-    }
+    merge_mixture_kl(c);
   }
 
   void grad(const Chunk& c, int64_t first_tile, int64_t last_tile) const {
@@ -389,20 +213,22 @@ class LinearKl {
 
   void grad_of_tile(const Chunk& c, const Tile& t, int64_t first_tile, int64_t slot) const {
     const bool make = s_.schedule != Schedule::kStore;
-    Op* transposed = scratch<Op>(layout_.dz_transposed, slot);
-    A* sums = scratch<A>(layout_.head_tile, slot);
+    Op* transposed = this->template scratch<Op>(layout_.dz_transposed, slot);
+    A* dz_panel = this->template scratch<A>(layout_.panel, slot);
+    A* sums = this->template scratch<A>(layout_.row_sums, slot);
     const Dz out = dz(c, t.index, first_tile);
     if (p_.grad_bias) std::fill_n(sums, t.rows, A(0));
     each_panel(c, t, slot, make, [&](int64_t panel, A* student, A* teacher) {
       if (make) transform_and_reduce(c, t, panel, student, teacher);
       const int64_t n = panel * kPanel;
       kl_.panel_grad(student, teacher, t.rows, p_.options, row_stats(c) + n, c.padded, row_weights(c) + n,
-                     tile_loss(c, t.index) + n);
-      if (p_.grad_bias) kl_.panel_row_sums(student, t.rows, sums);
-      if (s_.grad_head) pack_.cast_panel(student, t.rows, transposed + n, c.padded);
+                     dz_panel, tile_loss(c, t.index) + n);
+      if (p_.grad_bias) kl_.panel_row_sums(dz_panel, t.rows, sums);
+      if (s_.grad_head) pack_.cast_panel(dz_panel, t.rows, transposed + n, c.padded);
       if (s_.grad_hidden) {
-        pack_.transpose_panel(student, t.rows, out.data + n * out.ld, out.ld);
-        for (int64_t i = 0; i < kPanel && t.rows < s_.depth(t.rows); ++i) out.data[(n + i) * out.ld + t.rows] = Op{};
+        pack_.transpose_panel(dz_panel, t.rows, out.data + n * out.ld, out.ld);
+        for (int64_t i = 0; i < kPanel && t.rows < s_.depth(t.rows); ++i)
+          out.data[(n + i) * out.ld + t.rows] = Op{};
       }
     });
     if (p_.grad_bias) {
@@ -413,18 +239,21 @@ class LinearKl {
   }
 
   // dW of a tile = dz^T X, over the rows of the chunk in chains of kMaxChain.
-  void head_of_tile(const Chunk& c, const Tile& t, int64_t first_tile, const Op* dz_transposed, int64_t slot) const {
+  void head_of_tile(const Chunk& c, const Tile& t, int64_t first_tile, const Op* dz_transposed,
+                    int64_t slot) const {
     const bool last = c.index + 1 == s_.chunks(), accumulates = head_target_.data != nullptr;
     const bool own = accumulates && layout_.head_accumulator.bytes && s_.schedule == Schedule::kRecompute;
-    const int64_t row = own ? t.begin - first_tile * s_.tile : t.begin;  // recompute's accumulator is one stretch
+    const int64_t row =
+        own ? t.begin - first_tile * s_.tile : t.begin;  // recompute's accumulator is one stretch
     const int64_t ld = accumulates ? head_target_.ld : kPanel;
     for (int64_t h = 0; h < s_.student_width; h += kPanel) {
       const int64_t cols = std::min<int64_t>(kPanel, s_.student_width - h);
-      A* out = accumulates ? static_cast<A*>(head_target_.data) + row * ld + h : scratch<A>(layout_.head_tile, slot);
+      A* out = accumulates ? static_cast<A*>(head_target_.data) + row * ld + h
+                           : this->template scratch<A>(layout_.panel, slot);
       for (int64_t n = 0; n < c.padded; n += kMaxChain) {
         gemm_(t.rows, cols, std::min(kMaxChain, c.padded - n), c.padded, kPanel, ld,
               n > 0 || (accumulates && (c.index > 0 || head_target_.has_value)), dz_transposed + n,
-              at<Op>(layout_.hidden_packed) + h * c.padded + n * kPanel, out);
+              this->template at<Op>(layout_.hidden_packed) + h * c.padded + n * kPanel, out);
       }
       if (last && p_.grad_head.data && !s_.head_in_place) {
         char* to = const_cast<char*>(p_.grad_head.row(t.begin)) + h * bytes_of(p_.grad_head.dtype);
@@ -433,15 +262,17 @@ class LinearKl {
     }
   }
 
-  // dX[:, block] += dz W[tiles, block], tiles in order: the sum over the vocabulary never depends on the threads.
+  // dX[:, block] += dz W[tiles, block], tiles in order: the sum over the vocabulary never depends on the
+  // threads.
   void hidden_of_tiles(const Chunk& c, int64_t first_tile, int64_t last_tile) const {
-    const int64_t blocks = ceil_div(s_.student_width, kHiddenBlock), row_blocks = ceil_div(c.padded, kMaxChain);
+    const int64_t blocks = ceil_div(s_.student_width, kHiddenBlock),
+                  row_blocks = ceil_div(c.padded, kMaxChain);
     const Matrix target = hidden_target(c);
     parallel_tasks(blocks * row_blocks, [&](int64_t task, int64_t slot) {
       const int64_t h = task % blocks * kHiddenBlock, n = task / blocks * kMaxChain;
       const int64_t cols = std::min(kHiddenBlock, s_.student_width - h);
       const int64_t rows = std::min(kMaxChain, c.rows - n);
-      Op* panels = scratch<Op>(layout_.head_panels, slot);
+      Op* panels = this->template scratch<Op>(layout_.head_panels, slot);
       A* out = static_cast<A*>(const_cast<void*>(target.data)) + n * target.ld + h;
       for (int64_t index = first_tile; index < last_tile; ++index) {
         const Tile t = tile(index);
@@ -466,8 +297,8 @@ class LinearKl {
       return m;
     }
     const int64_t row = s_.schedule == Schedule::kStore ? 0 : c.begin;
-    return {at<A>(layout_.hidden_accumulator.offset) + row * s_.student_width, dtype_code<A>(), c.rows,
-            s_.student_width, s_.student_width};
+    return {this->template at<A>(layout_.hidden_accumulator.offset) + row * s_.student_width, dtype_code<A>(),
+            c.rows, s_.student_width, s_.student_width};
   }
 
   void write_hidden(const Chunk& c) const {
@@ -475,20 +306,16 @@ class LinearKl {
     const Matrix from = hidden_target(c);
     for (int64_t n = 0; n < c.rows; ++n) {
       void* to = const_cast<char*>(p_.grad_hidden.row(p_.rows[c.begin + n]));
-      pack_.narrow(static_cast<const A*>(from.data) + n * from.ld, from.ld, 1, from.cols, to, p_.grad_hidden.dtype,
-                   p_.grad_hidden.ld);
+      pack_.narrow(static_cast<const A*>(from.data) + n * from.ld, from.ld, 1, from.cols, to,
+                   p_.grad_hidden.dtype, p_.grad_hidden.ld);
     }
   }
 
   static constexpr DType op_dtype() { return sizeof(Op) == 2 ? DType::kBFloat16 : dtype_code<A>(); }
 
-  const LinearProblem& p_;
-  const LinearShape s_;
-  const LinearLayout layout_;
   const KlKernels<A>& kl_;
   const PackKernels<A, Op>& pack_;
   const Gemm<Op, A> gemm_;
-  char* const base_;
   HeadTarget head_target_;
 };
 

@@ -16,13 +16,14 @@ Schedule schedule_of(const std::string& name) {
 }
 
 std::vector<int64_t> linear_kl_loss_layout(int64_t rows, int64_t vocab_size, int64_t student_width,
-                                           int64_t teacher_width, int64_t operand_bytes, int64_t accumulate_bytes,
-                                           bool grad_hidden, bool grad_head, bool head_in_place, bool hidden_in_place,
-                                           std::string schedule, int64_t chunk_rows, int64_t tile, int64_t super_tiles,
+                                           int64_t teacher_width, int64_t operand_bytes,
+                                           int64_t accumulate_bytes, bool grad_hidden, bool grad_head,
+                                           bool head_in_place, bool hidden_in_place, std::string schedule,
+                                           int64_t chunk_rows, int64_t tile, int64_t super_tiles,
                                            int64_t threads) {
-  return make_layout({rows, vocab_size, student_width, teacher_width, operand_bytes, accumulate_bytes, grad_hidden,
-                      grad_head, hidden_in_place, head_in_place, schedule_of(schedule), chunk_rows, tile, super_tiles,
-                      threads})
+  return make_layout({rows, vocab_size, student_width, teacher_width, operand_bytes, accumulate_bytes,
+                      grad_hidden, grad_head, hidden_in_place, head_in_place, schedule_of(schedule),
+                      chunk_rows, tile, super_tiles, threads})
       .bytes();
 }
 
@@ -59,22 +60,25 @@ void run(const LinearProblem& problem, const LinearShape& shape, Gemm<Op, A> gem
   LinearKl<Op, A>(problem, shape, gemm, static_cast<char*>(workspace.data_ptr())).run();
 }
 
-void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teacher_hidden, Tensor teacher_head,
-                         std::optional<Tensor> student_bias, std::optional<Tensor> teacher_bias,
-                         std::optional<Tensor> mask, std::optional<Tensor> row_weight, Tensor loss, Tensor stats,
-                         bool stats_given, std::optional<Tensor> grad_hidden, std::optional<Tensor> grad_head,
-                         std::optional<Tensor> grad_bias, std::optional<Tensor> head_accumulator, Tensor workspace,
-                         int64_t vocab_size, double beta, double inv_tau, double student_scale, double student_softcap,
-                         double teacher_scale, double teacher_softcap, std::string schedule, int64_t chunk_rows,
-                         int64_t tile, int64_t super_tiles, std::string engine) {
+void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teacher_hidden,
+                         Tensor teacher_head, std::optional<Tensor> student_bias,
+                         std::optional<Tensor> teacher_bias, std::optional<Tensor> mask,
+                         std::optional<Tensor> row_weight, Tensor loss, Tensor stats, bool stats_given,
+                         std::optional<Tensor> grad_hidden, std::optional<Tensor> grad_head,
+                         std::optional<Tensor> grad_bias, std::optional<Tensor> head_accumulator,
+                         Tensor workspace, int64_t vocab_size, double beta, double inv_tau,
+                         double student_scale, double student_softcap, double teacher_scale,
+                         double teacher_softcap, std::string schedule, int64_t chunk_rows, int64_t tile,
+                         int64_t super_tiles, std::string engine) {
   LinearProblem p{};
   p.student_hidden = matrix_of(student_hidden, "student_hidden");
   p.student_head = matrix_of(student_head, "student_head");
   p.teacher_hidden = matrix_of(teacher_hidden, "teacher_hidden");
   p.teacher_head = matrix_of(teacher_head, "teacher_head");
   const int64_t N = p.student_hidden.rows, H = p.student_hidden.cols, V = vocab_size;
-  STD_TORCH_CHECK(p.teacher_hidden.rows == N && p.student_head.cols == H && p.teacher_head.cols == p.teacher_hidden.cols &&
-                      V <= p.student_head.rows && V <= p.teacher_head.rows,
+  STD_TORCH_CHECK(p.teacher_hidden.rows == N && p.student_head.cols == H &&
+                      p.teacher_head.cols == p.teacher_hidden.cols && V <= p.student_head.rows &&
+                      V <= p.teacher_head.rows,
                   "shapes of hidden states, heads and vocab_size do not fit each other");
   STD_TORCH_CHECK(tile > 0 && tile % 2 == 0 && chunk_rows > 0 && super_tiles > 0, "plan out of range");
   p.options = {beta, inv_tau, student_scale, student_softcap, teacher_scale, teacher_softcap};
@@ -118,7 +122,9 @@ void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teac
                     V,
                     H,
                     p.teacher_hidden.cols,
-                    wide ? 8 : narrow ? 2 : 4,
+                    wide     ? 8
+                    : narrow ? 2
+                             : 4,
                     wide ? 8 : 4,
                     p.grad_hidden.data != nullptr,
                     p.grad_head.data != nullptr || lent,

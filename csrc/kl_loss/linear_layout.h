@@ -1,5 +1,5 @@
-// The workspace of linear_kl_loss on CPU: which parts, how large, where. The planner asks the same function before a
-// call that the kernel asks during it, so what explain() says is what is used.
+// The workspace of linear_kl_loss on CPU: which parts, how large, where. The planner asks the same function
+// before a call that the kernel asks during it, so what explain() says is what is used.
 #pragma once
 
 #include <vector>
@@ -10,20 +10,20 @@
 
 namespace minitron {
 
-// store keeps the logits of a chunk of rows for the whole vocabulary (4 GEMMs); recompute makes them again for the
-// gradient, a stretch of the vocabulary at a time (6 GEMMs); forward only reduces them (2 GEMMs).
+// store keeps the logits of a chunk of rows for the whole vocabulary (4 GEMMs); recompute makes them again
+// for the gradient, a stretch of the vocabulary at a time (6 GEMMs); forward only reduces them (2 GEMMs).
 enum class Schedule { kStore, kRecompute, kForward };
 
 struct LinearShape {
   int64_t rows, vocab_size, student_width, teacher_width;
-  int64_t op_bytes, acc_bytes;      // of a GEMM operand, and of what it accumulates in
-  bool grad_hidden, grad_head;      // which gradients are wanted (the bias' needs no space)
-  bool hidden_in_place;             // grad_hidden is accumulated in the output itself
-  bool head_in_place;               // grad_head likewise (its dtype is the accumulator's, or one was lent)
+  int64_t op_bytes, acc_bytes;  // of a GEMM operand, and of what it accumulates in
+  bool grad_hidden, grad_head;  // which gradients are wanted (the bias' needs no space)
+  bool hidden_in_place;         // grad_hidden is accumulated in the output itself
+  bool head_in_place;           // grad_head likewise (its dtype is the accumulator's, or one was lent)
   Schedule schedule;
-  int64_t chunk_rows;               // rows whose operands are packed at a time
-  int64_t tile;                     // vocabulary rows of one task
-  int64_t super_tiles;              // recompute: tiles between two passes over dX
+  int64_t chunk_rows;   // rows whose operands are packed at a time
+  int64_t tile;         // vocabulary rows of one task
+  int64_t super_tiles;  // recompute: tiles between two passes over dX
   int64_t threads;
 
   int64_t chunk() const { return std::min(chunk_rows, rows); }
@@ -31,10 +31,12 @@ struct LinearShape {
   int64_t chunks() const { return chunk() ? ceil_div(rows, chunk()) : 0; }
   int64_t tiles() const { return ceil_div(vocab_size, tile); }
   // Tiles whose dz is held at the same time.
-  int64_t held_tiles() const { return schedule == Schedule::kStore ? tiles() : std::min(super_tiles, tiles()); }
+  int64_t held_tiles() const {
+    return schedule == Schedule::kStore ? tiles() : std::min(super_tiles, tiles());
+  }
   // K of a GEMM over hidden columns: 16-bit operands come in pairs.
   int64_t depth(int64_t width) const { return op_bytes == 2 ? round_up(width, 2) : width; }
-  bool has_grad() const { return grad_hidden || grad_head; }
+  bool has_grad() const { return schedule != Schedule::kForward; }
 };
 
 struct Part {
@@ -43,7 +45,7 @@ struct Part {
 
 struct LinearLayout {
   // Per thread, inside `scratch`.
-  Part a_block, logits_block, dz_transposed, head_panels, head_tile;
+  Part a_block, logits_block, dz_transposed, head_panels, panel, row_sums;
   int64_t scratch_stride = 0;
 
   // In the order of LinearKLPlan.PARTS.
@@ -54,8 +56,15 @@ struct LinearLayout {
   int64_t student_packed = 0, teacher_packed = 0, hidden_packed = 0;
 
   std::vector<int64_t> bytes() const {
-    return {logits.bytes,  dz.bytes,      packed.bytes,           partials.bytes,
-            rows.bytes,    scratch.bytes, hidden_accumulator.bytes, head_accumulator.bytes, total};
+    return {logits.bytes,
+            dz.bytes,
+            packed.bytes,
+            partials.bytes,
+            rows.bytes,
+            scratch.bytes,
+            hidden_accumulator.bytes,
+            head_accumulator.bytes,
+            total};
   }
 };
 
@@ -76,7 +85,8 @@ inline LinearLayout make_layout(const LinearShape& s) {
   const bool store = s.schedule == Schedule::kStore;
 
   l.logits = take(store ? 2 * s.tiles() * tile * rows * s.acc_bytes : 0);
-  l.dz = take(s.schedule == Schedule::kRecompute && s.grad_hidden ? s.held_tiles() * tile * rows * s.op_bytes : 0);
+  l.dz = take(s.schedule == Schedule::kRecompute && s.grad_hidden ? s.held_tiles() * tile * rows * s.op_bytes
+                                                                  : 0);
 
   const int64_t begin = cursor;
   l.student_packed = take(s.depth(s.student_width) * rows * s.op_bytes).offset;
@@ -93,7 +103,8 @@ inline LinearLayout make_layout(const LinearShape& s) {
   l.logits_block = take(store ? 0 : 2 * tile * block * s.acc_bytes);
   l.dz_transposed = take(s.grad_head ? tile * rows * s.op_bytes : 0);
   l.head_panels = take(s.grad_hidden ? s.depth(tile) * kHiddenBlock * s.op_bytes : 0);
-  l.head_tile = take(tile * (s.grad_head ? kPanel : 1) * s.acc_bytes);
+  l.panel = take(s.has_grad() ? tile * kPanel * s.acc_bytes : 0);
+  l.row_sums = take(tile * s.acc_bytes);
   l.scratch_stride = cursor;
   cursor = shared;
   l.scratch = take(l.scratch_stride * s.threads);
@@ -101,9 +112,10 @@ inline LinearLayout make_layout(const LinearShape& s) {
   // recompute finishes the head gradient of a stretch before the next one; dX of all rows grows until the end
   l.hidden_accumulator =
       take(s.grad_hidden && !s.hidden_in_place ? (store ? rows : s.rows) * s.student_width * s.acc_bytes : 0);
-  l.head_accumulator = take(s.grad_head && !s.head_in_place && s.chunks() > 1
-                                ? (store ? s.vocab_size : s.held_tiles() * tile) * s.student_width * s.acc_bytes
-                                : 0);
+  l.head_accumulator =
+      take(s.grad_head && !s.head_in_place && s.chunks() > 1
+               ? (store ? s.vocab_size : s.held_tiles() * tile) * s.student_width * s.acc_bytes
+               : 0);
   l.total = cursor;
   return l;
 }

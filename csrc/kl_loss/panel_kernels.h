@@ -1,6 +1,6 @@
-// The epilogues of linear_kl_loss on a panel of logits, [rows of the vocabulary, kPanel tokens]: the vocabulary runs
-// down, so that a token is a lane. Sums over the vocabulary are then plain vector additions, with no horizontal
-// reduction and no remainder, and the panel is already the A operand of dW = dz^T X.
+// The epilogues of linear_kl_loss on a panel of logits, [rows of the vocabulary, kPanel tokens]: the
+// vocabulary runs down, so that a token is a lane. Sums over the vocabulary are then plain vector additions,
+// with no horizontal reduction and no remainder, and the panel is already the A operand of dW = dz^T X.
 #pragma once
 
 #include <cmath>
@@ -49,15 +49,17 @@ inline RowStats<A> load_stats(const A* stats, int64_t stride, int c) {
 
 // KL of the two distributions given that the token is in this tile.
 template <typename A>
-inline Vec<A> tile_kl(const A* s, const A* t, int64_t rows, Divergence kind, Vec<A> max_s, Vec<A> sum_s, Vec<A> max_t,
-                      Vec<A> sum_t) {
+inline Vec<A> tile_kl(const A* s, const A* t, int64_t rows, Divergence kind, Vec<A> max_s, Vec<A> sum_s,
+                      Vec<A> max_t, Vec<A> sum_t) {
   RowStats<A> row{max_s, A(1) / sum_s, max_t, A(1) / sum_t, Vec<A>{}, Vec<A>{}};
   for (int i = 0; i < kLanes<A>; ++i) {
-    row.delta[i] = A((double(max_s[i]) - double(max_t[i])) + (std::log(double(sum_s[i])) - std::log(double(sum_t[i]))));
+    row.delta[i] =
+        A((double(max_s[i]) - double(max_t[i])) + (std::log(double(sum_s[i])) - std::log(double(sum_t[i]))));
   }
   const auto sum = [&](auto kind_constant) {
     return column_sum<A>(rows, [&](int64_t v) {
-      return divergence_terms<A, kind_constant()>(load<A>(s + v * kPanel), load<A>(t + v * kPanel), row, A(0)).loss;
+      return divergence_terms<A, kind_constant()>(load<A>(s + v * kPanel), load<A>(t + v * kPanel), row, A(0))
+          .loss;
     });
   };
   if (kind == Divergence::kReverse) return sum(std::integral_constant<Divergence, Divergence::kReverse>{});
@@ -74,8 +76,8 @@ void panel_stats(A* student, A* teacher, int64_t rows, const A* student_bias, co
       *max = column_max<A>(column, rows);
       // a column that is all -inf has no maximum to subtract; its sum is 0
       const Vec<A> base = *max == -std::numeric_limits<A>::infinity() ? Vec<A>{} : *max;
-      return column_sum<A>(rows,
-                           [&](int64_t v) { return exp_nonpositive<A>(load<A>(column + v * kPanel) - base); });
+      return column_sum<A>(
+          rows, [&](int64_t v) { return exp_nonpositive<A>(load<A>(column + v * kPanel) - base); });
     };
     Vec<A> max_s, max_t;
     const Vec<A> sum_s = reduce(student + c, &max_s), sum_t = reduce(teacher + c, &max_t);
@@ -84,14 +86,16 @@ void panel_stats(A* student, A* teacher, int64_t rows, const A* student_bias, co
     store(partials + kPartMaxT * stride + c, max_t);
     store(partials + kPartSumT * stride + c, sum_t);
     store(partials + kPartKl * stride + c,
-          want_kl ? tile_kl<A>(student + c, teacher + c, rows, o.kind(), max_s, sum_s, max_t, sum_t) : Vec<A>{});
+          want_kl ? tile_kl<A>(student + c, teacher + c, rows, o.kind(), max_s, sum_s, max_t, sum_t)
+                  : Vec<A>{});
   }
 }
 
-// KL(student || mixture) of each token over these rows, which JSD's gradient needs before it can begin, and the loss.
+// KL(student || mixture) of each token over these rows, which JSD's gradient needs before it can begin, and
+// the loss.
 template <typename A>
-void panel_kl(const A* student, const A* teacher, int64_t rows, const LossOptions& o, const A* stats, int64_t stride,
-              A* kl, A* loss) {
+void panel_kl(const A* student, const A* teacher, int64_t rows, const LossOptions& o, const A* stats,
+              int64_t stride, A* kl, A* loss) {
   for (int c = 0; c < kPanel; c += kLanes<A>) {
     const RowStats<A> row = load_stats(stats, stride, c);
     Vec<A> total_kl{};
@@ -106,27 +110,27 @@ void panel_kl(const A* student, const A* teacher, int64_t rows, const LossOption
 }
 
 template <typename A, Divergence kind>
-void panel_grad_of(A* student, const A* teacher, int64_t rows, const LossOptions& o, const A* stats, int64_t stride,
-                   const A* row_weight, A* loss) {
+void panel_grad_of(const A* student, const A* teacher, int64_t rows, const LossOptions& o, const A* stats,
+                   int64_t stride, const A* row_weight, A* dz, A* loss) {
   for (int c = 0; c < kPanel; c += kLanes<A>) {
     const RowStats<A> row = load_stats(stats, stride, c);
     const Vec<A> weight = load<A>(row_weight + c);
     store(loss + c, column_sum<A>(rows, [&](int64_t v) {
-            A* p = student + v * kPanel + c;
-            const Vec<A> s = load<A>(p);
-            const auto terms = divergence_terms<A, kind>(s, load<A>(teacher + v * kPanel + c), row, A(o.beta));
-            store(p, grad_of_logit<A>(s, terms.grad, weight, A(o.student_scale), A(o.student_softcap),
-                                      A(o.inv_tau)));
+            const Vec<A> s = load<A>(student + v * kPanel + c);
+            const auto terms =
+                divergence_terms<A, kind>(s, load<A>(teacher + v * kPanel + c), row, A(o.beta));
+            store(dz + v * kPanel + c, grad_of_logit<A>(s, terms.grad, weight, A(o.student_scale),
+                                                        A(o.student_softcap), A(o.inv_tau)));
             return terms.loss;
           }));
   }
 }
 
 template <typename A>
-void panel_grad(A* student, const A* teacher, int64_t rows, const LossOptions& o, const A* stats, int64_t stride,
-                const A* row_weight, A* loss) {
+void panel_grad(const A* student, const A* teacher, int64_t rows, const LossOptions& o, const A* stats,
+                int64_t stride, const A* row_weight, A* dz, A* loss) {
   with_divergence(o.kind(), [&](auto kind) {
-    panel_grad_of<A, kind()>(student, teacher, rows, o, stats, stride, row_weight, loss);
+    panel_grad_of<A, kind()>(student, teacher, rows, o, stats, stride, row_weight, dz, loss);
   });
 }
 

@@ -1,5 +1,6 @@
-// kl_loss on rows of logits that already exist. A row is read in blocks that stay in L1: once for its normalisers,
-// once for the loss (from cache), and once more in the backward. Nothing of size [N, V] is written but the gradient.
+// kl_loss on rows of logits that already exist. A row is read in blocks that stay in L1: once for its
+// normalisers, once for the loss (from cache), and once more in the backward. Nothing of size [N, V] is
+// written but the gradient.
 #pragma once
 
 #include <cmath>
@@ -12,7 +13,8 @@ constexpr int64_t kBlock = 1024;  // logits of one side per block; a multiple of
 
 // A block of a row, transformed, as A; padded with impossible tokens to whole vectors.
 template <typename A>
-inline void read_block(const void* row, DType dtype, int64_t begin, int64_t n, A scale, A softcap, A inv_tau, A* out) {
+inline void read_block(const void* row, DType dtype, int64_t begin, int64_t n, A scale, A softcap, A inv_tau,
+                       A* out) {
   constexpr int L = kLanes<A>;
   constexpr A impossible = -std::numeric_limits<A>::infinity();
   dispatch(dtype, [&](auto element) {
@@ -120,7 +122,8 @@ void row_forward_of(const LogitsRow& row, const LossOptions& options, A* loss, A
 }
 
 template <typename A, Divergence kind>
-void row_backward_of(const LogitsRow& row, const LossOptions& options, const A* stats, A grad_loss, void* grad) {
+void row_backward_of(const LogitsRow& row, const LossOptions& options, const A* stats, A grad_loss,
+                     void* grad) {
   constexpr int L = kLanes<A>;
   const RowStats<A> row_stats = broadcast_stats(stats);
   RowReader<A> reader(row, options);

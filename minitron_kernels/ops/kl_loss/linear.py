@@ -1,7 +1,8 @@
 """linear_kl_loss as one opaque op: plan, scratch memory and the native call, then autograd around it.
 
 Gradients are made in the forward, where the logits are; the backward scales them. Only a loss per token
-(reduction="none"), whose incoming gradients are not known yet, makes them in the backward, from the logits again.
+(reduction="none"), whose incoming gradients are not known yet, makes them in the backward, from the logits
+again.
 """
 
 from __future__ import annotations
@@ -224,7 +225,7 @@ class _Reduced(torch.autograd.Function):
         return (loss * row_weight.to(loss.dtype)).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(NO_DOUBLE_BACKWARD.format("linear_kl_loss"))
         if ctx.lent and grad_loss.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -264,14 +265,22 @@ class _PerToken(torch.autograd.Function):
         wants: tuple[bool, bool, bool],
         rest: tuple[Any, ...],
     ) -> Tensor:
-        inputs = (student_hidden, student_head, teacher_hidden, teacher_head, student_bias, teacher_bias, mask)
+        inputs = (
+            student_hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            student_bias,
+            teacher_bias,
+            mask,
+        )
         loss, stats, *_ = _linear_kl_loss(*inputs, None, None, None, False, False, False, *rest)
         ctx.save_for_backward(*inputs, stats, head_accumulator)
         ctx.wants, ctx.rest = wants, rest
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(NO_DOUBLE_BACKWARD.format("linear_kl_loss"))
         *inputs, stats, head_accumulator = ctx.saved_tensors
@@ -279,7 +288,8 @@ class _PerToken(torch.autograd.Function):
         returned = _returned(ctx.wants, head_accumulator is not None)
         dtypes = _dtypes(inputs[0], inputs[1], inputs[4])
         grads = [
-            grad.to(dtype) if keep else None for grad, dtype, keep in zip(grads, dtypes, returned, strict=True)
+            grad.to(dtype) if keep else None
+            for grad, dtype, keep in zip(grads, dtypes, returned, strict=True)
         ]
         return (*grads, *(None,) * 7)
 
@@ -296,7 +306,7 @@ def linear_kl_rows(
     workspace_bytes: int,
     engine: str | None = None,
 ) -> Tensor:
-    """Loss rows [N], or with a row_weight (0-dim) their weighted sum; student and teacher: hidden, head, bias."""
+    """Loss rows [N], or with a row_weight (0-dim) their weighted sum. A side is hidden, head and bias."""
     grad_mode = torch.is_grad_enabled()
     hidden, head, bias = student
     wants = (

@@ -49,22 +49,25 @@ def kl_loss(
         reverse_kl   Σ S (log S − log T)        S (log S − log T − KL)/τ
         β in (0, 1)  β KL(T‖M) + (1−β) KL(S‖M), M = βT + (1−β)S     (1−β) S (log S − log M − KL(S‖M))/τ
 
-    The loss is summed from terms that are all ≥ 0, so that it keeps its digits when the student is close to its
-    teacher. The teacher is a constant: no gradient flows to it.
+    The loss is summed from terms that are all ≥ 0, so that it keeps its digits when the student is close to
+    its teacher. The teacher is a constant: no gradient flows to it.
 
     Args:
         student_logits: [..., V] float32, bfloat16, float16 or float64, any strides.
         teacher_logits: [..., V], the same leading dimensions; its dtype may differ (but for float64).
-        labels: [...] int64, only to tell which tokens count: those that are not `ignore_index`. No cross-entropy is
-            mixed in.
+        labels: [...] int64, only to tell which tokens count: those that are not `ignore_index`. No
+            cross-entropy is mixed in.
         ignore_index: the label of tokens that do not count.
         mask: [...] bool, True where the token counts; combines with `labels`.
         temperature: τ > 0, divides the logits of both.
-        temperature_squared: multiply the loss by τ², which keeps the gradient's size when τ changes (Hinton et al.,
-            arXiv 1503.02531). Off by default, as in Liger, TRL and Megatron; NeMo and ModelOpt have it on.
-        reduction: "mean" over the tokens that count (0 if none does), "sum", or "none" for [...] with 0 at masked tokens.
+        temperature_squared: multiply the loss by τ², which keeps the gradient's size when τ changes (Hinton
+            et al., arXiv 1503.02531). Off by default, as in Liger, TRL and Megatron; NeMo and ModelOpt have
+            it on.
+        reduction: "mean" over the tokens that count (0 if none does), "sum", or "none" for [...] with 0 at
+            masked tokens.
         num_items: with "mean", what to divide by instead, such as the tokens of all micro-batches of a step.
-        divergence: "forward_kl", "reverse_kl", "jsd" (β = ½), or β in [0, 1], where 0 is forward and 1 is reverse KL.
+        divergence: "forward_kl", "reverse_kl", "jsd" (β = ½), or β in [0, 1], where 0 is forward and 1 is
+            reverse KL.
         vocab_size: tokens shared by both; columns beyond it are padding. Needed where the two differ.
         student_softcap: logit softcap c of c·tanh(z/c), as in Gemma 2; likewise `teacher_softcap`.
         teacher_softcap: see `student_softcap`.
@@ -73,8 +76,9 @@ def kl_loss(
         backend: "auto", "native", "triton" or "reference"; a named one never falls back.
 
     Returns:
-        The loss in nats, float32 (float64 for float64): 0-dim, or [...] for "none". A logit of −inf is an impossible
-        token: impossible in both adds 0; possible for the teacher alone makes forward KL +inf. NaN propagates.
+        The loss in nats, float32 (float64 for float64): 0-dim, or [...] for "none". A logit of −inf is an
+        impossible token: impossible in both adds 0; possible for the teacher alone makes forward KL +inf.
+        NaN propagates.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or range; the message names it.
@@ -140,18 +144,21 @@ def linear_kl_loss(
     workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """kl_loss() of the logits student_hidden·student_headᵀ and teacher_hidden·teacher_headᵀ, which never exist.
+    """kl_loss() of student_hidden·student_headᵀ and teacher_hidden·teacher_headᵀ, logits that never exist.
 
-    Both logits are made a tile at a time, in fp32 out of bf16 operands, and turned into sums and gradients while they
-    are in cache. Rounding logits to bf16, as a plain bf16 matmul does, costs the gradient up to half of its value
-    once the student is close to its teacher; here it is exact to what bf16 operands allow (0.2 %).
+    Both logits are made a tile at a time, in fp32 out of bf16 operands, and turned into sums and gradients
+    while they are in cache. Rounding logits to bf16, as a plain bf16 matmul does, costs the gradient up to
+    half of its value once the student is close to its teacher; here it is exact to what bf16 operands allow
+    (0.2 %).
 
-    Gradients are made in the forward and scaled in the backward (reduction="none": made in the backward). Only those
-    that are wanted are made: a frozen head skips its GEMM. Under torch.no_grad() only sums are kept.
+    Gradients are made in the forward and scaled in the backward (reduction="none": made in the backward).
+    Only those that are wanted are made: a frozen head skips its GEMM. Under torch.no_grad() only sums are
+    kept.
 
     Args:
         student_hidden: [..., H] float32, bfloat16, float16 or float64.
-        student_head: [V, H], the output projection, as in nn.Linear(H, V).weight. May be tied to the embedding.
+        student_head: [V, H], the output projection, as in nn.Linear(H, V).weight. May be tied to the
+            embedding.
         teacher_hidden: [..., Ht], the same leading dimensions; Ht may differ from H.
         teacher_head: [V, Ht].
         labels: see kl_loss(). Tokens that do not count are skipped before any GEMM.
@@ -161,7 +168,8 @@ def linear_kl_loss(
         temperature_squared: see kl_loss().
         reduction: see kl_loss().
         num_items: see kl_loss().
-        student_bias: [V], added to the student's logits before scale and softcap; −inf makes a token impossible.
+        student_bias: [V], added to the student's logits before scale and softcap; −inf makes a token
+            impossible.
         teacher_bias: [V], likewise.
         divergence: see kl_loss().
         vocab_size: see kl_loss(); rows of the heads beyond it are padding.
@@ -169,11 +177,12 @@ def linear_kl_loss(
         teacher_softcap: see kl_loss().
         student_logit_scale: see kl_loss().
         teacher_logit_scale: see kl_loss().
-        grad_head_accumulator: [V, H] float32 (float64 for float64), contiguous rows. The gradient to student_head is
-            added to it and student_head gets none. It is added in the forward, so the loss must not be multiplied
-            by anything before backward(): pass num_items= to divide by the tokens of several micro-batches.
-        schedule: "auto", "store" (4 GEMMs, keeps the logits of a chunk of tokens), or "recompute" (6 GEMMs, keeps a
-            stretch of the vocabulary); see plan_linear_kl_loss().
+        grad_head_accumulator: [V, H] float32 (float64 for float64), contiguous rows. The gradient to
+            student_head is added to it and student_head gets none. It is added in the forward, so the loss
+            must not be multiplied by anything before backward(): pass num_items= to divide by the tokens of
+            several micro-batches.
+        schedule: "auto", "store" (4 GEMMs, keeps the logits of a chunk of tokens), or "recompute" (6 GEMMs,
+            keeps a stretch of the vocabulary); see plan_linear_kl_loss().
         workspace_bytes: budget in bytes for scratch memory, 512 MiB by default; it is kept between calls, see
             release_workspaces().
         backend: see kl_loss().
@@ -198,8 +207,8 @@ def linear_kl_loss(
     ):
         if hidden.dim() < 1 or head.dim() != 2 or hidden.shape[-1] != head.shape[1]:
             raise ValueError(
-                f"{side}_hidden [..., H] and {side}_head [V, H] must have the same H, got {tuple(hidden.shape)} and "
-                f"{tuple(head.shape)}"
+                f"{side}_hidden [..., H] and {side}_head [V, H] must have the same H, got "
+                f"{tuple(hidden.shape)} and {tuple(head.shape)}"
             )
     if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
         raise ValueError(
@@ -240,7 +249,9 @@ def linear_kl_loss(
         row_weight = row_weight if divisor is None else row_weight * divisor
     if chosen == "reference":
         if grad_head_accumulator is not None:
-            raise ValueError("grad_head_accumulator needs the native backend; this one leaves gradients to autograd")
+            raise ValueError(
+                "grad_head_accumulator needs the native backend; this one leaves gradients to autograd"
+            )
         rows = _reference_linear_rows(student, teacher, rows_mask_, V, options)
         result = rows if row_weight is None else (rows * row_weight.to(rows.dtype)).sum()
     else:
@@ -273,7 +284,8 @@ def _check_bias(name: str, bias: Tensor | None, head: Tensor) -> None:
     check_floating(**{name: bias})
     if bias.shape != head.shape[:1] or bias.device != head.device:
         raise ValueError(
-            f"{name} must be [V] = [{head.shape[0]}] on {head.device}, got {tuple(bias.shape)} on {bias.device}"
+            f"{name} must be [V] = [{head.shape[0]}] on {head.device}, got {tuple(bias.shape)} on "
+            f"{bias.device}"
         )
 
 
@@ -286,8 +298,8 @@ def _check_accumulator(buffer: Tensor | None, head: Tensor) -> None:
         raise TypeError(f"grad_head_accumulator must be a {dtype} tensor, got {got}")
     if buffer.shape != head.shape or buffer.device != head.device or buffer.stride(-1) != 1:
         raise ValueError(
-            f"grad_head_accumulator must have student_head's shape {tuple(head.shape)} on {head.device} with stride 1 "
-            f"along H, got {tuple(buffer.shape)} on {buffer.device} with strides {buffer.stride()}"
+            f"grad_head_accumulator must have student_head's shape {tuple(head.shape)} on {head.device} with "
+            f"stride 1 along H, got {tuple(buffer.shape)} on {buffer.device} with strides {buffer.stride()}"
         )
 
 

@@ -45,7 +45,8 @@ def loss_options(
     if isinstance(divergence, str):
         if divergence not in _DIVERGENCES:
             raise ValueError(
-                f"divergence must be one of {', '.join(_DIVERGENCES)} or a number beta in [0, 1], got {divergence!r}"
+                f"divergence must be one of {', '.join(_DIVERGENCES)} or a number beta in [0, 1], got "
+                f"{divergence!r}"
             )
         beta = _DIVERGENCES[divergence]
     elif isinstance(divergence, (int, float)) and not isinstance(divergence, bool):
@@ -87,15 +88,16 @@ def check_vocab_size(vocab_size: int | None, student: int, teacher: int) -> int:
     if vocab_size is None:
         if student != teacher:
             raise ValueError(
-                f"student and teacher have vocabularies of {student} and {teacher} tokens: pass vocab_size=, the number "
-                "of tokens that both share (columns beyond it count as padding)"
+                f"student and teacher have vocabularies of {student} and {teacher} tokens: pass vocab_size=, "
+                "the number of tokens that both share (columns beyond it count as padding)"
             )
         return student
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
         raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
     if not 1 <= vocab_size <= min(student, teacher):
         raise ValueError(
-            f"vocab_size must be from 1 to {min(student, teacher)}, which student and teacher have; got {vocab_size}"
+            f"vocab_size must be from 1 to {min(student, teacher)}, which student and teacher have; got "
+            f"{vocab_size}"
         )
     return vocab_size
 

@@ -2,8 +2,8 @@
 
     store      for a chunk of rows: both logits of the whole vocabulary are kept, then turned into gradients.
                4 GEMMs. Several chunks add their head gradients in fp32.
-    recompute  a stretch of the vocabulary at a time: logits once for the sums, again for the gradient. 6 GEMMs
-               (8 for JSD), memory that does not grow with the vocabulary.
+    recompute  a stretch of the vocabulary at a time: logits once for the sums, again for the gradient.
+               6 GEMMs (8 for JSD), memory that does not grow with the vocabulary.
     forward    no gradient wanted: logits are reduced and dropped. 2 GEMMs (4 for JSD).
 
 The bytes come from the kernel's own layout function, so a plan says what a call will use.
@@ -84,7 +84,8 @@ class LinearKLPlan:
         lines = [
             f"linear_kl_loss: {self.num_tokens} tokens, vocabulary {self.vocab_size}, hidden sizes "
             f"{self.student_hidden_size} (student) and {self.teacher_hidden_size} (teacher)",
-            f"schedule   {self.schedule}: {self.num_gemms} GEMMs, {self.flops / 1e9:.1f} Gflop, operands {self.engine}",
+            f"schedule   {self.schedule}: {self.num_gemms} GEMMs, {self.flops / 1e9:.1f} Gflop, "
+            f"operands {self.engine}",
             f"rows       {self.num_chunks} chunk(s) of {self.chunk_rows}",
             f"vocabulary tiles of {self.tile}"
             + (f", {self.super_tiles} at a time" if self.schedule == "recompute" else ""),
@@ -93,7 +94,9 @@ class LinearKLPlan:
             if nbytes:
                 lines.append(f"{mib(nbytes)}  {name}")
         lines.append(f"{mib(self.total_bytes)}  in all, kept between calls (release_workspaces() frees it)")
-        lines.append(f"{mib(self.workspace_bytes)}  of it counts towards workspace_bytes = {self.budget_bytes}")
+        lines.append(
+            f"{mib(self.workspace_bytes)}  of it counts towards workspace_bytes = {self.budget_bytes}"
+        )
         logits = self.num_tokens * self.vocab_size * 8
         lines.append(f"{mib(logits)}  is what both fp32 logits would take")
         return "\n".join(lines)
@@ -139,11 +142,12 @@ def plan_linear_kl_loss(
         grad_head: whether the gradient to the student's head is wanted.
         grad_bias: whether the gradient to the student's bias is wanted.
         grad_head_accumulator: whether a buffer for it is lent.
-        masked: whether some rows of the tensors do not count; a float32 grad_hidden then needs a copy without them.
+        masked: whether some rows of the tensors do not count; a float32 grad_hidden then needs a copy without
+            them.
         divergence_needs_kl: JSD with 0 < beta < 1, which looks at the logits once more.
         schedule: "auto", "store" or "recompute".
-        workspace_bytes: budget in bytes, 512 MiB by default. It bounds all that the call allocates beyond inputs
-            and outputs, but for the fp32 accumulators of gradients (accumulator_bytes).
+        workspace_bytes: budget in bytes, 512 MiB by default. It bounds all that the call allocates beyond
+            inputs and outputs, but for the fp32 accumulators of gradients (accumulator_bytes).
         engine: "bf16", "f32", "f64" or "portable" operands; what runs fastest here by default.
 
     Returns:
@@ -154,113 +158,154 @@ def plan_linear_kl_loss(
         RuntimeError: the extension is not built.
     """
     if not _native.available():
-        raise RuntimeError(f"linear_kl_loss has nothing to plan without the C++ extension: {_native.reason()}")
+        raise RuntimeError(
+            f"linear_kl_loss has nothing to plan without the C++ extension: {_native.reason()}"
+        )
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
-    budget = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
-    engine = engine or operand_type(dtype, teacher_dtype or dtype)
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-    threads = torch.get_num_threads()
-    tile = 256 if vocab_size >= 16384 else 128 if vocab_size >= 1024 else 64
-    num_tiles = -(-vocab_size // tile)
-    has_grad = grad_hidden or grad_head or grad_bias
+    planner = _Planner(
+        num_tokens,
+        vocab_size,
+        student_hidden_size,
+        teacher_hidden_size,
+        engine=engine or operand_type(dtype, teacher_dtype or dtype),
+        accumulate_bytes=accumulate.itemsize,
+        grad_hidden=grad_hidden,
+        grad_head=grad_head,
+        head_in_place=grad_head_accumulator or dtype == accumulate,
+        hidden_in_place=dtype == accumulate and not masked,
+        divergence_needs_kl=divergence_needs_kl,
+        budget=DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
+        threads=torch.get_num_threads(),
+    )
+    return planner.plan(schedule if grad_hidden or grad_head or grad_bias else "forward")
 
-    def gemms(name: str) -> int:
-        looks = 1 + divergence_needs_kl
-        logits = {"store": 1, "forward": looks, "recompute": looks + 1}[name]
-        return 2 * logits + grad_hidden + grad_head
 
-    def flops(name: str) -> int:
-        logits = (gemms(name) - grad_hidden - grad_head) // 2 * (student_hidden_size + teacher_hidden_size)
-        return 2 * num_tokens * vocab_size * (logits + (grad_hidden + grad_head) * student_hidden_size)
+@dataclass(frozen=True)
+class _Planner:
+    """A problem and a budget, and the search for the plan."""
 
-    def candidate(name: str, chunk_rows: int, super_tiles: int) -> LinearKLPlan:
-        *parts, total = torch.ops.minitron_kernels.linear_kl_loss_layout(
-            num_tokens,
-            vocab_size,
-            student_hidden_size,
-            teacher_hidden_size,
-            {"bf16": 2, "f64": 8}.get(engine, 4),
-            accumulate.itemsize,
-            grad_hidden,
-            grad_head,
-            grad_head_accumulator or dtype == accumulate,
-            dtype == accumulate and not masked,
-            name,
-            chunk_rows,
-            tile,
-            super_tiles,
-            threads,
+    num_tokens: int
+    vocab_size: int
+    student_hidden_size: int
+    teacher_hidden_size: int
+    engine: str
+    accumulate_bytes: int
+    grad_hidden: bool
+    grad_head: bool
+    head_in_place: bool
+    hidden_in_place: bool
+    divergence_needs_kl: bool
+    budget: int
+    threads: int
+
+    def plan(self, schedule: str) -> LinearKLPlan:
+        """The best plan within the budget; ValueError if there is none."""
+        plan = {
+            "forward": lambda: self.largest("forward", 1, 1024),
+            "store": lambda: self.largest("store", 1),
+            "recompute": self.recomputed,
+            "auto": self.best,
+        }[schedule]()
+        if plan is not None:
+            return plan
+        names = ("store", "recompute") if schedule == "auto" else (schedule,)
+        least = min((self.candidate(name, _PANEL, 1) for name in names), key=lambda p: p.workspace_bytes)
+        raise ValueError(
+            f"workspace_bytes={self.budget} is too small: the least that would do is "
+            f"{least.workspace_bytes} (schedule={least.schedule!r}, {self.num_tokens} tokens, vocabulary "
+            f"{self.vocab_size}, {self.threads} threads)"
         )
-        plan = LinearKLPlan(
-            name,
-            engine,
-            num_tokens,
-            vocab_size,
-            student_hidden_size,
-            teacher_hidden_size,
-            gemms(name),
-            flops(name),
-            chunk_rows,
-            tile,
-            super_tiles,
-            budget,
-            tuple(parts),
-        )
-        assert plan.total_bytes == total  # the layout's parts are all there is
-        return plan
 
-    def fits(plan: LinearKLPlan) -> bool:
-        return plan.workspace_bytes <= budget
+    def best(self) -> LinearKLPlan | None:
+        stored = self.largest("store", 1)
+        if stored is not None and stored.chunk_rows >= min(_MIN_STORE_ROWS, self.most_rows):
+            return stored
+        return self.recomputed() or stored
 
-    def balanced(rows: int) -> int:
-        """As many chunks as `rows` gives, of equal size in whole panels."""
-        chunks = -(-num_tokens // rows)
-        return max(_PANEL, -(-num_tokens // chunks // _PANEL) * _PANEL) if chunks else _PANEL
+    def recomputed(self) -> LinearKLPlan | None:
+        """Long stretches spread the repacking of hidden states; all rows in one chunk need none at all."""
+        wanted = (max(16, 2 * self.threads), 8, 4, 2, 1)
+        stretches = sorted({max(1, min(n, self.num_tiles)) for n in wanted}, reverse=True)
+        for super_tiles in stretches:
+            plan = self.candidate("recompute", self.most_rows, super_tiles)
+            if plan.num_chunks <= 1 and super_tiles >= min(4, self.num_tiles) and self.fits(plan):
+                return plan
+        found = None
+        for super_tiles in stretches:
+            found = self.largest("recompute", super_tiles, 512)
+            if found is not None and found.chunk_rows >= min(256, self.most_rows):
+                break
+        return found
 
-    most_rows = max(_PANEL, min(_MAX_CHUNK, -(-num_tokens // _PANEL) * _PANEL))
-
-    def largest(name: str, super_tiles: int, at_most: int = most_rows) -> LinearKLPlan | None:
-        low, high = 0, at_most // _PANEL  # in panels; the bytes grow with the rows
+    def largest(self, schedule: str, super_tiles: int, at_most: int = _MAX_CHUNK) -> LinearKLPlan | None:
+        """The plan with the most rows at a time that fits, in chunks of equal size; None if none fits."""
+        low, high = 0, min(at_most, self.most_rows) // _PANEL  # in panels; the bytes grow with the rows
         while low < high:
             middle = (low + high + 1) // 2
-            if fits(candidate(name, middle * _PANEL, super_tiles)):
+            if self.fits(self.candidate(schedule, middle * _PANEL, super_tiles)):
                 low = middle
             else:
                 high = middle - 1
-        return candidate(name, balanced(low * _PANEL), super_tiles) if low else None
+        if not low:
+            return None
+        panels = -(-self.num_tokens // _PANEL)
+        chunks = max(1, -(-panels // low))
+        return self.candidate(schedule, max(1, -(-panels // chunks)) * _PANEL, super_tiles)
 
-    def stored() -> LinearKLPlan | None:
-        return largest("store", 1)
+    def fits(self, plan: LinearKLPlan) -> bool:
+        return plan.workspace_bytes <= self.budget
 
-    def recomputed() -> LinearKLPlan | None:
-        # Long stretches spread the repacking of hidden states; all rows in one chunk need no repacking at all.
-        stretches = [n for n in (max(16, 2 * threads), 8, 4, 2, 1) if n <= max(num_tiles, 1)]
-        for super_tiles in stretches:
-            plan = candidate("recompute", most_rows, super_tiles)
-            if plan.num_chunks <= 1 and super_tiles >= min(4, num_tiles) and fits(plan):
-                return plan
-        for super_tiles in stretches:
-            plan = largest("recompute", super_tiles, min(most_rows, 512))
-            if plan is not None and (plan.chunk_rows >= min(256, most_rows) or super_tiles == stretches[-1]):
-                return plan
-        return None
+    @property
+    def tile(self) -> int:
+        return 256 if self.vocab_size >= 16384 else 128 if self.vocab_size >= 1024 else 64
 
-    if not has_grad:
-        plan, smallest = largest("forward", 1, min(most_rows, 1024)), [candidate("forward", _PANEL, 1)]
-    elif schedule == "store":
-        plan, smallest = stored(), [candidate("store", _PANEL, 1)]
-    elif schedule == "recompute":
-        plan, smallest = recomputed(), [candidate("recompute", _PANEL, 1)]
-    else:
-        plan = stored()
-        if plan is None or plan.chunk_rows < min(_MIN_STORE_ROWS, most_rows):
-            plan = recomputed() or plan
-        smallest = [candidate("store", _PANEL, 1), candidate("recompute", _PANEL, 1)]
-    if plan is None:
-        least = min(smallest, key=lambda p: p.workspace_bytes)
-        raise ValueError(
-            f"workspace_bytes={budget} is too small: the least that would do is {least.workspace_bytes} "
-            f"(schedule={least.schedule!r}, {num_tokens} tokens, vocabulary {vocab_size}, {threads} threads)"
+    @property
+    def num_tiles(self) -> int:
+        return -(-self.vocab_size // self.tile)
+
+    @property
+    def most_rows(self) -> int:
+        return max(_PANEL, min(_MAX_CHUNK, -(-self.num_tokens // _PANEL) * _PANEL))
+
+    def candidate(self, schedule: str, chunk_rows: int, super_tiles: int) -> LinearKLPlan:
+        """The plan with these numbers, fitting or not."""
+        *parts, _ = torch.ops.minitron_kernels.linear_kl_loss_layout(
+            self.num_tokens,
+            self.vocab_size,
+            self.student_hidden_size,
+            self.teacher_hidden_size,
+            {"bf16": 2, "f64": 8}.get(self.engine, 4),
+            self.accumulate_bytes,
+            self.grad_hidden,
+            self.grad_head,
+            self.head_in_place,
+            self.hidden_in_place,
+            schedule,
+            chunk_rows,
+            self.tile,
+            super_tiles,
+            self.threads,
         )
-    return plan
+        looks = 1 + self.divergence_needs_kl  # at each logit, for sums
+        logits = {"store": 1, "forward": looks, "recompute": looks + 1}[schedule]
+        grads = self.grad_hidden + self.grad_head
+        widths = (
+            logits * (self.student_hidden_size + self.teacher_hidden_size) + grads * self.student_hidden_size
+        )
+        return LinearKLPlan(
+            schedule,
+            self.engine,
+            self.num_tokens,
+            self.vocab_size,
+            self.student_hidden_size,
+            self.teacher_hidden_size,
+            num_gemms=2 * logits + grads,
+            flops=2 * self.num_tokens * self.vocab_size * widths,
+            chunk_rows=chunk_rows,
+            tile=self.tile,
+            super_tiles=super_tiles,
+            budget_bytes=self.budget,
+            part_bytes=tuple(parts),
+        )

@@ -1,7 +1,7 @@
 """Divergence of rows of logits by the native kernels, with its gradient.
 
-The backward reads the logits again (they are the caller's and still there) instead of keeping a gradient, so any
-incoming gradient is exact and the forward allocates O(N).
+The backward reads the logits again (they are the caller's and still there) instead of keeping a gradient, so
+any incoming gradient is exact and the forward allocates O(N).
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from minitron_kernels import _native
 NUM_STATS = 6  # Stat in csrc/kl_loss/kl_loss_cpu.h
 
 NO_DOUBLE_BACKWARD = (
-    "{} has no second derivative: its gradient is made by a kernel. For double backward use backend='reference'"
+    "{} has no second derivative: its gradient is made by a kernel. "
+    "For double backward use backend='reference'"
 )
 
 
-def kl_rows(student: Tensor, teacher: Tensor, mask: Tensor | None, vocab_size: int, *options: float) -> Tensor:
+def kl_rows(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, vocab_size: int, *options: float
+) -> Tensor:
     """[N, Vs], [N, Vt] with stride 1 along the vocabulary -> [N] in nats; differentiable in student."""
     loss, _ = torch.ops.minitron_kernels.kl_loss_forward(student, teacher, mask, vocab_size, *options)
     return loss
