@@ -110,7 +110,7 @@ def test_chunks_of_rows_and_stretches_of_the_vocabulary(monkeypatch, operands, s
     force_operands(monkeypatch, operands)
     N, H, V = 700, 48, 2500
     tensors = make_linear(N, H, 56, V, torch.bfloat16)
-    budget = {"store": 14 << 20, "recompute": 3 << 20}[schedule]
+    budget = {"store": 14 << 20, "recompute": 2 << 20}[schedule]
     plan = mk.plan_linear_kl_loss(N, V, H, 56, schedule=schedule, workspace_bytes=budget, engine=operands)
     assert plan.num_chunks > 1 and plan.part_bytes[-1] > 0
     for divergence in ("forward_kl", "reverse_kl", "jsd"):

@@ -71,7 +71,7 @@ def test_memory_is_flat_in_the_number_of_tokens():
                     )
                     assert plan.workspace_bytes <= budget
                     if schedule == "recompute":
-                        assert plan.accumulator_bytes == N * H * 4  # dX in fp32
+                        assert N * H * 4 <= plan.accumulator_bytes < 1.2 * N * H * 4  # dX in fp32
                         assert N > 2048 or plan.total_bytes <= 160 * MIB
                     else:
                         head = 131072 * H * 4 if plan.num_chunks > 1 else 0
@@ -116,7 +116,13 @@ def test_offsets_beyond_32_bits():
 
 def test_explain():
     text = mk.plan_linear_kl_loss(1024, 131072, 2048, 2560).explain()
-    for word in ("store: 4 GEMMs", "chunk(s) of", "head gradient, fp32", "workspace_bytes", "1024.0 MiB"):
+    for word in (
+        "store: 4 GEMMs",
+        "chunk(s) of",
+        "head gradient, accumulated",
+        "workspace_bytes",
+        "1024.0 MiB",
+    ):
         assert word in text
     assert "6 GEMMs" in mk.plan_linear_kl_loss(64, 100, 8, 8, schedule="recompute").explain()
     with pytest.raises(ValueError, match="schedule"):

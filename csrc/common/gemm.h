@@ -12,7 +12,7 @@ namespace minitron {
 constexpr int kPanel = 64;
 // Longest chain of products summed in one accumulator; longer K is split (one long chain doubles the fp32
 // error).
-constexpr int64_t kMaxChain = 512;
+constexpr int64_t kMaxChain = 256;
 
 // C[M, N] = A[M, K] B[K, N], or += with add; N <= kPanel, ldb = kPanel; Op = float, double or bf16 (B in
 // pairs).

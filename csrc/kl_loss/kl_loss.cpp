@@ -31,5 +31,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
   m.def(
       "linear_kl_loss_layout(int rows, int vocab_size, int student_width, int teacher_width, "
       "int operand_bytes, int accumulate_bytes, bool grad_hidden, bool grad_head, bool head_in_place, "
-      "bool hidden_in_place, str schedule, int chunk_rows, int tile, int super_tiles, int threads) -> int[]");
+      "str schedule, int chunk_rows, int tile, int super_tiles, int threads) -> int[]");
 }

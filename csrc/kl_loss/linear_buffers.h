@@ -73,6 +73,13 @@ class LinearBuffers {
     return at<double>(layout_.rows.offset + before) + c.index * s_.padded_chunk();
   }
 
+  // dX of a chunk in fp32, 64 columns from h on: [padded][kPanel], so that a GEMM's C lies in one piece.
+  A* hidden_panel(const Chunk& c, int64_t h) const {
+    const int64_t chunk_size = round_up(s_.student_width, kPanel) * s_.padded_chunk();
+    const int64_t index = s_.schedule == Schedule::kStore ? 0 : c.index;
+    return at<A>(layout_.hidden_accumulator.offset) + index * chunk_size + h * c.padded;
+  }
+
   // dz of a tile as the A operand of dX: [tokens, ld].
   struct Dz {
     Op* data;

@@ -19,7 +19,8 @@ class LinearKl : private LinearRows<Op, A> {
   using Base = LinearRows<Op, A>;
   using Base::p_, Base::s_, Base::layout_, Base::base_, Base::chunk, Base::tile, Base::at, Base::partials,
       Base::tile_loss, Base::tile_kl, Base::row_stats, Base::row_weights, Base::stored_logits, Base::dz,
-      Base::merge_stats, Base::merge_loss, Base::merge_mixture_kl, Base::load_stats, Base::wants_tile_kl;
+      Base::hidden_panel, Base::merge_stats, Base::merge_loss, Base::merge_mixture_kl, Base::load_stats,
+      Base::wants_tile_kl;
   using typename Base::Chunk, typename Base::Tile, typename Base::Dz;
 
  public:
@@ -148,13 +149,13 @@ class LinearKl : private LinearRows<Op, A> {
       return {stored_logits(c, t.index, 0) + offset, stored_logits(c, t.index, 1) + offset};
     }
     A* block = this->template scratch<A>(layout_.logits_block, slot);
-    return {block, block + s_.tile * std::min(s_.padded_chunk(), kMaxChain)};
+    return {block, block + s_.tile * std::min(s_.padded_chunk(), kRowBlock)};
   }
 
   // Calls f(panel, student, teacher) for each panel of a tile; `make` says whether the logits must be made.
   template <typename F>
   void each_panel(const Chunk& c, const Tile& t, int64_t slot, bool make, F&& f) const {
-    constexpr int64_t kBlockPanels = kMaxChain / kPanel;
+    constexpr int64_t kBlockPanels = kRowBlock / kPanel;
     for (int64_t first = 0; first < c.padded / kPanel; first += kBlockPanels) {
       const int64_t last = std::min(first + kBlockPanels, c.padded / kPanel);
       const Logits z = place_of_logits(c, t, first, slot);
@@ -266,14 +267,12 @@ class LinearKl : private LinearRows<Op, A> {
   // threads.
   void hidden_of_tiles(const Chunk& c, int64_t first_tile, int64_t last_tile) const {
     const int64_t blocks = ceil_div(s_.student_width, kHiddenBlock),
-                  row_blocks = ceil_div(c.padded, kMaxChain);
-    const Matrix target = hidden_target(c);
+                  row_blocks = ceil_div(c.padded, kRowBlock);
     parallel_tasks(blocks * row_blocks, [&](int64_t task, int64_t slot) {
-      const int64_t h = task % blocks * kHiddenBlock, n = task / blocks * kMaxChain;
+      const int64_t h = task % blocks * kHiddenBlock, n = task / blocks * kRowBlock;
       const int64_t cols = std::min(kHiddenBlock, s_.student_width - h);
-      const int64_t rows = std::min(kMaxChain, c.rows - n);
+      const int64_t rows = std::min(kRowBlock, c.padded - n);
       Op* panels = this->template scratch<Op>(layout_.head_panels, slot);
-      A* out = static_cast<A*>(const_cast<void*>(target.data)) + n * target.ld + h;
       for (int64_t index = first_tile; index < last_tile; ++index) {
         const Tile t = tile(index);
         const int64_t depth = s_.depth(t.rows);
@@ -281,33 +280,23 @@ class LinearKl : private LinearRows<Op, A> {
         pack_.rows(head, p_.student_head.dtype, p_.student_head.ld, nullptr, t.rows, depth, cols, panels);
         const Dz a = dz(c, index, first_tile);
         for (int64_t panel = 0; panel < cols; panel += kPanel) {
-          gemm_(rows, std::min<int64_t>(kPanel, cols - panel), depth, a.ld, kPanel, target.ld, index > 0,
-                a.data + n * a.ld, panels + panel * depth, out + panel);
+          gemm_(rows, kPanel, depth, a.ld, kPanel, kPanel, index > 0, a.data + n * a.ld,
+                panels + panel * depth, hidden_panel(c, h + panel) + n * kPanel);
         }
       }
       brgemm_release();
     });
   }
 
-  // fp32 [chunk rows, H]: the output itself, or an accumulator that write_hidden() narrows.
-  Matrix hidden_target(const Chunk& c) const {
-    if (s_.hidden_in_place) {
-      Matrix m = p_.grad_hidden;
-      m.data = m.row(c.begin);
-      return m;
-    }
-    const int64_t row = s_.schedule == Schedule::kStore ? 0 : c.begin;
-    return {this->template at<A>(layout_.hidden_accumulator.offset) + row * s_.student_width, dtype_code<A>(),
-            c.rows, s_.student_width, s_.student_width};
-  }
-
   void write_hidden(const Chunk& c) const {
-    if (!s_.grad_hidden || s_.hidden_in_place) return;
-    const Matrix from = hidden_target(c);
-    for (int64_t n = 0; n < c.rows; ++n) {
-      void* to = const_cast<char*>(p_.grad_hidden.row(p_.rows[c.begin + n]));
-      pack_.narrow(static_cast<const A*>(from.data) + n * from.ld, from.ld, 1, from.cols, to,
-                   p_.grad_hidden.dtype, p_.grad_hidden.ld);
+    if (!s_.grad_hidden) return;
+    const Matrix& out = p_.grad_hidden;
+    for (int64_t h = 0; h < s_.student_width; h += kPanel) {
+      const int64_t cols = std::min<int64_t>(kPanel, s_.student_width - h);
+      for (int64_t n = 0; n < c.rows; ++n) {
+        char* to = const_cast<char*>(out.row(p_.rows[c.begin + n])) + h * bytes_of(out.dtype);
+        pack_.narrow(hidden_panel(c, h) + n * kPanel, kPanel, 1, cols, to, out.dtype, out.ld);
+      }
     }
   }
 

@@ -18,12 +18,22 @@ Schedule schedule_of(const std::string& name) {
 std::vector<int64_t> linear_kl_loss_layout(int64_t rows, int64_t vocab_size, int64_t student_width,
                                            int64_t teacher_width, int64_t operand_bytes,
                                            int64_t accumulate_bytes, bool grad_hidden, bool grad_head,
-                                           bool head_in_place, bool hidden_in_place, std::string schedule,
-                                           int64_t chunk_rows, int64_t tile, int64_t super_tiles,
-                                           int64_t threads) {
-  return make_layout({rows, vocab_size, student_width, teacher_width, operand_bytes, accumulate_bytes,
-                      grad_hidden, grad_head, hidden_in_place, head_in_place, schedule_of(schedule),
-                      chunk_rows, tile, super_tiles, threads})
+                                           bool head_in_place, std::string schedule, int64_t chunk_rows,
+                                           int64_t tile, int64_t super_tiles, int64_t threads) {
+  return make_layout({.rows = rows,
+                      .vocab_size = vocab_size,
+                      .student_width = student_width,
+                      .teacher_width = teacher_width,
+                      .op_bytes = operand_bytes,
+                      .acc_bytes = accumulate_bytes,
+                      .grad_hidden = grad_hidden,
+                      .grad_head = grad_head,
+                      .head_in_place = head_in_place,
+                      .schedule = schedule_of(schedule),
+                      .chunk_rows = chunk_rows,
+                      .tile = tile,
+                      .super_tiles = super_tiles,
+                      .threads = threads})
       .bytes();
 }
 
@@ -118,23 +128,20 @@ void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teac
 
   const bool narrow = engine == "bf16";
   const bool lent = p.head_accumulator.data != nullptr;
-  LinearShape shape{int64_t(p.rows.size()),
-                    V,
-                    H,
-                    p.teacher_hidden.cols,
-                    wide     ? 8
-                    : narrow ? 2
-                             : 4,
-                    wide ? 8 : 4,
-                    p.grad_hidden.data != nullptr,
-                    p.grad_head.data != nullptr || lent,
-                    p.grad_hidden.dtype == accumulate && int64_t(p.rows.size()) == N,
-                    lent || p.grad_head.dtype == accumulate,
-                    schedule_of(schedule),
-                    chunk_rows,
-                    tile,
-                    super_tiles,
-                    max_threads()};
+  const LinearShape shape{.rows = int64_t(p.rows.size()),
+                          .vocab_size = V,
+                          .student_width = H,
+                          .teacher_width = p.teacher_hidden.cols,
+                          .op_bytes = wide ? 8 : (narrow ? 2 : 4),
+                          .acc_bytes = wide ? 8 : 4,
+                          .grad_hidden = p.grad_hidden.data != nullptr,
+                          .grad_head = p.grad_head.data != nullptr || lent,
+                          .head_in_place = lent || p.grad_head.dtype == accumulate,
+                          .schedule = schedule_of(schedule),
+                          .chunk_rows = chunk_rows,
+                          .tile = tile,
+                          .super_tiles = super_tiles,
+                          .threads = max_threads()};
   if (wide) {
     run<double, double>(p, shape, cpu_kernels().f64.gemm, workspace);
   } else if (narrow) {

@@ -18,7 +18,6 @@ struct LinearShape {
   int64_t rows, vocab_size, student_width, teacher_width;
   int64_t op_bytes, acc_bytes;  // of a GEMM operand, and of what it accumulates in
   bool grad_hidden, grad_head;  // which gradients are wanted (the bias' needs no space)
-  bool hidden_in_place;         // grad_hidden is accumulated in the output itself
   bool head_in_place;           // grad_head likewise (its dtype is the accumulator's, or one was lent)
   Schedule schedule;
   int64_t chunk_rows;   // rows whose operands are packed at a time
@@ -68,6 +67,8 @@ struct LinearLayout {
   }
 };
 
+// Rows for which one pass over a tile of a head is made: each pass widens or fetches the tile again.
+constexpr int64_t kRowBlock = 512;
 // Columns of dX that one task of the dX pass makes.
 constexpr int64_t kHiddenBlock = 2 * kPanel;
 
@@ -80,7 +81,7 @@ inline LinearLayout make_layout(const LinearShape& s) {
     cursor += part.bytes;
     return part;
   };
-  const int64_t rows = s.padded_chunk(), block = std::min(rows, kMaxChain), tile = s.tile;
+  const int64_t rows = s.padded_chunk(), block = std::min(rows, kRowBlock), tile = s.tile;
   const int64_t padded_width = round_up(s.student_width, kPanel);
   const bool store = s.schedule == Schedule::kStore;
 
@@ -111,7 +112,7 @@ inline LinearLayout make_layout(const LinearShape& s) {
 
   // recompute finishes the head gradient of a stretch before the next one; dX of all rows grows until the end
   l.hidden_accumulator =
-      take(s.grad_hidden && !s.hidden_in_place ? (store ? rows : s.rows) * s.student_width * s.acc_bytes : 0);
+      take(s.grad_hidden ? (store ? 1 : s.chunks()) * rows * padded_width * s.acc_bytes : 0);
   l.head_accumulator =
       take(s.grad_head && !s.head_in_place && s.chunks() > 1
                ? (store ? s.vocab_size : s.held_tiles() * tile) * s.student_width * s.acc_bytes

@@ -73,7 +73,6 @@ def _linear_kl_loss(
         grad_head=want_head,
         grad_bias=want_bias,
         grad_head_accumulator=head_accumulator is not None,
-        masked=mask is not None,
         divergence_needs_kl=0 < beta < 1,
         schedule=schedule,
         workspace_bytes=workspace_bytes,

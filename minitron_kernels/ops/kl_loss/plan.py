@@ -50,8 +50,8 @@ class LinearKLPlan:
         "partial sums",
         "row statistics",
         "scratch of the threads",
-        "hidden gradient, fp32",
-        "head gradient, fp32",
+        "hidden gradient, accumulated",
+        "head gradient, accumulated",
     )
 
     @property
@@ -123,7 +123,6 @@ def plan_linear_kl_loss(
     grad_head: bool = True,
     grad_bias: bool = False,
     grad_head_accumulator: bool = False,
-    masked: bool = False,
     divergence_needs_kl: bool = False,
     schedule: str = "auto",
     workspace_bytes: int | None = None,
@@ -142,8 +141,6 @@ def plan_linear_kl_loss(
         grad_head: whether the gradient to the student's head is wanted.
         grad_bias: whether the gradient to the student's bias is wanted.
         grad_head_accumulator: whether a buffer for it is lent.
-        masked: whether some rows of the tensors do not count; a float32 grad_hidden then needs a copy without
-            them.
         divergence_needs_kl: JSD with 0 < beta < 1, which looks at the logits once more.
         schedule: "auto", "store" or "recompute".
         workspace_bytes: budget in bytes, 512 MiB by default. It bounds all that the call allocates beyond
@@ -174,7 +171,6 @@ def plan_linear_kl_loss(
         grad_hidden=grad_hidden,
         grad_head=grad_head,
         head_in_place=grad_head_accumulator or dtype == accumulate,
-        hidden_in_place=dtype == accumulate and not masked,
         divergence_needs_kl=divergence_needs_kl,
         budget=DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
         threads=torch.get_num_threads(),
@@ -195,7 +191,6 @@ class _Planner:
     grad_hidden: bool
     grad_head: bool
     head_in_place: bool
-    hidden_in_place: bool
     divergence_needs_kl: bool
     budget: int
     threads: int
@@ -281,7 +276,6 @@ class _Planner:
             self.grad_hidden,
             self.grad_head,
             self.head_in_place,
-            self.hidden_in_place,
             schedule,
             chunk_rows,
             self.tile,
