@@ -31,7 +31,7 @@ def run(tensors, *, student_bias=None, teacher_bias=None, **options):
         hidden, head, *tensors[2:], student_bias=bias, teacher_bias=teacher_bias, **options
     )
     # fp16 needs the usual loss scale: gradients of a mean lie below its smallest number
-    scale = 2.0**14 if tensors[0].dtype == torch.float16 else 1.0
+    scale = 2.0**12 if tensors[0].dtype == torch.float16 else 1.0
     (loss.sum() * scale).backward()
     grads = [None if x is None else x.grad for x in (hidden, head, bias)]
     if scale != 1.0:

@@ -13,23 +13,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
       "Tensor? mask, int vocab_size, float beta, float inv_tau, float student_scale, float student_softcap, "
       "float teacher_scale, float teacher_softcap) -> Tensor grad_student_logits");
 
-  // Hidden states and heads in; fills loss, stats and whichever gradients are given. The caller plans
-  // (schedule, chunk_rows, tile, super_tiles, engine) and lends a workspace of linear_kl_loss_layout()'s
-  // size.
+  // Hidden states and heads in; fills loss, stats and whichever gradients are given. The caller plans, and
+  // lends a workspace of linear_kl_loss_layout()'s size.
   m.def(
       "linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teacher_hidden, "
       "Tensor teacher_head, Tensor? student_bias, Tensor? teacher_bias, Tensor? mask, Tensor? row_weight, "
       "Tensor(a!) loss, Tensor(b!) stats, bool stats_given, Tensor(c!)? grad_hidden, Tensor(d!)? grad_head, "
-      "Tensor(e!)? grad_bias, Tensor(f!)? head_accumulator, Tensor(g!) workspace, int vocab_size, float "
-      "beta, "
-      "float inv_tau, float student_scale, float student_softcap, float teacher_scale, float "
-      "teacher_softcap, "
-      "str schedule, int chunk_rows, int tile, int super_tiles, str engine) -> ()");
+      "Tensor(e!)? grad_bias, Tensor(f!)? head_accumulator, Tensor(g!) workspace, int vocab_size, "
+      "float beta, float inv_tau, float student_scale, float student_softcap, float teacher_scale, "
+      "float teacher_softcap, str schedule, int chunk_rows, int tile, int super_tiles, int stored_tiles, "
+      "str engine) -> ()");
   // The operand type in which a bf16 product runs fastest here: "bf16" or "f32".
   m.def("bf16_operands() -> str");
   // Bytes of each part of that workspace, in the order of LinearKLPlan.PARTS.
   m.def(
       "linear_kl_loss_layout(int rows, int vocab_size, int student_width, int teacher_width, "
       "int operand_bytes, int accumulate_bytes, bool grad_hidden, bool grad_head, bool head_in_place, "
-      "str schedule, int chunk_rows, int tile, int super_tiles, int threads) -> int[]");
+      "str schedule, int chunk_rows, int tile, int super_tiles, int stored_tiles, int threads) -> int[]");
 }

@@ -54,9 +54,10 @@ class LinearBuffers {
   T* scratch(const Part& part, int64_t slot) const {
     return at<T>(layout_.scratch.offset + slot * layout_.scratch_stride + part.offset);
   }
+  bool is_stored(int64_t t) const { return t < s_.stored_tiles; }
   // Panel of a stored tile; teacher panels follow the student's. After `grad`, dz lies in the teacher's.
   A* stored_logits(const Chunk& c, int64_t t, int side) const {
-    return at<A>(layout_.logits.offset) + (side * s_.tiles() + t) * s_.tile * c.padded;
+    return at<A>(layout_.logits.offset) + (side * s_.stored_tiles + t) * s_.tile * c.padded;
   }
   A* partials(const Chunk& c, int64_t t) const {
     return at<A>(layout_.partials.offset) + t * (kPartials + 2) * c.padded;
@@ -86,10 +87,11 @@ class LinearBuffers {
     int64_t ld;
   };
   Dz dz(const Chunk& c, int64_t t, int64_t first_tile) const {
-    if (s_.schedule == Schedule::kStore) {
+    if (is_stored(t)) {
       return {reinterpret_cast<Op*>(stored_logits(c, t, 1)), s_.tile * int64_t(sizeof(A) / sizeof(Op))};
     }
-    return {at<Op>(layout_.dz.offset) + (t - first_tile) * s_.tile * c.padded, s_.tile};
+    const int64_t place = t - std::max(first_tile, s_.stored_tiles);
+    return {at<Op>(layout_.dz.offset) + place * s_.tile * c.padded, s_.tile};
   }
 
   const LinearProblem& p_;

@@ -17,10 +17,10 @@ namespace minitron {
 template <typename Op, typename A>
 class LinearKl : private LinearRows<Op, A> {
   using Base = LinearRows<Op, A>;
-  using Base::p_, Base::s_, Base::layout_, Base::base_, Base::chunk, Base::tile, Base::at, Base::partials,
-      Base::tile_loss, Base::tile_kl, Base::row_stats, Base::row_weights, Base::stored_logits, Base::dz,
-      Base::hidden_panel, Base::merge_stats, Base::merge_loss, Base::merge_mixture_kl, Base::load_stats,
-      Base::wants_tile_kl;
+  using Base::p_, Base::s_, Base::layout_, Base::base_, Base::chunk, Base::tile, Base::is_stored, Base::at,
+      Base::partials, Base::tile_loss, Base::tile_kl, Base::row_stats, Base::row_weights, Base::stored_logits,
+      Base::dz, Base::hidden_panel, Base::merge_stats, Base::merge_loss, Base::merge_mixture_kl,
+      Base::load_stats, Base::wants_tile_kl;
   using typename Base::Chunk, typename Base::Tile, typename Base::Dz;
 
  public:
@@ -52,9 +52,6 @@ class LinearKl : private LinearRows<Op, A> {
     int64_t ld = 0;
     bool has_value = false;  // holds something to add to before the first chunk
   };
-  // Tiles whose dz is made before dX takes it in: few enough for it to be still in cache.
-  static constexpr int64_t kStoreStretch = 32;
-
   void run_stored_chunk(int64_t index) {
     const Chunk c = chunk(index);
     pack(c);
@@ -65,8 +62,8 @@ class LinearKl : private LinearRows<Op, A> {
       merge_stats(c);
       if (p_.options.kind() == Divergence::kJsd) sum_kl(c);
     }
-    for (int64_t first = 0; first < s_.tiles(); first += kStoreStretch) {
-      grad(c, first, std::min(s_.tiles(), first + kStoreStretch));
+    for (int64_t first = 0; first < s_.tiles(); first += s_.super_tiles) {
+      grad(c, first, std::min(s_.tiles(), first + s_.super_tiles));
     }
     write_hidden(c);
   }
@@ -84,11 +81,11 @@ class LinearKl : private LinearRows<Op, A> {
       if (p_.options.kind() == Divergence::kJsd) sum_kl(c);
     }
     if (s_.schedule == Schedule::kForward) return;
-    for (int64_t first = 0; first < s_.tiles(); first += s_.held_tiles()) {
+    for (int64_t first = 0; first < s_.tiles(); first += s_.super_tiles) {
       for (int64_t i = 0; i < s_.chunks(); ++i) {
         const Chunk c = chunk(i);
         if (s_.chunks() > 1 || p_.stats_given) pack(c);
-        grad(c, first, std::min(s_.tiles(), first + s_.held_tiles()));
+        grad(c, first, std::min(s_.tiles(), first + s_.super_tiles));
       }
     }
     for (int64_t i = 0; i < s_.chunks(); ++i) write_hidden(chunk(i));
@@ -144,7 +141,7 @@ class LinearKl : private LinearRows<Op, A> {
     A *student, *teacher;
   };
   Logits place_of_logits(const Chunk& c, const Tile& t, int64_t first, int64_t slot) const {
-    if (s_.schedule == Schedule::kStore) {
+    if (is_stored(t.index)) {
       const int64_t offset = first * s_.tile * kPanel;
       return {stored_logits(c, t.index, 0) + offset, stored_logits(c, t.index, 1) + offset};
     }
@@ -189,9 +186,9 @@ class LinearKl : private LinearRows<Op, A> {
   // JSD: its gradient needs KL(S || M) of the row, which only a second look at the logits can give; so does
   // its loss.
   void sum_kl(const Chunk& c) const {
-    const bool make = s_.schedule != Schedule::kStore;
     parallel_tasks(s_.tiles(), [&](int64_t index, int64_t slot) {
       const Tile t = tile(index);
+      const bool make = !is_stored(index);
       each_panel(c, t, slot, make, [&](int64_t panel, A* student, A* teacher) {
         if (make) transform_and_reduce(c, t, panel, student, teacher);
         const int64_t n = panel * kPanel;
@@ -213,7 +210,7 @@ class LinearKl : private LinearRows<Op, A> {
   }
 
   void grad_of_tile(const Chunk& c, const Tile& t, int64_t first_tile, int64_t slot) const {
-    const bool make = s_.schedule != Schedule::kStore;
+    const bool make = !is_stored(t.index);
     Op* transposed = this->template scratch<Op>(layout_.dz_transposed, slot);
     A* dz_panel = this->template scratch<A>(layout_.panel, slot);
     A* sums = this->template scratch<A>(layout_.row_sums, slot);

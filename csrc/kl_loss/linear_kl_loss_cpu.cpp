@@ -19,7 +19,8 @@ std::vector<int64_t> linear_kl_loss_layout(int64_t rows, int64_t vocab_size, int
                                            int64_t teacher_width, int64_t operand_bytes,
                                            int64_t accumulate_bytes, bool grad_hidden, bool grad_head,
                                            bool head_in_place, std::string schedule, int64_t chunk_rows,
-                                           int64_t tile, int64_t super_tiles, int64_t threads) {
+                                           int64_t tile, int64_t super_tiles, int64_t stored_tiles,
+                                           int64_t threads) {
   return make_layout({.rows = rows,
                       .vocab_size = vocab_size,
                       .student_width = student_width,
@@ -33,6 +34,7 @@ std::vector<int64_t> linear_kl_loss_layout(int64_t rows, int64_t vocab_size, int
                       .chunk_rows = chunk_rows,
                       .tile = tile,
                       .super_tiles = super_tiles,
+                      .stored_tiles = stored_tiles,
                       .threads = threads})
       .bytes();
 }
@@ -43,7 +45,6 @@ Matrix output_of(const std::optional<Tensor>& x, int64_t rows, int64_t cols, con
   if (!x) return {};
   const Matrix m = matrix_of(*x, name);
   STD_TORCH_CHECK(m.rows >= rows && m.cols == cols, name, " has a wrong shape");
-  advise_huge_pages(const_cast<void*>(m.data), m.rows * m.ld * bytes_of(m.dtype));
   return m;
 }
 
@@ -67,6 +68,7 @@ void run(const LinearProblem& problem, const LinearShape& shape, Gemm<Op, A> gem
   const int64_t need = make_layout(shape).total;
   STD_TORCH_CHECK(workspace.numel() >= need, "workspace must have at least ", need, " bytes, got ",
                   workspace.numel());
+  advise_huge_pages(workspace.data_ptr(), need);
   LinearKl<Op, A>(problem, shape, gemm, static_cast<char*>(workspace.data_ptr())).run();
 }
 
@@ -79,7 +81,7 @@ void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teac
                          Tensor workspace, int64_t vocab_size, double beta, double inv_tau,
                          double student_scale, double student_softcap, double teacher_scale,
                          double teacher_softcap, std::string schedule, int64_t chunk_rows, int64_t tile,
-                         int64_t super_tiles, std::string engine) {
+                         int64_t super_tiles, int64_t stored_tiles, std::string engine) {
   LinearProblem p{};
   p.student_hidden = matrix_of(student_hidden, "student_hidden");
   p.student_head = matrix_of(student_head, "student_head");
@@ -90,7 +92,10 @@ void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teac
                       p.teacher_head.cols == p.teacher_hidden.cols && V <= p.student_head.rows &&
                       V <= p.teacher_head.rows,
                   "shapes of hidden states, heads and vocab_size do not fit each other");
-  STD_TORCH_CHECK(tile > 0 && tile % 2 == 0 && chunk_rows > 0 && super_tiles > 0, "plan out of range");
+  const Schedule plan = schedule_of(schedule);
+  STD_TORCH_CHECK(tile > 0 && tile % 2 == 0 && chunk_rows > 0 && super_tiles > 0 && stored_tiles >= 0 &&
+                      stored_tiles <= (plan == Schedule::kStore ? ceil_div(V, tile) : 0),
+                  "plan out of range");
   p.options = {beta, inv_tau, student_scale, student_softcap, teacher_scale, teacher_softcap};
   p.stats_given = stats_given;
   p.rows = active_rows(mask_of(mask, N), N);
@@ -137,10 +142,11 @@ void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teac
                           .grad_hidden = p.grad_hidden.data != nullptr,
                           .grad_head = p.grad_head.data != nullptr || lent,
                           .head_in_place = lent || p.grad_head.dtype == accumulate,
-                          .schedule = schedule_of(schedule),
+                          .schedule = plan,
                           .chunk_rows = chunk_rows,
                           .tile = tile,
                           .super_tiles = super_tiles,
+                          .stored_tiles = stored_tiles,
                           .threads = max_threads()};
   if (wide) {
     run<double, double>(p, shape, cpu_kernels().f64.gemm, workspace);

@@ -10,29 +10,30 @@
 
 namespace minitron {
 
-// store keeps the logits of a chunk of rows for the whole vocabulary (4 GEMMs); recompute makes them again
-// for the gradient, a stretch of the vocabulary at a time (6 GEMMs); forward only reduces them (2 GEMMs).
+// store works through the vocabulary for a chunk of rows and keeps the logits of its first stored_tiles (4
+// GEMMs; the rest is made twice); recompute keeps none and works through the rows for a stretch of the
+// vocabulary (6 GEMMs), so that no head gradient waits for further rows; forward only reduces logits (2
+// GEMMs).
 enum class Schedule { kStore, kRecompute, kForward };
 
 struct LinearShape {
   int64_t rows, vocab_size, student_width, teacher_width;
   int64_t op_bytes, acc_bytes;  // of a GEMM operand, and of what it accumulates in
   bool grad_hidden, grad_head;  // which gradients are wanted (the bias' needs no space)
-  bool head_in_place;           // grad_head likewise (its dtype is the accumulator's, or one was lent)
+  bool head_in_place;  // grad_head grows in the output (of the accumulator's dtype) or in a lent buffer
   Schedule schedule;
-  int64_t chunk_rows;   // rows whose operands are packed at a time
-  int64_t tile;         // vocabulary rows of one task
-  int64_t super_tiles;  // recompute: tiles between two passes over dX
+  int64_t chunk_rows;    // rows whose operands are packed at a time
+  int64_t tile;          // vocabulary rows of one task
+  int64_t super_tiles;   // tiles of a stretch, whose dz is made before dX takes it in
+  int64_t stored_tiles;  // store: tiles whose logits are kept from the sums to the gradient
   int64_t threads;
 
   int64_t chunk() const { return std::min(chunk_rows, rows); }
   int64_t padded_chunk() const { return round_up(chunk(), kPanel); }
   int64_t chunks() const { return chunk() ? ceil_div(rows, chunk()) : 0; }
   int64_t tiles() const { return ceil_div(vocab_size, tile); }
-  // Tiles whose dz is held at the same time.
-  int64_t held_tiles() const {
-    return schedule == Schedule::kStore ? tiles() : std::min(super_tiles, tiles());
-  }
+  // Tiles whose dz is held at the same time in a place of its own; a stored tile's takes that of its logits.
+  int64_t held_tiles() const { return std::min(super_tiles, tiles() - stored_tiles); }
   // K of a GEMM over hidden columns: 16-bit operands come in pairs.
   int64_t depth(int64_t width) const { return op_bytes == 2 ? round_up(width, 2) : width; }
   bool has_grad() const { return schedule != Schedule::kForward; }
@@ -85,9 +86,8 @@ inline LinearLayout make_layout(const LinearShape& s) {
   const int64_t padded_width = round_up(s.student_width, kPanel);
   const bool store = s.schedule == Schedule::kStore;
 
-  l.logits = take(store ? 2 * s.tiles() * tile * rows * s.acc_bytes : 0);
-  l.dz = take(s.schedule == Schedule::kRecompute && s.grad_hidden ? s.held_tiles() * tile * rows * s.op_bytes
-                                                                  : 0);
+  l.logits = take(2 * s.stored_tiles * tile * rows * s.acc_bytes);
+  l.dz = take(s.grad_hidden ? s.held_tiles() * tile * rows * s.op_bytes : 0);
 
   const int64_t begin = cursor;
   l.student_packed = take(s.depth(s.student_width) * rows * s.op_bytes).offset;
@@ -101,7 +101,7 @@ inline LinearLayout make_layout(const LinearShape& s) {
   const int64_t shared = cursor;
   cursor = 0;
   l.a_block = take(tile * kMaxChain * s.op_bytes);
-  l.logits_block = take(store ? 0 : 2 * tile * block * s.acc_bytes);
+  l.logits_block = take(s.stored_tiles < s.tiles() ? 2 * tile * block * s.acc_bytes : 0);
   l.dz_transposed = take(s.grad_head ? tile * rows * s.op_bytes : 0);
   l.head_panels = take(s.grad_hidden ? s.depth(tile) * kHiddenBlock * s.op_bytes : 0);
   l.panel = take(s.has_grad() ? tile * kPanel * s.acc_bytes : 0);

@@ -112,6 +112,7 @@ def _linear_kl_loss(
             plan.chunk_rows,
             plan.tile,
             plan.super_tiles,
+            plan.stored_tiles,
             plan.engine,
         )
     if want_bias:

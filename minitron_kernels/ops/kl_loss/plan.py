@@ -1,7 +1,8 @@
 """Plans linear_kl_loss on the CPU: which schedule, how many rows at a time, and what memory that takes.
 
     store      for a chunk of rows: both logits of the whole vocabulary are kept, then turned into gradients.
-               4 GEMMs. Several chunks add their head gradients in fp32.
+               4 GEMMs. Where the budget ends, the last tiles of the vocabulary are made twice instead.
+               Several chunks add their head gradients in fp32.
     recompute  a stretch of the vocabulary at a time: logits once for the sums, again for the gradient.
                6 GEMMs (8 for JSD), memory that does not grow with the vocabulary.
     forward    no gradient wanted: logits are reduced and dropped. 2 GEMMs (4 for JSD).
@@ -11,6 +12,8 @@ The bytes come from the kernel's own layout function, so a plan says what a call
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +24,9 @@ DEFAULT_WORKSPACE_BYTES = 512 << 20
 SCHEDULES = ("auto", "store", "recompute")
 _PANEL = 64  # rows come in panels of 64, kPanel in csrc/common/gemm.h
 _MAX_CHUNK = 4096  # more rows at a time gain nothing
-_MIN_STORE_ROWS = 128  # with fewer, a chunk's share of the fp32 head gradient costs more than recomputing
+# smaller chunks multiply slowly, and a tight budget is not meant to buy an fp32 head gradient
+_MIN_STORE_ROWS = 128
+_MIN_STORED_SHARE = 0.75  # with schedule="store"
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class LinearKLPlan:
     chunk_rows: int
     tile: int
     super_tiles: int
+    stored_tiles: int
     budget_bytes: int
     part_bytes: tuple[int, ...]
 
@@ -66,9 +72,17 @@ class LinearKLPlan:
 
     @property
     def accumulator_bytes(self) -> int:
-        """fp32 gradients that are not the budget's: their size is the problem's, not the schedule's."""
+        """The fp32 gradient that waits for further parts: its size is the problem's, not the budget's.
+
+        store: the head's, where there are several chunks and no buffer for it. recompute: the hidden states'.
+        """
         hidden, head = self.part_bytes[-2:]
-        return hidden + (head if self.schedule == "store" else 0)
+        return {"store": head, "recompute": hidden}.get(self.schedule, 0)
+
+    @property
+    def stored_share(self) -> float:
+        """The share of the logits that is kept from the sums to the gradient."""
+        return self.stored_tiles / max(1, -(-self.vocab_size // self.tile))
 
     @property
     def workspace_bytes(self) -> int:
@@ -88,7 +102,7 @@ class LinearKLPlan:
             f"operands {self.engine}",
             f"rows       {self.num_chunks} chunk(s) of {self.chunk_rows}",
             f"vocabulary tiles of {self.tile}"
-            + (f", {self.super_tiles} at a time" if self.schedule == "recompute" else ""),
+            + (f", logits of {self.stored_share:.0%} kept" if self.schedule == "store" else ""),
         ]
         for name, nbytes in zip(self.PARTS, self.part_bytes, strict=True):
             if nbytes:
@@ -175,7 +189,7 @@ def plan_linear_kl_loss(
         budget=DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
         threads=torch.get_num_threads(),
     )
-    return planner.plan(schedule if grad_hidden or grad_head or grad_bias else "forward")
+    return _plan(planner, schedule if grad_hidden or grad_head or grad_bias else "forward")
 
 
 @dataclass(frozen=True)
@@ -196,58 +210,83 @@ class _Planner:
     threads: int
 
     def plan(self, schedule: str) -> LinearKLPlan:
-        """The best plan within the budget; ValueError if there is none."""
-        plan = {
-            "forward": lambda: self.largest("forward", 1, 1024),
-            "store": lambda: self.largest("store", 1),
+        """The cheapest plan within the budget; ValueError if there is none."""
+        plans = {
+            "forward": self.forward,
+            "store": lambda: self.stored(_MIN_STORED_SHARE),
             "recompute": self.recomputed,
-            "auto": self.best,
+            "auto": lambda: [*filter(self.worth_storing, self.stored(0.0)), *self.recomputed()],
         }[schedule]()
-        if plan is not None:
-            return plan
+        if plans:
+            return min(plans, key=self.cost)
         names = ("store", "recompute") if schedule == "auto" else (schedule,)
-        least = min((self.candidate(name, _PANEL, 1) for name in names), key=lambda p: p.workspace_bytes)
+        least = min((self.smallest(name) for name in names), key=lambda p: p.workspace_bytes)
         raise ValueError(
             f"workspace_bytes={self.budget} is too small: the least that would do is "
             f"{least.workspace_bytes} (schedule={least.schedule!r}, {self.num_tokens} tokens, vocabulary "
             f"{self.vocab_size}, {self.threads} threads)"
         )
 
-    def best(self) -> LinearKLPlan | None:
-        stored = self.largest("store", 1)
-        if stored is not None and stored.chunk_rows >= min(_MIN_STORE_ROWS, self.most_rows):
-            return stored
-        return self.recomputed() or stored
+    def smallest(self, schedule: str) -> LinearKLPlan:
+        share = _MIN_STORED_SHARE if schedule == "store" else 0.0
+        return self.candidate(schedule, _PANEL, 1, math.ceil(share * self.num_tiles))
 
-    def recomputed(self) -> LinearKLPlan | None:
-        """Long stretches spread the repacking of hidden states; all rows in one chunk need none at all."""
-        wanted = (max(16, 2 * self.threads), 8, 4, 2, 1)
-        stretches = sorted({max(1, min(n, self.num_tiles)) for n in wanted}, reverse=True)
-        for super_tiles in stretches:
-            plan = self.candidate("recompute", self.most_rows, super_tiles)
-            if plan.num_chunks <= 1 and super_tiles >= min(4, self.num_tiles) and self.fits(plan):
-                return plan
-        found = None
-        for super_tiles in stretches:
-            found = self.largest("recompute", super_tiles, 512)
-            if found is not None and found.chunk_rows >= min(256, self.most_rows):
-                break
-        return found
+    def worth_storing(self, plan: LinearKLPlan) -> bool:
+        return plan.num_chunks == 1 or plan.chunk_rows >= _MIN_STORE_ROWS
 
-    def largest(self, schedule: str, super_tiles: int, at_most: int = _MAX_CHUNK) -> LinearKLPlan | None:
-        """The plan with the most rows at a time that fits, in chunks of equal size; None if none fits."""
-        low, high = 0, min(at_most, self.most_rows) // _PANEL  # in panels; the bytes grow with the rows
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.fits(self.candidate(schedule, middle * _PANEL, super_tiles)):
-                low = middle
-            else:
-                high = middle - 1
-        if not low:
-            return None
-        panels = -(-self.num_tokens // _PANEL)
-        chunks = max(1, -(-panels // low))
-        return self.candidate(schedule, max(1, -(-panels // chunks)) * _PANEL, super_tiles)
+    def forward(self) -> list[LinearKLPlan]:
+        return [p for rows in self.chunk_sizes(1024) if self.fits(p := self.candidate("forward", rows, 1))]
+
+    def stored(self, least_share: float) -> list[LinearKLPlan]:
+        """For each size of chunk, with as many tiles stored as the budget has room for."""
+        plans = []
+        for rows in self.chunk_sizes(_MAX_CHUNK):
+            for super_tiles in sorted({min(16, self.num_tiles), 1}, reverse=True):
+                none, one = (self.candidate("store", rows, super_tiles, n) for n in (0, 1))
+                every = self.candidate("store", rows, super_tiles, self.num_tiles)
+                room = self.budget - none.workspace_bytes
+                tiles = max(
+                    0, min(room // max(1, one.workspace_bytes - none.workspace_bytes), self.num_tiles)
+                )
+                plan = every if self.fits(every) else self.candidate("store", rows, super_tiles, tiles)
+                if self.fits(plan) and plan.stored_share >= least_share:
+                    plans.append(plan)
+                    break
+            if plans and plans[-1].stored_share == 1.0:
+                break  # smaller chunks only cost more
+        return plans
+
+    def recomputed(self) -> list[LinearKLPlan]:
+        stretches = {max(1, min(n, self.num_tiles)) for n in (max(16, 2 * self.threads), 8, 4, 2, 1)}
+        return [
+            plan
+            for rows in self.chunk_sizes(_MAX_CHUNK)
+            for super_tiles in stretches
+            if self.fits(plan := self.candidate("recompute", rows, super_tiles))
+        ]
+
+    def chunk_sizes(self, most: int) -> list[int]:
+        """Rows of a chunk, largest first: whole panels that share the tokens out evenly."""
+        panels = max(1, -(-self.num_tokens // _PANEL))
+        sizes = {-(-panels // -(-panels // size)) for size in range(1, min(most // _PANEL, panels) + 1)}
+        return [size * _PANEL for size in sorted(sizes, reverse=True)]
+
+    def cost(self, plan: LinearKLPlan) -> float:
+        """Flops, and what else takes time in units of flops, as measured on AVX-512 CPUs.
+
+        An element of a head that is widened or fetched for a chunk costs as much as about 50 flops, one of
+        its gradient that is read and written once more 100, one of a hidden state that is packed 100.
+        """
+        heads = self.student_hidden_size + self.teacher_hidden_size
+        passes = plan.num_chunks * (2 - plan.stored_share if plan.schedule != "forward" else 1)
+        fetched = self.vocab_size * (passes * heads + plan.num_chunks * self.student_hidden_size)
+        again = (plan.num_chunks - 1) * self.vocab_size * self.student_hidden_size * self.grad_head
+        packs = 1
+        if plan.schedule == "recompute" and plan.num_chunks > 1:
+            packs = -(-self.num_tiles // plan.super_tiles)
+        packed = packs * self.num_tokens * (heads + self.student_hidden_size)
+        barriers = -(-self.num_tiles // plan.super_tiles) * plan.num_chunks * 1e6 * self.threads
+        return plan.flops + 50 * fetched + 100 * again + 100 * packed + barriers
 
     def fits(self, plan: LinearKLPlan) -> bool:
         return plan.workspace_bytes <= self.budget
@@ -260,11 +299,9 @@ class _Planner:
     def num_tiles(self) -> int:
         return -(-self.vocab_size // self.tile)
 
-    @property
-    def most_rows(self) -> int:
-        return max(_PANEL, min(_MAX_CHUNK, -(-self.num_tokens // _PANEL) * _PANEL))
-
-    def candidate(self, schedule: str, chunk_rows: int, super_tiles: int) -> LinearKLPlan:
+    def candidate(
+        self, schedule: str, chunk_rows: int, super_tiles: int, stored_tiles: int = 0
+    ) -> LinearKLPlan:
         """The plan with these numbers, fitting or not."""
         *parts, _ = torch.ops.minitron_kernels.linear_kl_loss_layout(
             self.num_tokens,
@@ -280,6 +317,7 @@ class _Planner:
             chunk_rows,
             self.tile,
             super_tiles,
+            stored_tiles,
             self.threads,
         )
         looks = 1 + self.divergence_needs_kl  # at each logit, for sums
@@ -288,6 +326,8 @@ class _Planner:
         widths = (
             logits * (self.student_hidden_size + self.teacher_hidden_size) + grads * self.student_hidden_size
         )
+        again = max(0, self.vocab_size - stored_tiles * self.tile) if schedule == "store" else 0
+        again *= looks * (self.student_hidden_size + self.teacher_hidden_size)
         return LinearKLPlan(
             schedule,
             self.engine,
@@ -296,10 +336,16 @@ class _Planner:
             self.student_hidden_size,
             self.teacher_hidden_size,
             num_gemms=2 * logits + grads,
-            flops=2 * self.num_tokens * self.vocab_size * widths,
+            flops=2 * self.num_tokens * (self.vocab_size * widths + again),
             chunk_rows=chunk_rows,
             tile=self.tile,
             super_tiles=super_tiles,
+            stored_tiles=stored_tiles,
             budget_bytes=self.budget,
             part_bytes=tuple(parts),
         )
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(planner: _Planner, schedule: str) -> LinearKLPlan:
+    return planner.plan(schedule)
