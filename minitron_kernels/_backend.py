@@ -71,18 +71,21 @@ def why_not(op: str, backend: str, device: torch.device) -> str | None:
     return _WHY_NOT[op, backend, device.type]
 
 
-def pick(op: str, device: torch.device, backend: str) -> str:
+def pick(op: str, device: torch.device, backend: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend that serves `op` for tensors on `device`: "native", "triton" or "reference".
 
     Args:
         op: a name in OPS.
         device: of the tensors.
         backend: one of BACKENDS, or "auto" for the first of them that can.
+        dtype: of the tensors. GPU kernels have no float64, so that "auto" takes the reference for it.
 
     Raises:
         ValueError: `backend` is no such name.
         RuntimeError: the backend named cannot serve the op here; says why.
     """
+    if backend == "auto" and dtype == torch.float64 and device.type != "cpu":
+        return "reference"
     if backend == "auto":
         return _AUTO.get((op, device.type), "reference")
     if backend not in BACKENDS:

@@ -71,3 +71,9 @@ def test_compiles_without_a_graph_break():
 
     x = torch.zeros(3)
     assert torch.equal(torch.compile(f, fullgraph=True, backend="eager")(x), f(x))
+
+
+def test_no_gpu_kernel_takes_float64():
+    for op in _backend.OPS:
+        assert _backend.pick(op, torch.device("cuda"), "auto", torch.float64) == "reference"
+        assert _backend.pick(op, CPU, "auto", torch.float64) == _backend.pick(op, CPU, "auto")

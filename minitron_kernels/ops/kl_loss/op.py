@@ -102,7 +102,7 @@ def kl_loss(
         teacher_logit_scale=teacher_logit_scale,
     )
     shape = student_logits.shape[:-1]
-    chosen = pick("kl_loss", student_logits.device, backend)
+    chosen = pick("kl_loss", student_logits.device, backend, student_logits.dtype)
     rows_mask_ = rows_mask(labels, ignore_index, mask, shape, V, student_logits.device)
     squared = temperature if temperature_squared else None
     scale, divisor = row_factor(reduction, num_items, shape.numel(), rows_mask_, squared)
@@ -230,7 +230,7 @@ def linear_kl_loss(
         teacher_logit_scale=teacher_logit_scale,
     )
     shape, device = student_hidden.shape[:-1], student_hidden.device
-    chosen = pick("linear_kl_loss", device, backend)
+    chosen = pick("linear_kl_loss", device, backend, student_hidden.dtype)
     rows_mask_ = rows_mask(labels, ignore_index, mask, shape, V, device)
     squared = temperature if temperature_squared else None
     scale, divisor = row_factor(reduction, num_items, shape.numel(), rows_mask_, squared)
