@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minitron_kernels import _workspace
+from minitron_kernels.ops.kl_loss.linear_gpu import linear_kl_loss_
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.plan import plan_linear_kl_loss
 from minitron_kernels.ops.kl_loss.rows import NO_DOUBLE_BACKWARD, NUM_STATS
@@ -61,6 +62,22 @@ def _linear_kl_loss(
     loss, new_stats, grad_hidden, grad_head, grad_bias = _fake(
         student_hidden, student_head, stats, head_accumulator, want_hidden, want_head, want_bias
     )
+    if student_hidden.device.type != "cpu":
+        linear_kl_loss_(
+            (loss, new_stats, grad_hidden, grad_head, grad_bias),
+            (student_hidden, student_head, student_bias),
+            (teacher_hidden, teacher_head, teacher_bias),
+            mask,
+            row_weight,
+            stats,
+            head_accumulator,
+            (want_hidden, want_head, want_bias),
+            vocab_size,
+            (beta, inv_tau, student_scale, student_softcap, teacher_scale, teacher_softcap),
+            schedule,
+            workspace_bytes,
+        )
+        return loss, new_stats, grad_hidden, grad_head, grad_bias
     count = N if mask is None else int(mask.sum())
     plan = plan_linear_kl_loss(
         count,

@@ -10,6 +10,7 @@ from torch import Tensor
 from minitron_kernels._backend import pick
 from minitron_kernels.ops.kl_loss import reference
 from minitron_kernels.ops.kl_loss.linear import linear_kl_rows
+from minitron_kernels.ops.kl_loss.linear_gpu import GPU_WORKSPACE_BYTES
 from minitron_kernels.ops.kl_loss.options import (
     LossOptions,
     check_floating,
@@ -111,7 +112,7 @@ def kl_loss(
     if chosen == "reference":
         rows = _reference_rows(student, teacher, rows_mask_, V, options)
     else:
-        rows = kl_rows(student, teacher, rows_mask_, V, *options)
+        rows = kl_rows(chosen, student, teacher, rows_mask_, V, *options)
     if reduction == "none":
         return (rows * scale if scale != 1.0 else rows).reshape(shape)
     total = rows.sum() * scale
@@ -183,8 +184,8 @@ def linear_kl_loss(
             several micro-batches.
         schedule: "auto", "store" (4 GEMMs, keeps the logits of a chunk of tokens), or "recompute" (6 GEMMs,
             keeps a stretch of the vocabulary); see plan_linear_kl_loss().
-        workspace_bytes: budget in bytes for scratch memory, 512 MiB by default; it is kept between calls, see
-            release_workspaces().
+        workspace_bytes: budget in bytes for scratch memory, by default 512 MiB on the CPU, where it is kept
+            between calls (see release_workspaces()), and 2 GiB of torch's own on a GPU.
         backend: see kl_loss().
 
     Returns:
@@ -250,12 +251,13 @@ def linear_kl_loss(
     if chosen == "reference":
         if grad_head_accumulator is not None:
             raise ValueError(
-                "grad_head_accumulator needs the native backend; this one leaves gradients to autograd"
+                "grad_head_accumulator needs native or triton; the reference leaves gradients to autograd"
             )
         rows = _reference_linear_rows(student, teacher, rows_mask_, V, options)
         result = rows if row_weight is None else (rows * row_weight.to(rows.dtype)).sum()
     else:
-        budget = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+        default = DEFAULT_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
+        budget = default if workspace_bytes is None else workspace_bytes
         result = linear_kl_rows(
             student, teacher, rows_mask_, row_weight, grad_head_accumulator, V, options, schedule, budget
         )

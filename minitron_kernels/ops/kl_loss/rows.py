@@ -1,4 +1,4 @@
-"""Divergence of rows of logits by the native kernels, with its gradient.
+"""Divergence of rows of logits by the native or the Triton kernels, with its gradient.
 
 The backward reads the logits again (they are the caller's and still there) instead of keeping a gradient, so
 any incoming gradient is exact and the forward allocates O(N).
@@ -22,11 +22,53 @@ NO_DOUBLE_BACKWARD = (
 
 
 def kl_rows(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, vocab_size: int, *options: float
+    backend: str, student: Tensor, teacher: Tensor, mask: Tensor | None, vocab_size: int, *options: float
 ) -> Tensor:
     """[N, Vs], [N, Vt] with stride 1 along the vocabulary -> [N] in nats; differentiable in student."""
-    loss, _ = torch.ops.minitron_kernels.kl_loss_forward(student, teacher, mask, vocab_size, *options)
-    return loss
+    if backend == "triton":
+        return _triton_forward(student, teacher, mask, vocab_size, *options)[0]
+    return torch.ops.minitron_kernels.kl_loss_forward(student, teacher, mask, vocab_size, *options)[0]
+
+
+# custom_op reads the schema off the signature: these are the native ops' arguments
+@torch.library.custom_op("minitron_kernels::kl_loss_forward_triton", mutates_args=())
+def _triton_forward(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    vocab_size: int,
+    beta: float,
+    inv_tau: float,
+    student_scale: float,
+    student_softcap: float,
+    teacher_scale: float,
+    teacher_softcap: float,
+) -> tuple[Tensor, Tensor]:
+    from minitron_kernels.ops.kl_loss.kernel_triton import kl_loss_forward
+
+    options = (beta, inv_tau, student_scale, student_softcap, teacher_scale, teacher_softcap)
+    return kl_loss_forward(student, teacher, mask, vocab_size, *options)
+
+
+@torch.library.custom_op("minitron_kernels::kl_loss_backward_triton", mutates_args=())
+def _triton_backward(
+    grad_loss: Tensor,
+    stats: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    vocab_size: int,
+    beta: float,
+    inv_tau: float,
+    student_scale: float,
+    student_softcap: float,
+    teacher_scale: float,
+    teacher_softcap: float,
+) -> Tensor:
+    from minitron_kernels.ops.kl_loss.kernel_triton import kl_loss_backward
+
+    options = (beta, inv_tau, student_scale, student_softcap, teacher_scale, teacher_softcap)
+    return kl_loss_backward(grad_loss, stats, student, teacher, mask, vocab_size, *options)
 
 
 def _stats_dtype(logits: Tensor) -> torch.dtype:
@@ -49,24 +91,29 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    student, teacher, mask, stats = ctx.saved_tensors
-    grad = None
-    if grad_loss is not None and ctx.needs_input_grad[0]:
-        grad = torch.ops.minitron_kernels.kl_loss_backward(
-            grad_loss.to(stats.dtype).contiguous(), stats, student, teacher, mask, *ctx.rest
-        )
-    return (grad, *(None,) * (2 + len(ctx.rest)))
-
-
 def _no_double_backward(ctx: Any, *_: Any) -> None:
     raise RuntimeError(NO_DOUBLE_BACKWARD.format("kl_loss"))
 
 
+def _register(suffix: str) -> None:
+    """Shapes and gradient of the ops kl_loss_forward and kl_loss_backward of a backend."""
+    forward, backward = f"kl_loss_forward{suffix}", f"kl_loss_backward{suffix}"
+
+    def gradient(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        student, teacher, mask, stats = ctx.saved_tensors
+        grad = None
+        if grad_loss is not None and ctx.needs_input_grad[0]:
+            op = getattr(torch.ops.minitron_kernels, backward)
+            weight = grad_loss.to(stats.dtype).contiguous()
+            grad = op(weight, stats, student, teacher, mask, *ctx.rest)
+        return (grad, *(None,) * (2 + len(ctx.rest)))
+
+    torch.library.register_fake(f"minitron_kernels::{forward}", _fake_forward)
+    torch.library.register_fake(f"minitron_kernels::{backward}", _fake_backward)
+    torch.library.register_autograd(f"minitron_kernels::{forward}", gradient, setup_context=_setup_context)
+    torch.library.register_autograd(f"minitron_kernels::{backward}", _no_double_backward)
+
+
+_register("_triton")
 if _native.available():
-    torch.library.register_fake("minitron_kernels::kl_loss_forward", _fake_forward)
-    torch.library.register_fake("minitron_kernels::kl_loss_backward", _fake_backward)
-    torch.library.register_autograd(
-        "minitron_kernels::kl_loss_forward", _backward, setup_context=_setup_context
-    )
-    torch.library.register_autograd("minitron_kernels::kl_loss_backward", _no_double_backward)
+    _register("")

@@ -1,0 +1,242 @@
+"""Epilogues on logits in memory: rows of kl_loss and linear_kl_loss, or tiles of the vocabulary.
+
+    forward       grid (N): one program a row, block after block, each logit read once (for JSD twice: M is
+                  known only after the sums). Writes loss and stats.
+    grad          grid (N, blocks): each logit read once, each gradient written once, padding included. Also
+                  dz of linear_kl_loss, in the dtype of its GEMMs.
+    tile_stats    grid (N): merges a tile of linear_kl_loss into the running state (5, N) of its rows.
+    tile_mixture  grid (N): adds a tile's JSD terms to the running sums (2, N), from final stats.
+
+Offsets of rows are 64 bit. Only tiling and flags are constexpr, so new N and V recompile nothing (but for
+whether they are divisible by 16). No atomics: bitwise equal from run to run.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from minitron_kernels.ops.kl_loss.kernel_triton_math import (
+    INF,
+    JSD,
+    block_state,
+    empty_state,
+    grad_of_s,
+    merge_states,
+    mixture_terms,
+    row_stats,
+    slope,
+    transform,
+)
+
+
+@triton.jit
+def _load(ptr, bias_ptr, columns, inside, factor, over_cap, cap, CAP: tl.constexpr):
+    z = tl.load(ptr + columns, mask=inside, other=-INF).to(tl.float32)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    return transform(z, factor, over_cap, cap, CAP)
+
+
+@triton.jit
+def _counts(mask_ptr, row, stride_mn):
+    """Whether the row is one that counts; its logits are not read otherwise."""
+    counts = True
+    if mask_ptr is not None:
+        counts = tl.load(mask_ptr + row * stride_mn) != 0
+    return counts
+
+
+@triton.jit
+def _merge_row(
+    student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr, end,
+    max_s, sum_s, max_t, sum_t, kl,
+    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap,
+    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """The state after the tokens 0 .. end of one row."""
+    for begin in range(0, end, BLOCK_V):
+        offs_v = begin + tl.arange(0, BLOCK_V)[None, :]
+        s = _load(student_ptr, student_bias_ptr, offs_v, offs_v < end, s_factor, s_over_cap, s_cap, CAP_S)
+        t = _load(teacher_ptr, teacher_bias_ptr, offs_v, offs_v < end, t_factor, t_over_cap, t_cap, CAP_T)
+        b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl = block_state(s, t, KIND, KEEP_EXP=True)
+        max_s, sum_s, max_t, sum_t, kl = merge_states(
+            max_s, sum_s, max_t, sum_t, kl, b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl, KIND
+        )
+    return max_s, sum_s, max_t, sum_t, kl
+
+
+@triton.jit
+def _mixture_row(
+    student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr, end,
+    max_s, inv_sum_s, max_t, inv_sum_t, gap, beta,
+    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """KL(T || M) and KL(S || M) of the tokens 0 .. end of one row, last block first: it is still in cache."""
+    of_teacher = tl.zeros((1,), tl.float32)
+    of_student = tl.zeros((1,), tl.float32)
+    for done in range(0, end, BLOCK_V):
+        begin = (end - 1 - done) // BLOCK_V * BLOCK_V
+        offs_v = begin + tl.arange(0, BLOCK_V)[None, :]
+        inside = offs_v < end
+        s = _load(student_ptr, student_bias_ptr, offs_v, inside, s_factor, s_over_cap, s_cap, CAP_S)
+        t = _load(teacher_ptr, teacher_bias_ptr, offs_v, inside, t_factor, t_over_cap, t_cap, CAP_T)
+        a, b = mixture_terms(s, t, max_s, inv_sum_s, max_t, inv_sum_t, gap, beta)
+        of_teacher += tl.sum(tl.where(inside, a, 0.0), 1)
+        of_student += tl.sum(tl.where(inside, b, 0.0), 1)
+    return of_teacher, of_student
+
+
+@triton.jit
+def store_stats(stats_ptr, rows, inside, counts, max_s, inv_sum_s, max_t, inv_sum_t, gap, kl):
+    """Writes stats [N, 6] of some rows; zeros where they do not count."""
+    out = stats_ptr + rows * 6
+    tl.store(out, tl.where(counts, max_s, 0.0), mask=inside)
+    tl.store(out + 1, tl.where(counts, inv_sum_s, 0.0), mask=inside)
+    tl.store(out + 2, tl.where(counts, max_t, 0.0), mask=inside)
+    tl.store(out + 3, tl.where(counts, inv_sum_t, 0.0), mask=inside)
+    tl.store(out + 4, tl.where(counts, gap, 0.0), mask=inside)
+    tl.store(out + 5, tl.where(counts, kl, 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["stride_mn"])
+def forward_kernel(
+    student_ptr,  # (N, >= V), stride 1 in the vocabulary
+    teacher_ptr,  # likewise
+    student_bias_ptr,  # (V) or None
+    teacher_bias_ptr,  # likewise
+    mask_ptr,  # (N) uint8 or None
+    loss_ptr,  # (N) fp32
+    stats_ptr,  # (N, 6) fp32
+    V, stride_sn, stride_tn, stride_mn,
+    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, beta,
+    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Loss and stats of whole rows."""
+    row = tl.program_id(0).to(tl.int64)
+    counts = _counts(mask_ptr, row, stride_mn)
+    end = tl.where(counts, V, 0)
+    student_ptr += row * stride_sn
+    teacher_ptr += row * stride_tn
+    max_s, sum_s, max_t, sum_t, kl = empty_state(1)
+    max_s, sum_s, max_t, sum_t, kl = _merge_row(
+        student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr, end,
+        max_s, sum_s, max_t, sum_t, kl,
+        s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, KIND, CAP_S, CAP_T, BLOCK_V,
+    )  # fmt: skip
+    inv_sum_s, inv_sum_t, gap, loss, kl = row_stats(max_s, sum_s, max_t, sum_t, kl, KIND)
+    if KIND == JSD:
+        of_teacher, kl = _mixture_row(
+            student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr, end,
+            max_s[:, None], inv_sum_s[:, None], max_t[:, None], inv_sum_t[:, None], gap[:, None], beta,
+            s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, CAP_S, CAP_T, BLOCK_V,
+        )  # fmt: skip
+        loss = beta * of_teacher + (1.0 - beta) * kl
+    rows = row + tl.arange(0, 1)
+    tl.store(loss_ptr + rows, tl.where(counts, loss, 0.0))
+    store_stats(stats_ptr, rows, rows >= 0, counts, max_s, inv_sum_s, max_t, inv_sum_t, gap, kl)
+
+
+@triton.jit(do_not_specialize=["stride_mn", "stride_wn"])
+def grad_kernel(
+    student_ptr,  # (N, >= V), stride 1 in the vocabulary
+    teacher_ptr,  # likewise
+    student_bias_ptr,  # (V) or None
+    teacher_bias_ptr,  # likewise
+    mask_ptr,  # (N) uint8 or None
+    weight_ptr,  # (N) fp32, the gradient of each row's loss
+    stats_ptr,  # (N, 6) fp32
+    grad_ptr,  # (N, columns), of any dtype
+    V, columns, stride_sn, stride_tn, stride_mn, stride_wn, stride_gn,
+    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, beta,
+    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """The gradient of sum(weight * loss) to the raw student logits."""
+    row = tl.program_id(0).to(tl.int64)
+    counts = _counts(mask_ptr, row, stride_mn)
+    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = (offs_v < V) & counts
+    student_ptr += row * stride_sn
+    teacher_ptr += row * stride_tn
+    s = _load(student_ptr, student_bias_ptr, offs_v, inside, s_factor, s_over_cap, s_cap, CAP_S)
+    t = _load(teacher_ptr, teacher_bias_ptr, offs_v, inside, t_factor, t_over_cap, t_cap, CAP_T)
+    stats_ptr += row * 6
+    max_s, inv_sum_s = tl.load(stats_ptr), tl.load(stats_ptr + 1)
+    max_t, inv_sum_t = tl.load(stats_ptr + 2), tl.load(stats_ptr + 3)
+    gap, kl = tl.load(stats_ptr + 4), tl.load(stats_ptr + 5)
+    weight = tl.load(weight_ptr + row * stride_wn)
+    grad = grad_of_s(s, t, max_s, inv_sum_s, max_t, inv_sum_t, gap, kl, beta, KIND)
+    grad *= weight * slope(s, s_factor, s_cap, CAP_S)
+    # an impossible token gets none, and s is -inf in padding too
+    grad = tl.where(s == -INF, 0.0, grad)
+    tl.store(grad_ptr + row * stride_gn + offs_v, grad.to(grad_ptr.dtype.element_ty), mask=offs_v < columns)
+
+
+@triton.jit(do_not_specialize=["stride_mn"])
+def tile_stats_kernel(
+    student_ptr,  # (N, V) fp32 logits of a tile, stride 1 in the vocabulary
+    teacher_ptr,  # likewise
+    student_bias_ptr,  # (V) or None
+    teacher_bias_ptr,  # likewise
+    mask_ptr,  # (N) uint8 or None
+    state_ptr,  # (5, N) fp32, merged into; not read if FIRST
+    V, stride_sn, stride_tn, stride_mn, stride_state,
+    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap,
+    FIRST: tl.constexpr,
+    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Merges a tile into the states of its rows."""
+    row = tl.program_id(0).to(tl.int64)
+    end = tl.where(_counts(mask_ptr, row, stride_mn), V, 0)
+    state_ptr += row + tl.arange(0, 1)
+    max_s, sum_s, max_t, sum_t, kl = empty_state(1)
+    if not FIRST:
+        max_s, sum_s = tl.load(state_ptr), tl.load(state_ptr + stride_state)
+        max_t, sum_t = tl.load(state_ptr + 2 * stride_state), tl.load(state_ptr + 3 * stride_state)
+        kl = tl.load(state_ptr + 4 * stride_state)
+    max_s, sum_s, max_t, sum_t, kl = _merge_row(
+        student_ptr + row * stride_sn, teacher_ptr + row * stride_tn,
+        student_bias_ptr, teacher_bias_ptr, end, max_s, sum_s, max_t, sum_t, kl,
+        s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, KIND, CAP_S, CAP_T, BLOCK_V,
+    )  # fmt: skip
+    tl.store(state_ptr, max_s)
+    tl.store(state_ptr + stride_state, sum_s)
+    tl.store(state_ptr + 2 * stride_state, max_t)
+    tl.store(state_ptr + 3 * stride_state, sum_t)
+    tl.store(state_ptr + 4 * stride_state, kl)
+
+
+@triton.jit(do_not_specialize=["stride_mn"])
+def tile_mixture_kernel(
+    student_ptr,  # (N, V) fp32 logits of a tile, stride 1 in the vocabulary
+    teacher_ptr,  # likewise
+    student_bias_ptr,  # (V) or None
+    teacher_bias_ptr,  # likewise
+    mask_ptr,  # (N) uint8 or None
+    stats_ptr,  # (N, 6) fp32
+    sums_ptr,  # (2, N) fp32, added to; not read if FIRST
+    V, stride_sn, stride_tn, stride_mn, stride_sums,
+    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, beta,
+    FIRST: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile's terms of JSD to the sums of its rows."""
+    row = tl.program_id(0).to(tl.int64)
+    end = tl.where(_counts(mask_ptr, row, stride_mn), V, 0)
+    stats_ptr += row * 6
+    of_teacher, of_student = _mixture_row(
+        student_ptr + row * stride_sn, teacher_ptr + row * stride_tn,
+        student_bias_ptr, teacher_bias_ptr, end,
+        tl.load(stats_ptr), tl.load(stats_ptr + 1), tl.load(stats_ptr + 2), tl.load(stats_ptr + 3),
+        tl.load(stats_ptr + 4), beta,
+        s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, CAP_S, CAP_T, BLOCK_V,
+    )  # fmt: skip
+    sums_ptr += row + tl.arange(0, 1)
+    if not FIRST:
+        of_teacher += tl.load(sums_ptr)
+        of_student += tl.load(sums_ptr + stride_sums)
+    tl.store(sums_ptr, of_teacher)
+    tl.store(sums_ptr + stride_sums, of_student)

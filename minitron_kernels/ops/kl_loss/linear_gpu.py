@@ -1,0 +1,361 @@
+"""linear_kl_loss on CUDA and ROCm tensors: the vendor's GEMMs into fp32 logits, and epilogues on them.
+
+    store      for a chunk of rows: both logits of the whole vocabulary, stats, dz, then the gradients' GEMMs.
+               4 GEMMs; several chunks add their head gradients in fp32.
+    recompute  for a tile of the vocabulary and all rows: logits, merged into the stats. Then tile by tile
+               logits again, dz, GEMMs. 6 GEMMs (8 for JSD); each tile of the head's gradient is made once.
+    forward    no gradient wanted: operands of 16 bit go through the fused kernel, O(N) memory; fp32 as the
+               first half of recompute.
+
+Nothing waits for the GPU: masked rows are computed with zeros for hidden states and a zero dz, not left out.
+All memory is torch's, on the current stream, so that a call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Side = tuple[Tensor, Tensor, Tensor | None]  # hidden states, head, bias
+GPU_WORKSPACE_BYTES = 2 << 30  # by default: chunks of 1600 rows at a vocabulary of 131072
+_ALIGN = 64  # columns; rows of logits start at 128-byte borders
+_MIN_STORE_ROWS = 512  # with fewer, adding to the fp32 head gradient costs more than two more GEMMs
+_MOST_TILE, _LEAST_TILE = 8192, 128
+_HALF_LIFT = {True: 2.0**14, False: 2.0**8}  # forward KL's dz is within 1 of 0, the others' within log terms
+
+
+@dataclass(frozen=True)
+class Epilogues:
+    """Kernels on fp32 tiles of logits; see kernel_triton for what each does."""
+
+    forward: Callable[..., None]
+    grad: Callable[..., None]
+    tile_stats: Callable[..., None]
+    tile_mixture: Callable[..., None]
+    finish_stats: Callable[..., None]
+    finish_mixture: Callable[..., None]
+    linear_stats: Callable[..., None] | None = None  # stats without logits in memory, where there is such
+
+
+def triton_epilogues() -> Epilogues:
+    """The Triton kernels."""
+    from minitron_kernels.ops.kl_loss import kernel_triton as k
+
+    return Epilogues(
+        k.forward,
+        k.grad,
+        k.tile_stats,
+        k.tile_mixture,
+        k.finish_stats,
+        k.finish_mixture,
+        k.linear_stats,
+    )
+
+
+class Plan(NamedTuple):
+    """How a call goes over rows and vocabulary."""
+
+    schedule: str
+    chunk_rows: int
+    tile: int
+    workspace_bytes: int
+
+
+def plan(
+    num_tokens: int, vocab_size: int, hidden_size: int, *, operand_bytes: int, schedule: str, budget: int
+) -> Plan:
+    """The largest chunks and tiles within the budget, which bounds logits, dz and a tile's head gradient.
+
+    fp32 sums of whole gradients, O(N H) and O(V H), are the problem's and not the budget's.
+
+    Raises:
+        ValueError: the budget is too small; says the least that would do.
+    """
+    pair = 8 + operand_bytes  # of both fp32 logits and dz
+    columns = -(-vocab_size // _ALIGN) * _ALIGN
+    rows = min(num_tokens, budget // (pair * columns))
+    if schedule == "store" or (schedule == "auto" and rows >= min(num_tokens, _MIN_STORE_ROWS)):
+        if rows < 1:
+            raise ValueError(_too_small(budget, pair * columns, "store", vocab_size))
+        rows = _even(num_tokens, rows)
+        return Plan("store", rows, vocab_size, pair * rows * columns)
+    sum_row = 4 * hidden_size  # of a tile's head gradient while chunks of rows add to it
+
+    def most_rows(tile: int) -> int:
+        return min(num_tokens, (budget - tile * sum_row) // (pair * tile))
+
+    tiles = [min(columns, _MOST_TILE)]
+    while tiles[-1] // 2 >= _LEAST_TILE:
+        tiles.append(tiles[-1] // 2 // _ALIGN * _ALIGN)
+    # all rows at once if tiles stay wide; else many rows; else whatever fits
+    for wanted, least in ((num_tokens, 1024), (min(num_tokens, 2048), 0), (1, 0)):
+        for tile in tiles:
+            if most_rows(tile) >= wanted and tile >= min(least, columns):
+                rows = _even(num_tokens, most_rows(tile))
+                return Plan("recompute", rows, min(tile, vocab_size), tile * (pair * rows + sum_row))
+    raise ValueError(_too_small(budget, tiles[-1] * (pair + sum_row), "recompute", vocab_size))
+
+
+def _too_small(budget: int, least: int, schedule: str, vocab_size: int) -> str:
+    return (
+        f"workspace_bytes={budget} is too small: the least that would do is {least} (schedule={schedule!r}, "
+        f"vocabulary {vocab_size})"
+    )
+
+
+def _even(total: int, most: int) -> int:
+    """The size of equal chunks of at most `most`, in whole panels of 128 rows where that fits."""
+    chunks = -(-total // most)
+    size = -(-total // chunks)
+    return min(-(-size // 128) * 128, most)
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    return (slice(begin, min(begin + size, total)) for begin in range(0, total, size))
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """Out (+)= a·b, summed in fp32; out has the dtype of a and b, or is fp32."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+    elif accumulate:
+        torch.addmm(out, a, b, out.dtype, out=out)
+    else:
+        torch.mm(a, b, out.dtype, out=out)
+
+
+class _Sum:
+    """A gradient that is the sum of several GEMMs: added up in fp32, then written in its own dtype.
+
+    Args:
+        out: what to write; what to add to if `lent`.
+        parts: how many products are added.
+        unscale: 0-dim, to be multiplied by at the end; None for 1.
+    """
+
+    def __init__(self, out: Tensor, parts: int, unscale: Tensor | None, lent: bool = False) -> None:
+        in_place = unscale is None and (out.dtype == torch.float32 or (parts == 1 and not lent))
+        self.out, self.unscale, self.lent = out, unscale, lent
+        self.sum = out if in_place else None
+        self.started = in_place and lent
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        if self.sum is None:
+            self.sum = torch.empty(self.out.shape, dtype=torch.float32, device=self.out.device)
+        matmul(a, b, self.sum, self.started)
+        self.started = True
+
+    def finish(self) -> None:
+        if self.sum is None or self.sum is self.out:
+            return
+        total = self.sum if self.unscale is None else self.sum.mul_(self.unscale)
+        self.out.add_(total) if self.lent else self.out.copy_(total)
+
+
+class _Call:
+    """One call's tensors, cut to the vocabulary."""
+
+    def __init__(
+        self,
+        student: Side,
+        teacher: Side,
+        mask: Tensor | None,
+        vocab_size: int,
+        options: tuple[float, ...],
+        epilogues: Epilogues,
+    ) -> None:
+        self.student, self.teacher = (_operands(side, vocab_size) for side in (student, teacher))
+        self.mask, self.vocab_size, self.options, self.epilogues = mask, vocab_size, options, epilogues
+        self.buffers: dict[str, Tensor] = {}
+
+    def buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Scratch [rows, columns], the same memory whenever the name is the same; the largest comes first."""
+        padded = -(-columns // _ALIGN) * _ALIGN
+        if name not in self.buffers:
+            size = rows * padded
+            self.buffers[name] = torch.empty(size, dtype=dtype, device=self.student[0].device)
+        return self.buffers[name][: rows * padded].view(rows, padded)[:, :columns]
+
+    def logits(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """A tile of both raw logits in fp32, and the biases of its tokens."""
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        tiles, biases = [], []
+        for name, (hidden, head, bias) in (("student", self.student), ("teacher", self.teacher)):
+            tile = self.buffer(name, *shape, torch.float32)
+            kind = torch.promote_types(hidden.dtype, head.dtype)
+            matmul(hidden[rows].to(kind), head[columns].to(kind).t(), tile, False)
+            tiles.append(tile)
+            biases.append(None if bias is None else bias[columns])
+        return tiles[0], tiles[1], biases[0], biases[1]
+
+    def mask_of(self, rows: slice) -> Tensor | None:
+        return None if self.mask is None else self.mask[rows]
+
+    @property
+    def fused(self) -> bool:
+        """Whether the fused kernel serves these operands; fp32 is left to the vendor's GEMM."""
+        operands = [x.dtype for x in (*self.student[:2], *self.teacher[:2])]
+        same = operands[0] == operands[1] and operands[2] == operands[3]
+        return self.epilogues.linear_stats is not None and same and torch.float32 not in operands
+
+    def fused_statistics(self, loss: Tensor, stats: Tensor) -> None:
+        """Loss and stats without logits in memory."""
+        assert self.epilogues.linear_stats is not None
+        self.epilogues.linear_stats(
+            self.student, self.teacher, self.mask, loss, stats, self.vocab_size, self.options
+        )
+
+    def statistics(self, loss: Tensor, stats: Tensor, chunk_rows: int, tile: int) -> None:
+        """Loss and stats from tiles of logits."""
+        N, arguments = loss.shape[0], (self.mask, loss, stats)
+        state, sums = (loss.new_empty((1, fields, N)) for fields in (5, 2))
+        for columns in _slices(self.vocab_size, tile):
+            for rows in _slices(N, chunk_rows):
+                self.epilogues.tile_stats(
+                    self.logits(rows, columns),
+                    self.mask_of(rows),
+                    state[0][:, rows],
+                    columns.start == 0,
+                    self.options,
+                )
+        self.epilogues.finish_stats(state, *arguments, self.options)
+        if not 0 < self.options[0] < 1:
+            return
+        for columns in _slices(self.vocab_size, tile):
+            for rows in _slices(N, chunk_rows):
+                self.epilogues.tile_mixture(
+                    self.logits(rows, columns),
+                    self.mask_of(rows),
+                    stats[rows],
+                    sums[0][:, rows],
+                    columns.start == 0,
+                    self.options,
+                )
+        self.epilogues.finish_mixture(sums, *arguments, self.options)
+
+
+def _operands(side: Side, vocab_size: int) -> Side:
+    hidden, head, bias = side
+    hidden, head = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (hidden, head))
+    return hidden, head[:vocab_size], None if bias is None else bias[:vocab_size].contiguous()
+
+
+def linear_kl_loss_(
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    student: Side,
+    teacher: Side,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    stats: Tensor | None,
+    head_accumulator: Tensor | None,
+    wants: tuple[bool, bool, bool],
+    vocab_size: int,
+    options: tuple[float, ...],
+    schedule: str,
+    workspace_bytes: int,
+    epilogues: Epilogues | None = None,
+) -> None:
+    """Fills the outputs of the op linear_kl_loss: loss, stats and the gradients that are wanted.
+
+    Args:
+        outputs: loss [N], stats [N, 6] ([0] if given), and the gradients to hidden states, head and bias.
+        student: hidden states [N, H], head [>= V, H], bias [>= V] or None.
+        teacher: the same with Ht.
+        mask: [N] bool of the rows that count.
+        row_weight: [N] or 0-dim, factors of the rows' losses; None for 1.
+        stats: [N, 6] of an earlier call; then only gradients are made.
+        head_accumulator: [>= V, H] fp32, to which the head's gradient is added.
+        wants: gradients to hidden states, head and bias.
+        vocab_size: rows of the heads beyond it are padding.
+        options: beta, inv_tau, and scale and softcap of either side.
+        schedule: "auto", "store" or "recompute".
+        workspace_bytes: budget of the scratch memory.
+        epilogues: kernels to use; Triton's by default.
+    """
+    loss, new_stats, grad_hidden, grad_head, grad_bias = outputs
+    N, H = student[0].shape
+    for grad in (grad_head, grad_bias):
+        grad[vocab_size if N else 0 :].zero_()
+    if N == 0:
+        return
+    call = _Call(student, teacher, mask, vocab_size, options, epilogues or triton_epilogues())
+    kind = torch.promote_types(student[0].dtype, student[1].dtype)
+
+    def planned(schedule: str) -> Plan:
+        operand = kind.itemsize if any(wants) else 0
+        return plan(N, vocab_size, H, operand_bytes=operand, schedule=schedule, budget=workspace_bytes)
+
+    if not any(wants):
+        if call.fused:
+            call.fused_statistics(loss, new_stats)
+        else:
+            call.statistics(loss, new_stats, *planned("recompute")[1:3])
+        return
+    chosen = planned(schedule)
+    known = stats is not None
+    if stats is None:
+        stats = new_stats
+        if chosen.schedule == "recompute":
+            call.statistics(loss, stats, *chosen[1:3])
+            known = True
+
+    weight, unscale = _weights(row_weight, mask, N, kind, options[0] == 0, loss)
+    if mask is not None and wants[1]:  # 0 * NaN of a row that does not count would spread
+        call.student = (call.student[0].masked_fill(~mask[:, None], 0), *call.student[1:])
+    head_out = grad_head if head_accumulator is None else head_accumulator
+    chunks, tiles = list(_slices(N, chosen.chunk_rows)), list(_slices(vocab_size, chosen.tile))
+    hidden_sums = [_Sum(grad_hidden[rows], len(tiles), unscale) for rows in chunks if wants[0]]
+    for columns in tiles:
+        head_sum = None
+        if wants[1]:
+            head_sum = _Sum(head_out[columns], len(chunks), unscale, head_accumulator is not None)
+        for i, rows in enumerate(chunks):
+            logits, mask_rows = call.logits(rows, columns), call.mask_of(rows)
+            if not known:
+                call.epilogues.forward(logits, mask_rows, loss[rows], stats[rows], vocab_size, options)
+            width = columns.stop - columns.start
+            dz = call.buffer("dz", rows.stop - rows.start, width, kind)
+            call.epilogues.grad(logits, mask_rows, weight[rows], stats[rows], dz, width, options)
+            hidden, head, _ = call.student
+            if wants[0]:
+                hidden_sums[i].add(dz, head[columns].to(kind))
+            if head_sum is not None:
+                head_sum.add(dz.t(), hidden[rows].to(kind))
+            if wants[2]:
+                _add_rows(dz, grad_bias[columns], i == 0)
+        if head_sum is not None:
+            head_sum.finish()
+    for hidden_sum in hidden_sums:
+        hidden_sum.finish()
+    if wants[2] and unscale is not None:
+        grad_bias[:vocab_size] *= unscale
+
+
+def _add_rows(dz: Tensor, out: Tensor, first: bool) -> None:
+    total = dz.sum(0, dtype=torch.float32)
+    out.copy_(total) if first else out.add_(total)
+
+
+def _weights(
+    row_weight: Tensor | None,
+    mask: Tensor | None,
+    rows: int,
+    kind: torch.dtype,
+    is_forward: bool,
+    like: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Factors of the rows' gradients, [N] fp32, and what the GEMMs' results are multiplied by.
+
+    In fp16 the gradient of a mean would lie below the smallest number: the largest factor is lifted there.
+    """
+    weight = like.new_ones(()) if row_weight is None else row_weight.to(torch.float32)
+    if kind != torch.float16:
+        return weight.expand(rows), None
+    counted = weight if mask is None else torch.where(mask, weight, 0.0)
+    top = counted.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    lift = _HALF_LIFT[is_forward]
+    return (weight / top * lift).expand(rows), top / lift
