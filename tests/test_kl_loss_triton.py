@@ -1,7 +1,7 @@
 """The Triton kernels on the CPU: _triton_cases.py, written for device="cuda", under ttsem.
 
-ttsem runs Triton's real frontend with true bf16 and reports accesses out of bounds, races between programs and
-reads of memory that was never written.
+ttsem runs Triton's real frontend with true bf16, and reports accesses out of bounds, races between programs
+and reads of memory that was never written.
 """
 
 import importlib.util

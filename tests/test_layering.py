@@ -23,8 +23,10 @@ def part_of(module: str) -> str:
     if parts == ["ops"]:
         return "ops"
     assert parts[0] == "ops", f"{module} has no place in the layers of {__file__}: give it one"
-    if len(parts) == 3 and parts[2] in ("reference", "kernel_triton"):
-        return parts[2]
+    if len(parts) == 3 and parts[2] == "reference":
+        return "reference"
+    if len(parts) == 3 and parts[2].startswith("kernel_triton"):
+        return "kernel_triton"  # and the files it is split into
     return "op"  # op.py and the files it is split into
 
 
@@ -35,7 +37,7 @@ MAY_IMPORT = {
     "_backend": {"_native"},
     "ops": set(),
     "reference": set(),
-    "kernel_triton": set(),
+    "kernel_triton": {"kernel_triton"},
     "op": {"op", "reference", "kernel_triton", "_backend", "_workspace", "_native"},
     "pruning": {"pruning", "op"},
     "distillation": {"distillation", "op"},
