@@ -29,7 +29,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(kernel_triton, "FINISH_BLOCK", 32)
     blocks = kernel_triton.LinearBlocks(16, 32, 32, 4, 2)
     monkeypatch.setattr(kernel_triton, "linear_blocks", lambda mixture: blocks)
-    monkeypatch.setattr(kernel_triton, "processors", lambda device: 3)
+    monkeypatch.setattr(kernel_triton, "processors", lambda device: 12)
     if torch.version.cuda is None and torch.version.hip is None:
         monkeypatch.setattr(linear_gpu, "matmul", matmul_fp32)
 
@@ -295,6 +295,7 @@ def test_linear_fused_statistics(beta, dtype):
     tensors[0][3], tensors[2][3] = math.nan, math.nan
     setup = {"beta": beta, "options": CAPPED, "biases": (bias, bias), "vocab_size": V}
     nothing = {"wants": (False, False, False), "mask": mask}
+    assert kernel_triton.splits_for(N, V, kernel_triton.linear_blocks(False), 12) == 2
     fused = linear(tensors, **setup, **nothing)
     unfused = linear_gpu.triton_epilogues().__class__(
         *(getattr(kernel_triton, name) for name in ("forward", "grad", "tile_stats", "tile_mixture")),

@@ -1,30 +1,136 @@
-"""The Triton kernels on the CPU: _triton_cases.py, written for device="cuda", under ttsem.
+"""The Triton kernels without a GPU: _triton_cases.py under ttsem, and the bytes that each kernel moves.
 
-ttsem runs Triton's real frontend with true bf16, and reports accesses out of bounds, races between programs
-and reads of memory that was never written.
+ttsem runs every launch on the CPU by the semantics of Triton's own IR and reports accesses out of bounds,
+races between programs and, filled with NaN, reads of memory that nobody wrote.
 """
 
-import importlib.util
+import json
+import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from _triton_runs import TESTS, Fault, missing, planted, python
 
-CASES = Path(__file__).with_name("_triton_cases.py")
-MISSING = [name for name in ("triton", "ttsem") if importlib.util.find_spec(name) is None]
+needs_ttsem = pytest.mark.skipif(
+    missing("triton", "ttsem") is not None, reason=str(missing("triton", "ttsem"))
+)
+needs_triton = pytest.mark.skipif(missing("triton") is not None, reason=str(missing("triton")))
 
 
-@pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}: see CONTRIBUTING.md")
-def test_kernels_under_ttsem():
-    run = subprocess.run(
-        [sys.executable, "-m", "ttsem.sanitize", "pytest", "-q", "--no-header", str(CASES)],
-        cwd=CASES.parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=1200,
+def run_cases(folder, only, faults=()):
+    """Exit status and output of the cases whose name matches."""
+    folder.mkdir(exist_ok=True)
+    command = ["-m", "ttsem.sanitize", "pytest", "--noconftest", "-q", "-p", "no:cacheprovider"]
+    done = python(planted(folder, faults), folder, *command, TESTS / "_triton_cases.py", "-k", only)
+    return done.returncode, done.stdout + done.stderr
+
+
+@needs_ttsem
+def test_cases_under_ttsem(tmp_path):
+    """All of them, in two halves side by side."""
+    halves = ["test_linear and not recompute", "not test_linear or recompute"]
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        folders = (tmp_path / str(i) for i in range(2))
+        done = list(pool.map(run_cases, folders, halves))
+    total = 0
+    for status, output in done:
+        assert status == 0, output[-8000:]
+        assert "skipped" not in output and "unsupported" not in output, output[-2000:]
+        total += int(re.search(r"(\d+) passed", output)[1])
+    assert total >= 60
+
+
+ROWS, MATH, LINEAR = "kernel_triton_rows.py", "kernel_triton_math.py", "kernel_triton_linear.py"
+FAULTS = {  # name: cases, fault, what the output says
+    "no rescale between blocks": (
+        "rows_rising and 0.0",
+        Fault(
+            MATH,
+            "a_mass_s, b_mass_s = a_sum_s * tl.exp(a_max_s - base_s)",
+            "a_mass_s, b_mass_s = a_sum_s",
+        ),
+        "Not equal to tolerance",
+    ),
+    "a load without its mask": (
+        "test_rows and dtype0-0.0",
+        Fault(ROWS, "tl.load(ptr + columns, mask=inside, other=-INF)", "tl.load(ptr + columns)"),
+        r"KernelFault.*reads \d+ element",
+    ),
+    "a store without its mask": (
+        "test_rows and dtype0-0.0",
+        Fault(ROWS, ", mask=offs_v < columns)", ")"),
+        r"KernelFault.*writes \d+ element",
+    ),
+    "programs that write one address": (
+        "test_rows and dtype0-0.0",
+        Fault(ROWS, "tl.store(loss_ptr + rows,", "tl.store(loss_ptr + rows * 0,"),
+        "KernelFault.*race|KernelFault.*program",
+    ),
+    "a state that nobody wrote": (
+        "test_linear and dtype0 and 0.0 and recompute",
+        Fault(ROWS, "    if not FIRST:\n        max_s", "    if FIRST or not FIRST:\n        max_s"),
+        "Not equal to tolerance",
+    ),
+    "splits that overlap": (
+        "fused_statistics and 0.0",
+        Fault(LINEAR, "tl.minimum(first + tiles_per_split,", "tl.minimum(first + tiles_per_split + 1,"),
+        "Not equal to tolerance",
+    ),
+}
+
+
+@needs_ttsem
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_fault_is_found(tmp_path, name):
+    only, fault, message = FAULTS[name]
+    status, output = run_cases(tmp_path, only, (fault,))
+    assert status == 1 and re.search(message, output), output[-4000:]
+
+
+def traffic(folder, faults=()):
+    done = python(planted(folder, faults), folder, TESTS / "_triton_traffic.py")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+# case: passes over the student's logits, the teacher's, over what is updated; by the case's first words
+MINIMUM = {
+    "rows forward": {"student": (1, 0), "teacher": (1, 0), "loss": (0, 1), "stats": (0, 1)},
+    "rows reverse": {"student": (1, 0), "teacher": (1, 0), "loss": (0, 1), "stats": (0, 1)},
+    "rows jsd": {"student": (2, 0), "teacher": (2, 0), "loss": (0, 1), "stats": (0, 1)},
+    "grad": {"student": (1, 0), "teacher": (1, 0), "grad": (0, 1)},
+    "tile_stats": {"student": (1, 0), "teacher": (1, 0), "state": (1, 1)},
+    "tile_mixture": {"student": (1, 0), "teacher": (1, 0), "sums": (1, 1)},
+}
+
+
+def wrong_traffic(report):
+    """Each logit is read as often as the mathematics needs, each result written once."""
+    wrong = []
+    for case, counts in report.items():
+        expected = next(minimum for name, minimum in MINIMUM.items() if case.startswith(name))
+        for name, passes in expected.items():
+            loaded, stored, size = counts[name]
+            if (loaded, stored) != (passes[0] * size, passes[1] * size):
+                wrong.append(f"{case}: {name} of {size} bytes: {loaded} loaded, {stored} stored")
+    return wrong
+
+
+@needs_triton
+def test_traffic(tmp_path):
+    report = traffic(tmp_path)
+    assert len(report) == 16
+    assert wrong_traffic(report) == []
+
+
+@needs_triton
+def test_planted_extra_pass_is_found(tmp_path):
+    again = Fault(
+        ROWS,
+        "    rows = row + tl.arange(0, 1)\n",
+        "    kl += 0.0 * tl.sum(tl.load(student_ptr + tl.arange(0, BLOCK_V)).to(tl.float32), 0)\n"
+        "    rows = row + tl.arange(0, 1)\n",
     )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed and int(passed[1]) >= 50, run.stdout[-2000:]
+    wrong = wrong_traffic(traffic(tmp_path, (again,)))
+    assert wrong and all(re.match(r"rows .*: student ", line) for line in wrong)
