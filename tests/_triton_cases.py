@@ -12,6 +12,7 @@ import torch
 from _oracle import oracle_linear, oracle_rows
 from _problems import make_linear, make_rows
 
+import minitron_kernels as mk
 from minitron_kernels.ops.kl_loss import kernel_triton, linear_gpu
 
 DEVICE = "cuda"
@@ -372,6 +373,23 @@ def test_linear_mixed_dtypes_and_no_rows():
     np.testing.assert_allclose(numpy_of(loss), truth_of(tensors, beta=0.0)[0], rtol=1e-5)
     empty = linear([tensors[0][:0], tensors[1], tensors[2][:0], tensors[3]])
     assert empty[0].shape == (0,) and (empty[3] == 0).all() and (empty[4] == 0).all()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_kl_loss(divergence):
+    """kl_loss as the user calls it: pick(), custom op, autograd."""
+    beta = {"forward_kl": 0.0, "jsd": 0.5}[divergence]
+    labels = torch.zeros(N, dtype=torch.int64, device=DEVICE)
+    labels[:5] = -100
+    options = {"labels": labels, "divergence": divergence, "backend": "triton"}
+    student, teacher = (x.to(DEVICE) for x in make_rows(N, 200, torch.float32))
+    student.requires_grad_()
+    rows_ = mk.kl_loss(student, teacher, reduction="none", **options)
+    rows_.backward(torch.full_like(rows_, 2.0))
+    true_loss, true_grad = oracle_rows(numpy_of(student), numpy_of(teacher), beta=beta)
+    counts = numpy_of(labels == 0)
+    np.testing.assert_allclose(numpy_of(rows_), true_loss * counts, rtol=3e-6)
+    assert_near(student.grad, 2.0 * true_grad * counts[:, None], 4e-6, 1e-6)
 
 
 def test_repeats_bit_for_bit():

@@ -119,7 +119,7 @@ def test_no_recompilation(full_blocks):
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
-def test_public_functions(full_blocks, divergence):
+def test_public_functions_compiled(full_blocks, divergence):
     """backend="triton" against the reference, through autograd and torch.compile."""
     tensors = real_problem(256, 4096, 256, 320)
 
