@@ -1,0 +1,319 @@
+"""What a family of models is made of: its parameters, axis by axis, and where each axis is tapped.
+
+One declarative table serves scoring, planning, pruning in memory and pruning of checkpoints. A parameter is
+written as the axes of its dimensions, "heads+kv_heads+kv_heads, hidden" for a fused projection to queries,
+keys and values. The axes:
+
+    vocab, hidden       tokens; channels of the residual stream
+    heads, kv_heads     query heads and key/value heads, head_dim elements each
+    head_dim            elements of a head: never pruned
+    mlp                 neurons of a layer's MLP
+    experts             experts of a layer
+    expert_mlp          neurons of an expert; ranked inside each expert
+    layers              whole layers
+
+Names and shapes are those of the causal language models of Hugging Face transformers 5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Config = Any  # a transformers config, or the dict in a checkpoint's config.json
+When = Callable[[Config, int], bool]
+
+# axis -> the keys that tell its size in a config; the first that is there counts
+SIZE_KEYS: dict[str, tuple[str, ...]] = {
+    "vocab": ("vocab_size",),
+    "hidden": ("hidden_size",),
+    "layers": ("num_hidden_layers",),
+    "heads": ("num_attention_heads",),
+    "kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "mlp": ("intermediate_size",),
+}
+PER_HEAD = ("heads", "kv_heads")
+
+
+def config_value(config: Config, key: str, default: Any = None) -> Any:
+    """`key` of a config object or of a dict; `default` where it is absent or None."""
+    value = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+    return default if value is None else value
+
+
+def flag(key: str, default: bool = False) -> When:
+    """A parameter that is there where the config says so."""
+    return lambda config, layer: bool(config_value(config, key, default))
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter of a layer (or of the model around the layers).
+
+    Args:
+        name: inside a layer, e.g. "self_attn.q_proj.weight"; "{expert}" where there is one for each expert.
+        axes: of its dimensions, separated by ", "; "a+b" for parts that follow each other.
+        when: (config, layer) -> whether there is such a parameter; None for always.
+    """
+
+    name: str
+    axes: str
+    when: When | None = None
+
+    @property
+    def dims(self) -> tuple[tuple[str, ...], ...]:
+        """The parts of each dimension."""
+        return tuple(tuple(part.split("+")) for part in self.axes.split(", "))
+
+
+@dataclass(frozen=True)
+class Located:
+    """A parameter of one model: where it stands and what its dimensions are."""
+
+    name: str
+    dims: tuple[tuple[str, ...], ...]
+    layer: int | None = None
+    expert: int | None = None
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Its shape in a model of these sizes."""
+        return tuple(sum(elements(axis, sizes) for axis in parts) for parts in self.dims)
+
+
+def elements(axis: str, sizes: Mapping[str, int]) -> int:
+    """How many elements of a dimension an axis takes: a head has head_dim of them."""
+    return sizes[axis] * (sizes["head_dim"] if axis in PER_HEAD else 1)
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Where a layer's axes are tapped: names of modules inside a layer.
+
+    Args:
+        attention_out: the linear layer whose input is the heads' output.
+        mlp_down: the linear layer whose input is the activated neurons; None in a layer of experts only.
+        mlp_up: the linear layer whose output is the neurons before gating.
+        mlp_up_part: which of the equal parts of mlp_up's output: (index, of).
+        scored_norms: norms whose output scores the residual channels: those that feed linear layers.
+        norms: all norms over residual channels.
+        experts: the module forward(hidden, top_k_index, top_k_weights) that holds all experts' weights.
+    """
+
+    attention_out: str = "self_attn.o_proj"
+    mlp_down: str | None = "mlp.down_proj"
+    mlp_up: str | None = "mlp.up_proj"
+    mlp_up_part: tuple[int, int] = (0, 1)
+    scored_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    experts: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """The table of one family; `register_family` makes it known.
+
+    Args:
+        model_types: what `config.model_type` may say.
+        layer: the parameters of a layer.
+        taps: where its axes are tapped.
+        stored_layer: the parameters of a layer in checkpoints, where they are named otherwise there.
+        outer: the parameters around the layers; "lm_head.weight" is left out where it is tied.
+        layers, final_norm, embedding, head: names of these modules in the model.
+        size_keys: config keys of axes, beyond or instead of SIZE_KEYS.
+        defaults: of config keys that a checkpoint's config.json may leave out.
+        norm_offset: what a norm adds to its stored weight to make its gain: 1 where it stores gain - 1.
+        scales_embedding: whether embeddings are multiplied by the root of hidden_size.
+        is_sparse: (config, layer) -> whether that layer's MLP is experts.
+        per_layer_keys: config keys that hold one entry for each layer.
+        layer_index_keys: config keys that hold a list of layers' indices.
+    """
+
+    model_types: tuple[str, ...]
+    layer: tuple[Param, ...]
+    taps: Taps = field(default_factory=Taps)
+    stored_layer: tuple[Param, ...] | None = None
+    outer: tuple[Param, ...] = (
+        Param("model.embed_tokens.weight", "vocab, hidden"),
+        Param("model.norm.weight", "hidden"),
+        Param("lm_head.weight", "vocab, hidden"),
+    )
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    embedding: str = "model.embed_tokens"
+    head: str = "lm_head"
+    size_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    norm_offset: float = 0.0
+    scales_embedding: bool = False
+    is_sparse: When = field(default=lambda config, layer: False)
+    per_layer_keys: tuple[str, ...] = ("layer_types",)
+    layer_index_keys: tuple[str, ...] = ()
+
+    def value(self, config: Config, key: str, default: Any = None) -> Any:
+        """`key` of the config, else the family's default, else `default`."""
+        return config_value(config, key, self.defaults.get(key, default))
+
+    def tied(self, config: Config) -> bool:
+        """Whether lm_head is the embedding."""
+        return bool(self.value(config, "tie_word_embeddings", False))
+
+    def keys_of(self, axis: str) -> tuple[str, ...]:
+        """The config keys that may tell the size of an axis."""
+        return self.size_keys.get(axis, SIZE_KEYS.get(axis, ()))
+
+    def sizes(self, config: Config) -> dict[str, int]:
+        """The size of each axis of a model with this config.
+
+        Raises:
+            ValueError: the config lacks a size that cannot be inferred.
+        """
+        sizes: dict[str, int] = {}
+        for axis in dict.fromkeys((*SIZE_KEYS, *self.size_keys)):
+            found = [v for key in self.keys_of(axis) if (v := self.value(config, key)) is not None]
+            if found:
+                sizes[axis] = int(found[0])
+        for axis in ("vocab", "hidden", "layers", "heads"):
+            if axis not in sizes:
+                raise ValueError(
+                    f"the config has no {self.keys_of(axis)[0]}, which {self.model_types[0]} needs"
+                )
+        sizes.setdefault("kv_heads", sizes["heads"])
+        sizes.setdefault("head_dim", sizes["hidden"] // sizes["heads"])
+        return sizes
+
+    def parameters(self, config: Config, *, stored: bool = False) -> Iterator[Located]:
+        """All parameters of a model with this config, by their names in the model or in a checkpoint."""
+        sizes = self.sizes(config)
+        for param in self.outer:
+            if (param.name != f"{self.head}.weight" or not self.tied(config)) and _is_there(
+                param, config, -1
+            ):
+                yield Located(param.name, param.dims)
+        inside = self.stored_layer if stored and self.stored_layer is not None else self.layer
+        for layer in range(sizes["layers"]):
+            for param in inside:
+                if not _is_there(param, config, layer):
+                    continue
+                name = f"{self.layers}.{layer}.{param.name}"
+                if "{expert}" not in name:
+                    yield Located(name, param.dims, layer)
+                    continue
+                for expert in range(sizes["experts"]):
+                    yield Located(name.format(expert=expert), param.dims, layer, expert)
+
+    def locate(self, name: str, config: Config) -> Located | None:
+        """What a parameter's name, in the model or in a checkpoint, stands for; None if it is not known."""
+        for param in self.outer:
+            if name == param.name:
+                return Located(name, param.dims)
+        found = re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.(.+)", name)
+        if not found:
+            return None
+        layer, rest = int(found[1]), found[2]
+        for param in (*self.layer, *(self.stored_layer or ())):
+            pattern = re.escape(param.name).replace(r"\{expert\}", r"(\d+)")
+            inside = re.fullmatch(pattern, rest)
+            if inside and _is_there(param, config, layer):
+                return Located(name, param.dims, layer, int(inside[1]) if inside.groups() else None)
+        return None
+
+    def count_parameters(self, config: Config, *, embeddings: bool = True) -> int:
+        """The exact number of parameters, a tied head once; without `embeddings`, those over the vocabulary not."""
+        sizes = self.sizes(config)
+        total = 0
+        for param in self.parameters(config):
+            if not embeddings and ("vocab",) in param.dims:
+                continue
+            size = 1
+            for length in param.shape(sizes):
+                size *= length
+            total += size
+        return total
+
+
+def _is_there(param: Param, config: Config, layer: int) -> bool:
+    return param.when is None or param.when(config, layer)
+
+
+def linear(name: str, axes: str, bias: When | bool = False) -> tuple[Param, ...]:
+    """The weight "out, in" of a linear layer, and its bias where `bias` says that there is one."""
+    weight = Param(f"{name}.weight", axes)
+    if bias is False:
+        return (weight,)
+    return weight, Param(f"{name}.bias", axes.split(", ")[0], None if bias is True else bias)
+
+
+def attention(
+    *, qkv_bias: When | bool = False, out_bias: When | bool = False, qk_norm: bool = False
+) -> tuple[Param, ...]:
+    """Separate projections to queries, keys and values."""
+    norms = tuple(Param(f"self_attn.{side}_norm.weight", "head_dim") for side in "qk") if qk_norm else ()
+    return (
+        *linear("self_attn.q_proj", "heads, hidden", qkv_bias),
+        *linear("self_attn.k_proj", "kv_heads, hidden", qkv_bias),
+        *linear("self_attn.v_proj", "kv_heads, hidden", qkv_bias),
+        *linear("self_attn.o_proj", "hidden, heads", out_bias),
+        *norms,
+    )
+
+
+def gated_mlp(bias: When | bool = False, when: When | None = None) -> tuple[Param, ...]:
+    """gate_proj, up_proj and down_proj."""
+    params = (
+        *linear("mlp.gate_proj", "mlp, hidden", bias),
+        *linear("mlp.up_proj", "mlp, hidden", bias),
+        *linear("mlp.down_proj", "hidden, mlp", bias),
+    )
+    return tuple(dataclasses.replace(param, when=when) for param in params) if when else params
+
+
+def norms(*names: str) -> tuple[Param, ...]:
+    """RMS norms over the residual channels."""
+    return tuple(Param(f"{name}.weight", "hidden") for name in names)
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> None:
+    """Makes a family known to scoring, planning and pruning; a later one of the same type takes its place.
+
+    Example:
+        >>> import dataclasses
+        >>> llama = family_of({"model_type": "llama"})
+        >>> register_family(dataclasses.replace(llama, model_types=("my_llama",)))
+    """
+    if not isinstance(family, Family):
+        raise TypeError(f"family must be a Family, got {type(family).__name__}")
+    for model_type in family.model_types:
+        _FAMILIES[model_type] = family
+
+
+def known_families() -> tuple[str, ...]:
+    """The model types that are known."""
+    _load_tables()
+    return tuple(sorted(_FAMILIES))
+
+
+def family_of(config: Config) -> Family:
+    """The family of a model with this config.
+
+    Raises:
+        ValueError: its model_type is not known; names those that are, and how to add one.
+    """
+    _load_tables()
+    model_type = config_value(config, "model_type")
+    if model_type in _FAMILIES:
+        return _FAMILIES[model_type]
+    raise ValueError(
+        f"config.model_type must be one of {', '.join(known_families())}, got {model_type!r}. Describe its "
+        "parameters and taps in a minitron_kernels.pruning.Family and pass it to register_family()"
+    )
+
+
+def _load_tables() -> None:
+    from minitron_kernels.pruning import family_tables  # noqa: F401  registers on import; it imports this module

@@ -1,0 +1,57 @@
+"""Tiny random models of every family, made from configs."""
+
+import torch
+
+COMMON = dict(
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=96,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+SPECIAL = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3_text": {"query_pre_attn_scalar": 16},
+    "phi3": {},
+    "nemotron": {},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "mlp_only_layers": [1],
+    },
+}
+FAMILIES = tuple(SPECIAL)
+
+
+def tiny_config(name, **changes):
+    """A config of the family `name`, with everything of it that is optional switched on."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(name, **{**COMMON, **SPECIAL[name], **changes})
+
+
+def tiny_model(name, *, seed=0, dtype=torch.float32, **changes):
+    """A model of the family `name` in eval mode; norm gains and biases are random too."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(name, **changes)).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            else:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    return model
