@@ -222,7 +222,7 @@ class Family:
         return None
 
     def count_parameters(self, config: Config, *, embeddings: bool = True) -> int:
-        """The exact number of parameters, a tied head once; without `embeddings`, those over the vocabulary not."""
+        """The number of parameters, a tied head once; `embeddings=False` leaves out vocabulary-sized ones."""
         sizes = self.sizes(config)
         total = 0
         for param in self.parameters(config):
