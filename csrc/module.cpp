@@ -43,6 +43,7 @@ py::dict build_info() {
   info["simd_compiled"] = words(MINITRON_BUILD_SIMD_COMPILED);
   info["simd_chosen"] = minitron::simd_level_name();
   info["gemm"] = minitron::gemm_engine_report();
+  info["bf16_microkernel"] = minitron::brgemm_bf16() != nullptr;
   info["cuda_version"] = text_or_none(MINITRON_BUILD_CUDA_VERSION);
   info["cuda_archs"] = words(MINITRON_BUILD_CUDA_ARCHS);
   info["cuda_reason"] = text_or_none(MINITRON_BUILD_CUDA_REASON);

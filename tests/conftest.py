@@ -5,9 +5,15 @@ from __future__ import annotations
 import filecmp
 import importlib.machinery
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples in every run: a run that fails can be repeated, and one that passed will pass again.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "minitron_kernels"
@@ -32,6 +38,8 @@ INSTALLED = _prefer_installed()
 import torch  # noqa: E402
 
 from minitron_kernels import _native  # noqa: E402
+
+SIMD_CHOSEN = _native.build_info().get("simd_chosen")  # before a test forces another
 
 
 def _stale() -> list[str]:
@@ -59,6 +67,17 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     if config.getoption("--require-native") and not _native.available():
         raise pytest.UsageError(f"--require-native, but {_native.reason()}")
+
+
+@pytest.fixture(params=_native.build_info().get("simd_compiled", []))
+def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each level of the build, forced in turn; skipped where this CPU cannot run it."""
+    levels = _native.build_info()["simd_compiled"]
+    if levels.index(request.param) < levels.index(SIMD_CHOSEN):
+        pytest.skip(f"this CPU has no {request.param}")
+    torch.ops.minitron_kernels.set_simd_level(request.param)
+    yield request.param
+    torch.ops.minitron_kernels.set_simd_level("")
 
 
 def pytest_report_header() -> list[str]:

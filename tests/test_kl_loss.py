@@ -21,16 +21,6 @@ def value_and_grad(student, teacher, **options):
     return loss.detach(), student.grad
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
-def simd_level(request):
-    try:
-        torch.ops.minitron_kernels.set_simd_level(request.param)
-    except RuntimeError as error:
-        pytest.skip(f"this CPU lacks it: {error}")
-    yield request.param
-    torch.ops.minitron_kernels.set_simd_level("")
-
-
 # minitron.md's hand oracle: teacher ln[1, 2, 1], student 0, no temperature-squared factor
 HAND = {
     (1.0, "forward_kl"): (0.058891518, [0.083333, -0.166667, 0.083333]),

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 from _oracle import oracle_linear
-from _problems import BETA, GRADIENT_BOUND, assert_no_worse, force_operands, make_linear, relative, to_numpy
+from _problems import (
+    BETA,
+    GRADIENT_BOUND,
+    HAS_BF16,
+    assert_no_worse,
+    force_operands,
+    make_linear,
+    relative,
+    to_numpy,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -242,24 +251,16 @@ def test_schedules_and_forward_only_agree():
         assert alone.item() == pytest.approx(stored[0].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("level", ["avx512", "avx2", "baseline"])
 @pytest.mark.parametrize(
     "dtype,operands", [(torch.float32, "portable"), (torch.bfloat16, "bf16"), (torch.float16, None)]
 )
-def test_every_simd_level(monkeypatch, level, dtype, operands):
+def test_every_simd_level(monkeypatch, simd_level, dtype, operands):
     force_operands(monkeypatch, operands)
-    try:
-        torch.ops.minitron_kernels.set_simd_level(level)
-    except RuntimeError as error:
-        pytest.skip(f"this CPU lacks it: {error}")
-    try:
-        for divergence in ("forward_kl", "jsd"):
-            tensors = make_linear(75, 51, 64, 517, dtype)
-            loss, *grads = truth_of(tensors, beta=BETA[divergence], row_weight=np.full(75, 1 / 75))
-            result = run(tensors, divergence=divergence, student_bias=torch.zeros(517))
-            assert_matches(result, (loss.mean(), *grads), dtype)
-    finally:
-        torch.ops.minitron_kernels.set_simd_level("")
+    for divergence in ("forward_kl", "jsd"):
+        tensors = make_linear(75, 51, 64, 517, dtype)
+        loss, *grads = truth_of(tensors, beta=BETA[divergence], row_weight=np.full(75, 1 / 75))
+        result = run(tensors, divergence=divergence, student_bias=torch.zeros(517))
+        assert_matches(result, (loss.mean(), *grads), dtype)
 
 
 def test_gradients_only_where_wanted():
@@ -315,7 +316,7 @@ def test_reference_backend_agrees():
     H=st.integers(1, 70),
     Ht=st.integers(1, 70),
     V=st.integers(2, 400),
-    case=st.sampled_from(CASES),
+    case=st.sampled_from([case for case in CASES if case[1] != "bf16" or HAS_BF16]),
     schedule=st.sampled_from(SCHEDULES),
     beta=st.sampled_from([0.0, 1.0, 0.4]),
     seed=st.integers(0, 9),
@@ -328,6 +329,7 @@ def test_any_shape(N, H, Ht, V, case, schedule, beta, seed):
         result = run(tensors, schedule=schedule, divergence=beta)
     loss, *grads = truth_of(tensors, beta=beta, row_weight=np.full(N, 1 / N))
     assert result[0].item() == pytest.approx(loss.mean(), rel=2e-5, abs=1e-7)
-    for grad, truth in zip(result[1:3], grads[:2], strict=True):
-        scale = np.abs(truth).max()
-        assert np.abs(grad.double().numpy() - truth).max() <= 2e-2 * scale + 1e-7
+    # a probability close to 1 carries a few roundings of fp32; a gradient carries them times its operand
+    for grad, truth, operand in zip(result[1:3], grads[:2], (tensors[1], tensors[0]), strict=True):
+        bound = 2e-2 * np.abs(truth).max() + 8 * 2.0**-24 * operand.abs().max().item()
+        assert np.abs(grad.double().numpy() - truth).max() <= bound
