@@ -17,3 +17,28 @@ const char* simd_levels_compiled();
 void force_simd_level(const std::string& name);
 
 }  // namespace minitron
+
+#ifdef MINITRON_HAVE_AVX512
+#define MINITRON_IF_AVX512(...) __VA_ARGS__
+#else
+#define MINITRON_IF_AVX512(...)
+#endif
+#ifdef MINITRON_HAVE_AVX2
+#define MINITRON_IF_AVX2(...) __VA_ARGS__
+#else
+#define MINITRON_IF_AVX2(...)
+#endif
+
+// Inside namespace minitron: declares `const Table& name()` of each level, which a *_simd.cpp defines, and
+// the one to call, which picks among them.
+#define MINITRON_TABLE_PER_LEVEL(Table, name)                                          \
+  MINITRON_IF_AVX512(namespace avx512 { const Table& name(); })                        \
+  MINITRON_IF_AVX2(namespace avx2 { const Table& name(); })                            \
+  namespace baseline {                                                                 \
+  const Table& name();                                                                 \
+  }                                                                                    \
+  inline const Table& name() {                                                         \
+    MINITRON_IF_AVX512(if (simd_level() == SimdLevel::kAvx512) return avx512::name();) \
+    MINITRON_IF_AVX2(if (simd_level() == SimdLevel::kAvx2) return avx2::name();)       \
+    return baseline::name();                                                           \
+  }

@@ -92,29 +92,6 @@ struct CpuKernels {
   }
 };
 
-namespace baseline {
-const CpuKernels& cpu_kernels();
-}
-namespace avx2 {
-const CpuKernels& cpu_kernels();
-}
-namespace avx512 {
-const CpuKernels& cpu_kernels();
-}
-
-inline const CpuKernels& cpu_kernels() {
-  switch (simd_level()) {
-#ifdef MINITRON_HAVE_AVX512
-    case SimdLevel::kAvx512:
-      return avx512::cpu_kernels();
-#endif
-#ifdef MINITRON_HAVE_AVX2
-    case SimdLevel::kAvx2:
-      return avx2::cpu_kernels();
-#endif
-    default:
-      return baseline::cpu_kernels();
-  }
-}
+MINITRON_TABLE_PER_LEVEL(CpuKernels, cpu_kernels)
 
 }  // namespace minitron

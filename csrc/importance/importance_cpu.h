@@ -1,0 +1,48 @@
+// The CPU kernels of importance, one table per SIMD level.
+#pragma once
+
+#include <cstdint>
+
+#include "common/simd.h"
+#include "common/types.h"
+
+namespace minitron {
+
+enum Kind : int64_t { kAbs = 1, kSquare = 2, kCentred = 4 };
+
+constexpr int64_t planes_of(int64_t kinds) {
+  return (kinds & kAbs ? 1 : 0) + (kinds & kSquare ? 1 : 0) + (kinds & kCentred ? 2 : 0);
+}
+
+// Tokens are added up eight at a time in registers, 512 at a time in fp32, then in double: sums stay exact to
+// about 1e-6 however long the sequence is, and the order of additions depends on nothing but the sequence.
+constexpr int64_t kGroup = 8;
+constexpr int64_t kChain = 512;
+constexpr int64_t kMaxBlock = 2048;
+
+// A block of values of one sequence's tokens.
+struct MomentsTask {
+  const char* x;         // token 0's first element of the block
+  int64_t stride;        // bytes from a token to the next
+  const uint8_t* mask;   // of token 0, or nullptr
+  int64_t tokens;        // to look at
+  int64_t values;        // M of this block, at most kMaxBlock
+  int64_t head_dim;      // elements per value; 0: a value is a channel
+  float* moments;        // out: plane 0 of the block
+  int64_t plane_stride;  // elements
+};
+
+// Bytes of scratch memory that a thread lends to moments().
+constexpr int64_t kMomentsScratch =
+    kMaxBlock * (4 * (sizeof(float) + sizeof(double)) + kGroup * sizeof(float));
+
+struct ImportanceKernels {
+  // Fills the block's planes; returns the number of tokens that count.
+  int64_t (*moments)(const MomentsTask&, DType, int64_t kinds, void* scratch);
+  // ||x||, or with y 1 - cos(x, y), of n elements.
+  float (*row)(const void* x, const void* y, DType, int64_t n);
+};
+
+MINITRON_TABLE_PER_LEVEL(ImportanceKernels, importance_kernels)
+
+}  // namespace minitron

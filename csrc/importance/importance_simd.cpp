@@ -1,0 +1,246 @@
+// Compiled once per SIMD level: moments of blocks of activations, norms and cosines of rows.
+#include <algorithm>
+#include <cmath>
+
+#include "common/vec.h"
+#include "importance/importance_cpu.h"
+
+namespace minitron::MINITRON_SIMD {
+namespace {
+
+using V = Vec<float>;
+constexpr int64_t kL = kLanes<float>;
+// Vectors taken from a row before the next row is touched: a cache line of 16-bit elements. Rows of
+// activations often lie a multiple of 4 KiB apart, where eight of them fill a set of the L1 cache.
+constexpr int64_t kUnroll = 64 / (kL * 2);
+
+// The sums of a block of values, in fp32 over a chain of tokens, in double over the chains.
+template <int64_t kKinds>
+class Sums {
+ public:
+  Sums(void* scratch, int64_t values) : values_(values), padded_(round_up(values, kL)) {
+    total_ = static_cast<double*>(scratch);
+    chain_ = reinterpret_cast<float*>(total_ + kPlanes * kMaxBlock);
+    std::fill_n(total_, kPlanes * kMaxBlock, 0.0);
+    std::fill_n(chain_, kPlanes * kMaxBlock, 0.0f);
+  }
+
+  // Adds n <= kGroup tokens, row r of them at rows[r].
+  template <typename T>
+  void add(const T* const* rows, int64_t n) {
+    const float share = float(n) / float(in_chain_ + n), weight = float(in_chain_) * share;
+    int64_t c = 0;
+    for (; c + kUnroll * kL <= values_; c += kUnroll * kL) {
+      add_columns<kUnroll>(rows, n, c, share, weight, [](const T* p) { return load<float>(p); });
+    }
+    for (; c + kL <= values_; c += kL) {
+      add_columns<1>(rows, n, c, share, weight, [](const T* p) { return load<float>(p); });
+    }
+    if (const int64_t left = values_ - c) {
+      add_columns<1>(rows, n, c, share, weight,
+                     [=](const T* p) { return load_partial<float>(p, left, 0.0f); });
+    }
+    in_chain_ += n;
+    if (in_chain_ >= kChain) flush();
+  }
+
+  // Writes the planes; returns the number of tokens added.
+  int64_t finish(float* moments, int64_t plane_stride) {
+    flush();
+    for (int64_t plane = 0; plane < kPlanes; ++plane) {
+      // the mean was kept; its sum is what adds over ranks
+      const double scale = (kKinds & kCentred) && plane == kPlanes - 2 ? double(tokens_) : 1.0;
+      for (int64_t c = 0; c < values_; ++c) {
+        moments[plane * plane_stride + c] = float(total_[plane * kMaxBlock + c] * scale);
+      }
+    }
+    return tokens_;
+  }
+
+ private:
+  static constexpr int64_t kPlanes = planes_of(kKinds);
+
+  float* chain(int64_t plane) const { return chain_ + plane * kMaxBlock; }
+
+  template <int64_t kN, typename T, typename Load>
+  void add_columns(const T* const* rows, int64_t n, int64_t c, float share, float weight, Load&& load_at) {
+    V magnitude[kN] = {}, square[kN] = {}, pivot[kN] = {}, shift[kN] = {}, shift_square[kN] = {};
+    if constexpr (kKinds & kCentred) {
+      // around the mean so far, so that little is left to cancel; around the first token in a new chain
+      for (int64_t j = 0; j < kN; ++j) {
+        pivot[j] = in_chain_ ? load<float>(chain(kPlanes - 2) + c + j * kL) : load_at(rows[0] + c + j * kL);
+      }
+    }
+    for (int64_t r = 0; r < n; ++r) {
+      for (int64_t j = 0; j < kN; ++j) {
+        const V v = load_at(rows[r] + c + j * kL);
+        if constexpr (kKinds & kAbs) magnitude[j] += bit_cast<V>(bit_cast<U32>(v) & 0x7fffffffu);
+        if constexpr (kKinds & kSquare) square[j] += v * v;
+        if constexpr (kKinds & kCentred) {
+          const V d = v - pivot[j];
+          shift[j] += d;
+          shift_square[j] += d * d;
+        }
+      }
+    }
+    int64_t plane = 0;
+    const auto accumulate = [&](const V* part) {
+      for (int64_t j = 0; j < kN; ++j) {
+        float* sum = chain(plane) + c + j * kL;
+        store(sum, load<float>(sum) + part[j]);
+      }
+      ++plane;
+    };
+    if constexpr (kKinds & kAbs) accumulate(magnitude);
+    if constexpr (kKinds & kSquare) accumulate(square);
+    if constexpr (kKinds & kCentred) {
+      // Chan's rule for the chain's mean and M2 and the group's
+      for (int64_t j = 0; j < kN; ++j) {
+        float *mean = chain(plane) + c + j * kL, *m2 = chain(plane + 1) + c + j * kL;
+        const V offset = shift[j] / splat(float(n)), group_m2 = shift_square[j] - offset * shift[j];
+        const V before = load<float>(mean);
+        const V delta = in_chain_ ? offset : V{};
+        store(mean, in_chain_ ? before + delta * splat(share) : pivot[j] + offset);
+        store(m2, load<float>(m2) + group_m2 + delta * delta * splat(weight));
+      }
+    }
+  }
+
+  void flush() {
+    if (in_chain_ == 0) return;
+    for (int64_t plane = 0; plane < kPlanes - (kKinds & kCentred ? 2 : 0); ++plane) {
+      double* total = total_ + plane * kMaxBlock;
+      for (int64_t c = 0; c < padded_; ++c) total[c] += chain(plane)[c];
+    }
+    if constexpr (kKinds & kCentred) {
+      double *mean = total_ + (kPlanes - 2) * kMaxBlock, *m2 = mean + kMaxBlock;
+      const double share = double(in_chain_) / double(tokens_ + in_chain_), weight = double(tokens_) * share;
+      for (int64_t c = 0; c < padded_; ++c) {
+        const double delta = chain(kPlanes - 2)[c] - mean[c];
+        mean[c] += delta * share;
+        m2[c] += chain(kPlanes - 1)[c] + delta * delta * weight;
+      }
+    }
+    tokens_ += in_chain_;
+    in_chain_ = 0;
+    std::fill_n(chain_, kPlanes * kMaxBlock, 0.0f);
+  }
+
+  int64_t values_, padded_, tokens_ = 0, in_chain_ = 0;
+  double* total_;
+  float* chain_;
+};
+
+// Lanes of x . x and, with kPair, of x . y and y . y, over n elements; four chains hide the additions'
+// latency.
+template <bool kPair, typename T>
+void products(const T* x, const T* y, int64_t n, double out[3]) {
+  constexpr int64_t kN = kPair ? 2 : 4;
+  V xx[kN] = {}, xy[kN] = {}, yy[kN] = {};
+  const auto add = [&](int64_t j, V a, V b) {
+    xx[j] += a * a;
+    if constexpr (kPair) xy[j] += a * b, yy[j] += b * b;
+  };
+  int64_t c = 0;
+  for (; c + kN * kL <= n; c += kN * kL) {
+    for (int64_t j = 0; j < kN; ++j) {
+      add(j, load<float>(x + c + j * kL), kPair ? load<float>(y + c + j * kL) : V{});
+    }
+  }
+  for (; c < n; c += kL) {
+    const int64_t left = std::min(kL, n - c);
+    add(0, load_partial<float>(x + c, left, 0.0f), kPair ? load_partial<float>(y + c, left, 0.0f) : V{});
+  }
+  out[0] = out[1] = out[2] = 0;
+  for (int64_t j = 0; j < kN; ++j) {
+    for (int64_t i = 0; i < kL; ++i) out[0] += xx[j][i], out[1] += xy[j][i], out[2] += yy[j][i];
+  }
+}
+
+template <typename T>
+float row(const T* x, const T* y, int64_t n) {
+  double product[3];
+  if (y == nullptr) {
+    products<false>(x, y, n, product);
+    return float(std::sqrt(product[0]));
+  }
+  products<true>(x, y, n, product);
+  const double norms = std::sqrt(product[0]) * std::sqrt(product[2]);
+  if (norms == 0) return 1.0f;
+  const double distance = (norms - product[1]) / norms;
+  return distance < 0 ? 0.0f : float(distance);  // rounding; a NaN stays one
+}
+
+template <int64_t kKinds, typename T>
+int64_t moments(const MomentsTask& task, void* scratch) {
+  Sums<kKinds> sums(scratch, task.values);
+  float* norms = reinterpret_cast<float*>(static_cast<char*>(scratch) + kMomentsScratch) - kGroup * kMaxBlock;
+  const T* rows[kGroup];
+  int64_t n = 0;
+  const auto add = [&] {
+    if (task.head_dim == 0) return sums.add(rows, n);
+    const float* heads[kGroup];
+    for (int64_t r = 0; r < n; ++r) {
+      float* out = norms + r * kMaxBlock;
+      for (int64_t m = 0; m < task.values; ++m) {
+        out[m] = row<T>(rows[r] + m * task.head_dim, nullptr, task.head_dim);
+      }
+      heads[r] = out;
+    }
+    sums.add(heads, n);
+  };
+  for (int64_t t = 0; t < task.tokens; ++t) {
+    if (task.mask && !task.mask[t]) continue;
+    rows[n++] = reinterpret_cast<const T*>(task.x + t * task.stride);
+    if (n == kGroup) add(), n = 0;
+  }
+  if (n) add();
+  return sums.finish(task.moments, task.plane_stride);
+}
+
+template <typename T>
+int64_t moments_of_kinds(const MomentsTask& task, int64_t kinds, void* scratch) {
+  switch (kinds) {
+    case 1:
+      return moments<1, T>(task, scratch);
+    case 2:
+      return moments<2, T>(task, scratch);
+    case 3:
+      return moments<3, T>(task, scratch);
+    case 4:
+      return moments<4, T>(task, scratch);
+    case 5:
+      return moments<5, T>(task, scratch);
+    case 6:
+      return moments<6, T>(task, scratch);
+    default:
+      return moments<7, T>(task, scratch);
+  }
+}
+
+// f(element) for the storage types that are read as float.
+template <typename F>
+auto dispatch_narrow(DType dtype, F&& f) {
+  if (dtype == DType::kBFloat16) return f(bf16{});
+  if (dtype == DType::kFloat16) return f(f16{});
+  return f(float{});
+}
+
+}  // namespace
+
+const ImportanceKernels& importance_kernels() {
+  static const ImportanceKernels table{
+      [](const MomentsTask& task, DType dtype, int64_t kinds, void* scratch) {
+        return dispatch_narrow(
+            dtype, [&](auto element) { return moments_of_kinds<decltype(element)>(task, kinds, scratch); });
+      },
+      [](const void* x, const void* y, DType dtype, int64_t n) {
+        return dispatch_narrow(dtype, [&](auto element) {
+          using T = decltype(element);
+          return row<T>(static_cast<const T*>(x), static_cast<const T*>(y), n);
+        });
+      }};
+  return table;
+}
+
+}  // namespace minitron::MINITRON_SIMD
