@@ -4,15 +4,28 @@
 """
 
 from minitron_kernels._workspace import release_workspaces, workspace_bytes_held
+from minitron_kernels.ops.importance.op import (
+    accumulate_block_importance_,
+    accumulate_expert_importance_,
+    accumulate_importance_,
+    head_scores_from_channels,
+)
+from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
 from minitron_kernels.ops.kl_loss.modules import KLLoss, LinearKLLoss
 from minitron_kernels.ops.kl_loss.op import kl_loss, linear_kl_loss
 from minitron_kernels.ops.kl_loss.plan import LinearKLPlan, plan_linear_kl_loss
 
 __version__ = "0.1.0"
 __all__ = [
+    "ImportanceState",
     "KLLoss",
     "LinearKLLoss",
     "LinearKLPlan",
+    "TokenMeanState",
+    "accumulate_block_importance_",
+    "accumulate_expert_importance_",
+    "accumulate_importance_",
+    "head_scores_from_channels",
     "kl_loss",
     "linear_kl_loss",
     "plan_linear_kl_loss",

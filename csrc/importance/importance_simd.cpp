@@ -14,11 +14,14 @@ constexpr int64_t kL = kLanes<float>;
 // activations often lie a multiple of 4 KiB apart, where eight of them fill a set of the L1 cache.
 constexpr int64_t kUnroll = 64 / (kL * 2);
 
-// The sums of a block of values, in fp32 over a chain of tokens, in double over the chains.
+// The sums of a block of values, in fp32 over a chain of tokens, in double over the chains. `ahead`: bytes
+// from a token to the one to prefetch, for hardware prefetchers stop at the end of a page, which is a row or
+// less.
 template <int64_t kKinds>
 class Sums {
  public:
-  Sums(void* scratch, int64_t values) : values_(values), padded_(round_up(values, kL)) {
+  Sums(void* scratch, int64_t values, int64_t ahead)
+      : values_(values), ahead_(ahead), padded_(round_up(values, kL)) {
     total_ = static_cast<double*>(scratch);
     chain_ = reinterpret_cast<float*>(total_ + kPlanes * kMaxBlock);
     std::fill_n(total_, kPlanes * kMaxBlock, 0.0);
@@ -72,6 +75,7 @@ class Sums {
       }
     }
     for (int64_t r = 0; r < n; ++r) {
+      __builtin_prefetch(reinterpret_cast<const char*>(rows[r] + c) + ahead_);
       for (int64_t j = 0; j < kN; ++j) {
         const V v = load_at(rows[r] + c + j * kL);
         if constexpr (kKinds & kAbs) magnitude[j] += bit_cast<V>(bit_cast<U32>(v) & 0x7fffffffu);
@@ -126,7 +130,7 @@ class Sums {
     std::fill_n(chain_, kPlanes * kMaxBlock, 0.0f);
   }
 
-  int64_t values_, padded_, tokens_ = 0, in_chain_ = 0;
+  int64_t values_, ahead_, padded_, tokens_ = 0, in_chain_ = 0;
   double* total_;
   float* chain_;
 };
@@ -173,7 +177,7 @@ float row(const T* x, const T* y, int64_t n) {
 
 template <int64_t kKinds, typename T>
 int64_t moments(const MomentsTask& task, void* scratch) {
-  Sums<kKinds> sums(scratch, task.values);
+  Sums<kKinds> sums(scratch, task.values, task.head_dim ? 0 : 2 * kGroup * task.stride);
   float* norms = reinterpret_cast<float*>(static_cast<char*>(scratch) + kMomentsScratch) - kGroup * kMaxBlock;
   const T* rows[kGroup];
   int64_t n = 0;

@@ -1,0 +1,141 @@
+"""From activations to the moments of each sequence, by the backend's kernels, and across context-parallel ranks."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from minitron_kernels import _native
+from minitron_kernels._backend import pick
+from minitron_kernels.ops.importance import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# sequence aggregation -> what to add up for it
+KIND_OF = {"mean": reference.ABS, "L2": reference.SQUARE, "var": reference.CENTRED}
+
+
+class Moments(NamedTuple):
+    """Sums over the tokens of each sequence: `values` [planes, B, M] in the order of `kinds`, `counts` [B]."""
+
+    values: Tensor
+    counts: Tensor
+    kinds: int
+
+    def aggregate(self, seq: str) -> Tensor:
+        """[B, M] float64: (1/n)Σ|v|, √Σv² or (1/n)Σ(v−v̄)² of each sequence; 0 for one without tokens."""
+        values = self.values.double()
+        count = self.counts.clamp(min=1).double()[:, None]
+        if seq == "mean":
+            return values[0] / count
+        if seq == "L2":
+            return values[int(bool(self.kinds & reference.ABS))].sqrt()
+        return values[-1] / count
+
+
+def check_activations(name: str, x: Any, dims: tuple[int, ...]) -> None:
+    """`x` is a float tensor of one of the numbers of dimensions."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.dim() not in dims:
+        wanted = " or ".join(str(dim) for dim in dims)
+        raise ValueError(f"{name} must have {wanted} dimensions, got {tuple(x.shape)}")
+
+
+def backend_for(x: Tensor, backend: str) -> str:
+    """The backend that serves importance for `x`: kernels read float32 and narrower."""
+    if x.dtype == torch.float64:
+        if backend not in ("auto", "reference"):
+            raise ValueError(f'x in float64 is served by backend="reference" only, got backend={backend!r}')
+        return "reference"
+    return pick("importance", x.device, backend, x.dtype)
+
+
+def moments_of(
+    x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, kinds: int, backend: str
+) -> Moments:
+    """Checked arguments (op.py) to the moments of this rank's tokens. No host sync."""
+    chosen = backend_for(x, backend)
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        x = x.contiguous()
+    if mask is not None:
+        mask = mask.contiguous()
+    if chosen == "native":
+        values, counts = torch.ops.minitron_kernels.importance_moments(x, mask, cu_seqlens, num_heads, kinds)
+    elif chosen == "triton":
+        values, counts = _moments_triton(x, mask, cu_seqlens, num_heads, kinds)
+    else:
+        values, counts = reference.importance_moments(x, mask, cu_seqlens, num_heads, kinds)
+    return Moments(values, counts, kinds)
+
+
+def rows_of(x: Tensor, y: Tensor | None, backend: str) -> Tensor:
+    """[N, D] -> [N] float32: ‖x‖₂, or 1 − cos(x, y)."""
+    chosen = backend_for(x, backend)
+    if x.shape[-1] > 1:
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        y = y if y is None or y.stride(-1) == 1 else y.contiguous()
+    if chosen == "native":
+        return torch.ops.minitron_kernels.importance_rows(x, y)
+    if chosen == "triton":
+        return _rows_triton(x, y)
+    return reference.importance_rows(x, y)
+
+
+def combine(moments: Moments, group: ProcessGroup | None) -> Moments:
+    """The moments of sequences that are cut over the ranks of a context-parallel group, in float64."""
+    values, counts = moments.values.double(), moments.counts.clone()
+    local = moments.counts.double()[:, None]
+    torch.distributed.all_reduce(counts, group=group)
+    centred = None
+    if moments.kinds & reference.CENTRED:
+        local_mean = values[-2] / local.clamp(min=1)
+        centred = values[-1]
+        values = values[:-1].contiguous()
+    torch.distributed.all_reduce(values, group=group)
+    if centred is not None:
+        # Chan et al. 1979: M2 of the union, from each part's own and its mean's distance from the union's
+        mean = values[-1] / counts.clamp(min=1).double()[:, None]
+        centred = centred + local * (local_mean - mean).square()
+        torch.distributed.all_reduce(centred, group=group)
+        values = torch.cat([values, centred[None]])
+    return Moments(values, counts, moments.kinds)
+
+
+# custom_op reads the schema off the signature: these are the native ops' arguments
+@torch.library.custom_op("minitron_kernels::importance_moments_triton", mutates_args=())
+def _moments_triton(
+    x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, kinds: int
+) -> tuple[Tensor, Tensor]:
+    from minitron_kernels.ops.importance.kernel_triton import importance_moments
+
+    return importance_moments(x, mask, cu_seqlens, num_heads, kinds)
+
+
+@torch.library.custom_op("minitron_kernels::importance_rows_triton", mutates_args=())
+def _rows_triton(x: Tensor, y: Tensor | None) -> Tensor:
+    from minitron_kernels.ops.importance.kernel_triton import importance_rows
+
+    return importance_rows(x, y)
+
+
+def _fake_moments(
+    x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, kinds: int
+) -> tuple[Tensor, Tensor]:
+    B = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    planes = bool(kinds & 1) + bool(kinds & 2) + 2 * bool(kinds & 4)
+    values = x.new_empty((planes, B, num_heads or x.shape[-1]), dtype=torch.float32)
+    return values, x.new_empty((B,), dtype=torch.int64)
+
+
+def _fake_rows(x: Tensor, y: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0],), dtype=torch.float32)
+
+
+for _suffix in ("_triton", "") if _native.available() else ("_triton",):
+    torch.library.register_fake(f"minitron_kernels::importance_moments{_suffix}", _fake_moments)
+    torch.library.register_fake(f"minitron_kernels::importance_rows{_suffix}", _fake_rows)

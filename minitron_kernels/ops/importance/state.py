@@ -1,0 +1,292 @@
+"""What calibration has gathered so far: small sums that add over batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from minitron_kernels.ops.importance.moments import KIND_OF, Moments
+
+BATCH_AGGREGATIONS = ("L2", "mean", "var")
+
+
+class _Sums:
+    """Named tensors that add: over batches, data-parallel ranks and after a resume."""
+
+    _names: tuple[str, ...] = ()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self._names}
+
+    def _check_alike(self, other: Any) -> None:
+        if type(other) is not type(self):
+            raise TypeError(f"other must be a {type(self).__name__}, got {type(other).__name__}")
+        for name, x in self._tensors().items():
+            y = getattr(other, name)
+            if x.shape != y.shape:
+                raise ValueError(
+                    f"other must be of the same channels and aggregations: its {name} is {tuple(y.shape)}, "
+                    f"this one's {tuple(x.shape)}"
+                )
+
+    def _merge(self, other: Any) -> None:
+        self._check_alike(other)
+        for name, x in self._tensors().items():
+            x.add_(getattr(other, name).to(x.device))
+
+    def _all_reduce(self, group: ProcessGroup | None) -> None:
+        for x in self._tensors().values():
+            torch.distributed.all_reduce(x, group=group)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the tensors, by name."""
+        return {name: x.detach().clone() for name, x in self._tensors().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes over what state_dict() gave; scores are then bitwise the same as if never interrupted.
+
+        Raises:
+            ValueError: a tensor is missing, or has another shape; nothing is changed then.
+        """
+        for name, x in self._tensors().items():
+            if name not in state:
+                raise ValueError(f"state must have {', '.join(self._names)}; {name} is missing")
+            if state[name].shape != x.shape:
+                raise ValueError(
+                    f"state's {name} must be {tuple(x.shape)}, got {tuple(state[name].shape)}: it is of other "
+                    "channels or aggregations"
+                )
+        for name, x in self._tensors().items():
+            x.copy_(state[name])
+
+    def _move(self, device: torch.device | str) -> None:
+        for name, x in self._tensors().items():
+            setattr(self, name, x.to(device))
+
+
+class ImportanceState(_Sums):
+    """Moments over the calibration sequences of one axis's activations: C channels (or heads).
+
+    With a[b, c] the sequence aggregation of sequence b, (1/n)Σ|x|, √Σx² or (1/n)Σ(x−x̄)² over its n tokens:
+
+        sums[k, c] = Σ_b a[b, c],   squares[k, c] = Σ_b a[b, c]²        for the k-th aggregation in `seq`
+
+    All nine (batch, seq) scores follow from these, and states add, so the split into batches, the number of
+    data-parallel ranks and an interruption do not matter.
+
+    Args:
+        num_channels: C.
+        seq: the sequence aggregations to collect, of "mean", "L2" and "var".
+        device: where the sums live; that of the activations.
+
+    Attributes:
+        sums: float64 [len(seq), C].
+        squares: float64 [len(seq), C].
+        sequences: int64 [], sequences that had at least one token.
+        tokens: int64 [].
+
+    Raises:
+        TypeError, ValueError: num_channels is no number of channels, seq no such names.
+
+    Source: Minitron (arXiv 2407.14679) section 2.2.
+    """
+
+    _names = ("sums", "squares", "sequences", "tokens")
+
+    def __init__(
+        self,
+        num_channels: int,
+        *,
+        seq: Sequence[str] = ("mean",),
+        device: torch.device | str | None = None,
+    ) -> None:
+        _check_size("num_channels", num_channels)
+        seq = (seq,) if isinstance(seq, str) else tuple(seq)
+        if not seq or len(set(seq)) != len(seq) or not set(seq) <= set(KIND_OF):
+            raise ValueError(f"seq must be different names out of {', '.join(KIND_OF)}, got {seq!r}")
+        self.seq = seq
+        shape = (len(seq), num_channels)
+        self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.squares = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.sequences = torch.zeros((), dtype=torch.int64, device=device)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def num_channels(self) -> int:
+        """C."""
+        return self.sums.shape[1]
+
+    @property
+    def kinds(self) -> int:
+        """What the kernels have to add up, as the bits of reference.py."""
+        return sum(KIND_OF[name] for name in self.seq)
+
+    def add_(self, moments: Moments) -> ImportanceState:
+        """Adds sequences by their moments (moments_of() of this state's `kinds`). Returns itself."""
+        for k, name in enumerate(self.seq):
+            value = moments.aggregate(name)
+            self.sums[k] += value.sum(0)
+            self.squares[k] += value.square_().sum(0)
+        self.sequences += (moments.counts > 0).sum()
+        self.tokens += moments.counts.sum()
+        return self
+
+    def scores(self, *, batch: str = "L2", seq: str = "mean") -> Tensor:
+        """The importance of each channel, float64 [C]; zeros while there are no sequences.
+
+        Args:
+            batch: how sequences are put together: "L2" √Σa², "mean" (1/n)Σ|a|, "var" (1/n)Σ(a−ā)².
+            seq: how tokens were; one of this state's. ("L2", "mean") is the paper's best for width.
+
+        Raises:
+            ValueError: no such aggregation, or it was not collected.
+        """
+        if batch not in BATCH_AGGREGATIONS:
+            raise ValueError(f"batch must be one of {', '.join(BATCH_AGGREGATIONS)}; got {batch!r}")
+        if seq not in self.seq:
+            raise ValueError(
+                f"seq must be one that was collected ({', '.join(self.seq)}), got {seq!r}: collect it by "
+                f"ImportanceState(..., seq=({', '.join(map(repr, (*self.seq, seq)))},))"
+            )
+        k = self.seq.index(seq)
+        if batch == "L2":
+            return self.squares[k].sqrt()
+        n = self.sequences.clamp(min=1).double()
+        mean = self.sums[k] / n
+        if batch == "mean":
+            return mean
+        return (self.squares[k] / n - mean.square()).clamp(min=0)
+
+    def merge_(self, other: ImportanceState) -> ImportanceState:
+        """Adds the sequences of another state of the same channels and aggregations. Returns itself."""
+        if isinstance(other, ImportanceState) and other.seq != self.seq:
+            raise ValueError(f"other must have collected {self.seq}, got {other.seq}")
+        self._merge(other)
+        return self
+
+    def all_reduce_(self, group: ProcessGroup | None = None) -> ImportanceState:
+        """Adds the states of data-parallel ranks, each of which saw other sequences. Returns itself."""
+        self._all_reduce(group)
+        return self
+
+    def all_gather(self, group: ProcessGroup | None = None) -> ImportanceState:
+        """The state of all channels, where tensor- or expert-parallel ranks hold some each, in rank order.
+
+        Every rank must have as many channels and have seen the same sequences.
+        """
+        states = []
+        gathered = {name: _gather(x, group) for name, x in self._tensors().items()}
+        for rank in range(torch.distributed.get_world_size(group)):
+            state = ImportanceState(self.num_channels, seq=self.seq, device=self.sums.device)
+            for name, parts in gathered.items():
+                setattr(state, name, parts[rank])
+            states.append(state)
+        return ImportanceState.cat(states)
+
+    @classmethod
+    def cat(cls, states: Iterable[ImportanceState]) -> ImportanceState:
+        """One state of the channels of all, in order; of the same sequences (counts are the first's)."""
+        states = list(states)
+        if not states:
+            raise ValueError("states must have at least one ImportanceState, got none")
+        if len({state.seq for state in states}) != 1:
+            raise ValueError(f"states must have the same seq, got {[state.seq for state in states]}")
+        whole = cls(
+            sum(state.num_channels for state in states), seq=states[0].seq, device=states[0].sums.device
+        )
+        whole.sums = torch.cat([state.sums for state in states], 1)
+        whole.squares = torch.cat([state.squares for state in states], 1)
+        whole.sequences, whole.tokens = states[0].sequences.clone(), states[0].tokens.clone()
+        return whole
+
+    def to(self, device: torch.device | str) -> ImportanceState:
+        """Moves the sums. Returns itself."""
+        self._move(device)
+        return self
+
+    def __repr__(self) -> str:
+        return f"ImportanceState({self.num_channels}, seq={self.seq}, device={str(self.sums.device)!r})"
+
+
+class TokenMeanState(_Sums):
+    """Means over tokens, of one number per token: for layers (block importance) and experts.
+
+    Args:
+        num_items: M layers or experts.
+        device: where the sums live.
+
+    Attributes:
+        sums: float64 [M].
+        counts: int64 [M], tokens that were added to each.
+
+    Raises:
+        TypeError, ValueError: num_items is no number of items.
+    """
+
+    _names = ("sums", "counts")
+
+    def __init__(self, num_items: int, *, device: torch.device | str | None = None) -> None:
+        _check_size("num_items", num_items)
+        self.sums = torch.zeros(num_items, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(num_items, dtype=torch.int64, device=device)
+
+    @property
+    def num_items(self) -> int:
+        """M."""
+        return self.sums.shape[0]
+
+    def scores(self) -> Tensor:
+        """Mean per item, float64 [M]; 0, not NaN, for an item that saw no token."""
+        return self.sums / self.counts.clamp(min=1)
+
+    def merge_(self, other: TokenMeanState) -> TokenMeanState:
+        """Adds the tokens of another state. Returns itself."""
+        self._merge(other)
+        return self
+
+    def all_reduce_(self, group: ProcessGroup | None = None) -> TokenMeanState:
+        """Adds the states of ranks, each of which saw other tokens. Returns itself."""
+        self._all_reduce(group)
+        return self
+
+    def all_gather(self, group: ProcessGroup | None = None) -> TokenMeanState:
+        """The state of all items, where expert-parallel ranks hold as many each, in rank order."""
+        whole = TokenMeanState(0, device=self.sums.device)
+        whole.sums = torch.cat(_gather(self.sums, group))
+        whole.counts = torch.cat(_gather(self.counts, group))
+        return whole
+
+    @classmethod
+    def cat(cls, states: Iterable[TokenMeanState]) -> TokenMeanState:
+        """One state of the items of all, in order."""
+        states = list(states)
+        whole = cls(0)
+        if states:
+            whole.sums = torch.cat([state.sums for state in states])
+            whole.counts = torch.cat([state.counts for state in states])
+        return whole
+
+    def to(self, device: torch.device | str) -> TokenMeanState:
+        """Moves the sums. Returns itself."""
+        self._move(device)
+        return self
+
+    def __repr__(self) -> str:
+        return f"TokenMeanState({self.num_items}, device={str(self.sums.device)!r})"
+
+
+def _check_size(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} must be 0 or greater, got {value}")
+
+
+def _gather(x: Tensor, group: ProcessGroup | None) -> list[Tensor]:
+    parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(parts, x.contiguous(), group=group)
+    return parts
