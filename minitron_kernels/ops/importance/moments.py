@@ -1,4 +1,4 @@
-"""From activations to the moments of each sequence, by the backend's kernels, and across context-parallel ranks."""
+"""From activations to the moments of each sequence, by a backend's kernels; over ranks too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KIND_OF = {"mean": reference.ABS, "L2": reference.SQUARE, "var": reference.CENTR
 
 
 class Moments(NamedTuple):
-    """Sums over the tokens of each sequence: `values` [planes, B, M] in the order of `kinds`, `counts` [B]."""
+    """Sums over each sequence's tokens: `values` [planes, B, M], planes as `kinds` asks; `counts` [B]."""
 
     values: Tensor
     counts: Tensor

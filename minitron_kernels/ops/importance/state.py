@@ -57,8 +57,8 @@ class _Sums:
                 raise ValueError(f"state must have {', '.join(self._names)}; {name} is missing")
             if state[name].shape != x.shape:
                 raise ValueError(
-                    f"state's {name} must be {tuple(x.shape)}, got {tuple(state[name].shape)}: it is of other "
-                    "channels or aggregations"
+                    f"state's {name} must be {tuple(x.shape)}, got {tuple(state[name].shape)}: it is of "
+                    "other channels or aggregations"
                 )
         for name, x in self._tensors().items():
             x.copy_(state[name])

@@ -1,0 +1,280 @@
+"""accumulate_importance_ and its relatives against numpy float64, on every backend that runs here."""
+
+import _importance_oracle as oracle
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import minitron_kernels as mk
+from minitron_kernels.ops.importance.moments import moments_of
+
+BACKENDS = [pytest.param("native", marks=pytest.mark.native), "reference"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+AGGREGATIONS = [(batch, seq) for batch in ("L2", "mean", "var") for seq in ("mean", "L2", "var")]
+# Sums in fp32 chains of at most 8 + 64 additions, totals in float64: a few roundings, 72 at worst.
+BOUND = 16 * 2.0**-24
+HAND = [[[1.0, -2.0], [3.0, 4.0]], [[0.0, 2.0], [-4.0, -6.0]]]
+HAND_SCORES = {  # (batch, seq), minitron.md section 4
+    ("L2", "mean"): [2.828427, 5.0],
+    ("mean", "mean"): [2.0, 3.5],
+    ("L2", "L2"): [5.09902, 7.745967],
+    ("mean", "L2"): [3.581139, 5.398346],
+    ("L2", "var"): [4.123106, 18.357559],
+    ("mean", "var"): [2.5, 12.5],
+    ("var", "var"): [2.25, 12.25],
+    ("var", "mean"): [0.0, 0.25],
+    ("var", "L2"): [0.175445, 0.857864],
+}
+
+
+def activations(*shape, dtype=torch.float32, seed=0):
+    """Channels of different size and mean, so that no two are alike."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=g) * torch.rand(shape[-1], generator=g).add(0.1)
+    return (x + torch.randn(shape[-1], generator=g)).to(dtype)
+
+
+def assert_moments(x, *, mask=None, cu_seqlens=None, num_heads=0, backend="native", bound=BOUND):
+    """Every set of kinds gives its planes of the oracle, each value within `bound` of the plane's scale."""
+    borders = None if cu_seqlens is None else torch.tensor(cu_seqlens)
+    truth, counts = oracle.moments(x.double().numpy(), mask=mask, cu_seqlens=cu_seqlens, num_heads=num_heads)
+    for kinds in range(1, 8):
+        result = moments_of(x, mask, borders, num_heads, kinds, backend)
+        assert np.array_equal(result.counts.numpy(), counts)
+        planes = [p for bit, p in ((1, 0), (2, 1), (4, 2), (4, 3)) if kinds & bit]
+        assert result.values.shape == (len(planes), *truth.shape[1:])
+        for value, plane in zip(result.values.double().numpy(), planes, strict=True):
+            # of Σ|v| for the signed sum too; of Σv² for M2, eight times: a group of eight tokens is summed
+            # around one of them, which may be the outlier
+            scale = {2: truth[0], 3: 8 * truth[1]}.get(plane, truth[plane])
+            error = np.abs(value - truth[plane])
+            assert (error <= bound * scale).all(), f"plane {plane}: {(error / scale).max():.3g}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch,seq", AGGREGATIONS)
+def test_hand_oracle(backend, batch, seq):
+    state = mk.ImportanceState(2, seq=(seq,))
+    mk.accumulate_importance_(state, torch.tensor(HAND), backend=backend)
+    assert state.scores(batch=batch, seq=seq).tolist() == pytest.approx(HAND_SCORES[batch, seq], abs=1e-6)
+    assert (state.sequences.item(), state.tokens.item()) == (2, 4)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 37, 131), (1, 600, 64), (5, 8, 2100), (2, 1, 1), (1, 1100, 257)])
+def test_moments(simd_level, dtype, shape):
+    assert_moments(activations(*shape, dtype=dtype))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_heads,head_dim", [(4, 64), (3, 80), (32, 128), (7, 5), (1, 256), (9, 1)])
+def test_heads(simd_level, dtype, num_heads, head_dim):
+    assert_moments(activations(2, 45, num_heads * head_dim, dtype=dtype), num_heads=num_heads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_tokens_are_not_read(backend):
+    x = activations(5, 40, 70, dtype=torch.bfloat16)
+    mask = torch.ones(5, 40, dtype=torch.bool)
+    mask[0, 30:] = mask[1, :11] = False  # right and left padding
+    mask[2, ::2] = mask[3] = False  # holes; nothing left
+    x[~mask] = float("nan")
+    for num_heads in (0, 7):
+        assert_moments(x, mask=mask, num_heads=num_heads, backend=backend)
+    state, as_ints = (mk.ImportanceState(70, seq=("mean", "L2", "var")) for _ in range(2))
+    mk.accumulate_importance_(state, x, mask=mask, backend=backend)
+    mk.accumulate_importance_(as_ints, x, mask=mask.int(), backend=backend)
+    assert (state.sequences.item(), state.tokens.item()) == (4, int(mask.sum()))
+    for batch, seq in AGGREGATIONS:
+        truth = oracle.scores(x.double().numpy(), mask=mask.numpy(), batch=batch, seq=seq)
+        score = state.scores(batch=batch, seq=seq)
+        assert np.allclose(score.numpy(), truth, rtol=1e-5, atol=1e-6)
+        assert torch.equal(score, as_ints.scores(batch=batch, seq=seq))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_sequences(backend):
+    x, borders = activations(100, 90), [0, 17, 17, 63, 64, 100]
+    mask = torch.arange(100) % 3 != 1
+    assert_moments(x, cu_seqlens=borders, backend=backend)
+    assert_moments(x, cu_seqlens=borders, mask=mask, num_heads=6, backend=backend)
+    state = mk.ImportanceState(90)
+    mk.accumulate_importance_(state, x, cu_seqlens=torch.tensor(borders, dtype=torch.int32), backend=backend)
+    assert state.sequences == 4  # the empty one is none
+    assert np.allclose(state.scores(), oracle.scores(x.numpy(), cu_seqlens=borders), rtol=1e-6)
+
+
+@pytest.mark.native
+def test_strides_and_misaligned():
+    base = activations(4, 50, 333, dtype=torch.bfloat16)
+    for x in (base[:, ::3, 1:300], base[::2, 5:, 7:8], base.transpose(0, 1), base.mT, base[:0], base[:, :0]):
+        assert_moments(x)
+    one = activations(60, 99)
+    state, other = mk.ImportanceState(99), mk.ImportanceState(99)
+    mk.accumulate_importance_(state, one)
+    mk.accumulate_importance_(other, one[None])
+    assert torch.equal(state.scores(), other.scores())
+
+
+@pytest.mark.native
+def test_long_sequences_and_far_means():
+    """200,000 tokens keep their digits; the variance too where the mean, or the first token, is far off."""
+    x = activations(1, 200_000, 17) + 1.0
+    assert_moments(x, bound=4 * BOUND)
+    x = activations(1, 3000, 40)
+    x[0, 0] = 3000.0  # an attention sink
+    far = x + torch.linspace(-500, 500, 40)
+    for case in (x, far):
+        truth = oracle.moments(case.double().numpy())[0][3]
+        result = moments_of(case, None, None, 0, 4, "native").values[1].double().numpy()
+        assert np.abs(result / truth - 1).max() < 1e-4
+
+
+@pytest.mark.native
+def test_float64_is_served_by_the_reference():
+    x = activations(2, 30, 20).double()
+    assert_moments(x, backend="auto", bound=1e-13)
+    with pytest.raises(ValueError, match="float64 is served by backend"):
+        mk.accumulate_importance_(mk.ImportanceState(20), x, backend="native")
+
+
+@settings(max_examples=60)
+@given(
+    B=st.integers(0, 4),
+    S=st.integers(0, 40),
+    heads=st.integers(0, 6),
+    width=st.integers(1, 150),
+    dtype=st.sampled_from(DTYPES),
+    masked=st.booleans(),
+    seed=st.integers(0, 9),
+)
+@pytest.mark.native
+def test_any_shape(B, S, heads, width, dtype, masked, seed):
+    x = activations(B, S, width * max(1, heads), dtype=dtype, seed=seed)
+    mask = torch.rand(B, S, generator=torch.Generator().manual_seed(seed)) < 0.6 if masked else None
+    assert_moments(x, mask=mask, num_heads=heads)
+
+
+@pytest.mark.native
+def test_same_bits_for_any_thread_count():
+    x, threads = activations(2, 300, 5000, dtype=torch.bfloat16), torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3, 8):
+            torch.set_num_threads(n)
+            results.append([moments_of(x, None, None, heads, 7, "native").values for heads in (0, 40)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_block_importance(simd_level, dtype):
+    x, turn = activations(3, 11, 77, dtype=dtype), activations(3, 11, 77, dtype=dtype, seed=1)
+    x[0, 0] = 0
+    mask = torch.arange(33).reshape(3, 11) % 4 != 1
+    state = mk.TokenMeanState(3)
+    mk.accumulate_block_importance_(state, 0, x, x + turn)
+    mk.accumulate_block_importance_(state, 2, x, turn, mask=mask)
+    mk.accumulate_block_importance_(state, 2, x[:0], turn[:0])
+    pairs = [(x, x + turn, np.ones((3, 11), bool)), (x, turn, mask.numpy())]
+    distances = [
+        oracle.cosine_distance(a.double().numpy(), b.double().numpy())[keep].mean() for a, b, keep in pairs
+    ]
+    assert state.scores().tolist() == pytest.approx([distances[0], 0.0, distances[1]], abs=1e-6)
+    assert state.counts.tolist() == [33, 0, int(mask.sum())]
+
+
+@pytest.mark.native
+def test_a_layer_that_does_nothing_scores_zero_and_nan_stays():
+    x = activations(4, 9, 64)
+    state = mk.TokenMeanState(2)
+    mk.accumulate_block_importance_(state, 0, x, 3.0 * x)
+    assert 0 <= state.scores()[0] < 1e-6
+    broken = x.clone()
+    broken[0, 0, 0] = float("nan")
+    mk.accumulate_block_importance_(state, 1, broken, x)
+    assert state.scores()[1].isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_experts(backend, gated):
+    out = activations(50, 33, dtype=torch.bfloat16)
+    index = torch.arange(50) % 7 - 1  # expert 6 of 7 sees none; -1 does not count
+    gate = torch.rand(50, generator=torch.Generator().manual_seed(3)) if gated else None
+    state = mk.TokenMeanState(7)
+    for rows in (slice(0, 20), slice(20, 20), slice(20, 50)):
+        part = None if gate is None else gate[rows]
+        mk.accumulate_expert_importance_(state, out[rows], index[rows], gate=part, backend=backend)
+    norms = np.sqrt((out.double().numpy() ** 2).sum(-1)) * (1 if gate is None else gate.double().numpy())
+    truth = [norms[index.numpy() == e].mean() for e in range(6)]
+    assert state.scores().tolist() == pytest.approx([*truth, 0.0], rel=1e-6)
+
+
+def test_head_scores_from_channels():
+    scores = torch.tensor([[3.0, 4.0, 0.0, 5.0], [1.0, 0.0, 6.0, 8.0]])
+    assert mk.head_scores_from_channels(scores, 2).tolist() == [[5.0, 5.0], [1.0, 10.0]]
+
+
+@pytest.mark.native
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiles_without_a_break_and_passes_opcheck():
+    x, mask = activations(2, 20, 48), torch.arange(40).reshape(2, 20) % 3 > 0
+    ops = torch.ops.minitron_kernels
+    for args in ((x, mask, None, 0, 7), (x[0], None, torch.tensor([0, 3, 20]), 4, 5)):
+        torch.library.opcheck(ops.importance_moments.default, args)
+    torch.library.opcheck(ops.importance_rows.default, (x[0], x[1]))
+    compiled = torch.compile(mk.accumulate_importance_, fullgraph=True, backend="aot_eager")
+    state, eager = (mk.ImportanceState(48, seq=("mean", "L2", "var")) for _ in range(2))
+    compiled(state, x, mask=mask)
+    mk.accumulate_importance_(eager, x, mask=mask)
+    assert all(torch.equal(a, b) for a, b in zip(state.sums, eager.sums, strict=True))
+
+
+BAD = {
+    "state": (TypeError, lambda a: a | {"state": torch.zeros(6)}),
+    "x": (TypeError, lambda a: a | {"x": torch.zeros(2, 3, 6, dtype=torch.int32)}),
+    "x must have 2 or 3": (ValueError, lambda a: a | {"x": torch.zeros(6)}),
+    "state must be of x's 7": (ValueError, lambda a: a | {"x": torch.zeros(2, 3, 7)}),
+    "num_heads must divide": (ValueError, lambda a: a | {"num_heads": 4}),
+    "num_heads must be an int": (TypeError, lambda a: a | {"num_heads": 2.0}),
+    "mask must be \\(2, 3\\)": (ValueError, lambda a: a | {"mask": torch.ones(2, 4, dtype=torch.bool)}),
+    "mask must be a bool": (TypeError, lambda a: a | {"mask": torch.ones(2, 3)}),
+    "cu_seqlens must be an int": (TypeError, lambda a: a | {"x": torch.zeros(3, 6), "cu_seqlens": [0, 3]}),
+    "cu_seqlens must rise": (
+        ValueError,
+        lambda a: a | {"x": torch.zeros(3, 6), "cu_seqlens": torch.tensor([0, 4, 3])},
+    ),
+    "backend": (ValueError, lambda a: a | {"backend": "cuda"}),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_named_and_changes_nothing(message):
+    kind, spoil = BAD[message]
+    state = mk.ImportanceState(6)
+    arguments = spoil({"state": state, "x": torch.ones(2, 3, 6)})
+    with pytest.raises(kind, match=message):
+        mk.accumulate_importance_(**arguments)
+    assert state.tokens == 0 and not state.sums.any()
+
+
+def test_bad_input_of_the_others():
+    state, x = mk.TokenMeanState(2), torch.ones(3, 4)
+    with pytest.raises(ValueError, match=r"layer must be in \[0, 2\), got 2"):
+        mk.accumulate_block_importance_(state, 2, x, x)
+    with pytest.raises(ValueError, match="block_output must have block_input's shape"):
+        mk.accumulate_block_importance_(state, 0, x, x[:2])
+    with pytest.raises(ValueError, match="expert_index must be below 2, got 5"):
+        mk.accumulate_expert_importance_(state, x, torch.tensor([0, 5, 1]))
+    with pytest.raises(TypeError, match="expert_index must be an int64 or int32 tensor"):
+        mk.accumulate_expert_importance_(state, x, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"gate must be \[T\] = \[3\]"):
+        mk.accumulate_expert_importance_(state, x, torch.zeros(3, dtype=torch.long), gate=torch.ones(2))
+    assert not state.counts.any()
