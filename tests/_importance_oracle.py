@@ -17,7 +17,7 @@ def sequences_of(x, mask=None, cu_seqlens=None):
 
 
 def head_norms(tokens, num_heads):
-    return np.sqrt((tokens.reshape(len(tokens), num_heads, -1) ** 2).sum(-1))
+    return np.sqrt((tokens.reshape(len(tokens), num_heads, tokens.shape[1] // num_heads) ** 2).sum(-1))
 
 
 def moments(x, *, mask=None, cu_seqlens=None, num_heads=0):
@@ -28,7 +28,9 @@ def moments(x, *, mask=None, cu_seqlens=None, num_heads=0):
         centre = v.mean(0) if len(v) else 0.0
         planes.append([np.abs(v).sum(0), (v**2).sum(0), v.sum(0), ((v - centre) ** 2).sum(0)])
         counts.append(len(v))
-    return np.array(planes).reshape(len(counts), 4, -1).swapaxes(0, 1), np.array(counts)
+    return np.array(planes).reshape(len(counts), 4, num_heads or np.shape(x)[-1]).swapaxes(0, 1), np.array(
+        counts
+    )
 
 
 def scores(x, *, batch="L2", seq="mean", **options):
