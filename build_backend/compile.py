@@ -43,7 +43,7 @@ def build_extension(root: Path, folder: Path, plan: Plan, version: str) -> Path:
         link_step(folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", [s.output for s in steps], plan)
     )
     if ninja := find_ninja():
-        _write_if_changed(folder / "build.ninja", ninja_file(steps))
+        _write_if_changed(folder / "build.ninja", ninja_file(steps, folder))
         command = [ninja, "-f", str(folder / "build.ninja"), "-j", str(os.cpu_count() or 1)]
         ok = subprocess.run(command, cwd=root).returncode == 0
     else:
@@ -154,9 +154,10 @@ def config_header(plan: Plan, version: str) -> str:
     return "\n".join(["#pragma once", *lines, ""])
 
 
-def ninja_file(steps: list[Step]) -> str:
+def ninja_file(steps: list[Step], folder: Path) -> str:
     """One rule for all, each step with its own command: a step whose command changed is run again."""
-    lines = ["ninja_required_version = 1.5", ""]
+    # builddir: where ninja keeps its logs, by default the folder it runs in, here the checkout
+    lines = ["ninja_required_version = 1.5", f"builddir = {_ninja_path(folder)}", ""]
     for kind, extra in (("compile", ["  deps = gcc", "  depfile = $out.d"]), ("link", [])):
         lines += [f"rule {kind}", "  command = $command", f"  description = {kind} $out", *extra, ""]
     for step in steps:
