@@ -178,9 +178,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.also:
         other = [p for text in documents([args.also]).values() for p in text]
         evaluation.append(windows(tokenizer, other, args.evaluation, LENGTH))
-    say(
-        f"{calibration.numel()} tokens to calibrate, {training.numel()} to train, {evaluation[0].numel()} unseen"
-    )
+    counts = calibration.numel(), training.numel(), evaluation[0].numel()
+    say("tokens: {} to calibrate, {} to train, {} unseen".format(*counts))
 
     scores = collect_importance(teacher, calibration.split(BATCH), axes=("mlp", "hidden"))
     scores.save(args.out / "scores")

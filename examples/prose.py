@@ -1,4 +1,4 @@
-"""English prose for calibration, training and evaluation: the user's files, or what every Python brings along.
+"""English prose for calibration, training and evaluation: the user's files, or what every Python brings.
 
 Only running text is kept: no headings, code, tables or directives, and no paragraph twice.
 """
