@@ -2,27 +2,33 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from _cuda_shim import FORWARD, REVERSE, WITHOUT_BFLOAT16, WITHOUT_HALF, Fault, load, missing_tool
+from _cuda_shim import (
+    FORWARD,
+    REVERSE,
+    SANITIZE,
+    WITHOUT_BFLOAT16,
+    WITHOUT_HALF,
+    assert_clean_under_sanitizers,
+    load,
+    missing_tool,
+    run_sanitized,
+)
+from _faults import Fault
 from _oracle import oracle_rows
 
 pytestmark = pytest.mark.skipif(missing_tool() is not None, reason=str(missing_tool()))
 
 BETAS = (0.0, 0.3, 0.5, 1.0)
-SANITIZE = os.environ.get("MINITRON_TEST_SHIM_SANITIZE") == "1"  # set by test_under_sanitizers for its child
 DTYPES = (torch.float32, torch.bfloat16) if SANITIZE else (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(scope="module")
 def shim():
-    return load(WITHOUT_HALF, sanitize=True) if SANITIZE else load()
+    return load("kl_loss", WITHOUT_HALF, sanitize=True) if SANITIZE else load("kl_loss")
 
 
 def run(
@@ -413,7 +419,7 @@ FAULTS = {  # name: the check, what is done to the source, what the failure must
 def test_planted_fault_is_found(shim, name):
     check_it, fault, message = FAULTS[name]
     check_it(shim)
-    broken = load(fault, WITHOUT_HALF, WITHOUT_BFLOAT16)
+    broken = load("kl_loss", fault, WITHOUT_HALF, WITHOUT_BFLOAT16)
     with pytest.raises((AssertionError, RuntimeError), match=message):
         check_it(broken)
 
@@ -425,32 +431,14 @@ HEAP_OVERRUN = """
 import torch
 from _cuda_shim import *
 overrun = Fault("common/cuda_vec.cuh", "rest = n - runs * kRun;", "rest = n - runs * kRun + 1;")
-shim = load(overrun, WITHOUT_HALF, WITHOUT_BFLOAT16, sanitize=True)
+shim = load("kl_loss", overrun, WITHOUT_HALF, WITHOUT_BFLOAT16, sanitize=True)
 shim.ops.kl_loss_forward(torch.zeros(1, 40), torch.zeros(1, 40), None, 40, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0)
 """
 
 
-def run_sanitized(*arguments):
-    # libstdc++ too: libasan looks for its functions when it starts, before Python loads the extension
-    names = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6")]
-    libraries = [subprocess.run(name, capture_output=True, text=True).stdout.strip() for name in names]
-    if not all(Path(library).is_absolute() for library in libraries):
-        pytest.skip("g++ has no libasan")
-    environment = dict(os.environ, LD_PRELOAD=":".join(libraries), MINITRON_TEST_SHIM_SANITIZE="1")
-    environment["ASAN_OPTIONS"] = "detect_leaks=0:verify_asan_link_order=0"
-    tests = Path(__file__).parent
-    environment["PYTHONPATH"] = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=tests.parent
-    )
-
-
 @pytest.mark.skipif(SANITIZE, reason="this is the child")
 def test_under_sanitizers():
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--noconftest", "-k", SANITIZED]
-    done = run_sanitized("-m", "pytest", *options, __file__)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "passed" in done.stdout and "skipped" not in done.stdout
+    assert_clean_under_sanitizers(__file__, SANITIZED)
 
 
 @pytest.mark.skipif(SANITIZE, reason="this is the child")

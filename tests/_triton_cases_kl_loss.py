@@ -1,5 +1,6 @@
-"""Tests of the Triton kernels, written for device="cuda". Not collected by name: test_kl_loss_triton.py runs
-them on the CPU under ttsem (values, bounds, races, uninitialised reads), test_kl_loss_gpu.py on a GPU.
+"""Tests of kl_loss's Triton kernels, written for device="cuda". Not collected by name:
+test_kl_loss_triton.py runs them on the CPU under ttsem (values, bounds, races, uninitialised reads),
+test_kl_loss_gpu.py on a GPU.
 
 Blocks are shrunk, so that few small shapes have several blocks, tiles, splits and ragged ends.
 """

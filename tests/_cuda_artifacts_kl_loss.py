@@ -1,0 +1,38 @@
+"""Faults in kl_loss's CUDA sources that the gates of test_cuda_artifacts.py must see."""
+
+from _faults import Fault
+
+UNIT = "kl_loss/kl_loss_cuda.cu"
+ALIGNED_LOAD = (
+    "  if (aligned) {\n#pragma unroll\n    for (int i = 0; i < N; i += kPerAccess) {\n      const uint4 v"
+)
+FAULTS = {  # name: faults in the source, compiler flags, what the gate says
+    "none": ((), (), None),
+    "local memory": (  # indexed by what the compiler cannot know
+        (
+            Fault(
+                "kl_loss/kl_loss_cuda.cuh",
+                "  OnlineSum sum = OnlineSum::empty();",
+                "  float table[64] = {};\n  table[n % 64] = 1.0f;\n"
+                "  OnlineSum sum = {-INFINITY, table[blockDim.x % 64]};",
+            ),
+        ),
+        (),
+        "spills",
+    ),
+    "scalar loads": (
+        (Fault("common/cuda_vec.cuh", ALIGNED_LOAD, ALIGNED_LOAD.replace("(aligned)", "(false)")),),
+        (),
+        r" 0 128-bit loads",
+    ),
+    "more shared memory": (
+        (Fault("common/cuda_reduce.cuh", "kMaxWarps = 32;", "kMaxWarps = 64;"),),
+        (),
+        "bytes of shared memory",
+    ),
+    "too many registers": (
+        (Fault("kl_loss/kl_loss_cuda.cuh", "kBlocksPerSM = 3;", "kBlocksPerSM = 1;"),),
+        ("-Xptxas=-O0",),
+        "registers, at most",
+    ),
+}
