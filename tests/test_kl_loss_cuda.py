@@ -18,6 +18,7 @@ from _cuda_shim import (
     run_sanitized,
 )
 from _faults import Fault
+from _kl_loss_cases import assert_loss
 from _oracle import oracle_rows
 
 pytestmark = pytest.mark.skipif(missing_tool() is not None, reason=str(missing_tool()))
@@ -54,13 +55,6 @@ def assert_gradient(grad, truth, near=1.0, weight=1.0):
     error = np.linalg.norm(grad.double().numpy() - truth)
     bound = 1.1 * unavoidable + 4e-6 * near * size + 1e-6 * weight
     assert error <= bound, f"gradient off by {error / size:.1e}, {unavoidable / size:.1e} by rounding alone"
-
-
-def assert_loss(loss, truth, rtol=3e-6):
-    """Masses of parts of a row, known to 1e-7, leave a loss L an error of about 1e-7 sqrt(L)."""
-    for value, expected in zip(loss.double().numpy(), truth, strict=True):
-        atol = 1e-13 + 1e-7 * np.sqrt(expected) if np.isfinite(expected) else 0.0
-        np.testing.assert_allclose(value, expected, rtol=rtol, atol=atol)
 
 
 def check(shim, student, teacher, *, near=1.0, **options):
@@ -287,7 +281,7 @@ def test_one_row_split_over_blocks(shim):
 @pytest.mark.parametrize("teacher_dtype", DTYPES)
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_traffic(shim, student_dtype, teacher_dtype, beta):
-    """Forward: each logit once, for JSD twice. Backward: each logit once, each gradient once. 16 bytes wide."""
+    """Forward: each logit once, JSD twice. Backward: each logit and each gradient once. 16 bytes wide."""
     N, V = 3, 4096
     student, teacher = normal(N, V, dtype=student_dtype), normal(N, V, dtype=teacher_dtype, seed=14)
     S, T = N * V * student.element_size(), N * V * teacher.element_size()
