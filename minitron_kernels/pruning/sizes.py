@@ -1,4 +1,4 @@
-"""How big the smaller model is to be: sizes by their names in the config, by ratio, or by a parameter budget."""
+"""How big the smaller model is to be: sizes by name, ratios, or a parameter budget."""
 
 from __future__ import annotations
 
@@ -20,12 +20,7 @@ from minitron_kernels.pruning.families import (
 
 DIVISOR = 64  # of sizes that are given: rows of 128 bytes in bf16, tiles of tensor cores
 SEARCH_DIVISOR = 128  # of sizes that are searched for a budget: what GEMM libraries tile by
-CHANNELS = (
-    "hidden",
-    "mlp",
-    "expert_mlp",
-)  # axes that the divisor is for; the others count heads, layers, experts
-WIDTH = CHANNELS
+WIDTH = ("hidden", "mlp", "expert_mlp")  # axes of channels, which the divisor is for
 SHAPE_SPREAD = 1.1
 MOST_CANDIDATES = 200_000
 
@@ -39,7 +34,7 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def full_value(config: Config, key: str) -> Any:
-    """`key` of a config, else what transformers takes where config.json leaves it out; None where it has none."""
+    """`key` of a config, else what transformers takes where config.json leaves it out; else None."""
     value = config_value(config, key)
     if value is not None or not isinstance(config, Mapping):
         return value
@@ -52,7 +47,7 @@ def full_value(config: Config, key: str) -> Any:
 
 
 class ParameterCount:
-    """Counts the parameters of a model for many sizes: exact, a product and a sum for each kind of parameter."""
+    """Counts the parameters of a model for many sizes, exactly: a sum over kinds of parameters."""
 
     def __init__(self, family: Family, config: Config) -> None:
         self.kinds: dict[int | None, Counter[tuple[tuple[str, ...], ...]]] = {}
@@ -105,7 +100,7 @@ def divisor_of(divisor: int | Mapping[str, int] | None, name: str, axis: str, de
     Raises:
         TypeError, ValueError: `divisor` is no positive int.
     """
-    if axis not in CHANNELS:
+    if axis not in WIDTH:
         return 1
     value = divisor.get(name, default) if isinstance(divisor, Mapping) else divisor
     value = default if value is None else value
@@ -198,7 +193,8 @@ def find_sizes(
     """The sizes of models of at most `params` parameters, best first.
 
     All combinations of multiples of the divisor (128), from a quarter of the source's size up, are counted,
-    embeddings included. First come those that shrink alike, whose sizes' shares of the source's lie within 10 %
+    embeddings included. First come those that shrink alike, whose sizes' shares of the source's lie within 10
+    %
     of each other: of them the largest first. Then the others, by how alike they shrink.
 
     Args:
@@ -295,7 +291,7 @@ def write_sizes(family: Family, config: Config, sizes: Mapping[str, int]) -> dic
 
 
 def target_config_of(config: Config, sizes: Mapping[str, int], layers: Sequence[int]) -> dict[str, Any]:
-    """The config of the smaller model: sizes and head_dim written, entries of each layer cut to those that stay."""
+    """The config of the smaller model: sizes and head_dim written, entries for each layer cut as well."""
     family = family_of(config)
     before = family.sizes(config)["layers"]
     target = as_dict(write_sizes(family, config, sizes))
