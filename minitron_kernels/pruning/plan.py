@@ -312,7 +312,7 @@ def _settle_experts(
         target["num_experts_per_tok"] = per_token
     elif routed is not None and routed > after["experts"]:
         raise ValueError(
-            """√(share of the energy kept · old size / new size) of each norm over hidden channels."""
+            f"a token goes to {routed} experts, but only {after['experts']} stay: keep at least {routed}, "
             f"or give num_experts_per_tok={after['experts']}"
         )
 
