@@ -16,13 +16,14 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from minitron_kernels.pruning.cuts import Cut, Cuts
 from minitron_kernels.pruning.families import family_of
 from minitron_kernels.pruning.model_card import PLAN_FILE, model_card, source_name
+from minitron_kernels.pruning.pruning_plan import PruningPlan
 from minitron_kernels.pruning.safetensors_files import (
     INDEX_FILE,
     SourceFolder,
@@ -32,9 +33,6 @@ from minitron_kernels.pruning.safetensors_files import (
 )
 from minitron_kernels.pruning.shards import Shard, is_whole, plan_shards, write_shards
 from minitron_kernels.pruning.staging import Staging, check_target, write_error
-
-if TYPE_CHECKING:
-    from minitron_kernels.pruning.plan import PruningPlan
 
 # never copied: weights in any format, and what belongs to training; and what is written anew
 _WEIGHTS = tuple(
@@ -239,7 +237,7 @@ def _job(source: SourceFolder, plan: PruningPlan, max_shard_bytes: int, others: 
     copied = [(name, (source.path / name).stat()) for name in others]
     facts = {
         "format": 1,
-        "plan": plan.to_json(),
+        "plan": plan.to_dict(),
         "weights": [file.fingerprint() for file in source.files],
         "others": [(name, status.st_size, status.st_mtime_ns) for name, status in copied],
         "max_shard_bytes": max_shard_bytes,

@@ -7,8 +7,10 @@ at any time is a block for each thread, or a whole tensor where its rows cannot 
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
+import itertools
 import math
 import os
 import threading
@@ -16,16 +18,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from minitron_kernels.ops.gather.index import ChannelIndex
+from minitron_kernels.pruning.cuts import Cut
 from minitron_kernels.pruning.safetensors_files import SINGLE_FILE, StoredTensor, make_header, read_at
 from minitron_kernels.pruning.staging import write_error
-
-if TYPE_CHECKING:
-    from minitron_kernels.pruning.cuts import Cut
 
 BLOCK_BYTES = 4 << 20  # of source rows, a piece of work
 
@@ -46,17 +46,13 @@ class Output:
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of rows of an output: its source bytes begin at `source_begin`, its own at `begin`."""
+    """A block of an output: its source bytes begin at `source_begin`, its own at `begin`; no cut: copied."""
 
-    output: Output
-    cut: Cut
+    source: StoredTensor
+    cut: Cut | None
     source_begin: int
     begin: int
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in the output."""
-        return math.prod(self.cut.shape) * self.output.source.dtype.itemsize
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -105,20 +101,43 @@ def plan_shards(cuts: Iterable[tuple[Cut, StoredTensor]], max_shard_bytes: int) 
 
 
 def _pieces(output: Output) -> Iterator[Piece]:
-    cut, itemsize = output.cut, output.source.dtype.itemsize
-    if not output.nbytes:
+    cut, source, begin = output.cut, output.source, output.begin
+    itemsize = source.dtype.itemsize
+    if cut.unchanged:
+        for done in range(0, output.nbytes, BLOCK_BYTES):
+            nbytes = min(BLOCK_BYTES, output.nbytes - done)
+            yield Piece(source, None, source.begin + done, begin + done, nbytes)
+    elif cut.experts is not None:
+        inside = math.prod(cut.source_shape[1:]) * itemsize
+        for new, (old, rows, cols) in enumerate(cut.experts):
+            expert = Cut(cut.name, cut.source_shape[1:], cut.shape[1:], rows, cols)
+            place = begin + new * math.prod(expert.shape) * itemsize
+            yield from _row_blocks(expert, source, source.begin + old * inside, place)
+    elif output.nbytes:
+        yield from _row_blocks(cut, source, source.begin, begin)
+
+
+def _row_blocks(cut: Cut, source: StoredTensor, source_begin: int, begin: int) -> Iterator[Piece]:
+    """Stretches of rows that a block of the source holds; the whole where rows are blended or not in order."""
+    itemsize = source.dtype.itemsize
+    rows = None if cut.rows is None else cut.rows.values
+    if len(cut.shape) != 2 or cut.blends or (rows is not None and bool((rows[1:] <= rows[:-1]).any())):
+        yield Piece(source, cut, source_begin, begin, math.prod(cut.shape) * itemsize)
         return
-    source_row = itemsize * math.prod(cut.source_shape[1:])
-    row = itemsize * math.prod(cut.shape[1:])
-    step = max(1, BLOCK_BYTES // source_row)
-    if not cut.splits_by_rows or cut.shape[0] <= step:
-        yield Piece(output, cut, output.source.begin, output.begin)
-        return
-    for first in range(0, cut.shape[0], step):
-        source_first, block = cut.block(first, min(first + step, cut.shape[0]))
-        yield Piece(
-            output, block, output.source.begin + source_first * source_row, output.begin + first * row
-        )
+    row_bytes, source_row_bytes = cut.shape[1] * itemsize, cut.source_shape[1] * itemsize
+    starts = torch.arange(0, cut.source_shape[0], max(1, BLOCK_BYTES // max(1, source_row_bytes)))
+    ends = starts if rows is None else torch.searchsorted(rows, starts)
+    for first, last in itertools.pairwise([*ends.tolist(), cut.shape[0]]):
+        if first == last:
+            continue
+        low, high = (first, last) if rows is None else (int(rows[first]), int(rows[last - 1]) + 1)
+        index = None
+        if rows is not None and high - low != last - first:
+            index = ChannelIndex(rows[first:last] - low, high - low)
+        shapes = {"source_shape": (high - low, cut.source_shape[1]), "shape": (last - first, cut.shape[1])}
+        block = dataclasses.replace(cut, rows=index, **shapes)
+        size = (last - first) * row_bytes
+        yield Piece(source, block, source_begin + low * source_row_bytes, begin + first * row_bytes, size)
 
 
 def checksum(data: memoryview) -> int:
@@ -194,7 +213,7 @@ class _Buffer:
             self._bytes = np.empty(0, np.uint8)  # the old one goes before the new one comes
             self._bytes = np.empty(nbytes, np.uint8)
         used = self._bytes[:nbytes]
-        return torch.from_numpy(used).view(dtype).view(tuple(shape)), memoryview(used)
+        return torch.from_numpy(used).view(dtype).view(tuple(shape)), used.data
 
 
 class _Work:
@@ -252,11 +271,12 @@ class _Work:
 
     def _do(self, shard: _OpenShard, number: int, source: _Buffer, out: _Buffer) -> None:
         piece = shard.pieces[number]
-        cut, stored = piece.cut, piece.output.source
-        tensor, data = source.tensor(cut.source_shape, stored.dtype)
+        cut, stored = piece.cut, piece.source
+        shape, dtype = ((piece.nbytes,), torch.uint8) if cut is None else (cut.source_shape, stored.dtype)
+        tensor, data = source.tensor(shape, dtype)
         stored.file.read_into(data, piece.source_begin)
-        if not cut.is_identity:
-            result, data = out.tensor(cut.shape, stored.dtype)
+        if cut is not None:
+            result, data = out.tensor(cut.shape, dtype)
             cut.apply(tensor, out=result)
         try:
             write_all(shard.fd, data, piece.begin)
