@@ -1,14 +1,16 @@
 """What becomes of each parameter under a plan: the one place that knows, for models in memory and on disk.
 
-A cut gathers rows and columns. Beyond that, heads may be blended (KV heads that become their mean, query heads
-that take over what dropped ones lack), and gains of norms be scaled. Experts are one stacked tensor in a model
-and one tensor each in a checkpoint; either way the same elements go through the same steps, to the same bits.
+A cut gathers rows and columns. Beyond that, heads may be blended (KV heads that become their mean, query
+heads that take over what dropped ones lack), and gains of norms be scaled. Experts are one stacked tensor in a
+model and one tensor each in a checkpoint; either way the same elements go through the same steps, to the same
+bits.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +47,7 @@ class Cut:
         name: in the smaller model: layers and experts are renumbered.
         source_shape, shape: before and after.
         rows, cols: what is gathered of the last two dimensions; of a vector `cols` only; None: all.
-        experts: of a stack of experts' weights, [expert, rows, cols] for those that stay, in order; else None.
+        experts: of a stack of experts' weights, (expert, rows, cols) for those that stay; else None.
         blends: heads that are more than a copy; they take their place after the gather.
         factor, offset: the gain of a norm, offset + weight, is multiplied by factor.
     """
@@ -93,8 +95,8 @@ class Cut:
         for blend in self.blends:
             total = torch.zeros((blend.length, *self.shape[1:]), dtype=wide, device=tensor.device)
             for weight, start in blend.terms:
-                rows = tensor.narrow(0, start, blend.length)
-                kept = rows if tensor.dim() == 1 else gather_channels(rows, None, self.cols)
+                head = tensor.narrow(0, start, blend.length)
+                kept = head if tensor.dim() == 1 else gather_channels(head, None, self.cols)
                 total.add_(kept.to(wide), alpha=weight)
             out.narrow(0, blend.start, blend.length).copy_(total)
         if self.factor != 1:
@@ -110,11 +112,11 @@ class Cuts:
         plan: what stays.
         rescale_norms: apply the plan's norm factors.
 
-    A family that multiplies its embeddings by √hidden_size multiplies them by less once channels have gone, while
-    what the layers add stays: all of the residual stream is then scaled by the same √(new / old size), which every
-    norm that reads it takes off again. Where the layers write through norms (Gemma 2 and 3) the gains of these
-    carry the factor, and not one element of the embedding or the head is rounded anew. Where they do not, the
-    embedding carries its inverse, and the final norm's gain takes it off again where the head is tied.
+    A family that multiplies its embeddings by √hidden_size multiplies them by less once channels have gone,
+    while what the layers add stays as it is. So what the layers add is scaled by √(new / old size) too: every
+    norm that reads the residual stream takes that off again. Where layers write through norms (Gemma 2 and 3)
+    the gains of these carry the factor, and no element of the embedding or the head is rounded anew. Where they
+    do not, the embedding carries the inverse, and the final norm's gain takes it off again if the head is tied.
     """
 
     def __init__(self, plan: PruningPlan, *, rescale_norms: bool = True) -> None:
@@ -129,7 +131,7 @@ class Cuts:
         self._known = functools.lru_cache(maxsize=None)(self._list_known)
 
     def names(self, stored: bool = False) -> list[str]:
-        """All parameters of the source, by their names in the model or in checkpoints; a tied head is left out."""
+        """All parameters of the source, by their names in the model or in checkpoints, but a tied head."""
         return list(self._known(stored))
 
     def of(self, name: str, stored: bool = False) -> Cut | None:
@@ -142,9 +144,7 @@ class Cuts:
             ValueError: the source has no such parameter.
         """
         located = self._known(stored).get(name)
-        if (
-            located is None and name == f"{self.family.head}.weight"
-        ):  # a checkpoint may hold a tied head again
+        if located is None and name == f"{self.family.head}.weight":  # checkpoints may hold a tied head
             located = self.family.locate(name, self.plan.source_config)
         if located is None:
             raise ValueError(
@@ -162,26 +162,40 @@ class Cuts:
                 return None
             expert = entry.experts.index(expert)
         factor, offset = self._gain(name)
-        common = {
-            "name": located.moved(new, expert),
-            "source_shape": located.shape(self.source),
-            "shape": located.shape(self.target),
-            "blends": self._blends(located, entry),
-            "factor": factor,
-            "offset": offset,
-        }
-        dims = located.dims
-        if len(dims) == 3 and entry is not None and entry.experts is not None:
-            stacked = tuple(
-                (old, self._index(dims[1], located.layer, new), self._index(dims[2], located.layer, new))
-                for new, old in enumerate(entry.experts)
-            )
-            whole = entry.experts == tuple(range(self.source["experts"]))
-            if not whole or any(index is not None for _, *pair in stacked for index in pair):
-                common["experts"] = stacked
-            return Cut(**common)
-        indices = [self._index(parts, located.layer, expert) for parts in dims]
-        return Cut(rows=indices[0] if len(dims) == 2 else None, cols=indices[-1], **common)
+        indices, stack = [], None
+        if len(located.dims) == 3 and entry is not None:
+            stack = self._stack(located, entry)
+        else:
+            indices = [self._index(parts, located.layer, expert) for parts in located.dims]
+        return Cut(
+            name=located.moved(new, expert),
+            source_shape=located.shape(self.source),
+            shape=located.shape(self.target),
+            rows=indices[0] if len(indices) == 2 else None,
+            cols=indices[-1] if indices else None,
+            experts=stack,
+            blends=self._blends(located, entry),
+            factor=factor,
+            offset=offset,
+        )
+
+    def _stack(self, located: Located, entry: LayerPlan) -> tuple[tuple[int, Index, Index], ...] | None:
+        """What is kept of the stacked weights of experts; None: all of it."""
+        assert entry.experts is not None, "stacked weights in a dense layer"
+        _, rows, cols = located.dims
+        stack = tuple(
+            (old, self._index(rows, located.layer, new), self._index(cols, located.layer, new))
+            for new, old in enumerate(entry.experts)
+        )
+        whole = entry.experts == tuple(range(self.source["experts"]))
+        return None if whole and all(row is col is None for _, row, col in stack) else stack
+
+    def source_module(self, name: str) -> str:
+        """What a module, or a buffer, of the smaller model is called in the source."""
+        inside = re.fullmatch(rf"{re.escape(self.family.layers)}\.(\d+)\.(.+)", name)
+        if not inside:
+            return name
+        return f"{self.family.layers}.{self.plan.layers[int(inside[1])].layer}.{inside[2]}"
 
     def _list_known(self, stored: bool) -> dict[str, Located]:
         params = self.family.parameters(self.plan.source_config, stored=stored)

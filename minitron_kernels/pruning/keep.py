@@ -5,7 +5,9 @@ A list of kept indices is written as runs, "0-63,70,72-80", in the order of the 
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,11 +68,9 @@ def check_keep(keep: Keep, count: int, size: int, order: str) -> None:
     if wrong:
         raise ValueError(f"must hold indices below {size}, got {wrong[0]}")
     if len(set(keep)) != len(keep):
-        seen: set[int] = set()
-        double = next(index for index in keep if index in seen or seen.add(index))  # type: ignore[func-returns-value]
-        raise ValueError(f"has {double} twice")
+        raise ValueError(f"has {next(index for index, n in Counter(keep).items() if n > 1)} twice")
     if order == "original":
-        for first, second in zip(keep, keep[1:], strict=False):
+        for first, second in itertools.pairwise(keep):
             if second < first:
                 raise ValueError(f'must rise where order is "original", got {second} after {first}')
 
@@ -130,9 +130,10 @@ def choose_heads(
         scores: of the query heads; None where no head goes.
         before, after: (query heads, KV heads). A plan has checked that they can be.
         merge_kv: neighbouring KV groups become one of the mean key and value, which serves the best query
-            heads of all of them. Else the best groups stay, by the sum of the scores of the heads they keep.
+            heads of all of them. Else the best groups stay, by the summed scores of the heads they keep.
         merge_query: add what the dropped heads lack to the kept ones (P1 §2.3): with the L heads of a group by
-            falling score, of which K stay, head_i <- 2 head_i - head_{2K-i+1} for i in [2K-L+1, K] (from 1).
+            falling score, K of which stay, head_i <- 2 head_i - head_{2K-i+1} for i from 2K-L+1 to K, counted
+            from 1.
         order: of the heads in a group, and of kept groups.
     """
     group, kept_per_group = before[0] // before[1], after[0] // after[1]

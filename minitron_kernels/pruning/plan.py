@@ -68,26 +68,28 @@ def make_plan(
             [experts, expert_mlp]}, "layers" [layers], and for rescaling "energy" {norm's name: [hidden]}.
         config: a transformers config, or the dict in config.json; default: that of the scores.
         **sizes: by their names in the config: hidden_size, intermediate_size, num_hidden_layers,
-            num_attention_heads, num_key_value_heads, num_experts or num_local_experts, moe_intermediate_size.
+            num_attention_heads, num_key_value_heads, num_experts or num_local_experts,
+            moe_intermediate_size.
             Hidden and MLP sizes must be multiples of the divisor.
         ratio: of hidden and MLP sizes to those of the source, or by name, {"intermediate_size": 0.75}; rounded
             to the nearest multiple of the divisor.
         params: a budget of parameters, embeddings included; find_sizes() tells how the sizes are picked. The
             plan lists the best candidates.
         search: the sizes that `params` may choose; default: the hidden and MLP sizes that are not told.
-        num_experts_per_tok: for the new config; needed where fewer experts stay than a token is routed to.
+        num_experts_per_tok: for the new config; needed where fewer experts stay than serve a token.
         drop_layers: these layers go. Else, with num_hidden_layers, the block of neighbouring layers goes whose
             measured loss, or summed score in the table "layers", is least.
         block_losses: the loss of the model without the block, by the block's first layer.
         kv_heads: how KV heads become fewer. "prune": KV groups go, with their query heads. "merge": as many
             neighbouring ones each time become one with the mean of their key and value weights (GQA, arXiv
             2305.13245); their query heads all attend to it, the best of them where heads go as well.
-        merge_heads: add to the kept query heads of a group what the dropped ones lack (P1 §2.3): head_i <-
-            2 head_i - head_{2K-i+1} for i in [2K-L+1, K], heads by falling score, L of them, K kept, L ≤ 2K.
-            The query projection only: keys and values are the group's. Off by default: a matter for retraining.
+        merge_heads: make the kept query heads of a group stand for the dropped ones too (P1 §2.3): head_i <-
+            2 head_i - head_{2K-i+1} for i from 2K-L+1 to K, with the L ≤ 2K heads of a KV group by falling score
+            and K of them kept. The query projection only: keys and values are the group's.
         order: of what is kept on an axis: "original", or "importance" (falling; heads inside their KV group).
             A model in order of importance can be cut again by slicing.
-        divisor: what hidden and MLP sizes must be multiples of, for all or by name; default 64, for a budget 128.
+        divisor: what hidden and MLP sizes must be multiples of, for all or by name; default 64, and 128 where
+            sizes are searched for a budget.
         rescale_norms: multiply the gain of each norm by √(share of the energy of its input that the kept
             channels hold · old size / new size), so that kept channels leave it as large as before though the
             norm divides by the root mean square of fewer. Needs the table "energy". A LayerNorm is treated
@@ -189,7 +191,7 @@ def make_plan(
 
 def _said(**options: Any) -> dict[str, Any]:
     """The options that were given, as JSON holds them."""
-    said = {}
+    said: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, Mapping):
             said[name] = dict(value)
@@ -275,9 +277,8 @@ def _settle_heads(before: Sizes, after: Sizes, kv_told: bool, kv_choice: str) ->
         )
     if kv_choice == "prune" and new > old:
         raise ValueError(
-            f"num_key_value_heads {after['kv_heads']} with {after['heads']} query heads makes groups of {new}, "
-            f"but a KV group has {old}: keep at most {old * after['kv_heads']} num_attention_heads, or take "
-            'kv_heads="merge"'
+            f"num_key_value_heads {after['kv_heads']} would serve {new} query heads each, but a KV group has "
+            f'{old}: keep at most {old * after["kv_heads"]} num_attention_heads, or take kv_heads="merge"'
         )
     if kv_choice == "merge" and before["kv_heads"] % after["kv_heads"]:
         raise ValueError(

@@ -357,7 +357,8 @@ def _check_heads(
             for head in mine:
                 if head // group not in group_sources:
                     raise ValueError(
-                        f"must have {kept} heads of KV group {format_runs(group_sources)} from place {new * kept} on, got {head}"
+                        f"must have {kept} heads of KV group {format_runs(group_sources)} from place "
+                        f"{new * kept} on, got {head}"
                     )
             check_keep(mine, kept, before["heads"], order)
         pairs = [head for pair in heads.merged for head in pair]
