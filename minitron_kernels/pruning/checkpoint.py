@@ -75,6 +75,7 @@ def prune_checkpoint(
     *,
     max_shard_bytes: int = 5_000_000_000,
     threads: int | None = None,
+    rescale_norms: bool = True,
     overwrite: bool = False,
     progress: bool = True,
 ) -> PrunedCheckpoint:
@@ -95,6 +96,7 @@ def prune_checkpoint(
         plan: from make_plan, for a model of src's sizes.
         max_shard_bytes: of tensors in one file of `dst`; a tensor is never split.
         threads: that read, cut and write; default: one for each core, at most 8.
+        rescale_norms: multiply norms' gains by the plan's factors; see make_plan().
         overwrite: whether a checkpoint in `dst` is replaced.
         progress: whether to show a bar on stderr, in bytes written.
 
@@ -106,11 +108,12 @@ def prune_checkpoint(
     source_path, target = _check_paths(Path(src), Path(dst), overwrite)
     threads = _check_numbers(max_shard_bytes, threads)
     config = _check_config(source_path / "config.json", plan)
+    cuts = Cuts(plan, rescale_norms=rescale_norms)
     with open_folder(source_path) as source:
-        pairs = _match(source, Cuts(plan))
+        pairs = _match(source, cuts)
         shards = plan_shards(pairs, max_shard_bytes)
         others = list(_other_files(source_path))
-        with Staging.open(target, _job(source, plan, max_shard_bytes, others)) as staging:
+        with Staging.open(target, _job(source, others, plan, rescale_norms, max_shard_bytes)) as staging:
             resumed = _resume(shards, staging)
             todo = [shard for shard in shards if shard.name not in resumed]
             _check_space(staging.path, todo, [source_path / name for name in others])
@@ -232,12 +235,15 @@ def _other_files(src: Path) -> Iterator[str]:
                 yield str(path.relative_to(src))
 
 
-def _job(source: SourceFolder, plan: PruningPlan, max_shard_bytes: int, others: list[str]) -> str:
+def _job(
+    source: SourceFolder, others: list[str], plan: PruningPlan, rescale_norms: bool, max_shard_bytes: int
+) -> str:
     """Tells this work from any other: a change of the plan, a source file or the shards makes another one."""
     copied = [(name, (source.path / name).stat()) for name in others]
     facts = {
         "format": 1,
         "plan": plan.to_dict(),
+        "rescale_norms": rescale_norms,
         "weights": [file.fingerprint() for file in source.files],
         "others": [(name, status.st_size, status.st_mtime_ns) for name, status in copied],
         "max_shard_bytes": max_shard_bytes,
@@ -272,12 +278,15 @@ def _check_space(folder: Path, shards: list[Shard], others: list[Path]) -> None:
 
 
 def _target_config(source: dict[str, Any], plan: PruningPlan) -> dict[str, Any]:
-    """The plan's target; what says how the weights are stored is the source's own."""
-    config = dict(plan.target_config)
-    for keys in (("dtype", "torch_dtype"), ("architectures",)):
-        for key in keys:
-            config.pop(key, None)
-        config.update({key: source[key] for key in keys if key in source})
+    """The source's own config.json, with what the plan changes in it, and with every size written out."""
+    family = family_of(source)
+    sizes = {key for axis in family.sizes(source) for key in family.keys_of(axis)}
+    config = dict(source)
+    for key, value in plan.target_config.items():
+        changed = key not in plan.source_config or plan.source_config[key] != value
+        # head_dim follows from other sizes where it is left out, and these have changed
+        if changed or (key in sizes and key not in source):
+            config[key] = value
     return config
 
 

@@ -118,7 +118,7 @@ def _pieces(output: Output) -> Iterator[Piece]:
 
 
 def _row_blocks(cut: Cut, source: StoredTensor, source_begin: int, begin: int) -> Iterator[Piece]:
-    """Stretches of rows that a block of the source holds; the whole where rows are blended or not in order."""
+    """Stretches of rows that a block of the source holds; all where rows are blended or not in order."""
     itemsize = source.dtype.itemsize
     rows = None if cut.rows is None else cut.rows.values
     if len(cut.shape) != 2 or cut.blends or (rows is not None and bool((rows[1:] <= rows[:-1]).any())):
@@ -134,8 +134,12 @@ def _row_blocks(cut: Cut, source: StoredTensor, source_begin: int, begin: int) -
         index = None
         if rows is not None and high - low != last - first:
             index = ChannelIndex(rows[first:last] - low, high - low)
-        shapes = {"source_shape": (high - low, cut.source_shape[1]), "shape": (last - first, cut.shape[1])}
-        block = dataclasses.replace(cut, rows=index, **shapes)
+        block = dataclasses.replace(
+            cut,
+            rows=index,
+            source_shape=(high - low, cut.source_shape[1]),
+            shape=(last - first, cut.shape[1]),
+        )
         size = (last - first) * row_bytes
         yield Piece(source, block, source_begin + low * source_row_bytes, begin + first * row_bytes, size)
 
@@ -172,7 +176,7 @@ def is_whole(shard: Shard, folder: Path, digest: str) -> bool:
             for piece in shard.pieces():
                 if len(buffer) < piece.nbytes:
                     buffer = np.empty(piece.nbytes, np.uint8)
-                view = memoryview(buffer)[: piece.nbytes]
+                view = buffer.data[: piece.nbytes]
                 if read_at(stream.fileno(), view, piece.begin) < piece.nbytes:
                     return False
                 sums.append(checksum(view))
