@@ -22,10 +22,10 @@ _KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("kl_loss", "triton"): ("cuda",),
     ("linear_kl_loss", "native"): ("cpu", "cuda"),
     ("linear_kl_loss", "triton"): ("cuda",),
-    ("importance", "native"): ("cpu",),
-    ("importance", "triton"): (),
-    ("gather", "native"): ("cpu",),
-    ("gather", "triton"): (),
+    ("importance", "native"): ("cpu", "cuda"),
+    ("importance", "triton"): ("cuda",),
+    ("gather", "native"): ("cpu", "cuda"),
+    ("gather", "triton"): ("cuda",),
 }
 OPS = tuple(dict.fromkeys(op for op, _ in _KERNELS))
 
