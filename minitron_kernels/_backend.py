@@ -24,6 +24,8 @@ _KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("linear_kl_loss", "triton"): ("cuda",),
     ("importance", "native"): ("cpu",),
     ("importance", "triton"): (),
+    ("gather", "native"): ("cpu",),
+    ("gather", "triton"): (),
 }
 OPS = tuple(dict.fromkeys(op for op, _ in _KERNELS))
 
