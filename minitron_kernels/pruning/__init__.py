@@ -1,0 +1,24 @@
+"""From scores to a smaller model: plan what stays, then cut a model or a checkpoint."""
+
+from minitron_kernels.pruning.cuts import Cut, Cuts
+from minitron_kernels.pruning.families import Family, Located, Param, Taps, known_families, register_family
+from minitron_kernels.pruning.model import prune_model
+from minitron_kernels.pruning.plan import make_plan
+from minitron_kernels.pruning.pruning_plan import PruningPlan
+from minitron_kernels.pruning.sizes import Candidate, find_sizes
+
+__all__ = [
+    "Candidate",
+    "Cut",
+    "Cuts",
+    "Family",
+    "Located",
+    "Param",
+    "PruningPlan",
+    "Taps",
+    "find_sizes",
+    "known_families",
+    "make_plan",
+    "prune_model",
+    "register_family",
+]
