@@ -486,6 +486,8 @@ def test_cuts_by_name():
     assert (fused.name, fused.shape) == ("model.layers.1.mlp.experts.gate_up_proj", (3, 48, 32))
     assert cuts.of("model.layers.2.self_attn.q_norm.weight").unchanged
     assert not fused.unchanged
+    assert cuts.source_module("model.layers.1.self_attn.rotary") == "model.layers.2.self_attn.rotary"
+    assert cuts.source_module("model.rotary_emb.inv_freq") == "model.rotary_emb.inv_freq"
     # a checkpoint may hold the tied head a second time
     assert "lm_head.weight" not in cuts.names(stored=True)
     assert cuts.of("lm_head.weight", stored=True).shape == (96, 32)
