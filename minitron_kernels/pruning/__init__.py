@@ -1,10 +1,11 @@
-"""From scores to a smaller model: plan what stays, then cut a model or a checkpoint."""
+"""From activations to a smaller model: scores, a plan of what stays, the cut."""
 
 from minitron_kernels.pruning.cuts import Cut, Cuts
 from minitron_kernels.pruning.families import Family, Located, Param, Taps, known_families, register_family
 from minitron_kernels.pruning.model import prune_model
 from minitron_kernels.pruning.plan import make_plan
 from minitron_kernels.pruning.pruning_plan import PruningPlan
+from minitron_kernels.pruning.scores import ImportanceScores
 from minitron_kernels.pruning.sizes import Candidate, find_sizes
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Cut",
     "Cuts",
     "Family",
+    "ImportanceScores",
     "Located",
     "Param",
     "PruningPlan",

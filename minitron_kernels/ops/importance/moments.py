@@ -18,7 +18,10 @@ KIND_OF = {"mean": reference.ABS, "L2": reference.SQUARE, "var": reference.CENTR
 
 
 class Moments(NamedTuple):
-    """Sums over each sequence's tokens: `values` [planes, B, M], planes as `kinds` asks; `counts` [B]."""
+    """Sums over each sequence's tokens: `values` [planes, B, M], planes as `kinds` asks; `counts` [B].
+
+    Where G equal groups of the values see different tokens of a sequence, as experts do, `counts` is [B, G].
+    """
 
     values: Tensor
     counts: Tensor
@@ -27,7 +30,7 @@ class Moments(NamedTuple):
     def aggregate(self, seq: str) -> Tensor:
         """[B, M] float64: (1/n)Σ|v|, √Σv² or (1/n)Σ(v−v̄)² of each sequence; 0 for one without tokens."""
         values = self.values.double()
-        count = self.counts.clamp(min=1).double()[:, None]
+        count = _per_value(self.counts, values.shape[-1]).clamp(min=1)
         if seq == "mean":
             return values[0] / count
         if seq == "L2":
@@ -86,10 +89,17 @@ def rows_of(x: Tensor, y: Tensor | None, backend: str) -> Tensor:
     return reference.importance_rows(x, y)
 
 
+def _per_value(counts: Tensor, values: int) -> Tensor:
+    """[B] or [B, G] counts -> float64 that goes with [B, values]."""
+    if counts.dim() == 1:
+        return counts.double()[:, None]
+    return counts.double().repeat_interleave(values // max(counts.shape[1], 1), dim=1)
+
+
 def combine(moments: Moments, group: ProcessGroup | None) -> Moments:
     """The moments of sequences that are cut over the ranks of a context-parallel group, in float64."""
     values, counts = moments.values.double(), moments.counts.clone()
-    local = moments.counts.double()[:, None]
+    local = _per_value(moments.counts, values.shape[-1])
     torch.distributed.all_reduce(counts, group=group)
     centred = None
     if moments.kinds & reference.CENTRED:
@@ -99,7 +109,7 @@ def combine(moments: Moments, group: ProcessGroup | None) -> Moments:
     torch.distributed.all_reduce(values, group=group)
     if centred is not None:
         # Chan et al. 1979: M2 of the union, from each part's own and its mean's distance from the union's
-        mean = values[-1] / counts.clamp(min=1).double()[:, None]
+        mean = values[-1] / _per_value(counts, values.shape[-1]).clamp(min=1)
         centred = centred + local * (local_mean - mean).square()
         torch.distributed.all_reduce(centred, group=group)
         values = torch.cat([values, centred[None]])
