@@ -1,9 +1,9 @@
 """What becomes of each parameter under a plan: the one place that knows, for models in memory and on disk.
 
 A cut gathers rows and columns. Beyond that, heads may be blended (KV heads that become their mean, query
-heads that take over what dropped ones lack), and gains of norms be scaled. Experts are one stacked tensor in a
-model and one tensor each in a checkpoint; either way the same elements go through the same steps, to the same
-bits.
+heads that take over what dropped ones lack), and gains of norms be scaled. Experts are one stacked tensor in
+a model and one tensor each in a checkpoint; either way the same elements go through the same steps, to the
+same bits.
 """
 
 from __future__ import annotations
@@ -115,8 +115,9 @@ class Cuts:
     A family that multiplies its embeddings by √hidden_size multiplies them by less once channels have gone,
     while what the layers add stays as it is. So what the layers add is scaled by √(new / old size) too: every
     norm that reads the residual stream takes that off again. Where layers write through norms (Gemma 2 and 3)
-    the gains of these carry the factor, and no element of the embedding or the head is rounded anew. Where they
-    do not, the embedding carries the inverse, and the final norm's gain takes it off again if the head is tied.
+    the gains of these carry the factor, and no element of the embedding or the head is rounded anew. Where
+    they do not, the embedding carries the inverse, and the final norm's gain takes it off again if the head
+    is tied.
     """
 
     def __init__(self, plan: PruningPlan, *, rescale_norms: bool = True) -> None:
@@ -148,8 +149,8 @@ class Cuts:
             located = self.family.locate(name, self.plan.source_config)
         if located is None:
             raise ValueError(
-                f"{name!r} is no parameter of a {self.plan.source_config['model_type']} model with the plan's "
-                "source_config"
+                f"{name!r} is no parameter of the plan's source, a "
+                f"{self.plan.source_config['model_type']} model"
             )
         new, entry = None, None
         if located.layer is not None:

@@ -131,9 +131,9 @@ def choose_heads(
         before, after: (query heads, KV heads). A plan has checked that they can be.
         merge_kv: neighbouring KV groups become one of the mean key and value, which serves the best query
             heads of all of them. Else the best groups stay, by the summed scores of the heads they keep.
-        merge_query: add what the dropped heads lack to the kept ones (P1 §2.3): with the L heads of a group by
-            falling score, K of which stay, head_i <- 2 head_i - head_{2K-i+1} for i from 2K-L+1 to K, counted
-            from 1.
+        merge_query: add what the dropped heads lack to the kept ones (P1 §2.3): with the L heads of a group
+            by falling score, K of which stay, head_i <- 2 head_i - head_{2K-i+1} for i from 2K-L+1 to K,
+            counted from 1.
         order: of the heads in a group, and of kept groups.
     """
     group, kept_per_group = before[0] // before[1], after[0] // after[1]

@@ -26,9 +26,9 @@ def prune_model(
     requires_grad, the model its mode (training or not) and its generation config; hooks are left behind.
 
     Under a plan that keeps everything each parameter is the same to the bit. Where neurons go whose down
-    projection is zero, logits stay the same but for the rounding of sums that are taken in other steps. So they
-    do where channels of the residual stream go that are zero for all tokens, if gains are rescaled, but for the
-    norms' epsilon as well.
+    projection is zero, logits stay the same but for the rounding of sums that are taken in other steps. So
+    they do where channels of the residual stream go that are zero for all tokens, if gains are rescaled, but
+    for the norms' epsilon as well.
 
     Args:
         model: a causal language model of transformers, of a known family; quantized or adapted ones are not
@@ -149,7 +149,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _fresh_buffers(kind: type[nn.Module], config: Any) -> dict[str, Tensor]:
-    """The buffers of a new model of this config, as from_pretrained() sets them; NaN or 0 where it does not."""
+    """The buffers of a new model of this config, as from_pretrained() sets them; else NaN or 0."""
     made = _skeleton(kind, config)
     for name, buffer in list(made.named_buffers()):
         unset = float("nan") if buffer.is_floating_point() else 0

@@ -69,23 +69,23 @@ def make_plan(
         config: a transformers config, or the dict in config.json; default: that of the scores.
         **sizes: by their names in the config: hidden_size, intermediate_size, num_hidden_layers,
             num_attention_heads, num_key_value_heads, num_experts or num_local_experts,
-            moe_intermediate_size.
+            moe_intermediate_size. KV heads follow the query heads where each has its own.
             Hidden and MLP sizes must be multiples of the divisor.
-        ratio: of hidden and MLP sizes to those of the source, or by name, {"intermediate_size": 0.75}; rounded
-            to the nearest multiple of the divisor.
+        ratio: of hidden and MLP sizes to those of the source, or by name, {"intermediate_size": 0.75};
+            rounded to the nearest multiple of the divisor.
         params: a budget of parameters, embeddings included; find_sizes() tells how the sizes are picked. The
             plan lists the best candidates.
         search: the sizes that `params` may choose; default: the hidden and MLP sizes that are not told.
         num_experts_per_tok: for the new config; needed where fewer experts stay than serve a token.
-        drop_layers: these layers go. Else, with num_hidden_layers, the block of neighbouring layers goes whose
-            measured loss, or summed score in the table "layers", is least.
+        drop_layers: these layers go. Else, with num_hidden_layers, the block of neighbouring layers goes
+            whose measured loss, or summed score in the table "layers", is least.
         block_losses: the loss of the model without the block, by the block's first layer.
         kv_heads: how KV heads become fewer. "prune": KV groups go, with their query heads. "merge": as many
             neighbouring ones each time become one with the mean of their key and value weights (GQA, arXiv
             2305.13245); their query heads all attend to it, the best of them where heads go as well.
         merge_heads: make the kept query heads of a group stand for the dropped ones too (P1 §2.3): head_i <-
-            2 head_i - head_{2K-i+1} for i from 2K-L+1 to K, with the L ≤ 2K heads of a KV group by falling score
-            and K of them kept. The query projection only: keys and values are the group's.
+            2 head_i - head_{2K-i+1} for i from 2K-L+1 to K, with the L ≤ 2K heads of a KV group by falling
+            score and K of them kept. The query projection only: keys and values are the group's.
         order: of what is kept on an axis: "original", or "importance" (falling; heads inside their KV group).
             A model in order of importance can be cut again by slicing.
         divisor: what hidden and MLP sizes must be multiples of, for all or by name; default 64, and 128 where
@@ -147,7 +147,9 @@ def make_plan(
     elif search is not None:
         raise ValueError("search chooses sizes for a budget: give params as well")
     after = {**before, **given, "layers": len(layers)}
-    _settle_heads(before, after, "kv_heads" in given, kv_heads)
+    if before["heads"] == before["kv_heads"] and "kv_heads" not in given and kv_heads == "prune":
+        after["kv_heads"] = after["heads"]
+    _check_heads(before, after, kv_heads)
     if merge_heads:
         _check_merge(before, after, kv_heads)
     target = target_config_of(config, after, layers)
@@ -265,10 +267,8 @@ def _kept_layers(
     return [layer for layer in range(before) if not start <= layer < start + count]
 
 
-def _settle_heads(before: Sizes, after: Sizes, kv_told: bool, kv_choice: str) -> None:
-    """Check that query and KV heads fit together; KV heads follow where each query head has its own."""
-    if before["heads"] == before["kv_heads"] and not kv_told and kv_choice == "prune":
-        after["kv_heads"] = after["heads"]
+def _check_heads(before: Sizes, after: Sizes, kv_choice: str) -> None:
+    """That as many query heads can be kept for each KV head."""
     old, new = before["heads"] // before["kv_heads"], after["heads"] // after["kv_heads"]
     if after["heads"] % after["kv_heads"]:
         raise ValueError(
@@ -312,7 +312,7 @@ def _settle_experts(
         target["num_experts_per_tok"] = per_token
     elif routed is not None and routed > after["experts"]:
         raise ValueError(
-            f"a token is routed to {routed} experts, but only {after['experts']} stay: keep at least {routed}, "
+            f"a token goes to {routed} experts, but only {after['experts']} stay: keep at least {routed}, "
             f"or give num_experts_per_tok={after['experts']}"
         )
 

@@ -1,4 +1,4 @@
-"""How big the smaller model is to be: sizes by their names in the config, by ratio, or by a parameter budget."""
+"""How big the smaller model is to be: sizes by name, ratios, or a parameter budget."""
 
 from __future__ import annotations
 
@@ -20,13 +20,8 @@ from minitron_kernels.pruning.families import (
 
 DIVISOR = 64  # of sizes that are given: rows of 128 bytes in bf16, tiles of tensor cores
 SEARCH_DIVISOR = 128  # of sizes that are searched for a budget: what GEMM libraries tile by
-CHANNELS = (
-    "hidden",
-    "mlp",
-    "expert_mlp",
-)  # axes that the divisor is for; the others count heads, layers, experts
-WIDTH = CHANNELS
-SHAPE_SPREAD = 1.1
+WIDTH = ("hidden", "mlp", "expert_mlp")  # axes of channels, which the divisor is for
+NEARLY = 0.97  # of the largest that fits: near enough to prefer the better shape
 MOST_CANDIDATES = 200_000
 
 Sizes = dict[str, int]
@@ -39,7 +34,7 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def full_value(config: Config, key: str) -> Any:
-    """`key` of a config, else what transformers takes where config.json leaves it out; None where it has none."""
+    """`key` of a config, else what transformers takes where config.json leaves it out; else None."""
     value = config_value(config, key)
     if value is not None or not isinstance(config, Mapping):
         return value
@@ -52,7 +47,7 @@ def full_value(config: Config, key: str) -> Any:
 
 
 class ParameterCount:
-    """Counts the parameters of a model for many sizes: exact, a product and a sum for each kind of parameter."""
+    """Counts the parameters of a model for many sizes, exactly: a sum over kinds of parameters."""
 
     def __init__(self, family: Family, config: Config) -> None:
         self.kinds: dict[int | None, Counter[tuple[tuple[str, ...], ...]]] = {}
@@ -105,7 +100,7 @@ def divisor_of(divisor: int | Mapping[str, int] | None, name: str, axis: str, de
     Raises:
         TypeError, ValueError: `divisor` is no positive int.
     """
-    if axis not in CHANNELS:
+    if axis not in WIDTH:
         return 1
     value = divisor.get(name, default) if isinstance(divisor, Mapping) else divisor
     value = default if value is None else value
@@ -198,15 +193,15 @@ def find_sizes(
     """The sizes of models of at most `params` parameters, best first.
 
     All combinations of multiples of the divisor (128), from a quarter of the source's size up, are counted,
-    embeddings included. First come those that shrink alike, whose sizes' shares of the source's lie within 10 %
-    of each other: of them the largest first. Then the others, by how alike they shrink.
+    embeddings included. First come those that have at least 97 % of the parameters of the largest that fits:
+    of them the one first whose sizes shrink most alike. Then the others, the largest first.
 
     Args:
         config: of the source.
         params: the budget, e.g. 8.4e9.
         search: names of sizes to choose; default: hidden and MLP sizes. num_hidden_layers only where all
             layers are made alike.
-        fixed: other sizes, by name.
+        fixed: other sizes, by name; any divisor.
         layers: the layers that stay; default: all, or as many as `search` chooses.
         divisor: of hidden and MLP sizes, one for all or by name.
         loadable: leave out sizes that transformers would not load.
@@ -217,7 +212,7 @@ def find_sizes(
 
     Example:
         >>> find_sizes(config, 8.5e9)[0].sizes                          # doctest: +SKIP
-        {'hidden_size': 4096, 'intermediate_size': 11648}
+        {'hidden_size': 4096, 'intermediate_size': 11520}
     """
     config = as_dict(config)
     family = family_of(config)
@@ -225,7 +220,7 @@ def find_sizes(
     names = size_names(family, config)
     if isinstance(params, bool) or not isinstance(params, (int, float)):
         raise TypeError(f"params must be a number, got {params!r}")
-    told = {_axis(name, names, config): size for name, size in (fixed or {}).items()}
+    told = given_sizes(family, config, fixed or {}, None, 1)
     if search is None:
         search = [name for name, axis in names.items() if axis in WIDTH and axis not in told]
     axes = [_axis(name, names, config) for name in search]
@@ -246,30 +241,38 @@ def find_sizes(
         n: count.of(kept[:n]) for n in (grids[axes.index("layers")] if "layers" in axes else [len(kept)])
     }
     group = before["heads"] // before["kv_heads"]
+    follow = group == 1 and "kv_heads" not in told and "kv_heads" not in axes
     found, least = [], math.inf
     for choice in itertools.product(*grids):
         sizes = {**before, "layers": len(kept), **told, **dict(zip(axes, choice, strict=True))}
-        if sizes["heads"] % sizes["kv_heads"] or sizes["heads"] // sizes["kv_heads"] > group:
+        if follow:
+            sizes["kv_heads"] = sizes["heads"]
+        per_group, rest = divmod(sizes["heads"], sizes["kv_heads"])
+        if rest or (per_group > group and "kv_heads" in axes):
+            continue
+        if loadable and family.refuses(write_sizes(family, config, sizes)):
             continue
         parameters = count_of(kinds[sizes["layers"]], sizes)
         least = min(least, parameters)
-        if parameters > params or (loadable and family.refuses(write_sizes(family, config, sizes))):
+        if parameters > params:
             continue
         shares = [sizes[axis] / before[axis] for axis in axes]
         chosen = dict(zip(search, choice, strict=True))
         found.append(Candidate(chosen, parameters, max(shares) / min(shares)))
+    if least == math.inf:
+        raise ValueError(f"search finds no sizes {list(search)} that go with the others")
     if not found:
         raise ValueError(
             f"params must be at least {least:,}, the smallest of sizes {list(search)}, got {params:,}"
         )
-    found.sort(key=_rank)
-    return found[:limit]
+    enough = NEARLY * max(candidate.parameters for candidate in found)
 
+    def rank(candidate: Candidate) -> tuple[float, ...]:
+        if candidate.parameters >= enough:
+            return 0, candidate.spread, -candidate.parameters
+        return 1, -candidate.parameters, candidate.spread
 
-def _rank(candidate: Candidate) -> tuple[float, ...]:
-    if candidate.spread <= SHAPE_SPREAD:
-        return 0, -candidate.parameters, candidate.spread
-    return 1, candidate.spread, -candidate.parameters
+    return sorted(found, key=rank)[:limit]
 
 
 def _grid(
@@ -295,7 +298,7 @@ def write_sizes(family: Family, config: Config, sizes: Mapping[str, int]) -> dic
 
 
 def target_config_of(config: Config, sizes: Mapping[str, int], layers: Sequence[int]) -> dict[str, Any]:
-    """The config of the smaller model: sizes and head_dim written, entries of each layer cut to those that stay."""
+    """The config of the smaller model: sizes and head_dim written, entries for each layer cut as well."""
     family = family_of(config)
     before = family.sizes(config)["layers"]
     target = as_dict(write_sizes(family, config, sizes))
