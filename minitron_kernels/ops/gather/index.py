@@ -52,6 +52,8 @@ class ChannelIndex:
         self.size = size
         self._block: int | None = None
         self._on: dict[tuple[torch.device, int], Tensor] = {}
+        if keep.device.type != "cpu":
+            self._on[keep.device, 1] = keep.detach().to(torch.int64, copy=True).contiguous()
 
     def __len__(self) -> int:
         return self.values.shape[0]
@@ -61,6 +63,7 @@ class ChannelIndex:
 
     @property
     def block(self) -> int:
+        """See the class."""
         if self._block is None:
             self._block = next((b for b in _BLOCKS if self._is_made_of(b)), 1)
         return self._block
