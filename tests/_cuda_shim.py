@@ -12,27 +12,22 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
+from _faults import Fault
 
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
 FORWARD, REVERSE = 0, 1  # orders of threads; from 2 on, the seed of a shuffle
 SANITIZERS = "-fsanitize=address,undefined"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """In `file` (under csrc), the one occurrence of `old` becomes `new`."""
-
-    file: str
-    old: str
-    new: str
+SANITIZE = os.environ.get("MINITRON_TEST_SHIM_SANITIZE") == "1"  # set by run_sanitized() for its child
 
 
 # planted to save time in compiling
@@ -63,10 +58,7 @@ def sources() -> dict[str, str]:
 def planted(texts: dict[str, str], faults: tuple[Fault, ...]) -> dict[str, str]:
     out = dict(texts)
     for fault in faults:
-        count = out[fault.file].count(fault.old)
-        if count != 1:
-            raise ValueError(f"{fault.file} has {count} times, wanted once: {fault.old!r}")
-        out[fault.file] = out[fault.file].replace(fault.old, fault.new)
+        out[fault.file] = fault.plant(out[fault.file])
     return out
 
 
@@ -93,9 +85,10 @@ def compile_to(command: list[str], target: Path) -> Path:
     return target
 
 
-def compile_shim(faults: tuple[Fault, ...] = (), sanitize: bool = False) -> tuple[Path, str]:
-    """The shared object's path and the namespace of its ops."""
-    texts = planted(sources(), faults)
+def compile_shim(op: str, faults: tuple[Fault, ...] = (), sanitize: bool = False) -> tuple[Path, str]:
+    """The shared object of an op's files, its path and the namespace of its ops."""
+    mine = {path: text for path, text in sources().items() if path.split("/")[0] in ("common", op)}
+    texts = planted(mine, faults)
     shim = {path.name: path.read_text() for path in sorted((TESTS / "cuda_shim").iterdir())}
     torch_folder = Path(torch.__file__).parent
     version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
@@ -214,5 +207,28 @@ def _extent(x: torch.Tensor):
 
 
 @functools.cache
-def load(*faults: Fault, sanitize: bool = False) -> Shim:
-    return Shim(*compile_shim(faults, sanitize))
+def load(op: str, *faults: Fault, sanitize: bool = False) -> Shim:
+    return Shim(*compile_shim(op, faults, sanitize))
+
+
+def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python arguments` under AddressSanitizer and UndefinedBehaviorSanitizer, with SANITIZE set in it."""
+    # libstdc++ too: libasan looks for its functions when it starts, before Python loads the extension
+    names = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6")]
+    libraries = [subprocess.run(name, capture_output=True, text=True).stdout.strip() for name in names]
+    if not all(Path(library).is_absolute() for library in libraries):
+        pytest.skip("g++ has no libasan")
+    environment = dict(os.environ, LD_PRELOAD=":".join(libraries), MINITRON_TEST_SHIM_SANITIZE="1")
+    environment["ASAN_OPTIONS"] = "detect_leaks=0:verify_asan_link_order=0"
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=TESTS.parent
+    )
+
+
+def assert_clean_under_sanitizers(file: str, only: str) -> None:
+    """The tests of `file` whose name matches pass in a process that preloads the sanitizers."""
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--noconftest", "-k", only]
+    done = run_sanitized("-m", "pytest", *options, file)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "passed" in done.stdout and "skipped" not in done.stdout

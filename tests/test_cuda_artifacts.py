@@ -3,6 +3,7 @@ registers, shared memory, occupancy and 128-bit accesses within cuda_artifacts.j
 """
 
 import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -18,9 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 from _cuda_shim import (
+    TESTS,
     WITHOUT_BFLOAT16,
     WITHOUT_HALF,
-    Fault,
     cache_folder,
     compile_to,
     digest_of,
@@ -29,7 +30,7 @@ from _cuda_shim import (
     write_sources,
 )
 
-GATES = json.loads((Path(__file__).parent / "cuda_artifacts.json").read_text())
+GATES = json.loads((TESTS / "cuda_artifacts.json").read_text())
 ARCHS = [int(arch) for arch in GATES["archs"]]
 # per SM, the same on sm_80, sm_90 and sm_100
 REGISTERS, THREADS, WARP, REGISTERS_PER_UNIT = 65536, 2048, 32, 256
@@ -150,7 +151,7 @@ def violations(kernels, arch):
                 kernel.registers > gate["registers"],
                 f"{kernel.registers} registers, at most {gate['registers']}",
             ),
-            (kernel.shared != gate["shared_bytes"][str(arch)], f"{kernel.shared} bytes of shared memory"),
+            (kernel.shared > gate["shared_bytes"][str(arch)], f"{kernel.shared} bytes of shared memory"),
             (blocks < gate["blocks_per_sm"], f"{blocks} blocks per SM, at least {gate['blocks_per_sm']}"),
             (kernel.loads_128 < gate["loads_128"], f"{kernel.loads_128} 128-bit loads"),
             (kernel.stores_128 < gate["stores_128"], f"{kernel.stores_128} 128-bit stores"),
@@ -181,46 +182,18 @@ def test_gates(arch):
     assert found == {name: gate["instances"] for name, gate in GATES["kernels"].items()}
 
 
-KL, ONE_DTYPE = "kl_loss/kl_loss_cuda.cu", (WITHOUT_HALF, WITHOUT_BFLOAT16)
-ALIGNED_LOAD = (
-    "  if (aligned) {\n#pragma unroll\n    for (int i = 0; i < N; i += kPerAccess) {\n      const uint4 v"
-)
-FAULTS = {  # name: faults in the source, compiler flags, what the gate says
-    "none": ((), (), None),
-    "local memory": (  # indexed by what the compiler cannot know
-        (
-            Fault(
-                "kl_loss/kl_loss_cuda.cuh",
-                "  OnlineSum sum = OnlineSum::empty();",
-                "  float table[64] = {};\n  table[n % 64] = 1.0f;\n"
-                "  OnlineSum sum = {-INFINITY, table[blockDim.x % 64]};",
-            ),
-        ),
-        (),
-        "spills",
-    ),
-    "scalar loads": (
-        (Fault("common/cuda_vec.cuh", ALIGNED_LOAD, ALIGNED_LOAD.replace("(aligned)", "(false)")),),
-        (),
-        r" 0 128-bit loads",
-    ),
-    "more shared memory": (
-        (Fault("common/cuda_reduce.cuh", "kMaxWarps = 32;", "kMaxWarps = 64;"),),
-        (),
-        "bytes of shared memory",
-    ),
-    "too many registers": (
-        (Fault("kl_loss/kl_loss_cuda.cuh", "kBlocksPerSM = 3;", "kBlocksPerSM = 1;"),),
-        ("-Xptxas=-O0",),
-        "registers, at most",
-    ),
+FAULTS = {
+    (op.UNIT, name): fault
+    for op in map(importlib.import_module, sorted(path.stem for path in TESTS.glob("_cuda_artifacts_*.py")))
+    for name, fault in op.FAULTS.items()
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_planted_fault_is_found(name):
-    faults, flags, message = FAULTS[name]
-    lines = violations(kernels_of(cubin(KL, 90, (*faults, *ONE_DTYPE), flags)), 90)
+@pytest.mark.parametrize(("unit", "name"), FAULTS)
+def test_planted_fault_is_found(unit, name):
+    faults, flags, message = FAULTS[unit, name]
+    fp32_only = (*faults, WITHOUT_HALF, WITHOUT_BFLOAT16)
+    lines = violations(kernels_of(cubin(unit, 90, fp32_only, flags)), 90)
     if message is None:
         assert lines == []
     else:

@@ -1,9 +1,9 @@
-"""The Triton kernels on a real GPU: the cases of _triton_cases.py, and what only a GPU shows."""
+"""The Triton kernels on a real GPU: the cases of _triton_cases_kl_loss.py, and what only a GPU shows."""
 
 import pytest
 import torch
-from _triton_cases import *  # noqa: F403
-from _triton_cases import linear, numpy_of, problem
+from _triton_cases_kl_loss import *  # noqa: F403
+from _triton_cases_kl_loss import linear, numpy_of, problem
 
 import minitron_kernels as mk
 from minitron_kernels.ops.kl_loss import kernel_triton

@@ -1,29 +1,19 @@
-"""The Triton kernels without a GPU: _triton_cases.py under ttsem, and the bytes that each kernel moves.
+"""The Triton kernels without a GPU: _triton_cases_kl_loss.py under ttsem, and the bytes they move.
 
 ttsem runs every launch on the CPU by the semantics of Triton's own IR and reports accesses out of bounds,
 races between programs and, filled with NaN, reads of memory that nobody wrote.
 """
 
-import json
+import functools
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from _triton_runs import TESTS, Fault, missing, planted, python
+from _faults import Fault
+from _triton_runs import needs, run_cases, traffic, wrong_traffic
 
-needs_ttsem = pytest.mark.skipif(
-    missing("triton", "ttsem") is not None, reason=str(missing("triton", "ttsem"))
-)
-needs_triton = pytest.mark.skipif(missing("triton") is not None, reason=str(missing("triton")))
-
-
-def run_cases(folder, only, faults=()):
-    """Exit status and output of the cases whose name matches."""
-    folder.mkdir(exist_ok=True)
-    command = ["-m", "ttsem.sanitize", "pytest", "--noconftest", "-q", "-p", "no:cacheprovider"]
-    done = python(planted(folder, faults), folder, *command, TESTS / "_triton_cases.py", "-k", only)
-    return done.returncode, done.stdout + done.stderr
+needs_ttsem, needs_triton = needs("triton", "ttsem"), needs("triton")
 
 
 @needs_ttsem
@@ -32,7 +22,7 @@ def test_cases_under_ttsem(tmp_path):
     halves = ["test_linear and not recompute", "not test_linear or recompute"]
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         folders = (tmp_path / str(i) for i in range(2))
-        done = list(pool.map(run_cases, folders, halves))
+        done = list(pool.map(functools.partial(run_cases, "kl_loss"), folders, halves))
     total = 0
     for status, output in done:
         assert status == 0, output[-8000:]
@@ -41,7 +31,7 @@ def test_cases_under_ttsem(tmp_path):
     assert total >= 60
 
 
-ROWS, MATH, LINEAR = "kernel_triton_rows.py", "kernel_triton_math.py", "kernel_triton_linear.py"
+ROWS, MATH, LINEAR = (f"kl_loss/kernel_triton_{name}.py" for name in ("rows", "math", "linear"))
 FAULTS = {  # name: cases, fault, what the output says
     "no rescale between blocks": (
         "rows_rising and 0.0",
@@ -84,17 +74,11 @@ FAULTS = {  # name: cases, fault, what the output says
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_fault_is_found(tmp_path, name):
     only, fault, message = FAULTS[name]
-    status, output = run_cases(tmp_path, only, (fault,))
+    status, output = run_cases("kl_loss", tmp_path, only, (fault,))
     assert status == 1 and re.search(message, output), output[-4000:]
 
 
-def traffic(folder, faults=()):
-    done = python(planted(folder, faults), folder, TESTS / "_triton_traffic.py")
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
-
-
-# case: passes over the student's logits, the teacher's, over what is updated; by the case's first words
+# first words of a case: passes that load and that store each tensor
 MINIMUM = {
     "rows forward": {"student": (1, 0), "teacher": (1, 0), "loss": (0, 1), "stats": (0, 1)},
     "rows reverse": {"student": (1, 0), "teacher": (1, 0), "loss": (0, 1), "stats": (0, 1)},
@@ -105,23 +89,11 @@ MINIMUM = {
 }
 
 
-def wrong_traffic(report):
-    """Each logit is read as often as the mathematics needs, each result written once."""
-    wrong = []
-    for case, counts in report.items():
-        expected = next(minimum for name, minimum in MINIMUM.items() if case.startswith(name))
-        for name, passes in expected.items():
-            loaded, stored, size = counts[name]
-            if (loaded, stored) != (passes[0] * size, passes[1] * size):
-                wrong.append(f"{case}: {name} of {size} bytes: {loaded} loaded, {stored} stored")
-    return wrong
-
-
 @needs_triton
 def test_traffic(tmp_path):
-    report = traffic(tmp_path)
+    report = traffic("kl_loss", tmp_path)
     assert len(report) == 16
-    assert wrong_traffic(report) == []
+    assert wrong_traffic(report, MINIMUM) == []
 
 
 @needs_triton
@@ -132,5 +104,5 @@ def test_planted_extra_pass_is_found(tmp_path):
         "    kl += 0.0 * tl.sum(tl.load(student_ptr + tl.arange(0, BLOCK_V)).to(tl.float32), 0)\n"
         "    rows = row + tl.arange(0, 1)\n",
     )
-    wrong = wrong_traffic(traffic(tmp_path, (again,)))
+    wrong = wrong_traffic(traffic("kl_loss", tmp_path, (again,)), MINIMUM)
     assert wrong and all(re.match(r"rows .*: student ", line) for line in wrong)

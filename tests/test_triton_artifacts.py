@@ -3,6 +3,8 @@ shared memory, 128-bit accesses and tensor-core instructions within triton_artif
 """
 
 import functools
+import importlib
+import itertools
 import json
 import os
 import re
@@ -12,19 +14,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from _triton_runs import TESTS, Fault, missing, planted, python
+from _triton_runs import TESTS, needs, ops_with, planted, python
 
-pytestmark = pytest.mark.skipif(missing("triton") is not None, reason=str(missing("triton")))
+pytestmark = needs("triton")
 
 GATES = json.loads((TESTS / "triton_artifacts.json").read_text())
 TARGETS = ("sm_90", "sm_100", "sm_80", "gfx942")  # the longest first
+OPS = ops_with("_offline_triton")
 
 
-def compiled(target, only="", faults=()):
-    """Artifacts of the cases whose name has `only` in it."""
+def compiled(target, op, only="", faults=()):
+    """Artifacts of the op's cases whose name has `only` in it."""
     with tempfile.TemporaryDirectory() as folder:
         package = planted(Path(folder), faults)
-        done = python(package, Path(folder), TESTS / "_offline_triton.py", target, only)
+        done = python(package, Path(folder), TESTS / "_offline_triton.py", target, op, only)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 
@@ -56,8 +59,14 @@ def violations(artifacts, target):
 
 @functools.cache
 def everything():
+    """{target: artifacts of all ops}."""
+    jobs = list(itertools.product(TARGETS, OPS))
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return dict(zip(TARGETS, pool.map(compiled, TARGETS), strict=True))
+        found = pool.map(lambda job: compiled(*job), jobs)
+        out = {target: [] for target in TARGETS}
+        for (target, _), artifacts in zip(jobs, found, strict=True):
+            out[target] += artifacts
+    return out
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -68,46 +77,17 @@ def test_gates(target):
     assert found == {name: gate[target]["instances"] for name, gate in GATES.items()}
 
 
-FAULTS = {  # name: cases, fault, what the gate says
-    "none": ("rows forward bf16", (), None),
-    "spills": (
-        "linear forward bf16",
-        (Fault("kernel_triton_linear.py", "KEEP_EXP=False", "KEEP_EXP=True"),),
-        "spilled registers",
-    ),
-    "no tensor cores": (
-        "linear forward bf16",
-        (
-            Fault(
-                "kernel_triton_linear.py",
-                "tl.dot(x, tl.trans(w), z)",
-                'tl.dot(x.to(tl.float32), tl.trans(w).to(tl.float32), z, input_precision="ieee")',
-            ),
-            Fault(
-                "kernel_triton.py",
-                "return LinearBlocks(128, 128) if generation in (9, 10)",
-                "return LinearBlocks(32, 32) if generation in (9, 10)",
-            ),
-        ),
-        "no HGMMA",
-    ),
-    "scalar accesses": (
-        "grad forward bf16",
-        (Fault("kernel_triton_rows.py", '["stride_mn", "stride_wn"]', '["stride_mn", "stride_sn"]'),),
-        "wide_loads 2, at least",
-    ),
-    "registers": (
-        "rows forward bf16",
-        (Fault("kernel_triton.py", "block // 512", "block // 2048"),),
-        "registers",
-    ),
+FAULTS = {
+    (op, name): fault
+    for op in OPS
+    for name, fault in importlib.import_module(f"_offline_triton_{op}").FAULTS.items()
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_planted_fault_is_found(name):
-    only, faults, message = FAULTS[name]
-    lines = violations(compiled("sm_90", only, faults), "sm_90")
+@pytest.mark.parametrize(("op", "name"), FAULTS)
+def test_planted_fault_is_found(op, name):
+    only, faults, message = FAULTS[op, name]
+    lines = violations(compiled("sm_90", op, only, faults), "sm_90")
     if message is None:
         assert lines == []
     else:
