@@ -25,8 +25,10 @@ WIDTHS = (torch.int8, torch.bfloat16, torch.float32, torch.float64, torch.comple
 
 
 def make_weight(*shape, dtype=torch.bfloat16, seed=0, device="cpu"):
-    """Random bytes, NaN patterns among them."""
+    """Random bits, NaNs of every kind among them."""
     g = torch.Generator().manual_seed(seed)
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype, device=device)
     if dtype == torch.bool:
         return torch.randint(0, 2, shape, generator=g).bool().to(device)
     width = torch.empty((), dtype=dtype).element_size()
