@@ -18,11 +18,13 @@ namespace minitron::cuda {
 
 constexpr int kGatherThreads = 128;
 constexpr int kGatherRowsPerBlock = 16;
-constexpr int kGatherRowsAtOnce = 4;
 constexpr int kMaxLeads = 6;
 
 template <typename T>
 constexpr int kGatherVec = 16 / sizeof(T);
+// Rows whose loads are under way together: each element waits in a register of its own.
+template <typename T>
+constexpr int kGatherRowsAtOnce = sizeof(T) >= 4 ? 4 : sizeof(T);
 
 // Strides in elements.
 struct GatherSide {
@@ -54,7 +56,7 @@ __device__ __forceinline__ T* gather_matrix(T* data, int64_t lead, const GatherS
 template <typename T>
 __global__ void __launch_bounds__(kGatherThreads)
     gather_kernel(GatherShape shape, const T* __restrict__ source, T* __restrict__ out) {
-  constexpr int kVec = kGatherVec<T>, kRows = kGatherRowsAtOnce;
+  constexpr int kVec = kGatherVec<T>, kRows = kGatherRowsAtOnce<T>;
   const int64_t col = (int64_t{blockIdx.y} * kGatherThreads + threadIdx.x) * kVec;
   if (col >= shape.col_count) return;
   const int count = shape.col_count - col < kVec ? static_cast<int>(shape.col_count - col) : kVec;

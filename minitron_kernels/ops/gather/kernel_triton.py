@@ -6,7 +6,8 @@
 A program makes BLOCK_R rows of BLOCK_G groups. A group is GROUP neighbouring words of 1, 2, 4 or 8 bytes that
 are kept together: the launcher takes the widest that the indices and the addresses allow, up to 16 bytes;
 single narrow elements, sorted, fall into few lines. Bound by memory: reads the lines that hold what is kept,
-writes each result once. Only tiling, GROUP and alignment are constexpr: no size recompiles anything.
+writes each result once. Only tiling, GROUP and what is known of addresses are constexpr; whether
+the number of groups is a multiple of 16 makes two variants.
 """
 
 # mypy: allow-untyped-defs
@@ -21,7 +22,7 @@ from torch import Tensor
 BLOCK_BYTES, BLOCK_R = 1024, 8  # of a row, and rows, of a program
 MOST_LEADS = 3
 _INTEGER_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SIZES = ["leads_1", "leads_2", "row_count", "group_count"]
+_SIZES = ["leads_1", "leads_2", "row_count"]
 _STRIDES = [f"{side}_{axis}" for side in ("out", "source") for axis in ("l0", "l1", "l2", "r")]
 
 
@@ -35,6 +36,7 @@ def gather_kernel(
     out_l0, out_l1, out_l2, out_r, out_g,  # strides in words
     source_l0, source_l1, source_l2, source_r, source_g,
     GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr,
+    OUT_DENSE: tl.constexpr, SOURCE_DENSE: tl.constexpr,  # groups lie side by side
     OUT_ALIGN: tl.constexpr, SOURCE_ALIGN: tl.constexpr,  # words, of which every row begins at a multiple
 ):  # fmt: skip
     """source[..., rows, cols] to out, in words."""
@@ -55,9 +57,11 @@ def gather_kernel(
     out_row = tl.multiple_of(out_row, OUT_ALIGN)
     word = tl.arange(0, GROUP)[None, None, :]
     inside = (offs_r < row_count)[:, None, None] & (offs_g < group_count)[None, :, None] & (word < GROUP)
-    at = source_row[:, None, None] + (groups * source_g)[None, :, None] + word
+    source_step = GROUP if SOURCE_DENSE else source_g
+    out_step = GROUP if OUT_DENSE else out_g
+    at = source_row[:, None, None] + (groups * source_step)[None, :, None] + word
     value = tl.load(source_ptr + at, mask=inside)
-    at = out_row[:, None, None] + (offs_g * out_g)[None, :, None] + word
+    at = out_row[:, None, None] + (offs_g * out_step)[None, :, None] + word
     tl.store(out_ptr + at, value, mask=inside)
 
 
@@ -95,6 +99,8 @@ def gather_channels_(
         *(lead[1] for lead in leads), out.stride(-3), out.stride(-2),
         *(lead[2] for lead in leads), source.stride(-3), source.stride(-2),
         GROUP=group, BLOCK_R=BLOCK_R, BLOCK_G=block_g,
+        OUT_DENSE=out.stride(-2) == group,
+        SOURCE_DENSE=source.stride(-2) == group,
         OUT_ALIGN=16 // word if aligned[0] else 1,
         SOURCE_ALIGN=16 // word if aligned[1] else 1,
         num_warps=4,
