@@ -69,7 +69,7 @@ def make_plan(
         config: a transformers config, or the dict in config.json; default: that of the scores.
         **sizes: by their names in the config: hidden_size, intermediate_size, num_hidden_layers,
             num_attention_heads, num_key_value_heads, num_experts or num_local_experts,
-            moe_intermediate_size.
+            moe_intermediate_size. KV heads follow the query heads where each has its own.
             Hidden and MLP sizes must be multiples of the divisor.
         ratio: of hidden and MLP sizes to those of the source, or by name, {"intermediate_size": 0.75};
             rounded to the nearest multiple of the divisor.
@@ -147,7 +147,9 @@ def make_plan(
     elif search is not None:
         raise ValueError("search chooses sizes for a budget: give params as well")
     after = {**before, **given, "layers": len(layers)}
-    _settle_heads(before, after, "kv_heads" in given, kv_heads)
+    if before["heads"] == before["kv_heads"] and "kv_heads" not in given and kv_heads == "prune":
+        after["kv_heads"] = after["heads"]
+    _check_heads(before, after, kv_heads)
     if merge_heads:
         _check_merge(before, after, kv_heads)
     target = target_config_of(config, after, layers)
@@ -265,10 +267,8 @@ def _kept_layers(
     return [layer for layer in range(before) if not start <= layer < start + count]
 
 
-def _settle_heads(before: Sizes, after: Sizes, kv_told: bool, kv_choice: str) -> None:
-    """Check that query and KV heads fit together; KV heads follow where each query head has its own."""
-    if before["heads"] == before["kv_heads"] and not kv_told and kv_choice == "prune":
-        after["kv_heads"] = after["heads"]
+def _check_heads(before: Sizes, after: Sizes, kv_choice: str) -> None:
+    """That as many query heads can be kept for each KV head."""
     old, new = before["heads"] // before["kv_heads"], after["heads"] // after["kv_heads"]
     if after["heads"] % after["kv_heads"]:
         raise ValueError(

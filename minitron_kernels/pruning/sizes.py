@@ -21,7 +21,7 @@ from minitron_kernels.pruning.families import (
 DIVISOR = 64  # of sizes that are given: rows of 128 bytes in bf16, tiles of tensor cores
 SEARCH_DIVISOR = 128  # of sizes that are searched for a budget: what GEMM libraries tile by
 WIDTH = ("hidden", "mlp", "expert_mlp")  # axes of channels, which the divisor is for
-SHAPE_SPREAD = 1.1
+NEARLY = 0.97  # of the largest that fits: near enough to prefer the better shape
 MOST_CANDIDATES = 200_000
 
 Sizes = dict[str, int]
@@ -193,16 +193,15 @@ def find_sizes(
     """The sizes of models of at most `params` parameters, best first.
 
     All combinations of multiples of the divisor (128), from a quarter of the source's size up, are counted,
-    embeddings included. First come those that shrink alike, whose sizes' shares of the source's lie within 10
-    %
-    of each other: of them the largest first. Then the others, by how alike they shrink.
+    embeddings included. First come those that have at least 97 % of the parameters of the largest that fits:
+    of them the one first whose sizes shrink most alike. Then the others, the largest first.
 
     Args:
         config: of the source.
         params: the budget, e.g. 8.4e9.
         search: names of sizes to choose; default: hidden and MLP sizes. num_hidden_layers only where all
             layers are made alike.
-        fixed: other sizes, by name.
+        fixed: other sizes, by name; any divisor.
         layers: the layers that stay; default: all, or as many as `search` chooses.
         divisor: of hidden and MLP sizes, one for all or by name.
         loadable: leave out sizes that transformers would not load.
@@ -213,7 +212,7 @@ def find_sizes(
 
     Example:
         >>> find_sizes(config, 8.5e9)[0].sizes                          # doctest: +SKIP
-        {'hidden_size': 4096, 'intermediate_size': 11648}
+        {'hidden_size': 4096, 'intermediate_size': 11520}
     """
     config = as_dict(config)
     family = family_of(config)
@@ -221,7 +220,7 @@ def find_sizes(
     names = size_names(family, config)
     if isinstance(params, bool) or not isinstance(params, (int, float)):
         raise TypeError(f"params must be a number, got {params!r}")
-    told = {_axis(name, names, config): size for name, size in (fixed or {}).items()}
+    told = given_sizes(family, config, fixed or {}, None, 1)
     if search is None:
         search = [name for name, axis in names.items() if axis in WIDTH and axis not in told]
     axes = [_axis(name, names, config) for name in search]
@@ -242,30 +241,38 @@ def find_sizes(
         n: count.of(kept[:n]) for n in (grids[axes.index("layers")] if "layers" in axes else [len(kept)])
     }
     group = before["heads"] // before["kv_heads"]
+    follow = group == 1 and "kv_heads" not in told and "kv_heads" not in axes
     found, least = [], math.inf
     for choice in itertools.product(*grids):
         sizes = {**before, "layers": len(kept), **told, **dict(zip(axes, choice, strict=True))}
-        if sizes["heads"] % sizes["kv_heads"] or sizes["heads"] // sizes["kv_heads"] > group:
+        if follow:
+            sizes["kv_heads"] = sizes["heads"]
+        per_group, rest = divmod(sizes["heads"], sizes["kv_heads"])
+        if rest or (per_group > group and "kv_heads" in axes):
+            continue
+        if loadable and family.refuses(write_sizes(family, config, sizes)):
             continue
         parameters = count_of(kinds[sizes["layers"]], sizes)
         least = min(least, parameters)
-        if parameters > params or (loadable and family.refuses(write_sizes(family, config, sizes))):
+        if parameters > params:
             continue
         shares = [sizes[axis] / before[axis] for axis in axes]
         chosen = dict(zip(search, choice, strict=True))
         found.append(Candidate(chosen, parameters, max(shares) / min(shares)))
+    if least == math.inf:
+        raise ValueError(f"search finds no sizes {list(search)} that go with the others")
     if not found:
         raise ValueError(
             f"params must be at least {least:,}, the smallest of sizes {list(search)}, got {params:,}"
         )
-    found.sort(key=_rank)
-    return found[:limit]
+    enough = NEARLY * max(candidate.parameters for candidate in found)
 
+    def rank(candidate: Candidate) -> tuple[float, ...]:
+        if candidate.parameters >= enough:
+            return 0, candidate.spread, -candidate.parameters
+        return 1, -candidate.parameters, candidate.spread
 
-def _rank(candidate: Candidate) -> tuple[float, ...]:
-    if candidate.spread <= SHAPE_SPREAD:
-        return 0, -candidate.parameters, candidate.spread
-    return 1, candidate.spread, -candidate.parameters
+    return sorted(found, key=rank)[:limit]
 
 
 def _grid(
