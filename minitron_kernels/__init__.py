@@ -4,6 +4,8 @@
 """
 
 from minitron_kernels._workspace import release_workspaces, workspace_bytes_held
+from minitron_kernels.ops.gather.index import ChannelIndex
+from minitron_kernels.ops.gather.op import gather_channels
 from minitron_kernels.ops.importance.op import (
     accumulate_block_importance_,
     accumulate_expert_importance_,
@@ -17,6 +19,7 @@ from minitron_kernels.ops.kl_loss.plan import LinearKLPlan, plan_linear_kl_loss
 
 __version__ = "0.1.0"
 __all__ = [
+    "ChannelIndex",
     "ImportanceState",
     "KLLoss",
     "LinearKLLoss",
@@ -25,6 +28,7 @@ __all__ = [
     "accumulate_block_importance_",
     "accumulate_expert_importance_",
     "accumulate_importance_",
+    "gather_channels",
     "head_scores_from_channels",
     "kl_loss",
     "linear_kl_loss",

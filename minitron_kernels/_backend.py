@@ -20,10 +20,12 @@ DEVICES = ("cpu", "cuda", "xpu")  # a ROCm tensor's device is called cuda
 _KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("kl_loss", "native"): ("cpu", "cuda"),
     ("kl_loss", "triton"): ("cuda",),
-    ("linear_kl_loss", "native"): ("cpu",),
+    ("linear_kl_loss", "native"): ("cpu", "cuda"),
     ("linear_kl_loss", "triton"): ("cuda",),
     ("importance", "native"): ("cpu", "cuda"),
     ("importance", "triton"): ("cuda",),
+    ("gather", "native"): ("cpu",),
+    ("gather", "triton"): (),
 }
 OPS = tuple(dict.fromkeys(op for op, _ in _KERNELS))
 

@@ -151,7 +151,7 @@ def violations(kernels, arch):
                 kernel.registers > gate["registers"],
                 f"{kernel.registers} registers, at most {gate['registers']}",
             ),
-            (kernel.shared != gate["shared_bytes"][str(arch)], f"{kernel.shared} bytes of shared memory"),
+            (kernel.shared > gate["shared_bytes"][str(arch)], f"{kernel.shared} bytes of shared memory"),
             (blocks < gate["blocks_per_sm"], f"{blocks} blocks per SM, at least {gate['blocks_per_sm']}"),
             (kernel.loads_128 < gate["loads_128"], f"{kernel.loads_128} 128-bit loads"),
             (kernel.stores_128 < gate["stores_128"], f"{kernel.stores_128} 128-bit stores"),

@@ -18,6 +18,7 @@ from _cuda_shim import (
     run_sanitized,
 )
 from _faults import Fault
+from _kl_loss_cases import assert_loss
 from _oracle import oracle_rows
 
 pytestmark = pytest.mark.skipif(missing_tool() is not None, reason=str(missing_tool()))
@@ -61,7 +62,7 @@ def check(shim, student, teacher, *, near=1.0, **options):
     loss, _, grad = run(shim, student, teacher, **options)
     weight = options.pop("grad_loss", torch.ones(student.shape[0])).double().numpy()
     true_loss, true_grad = oracle_rows(student.double().numpy(), teacher.double().numpy(), **options)
-    np.testing.assert_allclose(loss.numpy(), true_loss, rtol=3e-6, atol=1e-13)
+    assert_loss(loss, true_loss)
     assert grad.dtype == student.dtype and grad.shape == student.shape
     assert_gradient(grad, true_grad * weight[:, None], near, np.abs(weight).max())
 
@@ -85,13 +86,13 @@ def test_values(shim, student_dtype, teacher_dtype, beta, close):
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("distance", [0.05, 1e-2, 1e-3])
 def test_accuracy_where_the_student_is_close(shim, beta, distance):
-    """KL from 1e-3 down to 5e-7: the loss keeps its relative accuracy, the gradient what fp32 allows."""
+    """KL from 1e-3 down to 5e-7: the loss keeps its digits, the gradient what fp32 allows."""
     teacher = normal(2, 4099, seed=3)
     student = teacher + normal(2, 4099, seed=4, scale=distance)
     loss, _, grad = run(shim, student, teacher, beta=beta)
     true_loss, true_grad = oracle_rows(student.double().numpy(), teacher.double().numpy(), beta=beta)
     assert (loss >= 0).all()
-    np.testing.assert_allclose(loss.numpy(), true_loss, rtol=1e-6)
+    assert_loss(loss, true_loss, rtol=1e-6)
     error = np.linalg.norm(grad.double().numpy() - true_grad) / np.linalg.norm(true_grad)
     assert error <= 1e-5 * max(1.0, 0.02 / distance)
 
@@ -111,7 +112,7 @@ def test_hand_oracle(shim, tau, beta):
     loss, _, grad = run(
         shim, torch.zeros(1, 3), torch.tensor([[1.0, 2.0, 1.0]]).log(), beta=beta, inv_tau=1 / tau
     )
-    assert loss.item() == pytest.approx(HAND[tau, beta][0], abs=2e-9)
+    assert loss.item() == pytest.approx(HAND[tau, beta][0], abs=1e-8)
     assert grad[0].tolist() == pytest.approx(HAND[tau, beta][1], abs=6e-7)
 
 
@@ -176,7 +177,7 @@ def test_layouts(shim, student_dtype, teacher_dtype, beta):
         true_loss, true_grad = oracle_rows(
             student[:, :V].double().numpy(), teacher[:, :V].double().numpy(), beta=beta
         )
-        np.testing.assert_allclose(loss.numpy(), true_loss, rtol=3e-6)
+        assert_loss(loss, true_loss)
         assert (grad[:, V:] == 0).all()
         assert_gradient(grad[:, :V], 2 * true_grad)
 
@@ -195,7 +196,7 @@ def test_impossible_tokens(shim, beta, softcap):
         true_loss, true_grad = oracle_rows(
             student.double().numpy(), teacher.double().numpy(), beta=beta, student_softcap=softcap
         )
-    np.testing.assert_allclose(loss.numpy(), true_loss, rtol=3e-6)
+    assert_loss(loss, true_loss)
     assert (grad[student == -math.inf] == 0).all()
     if beta == 0.0:
         assert loss[2] == math.inf and torch.isfinite(grad).all()
@@ -280,18 +281,19 @@ def test_one_row_split_over_blocks(shim):
 @pytest.mark.parametrize("teacher_dtype", DTYPES)
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_traffic(shim, student_dtype, teacher_dtype, beta):
-    """Forward: each logit twice. Backward: each logit once in, each gradient once out. All 16 bytes wide."""
+    """Forward: each logit once, JSD twice. Backward: each logit and each gradient once. 16 bytes wide."""
     N, V = 3, 4096
     student, teacher = normal(N, V, dtype=student_dtype), normal(N, V, dtype=teacher_dtype, seed=14)
     S, T = N * V * student.element_size(), N * V * teacher.element_size()
     rest = (None, V, beta, 1.0, 1.0, 0.0, 1.0, 0.0)
+    passes = 2 if beta == 0.5 else 1
     with shim.trace(student=student, teacher=teacher) as trace:
         loss, stats = shim.ops.kl_loss_forward(student, teacher, *rest)
-        assert trace.loads("student").bytes == 2 * S and trace.loads("student").narrow == 0
-        assert trace.loads("teacher").bytes == 2 * T and trace.loads("teacher").narrow == 0
+        assert trace.loads("student").bytes == passes * S and trace.loads("student").narrow == 0
+        assert trace.loads("teacher").bytes == passes * T and trace.loads("teacher").narrow == 0
         assert trace.take_stores(loss).bytes == 4 * N
         assert trace.take_stores(stats).bytes == 24 * N
-        assert trace.most_shared_bytes() == 768
+        assert trace.most_shared_bytes() == 640 + (256 if beta == 0.5 else 0)
     with shim.trace(student=student, teacher=teacher, stats=stats, loss=loss) as trace:
         grad = shim.ops.kl_loss_backward(loss, stats, student, teacher, *rest)
         assert trace.loads("student").bytes == S and trace.loads("student").narrow == 0
@@ -364,8 +366,8 @@ def check_padding(shim):
 
 REDUCE, VEC, MATH = "common/cuda_reduce.cuh", "common/cuda_vec.cuh", "kl_loss/divergence_cuda.cuh"
 KERNELS = "kl_loss/kl_loss_cuda.cuh"
-PASS_TWO = "  RowStats stat = RowStats::of(sums);\n"
-ANOTHER_PASS = "  stat.kl = online_sum(student, options.vocab_size, options.student).max;\n"
+PASS_ONE = "  RowStats stat = state.stats();\n"
+ANOTHER_PASS = "  stat.kl = row_state(pairs, state, partial_states).kl;\n"
 VECTOR_LOAD = (
     "  if (aligned) {\n#pragma unroll\n    for (int i = 0; i < N; i += kPerAccess) {\n      const uint4 v"
 )
@@ -373,7 +375,7 @@ ZERO_PADDING = "columns - options.vocab_size, begin, step);"
 FAULTS = {  # name: the check, what is done to the source, what the failure must say
     "no rescale": (
         check_rising,
-        Fault(MATH, "      sum *= exp_approx(max - top);\n", ""),
+        Fault(MATH, "return {top, mass(top) + other.mass(top)};", "return {top, sum + other.sum};"),
         "Not equal to tolerance",
     ),
     "no barrier": (check_orders, Fault(REDUCE, "  __syncthreads();\n", ""), "Not equal to tolerance"),
@@ -392,10 +394,10 @@ FAULTS = {  # name: the check, what is done to the source, what the failure must
         Fault(VEC, "if (head > n) head = n;", "head = 0;"),
         "misaligned 16-byte access",
     ),
-    "a third pass": (
+    "another pass": (
         check_traffic,
-        Fault(KERNELS, PASS_TWO, PASS_TWO + ANOTHER_PASS),
-        r"assert \(?147456 == ",
+        Fault(KERNELS, PASS_ONE, PASS_ONE + ANOTHER_PASS),
+        r"assert \(?98304 == ",
     ),
     "scalar loads": (
         check_traffic,

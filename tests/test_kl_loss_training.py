@@ -62,7 +62,7 @@ def test_compile_with_a_lent_accumulator():
 
 def test_opcheck():
     hidden, head, teacher_hidden, teacher_head = make_linear(20, 16, 24, 100, torch.float32)
-    rest = (100, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, "auto", 1 << 29, None)
+    rest = (100, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, "native", "auto", 1 << 29, None)
     inputs = (hidden, head, teacher_hidden, teacher_head, torch.zeros(100), None)
     mask, weight = torch.arange(20) % 3 > 0, torch.tensor(0.5)
     for accumulator in (None, torch.zeros(100, 16)):

@@ -5,11 +5,8 @@
 #include <cstring>
 
 #include "common/parallel.h"
+#include "common/stream.h"
 #include "common/tensors.h"
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 namespace minitron {
 namespace {
@@ -55,18 +52,9 @@ void copy_floor(Tensor out, Tensor x) {
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(out.data_ptr());
   parallel_tasks(ceil_div(bytes, kChunk), [&](int64_t task, int64_t) {
-    const int64_t begin = task * kChunk, end = std::min(bytes, begin + kChunk);
-    int64_t i = begin;
-#if defined(__SSE2__)
-    if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-      for (; i + 16 <= end; i += 16) {
-        _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
-                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-      }
-      _mm_sfence();
-    }
-#endif
-    std::memcpy(to + i, from + i, end - i);
+    const int64_t begin = task * kChunk;
+    stream_copy(to + begin, from + begin, std::min(kChunk, bytes - begin));
+    stream_fence();
   });
 }
 

@@ -81,17 +81,27 @@ struct OnlineSum {
     for (int i = 0; i < N; ++i) sum += exp_approx(x[i] - zero);
   }
 
-  __device__ __forceinline__ OnlineSum merged(const OnlineSum& other) const {
-    const float top = fmaxf(max, other.max), zero = base(top);
-    return {top, sum * exp_approx(max - zero) + other.sum * exp_approx(other.max - zero)};
+  // x by itself; exps: exp(x - maximum)
+  template <int N>
+  static __device__ __forceinline__ OnlineSum of(const float (&x)[N], float (&exps)[N]) {
+    OnlineSum out = {x[0], 0.0f};
+#pragma unroll
+    for (int i = 1; i < N; ++i) out.max = fmaxf(out.max, x[i]);
+    const float zero = base(out.max);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      exps[i] = exp_approx(x[i] - zero);
+      out.sum += exps[i];
+    }
+    return out;
   }
-};
 
-struct RowSums {
-  OnlineSum student, teacher;
+  // The sum against another, no smaller maximum.
+  __device__ __forceinline__ float mass(float top) const { return sum * exp_approx(max - base(top)); }
 
-  __device__ __forceinline__ RowSums merged(const RowSums& other) const {
-    return {student.merged(other.student), teacher.merged(other.teacher)};
+  __device__ __forceinline__ OnlineSum merged(const OnlineSum& other) const {
+    const float top = fmaxf(max, other.max);
+    return {top, mass(top) + other.mass(top)};
   }
 };
 
@@ -104,8 +114,7 @@ struct RowStats {
   static constexpr int kFields = 6;
 
   // A row impossible throughout has sum 0 and becomes NaN everywhere, as a softmax of it is.
-  static __device__ __forceinline__ RowStats of(const RowSums& sums) {
-    const OnlineSum &s = sums.student, &t = sums.teacher;
+  static __device__ __forceinline__ RowStats of(const OnlineSum& s, const OnlineSum& t) {
     return {s.max, 1.0f / s.sum, t.max, 1.0f / t.sum, (s.max - t.max) + logf(s.sum / t.sum), 0.0f};
   }
   __device__ __forceinline__ float prob_s(float s) const { return exp_approx(s - max_s) * inv_sum_s; }
@@ -135,20 +144,25 @@ __device__ __forceinline__ float log1p_gap_near(float a) {
   return y * (a - 2.0f * y2 * z);
 }
 
-// p_x d + p_y - p_x, a term of KL(X || Y), with d = log p_x - log p_y. p = 0 wins over an infinite d; a NaN
-// survives.
-__device__ __forceinline__ float kl_term_far(float p_x, float p_y, float d) {
+// p_x d + p_y - p_x >= 0, a term of KL(X || Y), with d = log p_x - log p_y. p = 0 wins over an infinite d; a
+// NaN survives. p_y is used far from d = 0 alone.
+__device__ __forceinline__ float kl_term(float p_x, float p_y, float d) {
+  if (fabsf(d) < kNear) return p_x * bregman_near(d);
   return (p_x == 0.0f ? 0.0f : p_x * d) + (p_y - p_x);
 }
 
-// Sums over the vocabulary. JSD: both halves; forward and reverse KL: the first alone.
-struct LossSums {
-  float first;   // KL(T || S), KL(S || T) or KL(T || M)
-  float second;  // KL(S || M)
+// JSD's two halves, summed over the vocabulary.
+struct MixtureSums {
+  float teacher;  // KL(T || M)
+  float student;  // KL(S || M)
 
-  __device__ __forceinline__ LossSums merged(const LossSums& other) const {
-    return {first + other.first, second + other.second};
+  static constexpr int kFields = 2;
+
+  static __device__ __forceinline__ MixtureSums empty() { return {0.0f, 0.0f}; }
+  __device__ __forceinline__ MixtureSums merged(const MixtureSums& other) const {
+    return {teacher + other.teacher, student + other.student};
   }
+  __device__ __forceinline__ float loss(float beta) const { return beta * teacher + (1.0f - beta) * student; }
 };
 
 template <KlKind kKind>
@@ -156,35 +170,21 @@ struct PairTerms;
 
 template <>
 struct PairTerms<KlKind::kForward> {
-  static __device__ __forceinline__ LossSums loss(float s, float t, const RowStats& row, float) {
-    const float d = row.log_ratio(s, t), p_t = row.prob_t(t);
-    if (fabsf(d) < kNear) return {p_t * bregman_near(d), 0.0f};
-    return {kl_term_far(p_t, row.prob_s(s), d), 0.0f};
-  }
   // d loss / d s = p_s - p_t, for a possible token
   static __device__ __forceinline__ float grad(float s, float t, const RowStats& row, float) {
     const float d = row.log_ratio(s, t), p_t = row.prob_t(t);
     if (fabsf(d) < kNear) return p_t * (bregman_near(d) - d);  // p_t expm1(-d)
     return row.prob_s(s) - p_t;
   }
-  static __device__ __forceinline__ float total(const LossSums& sums, float) { return sums.first; }
-  static __device__ __forceinline__ float kl(const LossSums&) { return 0.0f; }
 };
 
 template <>
 struct PairTerms<KlKind::kReverse> {
-  static __device__ __forceinline__ LossSums loss(float s, float t, const RowStats& row, float) {
-    const float d = -row.log_ratio(s, t), p_s = row.prob_s(s);
-    if (fabsf(d) < kNear) return {p_s * bregman_near(d), 0.0f};
-    return {kl_term_far(p_s, row.prob_t(t), d), 0.0f};
-  }
   // p_s (ls - lt - kl)
   static __device__ __forceinline__ float grad(float s, float t, const RowStats& row, float) {
     const float p_s = row.prob_s(s);
     return p_s == 0.0f ? 0.0f : p_s * (-row.log_ratio(s, t) - row.kl);
   }
-  static __device__ __forceinline__ float total(const LossSums& sums, float) { return sums.first; }
-  static __device__ __forceinline__ float kl(const LossSums& sums) { return sums.first; }
 };
 
 // M = beta T + (1 - beta) S, loss = beta KL(T || M) + (1 - beta) KL(S || M), 0 < beta < 1.
@@ -196,7 +196,7 @@ struct PairTerms<KlKind::kJsd> {
 
   // Far from d = 0 all is told by the larger of p_s and p_t and by e = smaller / larger, which cannot
   // overflow: m = larger (1 + a), a = weight of the smaller * (e - 1).
-  static __device__ __forceinline__ LossSums loss(float s, float t, const RowStats& row, float beta) {
+  static __device__ __forceinline__ MixtureSums loss(float s, float t, const RowStats& row, float beta) {
     const float d = log_ratio(s, t, row);
     if (fabsf(d) < kNear) {
       const float p_t = row.prob_t(t), u = bregman_near(d) - d;           // p_s / p_t - 1
@@ -225,10 +225,6 @@ struct PairTerms<KlKind::kJsd> {
     }
     return p_s == 0.0f ? 0.0f : (1.0f - beta) * p_s * (ls_minus_lm - row.kl);
   }
-  static __device__ __forceinline__ float total(const LossSums& sums, float beta) {
-    return beta * sums.first + (1.0f - beta) * sums.second;
-  }
-  static __device__ __forceinline__ float kl(const LossSums& sums) { return sums.second; }
 };
 
 }  // namespace minitron::cuda

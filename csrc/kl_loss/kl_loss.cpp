@@ -13,6 +13,33 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
       "Tensor? mask, int vocab_size, float beta, float inv_tau, float student_scale, float student_softcap, "
       "float teacher_scale, float teacher_softcap) -> Tensor grad_student_logits");
 
+  // Epilogues of linear_kl_loss on fp32 logits, CUDA only; biases are float32 [vocab_size]. They fill what is
+  // mutable. What takes whole rows:
+  m.def(
+      "kl_tile_forward_(Tensor student_logits, Tensor teacher_logits, Tensor? student_bias, "
+      "Tensor? teacher_bias, Tensor? mask, Tensor(a!) loss, Tensor(b!) stats, int vocab_size, float beta, "
+      "float inv_tau, float student_scale, float student_softcap, float teacher_scale, "
+      "float teacher_softcap) -> ()");
+  // And a tile of the vocabulary, of vocab_size tokens; grad in the GEMMs' dtype, 0 beyond them.
+  m.def(
+      "kl_tile_grad_(Tensor student_logits, Tensor teacher_logits, Tensor? student_bias, "
+      "Tensor? teacher_bias, Tensor? mask, Tensor weight, Tensor stats, Tensor(a!) grad, int vocab_size, "
+      "float beta, float inv_tau, float student_scale, float student_softcap, float teacher_scale, "
+      "float teacher_softcap) -> ()");
+  // state [5, N] and sums [2, N] run over the tiles; `first` starts them. Then they are finished: parts
+  // [splits, 5 or 2, N] in, loss and stats out.
+  m.def(
+      "kl_tile_stats_(Tensor student_logits, Tensor teacher_logits, Tensor? student_bias, "
+      "Tensor? teacher_bias, Tensor? mask, Tensor(a!) state, bool first, float beta, float inv_tau, "
+      "float student_scale, float student_softcap, float teacher_scale, float teacher_softcap) -> ()");
+  m.def(
+      "kl_tile_mixture_(Tensor student_logits, Tensor teacher_logits, Tensor? student_bias, "
+      "Tensor? teacher_bias, Tensor? mask, Tensor stats, Tensor(a!) sums, bool first, float beta, "
+      "float inv_tau, float student_scale, float student_softcap, float teacher_scale, "
+      "float teacher_softcap) -> ()");
+  m.def("kl_finish_stats_(Tensor states, Tensor? mask, Tensor(a!) loss, Tensor(b!) stats, float beta) -> ()");
+  m.def("kl_finish_mixture_(Tensor sums, Tensor? mask, Tensor(a!) loss, Tensor(b!) stats, float beta) -> ()");
+
   // Hidden states and heads in; fills loss, stats and whichever gradients are given. The caller plans, and
   // lends a workspace of linear_kl_loss_layout()'s size.
   m.def(

@@ -78,6 +78,11 @@ class Located:
     dims: tuple[tuple[str, ...], ...]
     layer: int | None = None
     expert: int | None = None
+    pattern: str = ""  # its name with {layer} and {expert} in the places of their numbers
+
+    def moved(self, layer: int | None, expert: int | None) -> str:
+        """Its name in a model where its layer and its expert have these numbers."""
+        return (self.pattern or self.name).format(layer=layer, expert=expert)
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Its shape in a model of these sizes."""
@@ -130,6 +135,9 @@ class Family:
         is_sparse: (config, layer) -> whether that layer's MLP is experts.
         per_layer_keys: config keys that hold one entry for each layer.
         layer_index_keys: config keys that hold a list of layers' indices.
+        dense_layers: the config entries that say which layers are dense, from the list of these layers; for
+            families where that follows from a layer's index, which changes where layers are dropped.
+        refuses: why transformers would not load a config of this family; None where it loads it.
     """
 
     model_types: tuple[str, ...]
@@ -152,6 +160,8 @@ class Family:
     is_sparse: When = field(default=lambda config, layer: False)
     per_layer_keys: tuple[str, ...] = ("layer_types",)
     layer_index_keys: tuple[str, ...] = ()
+    dense_layers: Callable[[list[int]], dict[str, Any]] | None = None
+    refuses: Callable[[Config], str | None] = field(default=lambda config: None)
 
     def value(self, config: Config, key: str, default: Any = None) -> Any:
         """`key` of the config, else the family's default, else `default`."""
@@ -198,12 +208,11 @@ class Family:
             for param in inside:
                 if not _is_there(param, config, layer):
                     continue
-                name = f"{self.layers}.{layer}.{param.name}"
-                if "{expert}" not in name:
-                    yield Located(name, param.dims, layer)
-                    continue
-                for expert in range(sizes["experts"]):
-                    yield Located(name.format(expert=expert), param.dims, layer, expert)
+                pattern = f"{self.layers}.{{layer}}.{param.name}"
+                experts = range(sizes["experts"]) if "{expert}" in pattern else (None,)
+                for expert in experts:
+                    name = pattern.format(layer=layer, expert=expert)
+                    yield Located(name, param.dims, layer, expert, pattern)
 
     def locate(self, name: str, config: Config) -> Located | None:
         """What a parameter's name, in the model or in a checkpoint, stands for; None if it is not known."""
@@ -218,7 +227,8 @@ class Family:
             pattern = re.escape(param.name).replace(r"\{expert\}", r"(\d+)")
             inside = re.fullmatch(pattern, rest)
             if inside and _is_there(param, config, layer):
-                return Located(name, param.dims, layer, int(inside[1]) if inside.groups() else None)
+                expert = int(inside[1]) if inside.groups() else None
+                return Located(name, param.dims, layer, expert, f"{self.layers}.{{layer}}.{param.name}")
         return None
 
     def count_parameters(self, config: Config, *, embeddings: bool = True) -> int:

@@ -47,9 +47,31 @@ def _experts(block: str, when: When | None = None) -> tuple[Param, ...]:
     )
 
 
+def _heads_divide_hidden(config: Config) -> str | None:
+    hidden, heads = config_value(config, "hidden_size"), config_value(config, "num_attention_heads")
+    return (
+        f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}" if hidden % heads else None
+    )
+
+
+def _long_rope_fits(config: Config) -> str | None:
+    """Phi-3: transformers checks the factors of long RoPE against hidden_size / num_attention_heads."""
+    rope = config_value(config, "rope_parameters") or config_value(config, "rope_scaling") or {}
+    hidden, heads = config_value(config, "hidden_size"), config_value(config, "num_attention_heads")
+    part = rope.get("partial_rotary_factor", config_value(config, "partial_rotary_factor", 1.0))
+    wanted = int(hidden // heads * part) // 2
+    for key in ("short_factor", "long_factor"):
+        if key in rope and len(rope[key]) != wanted:
+            return (
+                f"the {len(rope[key])} entries of RoPE's {key} are not half of hidden_size / "
+                f"num_attention_heads = {hidden} // {heads}"
+            )
+    return None
+
+
 _PLAIN = (*attention(qkv_bias=_ATTENTION_BIAS, out_bias=_ATTENTION_BIAS), *gated_mlp(_MLP_BIAS), *_TWO_NORMS)
 
-register_family(Family(("llama",), layer=_PLAIN))
+register_family(Family(("llama",), layer=_PLAIN, refuses=_heads_divide_hidden))
 register_family(Family(("mistral",), layer=(*attention(), *gated_mlp(), *_TWO_NORMS)))
 register_family(Family(("qwen2",), layer=(*attention(qkv_bias=True), *gated_mlp(), *_TWO_NORMS)))
 _QWEN3_ATTENTION = attention(qkv_bias=_ATTENTION_BIAS, out_bias=_ATTENTION_BIAS, qk_norm=True)
@@ -74,6 +96,7 @@ for _type, _qk_norm in (("gemma2", False), ("gemma3_text", True)):
             defaults={"tie_word_embeddings": True, "head_dim": 256},
             norm_offset=1.0,
             scales_embedding=True,
+            refuses=_heads_divide_hidden,
         )
     )
 
@@ -88,6 +111,7 @@ register_family(
             *_TWO_NORMS,
         ),
         taps=Taps(mlp_up="mlp.gate_up_proj", mlp_up_part=(1, 2)),
+        refuses=_long_rope_fits,
     )
 )
 
@@ -156,6 +180,6 @@ register_family(
             "experts": ("num_experts", "num_local_experts"),
         },
         is_sparse=_is_sparse,
-        layer_index_keys=("mlp_only_layers",),
+        dense_layers=lambda layers: {"mlp_only_layers": layers, "decoder_sparse_step": 1},
     )
 )

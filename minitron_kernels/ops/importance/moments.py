@@ -17,8 +17,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KIND_OF = {"mean": reference.ABS, "L2": reference.SQUARE, "var": reference.CENTRED}
 
 
+def planes_of(kinds: int) -> int:
+    """How many sums `kinds` asks for: |v|; v²; v and (v − v̄)²."""
+    return bool(kinds & reference.ABS) + bool(kinds & reference.SQUARE) + 2 * bool(kinds & reference.CENTRED)
+
+
 class Moments(NamedTuple):
-    """Sums over each sequence's tokens: `values` [planes, B, M], planes as `kinds` asks; `counts` [B]."""
+    """Sums over each sequence's tokens: `values` [planes, B, M], planes as `kinds` asks; `counts` [B].
+
+    Where G equal groups of the values see different tokens of a sequence, as experts do, `counts` is [B, G].
+    """
 
     values: Tensor
     counts: Tensor
@@ -27,7 +35,7 @@ class Moments(NamedTuple):
     def aggregate(self, seq: str) -> Tensor:
         """[B, M] float64: (1/n)Σ|v|, √Σv² or (1/n)Σ(v−v̄)² of each sequence; 0 for one without tokens."""
         values = self.values.double()
-        count = self.counts.clamp(min=1).double()[:, None]
+        count = _per_value(self.counts, values.shape[-1]).clamp(min=1)
         if seq == "mean":
             return values[0] / count
         if seq == "L2":
@@ -86,10 +94,17 @@ def rows_of(x: Tensor, y: Tensor | None, backend: str) -> Tensor:
     return reference.importance_rows(x, y)
 
 
+def _per_value(counts: Tensor, values: int) -> Tensor:
+    """[B] or [B, G] counts -> float64 that goes with [B, values]."""
+    if counts.dim() == 1:
+        return counts.double()[:, None]
+    return counts.double().repeat_interleave(values // max(counts.shape[1], 1), dim=1)
+
+
 def combine(moments: Moments, group: ProcessGroup | None) -> Moments:
     """The moments of sequences that are cut over the ranks of a context-parallel group, in float64."""
     values, counts = moments.values.double(), moments.counts.clone()
-    local = moments.counts.double()[:, None]
+    local = _per_value(moments.counts, values.shape[-1])
     torch.distributed.all_reduce(counts, group=group)
     centred = None
     if moments.kinds & reference.CENTRED:
@@ -99,7 +114,7 @@ def combine(moments: Moments, group: ProcessGroup | None) -> Moments:
     torch.distributed.all_reduce(values, group=group)
     if centred is not None:
         # Chan et al. 1979: M2 of the union, from each part's own and its mean's distance from the union's
-        mean = values[-1] / counts.clamp(min=1).double()[:, None]
+        mean = values[-1] / _per_value(counts, values.shape[-1]).clamp(min=1)
         centred = centred + local * (local_mean - mean).square()
         torch.distributed.all_reduce(centred, group=group)
         values = torch.cat([values, centred[None]])
@@ -127,8 +142,7 @@ def _fake_moments(
     x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, kinds: int
 ) -> tuple[Tensor, Tensor]:
     B = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    planes = bool(kinds & 1) + bool(kinds & 2) + 2 * bool(kinds & 4)
-    values = x.new_empty((planes, B, num_heads or x.shape[-1]), dtype=torch.float32)
+    values = x.new_empty((planes_of(kinds), B, num_heads or x.shape[-1]), dtype=torch.float32)
     return values, x.new_empty((B,), dtype=torch.int64)
 
 

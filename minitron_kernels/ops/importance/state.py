@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -81,16 +82,18 @@ class ImportanceState(_Sums):
     Args:
         num_channels: C.
         seq: the sequence aggregations to collect, of "mean", "L2" and "var".
+        groups: G, for one state of many layers or experts, C / G channels each: they are counted apart.
         device: where the sums live; that of the activations.
 
     Attributes:
         sums: float64 [len(seq), C].
         squares: float64 [len(seq), C].
-        sequences: int64 [], sequences that had at least one token.
-        tokens: int64 [].
+        sequences: int64 [], sequences that had at least one token; with `groups`, [G].
+        tokens: int64 [], or [G].
 
     Raises:
-        TypeError, ValueError: num_channels is no number of channels, seq no such names.
+        TypeError, ValueError: num_channels is no number of channels, seq no such names, groups do not
+            divide the channels.
 
     Source: Minitron (arXiv 2407.14679) section 2.2.
     """
@@ -102,9 +105,14 @@ class ImportanceState(_Sums):
         num_channels: int,
         *,
         seq: Sequence[str] = ("mean",),
+        groups: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         _check_size("num_channels", num_channels)
+        if groups is not None:
+            _check_size("groups", groups)
+            if num_channels % groups if groups else num_channels:
+                raise ValueError(f"groups must divide the {num_channels} channels, got {groups}")
         seq = (seq,) if isinstance(seq, str) else tuple(seq)
         if not seq or len(set(seq)) != len(seq) or not set(seq) <= set(KIND_OF):
             raise ValueError(f"seq must be different names out of {', '.join(KIND_OF)}, got {seq!r}")
@@ -112,13 +120,19 @@ class ImportanceState(_Sums):
         shape = (len(seq), num_channels)
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self.squares = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.sequences = torch.zeros((), dtype=torch.int64, device=device)
-        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        counts = () if groups is None else (groups,)
+        self.sequences = torch.zeros(counts, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(counts, dtype=torch.int64, device=device)
 
     @property
     def num_channels(self) -> int:
         """C."""
         return self.sums.shape[1]
+
+    @property
+    def groups(self) -> int | None:
+        """G; None where all channels see the same tokens."""
+        return self.tokens.shape[0] if self.tokens.dim() else None
 
     @property
     def kinds(self) -> int:
@@ -131,9 +145,26 @@ class ImportanceState(_Sums):
             value = moments.aggregate(name)
             self.sums[k] += value.sum(0)
             self.squares[k] += value.square_().sum(0)
-        self.sequences += (moments.counts > 0).sum()
-        self.tokens += moments.counts.sum()
+        self.sequences += (moments.counts > 0).sum(0)
+        self.tokens += moments.counts.sum(0)
         return self
+
+    def part(self, begin: int, end: int) -> ImportanceState:
+        """The groups from `begin` to `end` as a state of its own that shares memory: what is added to it is
+        added here.
+
+        Raises:
+            ValueError: a state without groups, or there are no such groups.
+        """
+        if self.groups is None:
+            raise ValueError("part() needs a state of groups: ImportanceState(..., groups=)")
+        _check_part(begin, end, self.groups)
+        width = self.num_channels // max(self.groups, 1)
+        view = copy.copy(self)
+        view.sums = self.sums[:, begin * width : end * width]
+        view.squares = self.squares[:, begin * width : end * width]
+        view.sequences, view.tokens = self.sequences[begin:end], self.tokens[begin:end]
+        return view
 
     def scores(self, *, batch: str = "L2", seq: str = "mean") -> Tensor:
         """The importance of each channel, float64 [C]; zeros while there are no sequences.
@@ -156,6 +187,8 @@ class ImportanceState(_Sums):
         if batch == "L2":
             return self.squares[k].sqrt()
         n = self.sequences.clamp(min=1).double()
+        if self.groups:
+            n = n.repeat_interleave(self.num_channels // self.groups)
         mean = self.sums[k] / n
         if batch == "mean":
             return mean
@@ -181,7 +214,7 @@ class ImportanceState(_Sums):
         states = []
         gathered = {name: _gather(x, group) for name, x in self._tensors().items()}
         for rank in range(torch.distributed.get_world_size(group)):
-            state = ImportanceState(self.num_channels, seq=self.seq, device=self.sums.device)
+            state = copy.copy(self)
             for name, parts in gathered.items():
                 setattr(state, name, parts[rank])
             states.append(state)
@@ -189,18 +222,25 @@ class ImportanceState(_Sums):
 
     @classmethod
     def cat(cls, states: Iterable[ImportanceState]) -> ImportanceState:
-        """One state of the channels of all, in order; of the same sequences (counts are the first's)."""
+        """One state of the channels of all, in order.
+
+        Without groups they are of the same sequences, and the counts are the first's.
+        """
         states = list(states)
         if not states:
             raise ValueError("states must have at least one ImportanceState, got none")
         if len({state.seq for state in states}) != 1:
             raise ValueError(f"states must have the same seq, got {[state.seq for state in states]}")
-        whole = cls(
-            sum(state.num_channels for state in states), seq=states[0].seq, device=states[0].sums.device
-        )
+        if len({state.groups is None for state in states}) != 1:
+            raise ValueError("states must all have groups or all have none, got some of each")
+        whole = copy.copy(states[0])
         whole.sums = torch.cat([state.sums for state in states], 1)
         whole.squares = torch.cat([state.squares for state in states], 1)
-        whole.sequences, whole.tokens = states[0].sequences.clone(), states[0].tokens.clone()
+        if whole.groups is None:
+            whole.sequences, whole.tokens = whole.sequences.clone(), whole.tokens.clone()
+        else:
+            whole.sequences = torch.cat([state.sequences for state in states])
+            whole.tokens = torch.cat([state.tokens for state in states])
         return whole
 
     def to(self, device: torch.device | str) -> ImportanceState:
@@ -209,7 +249,10 @@ class ImportanceState(_Sums):
         return self
 
     def __repr__(self) -> str:
-        return f"ImportanceState({self.num_channels}, seq={self.seq}, device={str(self.sums.device)!r})"
+        groups = "" if self.groups is None else f"groups={self.groups}, "
+        return (
+            f"ImportanceState({self.num_channels}, seq={self.seq}, {groups}device={str(self.sums.device)!r})"
+        )
 
 
 class TokenMeanState(_Sums):
@@ -242,6 +285,13 @@ class TokenMeanState(_Sums):
     def scores(self) -> Tensor:
         """Mean per item, float64 [M]; 0, not NaN, for an item that saw no token."""
         return self.sums / self.counts.clamp(min=1)
+
+    def part(self, begin: int, end: int) -> TokenMeanState:
+        """The items from `begin` to `end` as a state of its own that shares memory."""
+        _check_part(begin, end, self.num_items)
+        view = copy.copy(self)
+        view.sums, view.counts = self.sums[begin:end], self.counts[begin:end]
+        return view
 
     def merge_(self, other: TokenMeanState) -> TokenMeanState:
         """Adds the tokens of another state. Returns itself."""
@@ -284,6 +334,11 @@ def _check_size(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 0:
         raise ValueError(f"{name} must be 0 or greater, got {value}")
+
+
+def _check_part(begin: int, end: int, length: int) -> None:
+    if not 0 <= begin <= end <= length:
+        raise ValueError(f"begin and end must be in order in [0, {length}], got {begin} and {end}")
 
 
 def _gather(x: Tensor, group: ProcessGroup | None) -> list[Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minitron_kernels import _workspace
+from minitron_kernels.ops.kl_loss.epilogues import EPILOGUES
 from minitron_kernels.ops.kl_loss.linear_gpu import linear_kl_loss_
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.plan import plan_linear_kl_loss
@@ -50,6 +51,7 @@ def _linear_kl_loss(
     student_softcap: float,
     teacher_scale: float,
     teacher_softcap: float,
+    backend: str,
     schedule: str,
     workspace_bytes: int,
     engine: str | None,
@@ -76,6 +78,7 @@ def _linear_kl_loss(
             (beta, inv_tau, student_scale, student_softcap, teacher_scale, teacher_softcap),
             schedule,
             workspace_bytes,
+            EPILOGUES[backend](),
         )
         return loss, new_stats, grad_hidden, grad_head, grad_bias
     count = N if mask is None else int(mask.sum())
@@ -319,11 +322,15 @@ def linear_kl_rows(
     head_accumulator: Tensor | None,
     vocab_size: int,
     options: LossOptions,
+    backend: str,
     schedule: str,
     workspace_bytes: int,
     engine: str | None = None,
 ) -> Tensor:
-    """Loss rows [N], or with a row_weight (0-dim) their weighted sum. A side is hidden, head and bias."""
+    """Loss rows [N], or with a row_weight (0-dim) their weighted sum. A side is hidden, head and bias.
+
+    `backend` is what pick() chose; on the CPU there is one, and `engine` says how it multiplies.
+    """
     grad_mode = torch.is_grad_enabled()
     hidden, head, bias = student
     wants = (
@@ -331,7 +338,7 @@ def linear_kl_rows(
         grad_mode and (head.requires_grad or head_accumulator is not None),
         grad_mode and bias is not None and bias.requires_grad,
     )
-    rest = (vocab_size, *options, schedule, workspace_bytes, engine)
+    rest = (vocab_size, *options, backend, schedule, workspace_bytes, engine)
     if not any(wants):
         loss = _linear_kl_loss(
             hidden, head, *teacher[:2], bias, teacher[2], mask, None, None, None, False, False, False, *rest

@@ -4,8 +4,8 @@
                4 GEMMs; several chunks add their head gradients in fp32.
     recompute  for a tile of the vocabulary and all rows: logits, merged into the stats. Then tile by tile
                logits again, dz, GEMMs. 6 GEMMs (8 for JSD); each tile of the head's gradient is made once.
-    forward    no gradient wanted: operands of 16 bit go through the fused kernel, O(N) memory; fp32 as the
-               first half of recompute.
+    forward    no gradient wanted: operands of 16 bit go through Triton's fused kernel, O(N) memory; fp32, and
+               all of the native backend, which has no such kernel, as the first half of recompute.
 
 Nothing waits for the GPU: masked rows are computed with zeros for hidden states and a zero dz, not left out.
 All memory is torch's, on the current stream, so that a call can be captured in a CUDA graph.
@@ -13,12 +13,13 @@ All memory is torch's, on the current stream, so that a call can be captured in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from minitron_kernels.ops.kl_loss.epilogues import Epilogues
 
 Side = tuple[Tensor, Tensor, Tensor | None]  # hidden states, head, bias
 GPU_WORKSPACE_BYTES = 2 << 30  # by default: chunks of 1600 rows at a vocabulary of 131072
@@ -26,34 +27,6 @@ _ALIGN = 64  # columns; rows of logits start at 128-byte borders
 _MIN_STORE_ROWS = 512  # with fewer, adding to the fp32 head gradient costs more than two more GEMMs
 _MOST_TILE, _LEAST_TILE = 8192, 128
 _HALF_LIFT = {True: 2.0**14, False: 2.0**8}  # forward KL's dz is within 1 of 0, the others' within log terms
-
-
-@dataclass(frozen=True)
-class Epilogues:
-    """Kernels on fp32 tiles of logits; see kernel_triton for what each does."""
-
-    forward: Callable[..., None]
-    grad: Callable[..., None]
-    tile_stats: Callable[..., None]
-    tile_mixture: Callable[..., None]
-    finish_stats: Callable[..., None]
-    finish_mixture: Callable[..., None]
-    linear_stats: Callable[..., None] | None = None  # stats without logits in memory, where there is such
-
-
-def triton_epilogues() -> Epilogues:
-    """The Triton kernels."""
-    from minitron_kernels.ops.kl_loss import kernel_triton as k
-
-    return Epilogues(
-        k.forward,
-        k.grad,
-        k.tile_stats,
-        k.tile_mixture,
-        k.finish_stats,
-        k.finish_mixture,
-        k.linear_stats,
-    )
 
 
 class Plan(NamedTuple):
@@ -241,7 +214,7 @@ class _Call:
 def _operands(side: Side, vocab_size: int) -> Side:
     hidden, head, bias = side
     hidden, head = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (hidden, head))
-    return hidden, head[:vocab_size], None if bias is None else bias[:vocab_size].contiguous()
+    return hidden, head[:vocab_size], None if bias is None else bias[:vocab_size].float().contiguous()
 
 
 def linear_kl_loss_(
@@ -257,7 +230,7 @@ def linear_kl_loss_(
     options: tuple[float, ...],
     schedule: str,
     workspace_bytes: int,
-    epilogues: Epilogues | None = None,
+    epilogues: Epilogues,
 ) -> None:
     """Fills the outputs of the op linear_kl_loss: loss, stats and the gradients that are wanted.
 
@@ -274,7 +247,7 @@ def linear_kl_loss_(
         options: beta, inv_tau, and scale and softcap of either side.
         schedule: "auto", "store" or "recompute".
         workspace_bytes: budget of the scratch memory.
-        epilogues: kernels to use; Triton's by default.
+        epilogues: kernels to use.
     """
     loss, new_stats, grad_hidden, grad_head, grad_bias = outputs
     N, H = student[0].shape
@@ -282,7 +255,7 @@ def linear_kl_loss_(
         grad[vocab_size if N else 0 :].zero_()
     if N == 0:
         return
-    call = _Call(student, teacher, mask, vocab_size, options, epilogues or triton_epilogues())
+    call = _Call(student, teacher, mask, vocab_size, options, epilogues)
     kind = torch.promote_types(student[0].dtype, student[1].dtype)
 
     def planned(schedule: str) -> Plan:

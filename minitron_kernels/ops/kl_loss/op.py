@@ -259,7 +259,16 @@ def linear_kl_loss(
         default = DEFAULT_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
         budget = default if workspace_bytes is None else workspace_bytes
         result = linear_kl_rows(
-            student, teacher, rows_mask_, row_weight, grad_head_accumulator, V, options, schedule, budget
+            student,
+            teacher,
+            rows_mask_,
+            row_weight,
+            grad_head_accumulator,
+            V,
+            options,
+            chosen,
+            schedule,
+            budget,
         )
     if reduction == "none":
         return (result * scale if scale != 1.0 else result).reshape(shape)

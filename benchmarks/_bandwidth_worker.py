@@ -1,0 +1,29 @@
+"""A fresh process for one row of a benchmark of _bandwidth.py."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from _harness import answer, extra_peak_bytes, interleave
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Whether the result is right; memory of one call; time in turns with the floor."""
+    bench, device = import_module(spec["bench"]).BENCH, spec["device"]
+    inputs = bench.make_inputs(spec["case"], device)
+    call, floor = bench.row(spec["key"]).build(inputs), bench.floor(inputs)
+    error = bench.error(inputs, call())
+    if not error <= bench.bound:  # NaN too
+        raise SystemExit(f"wrong: relative error {error:.2g}, allowed {bench.bound:.0e}; not timed")
+    floor()
+    result: dict[str, Any] = {"error": error, "bytes": bench.floor_bytes(inputs)}
+    result["extra_peak_bytes"] = extra_peak_bytes(call, device)
+    pairs = interleave(floor, call, device, budget_s=spec["budget_s"], reps=tuple(spec["reps"]))
+    for name, samples in (("floor", pairs.floor), ("call", pairs.call)):
+        result[name] = [[sample.wall_s, sample.busy_s] for sample in samples]
+    return result
+
+
+if __name__ == "__main__":
+    answer(measure)

@@ -1,0 +1,8 @@
+// Schema of the gather op. The kernels register themselves in *_cpu.cpp and *_cuda.cu.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
+  // out[..., i, j] = weight[..., rows[i], cols[j]]; an absent axis is kept whole. rows, cols: int64, on
+  // weight's device; on the CPU checked against weight's shape.
+  m.def("gather_channels_(Tensor(a!) out, Tensor weight, Tensor? rows, Tensor? cols) -> ()");
+}

@@ -1,0 +1,169 @@
+// One row by its plan: runs copied, blocks shuffled out of windows of the row, the rest element by element.
+#include "common/stream.h"
+#include "common/vec.h"
+#include "gather/gather_cpu.h"
+
+namespace minitron::MINITRON_SIMD {
+namespace {
+
+#if defined(__AVX512BW__)
+// Words from any of 64, out of two vectors.
+struct Words {
+  static constexpr ShuffleShape kShape{64, 128, 2};
+  using V = __m512i;
+  static V load(const char* p) { return _mm512_loadu_si512(p); }
+  static V shuffle(const Step& step, const uint8_t* lanes, const char* row) {
+    const char* window = row + step.from;
+    return _mm512_maskz_permutex2var_epi16(__mmask32(step.filled), load(window), _mm512_loadu_si512(lanes),
+                                           load(window + 64));
+  }
+  static V merge(V a, V b) { return _mm512_or_si512(a, b); }
+  static void store(char* p, V v) { _mm512_storeu_si512(p, v); }
+  static void stream(char* p, V v) { _mm512_stream_si512(reinterpret_cast<V*>(p), v); }
+};
+#endif
+
+#if defined(__SSSE3__)
+// Bytes from any of 16; a lane of kNoByte becomes zero.
+struct Bytes {
+  static constexpr ShuffleShape kShape{16, 16, 1};
+  using V = __m128i;
+  static V load(const char* p) { return _mm_loadu_si128(reinterpret_cast<const V*>(p)); }
+  static V shuffle(const Step& step, const uint8_t* lanes, const char* row) {
+    return _mm_shuffle_epi8(load(row + step.from), _mm_loadu_si128(reinterpret_cast<const V*>(lanes)));
+  }
+  static V merge(V a, V b) { return _mm_or_si128(a, b); }
+  static void store(char* p, V v) { _mm_storeu_si128(reinterpret_cast<V*>(p), v); }
+  static void stream(char* p, V v) { _mm_stream_si128(reinterpret_cast<V*>(p), v); }
+};
+#else
+// No shuffle of variable lanes: runs and elements only.
+struct Bytes {
+  static constexpr ShuffleShape kShape{16, 0, 1};
+};
+#endif
+
+#if defined(__AVX512BW__)
+using Wide = Words;
+#else
+using Wide = Bytes;
+#endif
+
+void encode(const ShuffleShape& shape, const uint8_t* source_of, Step* step, uint8_t* lanes) {
+  for (int64_t i = 0; i < shape.block / shape.unit; ++i) {
+    const uint8_t source = source_of[i * shape.unit];
+    if (source != kNoByte) step->filled |= uint32_t(1) << i;
+    if (shape.unit == 2) {
+      const uint16_t word = source / 2;
+      std::memcpy(lanes + 2 * i, &word, 2);
+    } else {
+      lanes[i] = source;
+    }
+  }
+}
+
+template <bool kStream>
+void copy(char* to, const char* from, int64_t bytes) {
+  if constexpr (kStream) {
+    stream_copy(to, from, bytes);
+  } else {
+    std::memcpy(to, from, bytes);
+  }
+}
+
+template <typename Isa, int64_t kSteps, bool kStream>
+void shuffle(const Step* step, const uint8_t* lanes, int64_t steps, const char* source, char* out,
+             char* end) {
+  constexpr int64_t kBlock = Isa::kShape.block;
+  const int64_t n = kSteps ? kSteps : steps;
+  for (; out != end; out += kBlock, step += n, lanes += n * kBlock) {
+    auto block = Isa::shuffle(step[0], lanes, source);
+    for (int64_t i = 1; i < n; ++i) {
+      block = Isa::merge(block, Isa::shuffle(step[i], lanes + i * kBlock, source));
+    }
+    if constexpr (kStream) {
+      Isa::stream(out, block);
+    } else {
+      Isa::store(out, block);
+    }
+  }
+}
+
+template <int64_t kWidth, bool kStream>
+void elements(const int64_t* cols, int64_t n, const char* source, char* out) {
+  constexpr int64_t kPerLine = kLineBytes / kWidth;
+  alignas(kLineBytes) char line[kLineBytes];
+  for (; n >= kPerLine; n -= kPerLine, cols += kPerLine, out += kLineBytes) {
+    for (int64_t i = 0; i < kPerLine; ++i) {
+      std::memcpy(line + i * kWidth, source + cols[i] * kWidth, kWidth);
+    }
+    copy<kStream>(out, line, kLineBytes);
+  }
+  for (int64_t i = 0; i < n; ++i) std::memcpy(out + i * kWidth, source + cols[i] * kWidth, kWidth);
+}
+
+template <typename Isa, bool kStream>
+void make_row(const GatherPlan& plan, const char* source, char* out) {
+  for (const Segment& segment : plan.segments) {
+    char* to = out + segment.to;
+    if (segment.kind == Segment::kRun) {
+      copy<kStream>(to, source + segment.from, segment.bytes);
+    } else if (segment.kind == Segment::kElements) {
+      const int64_t *cols = plan.cols + segment.to / plan.width, n = segment.bytes / plan.width;
+      switch (plan.width) {
+        case 1:
+          elements<1, kStream>(cols, n, source, to);
+          break;
+        case 2:
+          elements<2, kStream>(cols, n, source, to);
+          break;
+        case 4:
+          elements<4, kStream>(cols, n, source, to);
+          break;
+        case 8:
+          elements<8, kStream>(cols, n, source, to);
+          break;
+        default:
+          elements<16, kStream>(cols, n, source, to);
+      }
+    } else if constexpr (Isa::kShape.window > 0) {
+      const Step* step = plan.steps.data() + segment.first_step;
+      const uint8_t* lanes = plan.lanes.data() + segment.first_step * Isa::kShape.block;
+      char* end = to + segment.bytes;
+      switch (segment.steps) {
+        case 1:
+          shuffle<Isa, 1, kStream>(step, lanes, 1, source, to, end);
+          break;
+        case 2:
+          shuffle<Isa, 2, kStream>(step, lanes, 2, source, to, end);
+          break;
+        case 3:
+          shuffle<Isa, 3, kStream>(step, lanes, 3, source, to, end);
+          break;
+        default:
+          shuffle<Isa, 0, kStream>(step, lanes, segment.steps, source, to, end);
+      }
+    }
+  }
+}
+
+template <bool kStream>
+void row(const GatherPlan& plan, const char* source, char* out) {
+  if (plan.width >= Wide::kShape.unit) {
+    make_row<Wide, kStream>(plan, source, out);
+  } else {
+    make_row<Bytes, kStream>(plan, source, out);
+  }
+}
+
+}  // namespace
+
+const GatherKernels& gather_kernels() {
+  static const GatherKernels table{Wide::kShape, Bytes::kShape, encode,
+                                   [](const GatherPlan& plan, const char* source, char* out, bool stream) {
+                                     stream ? row<true>(plan, source, out) : row<false>(plan, source, out);
+                                   }};
+  return table;
+}
+
+}  // namespace minitron::MINITRON_SIMD

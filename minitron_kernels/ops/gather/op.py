@@ -1,0 +1,156 @@
+"""gather_channels(): the kept rows and columns of a weight, both axes in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitron_kernels import _native
+from minitron_kernels._backend import pick
+from minitron_kernels.ops.gather import reference
+from minitron_kernels.ops.gather.index import ChannelIndex, check_kind
+
+
+def gather_channels(
+    weight: Tensor,
+    rows: Tensor | ChannelIndex | None = None,
+    cols: Tensor | ChannelIndex | None = None,
+    out: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """weight[..., rows, :][..., cols]: one read of what is kept, one write, bit for bit.
+
+    `cols` are of the last dimension, `rows` of the one before it; dimensions before these are kept whole
+    (experts [E, out, in]). A vector (a bias, a norm's gain) has `cols` only. An axis without indices is kept
+    whole; without any the weight is copied.
+
+    Args:
+        weight: [..., R, C] or [C], any dtype of 1, 2, 4, 8 or 16 bytes, any strides, any device.
+        rows: [K_r] int64 or int32 in [0, R), on any device; need be neither sorted nor unique.
+        cols: [K_c], in [0, C), likewise.
+        out: [..., K_r, K_c] of weight's dtype and device to write to; may be a view with any strides, must
+            not overlap weight. Default: a new contiguous tensor.
+        backend: "auto", "native", "triton" or "reference"; a named one never falls back.
+
+    Indices are checked on the host before anything is written, which for indices on a GPU is one sync each. A
+    ChannelIndex has been checked: make one of each set of channels that many weights share. Under
+    torch.compile, tensors of indices are checked where the op runs: a RuntimeError on the CPU, a device-side
+    assertion on a GPU.
+
+    Returns:
+        out, or the new tensor.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, dtype, shape or device; an index out of range (names
+            the first); out overlaps itself or weight; `out` is unchanged. Also where grad mode is on and
+            weight or out requires grad: there is no gradient, and none is lost in silence; call it under
+            torch.no_grad(), or detach.
+        RuntimeError: the named backend cannot run here, and why.
+
+    Source: structured pruning of Minitron (arXiv 2407.14679) section 2.3.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+    shape = list(weight.shape)
+    if not shape:
+        raise ValueError("weight must have at least 1 dimension, got a scalar")
+    if weight.layout != torch.strided:
+        raise ValueError(f"weight must be a dense tensor, got layout {weight.layout}")
+    if rows is not None and len(shape) == 1:
+        raise ValueError(f"rows must be None for a vector {tuple(shape)}: its one dimension is that of cols")
+    keep_rows = None if rows is None else _index("rows", rows, shape[-2], weight.device)
+    keep_cols = None if cols is None else _index("cols", cols, shape[-1], weight.device)
+    if keep_rows is not None:
+        shape[-2] = len(keep_rows)
+    if keep_cols is not None:
+        shape[-1] = len(keep_cols)
+    _check_no_grad("weight", weight)
+    if out is not None:
+        _check_out(out, weight, shape)
+    chosen = pick("gather", weight.device, backend)
+    source = weight.detach().resolve_conj().resolve_neg()
+    row_values, col_values = (_values(keep, weight.device) for keep in (keep_rows, keep_cols))
+    if chosen == "reference":
+        result = reference.gather_channels(source, row_values, col_values)
+        return result if out is None else out.copy_(result)
+    target = source.new_empty(shape) if out is None else out.detach()
+    torch.ops.minitron_kernels.gather_channels_(target, source, row_values, col_values)
+    if out is None:
+        return target
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(out)
+    return out
+
+
+def _index(name: str, keep: Any, size: int, device: torch.device) -> ChannelIndex | Tensor:
+    """What `keep` names, checked; under torch.compile the tensor itself, whose values are not known yet."""
+    if isinstance(keep, ChannelIndex):
+        if keep.size != size:
+            raise ValueError(f"{name} must be for weight's {size} channels, got one for {keep.size}")
+        return keep
+    check_kind(name, keep)
+    if not torch.compiler.is_compiling():
+        return ChannelIndex(keep, size, name=name)
+    values = keep.to(device, torch.int64).contiguous()
+    if device.type != "cpu":
+        torch._assert_async(
+            ((values >= 0) & (values < size)).all(), f"{name}: indices must be in [0, {size})"
+        )
+    return values
+
+
+def _values(keep: ChannelIndex | Tensor | None, device: torch.device) -> Tensor | None:
+    return keep.on(device) if isinstance(keep, ChannelIndex) else keep
+
+
+def _check_no_grad(name: str, x: Tensor) -> None:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires grad, and gather_channels has no gradient: call it under torch.no_grad(), or "
+            f"pass {name}.detach()"
+        )
+
+
+def _check_out(out: Any, weight: Tensor, shape: list[int]) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a torch.Tensor or None, got {type(out).__name__}")
+    _check_no_grad("out", out)
+    if out.dtype != weight.dtype:
+        raise TypeError(f"out must have weight's dtype {weight.dtype}, got {out.dtype}")
+    if list(out.shape) != shape or out.device != weight.device:
+        raise ValueError(
+            f"out must be {tuple(shape)} on {weight.device}, got {tuple(out.shape)} on {out.device}"
+        )
+    if out.is_conj() or out.is_neg():
+        raise ValueError("out must be plain memory, got a lazy conjugate or negative view")
+    if not out.numel():
+        return
+    reach = 0  # elements between the first and the last that the smaller strides reach
+    for stride, size in sorted((s, n) for s, n in zip(out.stride(), out.shape, strict=True) if n > 1):
+        if stride <= reach:
+            raise ValueError(
+                f"out must not overlap itself, got strides {out.stride()} for {tuple(out.shape)}"
+            )
+        reach += stride * (size - 1)
+    if torch.compiler.is_compiling() or weight.device.type == "meta" or not weight.numel():
+        return
+    (out_begin, out_end), (begin, end) = _extent(out), _extent(weight)
+    if out_begin < end and begin < out_end:
+        raise ValueError("out must not lie within the memory that weight spans")
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and past the last one."""
+    reach = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
+    return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
+
+
+def _fake(out: Tensor, weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> None:
+    return None
+
+
+if _native.available():
+    torch.library.register_fake("minitron_kernels::gather_channels_", _fake)

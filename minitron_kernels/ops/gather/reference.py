@@ -1,0 +1,21 @@
+"""gather_channels in plain torch: the definition, any dtype, any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# what torch's own indexing does not know (float8, ...) is moved as integers of the same width
+_INTEGER_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def gather_channels(weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+    """weight[..., rows, :][..., cols], a new tensor; an axis without indices is kept whole."""
+    dtype = weight.dtype
+    integer = _INTEGER_OF.get(weight.element_size())  # none for complex128, which torch indexes
+    out = weight if integer is None else weight.view(integer)
+    if rows is not None:
+        out = out.index_select(-2, rows)
+    if cols is not None:
+        out = out.index_select(-1, cols)
+    return (out.clone() if rows is None and cols is None else out).view(dtype)

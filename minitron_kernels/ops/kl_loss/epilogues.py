@@ -1,0 +1,73 @@
+"""The kernels on fp32 tiles of logits that the GPU schedules of linear_kl_loss are made of, by backend.
+
+A tile of logits is (student [N, V], teacher [N, V], and the bias of each, float32 [V] or None).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Epilogues:
+    """Kernels on fp32 tiles of logits; see kernel_triton for what each takes and writes."""
+
+    forward: Callable[..., None]
+    grad: Callable[..., None]
+    tile_stats: Callable[..., None]
+    tile_mixture: Callable[..., None]
+    finish_stats: Callable[..., None]
+    finish_mixture: Callable[..., None]
+    linear_stats: Callable[..., None] | None = None  # stats without logits in memory, where there is such
+
+
+def triton_epilogues() -> Epilogues:
+    """The Triton kernels."""
+    from minitron_kernels.ops.kl_loss import kernel_triton as k
+
+    return Epilogues(
+        k.forward,
+        k.grad,
+        k.tile_stats,
+        k.tile_mixture,
+        k.finish_stats,
+        k.finish_mixture,
+        k.linear_stats,
+    )
+
+
+def native_epilogues(ops: Any = None) -> Epilogues:
+    """The CUDA C++ kernels, and nothing else: no linear_stats, so that no call needs triton.
+
+    Args:
+        ops: the namespace of torch.ops that they are registered in; the library's own by default.
+    """
+    k = torch.ops.minitron_kernels if ops is None else ops
+    return Epilogues(
+        forward=lambda logits, mask, loss, stats, vocab_size, options: k.kl_tile_forward_(
+            *logits, mask, loss, stats, vocab_size, *options
+        ),
+        grad=lambda logits, mask, weight, stats, out, vocab_size, options: k.kl_tile_grad_(
+            *logits, mask, weight, stats, out, vocab_size, *options
+        ),
+        tile_stats=lambda logits, mask, state, first, options: k.kl_tile_stats_(
+            *logits, mask, state, first, *options
+        ),
+        tile_mixture=lambda logits, mask, stats, sums, first, options: k.kl_tile_mixture_(
+            *logits, mask, stats, sums, first, *options
+        ),
+        finish_stats=lambda states, mask, loss, stats, options: k.kl_finish_stats_(
+            states, mask, loss, stats, options[0]
+        ),
+        finish_mixture=lambda sums, mask, loss, stats, options: k.kl_finish_mixture_(
+            sums, mask, loss, stats, options[0]
+        ),
+    )
+
+
+# by the name that pick() returns
+EPILOGUES = {"native": native_epilogues, "triton": triton_epilogues}

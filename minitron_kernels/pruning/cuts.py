@@ -1,0 +1,273 @@
+"""What becomes of each parameter under a plan: the one place that knows, for models in memory and on disk.
+
+A cut gathers rows and columns. Beyond that, heads may be blended (KV heads that become their mean, query
+heads that take over what dropped ones lack), and gains of norms be scaled. Experts are one stacked tensor in
+a model and one tensor each in a checkpoint; either way the same elements go through the same steps, to the
+same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minitron_kernels.ops.gather.index import ChannelIndex
+from minitron_kernels.ops.gather.op import gather_channels
+from minitron_kernels.pruning.families import PER_HEAD, Located, family_of
+from minitron_kernels.pruning.pruning_plan import LayerPlan, PruningPlan
+
+Index = ChannelIndex | None
+
+
+@dataclass(frozen=True)
+class Blend:
+    """`length` rows from `start` on, in the new tensor, as a weighted sum of rows of the old one.
+
+    Args:
+        start: first row in the new tensor.
+        length: rows of a head.
+        terms: (weight, first row in the old tensor).
+    """
+
+    start: int
+    length: int
+    terms: tuple[tuple[float, int], ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What becomes of one parameter.
+
+    Args:
+        name: in the smaller model: layers and experts are renumbered.
+        source_shape, shape: before and after.
+        rows, cols: what is gathered of the last two dimensions; of a vector `cols` only; None: all.
+        experts: of a stack of experts' weights, (expert, rows, cols) for those that stay; else None.
+        blends: heads that are more than a copy; they take their place after the gather.
+        factor, offset: the gain of a norm, offset + weight, is multiplied by factor.
+    """
+
+    name: str
+    source_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    rows: Index = None
+    cols: Index = None
+    experts: tuple[tuple[int, Index, Index], ...] | None = None
+    blends: tuple[Blend, ...] = ()
+    factor: float = 1.0
+    offset: float = 0.0
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether it is a plain copy."""
+        whole = self.rows is None and self.cols is None and not self.blends and self.factor == 1
+        return whole and self.experts is None
+
+    @torch.no_grad()
+    def apply(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        """The new parameter, in the old one's dtype. Sums and gains are computed in float32, or in float64.
+
+        Args:
+            tensor: of source_shape; any dtype that gather_channels takes.
+            out: of shape, tensor's dtype and device; may be a view. Default: a new tensor.
+
+        Raises:
+            ValueError: a tensor of another shape; names the parameter.
+        """
+        if tuple(tensor.shape) != self.source_shape:
+            raise ValueError(
+                f"{self.name} is cut from a tensor of shape {self.source_shape}, got {tuple(tensor.shape)}"
+            )
+        tensor = tensor.detach()
+        if out is None:
+            out = torch.empty(self.shape, dtype=tensor.dtype, device=tensor.device)
+        if self.experts is None:
+            gather_channels(tensor, self.rows, self.cols, out)
+        else:
+            for new, (old, rows, cols) in enumerate(self.experts):
+                gather_channels(tensor[old], rows, cols, out[new])
+        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        for blend in self.blends:
+            total = torch.zeros((blend.length, *self.shape[1:]), dtype=wide, device=tensor.device)
+            for weight, start in blend.terms:
+                head = tensor.narrow(0, start, blend.length)
+                kept = head if tensor.dim() == 1 else gather_channels(head, None, self.cols)
+                total.add_(kept.to(wide), alpha=weight)
+            out.narrow(0, blend.start, blend.length).copy_(total)
+        if self.factor != 1:
+            gain = (out.to(wide) + self.offset) * self.factor
+            out.copy_(gain - self.offset)
+        return out
+
+
+class Cuts:
+    """The cuts of all parameters of a model.
+
+    Args:
+        plan: what stays.
+        rescale_norms: apply the plan's norm factors.
+
+    A family that multiplies its embeddings by √hidden_size multiplies them by less once channels have gone,
+    while what the layers add stays as it is. So what the layers add is scaled by √(new / old size) too: every
+    norm that reads the residual stream takes that off again. Where layers write through norms (Gemma 2 and 3)
+    the gains of these carry the factor, and no element of the embedding or the head is rounded anew. Where
+    they do not, the embedding carries the inverse, and the final norm's gain takes it off again if the head
+    is tied.
+    """
+
+    def __init__(self, plan: PruningPlan, *, rescale_norms: bool = True) -> None:
+        self.plan = plan
+        self.family = family_of(plan.source_config)
+        self.source = self.family.sizes(plan.source_config)
+        self.target = self.family.sizes(plan.target_config)
+        self._layers = {entry.layer: (new, entry) for new, entry in enumerate(plan.layers)}
+        self._factors = dict(plan.norm_factors) if rescale_norms else {}
+        self._scales = self._residual_scales() if self.family.scales_embedding else {}
+        self._index = functools.lru_cache(maxsize=None)(self._make_index)
+        self._known = functools.lru_cache(maxsize=None)(self._list_known)
+
+    def names(self, stored: bool = False) -> list[str]:
+        """All parameters of the source, by their names in the model or in checkpoints, but a tied head."""
+        return list(self._known(stored))
+
+    def of(self, name: str, stored: bool = False) -> Cut | None:
+        """What becomes of the parameter `name` of the model (`stored`: of the checkpoint).
+
+        Returns:
+            Its cut; None where it goes, with its layer or its expert.
+
+        Raises:
+            ValueError: the source has no such parameter.
+        """
+        located = self._known(stored).get(name)
+        if located is None and name == f"{self.family.head}.weight":  # checkpoints may hold a tied head
+            located = self.family.locate(name, self.plan.source_config)
+        if located is None:
+            raise ValueError(
+                f"{name!r} is no parameter of the plan's source, a "
+                f"{self.plan.source_config['model_type']} model"
+            )
+        new, entry = None, None
+        if located.layer is not None:
+            if located.layer not in self._layers:
+                return None
+            new, entry = self._layers[located.layer]
+        expert = located.expert
+        if expert is not None and entry is not None and entry.experts is not None:
+            if expert not in entry.experts:
+                return None
+            expert = entry.experts.index(expert)
+        factor, offset = self._gain(name)
+        indices, stack = [], None
+        if len(located.dims) == 3 and entry is not None:
+            stack = self._stack(located, entry)
+        else:
+            indices = [self._index(parts, located.layer, expert) for parts in located.dims]
+        return Cut(
+            name=located.moved(new, expert),
+            source_shape=located.shape(self.source),
+            shape=located.shape(self.target),
+            rows=indices[0] if len(indices) == 2 else None,
+            cols=indices[-1] if indices else None,
+            experts=stack,
+            blends=self._blends(located, entry),
+            factor=factor,
+            offset=offset,
+        )
+
+    def _stack(self, located: Located, entry: LayerPlan) -> tuple[tuple[int, Index, Index], ...] | None:
+        """What is kept of the stacked weights of experts; None: all of it."""
+        assert entry.experts is not None, "stacked weights in a dense layer"
+        _, rows, cols = located.dims
+        stack = tuple(
+            (old, self._index(rows, located.layer, new), self._index(cols, located.layer, new))
+            for new, old in enumerate(entry.experts)
+        )
+        whole = entry.experts == tuple(range(self.source["experts"]))
+        return None if whole and all(row is col is None for _, row, col in stack) else stack
+
+    def source_module(self, name: str) -> str:
+        """What a module, or a buffer, of the smaller model is called in the source."""
+        inside = re.fullmatch(rf"{re.escape(self.family.layers)}\.(\d+)\.(.+)", name)
+        if not inside:
+            return name
+        return f"{self.family.layers}.{self.plan.layers[int(inside[1])].layer}.{inside[2]}"
+
+    def _list_known(self, stored: bool) -> dict[str, Located]:
+        params = self.family.parameters(self.plan.source_config, stored=stored)
+        return {param.name: param for param in params}
+
+    def _make_index(self, parts: tuple[str, ...], layer: int | None, expert: int | None) -> Index:
+        """What is kept of a dimension of these axes; None: all of it. `expert` is the new number."""
+        kept, start = [], 0
+        for axis in parts:
+            indices = torch.tensor(self._kept(axis, layer, expert), dtype=torch.int64)
+            size = self.source[axis]
+            if axis in PER_HEAD:
+                inside = torch.arange(self.source["head_dim"])
+                indices = (indices[:, None] * len(inside) + inside).flatten()
+                size *= len(inside)
+            kept.append(indices + start)
+            start += size
+        index = torch.cat(kept)
+        if len(index) == start and torch.equal(index, torch.arange(start)):
+            return None
+        return ChannelIndex(index, start, name="+".join(parts))
+
+    def _kept(self, axis: str, layer: int | None, expert: int | None) -> tuple[int, ...] | range:
+        if axis == "hidden":
+            return self.plan.hidden
+        if layer is None or axis in ("vocab", "head_dim"):
+            return range(self.source[axis])
+        entry = self._layers[layer][1]
+        if axis == "heads":
+            return entry.heads.query
+        if axis == "kv_heads":
+            return tuple(sources[0] for sources in entry.heads.kv)
+        kept = entry.expert_mlp[expert] if axis == "expert_mlp" else getattr(entry, axis)  # type: ignore[index]
+        assert kept is not None, f"{axis} in a layer without"
+        return kept
+
+    def _blends(self, located: Located, entry: LayerPlan | None) -> tuple[Blend, ...]:
+        """Where rows of a projection to heads are sums of several heads'."""
+        if entry is None or located.dims[0][0] not in PER_HEAD:
+            return ()
+        dim = self.source["head_dim"]
+        blends, old, new = [], 0, 0
+        for axis in located.dims[0]:
+            if axis == "heads":
+                for kept, dropped in entry.heads.merged:
+                    start = new + entry.heads.query.index(kept) * dim
+                    blends.append(Blend(start, dim, ((2.0, old + kept * dim), (-1.0, old + dropped * dim))))
+            elif axis == "kv_heads":
+                for place, sources in enumerate(entry.heads.kv):
+                    if len(sources) > 1:
+                        terms = tuple((1 / len(sources), old + source * dim) for source in sources)
+                        blends.append(Blend(new + place * dim, dim, terms))
+            old += self.source[axis] * dim
+            new += self.target[axis] * dim
+        return tuple(blends)
+
+    def _gain(self, name: str) -> tuple[float, float]:
+        """By what a parameter is multiplied, and what is added to it before and taken off after."""
+        module, _, kind = name.rpartition(".")
+        scale = self._scales.get(module, 1.0)
+        inside = module.removeprefix(f"{self.family.layers}.").partition(".")[2]
+        if kind == "weight" and (module == self.family.final_norm or inside in self.family.taps.norms):
+            return scale * self._factors.get(module, 1.0), self.family.norm_offset
+        return scale, 0.0
+
+    def _residual_scales(self) -> dict[str, float]:
+        """Module -> by what it is multiplied so that the embedding keeps its part in the residual stream."""
+        scale = math.sqrt(self.target["hidden"] / self.source["hidden"])
+        family, taps = self.family, self.family.taps
+        writers = [norm for norm in taps.norms if norm not in taps.scored_norms]
+        if writers:
+            return {f"{family.layers}.{layer}.{norm}": scale for layer in self._layers for norm in writers}
+        tied = family.tied(self.plan.source_config)
+        return {family.embedding: 1 / scale} | ({family.final_norm: scale} if tied else {})

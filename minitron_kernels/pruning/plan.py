@@ -1,0 +1,351 @@
+"""From scores and a target to a pruning plan; no model is needed, so another target costs nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitron_kernels.pruning.families import Config, Family, family_of
+from minitron_kernels.pruning.keep import (
+    ORDERS,
+    Keep,
+    KeptHeads,
+    best_block,
+    checked_scores,
+    choose_heads,
+    least_loss,
+    top,
+)
+from minitron_kernels.pruning.pruning_plan import LayerPlan, PruningPlan
+from minitron_kernels.pruning.sizes import (
+    Candidate,
+    Sizes,
+    as_dict,
+    find_sizes,
+    full_value,
+    given_sizes,
+    size_names,
+    target_config_of,
+)
+
+__all__ = ["LayerPlan", "PruningPlan", "make_plan"]
+
+KV_CHOICES = ("prune", "merge")
+
+
+def make_plan(
+    scores: Any,
+    config: Config | None = None,
+    *,
+    ratio: float | Mapping[str, float] | None = None,
+    params: float | None = None,
+    search: Sequence[str] | None = None,
+    num_experts_per_tok: int | None = None,
+    drop_layers: Sequence[int] | None = None,
+    block_losses: Mapping[int, float] | Sequence[float] | None = None,
+    kv_heads: str = "prune",
+    merge_heads: bool = False,
+    order: str = "original",
+    divisor: int | Mapping[str, int] | None = None,
+    rescale_norms: bool = True,
+    loadable: bool = True,
+    batch: str = "L2",
+    seq: str = "mean",
+    **sizes: int,
+) -> PruningPlan:
+    """What to keep of a model so that it becomes as small as told.
+
+    Of each axis the channels of highest score stay: hidden channels alike in all layers, MLP neurons, heads,
+    experts and the neurons of an expert in each layer for itself. What is not told keeps its size.
+
+    Args:
+        scores: ImportanceScores, or a mapping with the tables of the axes to prune: "hidden" [hidden], "mlp"
+            {layer: [mlp]}, "heads" {layer: [heads]}, "experts" {layer: [experts]}, "expert_mlp" {layer:
+            [experts, expert_mlp]}, "layers" [layers], and for rescaling "energy" {norm's name: [hidden]}.
+        config: a transformers config, or the dict in config.json; default: that of the scores.
+        **sizes: by their names in the config: hidden_size, intermediate_size, num_hidden_layers,
+            num_attention_heads, num_key_value_heads, num_experts or num_local_experts,
+            moe_intermediate_size. KV heads follow the query heads where each has its own.
+            Hidden and MLP sizes must be multiples of the divisor.
+        ratio: of hidden and MLP sizes to those of the source, or by name, {"intermediate_size": 0.75};
+            rounded to the nearest multiple of the divisor.
+        params: a budget of parameters, embeddings included; find_sizes() tells how the sizes are picked. The
+            plan lists the best candidates.
+        search: the sizes that `params` may choose; default: the hidden and MLP sizes that are not told.
+        num_experts_per_tok: for the new config; needed where fewer experts stay than serve a token.
+        drop_layers: these layers go. Else, with num_hidden_layers, the block of neighbouring layers goes
+            whose measured loss, or summed score in the table "layers", is least.
+        block_losses: the loss of the model without the block, by the block's first layer.
+        kv_heads: how KV heads become fewer. "prune": KV groups go, with their query heads. "merge": as many
+            neighbouring ones each time become one with the mean of their key and value weights (GQA, arXiv
+            2305.13245); their query heads all attend to it, the best of them where heads go as well.
+        merge_heads: make the kept query heads of a group stand for the dropped ones too (P1 §2.3): head_i <-
+            2 head_i - head_{2K-i+1} for i from 2K-L+1 to K, with the L ≤ 2K heads of a KV group by falling
+            score and K of them kept. The query projection only: keys and values are the group's.
+        order: of what is kept on an axis: "original", or "importance" (falling; heads inside their KV group).
+            A model in order of importance can be cut again by slicing.
+        divisor: what hidden and MLP sizes must be multiples of, for all or by name; default 64, and 128 where
+            sizes are searched for a budget.
+        rescale_norms: multiply the gain of each norm by √(share of the energy of its input that the kept
+            channels hold · old size / new size), so that kept channels leave it as large as before though the
+            norm divides by the root mean square of fewer. Needs the table "energy". A LayerNorm is treated
+            alike: the mean that it takes off is small beside the root mean square.
+        loadable: refuse sizes that transformers would not load, though the model would run.
+        batch, seq: how ImportanceScores aggregate; see ImportanceScores.tables().
+
+    Returns:
+        The plan; print(plan.summary()).
+
+    Raises:
+        TypeError, ValueError: a target that cannot be, a missing or misshapen table; says what is possible.
+
+    Source: P1 (arXiv 2407.14679) §2, P2 (arXiv 2408.11796) §3.
+
+    Example:
+        >>> plan = make_plan(scores, hidden_size=4096, intermediate_size=11520)        # doctest: +SKIP
+        >>> plan.save("plan.json")                                                     # doctest: +SKIP
+    """
+    for name, value, choices in (("order", order, ORDERS), ("kv_heads", kv_heads, KV_CHOICES)):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    if config is None:
+        config = getattr(scores, "config", None)
+        if config is None:
+            raise TypeError("config must be given where scores are a mapping of tables")
+    tables = scores.tables(batch=batch, seq=seq) if hasattr(scores, "tables") else scores
+    if not isinstance(tables, Mapping):
+        raise TypeError(f"scores must be ImportanceScores or a mapping, got {type(scores).__name__}")
+    config = as_dict(config)
+    family = family_of(config)
+    names = size_names(family, config)
+    before = family.sizes(config)
+
+    given = given_sizes(family, config, sizes, ratio, divisor)
+    table = _Tables(tables, before)
+    depth = given.get("layers", before["layers"])
+    layers = _kept_layers(table, before["layers"], depth, "layers" in given, drop_layers, block_losses)
+    candidates: list[Candidate] = []
+    if params is not None:
+        fixed = {next(name for name in names if names[name] == axis): size for axis, size in given.items()}
+        candidates = find_sizes(
+            config,
+            params,
+            search=search,
+            fixed=fixed,
+            layers=None if len(layers) == before["layers"] else layers,
+            divisor=divisor,
+            loadable=loadable,
+            limit=10,
+        )
+        given.update({names[name]: size for name, size in candidates[0].sizes.items()})
+        if len(layers) != given.get("layers", len(layers)):
+            layers = _kept_layers(table, before["layers"], given["layers"], True, None, block_losses)
+    elif search is not None:
+        raise ValueError("search chooses sizes for a budget: give params as well")
+    after = {**before, **given, "layers": len(layers)}
+    if before["heads"] == before["kv_heads"] and "kv_heads" not in given and kv_heads == "prune":
+        after["kv_heads"] = after["heads"]
+    _check_heads(before, after, kv_heads)
+    if merge_heads:
+        _check_merge(before, after, kv_heads)
+    target = target_config_of(config, after, layers)
+    _settle_experts(family, config, target, after, num_experts_per_tok)
+    reason = family.refuses(target) if loadable else None
+    if reason:
+        raise ValueError(
+            f"transformers would not load the pruned model: {reason}. Take other sizes, or loadable=False"
+        )
+
+    hidden = table.keep("hidden", None, after["hidden"], order)
+    entries = []
+    for layer in layers:
+        heads = _heads_of(table, layer, before, after, kv_heads == "merge", merge_heads, order)
+        if family.is_sparse(config, layer):
+            experts = table.keep("experts", layer, after["experts"], order)
+            neurons = table.expert_neurons(layer, experts, after["expert_mlp"], order)
+            entries.append(LayerPlan(layer, heads, experts=experts, expert_mlp=neurons))
+        else:
+            entries.append(LayerPlan(layer, heads, mlp=table.keep("mlp", layer, after["mlp"], order)))
+    made_with = {
+        **sizes,
+        **_said(ratio=ratio, params=params, search=search, drop_layers=drop_layers, divisor=divisor),
+        "kv_heads": kv_heads,
+        "merge_heads": merge_heads,
+        "rescale_norms": rescale_norms,
+    }
+    if hasattr(scores, "tables"):
+        made_with |= {"batch": batch, "seq": seq}
+    return PruningPlan(
+        source_config=config,
+        target_config=target,
+        hidden=hidden,
+        layers=tuple(entries),
+        order=order,
+        norm_factors=_norm_factors(family, table, hidden, layers) if rescale_norms else {},
+        made_with=made_with,
+        candidates=tuple(candidates),
+    )
+
+
+def _said(**options: Any) -> dict[str, Any]:
+    """The options that were given, as JSON holds them."""
+    said: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            said[name] = dict(value)
+        elif value is not None:
+            said[name] = value if isinstance(value, (int, float)) else list(value)
+    return said
+
+
+class _Tables:
+    """The tables of scores; each is checked when it is needed."""
+
+    def __init__(self, tables: Mapping[str, Any], sizes: Sizes) -> None:
+        self.tables, self.sizes = tables, sizes
+
+    def get(self, axis: str, key: int | str | None, shape: tuple[int, ...], need: str) -> Tensor:
+        """The table of an axis, or its entry for a layer or norm."""
+        if axis not in self.tables:
+            there = ", ".join(map(str, self.tables)) or "none"
+            raise ValueError(f"scores must have the table {axis!r} {need}, got {there}")
+        table, name = self.tables[axis], axis
+        if key is not None:
+            if not isinstance(table, Mapping) or key not in table:
+                raise ValueError(f"scores[{axis}] must have an entry for {key!r} {need}")
+            table, name = table[key], f"{axis}][{key}"
+        return checked_scores(table, shape, name)
+
+    def keep(self, axis: str, layer: int | None, count: int, order: str) -> Keep:
+        """The best channels of an axis; no scores are needed where all stay."""
+        size = self.sizes[axis]
+        if count == size:
+            return tuple(range(size))
+        return top(self.get(axis, layer, (size,), f"to prune {axis}"), count, order)
+
+    def expert_neurons(self, layer: int, experts: Keep, count: int, order: str) -> tuple[Keep, ...]:
+        """The best neurons of each kept expert."""
+        size = self.sizes["expert_mlp"]
+        if count == size:
+            return (tuple(range(size)),) * len(experts)
+        shape = (self.sizes["experts"], size)
+        table = self.get("expert_mlp", layer, shape, "to prune expert_mlp")
+        return tuple(top(table[expert], count, order) for expert in experts)
+
+
+def _kept_layers(
+    table: _Tables,
+    before: int,
+    after: int,
+    told: bool,
+    drop: Sequence[int] | None,
+    losses: Mapping[int, float] | Sequence[float] | None,
+) -> list[int]:
+    if drop is not None:
+        gone = sorted(drop)
+        wrong = [x for x in gone if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x < before]
+        if wrong or len(set(gone)) < len(gone) or len(gone) >= before:
+            raise ValueError(f"drop_layers must name some of {before} layers, each once, got {list(drop)}")
+        if told and after != before - len(gone):
+            raise ValueError(
+                f"num_hidden_layers {after} is not what drop_layers leaves of {before}: {before - len(gone)}"
+            )
+        if losses is not None:
+            raise ValueError("drop_layers says which layers go: block_losses must be None")
+        return [layer for layer in range(before) if layer not in set(gone)]
+    count = before - after
+    if not count:
+        return list(range(before))
+    if losses is not None:
+        start = least_loss(losses, before, count)
+    else:
+        start = best_block(table.get("layers", None, (before,), "to prune layers"), count)
+    return [layer for layer in range(before) if not start <= layer < start + count]
+
+
+def _check_heads(before: Sizes, after: Sizes, kv_choice: str) -> None:
+    """That as many query heads can be kept for each KV head."""
+    old, new = before["heads"] // before["kv_heads"], after["heads"] // after["kv_heads"]
+    if after["heads"] % after["kv_heads"]:
+        raise ValueError(
+            f"num_attention_heads must be a multiple of num_key_value_heads, {after['kv_heads']}, got "
+            f"{after['heads']}: every KV group keeps as many query heads"
+        )
+    if kv_choice == "prune" and new > old:
+        raise ValueError(
+            f"num_key_value_heads {after['kv_heads']} would serve {new} query heads each, but a KV group has "
+            f'{old}: keep at most {old * after["kv_heads"]} num_attention_heads, or take kv_heads="merge"'
+        )
+    if kv_choice == "merge" and before["kv_heads"] % after["kv_heads"]:
+        raise ValueError(
+            f"num_key_value_heads must divide {before['kv_heads']} where KV heads are merged, got "
+            f"{after['kv_heads']}"
+        )
+
+
+def _check_merge(before: Sizes, after: Sizes, kv_choice: str) -> None:
+    joined = before["kv_heads"] // after["kv_heads"] if kv_choice == "merge" else 1
+    total = before["heads"] // before["kv_heads"] * joined
+    kept = after["heads"] // after["kv_heads"]
+    if total > 2 * kept:
+        raise ValueError(
+            f"merge_heads needs at least half of the {total} query heads of a KV group to stay, got {kept}"
+        )
+    if total == kept:
+        raise ValueError(
+            f"merge_heads has nothing to merge: all {total} query heads of a KV group stay, or the group goes"
+        )
+
+
+def _settle_experts(
+    family: Family, config: Config, target: dict[str, Any], after: Sizes, per_token: int | None
+) -> None:
+    routed = full_value(config, "num_experts_per_tok") if "experts" in after else None
+    if per_token is not None:
+        if routed is None or isinstance(per_token, bool) or not 1 <= per_token <= after["experts"]:
+            limit = after.get("experts", "no")
+            raise ValueError(f"num_experts_per_tok must be from 1 to {limit} experts, got {per_token!r}")
+        target["num_experts_per_tok"] = per_token
+    elif routed is not None and routed > after["experts"]:
+        raise ValueError(
+            f"a token goes to {routed} experts, but only {after['experts']} stay: keep at least {routed}, "
+            f"or give num_experts_per_tok={after['experts']}"
+        )
+
+
+def _heads_of(
+    table: _Tables, layer: int, before: Sizes, after: Sizes, merge_kv: bool, merge_query: bool, order: str
+) -> KeptHeads:
+    scores = None
+    if after["heads"] != before["heads"]:
+        scores = table.get("heads", layer, (before["heads"],), "to prune heads")
+    return choose_heads(
+        scores,
+        (before["heads"], before["kv_heads"]),
+        (after["heads"], after["kv_heads"]),
+        merge_kv=merge_kv,
+        merge_query=merge_query,
+        order=order,
+    )
+
+
+def _norm_factors(family: Family, table: _Tables, hidden: Keep, layers: list[int]) -> dict[str, float]:
+    """√(share of energy kept · old size / new size) of each norm over hidden channels; {} where none goes."""
+    size = table.sizes["hidden"]
+    if len(hidden) == size:
+        return {}
+    norms = [f"{family.layers}.{layer}.{norm}" for layer in layers for norm in family.taps.norms]
+    factors, kept = {}, torch.tensor(hidden)
+    for norm in [*norms, family.final_norm]:
+        energy = table.get("energy", norm, (size,), "to rescale norms (or rescale_norms=False)")
+        if bool((energy < 0).any()):
+            raise ValueError(f"scores[energy][{norm}] must not be negative")
+        share = float(energy[kept].sum() / energy.sum())
+        if not share > 0:  # nothing came in, or nothing stays: no factor makes up for it
+            share = len(hidden) / size
+        factors[norm] = math.sqrt(share * size / len(hidden))
+    return factors

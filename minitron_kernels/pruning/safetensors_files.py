@@ -1,0 +1,341 @@
+"""Safetensors files and folders of them: headers read and checked, headers made.
+
+A file is 8 bytes of header length (little-endian), a JSON header {name: {dtype, shape, data_offsets}}, and
+the tensors' bytes, without gaps. The header says where everything is before any byte of a tensor is read or
+written. What a header or an index says comes from elsewhere and is checked: what is wrong is a ValueError
+that names the file. Format: https://huggingface.co/docs/safetensors
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import stat
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+LONGEST_HEADER = 100_000_000  # bytes; the safetensors package's own limit
+AGAIN = "the file is damaged or was not copied whole: get it again"
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+
+def read_at(fd: int, buffer: memoryview, begin: int) -> int:
+    """Fills `buffer` (bytes) from the place `begin`; returns the number of bytes there were."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(fd, [buffer[done:]], begin + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file: `begin` is the place of its first byte in the file."""
+
+    name: str
+    file: SafetensorsFile
+    dtype_name: str
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As torch calls it."""
+        return DTYPES[self.dtype_name]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsFile:
+    """An open file whose header has been checked; `tensors` by name, in the order of their bytes.
+
+    Args:
+        path: the file. A symbolic link is followed: the hub's cache is made of them.
+
+    Raises:
+        ValueError: the file is not there, cannot be read, is no regular file, or its header is wrong.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            # non-blocking, or opening a named pipe would wait for its other end
+            self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"{path}: cannot be opened: {reason}") from None
+        try:
+            status = os.fstat(self.fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(f"{path}: is not a regular file")
+            self.size, self._mtime_ns = status.st_size, status.st_mtime_ns
+            header = self._read_header()
+            self.header_sha256 = hashlib.sha256(header).hexdigest()
+            data_begin = 8 + len(header)
+            self.tensors = {
+                tensor.name: tensor for tensor in _entries(self, _parse_json(path, header), data_begin)
+            }
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self.fd)
+
+    def fingerprint(self) -> list[Any]:
+        """What tells this file from another, or from itself after a change."""
+        return [self.path.name, self.size, self._mtime_ns, self.header_sha256]
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError where the file was written to, or another took its place, since it was opened."""
+        for status in (os.fstat(self.fd), os.stat(self.path)):
+            if (status.st_size, status.st_mtime_ns) != (self.size, self._mtime_ns):
+                raise ValueError(f"{self.path}: changed while it was read; let nothing write to it and retry")
+
+    def read_into(self, buffer: memoryview, begin: int) -> None:
+        """Fills `buffer` (bytes) from the place `begin` in the file.
+
+        Raises:
+            ValueError: the file ends before.
+        """
+        try:
+            count = read_at(self.fd, buffer, begin)
+        except OSError as error:
+            raise OSError(error.errno, f"could not be read ({error.strerror})", str(self.path)) from None
+        if count < len(buffer):
+            raise ValueError(f"{self.path}: ends at byte {begin + count}, inside a tensor; {AGAIN}")
+
+    def _read_header(self) -> bytes:
+        path, size = self.path, self.size
+        if size < 8:
+            raise ValueError(f"{path}: {size} bytes are too few for a safetensors file; {AGAIN}")
+        (length,) = struct.unpack("<Q", os.pread(self.fd, 8, 0))
+        if length > size - 8:
+            raise ValueError(
+                f"{path}: says that its header has {length} bytes, and has {size} itself; {AGAIN}"
+            )
+        if length > LONGEST_HEADER:
+            raise ValueError(
+                f"{path}: its header has {length} bytes; a safetensors header has at most {LONGEST_HEADER}"
+            )
+        header = bytearray(length)
+        self.read_into(memoryview(header), 8)
+        return bytes(header)
+
+
+def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
+    """A JSON object without doubled keys."""
+
+    def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise ValueError(f"{_shown(twice)} stands there twice")
+        return result
+
+    try:
+        parsed = json.loads(text.decode(), object_pairs_hook=without_doubles)
+    except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, a number too long
+        raise ValueError(f"{path}: is not proper JSON where it must be ({error}); {AGAIN}") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{path}: holds JSON, but no object {{name: ...}}; {AGAIN}")
+    return parsed
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; ValueError naming the file where there is none."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    return _parse_json(path, text)
+
+
+def _shown(name: object) -> str:
+    """A name from a file, fit for a message: on one line, of bounded length."""
+    text = repr(name)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _entries(file: SafetensorsFile, header: dict[str, Any], data_begin: int) -> list[StoredTensor]:
+    """The tensors of a header, in the order of their bytes; ValueError unless these fill the file exactly."""
+    path = file.path
+    metadata = header.pop("__metadata__", {})
+    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+        raise ValueError(f"{path}: __metadata__ must map strings to strings; {AGAIN}")
+    found = []
+    for name, entry in header.items():
+        what = f"{path}: tensor {_shown(name)}"
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"{what} must be described by dtype, shape and data_offsets alone; {AGAIN}")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ValueError(f"{what} has dtype {_shown(dtype)}; known are {', '.join(DTYPES)}")
+        if not isinstance(shape, list) or len(shape) > 64 or not all(map(_is_count, shape)):
+            raise ValueError(f"{what} has shape {_shown(shape)}, which is no list of lengths; {AGAIN}")
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+            raise ValueError(f"{what} has data_offsets {_shown(offsets)}, which are no two places; {AGAIN}")
+        tensor = StoredTensor(name, file, dtype, tuple(shape), data_begin + offsets[0])
+        if offsets[1] - offsets[0] != tensor.nbytes:
+            raise ValueError(
+                f"{what}, {dtype} {_shown(shape)}, needs other than the "
+                f"{_shown(offsets[1] - offsets[0])} bytes it has; {AGAIN}"
+            )
+        found.append(tensor)
+    found.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
+    at = data_begin
+    for tensor in found:
+        if tensor.begin != at:
+            wrong = "overlaps the tensor before it" if tensor.begin < at else "lies after a gap"
+            raise ValueError(f"{path}: tensor {_shown(tensor.name)} {wrong}; {AGAIN}")
+        at += tensor.nbytes
+    if at != file.size:
+        raise ValueError(
+            f"{path}: its header describes {_shown(at)} bytes, and the file has {file.size}; {AGAIN}"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class SourceFolder:
+    """The weights of a checkpoint folder, all headers checked and all files open."""
+
+    path: Path
+    files: tuple[SafetensorsFile, ...]
+    tensors: dict[str, StoredTensor]
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError where a file changed since it was opened."""
+        for file in self.files:
+            file.check_unchanged()
+
+
+@contextlib.contextmanager
+def open_folder(path: Path) -> Iterator[SourceFolder]:
+    """Opens the weights of a checkpoint folder: model.safetensors, or the files its index lists.
+
+    Raises:
+        ValueError: there are none, both, or wrong ones; a tensor is missing or doubled; the index names
+            anything but files of its folder.
+    """
+    with contextlib.ExitStack() as stack:
+        files: list[SafetensorsFile] = []
+
+        def opened(name: str) -> SafetensorsFile:
+            file = SafetensorsFile(path / name)
+            stack.callback(file.close)
+            files.append(file)
+            return file
+
+        single, index = os.path.lexists(path / SINGLE_FILE), os.path.lexists(path / INDEX_FILE)
+        if single and index:
+            raise ValueError(f"{path}: has both {SINGLE_FILE} and {INDEX_FILE}; keep the one that is meant")
+        if single:
+            tensors = dict(opened(SINGLE_FILE).tensors)
+        elif index:
+            tensors = _read_index(path / INDEX_FILE, opened)
+        else:
+            raise ValueError(_no_weights(path))
+        yield SourceFolder(path, tuple(files), tensors)
+
+
+def _read_index(index: Path, opened: Any) -> dict[str, StoredTensor]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index}: has no weight_map {{tensor: file}}; {AGAIN}")
+    for name, file in places.items():
+        plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0")
+        if not plain:
+            raise ValueError(
+                f"{index}: tensor {_shown(name)} is said to be in {_shown(file)}; only safetensors files of "
+                "the index's own folder are read, named without a path"
+            )
+    tensors: dict[str, StoredTensor] = {}
+    for file_name in sorted(set(places.values())):
+        file = opened(file_name)
+        for name, tensor in file.tensors.items():
+            if name in tensors:
+                other = tensors[name].file.path.name
+                raise ValueError(f"{file.path}: holds {_shown(name)}, and so does {other}; keep one of them")
+            if places.get(name) != file_name:
+                told = f"in {_shown(places[name])}" if name in places else "nowhere"
+                raise ValueError(f"{file.path}: holds {_shown(name)}, which {index.name} says is {told}")
+            tensors[name] = tensor
+    for name, file_name in places.items():
+        if name not in tensors:
+            raise ValueError(
+                f"{index.parent / file_name}: lacks {_shown(name)}, which {index.name} puts there"
+            )
+    return {name: tensors[name] for name in places}
+
+
+def _no_weights(path: Path) -> str:
+    wanted = f"neither {SINGLE_FILE} nor {INDEX_FILE}"
+    other = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+    if other:
+        return (
+            f"{path}: has {wanted}, only {', '.join(other[:3])}. Pickled weights are not read: load the "
+            "model with transformers and save_pretrained() it, which writes safetensors"
+        )
+    return f"{path}: has {wanted}; is it the folder of a checkpoint?"
+
+
+def make_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[int]]:
+    """The first bytes of a file of these tensors (name, dtype, shape), and where in it each begins.
+
+    The tensors lie in the order given. As transformers wants it, the metadata says that they come from torch.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begins = []
+    at = 0
+    for name, dtype, shape in tensors:
+        nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
+        begins.append(at)
+        at += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors then begin at a multiple of 8
+    first = struct.pack("<Q", len(text)) + text
+    return first, [len(first) + begin for begin in begins]

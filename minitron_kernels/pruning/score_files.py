@@ -1,0 +1,76 @@
+"""Scores on disk: importance.json names the file of tensors that belongs to it.
+
+A new file of tensors gets a name of its own; then the JSON takes the place of the old one, in one step; then
+older tensors are deleted. So a writer that is killed leaves a whole pair, the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+ABOUT = "importance.json"
+TENSORS = "importance-{digest}.safetensors"
+FORMAT = "minitron_kernels.importance"
+VERSION = 1
+
+
+def write(folder: Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes both files, tensors first."""
+    from safetensors.torch import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    data = save(dict(tensors))
+    name = TENSORS.format(digest=hashlib.sha256(data).hexdigest()[:16])
+    _replace(folder / name, data)
+    whole = {"format": FORMAT, "version": VERSION, "tensors": name, **about}
+    _replace(folder / ABOUT, (json.dumps(whole, indent=1) + "\n").encode())
+    for old in folder.glob(TENSORS.format(digest="*")):
+        if old.name != name:
+            old.unlink(missing_ok=True)
+
+
+def read(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """The JSON's path, what it says, and the tensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = folder / ABOUT
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file; ImportanceScores.save() writes it")
+    try:
+        about = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON: {error}") from None
+    if not isinstance(about, dict) or about.get("format") != FORMAT or about.get("version") != VERSION:
+        found = {key: about.get(key) for key in ("format", "version")} if isinstance(about, dict) else about
+        raise ValueError(f"{path}: must be {FORMAT} version {VERSION}, got {found!r}")
+    name = about.get("tensors")
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ValueError(f"{path}: tensors must name a file beside it, got {name!r}")
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"{folder / name}: there is no such file, but {path} names it")
+    try:
+        tensors = load((folder / name).read_bytes())
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder / name}: is not a whole safetensors file: {error}") from None
+    return path, about, tensors
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Writes a file beside `path`, then gives it that name."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,336 @@
+"""Cuts of stored tensors streamed into new safetensors files by several threads.
+
+Every output tensor has its place in its file before any is read. Threads take blocks of rows, in the order of
+the places: read the block, cut it, write it where it belongs. A block fits into a core's cache. What is held
+at any time is a block for each thread, or a whole tensor where its rows cannot be told apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import itertools
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minitron_kernels.ops.gather.index import ChannelIndex
+from minitron_kernels.pruning.cuts import Cut
+from minitron_kernels.pruning.safetensors_files import SINGLE_FILE, StoredTensor, make_header, read_at
+from minitron_kernels.pruning.staging import write_error
+
+BLOCK_BYTES = 4 << 20  # of source rows, a piece of work
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor to be made, and the place of its first byte in its file."""
+
+    cut: Cut
+    source: StoredTensor
+    begin: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.cut.shape) * self.source.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of an output: its source bytes begin at `source_begin`, its own at `begin`; no cut: copied."""
+
+    source: StoredTensor
+    cut: Cut | None
+    source_begin: int
+    begin: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to be written."""
+
+    name: str
+    header: bytes
+    outputs: tuple[Output, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(output.nbytes for output in self.outputs)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + self.nbytes
+
+    def pieces(self) -> Iterator[Piece]:
+        """Its work, in the order of the bytes."""
+        for output in self.outputs:
+            yield from _pieces(output)
+
+
+def plan_shards(cuts: Iterable[tuple[Cut, StoredTensor]], max_shard_bytes: int) -> list[Shard]:
+    """Fills files up to `max_shard_bytes` of tensors in the order given; one tensor may be larger."""
+    groups: list[list[tuple[Cut, StoredTensor]]] = [[]]
+    filled = 0
+    for cut, source in cuts:
+        nbytes = Output(cut, source, 0).nbytes
+        if groups[-1] and filled + nbytes > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append((cut, source))
+        filled += nbytes
+    shards = []
+    for number, group in enumerate(groups, 1):
+        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else SINGLE_FILE
+        group.sort(key=lambda pair: -pair[1].dtype.itemsize)  # keeps every tensor aligned to its elements
+        header, begins = make_header((cut.name, source.dtype_name, cut.shape) for cut, source in group)
+        outputs = tuple(Output(*pair, begin) for pair, begin in zip(group, begins, strict=True))
+        shards.append(Shard(name, header, outputs))
+    return shards
+
+
+def _pieces(output: Output) -> Iterator[Piece]:
+    cut, source, begin = output.cut, output.source, output.begin
+    itemsize = source.dtype.itemsize
+    if cut.unchanged:
+        for done in range(0, output.nbytes, BLOCK_BYTES):
+            nbytes = min(BLOCK_BYTES, output.nbytes - done)
+            yield Piece(source, None, source.begin + done, begin + done, nbytes)
+    elif cut.experts is not None:
+        inside = math.prod(cut.source_shape[1:]) * itemsize
+        for new, (old, rows, cols) in enumerate(cut.experts):
+            expert = Cut(cut.name, cut.source_shape[1:], cut.shape[1:], rows, cols)
+            place = begin + new * math.prod(expert.shape) * itemsize
+            yield from _row_blocks(expert, source, source.begin + old * inside, place)
+    elif output.nbytes:
+        yield from _row_blocks(cut, source, source.begin, begin)
+
+
+def _row_blocks(cut: Cut, source: StoredTensor, source_begin: int, begin: int) -> Iterator[Piece]:
+    """Stretches of rows that a block of the source holds; all where rows are blended or not in order."""
+    itemsize = source.dtype.itemsize
+    rows = None if cut.rows is None else cut.rows.values
+    if len(cut.shape) != 2 or cut.blends or (rows is not None and bool((rows[1:] <= rows[:-1]).any())):
+        yield Piece(source, cut, source_begin, begin, math.prod(cut.shape) * itemsize)
+        return
+    row_bytes, source_row_bytes = cut.shape[1] * itemsize, cut.source_shape[1] * itemsize
+    starts = torch.arange(0, cut.source_shape[0], max(1, BLOCK_BYTES // max(1, source_row_bytes)))
+    ends = starts if rows is None else torch.searchsorted(rows, starts)
+    for first, last in itertools.pairwise([*ends.tolist(), cut.shape[0]]):
+        if first == last:
+            continue
+        low, high = (first, last) if rows is None else (int(rows[first]), int(rows[last - 1]) + 1)
+        index = None
+        if rows is not None and high - low != last - first:
+            index = ChannelIndex(rows[first:last] - low, high - low)
+        block = dataclasses.replace(
+            cut,
+            rows=index,
+            source_shape=(high - low, cut.source_shape[1]),
+            shape=(last - first, cut.shape[1]),
+        )
+        size = (last - first) * row_bytes
+        yield Piece(source, block, source_begin + low * source_row_bytes, begin + first * row_bytes, size)
+
+
+def checksum(data: memoryview) -> int:
+    """The sum of the 8-byte words, modulo 2^64: at the speed of memory, and any single damaged byte shows."""
+    words = torch.from_numpy(np.frombuffer(data, np.int64, len(data) // 8))
+    rest = int.from_bytes(data[len(data) // 8 * 8 :], "little")
+    return (int(words.sum()) + rest) % 2**64
+
+
+def write_all(fd: int, data: memoryview, begin: int) -> None:
+    """Writes all of `data` (bytes) at the place `begin`."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], begin + done)
+
+
+def _digest(sums: Sequence[int]) -> str:
+    return hashlib.sha256(b"".join(value.to_bytes(8, "little") for value in sums)).hexdigest()
+
+
+def is_whole(shard: Shard, folder: Path, digest: str) -> bool:
+    """Whether the shard lies in `folder` as `write_shards` wrote it."""
+    buffer = np.empty(0, np.uint8)
+    try:
+        with (folder / shard.name).open("rb", buffering=0) as stream:
+            if (
+                os.fstat(stream.fileno()).st_size != shard.size
+                or stream.read(len(shard.header)) != shard.header
+            ):
+                return False
+            sums = []
+            for piece in shard.pieces():
+                if len(buffer) < piece.nbytes:
+                    buffer = np.empty(piece.nbytes, np.uint8)
+                view = buffer.data[: piece.nbytes]
+                if read_at(stream.fileno(), view, piece.begin) < piece.nbytes:
+                    return False
+                sums.append(checksum(view))
+    except OSError:
+        return False
+    return _digest(sums) == digest
+
+
+class _OpenShard:
+    """A shard while it is written."""
+
+    def __init__(self, shard: Shard, folder: Path) -> None:
+        self.shard, self.path = shard, folder / shard.name
+        self.pieces = list(shard.pieces())
+        self.taken = 0
+        self.left, self.sums = len(self.pieces), [0] * len(self.pieces)
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            # asks for all of the space at once, so that a disk too full is known now, and lies in one stretch
+            os.posix_fallocate(self.fd, 0, shard.size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                os.close(self.fd)
+                raise
+        write_all(self.fd, memoryview(shard.header), 0)
+
+
+class _Buffer:
+    """Memory of one thread, kept from piece to piece: a fresh page costs more than the copy into it."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, memoryview]:
+        """A tensor that is not initialised, and its bytes."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if len(self._bytes) < nbytes:
+            self._bytes = np.empty(0, np.uint8)  # the old one goes before the new one comes
+            self._bytes = np.empty(nbytes, np.uint8)
+        used = self._bytes[:nbytes]
+        return torch.from_numpy(used).view(dtype).view(tuple(shape)), used.data
+
+
+class _Work:
+    """The pieces of all shards, taken one by one by several threads."""
+
+    def __init__(
+        self,
+        shards: Iterable[Shard],
+        folder: Path,
+        on_bytes: Callable[[int], None],
+        on_shard: Callable[[Shard, str], None],
+    ) -> None:
+        self._shards, self._folder = iter(shards), folder
+        self._on_bytes, self._on_shard = on_bytes, on_shard
+        self._lock = threading.Lock()
+        self._current: _OpenShard | None = None
+        self._open: set[_OpenShard] = set()
+        self.stop = threading.Event()
+
+    def run(self) -> None:
+        """What each thread does, until there is no more, or another one failed."""
+        torch.set_num_threads(1)  # the threads are these here
+        source, out = _Buffer(), _Buffer()
+        try:
+            while not self.stop.is_set():
+                with self._lock:
+                    taken = self._take()
+                if taken is None:
+                    return
+                shard, number = taken
+                self._do(shard, number, source, out)
+        except BaseException:
+            self.stop.set()
+            raise
+
+    def close(self) -> None:
+        """After the threads: closes what a failure left open."""
+        for shard in self._open:
+            os.close(shard.fd)
+
+    def _take(self) -> tuple[_OpenShard, int] | None:
+        while self._current is None or self._current.taken == len(self._current.pieces):
+            shard = next(self._shards, None)
+            if shard is None:
+                return None
+            try:
+                self._current = _OpenShard(shard, self._folder)
+            except OSError as error:
+                raise write_error(error, self._folder / shard.name) from None
+            self._open.add(self._current)
+            if not self._current.pieces:
+                self._finish(self._current)
+        self._current.taken += 1
+        return self._current, self._current.taken - 1
+
+    def _do(self, shard: _OpenShard, number: int, source: _Buffer, out: _Buffer) -> None:
+        piece = shard.pieces[number]
+        cut, stored = piece.cut, piece.source
+        shape, dtype = ((piece.nbytes,), torch.uint8) if cut is None else (cut.source_shape, stored.dtype)
+        tensor, data = source.tensor(shape, dtype)
+        stored.file.read_into(data, piece.source_begin)
+        if cut is not None:
+            result, data = out.tensor(cut.shape, dtype)
+            cut.apply(tensor, out=result)
+        try:
+            write_all(shard.fd, data, piece.begin)
+        except OSError as error:
+            raise write_error(error, shard.path) from None
+        shard.sums[number] = checksum(data)
+        with self._lock:
+            shard.left -= 1
+            last = shard.left == 0
+            self._on_bytes(len(data))
+        if last:
+            self._finish(shard)
+
+    def _finish(self, shard: _OpenShard) -> None:
+        try:
+            os.fsync(shard.fd)
+        except OSError as error:
+            raise write_error(error, shard.path) from None
+        self._open.discard(shard)
+        os.close(shard.fd)
+        self._on_shard(shard.shard, _digest(shard.sums))
+
+
+def write_shards(
+    shards: Iterable[Shard],
+    folder: Path,
+    *,
+    threads: int,
+    on_bytes: Callable[[int], None],
+    on_shard: Callable[[Shard, str], None],
+) -> None:
+    """Writes the shards into `folder`, each on the disk when on_shard(shard, digest) is called.
+
+    on_bytes(count) is called as tensors' bytes are written. The calls come from the threads; those of
+    on_bytes one at a time. The first error of a thread ends the others after the piece they are at.
+
+    Raises:
+        OSError: a file could not be written; names it.
+        ValueError: a source file ends too early.
+    """
+    work = _Work(shards, folder, on_bytes, on_shard)
+    threads_of_torch = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, "minitron-prune") as pool:
+            try:
+                futures = [pool.submit(work.run) for _ in range(threads)]
+                for future in as_completed(futures):
+                    future.result()
+            finally:
+                work.stop.set()  # an interrupt from the keyboard comes here, not into the threads
+    finally:
+        work.close()
+        torch.set_num_threads(threads_of_torch)

@@ -1,0 +1,319 @@
+"""How big the smaller model is to be: sizes by name, ratios, or a parameter budget."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minitron_kernels.pruning.families import (
+    Config,
+    Family,
+    config_value,
+    elements,
+    family_of,
+)
+
+DIVISOR = 64  # of sizes that are given: rows of 128 bytes in bf16, tiles of tensor cores
+SEARCH_DIVISOR = 128  # of sizes that are searched for a budget: what GEMM libraries tile by
+WIDTH = ("hidden", "mlp", "expert_mlp")  # axes of channels, which the divisor is for
+NEARLY = 0.97  # of the largest that fits: near enough to prefer the better shape
+MOST_CANDIDATES = 200_000
+
+Sizes = dict[str, int]
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """A config as config.json holds it: a copy that shares nothing."""
+    entries = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    return json.loads(json.dumps(entries, default=lambda value: str(value).removeprefix("torch.")))
+
+
+def full_value(config: Config, key: str) -> Any:
+    """`key` of a config, else what transformers takes where config.json leaves it out; else None."""
+    value = config_value(config, key)
+    if value is not None or not isinstance(config, Mapping):
+        return value
+    from transformers import CONFIG_MAPPING  # only configs that leave out what is needed cost this import
+
+    if config_value(config, "model_type") not in CONFIG_MAPPING:
+        return None
+    rest = {name: entry for name, entry in config.items() if name != "model_type"}
+    return config_value(CONFIG_MAPPING[config["model_type"]](**rest), key)
+
+
+class ParameterCount:
+    """Counts the parameters of a model for many sizes, exactly: a sum over kinds of parameters."""
+
+    def __init__(self, family: Family, config: Config) -> None:
+        self.kinds: dict[int | None, Counter[tuple[tuple[str, ...], ...]]] = {}
+        for param in family.parameters(config):
+            self.kinds.setdefault(param.layer, Counter())[param.dims] += 1
+
+    def axes(self) -> set[str]:
+        """The axes that the parameters have."""
+        return {axis for kinds in self.kinds.values() for dims in kinds for parts in dims for axis in parts}
+
+    def uniform(self, layers: Sequence[int]) -> bool:
+        """Whether these layers have the same parameters."""
+        return all(self.kinds[layer] == self.kinds[layers[0]] for layer in layers)
+
+    def of(self, layers: Sequence[int]) -> Counter[tuple[tuple[str, ...], ...]]:
+        """How many parameters of each kind a model of these layers has."""
+        total = Counter(self.kinds[None])
+        for layer in layers:
+            total.update(self.kinds[layer])
+        return total
+
+
+def count_of(kinds: Mapping[tuple[tuple[str, ...], ...], int], sizes: Sizes) -> int:
+    """The number of elements of parameters of these kinds."""
+    return sum(
+        number * math.prod(sum(elements(axis, sizes) for axis in parts) for parts in dims)
+        for dims, number in kinds.items()
+    )
+
+
+def size_names(family: Family, config: Config) -> dict[str, str]:
+    """The names of the sizes that can be pruned, and their axes: {"hidden_size": "hidden", ...}."""
+    there = (ParameterCount(family, config).axes() | {"layers"}) - {"vocab", "head_dim"}
+    axes = dict.fromkeys(("hidden", "mlp", "expert_mlp", "experts", "heads", "kv_heads", "layers"))
+    return {key: axis for axis in axes if axis in there for key in family.keys_of(axis)}
+
+
+def _axis(name: str, names: Mapping[str, str], config: Config) -> str:
+    if name not in names:
+        raise ValueError(
+            f"{name} is no size that can be pruned in {config_value(config, 'model_type')}: it can be "
+            f"{', '.join(names)}"
+        )
+    return names[name]
+
+
+def divisor_of(divisor: int | Mapping[str, int] | None, name: str, axis: str, default: int) -> int:
+    """What the size `name` must be a multiple of.
+
+    Raises:
+        TypeError, ValueError: `divisor` is no positive int.
+    """
+    if axis not in WIDTH:
+        return 1
+    value = divisor.get(name, default) if isinstance(divisor, Mapping) else divisor
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"divisor must be an int or a mapping of size names to ints, got {value!r}")
+    if value < 1:
+        raise ValueError(f"divisor must be at least 1, got {value}")
+    return value
+
+
+def given_sizes(
+    family: Family,
+    config: Config,
+    given: Mapping[str, int],
+    ratio: float | Mapping[str, float] | None,
+    divisor: int | Mapping[str, int] | None,
+) -> Sizes:
+    """The sizes of axes that are told, directly or by ratio.
+
+    A size that is told must be a multiple of its divisor, or the model's own: rounding it would answer a
+    question that was not asked. A ratio is rounded to the nearest multiple, and to at least one.
+
+    Raises:
+        TypeError, ValueError: an unknown name (names those there are), a size out of range or off its divisor
+            (names the next ones), one axis told twice.
+    """
+    before = family.sizes(config)
+    names = size_names(family, config)
+    sizes: Sizes = {}
+    for name, size in given.items():
+        axis = _axis(name, names, config)
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be an int, got {size!r}")
+        if not 1 <= size <= before[axis]:
+            raise ValueError(f"{name} must be from 1 to {before[axis]}, got {size}")
+        step = divisor_of(divisor, name, axis, DIVISOR)
+        if size % step and size != before[axis]:
+            near = [n for n in (size // step * step, -(-size // step) * step) if 0 < n <= before[axis]]
+            raise ValueError(
+                f"{name} must be a multiple of {step}, got {size}: take {' or '.join(map(str, near))}, or "
+                f"another divisor"
+            )
+        if axis in sizes:
+            raise ValueError(f"{name} tells the size of {axis} a second time")
+        sizes[axis] = size
+    if ratio is None:
+        return sizes
+    if not isinstance(ratio, Mapping):
+        ratio = {name: ratio for name, axis in names.items() if axis in WIDTH and axis not in sizes}
+    for name, part in ratio.items():
+        axis = _axis(name, names, config)
+        if isinstance(part, bool) or not isinstance(part, (int, float)):
+            raise TypeError(f"ratio[{name}] must be a number, got {part!r}")
+        if not 0 < part <= 1:
+            raise ValueError(f"ratio of {name} must be above 0 and at most 1, got {part}")
+        if axis in sizes:
+            raise ValueError(f"ratio tells the size of {axis} a second time, by {name}")
+        step = divisor_of(divisor, name, axis, DIVISOR)
+        rounded = max(1, round(part * before[axis] / step)) * step
+        sizes[axis] = before[axis] if part == 1 else min(before[axis], rounded)
+    return sizes
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One choice of sizes.
+
+    Args:
+        sizes: by their names in the config.
+        parameters: of a model with these sizes, a tied head once.
+        spread: the greatest ratio between two sizes' shares of those of the source: 1 where all shrink alike.
+    """
+
+    sizes: dict[str, int]
+    parameters: int
+    spread: float
+
+
+def find_sizes(
+    config: Config,
+    params: float,
+    *,
+    search: Sequence[str] | None = None,
+    fixed: Mapping[str, int] | None = None,
+    layers: Sequence[int] | None = None,
+    divisor: int | Mapping[str, int] | None = None,
+    loadable: bool = True,
+    limit: int = 20,
+) -> list[Candidate]:
+    """The sizes of models of at most `params` parameters, best first.
+
+    All combinations of multiples of the divisor (128), from a quarter of the source's size up, are counted,
+    embeddings included. First come those that have at least 97 % of the parameters of the largest that fits:
+    of them the one first whose sizes shrink most alike. Then the others, the largest first.
+
+    Args:
+        config: of the source.
+        params: the budget, e.g. 8.4e9.
+        search: names of sizes to choose; default: hidden and MLP sizes. num_hidden_layers only where all
+            layers are made alike.
+        fixed: other sizes, by name; any divisor.
+        layers: the layers that stay; default: all, or as many as `search` chooses.
+        divisor: of hidden and MLP sizes, one for all or by name.
+        loadable: leave out sizes that transformers would not load.
+        limit: how many to return.
+
+    Raises:
+        ValueError: an unknown name, nothing fits (says how small the smallest is), too many combinations.
+
+    Example:
+        >>> find_sizes(config, 8.5e9)[0].sizes                          # doctest: +SKIP
+        {'hidden_size': 4096, 'intermediate_size': 11520}
+    """
+    config = as_dict(config)
+    family = family_of(config)
+    before = family.sizes(config)
+    names = size_names(family, config)
+    if isinstance(params, bool) or not isinstance(params, (int, float)):
+        raise TypeError(f"params must be a number, got {params!r}")
+    told = given_sizes(family, config, fixed or {}, None, 1)
+    if search is None:
+        search = [name for name, axis in names.items() if axis in WIDTH and axis not in told]
+    axes = [_axis(name, names, config) for name in search]
+    if not axes or set(axes) & set(told) or len(set(axes)) < len(axes):
+        raise ValueError(f"search must hold sizes that are not told otherwise, each once, got {list(search)}")
+    count, kept = ParameterCount(family, config), list(range(before["layers"]) if layers is None else layers)
+    if "layers" in axes and (layers is not None or not count.uniform(kept)):
+        raise ValueError(
+            "search cannot choose num_hidden_layers where layers differ or are told: give the number itself"
+        )
+    grids = [_grid(family, config, name, axis, divisor) for name, axis in zip(search, axes, strict=True)]
+    if math.prod(map(len, grids)) > MOST_CANDIDATES:
+        raise ValueError(
+            f"search would try {math.prod(map(len, grids))} combinations, at most {MOST_CANDIDATES}: take a "
+            "greater divisor or fewer sizes"
+        )
+    kinds = {
+        n: count.of(kept[:n]) for n in (grids[axes.index("layers")] if "layers" in axes else [len(kept)])
+    }
+    group = before["heads"] // before["kv_heads"]
+    follow = group == 1 and "kv_heads" not in told and "kv_heads" not in axes
+    found, least = [], math.inf
+    for choice in itertools.product(*grids):
+        sizes = {**before, "layers": len(kept), **told, **dict(zip(axes, choice, strict=True))}
+        if follow:
+            sizes["kv_heads"] = sizes["heads"]
+        per_group, rest = divmod(sizes["heads"], sizes["kv_heads"])
+        if rest or (per_group > group and "kv_heads" in axes):
+            continue
+        if loadable and family.refuses(write_sizes(family, config, sizes)):
+            continue
+        parameters = count_of(kinds[sizes["layers"]], sizes)
+        least = min(least, parameters)
+        if parameters > params:
+            continue
+        shares = [sizes[axis] / before[axis] for axis in axes]
+        chosen = dict(zip(search, choice, strict=True))
+        found.append(Candidate(chosen, parameters, max(shares) / min(shares)))
+    if least == math.inf:
+        raise ValueError(f"search finds no sizes {list(search)} that go with the others")
+    if not found:
+        raise ValueError(
+            f"params must be at least {least:,}, the smallest of sizes {list(search)}, got {params:,}"
+        )
+    enough = NEARLY * max(candidate.parameters for candidate in found)
+
+    def rank(candidate: Candidate) -> tuple[float, ...]:
+        if candidate.parameters >= enough:
+            return 0, candidate.spread, -candidate.parameters
+        return 1, -candidate.parameters, candidate.spread
+
+    return sorted(found, key=rank)[:limit]
+
+
+def _grid(
+    family: Family, config: Config, name: str, axis: str, divisor: int | Mapping[str, int] | None
+) -> list[int]:
+    """The sizes to try: multiples of the divisor from a quarter of the source's on, and the source's own."""
+    size = family.sizes(config)[axis]
+    step = divisor_of(divisor, name, axis, SEARCH_DIVISOR)
+    least = max(
+        int(full_value(config, "num_experts_per_tok") or 1) if axis == "experts" else 1, -(-size // 4)
+    )
+    return sorted({*range(-(-least // step) * step, size + 1, step), size})
+
+
+def write_sizes(family: Family, config: Config, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The config with these sizes in it, under the keys it has; the rest is shared, not copied."""
+    target = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    for axis in ("hidden", "heads", "kv_heads", "head_dim", "mlp", "expert_mlp", "experts", "layers"):
+        if axis in sizes and (keys := family.keys_of(axis)):
+            for key in [key for key in keys if key in target] or keys[:1]:
+                target[key] = sizes[axis]
+    return target
+
+
+def target_config_of(config: Config, sizes: Mapping[str, int], layers: Sequence[int]) -> dict[str, Any]:
+    """The config of the smaller model: sizes and head_dim written, entries for each layer cut as well."""
+    family = family_of(config)
+    before = family.sizes(config)["layers"]
+    target = as_dict(write_sizes(family, config, sizes))
+    if list(layers) == list(range(before)):
+        return target
+    for key in family.per_layer_keys:
+        # a pattern that follows from a layer's index would be another once layers have gone
+        entries = full_value(config, key)
+        if entries is not None:
+            target[key] = [entries[layer] for layer in layers]
+    for key in family.layer_index_keys:
+        marked = full_value(config, key)
+        if marked is not None:
+            target[key] = [new for new, old in enumerate(layers) if old in marked]
+    if family.dense_layers is not None:
+        dense = [new for new, old in enumerate(layers) if not family.is_sparse(config, old)]
+        target.update(family.dense_layers(dense))
+    return target

@@ -1,0 +1,211 @@
+"""A folder that appears whole or not at all, and whose making can be taken up again after a crash.
+
+Beside the folder `dst` to be, a hidden one:
+
+    .dst.partial/lock            held while a process works here
+    .dst.partial/journal.jsonl   what is being made, and which files of it are finished
+    .dst.partial/checkpoint/     becomes dst by one rename
+
+A file is listed in the journal only after it, and its name, are on the disk. The rename comes when all are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
+
+
+def fsync_path(path: Path) -> None:
+    """Waits until a file's bytes, or the names in a folder, are on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def partial_path(dst: Path) -> Path:
+    """Where `dst` is made."""
+    return dst.parent / f".{dst.name}.partial"
+
+
+def write_error(error: OSError, path: Path) -> OSError:
+    """The same error, saying which file could not be written and what to do."""
+    advice = "the finished files are kept, and the same call goes on from there"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        advice = f"free some space; {advice}"
+    return OSError(error.errno, f"could not be written ({error.strerror}): {advice}", str(path))
+
+
+def check_target(dst: Path, overwrite: bool) -> None:
+    """Raises FileExistsError unless `dst` is free, or is a checkpoint's folder that may be replaced."""
+    if not os.path.lexists(dst):
+        return
+    if not overwrite:
+        raise FileExistsError(errno.EEXIST, "is there already: choose another dst, or overwrite it", str(dst))
+    if dst.is_symlink() or not (dst / "config.json").is_file():
+        raise FileExistsError(
+            errno.EEXIST, "is no checkpoint's folder, which alone overwrite replaces; move it away", str(dst)
+        )
+
+
+class Staging:
+    """Makes `dst`; `with Staging.open(dst, job) as staging`, then write into `staging.folder`.
+
+    Args:
+        dst: the folder to be.
+        job: tells this work from any other; finished files of the same job are kept, of another cleared.
+    """
+
+    def __init__(self, dst: Path, job: str) -> None:
+        self.dst = dst
+        self.path = partial_path(dst)
+        self.folder = self.path / "checkpoint"
+        self._journal = self.path / "journal.jsonl"
+        self._journal_lock = threading.Lock()
+        self.finished = self._read_journal(job)
+        self._keep_only(set(self.finished))
+        if not self.finished:
+            self._append({"job": job}, mode="w")
+
+    @classmethod
+    @contextmanager
+    def open(cls, dst: Path, job: str) -> Iterator[Staging]:
+        """Locks the place, and leaves there after a failure only what a second call can go on from.
+
+        Raises:
+            OSError: it cannot be written to; another process works there.
+        """
+        path = partial_path(dst)
+        try:
+            dst.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(exist_ok=True)
+            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            message = f"cannot be written to ({error.strerror}): choose another dst, or change its rights"
+            raise OSError(error.errno, message, str(path)) from None
+        staging = None
+        try:
+            _take_lock(lock, path)
+            staging = cls(dst, job)
+            yield staging
+        finally:
+            if staging is not None:
+                staging._leave()
+            os.close(lock)
+
+    def _read_journal(self, job: str) -> dict[str, dict[str, Any]]:
+        """The finished files of this job, by name; clears what another job left."""
+        entries = []
+        if self._journal.is_file():
+            for line in self._journal.read_text(errors="replace").splitlines():
+                try:
+                    entries.append(json.loads(line))
+                except ValueError:  # the line that was being written when the process was killed
+                    break
+        if entries and isinstance(entries[0], dict) and entries[0].get("job") == job:
+            return {entry["file"]: entry for entry in entries[1:] if "file" in entry}
+        if entries:
+            warnings.warn(
+                f"{self.path} was left by another job (another plan, source or shard size); it is cleared",
+                stacklevel=2,
+            )
+        return {}
+
+    def _keep_only(self, names: set[str]) -> None:
+        self.folder.mkdir(exist_ok=True)
+        for path in self.folder.iterdir():
+            if path.name not in names:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        self.finished = {name: e for name, e in self.finished.items() if (self.folder / name).is_file()}
+
+    def _append(self, entry: dict[str, Any], mode: str = "a") -> None:
+        try:
+            with self._journal.open(mode) as stream:
+                stream.write(json.dumps(entry) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+            fsync_path(self.path)
+        except OSError as error:
+            raise write_error(error, self._journal) from None
+
+    def forget(self, name: str) -> None:
+        """Takes a file that turned out damaged off the finished ones of this run."""
+        del self.finished[name]
+
+    def finish(self, name: str, **facts: Any) -> None:
+        """Notes that a file of `folder` is whole; its bytes must be on the disk already."""
+        try:
+            fsync_path(self.folder)
+        except OSError as error:
+            raise write_error(error, self.folder) from None
+        entry = {"file": name, **facts}
+        with self._journal_lock:  # several threads may finish a file each
+            self._append(entry)
+            self.finished[name] = entry
+
+    def publish(self, overwrite: bool) -> None:
+        """Gives the folder its name, once all its files are on the disk."""
+        for path in [*self.folder.rglob("*"), self.folder]:
+            if path.name not in self.finished:
+                fsync_path(path)
+        check_target(self.dst, overwrite)  # again: it may have appeared meanwhile
+        if os.path.lexists(self.dst):
+            replaced = _swap(self.folder, self.dst, self.path / "replaced")
+            fsync_path(self.dst.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            os.rename(self.folder, self.dst)
+            fsync_path(self.dst.parent)
+        self.finished = {}
+
+    def _leave(self) -> None:
+        if self.finished:
+            self._keep_only(set(self.finished))
+        else:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _take_lock(lock: int, path: Path) -> None:
+    busy = BlockingIOError(
+        errno.EWOULDBLOCK, "another process is working there: wait for it, or choose another dst", str(path)
+    )
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise busy from None
+    except OSError as error:  # network file systems without locks
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+    try:
+        same = os.path.samestat(os.fstat(lock), os.stat(path / "lock"))
+    except FileNotFoundError:
+        same = False
+    if not same:  # the other process has just finished and taken its folder away
+        raise busy
+
+
+def _swap(new: Path, old: Path, aside: Path) -> Path:
+    """Puts `new` in the place of `old`; returns where the old one is then.
+
+    In one step where the kernel and the file system can. Elsewhere in two, between which there is no `old`.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    names = os.fsencode(new), os.fsencode(old)
+    if renameat2 and renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return new
+    os.rename(old, aside)
+    os.rename(new, old)
+    return aside
