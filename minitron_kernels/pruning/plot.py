@@ -128,7 +128,13 @@ def _curves(axes: Any, rows: Tensor, item: str, labels: dict[str, int]) -> None:
         shade = 0.15 + 0.7 * i / max(len(ordered) - 1, 1)
         colour = LINE if len(ordered) == 1 else colormaps["viridis"](shade)
         strong = i in named
-        axes.plot(at, ordered[i], color=colour, lw=1.6 if strong else 0.7, alpha=1 if strong else 0.45)
+        axes.plot(
+            at.numpy(),
+            ordered[i].numpy(),
+            color=colour,
+            lw=1.6 if strong else 0.7,
+            alpha=1 if strong else 0.45,
+        )
         if strong:
             axes.plot([], [], color=colour, lw=1.6, label=named[i])
     positive = ordered[ordered > 0]
@@ -141,7 +147,7 @@ def _curves(axes: Any, rows: Tensor, item: str, labels: dict[str, int]) -> None:
     _tidy(axes)
     shares = (ordered.cumsum(1) / ordered.sum(1, keepdim=True).clamp(min=1e-300)).mean(0) * 100
     twin = axes.twinx()
-    twin.plot(at, shares, color=WARM, lw=1.2, ls=(0, (4, 2)))
+    twin.plot(at.numpy(), shares.numpy(), color=WARM, lw=1.2, ls=(0, (4, 2)))
     axes.plot([], [], color=WARM, lw=1.2, ls=(0, (4, 2)), label="share of the total (right)")
     twin.set_ylim(0, 103)
     twin.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
@@ -174,7 +180,7 @@ def _heatmap(
         else float(relative.flatten()[:: max(relative.numel() // 100000, 1)].quantile(0.98))
     )
     image = axes.imshow(
-        relative,
+        relative.numpy(),
         aspect="auto",
         cmap="viridis",
         interpolation="nearest",
@@ -197,7 +203,7 @@ def _heatmap(
 def _bars(axes: Any, values: Tensor) -> None:
     least = set(values.argsort()[: max(1, len(values) // 4)].tolist())
     colours = [WARM if i in least else LINE for i in range(len(values))]
-    axes.bar(range(len(values)), values, color=colours, width=0.8)
+    axes.bar(range(len(values)), values.numpy(), color=colours, width=0.8)
     axes.set_xlabel("layer (the quarter that turns its input least: red)", fontsize=9, color=INK)
     axes.set_ylabel("1 − E[cos(input, output)]", fontsize=9, color=INK)
     axes.grid(axis="y", color=FAINT, lw=0.5, alpha=0.7)
