@@ -96,13 +96,39 @@ def experts_of(model, name, given, masks, batch, seq, reap):
     return total / np.maximum(count, 1), scores
 
 
+def joined(kept, rows):
+    """Activations of pieces of the same sequences, put together along the sequence."""
+
+    def together(arrays):
+        return np.concatenate([x.reshape(rows, -1, x.shape[-1]) for x in arrays], axis=1)
+
+    result = {}
+    for key, arrays in kept.items():
+        if isinstance(arrays[0], tuple):
+            whole = [together(list(parts)) for parts in zip(*arrays, strict=True)]
+            result[key] = [tuple(x.reshape(-1, x.shape[-1]) for x in whole)]
+        else:
+            result[key] = [together(arrays)]
+    return result
+
+
 def tables(
-    model, batches, *, batch="L2", seq="mean", mlp_tap="down_proj_input", head_score="norm", reap=False
+    model,
+    batches,
+    *,
+    batch="L2",
+    seq="mean",
+    mlp_tap="down_proj_input",
+    head_score="norm",
+    reap=False,
+    pieces_of_one=False,
 ):
-    """What ImportanceScores.tables() should give, in numpy."""
+    """What ImportanceScores.tables() should give, in numpy; `pieces_of_one`: of one batch cut along S."""
     config, kind = model.config, model.config.model_type
     layers, H, D = config.num_hidden_layers, config.num_attention_heads, config.head_dim
     kept = capture(model, batches)
+    if pieces_of_one:
+        kept, batches = joined(kept, batches[0].shape[0]), [torch.cat(batches, 1)]
     masks = []
     for item in batches:
         mask = None if isinstance(item, torch.Tensor) else item.get("attention_mask")
