@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import re
 
 import pytest
 import torch
@@ -18,6 +19,15 @@ TOLERANCE = 64 * 2**-24
 DENSE = tuple(name for name in FAMILIES if name != "mixtral")
 SPARSE = ("mixtral", "qwen3_moe")
 FAMILY_AND_TIE = tuple(itertools.product(FAMILIES, (False, True)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads only wait for each other over tensors this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @torch.no_grad()
@@ -159,7 +169,7 @@ def test_experts_and_their_neurons_that_go_are_as_if_absent(name, order):
 
 
 def key_value_rows(attention, head):
-    """(parameter, rows) of the keys and values of one of 2 KV heads beside 6 query heads, weights and biases."""
+    """(parameter, rows) of keys and values of one of 2 KV heads beside 6 query heads, weights and biases."""
     if hasattr(attention, "qkv_proj"):
         places = ((attention.qkv_proj, 96), (attention.qkv_proj, 96 + 32))
     else:
@@ -213,7 +223,7 @@ def test_kept_heads_take_over_what_dropped_ones_lack(name, order):
 
 
 def with_dead_channels(name, dead, **changes):
-    """A model whose residual stream is zero in the channels `dead`, and of mean zero where that is taken off."""
+    """A model whose residual stream is zero in the channels `dead`, and of mean zero if that is taken off."""
     model = exact_model(name, **changes)
     for key in ("rms_norm_eps", "norm_eps"):
         if hasattr(model.config, key):
@@ -351,3 +361,162 @@ def test_saved_loaded_and_generated(name, tied, tmp_path):
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert sorted(made) == sorted(file.keys())
         assert all(torch.equal(made[key], file.get_tensor(key)) for key in made)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "nemotron"])
+def test_dead_neurons_that_go_change_rounding_only(name):
+    model = tiny_model(name)
+    plan = make_plan(random_tables(model.config), model.config, intermediate_size=48, divisor=16)
+    for entry in plan.layers:
+        zero(layers_of(model)[entry.layer].mlp.down_proj.weight, slice(None), gone(entry.mlp, 80))
+    # the products that go are exact zeros, but the others are added up in other steps
+    assert_same_logits(logits(prune_model(model, plan)), logits(model))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_modes_dtypes_and_settings_are_kept(in_place):
+    model = tiny_model("gemma2", tie_word_embeddings=True, dtype=torch.bfloat16).train()
+    model.model.norm.float()
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
+    model.generation_config.temperature = 0.125
+    model.set_attn_implementation("eager")
+    plan, smaller = pruned_with(model, in_place, **smaller_sizes("gemma2"))
+    assert smaller.training and all(module.training for module in smaller.modules())
+    assert smaller.model.norm.weight.dtype == torch.float32
+    assert smaller.lm_head.weight.dtype == torch.bfloat16
+    frozen = [name for name, p in smaller.named_parameters() if not p.requires_grad]
+    assert plan.layers[0].layer == 0 and frozen == ["model.layers.0.self_attn.q_proj.weight"]
+    assert smaller.generation_config.temperature == 0.125
+    assert smaller.config._attn_implementation == "eager"
+    assert smaller.model.embed_tokens.embed_scale == torch.tensor(32**0.5).bfloat16()
+    assert not any(p.is_meta for p in [*smaller.parameters(), *smaller.buffers()])
+    smaller(IDS, labels=IDS).loss.backward()
+    assert smaller.model.embed_tokens.weight.grad is not None
+
+
+def pruned_with(model, in_place, **target):
+    plan = make_plan(random_tables(model.config), model.config, divisor=16, **target)
+    return plan, prune_model(model, plan, in_place=in_place)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_place_is_the_same_and_frees_what_it_has_cut(name):
+    model = tiny_model(name)
+    parameters = list(model.parameters())
+    _, expected = pruned_with(model, False, **smaller_sizes(name))
+    _, smaller = pruned_with(model, True, **smaller_sizes(name))
+    assert smaller is model
+    assert torch.equal(logits(model), logits(expected))
+    assert model.config.to_dict() == expected.config.to_dict()
+    assert all(parameter.numel() == 0 for parameter in parameters)
+
+
+def test_head_that_shares_memory_though_the_config_does_not_say_so():
+    model = tiny_model("llama")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    _, expected = pruned_with(model, False, hidden_size=32)
+    _, smaller = pruned_with(model, True, hidden_size=32)
+    assert torch.equal(smaller.lm_head.weight, smaller.model.embed_tokens.weight)
+    assert torch.equal(logits(smaller), logits(expected))
+
+
+def test_a_replaced_buffer_is_taken_over():
+    model = tiny_model("llama")
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+    _, smaller = pruned_with(model, False, hidden_size=32)
+    assert torch.equal(smaller.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+
+
+def test_sizes_that_transformers_would_not_load_run_in_memory():
+    model = tiny_model("llama", num_attention_heads=6, num_key_value_heads=3)
+    plan = make_plan(random_tables(model.config), model.config, hidden_size=32, divisor=16, loadable=False)
+    smaller = prune_model(model, plan)
+    assert logits(smaller).isfinite().all() and smaller.config.hidden_size == 32
+
+
+def test_a_plan_for_another_model():
+    model = tiny_model("llama")
+    plan = make_plan(random_tables(model.config), model.config, hidden_size=32, divisor=16)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for other, message in (
+        (tiny_model("mistral"), "plan is for a model with model_type 'llama', got 'mistral'"),
+        (tiny_model("llama", tie_word_embeddings=True), "with tie_word_embeddings False, got True"),
+        (tiny_model("llama", intermediate_size=96), "plan is for a model of 80 mlp, got one of 96"),
+        (tiny_model("llama", attention_bias=False), "no parameter 'model.layers.0.self_attn.q_proj.bias'"),
+        (model.model, "model has no parameter 'model.embed_tokens.weight'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            prune_model(other, plan, in_place=True)
+    adapted = copy.deepcopy(model)
+    adapted.model.layers[1].mlp.lora = torch.nn.Linear(2, 2, bias=False)
+    with pytest.raises(ValueError, match=r"parameter 'model.layers.1.mlp.lora.weight', which .* not know"):
+        prune_model(adapted, plan, in_place=True)
+    resized = copy.deepcopy(model)
+    resized.model.norm.weight = torch.nn.Parameter(torch.ones(47))
+    with pytest.raises(ValueError, match=r"model.norm.weight must have the shape \(48,\), got \(47,\)"):
+        prune_model(resized, plan, in_place=True)
+    with pytest.raises(TypeError, match="plan must be a PruningPlan, got dict"):
+        prune_model(model, {})
+    with pytest.raises(TypeError, match="model must be a model of transformers 5, got Linear"):
+        prune_model(torch.nn.Linear(2, 2), plan)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+# ---- cuts of single parameters
+
+
+def test_cuts_by_name():
+    model = tiny_model("qwen3_moe", tie_word_embeddings=True)
+    plan = make_plan(
+        random_tables(model.config), model.config, divisor=16, num_experts=3, drop_layers=[1], hidden_size=32
+    )
+    cuts = Cuts(plan)
+    kept = plan.layers[1].experts
+    (dropped,) = set(range(4)) - set(kept)
+    stem = "model.layers.2.mlp.experts"
+    assert cuts.of(f"{stem}.{dropped}.up_proj.weight", stored=True) is None
+    assert cuts.of("model.layers.1.mlp.up_proj.weight") is None
+    cut = cuts.of(f"{stem}.{kept[-1]}.down_proj.weight", stored=True)
+    assert (cut.name, cut.source_shape, cut.shape) == (
+        "model.layers.1.mlp.experts.2.down_proj.weight",
+        (48, 24),
+        (32, 24),
+    )
+    fused = cuts.of(f"{stem}.gate_up_proj")
+    assert (fused.name, fused.shape) == ("model.layers.1.mlp.experts.gate_up_proj", (3, 48, 32))
+    assert cuts.of("model.layers.2.self_attn.q_norm.weight").unchanged
+    assert not fused.unchanged
+    assert cuts.source_module("model.layers.1.self_attn.rotary") == "model.layers.2.self_attn.rotary"
+    assert cuts.source_module("model.rotary_emb.inv_freq") == "model.rotary_emb.inv_freq"
+    # a checkpoint may hold the tied head a second time
+    assert "lm_head.weight" not in cuts.names(stored=True)
+    assert cuts.of("lm_head.weight", stored=True).shape == (96, 32)
+    for name, stored in (
+        (f"{stem}.gate_up_proj", True),
+        (f"{stem}.0.up_proj.weight", False),
+        ("model.layers.3.input_layernorm.weight", False),
+        ("visual.weight", False),
+    ):
+        with pytest.raises(ValueError, match=f"'{name}' is no parameter of the plan's source, a qwen3_moe"):
+            cuts.of(name, stored=stored)
+    with pytest.raises(ValueError, match=r"experts.gate_up_proj is cut from .* \(4, 48, 48\), got \(4, 48\)"):
+        fused.apply(torch.zeros(4, 48))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_gain_is_scaled_in_wide_arithmetic(dtype):
+    for name, offset in (("llama", 0.0), ("gemma2", 1.0)):
+        config = tiny_model(name).config
+        plan = make_plan(random_tables(config), config, divisor=16, hidden_size=32)
+        weight = (torch.randn(48, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) / 8).to(
+            dtype
+        )
+        for norm, extra in (("input_layernorm", 1.0), ("post_attention_layernorm", (32 / 48) ** 0.5)):
+            key = f"model.layers.1.{norm}"
+            factor = plan.norm_factors[key] * (extra if name == "gemma2" else 1.0)
+            out = torch.empty(32, 2, dtype=dtype)[:, 0]
+            assert Cuts(plan).of(f"{key}.weight").apply(weight, out) is out
+            expected = (offset + weight.double()[list(plan.hidden)]) * factor - offset
+            ulp = torch.finfo(dtype).eps * expected.abs().clamp(min=2**-6)
+            wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+            assert ((out.double() - expected).abs() <= ulp / 2 + 4 * wide).all()

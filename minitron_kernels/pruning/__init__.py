@@ -1,5 +1,6 @@
 """From activations to a smaller model: score, plan what stays, then cut a model or a checkpoint."""
 
+from minitron_kernels.pruning.checkpoint import PrunedCheckpoint, prune_checkpoint
 from minitron_kernels.pruning.collect import collect_importance
 from minitron_kernels.pruning.cuts import Cut, Cuts
 from minitron_kernels.pruning.families import Family, Located, Param, Taps, known_families, register_family
@@ -18,6 +19,7 @@ __all__ = [
     "ImportanceScores",
     "Located",
     "Param",
+    "PrunedCheckpoint",
     "PruningPlan",
     "Taps",
     "collect_importance",
@@ -25,6 +27,7 @@ __all__ = [
     "known_families",
     "make_plan",
     "plot_importance",
+    "prune_checkpoint",
     "prune_model",
     "register_family",
 ]
