@@ -1,5 +1,6 @@
-"""From activations to a smaller model: scores, a plan of what stays, the cut."""
+"""From activations to a smaller model: scores, a plan of what stays, the cut of a model or of a checkpoint."""
 
+from minitron_kernels.pruning.checkpoint import PrunedCheckpoint, prune_checkpoint
 from minitron_kernels.pruning.cuts import Cut, Cuts
 from minitron_kernels.pruning.families import Family, Located, Param, Taps, known_families, register_family
 from minitron_kernels.pruning.model import prune_model
@@ -16,11 +17,13 @@ __all__ = [
     "ImportanceScores",
     "Located",
     "Param",
+    "PrunedCheckpoint",
     "PruningPlan",
     "Taps",
     "find_sizes",
     "known_families",
     "make_plan",
+    "prune_checkpoint",
     "prune_model",
     "register_family",
 ]
