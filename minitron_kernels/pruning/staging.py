@@ -132,11 +132,14 @@ class Staging:
         self.finished = {name: e for name, e in self.finished.items() if (self.folder / name).is_file()}
 
     def _append(self, entry: dict[str, Any], mode: str = "a") -> None:
-        with self._journal.open(mode) as stream:
-            stream.write(json.dumps(entry) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        fsync_path(self.path)
+        try:
+            with self._journal.open(mode) as stream:
+                stream.write(json.dumps(entry) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+            fsync_path(self.path)
+        except OSError as error:
+            raise write_error(error, self._journal) from None
 
     def forget(self, name: str) -> None:
         """Takes a file that turned out damaged off the finished ones of this run."""
@@ -144,7 +147,10 @@ class Staging:
 
     def finish(self, name: str, **facts: Any) -> None:
         """Notes that a file of `folder` is whole; its bytes must be on the disk already."""
-        fsync_path(self.folder)
+        try:
+            fsync_path(self.folder)
+        except OSError as error:
+            raise write_error(error, self.folder) from None
         entry = {"file": name, **facts}
         with self._journal_lock:  # several threads may finish a file each
             self._append(entry)
