@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import numpy
 import pytest
 import torch
 from _scores import random_tables, smaller_sizes
@@ -199,6 +200,7 @@ def test_the_least_important_block_goes():
     assert dropped(num_hidden_layers=4, block_losses={0: 9.0, 1: 3.5, 4: 2.5}) == [4, 5]
     assert dropped(num_hidden_layers=4, block_losses=[3.0, 1.0, 2.0, 4.0, 5.0]) == [1, 2]
     assert dropped(drop_layers=[4, 1]) == [1, 4]
+    assert dropped(drop_layers=numpy.array([4, 1])) == [1, 4]
     assert dropped(drop_layers=[0], num_hidden_layers=5) == [0]
     for target, message in (
         (
@@ -313,6 +315,8 @@ def test_budget_with_fixed_and_searched_sizes():
         assert candidate.sizes["num_attention_heads"] % 4 == 0
         config = {**GQA, **candidate.sizes}
         assert candidate.parameters == family_of(config).count_parameters(config)
+    shallow = find_sizes(GQA, 1e6, fixed={"num_hidden_layers": 4})[0]
+    assert shallow.parameters == family_of(GQA).count_parameters(GQA | {"num_hidden_layers": 4})
     plan = plan_of(GQA, params=100_000, search=["num_hidden_layers", "num_attention_heads"])
     assert plan.parameters_after == found[0].parameters <= 100_000
     assert len(plan.layers) == found[0].sizes["num_hidden_layers"] < 6
@@ -345,8 +349,10 @@ def test_impossible_budgets():
         find_sizes(GQA, "8B")
     with pytest.raises(ValueError, match="combinations, at most 200000"):
         find_sizes(LLAMA, 1e9, divisor=1)
-    with pytest.raises(ValueError, match="search cannot choose num_hidden_layers where layers differ"):
+    with pytest.raises(ValueError, match="layers must tell which layers stay"):
         find_sizes(tiny_config("qwen3_moe"), 1e9, search=["num_hidden_layers"])
+    with pytest.raises(ValueError, match="layers must be 4 as fixed tells, got 2"):
+        find_sizes(GQA, 1e6, fixed={"num_hidden_layers": 4}, layers=[1, 2])
     with pytest.raises(ValueError, match="search cannot choose num_hidden_layers"):
         plan_of(GQA, params=100_000, search=["num_hidden_layers"], drop_layers=[1])
 

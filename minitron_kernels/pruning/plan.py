@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -172,7 +173,7 @@ def make_plan(
             entries.append(LayerPlan(layer, heads, mlp=table.keep("mlp", layer, after["mlp"], order)))
     made_with = {
         **sizes,
-        **_said(ratio=ratio, params=params, search=search, drop_layers=drop_layers, divisor=divisor),
+        **_said(ratio=ratio, params=params, search=search, divisor=divisor),
         "kv_heads": kv_heads,
         "merge_heads": merge_heads,
         "rescale_norms": rescale_norms,
@@ -246,9 +247,12 @@ def _kept_layers(
     losses: Mapping[int, float] | Sequence[float] | None,
 ) -> list[int]:
     if drop is not None:
-        gone = sorted(drop)
-        wrong = [x for x in gone if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x < before]
-        if wrong or len(set(gone)) < len(gone) or len(gone) >= before:
+        gone = sorted(map(operator.index, drop))  # NumPy's integers as well
+        if (
+            any(not 0 <= layer < before for layer in gone)
+            or len(set(gone)) < len(gone)
+            or len(gone) >= before
+        ):
             raise ValueError(f"drop_layers must name some of {before} layers, each once, got {list(drop)}")
         if told and after != before - len(gone):
             raise ValueError(
