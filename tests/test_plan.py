@@ -279,6 +279,15 @@ def test_impossible_targets(target, error, message):
         plan_of(GQA, **target)
 
 
+def test_head_dim_is_written():
+    # it followed from hidden_size / num_attention_heads, which are another ratio afterwards
+    config = {key: value for key, value in LLAMA.items() if key not in ("head_dim", "num_key_value_heads")}
+    config["num_hidden_layers"] = 2
+    plan = plan_of(config, hidden_size=2048)
+    assert plan.target_config["head_dim"] == 4096 // 32
+    assert plan.target_config["num_key_value_heads"] == 32
+
+
 def test_own_size_and_divisors_by_name():
     config = dict(GQA, intermediate_size=90)
     assert plan_of(config, intermediate_size=90).target_config["intermediate_size"] == 90
