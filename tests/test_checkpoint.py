@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from _checkpoints import edit_config, plan_for, random_tables, save_tiny, snapshot
+from _checkpoints import edit_config, plan_for, save_tiny, snapshot
+from _scores import random_tables
 from _tiny_models import FAMILIES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
