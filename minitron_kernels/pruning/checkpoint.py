@@ -105,6 +105,8 @@ def prune_checkpoint(
         FileNotFoundError, FileExistsError: there is no `src`; there is a `dst`.
         OSError: `dst` cannot be written, or the disk is or becomes too full; names the file.
     """
+    if not isinstance(plan, PruningPlan):
+        raise TypeError(f"plan must be a PruningPlan, got {type(plan).__name__}")
     source_path, target = _check_paths(Path(src), Path(dst), overwrite)
     threads = _check_numbers(max_shard_bytes, threads)
     config = _check_config(source_path / "config.json", plan)
@@ -177,7 +179,7 @@ def _check_config(path: Path, plan: PruningPlan) -> dict[str, Any]:
     try:
         family = family_of(config)
         found, wanted = family.sizes(config), family_of(planned).sizes(planned)
-    except ValueError as error:
+    except (ValueError, TypeError, ArithmeticError) as error:  # sizes that are no numbers, no heads
         raise ValueError(f"{path}: {error}") from None
     if config["model_type"] != planned["model_type"]:
         raise ValueError(
