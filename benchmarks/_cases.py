@@ -44,6 +44,7 @@ SHAPES = {
         Case("M", 1024, 2048, 2560, 131072),
         Case("M2048", 2048, 2048, 2560, 131072),
         Case("L", 512, 4096, 5120, 131072),
+        Case("XL", 8192, 4096, 5120, 131072),  # Mistral-NeMo 12B teaches Minitron 8B
     )
 }
 GATE = Case("gate", 67, 96, 120, 3001)
@@ -99,10 +100,10 @@ def make_inputs(case: Case, dtype: str, kind: str = "far", device: str = "cpu", 
             stored[name] for name in ("student_hidden", "student_head", "teacher_hidden", "teacher_head")
         )
         return Inputs.of([X[: case.N], W[: case.V], Y[: case.N], U[: case.V]], wanted, device)
-    gen = torch.Generator().manual_seed(seed)
+    gen = torch.Generator(device).manual_seed(seed)
 
     def draw(rows: int, cols: int, std: float = 1.0) -> torch.Tensor:
-        return torch.randn(rows, cols, generator=gen, dtype=wanted).mul_(std)
+        return torch.randn(rows, cols, generator=gen, dtype=wanted, device=device).mul_(std)
 
     N, H, Ht, V = case.N, case.H, case.Ht, case.V
     if kind == "far":

@@ -1,7 +1,7 @@
 """The floor: the GEMMs that no implementation can do without, by torch.mm and nothing else.
 
-Teacher logits, student logits, gradient of the hidden states, gradient of the head, in blocks of 512 rows and
-4096 tokens of the vocabulary, into buffers allocated before.
+Teacher logits, student logits, gradient of the hidden states, gradient of the head, in blocks of rows and of
+tokens of the vocabulary, into buffers allocated before.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from _cases import Case, Inputs
 
-BLOCK_N = 512
-BLOCK_V = 4096
+# rows and tokens: blocks that stay near a CPU's caches, and that fill a GPU
+BLOCKS = {"cpu": (512, 4096), "cuda": (8192, 16384)}
 
 
 def gemm_flops(case: Case) -> int:
@@ -25,7 +25,8 @@ class Floor:
         self.X, self.W, self.Y, self.U = (
             operand.detach() if dtype is None else operand.detach().to(dtype) for operand in inputs.operands
         )
-        rows, tile = min(BLOCK_N, len(self.X)), min(BLOCK_V, len(self.W))
+        self.blocks = BLOCKS[self.X.device.type]
+        rows, tile = min(self.blocks[0], len(self.X)), min(self.blocks[1], len(self.W))
         self.student_logits = self.X.new_empty(rows, tile)
         self.teacher_logits = self.X.new_empty(rows, tile)
         self.dX = torch.empty_like(self.X)
@@ -33,10 +34,11 @@ class Floor:
 
     def __call__(self) -> None:
         X, W, Y, U = self.X, self.W, self.Y, self.U
-        for n in range(0, len(X), BLOCK_N):
-            rows = slice(n, min(n + BLOCK_N, len(X)))
-            for v in range(0, len(W), BLOCK_V):
-                cols = slice(v, min(v + BLOCK_V, len(W)))
+        block_n, block_v = self.blocks
+        for n in range(0, len(X), block_n):
+            rows = slice(n, min(n + block_n, len(X)))
+            for v in range(0, len(W), block_v):
+                cols = slice(v, min(v + block_v, len(W)))
                 size = (slice(0, rows.stop - rows.start), slice(0, cols.stop - cols.start))
                 dz = self.student_logits[size]  # any numbers will do: the time is that of dense operands
                 torch.mm(Y[rows], U[cols].t(), out=self.teacher_logits[size])

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from _cases import Inputs
 
 Loss = Callable[[Inputs], torch.Tensor]
-RECOMPUTE_WORKSPACE_BYTES = 64 * 2**20
+RECOMPUTE_WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,24 @@ class Implementation:
     pip: str | None = None  # how to get that
     gives_kl: bool = True  # False: the value differs from the KL by a constant; the gradient is the same
     compiles: bool = False  # compiled for each shape: warmed up on the very shape
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    backend: str | None = None  # of the library
+
+    def serves(self, device: str) -> bool:
+        """Whether this row is one for the kind of device at all."""
+        return torch.device(device).type in self.devices
+
+    def absent(self, device: str) -> str | None:
+        """Why it cannot be measured here, or None."""
+        if not self.serves(device):
+            return f"not on {torch.device(device).type}"
+        if self.version() is None:
+            return self.pip
+        if self.backend is None:
+            return None
+        from minitron_kernels import _backend
+
+        return _backend.why_not("linear_kl_loss", self.backend, torch.device(device))
 
     def version(self) -> str | None:
         """Of the package, or None where it is absent; torch's own need none."""
@@ -82,6 +100,26 @@ def _liger(chunk_size: int, compiled: bool) -> Callable[[], Loss]:
     return build
 
 
+def _liger_jsd() -> Loss:
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+    loss = LigerFusedLinearJSD(jsd_beta=0.0)  # 0 is forward KL
+    return lambda inputs: loss(*inputs.operands, None)
+
+
+def _liger_kl() -> Loss:
+    from liger_kernel.transformers.fused_linear_kl_div import LigerFusedLinearKLDivLoss
+
+    kl = LigerFusedLinearKLDivLoss()
+
+    def loss(inputs: Inputs) -> torch.Tensor:
+        with torch.no_grad():  # it takes the teacher's probabilities, not its head
+            target = F.linear(inputs.teacher_hidden, inputs.teacher_head).softmax(-1)
+        return kl(inputs.student_hidden, inputs.student_head, target)
+
+    return loss
+
+
 def _torchtune() -> Loss:
     # its __init__ wants torchao and more, none of which the loss uses: load the file alone
     package = importlib.util.find_spec("torchtune")
@@ -130,18 +168,32 @@ def _trl_gkd() -> Loss:
     return loss
 
 
-def _ours(**options: object) -> Callable[[], Loss]:
+def _ours(backend: str, device: str, schedule: str) -> Implementation:
+    """A row of the library's: named after the backend where a device has several."""
+
     def build() -> Loss:
         from minitron_kernels import linear_kl_loss
 
-        return lambda inputs: linear_kl_loss(*inputs.operands, **options)
+        options = {"workspace_bytes": budget} if schedule == "recompute" else {}
+        return lambda inputs: linear_kl_loss(*inputs.operands, schedule=schedule, backend=backend, **options)
 
-    return build
+    budget = RECOMPUTE_WORKSPACE_BYTES[device]
+    name = {"native": "CUDA C++, ", "triton": "Triton, "}[backend] if device == "cuda" else ""
+    memory = f" in {budget >> 20} MiB" if schedule == "recompute" else ""
+    return Implementation(
+        schedule if device == "cpu" else f"{backend}-{schedule}",
+        f"minitron, {name}{schedule}{memory}",
+        "minitron",
+        build,
+        package="minitron-kernels",
+        pip="pip install .",
+        devices=(device,),
+        backend=backend,
+    )
 
 
 _LIGER = {"package": "liger-kernel", "pip": "pip install --no-deps liger-kernel==0.8.5"}
 _TRL = {"package": "trl", "pip": "pip install trl==1.16.0"}
-_OURS = {"package": "minitron-kernels", "pip": "pip install ."}
 
 IMPLEMENTATIONS = {
     row.key: row
@@ -159,6 +211,17 @@ IMPLEMENTATIONS = {
             **_LIGER,
         ),
         Implementation(
+            "liger-jsd", "Liger FusedLinearJSD (Triton)", "Liger", _liger_jsd, devices=("cuda",), **_LIGER
+        ),
+        Implementation(
+            "liger-kl",
+            "Liger FusedLinearKLDiv (Triton)",
+            "Liger",
+            _liger_kl,
+            devices=("cuda",),
+            **_LIGER,
+        ),
+        Implementation(
             "torchtune",
             "torchtune, 8 chunks",
             "torchtune",
@@ -169,13 +232,10 @@ IMPLEMENTATIONS = {
         ),
         Implementation("trl", "TRL chunked divergence", "TRL", _trl_chunked, **_TRL),
         Implementation("trl-gkd", "TRL GKD", "TRL", _trl_gkd, **_TRL),
-        Implementation("store", "minitron, store", "minitron", _ours(schedule="store"), **_OURS),
-        Implementation(
-            "recompute",
-            "minitron, recompute in 64 MiB",
-            "minitron",
-            _ours(schedule="recompute", workspace_bytes=RECOMPUTE_WORKSPACE_BYTES),
-            **_OURS,
+        *(
+            _ours(backend, device, schedule)
+            for backend, device in (("native", "cpu"), ("native", "cuda"), ("triton", "cuda"))
+            for schedule in ("store", "recompute")
         ),
     )
 }

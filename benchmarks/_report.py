@@ -28,6 +28,18 @@ def floor_line(run: dict[str, Any]) -> str:
     )
 
 
+def roofline_line(run: dict[str, Any]) -> str | None:
+    """Where it was measured, on a GPU."""
+    if "roofline" not in run:
+        return None
+    best = run["roofline"]
+    return (
+        f"Roofline, by rates of the same run: {best['flops'] / 1e12:.4g} TFLOP at "
+        f"{best['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s (one large torch.mm), {best['bytes'] / 1e9:.3g} GB "
+        f"at {best['copy_bytes_per_s'] / 1e12:.2f} TB/s (a copy): {_table.seconds(best['seconds'])} s"
+    )
+
+
 def errors_line(run: dict[str, Any]) -> str:
     kinds = ", ".join(f"{kind}: KL {errors['kl']:.2g}" for kind, errors in run["errors"].items())
     sizes = next((f"{errors['N']} rows × {errors['V']} tokens" for errors in run["errors"].values()), "")
@@ -50,10 +62,14 @@ def _spread(summary: dict[str, float], show: Any) -> str:
 def _time_columns(run: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
     extra, grads = row["extra_peak_bytes"], row["gradient_bytes"]
     beyond = None if extra is None else max(0, extra - grads)
+    share = {}
+    if "roofline" in row:  # by the rates of the row's own process
+        share["of roofline"] = f"{100 * row['roofline']['seconds'] / row['busy_s']['median']:.0f} %"
     return {
         LABEL: row["label"],
         _busy(run): _spread(row["busy_s"], _table.seconds),
         "÷ floor": _spread(row["ratio"], _table.ratio),
+        **share,
         "wall s": _table.seconds(row["wall_s"]["median"]),
         "extra MiB": _table.mebibytes(extra) if row["family"] != "floor" else "",
         "beyond grads": _table.mebibytes(beyond) if row["family"] != "floor" else "",
@@ -83,6 +99,10 @@ def _not_measured(run: dict[str, Any]) -> list[str]:
     ]
 
 
+def _head(run: dict[str, Any]) -> list[str | None]:
+    return [title(run), run.get("about"), floor_line(run), roofline_line(run), errors_line(run)]
+
+
 def as_text(run: dict[str, Any], width: int = 200) -> str:
     """For a terminal of `width` columns: the errors in a table of their own where one would be too wide."""
     rows = _measured(run)
@@ -97,7 +117,7 @@ def as_text(run: dict[str, Any], width: int = 200) -> str:
                 [{LABEL: row["label"]} | _error_columns(run, row) for row in with_errors], _table.aligned
             ),
         ]
-    head = [title(run), *([run["about"]] if run.get("about") else []), floor_line(run), errors_line(run)]
+    head = [*filter(None, _head(run))]
     return "\n\n".join(
         ["\n".join(head), *filter(None, tables), *filter(None, ["\n".join(_not_measured(run))])]
     )
@@ -106,8 +126,7 @@ def as_text(run: dict[str, Any], width: int = 200) -> str:
 def as_markdown(result: dict[str, Any]) -> str:
     parts = []
     for run in result["runs"]:
-        head = [title(run), run.get("about"), floor_line(run), errors_line(run)]
-        parts.append("**" + ". ".join(filter(None, head)).replace(". ", ".** ", 1) + ".")
+        parts.append("**" + ". ".join(filter(None, _head(run))).replace(". ", ".** ", 1) + ".")
         parts.append(
             _table_of(
                 [_time_columns(run, row) | _error_columns(run, row) for row in _measured(run)],

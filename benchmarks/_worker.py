@@ -14,6 +14,7 @@ from _cases import WARM_UP, Case, make_inputs, relative_error, truth
 from _floor import Floor
 from _harness import answer, extra_peak_bytes, interleave
 from _peers import IMPLEMENTATIONS, step
+from _roofline import rates
 
 FLOOR_FP32 = "floor-fp32"
 
@@ -37,6 +38,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
         inputs.student_hidden.grad = inputs.student_head.grad = None
         result["extra_peak_bytes"] = extra_peak_bytes(call, device)
+    if torch.device(device).type == "cuda":
+        result["rates"] = rates(dtype, device)
     pairs = interleave(Floor(inputs), call, device, budget_s=spec["budget_s"], reps=tuple(spec["reps"]))
     for name, samples in (("floor", pairs.floor), ("call", pairs.call)):
         result[name] = [[sample.wall_s, sample.busy_s] for sample in samples]

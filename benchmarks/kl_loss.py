@@ -2,6 +2,7 @@
 
     python benchmarks/kl_loss.py                  # a few minutes: real hidden states, then S and M
     python benchmarks/kl_loss.py --quick          # tens of seconds, a tiny shape
+    python benchmarks/kl_loss.py --device cuda    # on a GPU: S, M and XL, with a roofline
     python benchmarks/kl_loss.py --shape S L --threads 1,2 --dtype bf16 fp32 --full --json out.json
     python benchmarks/kl_loss.py --from out.json --plot out.png --markdown out.md     # measures nothing
 
@@ -20,16 +21,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from _cases import DTYPES, GATE, SHAPES, Case, error_case, parse_shape
 from _floor import gemm_flops
 from _harness import MIB, WorkerError, run_worker, summarize
 from _machine import cores, describe, facts
 from _peers import IMPLEMENTATIONS, OURS
 from _report import as_markdown, as_text
+from _roofline import RATES, roofline
 from _worker import FLOOR_FP32
 
 WORKER = Path(__file__).with_name("_worker.py")
 QUICK = ("naive", "naive-float", "liger", "torchtune", *OURS)
+DEFAULT_SHAPES = {"cpu": ["real", "S", "M"], "cuda": ["S", "M", "XL"]}
 # the default run's at its largest shape, where a small machine needs half a minute for one call and one floor
 AT_M = ("naive", *OURS, FLOOR_FP32)
 BUDGET_M_S = 30.0
@@ -47,7 +51,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     known = [*IMPLEMENTATIONS, FLOOR_FP32]
     parser.add_argument(
-        "--shape", nargs="+", help=f"real, {', '.join(SHAPES)}, or N,H,Ht,V; default: real S M"
+        "--shape",
+        nargs="+",
+        help=f"real, {', '.join(SHAPES)}, or N,H,Ht,V; default: real S M, on a GPU S M XL",
     )
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -72,11 +78,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="write the picture here (.png or .svg)")
     parser.add_argument("--from", dest="source", type=Path, help="read a result instead of measuring")
     args = parser.parse_args(argv)
-    args.restrict_m = args.shape is None and args.impl is None and not args.full
-    args.shape = args.shape or (["XS"] if args.quick else ["real", "S", "M"])
-    wanted = args.impl or (list(QUICK) if args.quick else ["all"])
-    wanted = [key for part in wanted for key in part.split(",") if key]
-    args.impl = known if "all" in wanted else wanted
+    kind = torch.device(args.device).type
+    if kind not in DEFAULT_SHAPES:
+        parser.error(f"--device: cpu or cuda, got {args.device}")
+    if kind == "cuda" and not torch.cuda.is_available() and not args.source:
+        parser.error(f"--device {args.device}: this torch, {torch.__version__}, sees no GPU")
+    args.restrict_m = args.shape is None and args.impl is None and not args.full and kind == "cpu"
+    args.shape = args.shape or (["XS"] if args.quick else DEFAULT_SHAPES[kind])
+    wanted = [key for part in args.impl or ["all"] for key in part.split(",") if key]
+    rows = QUICK if args.quick and not args.impl else known
+    here = [key for key in rows if key not in IMPLEMENTATIONS or IMPLEMENTATIONS[key].serves(kind)]
+    args.impl = here if "all" in wanted else wanted
     if unknown := [key for key in args.impl if key not in known]:
         parser.error(f"--impl: no {', '.join(unknown)}; there are {', '.join(known)}, all")
     try:
@@ -149,7 +161,8 @@ def time_row(case: Case, dtype: str, threads: int, key: str, args: argparse.Name
     except WorkerError as error:
         return {"status": "failed", "reason": str(error)}
     ratios = [call[1] / floor[1] for floor, call in zip(got["floor"], got["call"], strict=True)]
-    return {
+    best = {"roofline": roofline(case, dtype, got["rates"])} if "rates" in got else {}
+    return best | {
         "status": "ok",
         "wall_s": summarize([wall for wall, _ in got["call"]]),
         "busy_s": summarize([busy for _, busy in got["call"]]),
@@ -168,7 +181,12 @@ def measure(
     run |= {"threads": threads, "about": about, "flops": gemm_flops(case)}
     del run["name"], run["file"]
     say(f"{case.describe()}, {dtype}, {threads} thread(s)")
-    present = [key for key in keys if key in IMPLEMENTATIONS and IMPLEMENTATIONS[key].version()]
+    absent = {
+        key: reason
+        for key in keys
+        if key in IMPLEMENTATIONS and (reason := IMPLEMENTATIONS[key].absent(args.device))
+    }
+    present = [key for key in keys if key in IMPLEMENTATIONS and key not in absent]
     errors = take_errors(case, dtype, args.device, threads, present)
     run["errors"] = {kind: {name: got[name] for name in ("kl", "N", "V")} for kind, got in errors.items()}
     run["rows"] = []
@@ -177,8 +195,8 @@ def measure(
         if key in IMPLEMENTATIONS:
             implementation = IMPLEMENTATIONS[key]
             row |= {"label": implementation.label, "family": implementation.family}
-        if key in IMPLEMENTATIONS and key not in present:
-            row |= {"status": "absent", "reason": implementation.pip}
+        if key in absent:
+            row |= {"status": "absent", "reason": absent[key]}
         else:
             begin = time.perf_counter()
             row |= time_row(case, dtype, threads, key, args)
@@ -191,6 +209,9 @@ def measure(
             kind: got["rows"][key] for kind, got in errors.items() if "dX" in got["rows"].get(key, {})
         }
         run["rows"].append(row)
+    if measured := [row["roofline"] for row in run["rows"] if "roofline" in row]:
+        typical = {name: summarize([row[name] for row in measured])["median"] for name in RATES}
+        run["roofline"] = roofline(case, dtype, typical)
     floors = [pair for row in run["rows"] if row["status"] == "ok" for pair in row["samples"]["floor"]]
     if floors:
         run["floor"] = {
@@ -203,8 +224,6 @@ def measure(
 def backend_note(device: str) -> dict[str, Any]:
     """Which backend of the library serves the loss here; {} where the library is absent."""
     try:
-        import torch
-
         from minitron_kernels import _backend
     except ImportError:
         return {}
@@ -212,16 +231,13 @@ def backend_note(device: str) -> dict[str, Any]:
 
 
 def run_all(args: argparse.Namespace) -> dict[str, Any]:
-    ours = [key for key in args.impl if key in OURS]
-    if ours and not IMPLEMENTATIONS[ours[0]].version():
+    named = [key for key in args.impl if key in OURS]
+    ours = [key for key in named if IMPLEMENTATIONS[key].absent(args.device) is None]
+    if named and not IMPLEMENTATIONS[named[0]].version():
         raise SystemExit(
             "minitron-kernels is not installed; in the root of the repository: pip install '.[bench]'"
         )
     note = backend_note(args.device)
-    if ours and note.get("backend") == "reference":
-        say(
-            "the library's rows are its slow reference: no kernels here (python -m minitron_kernels says why)"
-        )
     packages = [row.package for row in IMPLEMENTATIONS.values() if row.package]
     result = {"format": 1, "benchmark": "kl_loss", "machine": facts(args.device, packages) | note, "runs": []}
     say(describe(result["machine"]))

@@ -11,7 +11,7 @@ from _cases import SHAPES, make_inputs
 from _floor import Floor
 from _peers import IMPLEMENTATIONS, step
 
-KEYS = [key for key, row in IMPLEMENTATIONS.items() if not row.compiles]
+KEYS = [key for key, row in IMPLEMENTATIONS.items() if not row.compiles and row.serves("cpu")]
 
 
 @pytest.fixture(scope="module", params=["bf16", "fp32"])
@@ -22,8 +22,8 @@ def inputs(request):
 @pytest.mark.parametrize("key", KEYS)
 def test_forward_backward(benchmark, inputs, key):
     implementation = IMPLEMENTATIONS[key]
-    if implementation.version() is None:
-        pytest.skip(f"{implementation.package} is absent: {implementation.pip}")
+    if reason := implementation.absent("cpu"):
+        pytest.skip(f"{implementation.package} is absent: {reason}")
     benchmark(step, implementation.build(), inputs)
 
 

@@ -22,8 +22,8 @@ _KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("kl_loss", "triton"): ("cuda",),
     ("linear_kl_loss", "native"): ("cpu", "cuda"),
     ("linear_kl_loss", "triton"): ("cuda",),
-    ("importance", "native"): ("cpu",),
-    ("importance", "triton"): (),
+    ("importance", "native"): ("cpu", "cuda"),
+    ("importance", "triton"): ("cuda",),
     ("gather", "native"): ("cpu",),
     ("gather", "triton"): (),
 }

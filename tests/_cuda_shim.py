@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,10 +50,13 @@ def cache_folder() -> Path:
 
 
 def sources() -> dict[str, str]:
-    """{path under csrc: text} of the CUDA files and of each op's schemas, <op>/<op>.cpp."""
+    """{path under csrc: text} of the CUDA files, the headers they include, and each op's <op>/<op>.cpp."""
     files = [*CSRC.rglob("*.cuh"), *CSRC.rglob("*_cuda.cu")]
     files += [path for path in CSRC.glob("*/*.cpp") if path.stem == path.parent.name]
-    return {str(path.relative_to(CSRC)): path.read_text() for path in sorted(files)}
+    texts = {str(path.relative_to(CSRC)): path.read_text() for path in sorted(files)}
+    headers = {name for text in texts.values() for name in re.findall(r'#include "(.+\.h)"', text)}
+    texts |= {name: (CSRC / name).read_text() for name in sorted(headers) if (CSRC / name).exists()}
+    return texts
 
 
 def planted(texts: dict[str, str], faults: tuple[Fault, ...]) -> dict[str, str]:
@@ -151,6 +155,7 @@ class Shim:
         self.ops = getattr(torch.ops, namespace)
         self._lib = ctypes.CDLL(str(path))
         self._lib.cuda_shim_most_shared_bytes.restype = ctypes.c_int64
+        self._lib.cuda_shim_scratch_loaded.restype = ctypes.c_int64
 
     @contextmanager
     def order(self, order: int):
@@ -162,7 +167,9 @@ class Shim:
 
     @contextmanager
     def trace(self, **readable: torch.Tensor):
-        """Only the elements of these tensors may be loaded; what is loaded and stored is counted."""
+        """Only the elements of these tensors, and what an earlier launch has stored, may be loaded; what is
+        loaded and stored is counted.
+        """
         self._lib.cuda_shim_trace(1)
         try:
             regions = {n: self._lib.cuda_shim_allow_loads(*_extent(x)) for n, x in readable.items()}
@@ -184,6 +191,10 @@ class _Trace:
         out = (ctypes.c_int64 * 5)()
         self._lib.cuda_shim_take_stores(*_extent(output), out)
         return Stores(*out)
+
+    def scratch_loaded(self) -> int:
+        """Bytes loaded of what an earlier launch has stored."""
+        return self._lib.cuda_shim_scratch_loaded()
 
     def most_shared_bytes(self) -> int:
         return self._lib.cuda_shim_most_shared_bytes()

@@ -17,14 +17,20 @@ sys.path.insert(0, str(FOLDER))
 
 import _cases  # noqa: E402
 import _harness  # noqa: E402
+import _roofline  # noqa: E402
 import _table  # noqa: E402
+import _worker  # noqa: E402
 import kl_loss  # noqa: E402
 from _floor import Floor, gemm_flops  # noqa: E402
 from _peers import IMPLEMENTATIONS, OURS, step  # noqa: E402
 from _report import as_markdown, as_text  # noqa: E402
+from _roofline import RATES  # noqa: E402
+
+from minitron_kernels import _backend  # noqa: E402
 
 TINY = _cases.Case("tiny", 24, 16, 20, 301)
-QUICK_TO_BUILD = [key for key, row in IMPLEMENTATIONS.items() if not row.compiles]
+QUICK_TO_BUILD = [key for key, row in IMPLEMENTATIONS.items() if not row.compiles and row.serves("cpu")]
+ON_CPU = [key for key in OURS if IMPLEMENTATIONS[key].serves("cpu")]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 10])
@@ -131,8 +137,8 @@ def test_inputs_are_as_far_as_they_say(H, Ht):
 def test_adapters_compute_the_same_loss(key):
     """In fp32 every row of the table is the forward KL, mean over the rows, with its gradients."""
     row = IMPLEMENTATIONS[key]
-    if row.version() is None:
-        pytest.skip(f"{row.package} is not installed")
+    if reason := row.absent("cpu"):
+        pytest.skip(f"{row.package}: {reason}")
     try:
         loss = row.build()
     except ImportError as error:  # what the package itself needs
@@ -211,6 +217,110 @@ def test_report():
     assert "| ours |" in as_markdown({"runs": [_run()], "machine": machine})
 
 
+class FakeGpu:
+    """A device clock without a device: calls run on the CPU; the events say 2 ms, the allocator 3 MiB."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "Event", self.Event)
+        for name, value in (
+            ("synchronize", None),
+            ("memory_allocated", 1 << 20),
+            ("reset_peak_memory_stats", None),
+            ("max_memory_allocated", 4 << 20),
+        ):
+            monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+        make = _cases.make_inputs
+        monkeypatch.setattr(
+            _worker,
+            "make_inputs",
+            lambda case, dtype, kind="far", device="cpu", seed=0: make(case, dtype, kind),
+        )
+        monkeypatch.setattr(_worker, "rates", lambda dtype, device: dict(zip(RATES, (1e9, 1e9), strict=True)))
+
+
+def _gpu_run(monkeypatch, keys):
+    """The table of a GPU, from workers that run in this process by a fake clock."""
+    FakeGpu(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def worker(script, spec, *, threads):
+        try:
+            return {"measure": _worker.measure, "errors": _worker.errors}[spec["work"]](spec)
+        except Exception as error:  # such as a row that does need the GPU
+            raise _harness.WorkerError(str(error)) from None
+
+    monkeypatch.setattr(kl_loss, "run_worker", worker)
+    args = kl_loss.parse_args(["--device", "cuda", "--impl", *keys, "--reps", "3"])
+    return kl_loss.measure(TINY, None, "bf16", 1, args.impl, args)
+
+
+def test_table_of_a_gpu_by_a_fake_clock(monkeypatch):
+    """Rows, ratio, memory and share of the roofline of a GPU; a row that it cannot have says why."""
+    run = _gpu_run(monkeypatch, ["naive", "naive-float", "store", "liger-jsd"])
+    naive, second, cpu_only, liger = run["rows"]
+    assert naive["busy_s"]["median"] == 2e-3 and naive["ratio"] == {"median": 1, "p20": 1, "p80": 1, "n": 3}
+    assert naive["extra_peak_bytes"] == 3 << 20 and 0 < naive["errors"]["far"]["dW"] < 0.1
+    assert (cpu_only["status"], cpu_only["reason"]) == ("absent", "not on cuda")
+    flops, moved = gemm_flops(TINY), 2 * ((24 + 301) * 36 + (24 + 301) * 16)
+    for best in (second["roofline"], run["roofline"]):
+        assert (best["flops"], best["bytes"], best["seconds"]) == (flops, moved, flops / 1e9)
+    text = as_text(run)
+    share = f"{100 * flops / 1e9 / 2e-3:.0f} %"
+    assert next(line for line in text.split("\n") if line.startswith("naive PyTorch ")).count(share) == 1
+    assert "of roofline" in text and "GPU s" in text and "Roofline, by rates of the same run" in text
+    assert "minitron, store: absent, not on cuda" in text
+    assert "pip install" in liger["reason"] if liger["status"] == "absent" else liger["status"] == "failed"
+    machine = {"gpu": "a GPU", "packages": {"torch": "1"}, "date": "today"}
+    assert "of roofline" in as_markdown({"runs": [run], "machine": machine})
+
+
+def test_rows_of_a_gpu(monkeypatch):
+    """The default rows of each device: the library's by backend, Liger's Triton losses on a GPU alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu, cpu = kl_loss.parse_args(["--device", "cuda"]), kl_loss.parse_args([])
+    only = {"native-store", "native-recompute", "triton-store", "triton-recompute", "liger-jsd", "liger-kl"}
+    assert set(gpu.impl) - set(cpu.impl) == only and set(cpu.impl) - set(gpu.impl) == {"store", "recompute"}
+    assert gpu.shape == ["S", "M", "XL"] and not gpu.restrict_m and cpu.restrict_m
+    assert IMPLEMENTATIONS["native-store"].label == "minitron, CUDA C++, store"
+    monkeypatch.setattr(type(IMPLEMENTATIONS["naive"]), "version", lambda _: "1")
+    monkeypatch.setattr(_backend, "why_not", lambda *_: "built without CUDA")
+    assert IMPLEMENTATIONS["native-store"].absent("cuda") == "built without CUDA"
+    monkeypatch.undo()
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            kl_loss.parse_args(["--device", "cuda"])
+
+
+@pytest.mark.parametrize("key", ["liger-jsd", "liger-kl"])
+def test_liger_losses_for_gpus_exist(key):
+    """They run on a GPU alone; that the pinned version has them under these names can be seen anywhere."""
+    row = IMPLEMENTATIONS[key]
+    if row.version() is None:
+        pytest.skip(f"{row.package} is not installed")
+    assert callable(row.build())
+
+
+def test_rates_are_the_best_of_several(monkeypatch):
+    seconds = iter([4.0, 1.0, 2.0, 0.5, 0.25, 1.0])
+    monkeypatch.setattr(
+        _roofline, "sample", lambda call, device: (call(), _harness.Sample(9.0, next(seconds)))[1]
+    )
+    found = _roofline.rates("fp32", "cpu", side=8, copy_bytes=1000, reps=3)
+    assert found == {"matmul_flops_per_s": 2 * 8**3 / 1.0, "copy_bytes_per_s": 2 * 1000 / 0.25}
+    slow_copy = {"matmul_flops_per_s": 1e15, "copy_bytes_per_s": 1e3}
+    assert _roofline.roofline(TINY, "bf16", slow_copy)["seconds"] == _roofline.least_bytes(TINY, "bf16") / 1e3
+
+
 def test_picture(tmp_path):
     pytest.importorskip("matplotlib")
     from _plot import draw
@@ -223,11 +333,11 @@ def test_picture(tmp_path):
 def test_gate_refuses_wrong_results(monkeypatch):
     right = {"loss": 1e-7, "dX": 1e-3, "dW": 1e-3}
     for wrong in (right | {"dW": 1e-2}, right | {"loss": math.nan}, {"failed": "no kernel"}):
-        monkeypatch.setattr(kl_loss, "run_worker", lambda *_, wrong=wrong, **__: {"rows": {OURS[0]: wrong}})
+        monkeypatch.setattr(kl_loss, "run_worker", lambda *_, wrong=wrong, **__: {"rows": {ON_CPU[0]: wrong}})
         with pytest.raises(SystemExit, match="correctness gate"):
-            kl_loss.gate([OURS[0]], "bf16", "cpu", 1)
-    monkeypatch.setattr(kl_loss, "run_worker", lambda *_, **__: {"rows": {OURS[0]: right}})
-    kl_loss.gate([OURS[0]], "bf16", "cpu", 1)
+            kl_loss.gate([ON_CPU[0]], "bf16", "cpu", 1)
+    monkeypatch.setattr(kl_loss, "run_worker", lambda *_, **__: {"rows": {ON_CPU[0]: right}})
+    kl_loss.gate([ON_CPU[0]], "bf16", "cpu", 1)
 
 
 def test_command_line(tmp_path, capsys):

@@ -4,6 +4,7 @@ import _importance_oracle as oracle
 import numpy as np
 import pytest
 import torch
+from _importance_problems import BOUND, DTYPES, activations, check_moments, sinks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,10 +12,7 @@ import minitron_kernels as mk
 from minitron_kernels.ops.importance.moments import moments_of
 
 BACKENDS = [pytest.param("native", marks=pytest.mark.native), "reference"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 AGGREGATIONS = [(batch, seq) for batch in ("L2", "mean", "var") for seq in ("mean", "L2", "var")]
-# Sums in fp32 chains of at most 8 + 64 additions, totals in float64: a few roundings, 72 at worst.
-BOUND = 16 * 2.0**-24
 HAND = [[[1.0, -2.0], [3.0, 4.0]], [[0.0, 2.0], [-4.0, -6.0]]]
 HAND_SCORES = {  # (batch, seq), minitron.md section 4
     ("L2", "mean"): [2.828427, 5.0],
@@ -29,28 +27,8 @@ HAND_SCORES = {  # (batch, seq), minitron.md section 4
 }
 
 
-def activations(*shape, dtype=torch.float32, seed=0):
-    """Channels of different size and mean, so that no two are alike."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(*shape, generator=g) * torch.rand(shape[-1], generator=g).add(0.1)
-    return (x + torch.randn(shape[-1], generator=g)).to(dtype)
-
-
-def assert_moments(x, *, mask=None, cu_seqlens=None, num_heads=0, backend="native", bound=BOUND):
-    """Every set of kinds gives its planes of the oracle, each value within `bound` of the plane's scale."""
-    borders = None if cu_seqlens is None else torch.tensor(cu_seqlens)
-    truth, counts = oracle.moments(x.double().numpy(), mask=mask, cu_seqlens=cu_seqlens, num_heads=num_heads)
-    for kinds in range(1, 8):
-        result = moments_of(x, mask, borders, num_heads, kinds, backend)
-        assert np.array_equal(result.counts.numpy(), counts)
-        planes = [p for bit, p in ((1, 0), (2, 1), (4, 2), (4, 3)) if kinds & bit]
-        assert result.values.shape == (len(planes), *truth.shape[1:])
-        for value, plane in zip(result.values.double().numpy(), planes, strict=True):
-            # of Σ|v| for the signed sum too; of Σv² for M2, eight times: a group of eight tokens is summed
-            # around one of them, which may be the outlier
-            scale = {2: truth[0], 3: 8 * truth[1]}.get(plane, truth[plane])
-            error = np.abs(value - truth[plane])
-            assert (error <= bound * scale).all(), f"plane {plane}: {(error / scale).max():.3g}"
+def assert_moments(x, *, backend="native", **options):
+    check_moments(lambda *arguments: moments_of(*arguments, backend)[:2], x, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -111,7 +89,15 @@ def test_packed_sequences(backend):
 @pytest.mark.native
 def test_strides_and_misaligned():
     base = activations(4, 50, 333, dtype=torch.bfloat16)
-    for x in (base[:, ::3, 1:300], base[::2, 5:, 7:8], base.transpose(0, 1), base.mT, base[:0], base[:, :0]):
+    for x in (
+        base[:, ::3, 1:300],
+        base[::2, 5:, 7:8],
+        base.transpose(0, 1),
+        base.mT,
+        base[:0],
+        base[:, :0],
+        base[..., :0],
+    ):
         assert_moments(x)
     one = activations(60, 99)
     state, other = mk.ImportanceState(99), mk.ImportanceState(99)
@@ -125,10 +111,7 @@ def test_long_sequences_and_far_means():
     """200,000 tokens keep their digits; the variance too where the mean, or the first token, is far off."""
     x = activations(1, 200_000, 17) + 1.0
     assert_moments(x, bound=4 * BOUND)
-    x = activations(1, 3000, 40)
-    x[0, 0] = 3000.0  # an attention sink
-    far = x + torch.linspace(-500, 500, 40)
-    for case in (x, far):
+    for case in sinks():
         truth = oracle.moments(case.double().numpy())[0][3]
         result = moments_of(case, None, None, 0, 4, "native").values[1].double().numpy()
         assert np.abs(result / truth - 1).max() < 1e-4

@@ -24,12 +24,15 @@ from _kl_loss_cases import *  # noqa: F403
 from _kl_loss_cases import BUDGET, CAPPED, PLAIN, Kernels, N, linear, matmul_fp32, numpy_of, problem, truth_of
 from _oracle import oracle_rows
 from _problems import make_rows
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from minitron_kernels import _native
 from minitron_kernels.ops.kl_loss import linear_gpu
 from minitron_kernels.ops.kl_loss.epilogues import native_epilogues
 
 pytestmark = pytest.mark.skipif(missing_tool() is not None, reason=str(missing_tool()))
 
+aten = torch.ops.aten
 BETAS = (0.0, 1.0, 0.3)
 ORDERS = (FORWARD, REVERSE, 2, 3, 4, 5, 6)
 ROWS, COLUMNS = 5, 4096
@@ -260,6 +263,41 @@ def test_traffic(shim, kernels, beta):
             passes(trace, 1)
             stores = trace.take_stores(dz)
             assert (stores.bytes, stores.narrow, stores.elsewhere) == (dz.nbytes, 0, 0)
+
+
+class NoReadBack(TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal):
+            raise RuntimeError(f"{func} waits for the GPU")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wants", [(True, True, True), (False, False, False)])
+def test_nothing_is_read_back(kernels, wants, dtype):
+    """Shapes alone decide what is launched: nothing of a tensor's contents comes back to the host."""
+    tensors, mask = problem(kernels, dtype), torch.arange(N) % 3 > 0
+    weight = torch.full((), 1 / N)
+    for schedule in ("store", "recompute"):
+        setup = {"wants": wants, "mask": mask, "row_weight": weight, "beta": 0.3, "schedule": schedule}
+        with NoReadBack():
+            linear(kernels, tensors, budget=BUDGET[schedule], **setup)
+    with pytest.raises(RuntimeError, match="waits"), NoReadBack():
+        int(mask.sum())
+
+
+@pytest.mark.native
+def test_native_epilogues_are_registered_for_cuda():
+    """The names that native_epilogues() calls, with the schemas of the library, have CUDA kernels."""
+    names = ("forward_", "grad_", "stats_", "mixture_")
+    names = [f"kl_tile_{name}" for name in names] + ["kl_finish_stats_", "kl_finish_mixture_"]
+    for name in names:
+        assert getattr(torch.ops.minitron_kernels, name).default._schema.is_mutable
+        if _native.build_info()["cuda_archs"]:
+            full = f"minitron_kernels::{name}"
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(full, "CUDA")
 
 
 def test_bad_input(kernels):

@@ -24,11 +24,12 @@ __device__ __forceinline__ V shuffle_words(const V& v, Shuffle shuffle) {
   return out;
 }
 
-// merge(a, b) of all lanes in a fixed order; lane 0's result is the one to use, others may round differently.
+// merge(a, b) in a fixed order of all lanes, or of each `lanes` neighbours (a power of two); the first one's
+// result is the one to use, others may round differently. All lanes of the warp take part.
 template <typename V, typename Merge>
-__device__ __forceinline__ V warp_reduce(V v, Merge merge) {
+__device__ __forceinline__ V warp_reduce(V v, Merge merge, int lanes = kWarpSize) {
 #pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
     v = merge(v, shuffle_words(v, [=](uint32_t w) { return __shfl_xor_sync(kFullMask, w, offset); }));
   }
   return v;

@@ -70,12 +70,11 @@ std::tuple<Tensor, Tensor> importance_moments(Tensor x, std::optional<Tensor> ma
   Tensor counts = torch::stable::new_empty(x, {B}, ScalarType::Long);
   float* out = static_cast<float*>(moments.data_ptr());
   int64_t* count = static_cast<int64_t*>(counts.data_ptr());
-  std::fill_n(count, B, int64_t(0));
-  if (M == 0) return {moments, counts};
-
   const int64_t token_stride = (cu_seqlens ? x.stride(0) : x.stride(1)) * width;
   const int64_t sequence_stride = cu_seqlens ? 0 : x.stride(0) * width;
-  const int64_t block = block_of(B, M, head_dim), blocks = ceil_div(M, block);
+  const int64_t block = block_of(B, M, head_dim),
+                blocks =
+                    std::max<int64_t>(1, ceil_div(M, block));  // without values there are tokens to count
   const auto scratch = std::make_unique<char[]>(max_threads() * kMomentsScratch);
   const auto kernel = importance_kernels().moments;
   parallel_tasks(B * blocks, [&](int64_t task, int64_t slot) {

@@ -5,14 +5,9 @@
 
 #include "common/simd.h"
 #include "common/types.h"
+#include "importance/kinds.h"
 
 namespace minitron {
-
-enum Kind : int64_t { kAbs = 1, kSquare = 2, kCentred = 4 };
-
-constexpr int64_t planes_of(int64_t kinds) {
-  return (kinds & kAbs ? 1 : 0) + (kinds & kSquare ? 1 : 0) + (kinds & kCentred ? 2 : 0);
-}
 
 // Tokens are added up eight at a time in registers, 512 at a time in fp32, then in double: sums stay exact to
 // about 1e-6 however long the sequence is, and the order of additions depends on nothing but the sequence.

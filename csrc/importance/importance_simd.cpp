@@ -202,26 +202,6 @@ int64_t moments(const MomentsTask& task, void* scratch) {
   return sums.finish(task.moments, task.plane_stride);
 }
 
-template <typename T>
-int64_t moments_of_kinds(const MomentsTask& task, int64_t kinds, void* scratch) {
-  switch (kinds) {
-    case 1:
-      return moments<1, T>(task, scratch);
-    case 2:
-      return moments<2, T>(task, scratch);
-    case 3:
-      return moments<3, T>(task, scratch);
-    case 4:
-      return moments<4, T>(task, scratch);
-    case 5:
-      return moments<5, T>(task, scratch);
-    case 6:
-      return moments<6, T>(task, scratch);
-    default:
-      return moments<7, T>(task, scratch);
-  }
-}
-
 // f(element) for the storage types that are read as float.
 template <typename F>
 auto dispatch_narrow(DType dtype, F&& f) {
@@ -235,8 +215,10 @@ auto dispatch_narrow(DType dtype, F&& f) {
 const ImportanceKernels& importance_kernels() {
   static const ImportanceKernels table{
       [](const MomentsTask& task, DType dtype, int64_t kinds, void* scratch) {
-        return dispatch_narrow(
-            dtype, [&](auto element) { return moments_of_kinds<decltype(element)>(task, kinds, scratch); });
+        return dispatch_narrow(dtype, [&](auto element) {
+          return dispatch_kinds(
+              kinds, [&](auto constant) { return moments<constant(), decltype(element)>(task, scratch); });
+        });
       },
       [](const void* x, const void* y, DType dtype, int64_t n) {
         return dispatch_narrow(dtype, [&](auto element) {

@@ -9,6 +9,7 @@
 #include <numeric>
 #include <random>
 #include <stdexcept>
+#include <unordered_set>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -133,6 +134,10 @@ struct Machine {
   bool traced = false;
   std::vector<Region> readable;  // while traced, the only bytes that may be loaded
   std::vector<Store> stores;     // while traced
+  // Bytes that launches before this one have stored while traced: scratch memory, which may be loaded too.
+  std::unordered_set<uintptr_t> scratch;
+  size_t stores_of_earlier_launches = 0;
+  int64_t scratch_loaded = 0;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
   void* scheduler_fake_stack = nullptr;
@@ -280,6 +285,12 @@ void on_access(const void* p, size_t bytes, bool store) {
     r.narrow_loads += bytes < 16;
     return;
   }
+  bool stored_before = true;
+  for (size_t i = 0; i < bytes; ++i) stored_before &= m.scratch.count(address + i) > 0;
+  if (stored_before) {
+    m.scratch_loaded += static_cast<int64_t>(bytes);
+    return;
+  }
   fail("load outside of the allowed regions, thread " + std::to_string(m.where.thread.x) + " of block " +
        std::to_string(m.where.block.x));
 }
@@ -301,6 +312,10 @@ void launch(dim3 grid, dim3 block, const std::function<void()>& thread) {
   m.error = nullptr;
   m.body = &thread;
   ++m.launches;
+  for (; m.stores_of_earlier_launches < m.stores.size(); ++m.stores_of_earlier_launches) {
+    const Store& store = m.stores[m.stores_of_earlier_launches];
+    for (uint32_t i = 0; i < store.bytes; ++i) m.scratch.insert(store.address + i);
+  }
   try {
     for (unsigned z = 0; z < grid.z; ++z) {
       for (unsigned y = 0; y < grid.y; ++y) {
@@ -383,6 +398,9 @@ SHIM_API void cuda_shim_trace(int on) {
   m.traced = on != 0;
   m.readable.clear();
   m.stores.clear();
+  m.scratch.clear();
+  m.stores_of_earlier_launches = 0;
+  m.scratch_loaded = 0;
   m.most_shared_bytes = 0;
 }
 
@@ -419,9 +437,12 @@ SHIM_API void cuda_shim_take_stores(uintptr_t base, int64_t rows, int64_t row_by
     for (uint32_t i = 0; i < store.bytes; ++i) writes[offset + i] += writes[offset + i] < 255;
   }
   m.stores = left;
+  m.stores_of_earlier_launches = left.size();
   out[2] = std::count(writes.begin(), writes.end(), 0);
   out[3] = std::count_if(writes.begin(), writes.end(), [](uint8_t n) { return n > 1; });
   out[4] = static_cast<int64_t>(left.size());
 }
 
 SHIM_API int64_t cuda_shim_most_shared_bytes() { return cuda_shim::machine().most_shared_bytes; }
+
+SHIM_API int64_t cuda_shim_scratch_loaded() { return cuda_shim::machine().scratch_loaded; }

@@ -17,6 +17,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KIND_OF = {"mean": reference.ABS, "L2": reference.SQUARE, "var": reference.CENTRED}
 
 
+def planes_of(kinds: int) -> int:
+    """How many sums `kinds` asks for: |v|; v²; v and (v − v̄)²."""
+    return bool(kinds & reference.ABS) + bool(kinds & reference.SQUARE) + 2 * bool(kinds & reference.CENTRED)
+
+
 class Moments(NamedTuple):
     """Sums over each sequence's tokens: `values` [planes, B, M], planes as `kinds` asks; `counts` [B].
 
@@ -137,8 +142,7 @@ def _fake_moments(
     x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, kinds: int
 ) -> tuple[Tensor, Tensor]:
     B = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    planes = bool(kinds & 1) + bool(kinds & 2) + 2 * bool(kinds & 4)
-    values = x.new_empty((planes, B, num_heads or x.shape[-1]), dtype=torch.float32)
+    values = x.new_empty((planes_of(kinds), B, num_heads or x.shape[-1]), dtype=torch.float32)
     return values, x.new_empty((B,), dtype=torch.int64)
 
 

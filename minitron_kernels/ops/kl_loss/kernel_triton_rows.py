@@ -31,6 +31,9 @@ from minitron_kernels.ops.kl_loss.kernel_triton_math import (
     transform,
 )
 
+# A chunk of rows may start anywhere in these: their alignment is no reason to compile anew.
+PER_ROW = ("mask_ptr", "weight_ptr", "loss_ptr", "stats_ptr", "state_ptr", "sums_ptr")
+
 
 @triton.jit
 def _load(ptr, bias_ptr, columns, inside, factor, over_cap, cap, CAP: tl.constexpr):
@@ -102,7 +105,7 @@ def store_stats(stats_ptr, rows, inside, counts, max_s, inv_sum_s, max_t, inv_su
     tl.store(out + 5, tl.where(counts, kl, 0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["stride_mn"])
+@triton.jit(do_not_specialize=["stride_mn"], do_not_specialize_on_alignment=PER_ROW)
 def forward_kernel(
     student_ptr,  # (N, >= V), stride 1 in the vocabulary
     teacher_ptr,  # likewise
@@ -140,7 +143,7 @@ def forward_kernel(
     store_stats(stats_ptr, rows, rows >= 0, counts, max_s, inv_sum_s, max_t, inv_sum_t, gap, kl)
 
 
-@triton.jit(do_not_specialize=["stride_mn", "stride_wn"])
+@triton.jit(do_not_specialize=["stride_mn", "stride_wn"], do_not_specialize_on_alignment=PER_ROW)
 def grad_kernel(
     student_ptr,  # (N, >= V), stride 1 in the vocabulary
     teacher_ptr,  # likewise
@@ -175,7 +178,7 @@ def grad_kernel(
     tl.store(grad_ptr + row * stride_gn + offs_v, grad.to(grad_ptr.dtype.element_ty), mask=offs_v < columns)
 
 
-@triton.jit(do_not_specialize=["stride_mn"])
+@triton.jit(do_not_specialize=["stride_mn", "stride_state"], do_not_specialize_on_alignment=PER_ROW)
 def tile_stats_kernel(
     student_ptr,  # (N, V) fp32 logits of a tile, stride 1 in the vocabulary
     teacher_ptr,  # likewise
@@ -209,7 +212,7 @@ def tile_stats_kernel(
     tl.store(state_ptr + 4 * stride_state, kl)
 
 
-@triton.jit(do_not_specialize=["stride_mn"])
+@triton.jit(do_not_specialize=["stride_mn", "stride_sums"], do_not_specialize_on_alignment=PER_ROW)
 def tile_mixture_kernel(
     student_ptr,  # (N, V) fp32 logits of a tile, stride 1 in the vocabulary
     teacher_ptr,  # likewise

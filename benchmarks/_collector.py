@@ -1,0 +1,123 @@
+"""What collect_importance() adds to a forward pass of SmolLM2-135M (a tiny random model where it is not to be had).
+
+Steps of the collector and plain forward passes of the same weights take turns, so that the machine's drift
+falls on both. A step is all that is done for a batch: reading it, the forward pass with all axes' hooks, and
+putting the moments into the states. Both call the decoder without the LM head.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from _harness import Sample, summarize
+from _models import load_smollm2, mlp_scores, tiny_model
+from _text import prose
+
+from minitron_kernels.pruning import collect_importance
+
+Say = Callable[[str], None]
+
+
+def _model(say: Say, tokens: int) -> tuple[Any, torch.Tensor, str]:
+    """The model, [1, tokens] of text, and the model's name."""
+    try:
+        model, tokenizer = load_smollm2(say)
+        name = "SmolLM2-135M"
+    except Exception as error:  # no network, no room, another transformers
+        say(f"no SmolLM2-135M ({type(error).__name__}: {error}); a tiny model of random weights stands in")
+        model, tokenizer = tiny_model()
+        name = "a tiny random model"
+    ids = torch.tensor(tokenizer(prose()[: tokens * 12])["input_ids"][:tokens])
+    return model, ids[None], name
+
+
+def _twin(model: torch.nn.Module) -> torch.nn.Module:
+    """A second model of the same weights, on which nobody hangs hooks."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _check(model: Any, ids: torch.Tensor) -> None:
+    """The collector's neuron scores against those of a plain hook."""
+    got = collect_importance(model, [ids], axes=("mlp",), progress=False).tables()["mlp"]
+    for layer, wanted in enumerate(mlp_scores(model, ids)):
+        torch.testing.assert_close(got[layer].float(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def _now() -> Sample:
+    return Sample(time.perf_counter(), time.process_time())
+
+
+def _since(begin: Sample) -> Sample:
+    return Sample(time.perf_counter() - begin.wall_s, time.process_time() - begin.busy_s)
+
+
+def _turns(model: Any, ids: torch.Tensor, axes: Sequence[str] | None, reps: int) -> tuple[list, list]:
+    """Samples (plain forward passes, the collector's steps), two of each less, for warming up."""
+    plain: list[Sample] = []
+    steps: list[Sample] = []
+    twin = _twin(model)
+
+    def batches() -> Iterator[torch.Tensor]:
+        for _ in range(reps + 2):
+            begin = _now()
+            with torch.no_grad():
+                twin.model(input_ids=ids, use_cache=False)
+            plain.append(_since(begin))
+            begin = _now()
+            yield ids
+            steps.append(_since(begin))
+
+    collect_importance(model, batches(), axes=axes, progress=False)
+    return plain[2:], steps[2:]
+
+
+def collector_overhead(
+    say: Say, *, threads: Sequence[int] = (1, 2), tokens: int = 512, reps: int = 15, axes: Any = None
+) -> dict[str, Any]:
+    """What scoring costs beside the forward pass, for some numbers of threads.
+
+    Returns:
+        {"model", "tokens", "dtype", "rows": [{"threads", "forward_s", "busy_overhead", "wall_overhead"}]}; an
+        overhead is step / forward pass - 1 of neighbours, its median, 20th and 80th percentile.
+    """
+    model, ids, name = _model(say, tokens)
+    _check(model, ids)
+    before = torch.get_num_threads()
+    rows = []
+    try:
+        for count in threads:
+            torch.set_num_threads(count)
+            plain, steps = _turns(model, ids, axes, reps)
+            pairs = list(zip(plain, steps, strict=True))
+            rows.append(
+                {
+                    "threads": count,
+                    "forward_s": statistics.median(sample.wall_s for sample in plain),
+                    "busy_overhead": summarize([step.busy_s / base.busy_s - 1 for base, step in pairs]),
+                    "wall_overhead": summarize([step.wall_s / base.wall_s - 1 for base, step in pairs]),
+                }
+            )
+            say(describe(rows[-1]))
+    finally:
+        torch.set_num_threads(before)
+    return {"model": name, "tokens": ids.shape[1], "dtype": str(model.dtype).split(".")[1], "rows": rows}
+
+
+def describe(row: dict[str, Any]) -> str:
+    """One line for a human."""
+    busy, wall = row["busy_overhead"], row["wall_overhead"]
+    return (
+        f"{row['threads']} thread(s): forward {row['forward_s'] * 1e3:.0f} ms, collecting adds "
+        f"{busy['median']:.1%} of its CPU time ({busy['p20']:.1%} to {busy['p80']:.1%}), "
+        f"{wall['median']:.1%} of its wall time"
+    )
+
+
+if __name__ == "__main__":
+    collector_overhead(print)

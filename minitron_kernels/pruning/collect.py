@@ -1,0 +1,204 @@
+"""collect_importance(): scores of a Hugging Face decoder from forward passes over calibration text."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from minitron_kernels.ops.importance.moments import KIND_OF
+from minitron_kernels.pruning.batches import read_batch
+from minitron_kernels.pruning.recorder import Recorder
+from minitron_kernels.pruning.scores import AXES, ImportanceScores, Options
+from minitron_kernels.pruning.taps import TappedModel
+
+
+def collect_importance(
+    model: nn.Module,
+    batches: Iterable[Any],
+    axes: Sequence[str] | None = None,
+    *,
+    seq: Sequence[str] = ("mean",),
+    mlp_tap: str = "down_proj_input",
+    head_score: str = "norm",
+    expert_score: str = "norm",
+    resume_from: ImportanceScores | None = None,
+    data_parallel_group: ProcessGroup | None = None,
+    context_parallel_group: ProcessGroup | None = None,
+    progress: bool | None = None,
+    backend: str = "auto",
+) -> ImportanceScores:
+    """Scores a model's channels, neurons, heads, experts and layers by forward passes over `batches`.
+
+    One forward pass serves all axes. No activation is kept: each is reduced to sums as it is made. Gradients
+    are off, the model is in eval mode, no key/value cache is made, and the LM head does not run, for the
+    model's decoder is called (under FSDP2 the whole model, for the last token's logits). Afterwards the model
+    is as it was, also when something raised.
+
+    | axis | tapped at | score of one token |
+    |---|---|---|
+    | hidden | output of each norm that feeds linear layers, and of the final one | each channel |
+    | mlp | input of down_proj, or output of up_proj | each neuron |
+    | heads | input of o_proj | L2 norm of each head, or each channel |
+    | layers | input and output of the layer | 1 − cos of the two |
+    | experts | output of each expert, for the tokens routed to it | L2 norm, or that times the gate (REAP) |
+    | expert_mlp | input of each expert's down projection | each neuron |
+
+    "layers" and "experts" are means over tokens; the others are aggregated over tokens by `seq`, then over
+    sequences when scores are read. With "hidden", the energy Σx² of each norm's input is collected too, to
+    rescale norm gains by. Experts that live in one module are run a second time: scoring them costs as much
+    as the experts themselves, the neurons alone two thirds of that.
+
+    Args:
+        model: a causal language model of a known family (families.known_families(); register_family() adds
+            one), or its decoder alone; plain, in DistributedDataParallel, or under FSDP2.
+        batches: token ids, int64 or int32 [B, S] or [S]; or mappings with "input_ids" and what else the model
+            takes of attention_mask, position_ids, inputs_embeds, token_type_ids, cu_seq_lens_q ... A row is a
+            sequence; what attention_mask [B, S] leaves out counts nowhere. Packed sequences are told by
+            position_ids without an attention mask, or by cu_seq_lens_q. They are moved to the model's device.
+        axes: of "hidden", "mlp", "heads", "layers", "experts", "expert_mlp"; None for all that the model has.
+        seq: sequence aggregations to collect, of "mean", "L2", "var".
+        mlp_tap: "down_proj_input", after activation and gate (as ModelOpt), or "up_proj_output" (the paper's,
+            for MLPs without a gate).
+        head_score: "norm", the paper's L2 norm of each token's head; or "channels", ModelOpt's L2 over the
+            scores of a head's channels.
+        expert_score: "norm", or "reap" (arXiv 2510.13999): the norm times the router's weight.
+        resume_from: scores to go on from, of this rank where there are several; not changed. Scores are
+            bitwise those of a run that was not interrupted (between batches).
+        data_parallel_group: ranks that see different batches; their scores are added at the end, and all get
+            the sum. torch.distributed.group.WORLD for all ranks. To resume, save each rank's scores before
+            they are added, that is without this argument, and give it in the last call.
+        context_parallel_group: ranks that hold pieces of the same sequences, in the same batches; what the
+            pieces sum to is put together before it is squared. Packed sequences then need cu_seq_lens_q, the
+            borders in this rank's piece, as many on each rank.
+        progress: whether tqdm shows a bar; None: where standard error is a terminal.
+        backend: of the kernels, see accumulate_importance_().
+
+    Returns:
+        Scores; float64 sums, on the CPU.
+
+    Raises:
+        TypeError, ValueError: the model, a batch or an option is not as above; says what was wanted.
+
+    Source: Minitron (arXiv 2407.14679) section 2.2; REAP (arXiv 2510.13999).
+
+    Example:
+        >>> scores = collect_importance(model, batches)
+        >>> scores.tables()["mlp"][0]  # the neurons of the first layer
+    """
+    if isinstance(batches, Mapping | str | bytes) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches must be an iterable of batches, got {type(batches).__name__}; one batch goes in a list"
+        )
+    seq = (seq,) if isinstance(seq, str) else tuple(seq)
+    if not seq or len(set(seq)) != len(seq) or not set(seq) <= set(KIND_OF):
+        raise ValueError(f"seq must be different names out of {', '.join(KIND_OF)}, got {seq!r}")
+    options = Options(seq, mlp_tap, head_score, expert_score)
+    tapped = TappedModel(model)
+    scores = tapped.empty_scores(_chosen(axes, tapped), options)
+    if resume_from is not None:
+        scores.check_alike(resume_from, "resume_from")
+        if resume_from.reduced and data_parallel_group is not None:
+            raise ValueError(
+                "resume_from must be of this rank alone where data_parallel_group is given, got scores of "
+                "all ranks; collect without resume_from and merge_() them"
+            )
+        scores = resume_from.clone()
+    recorder = Recorder(scores, context_parallel_group, backend)
+    call = _forward(tapped)
+    device = _input_device(tapped)
+    count = 0
+    with torch.no_grad(), tapped.tapped(recorder), contextlib.closing(_bar(batches, progress)) as bar:
+        for count, batch in enumerate(bar, 1):
+            inputs, tokens = read_batch(
+                batch, f"batches[{count - 1}]", device, find_packed=context_parallel_group is None
+            )
+            recorder.start(tokens)
+            call(**inputs, use_cache=False)
+            recorder.flush()
+    if count == 0 and data_parallel_group is None:
+        raise ValueError("batches must hold at least one batch, got none: a generator that has been used up?")
+    if data_parallel_group is not None:
+        if device is not None:
+            scores.to(device)
+        scores.all_reduce_(data_parallel_group)
+    return scores.to("cpu")
+
+
+def _chosen(axes: Sequence[str] | None, tapped: TappedModel) -> tuple[str, ...]:
+    """The axes to collect, in the order of AXES."""
+    have = tapped.axes
+    if axes is None:
+        return have
+    wanted = (axes,) if isinstance(axes, str) else tuple(axes)
+    if not wanted or not set(wanted) <= set(AXES):
+        raise ValueError(f"axes must be of {', '.join(AXES)}; got {wanted!r}")
+    if lacking := [axis for axis in wanted if axis not in have]:
+        raise ValueError(
+            f"axes must be ones that the model has ({', '.join(have)}), got {', '.join(lacking)} for a "
+            f"{tapped.family.model_types[0]}"
+        )
+    return tuple(axis for axis in AXES if axis in wanted)
+
+
+def _forward(tapped: TappedModel) -> Any:
+    """What to call for a forward pass through all layers without the LM head."""
+    root = tapped.root
+    if not _is_fsdp(root):
+        return tapped.decoder
+    # FSDP2 gathers the embedding where the module is called that fully_shard() was given last
+    if "logits_to_keep" not in inspect.signature(root.forward).parameters:
+        return root
+    return lambda **inputs: root(**inputs, logits_to_keep=1)
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def _input_device(tapped: TappedModel) -> torch.device | None:
+    """Where the model wants its tokens; None where that cannot be told."""
+    weight = tapped.module(tapped.family.embedding, "hidden").weight
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is not None:  # sharded: of the device it is gathered on, which offloaded parameters do not tell
+        name = mesh.device_type
+        return (
+            torch.device(name)
+            if name == "cpu"
+            else torch.device(name, torch.accelerator.current_device_index())
+        )
+    return weight.device if isinstance(weight, Tensor) and weight.device.type != "meta" else None
+
+
+class _Plain:
+    """Batches without a bar."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def _bar(batches: Iterable[Any], progress: bool | None) -> Any:
+    if progress is False:
+        return _Plain(batches)
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        if progress:
+            raise
+        return _Plain(batches)
+    return tqdm(batches, desc="scoring", unit="batch", disable=None if progress is None else False)

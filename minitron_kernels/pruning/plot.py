@@ -1,0 +1,206 @@
+"""plot_importance(): a picture for each axis, to see how much there is to cut and where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitron_kernels.pruning.scores import AXES, ImportanceScores
+
+INK, FAINT, LINE, WARM = "#26323c", "#d5dce0", "#2a6f97", "#d1495b"
+TITLES = {
+    "hidden": ("Residual channels", "channel"),
+    "mlp": ("MLP neurons", "neuron"),
+    "heads": ("Attention heads", "head"),
+    "layers": ("Layers", "layer"),
+    "experts": ("Experts", "expert"),
+    "expert_mlp": ("Neurons of experts", "neuron"),
+}
+MOST_LINES = 400  # rows of a heatmap that one can still tell apart
+
+
+def plot_importance(
+    scores: ImportanceScores, path: str | Path, *, batch: str = "L2", seq: str = "mean"
+) -> list[Path]:
+    """Draws one PNG for each axis that was scored.
+
+    Channels and neurons: sorted scores, a line for each layer, with the share of the total that the best ones
+    hold; and a heatmap of the sorted scores by layer, relative to the layer's best. Heads and experts: a
+    heatmap in their own order. Layers: bars of block importance.
+
+    Args:
+        scores: of collect_importance().
+        path: "scores.png" gives scores_hidden.png, scores_mlp.png, ...; a folder that exists, hidden.png, ...
+        batch, seq: see ImportanceScores.tables().
+
+    Returns:
+        The files written.
+
+    Raises:
+        TypeError: scores are not ImportanceScores.
+        ValueError: no such aggregation.
+        ImportError: matplotlib is not installed.
+    """
+    if not isinstance(scores, ImportanceScores):
+        raise TypeError(f"scores must be ImportanceScores, got {type(scores).__name__}")
+    tables = scores.tables(batch, seq)
+    path = Path(path)
+    about = f"{scores.config.get('model_type', 'model')}, {scores.tokens:,} tokens"
+    how = f"({batch}, {seq})"
+    written = []
+    for axis in (name for name in AXES if name in tables):
+        file = path / f"{axis}.png" if path.is_dir() else path.with_name(f"{path.stem}_{axis}.png")
+        figure = _figure(axis, scores, tables[axis], about, how, batch, seq)
+        figure.savefig(file, dpi=150)
+        written.append(file)
+    return written
+
+
+def _figure(
+    axis: str, scores: ImportanceScores, table: Any, about: str, how: str, batch: str, seq: str
+) -> Any:
+    # a Figure without pyplot: no global state of the caller's is touched, no window is opened
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    wide = axis not in ("layers", "heads", "experts")
+    figure = Figure(figsize=(10, 4.2) if wide else (6.4, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    name, item = TITLES[axis]
+    how = {"layers": "block importance", "experts": f"mean {scores.options.expert_score}"}.get(axis, how)
+    figure.suptitle(f"{name}, {how}  ·  {about}", fontsize=11, color=INK, x=0.01, ha="left")
+    if axis == "layers":
+        _bars(figure.subplots(), table)
+    elif axis in ("heads", "experts"):
+        _heatmap(figure, figure.subplots(), _matrix(table), list(table), item, sort=False)
+    else:
+        left, right = figure.subplots(1, 2)
+        if axis == "hidden":
+            by_norm = scores.norms(batch, seq)
+            _curves(left, table[None], item, {"all norms": 0})
+            _heatmap(figure, right, _matrix(by_norm), list(by_norm), item, sort=False, order=table)
+            right.set_ylabel("norm, from first to last", fontsize=9, color=INK)
+        else:
+            rows, places = _matrix(table), list(table)
+            if axis == "expert_mlp":
+                experts = next(iter(table.values())).shape[0]
+                places = [f"{layer}.{expert}" for layer in places for expert in range(experts)]
+            labels = {f"layer {places[i]}" if axis == "mlp" else f"expert {places[i]}": i for i in _few(rows)}
+            _curves(left, rows, item, labels)
+            _heatmap(figure, right, rows, places, item, sort=True)
+            if axis == "expert_mlp":
+                right.set_ylabel("layer.expert", fontsize=9, color=INK)
+    return figure
+
+
+def _matrix(table: dict[Any, Tensor]) -> Tensor:
+    """[places, items]; experts' neurons, a row for each expert of each layer."""
+    rows = torch.stack(list(table.values()))
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def _few(rows: Tensor) -> list[int]:
+    """First, middle and last row, for a legend."""
+    return sorted({0, rows.shape[0] // 2, rows.shape[0] - 1})
+
+
+def _tidy(axes: Any) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(FAINT)
+    axes.tick_params(labelsize=8, colors=INK)
+
+
+def _curves(axes: Any, rows: Tensor, item: str, labels: dict[str, int]) -> None:
+    """Sorted scores of each row, and the share of the total that the best hold."""
+    from matplotlib import colormaps
+
+    ordered = rows.sort(dim=1, descending=True).values.clamp(min=0)
+    count = ordered.shape[1]
+    at = torch.arange(1, count + 1) / count * 100
+    named = {i: label for label, i in labels.items()}
+    shown = torch.linspace(0, len(ordered) - 1, min(len(ordered), MOST_LINES)).long().tolist()
+    for i in dict.fromkeys([*shown, *named]):
+        shade = 0.15 + 0.7 * i / max(len(ordered) - 1, 1)
+        colour = LINE if len(ordered) == 1 else colormaps["viridis"](shade)
+        strong = i in named
+        axes.plot(at, ordered[i], color=colour, lw=1.6 if strong else 0.7, alpha=1 if strong else 0.45)
+        if strong:
+            axes.plot([], [], color=colour, lw=1.6, label=named[i])
+    positive = ordered[ordered > 0]
+    if len(positive) and float(positive.max() / positive.min()) > 30:
+        axes.set_yscale("log")
+    axes.set_xlim(0, 100)
+    axes.set_xlabel(f"{item}s, best first, % of {count}", fontsize=9, color=INK)
+    axes.set_ylabel("importance", fontsize=9, color=INK)
+    axes.grid(color=FAINT, lw=0.5, alpha=0.7)
+    _tidy(axes)
+    shares = (ordered.cumsum(1) / ordered.sum(1, keepdim=True).clamp(min=1e-300)).mean(0) * 100
+    twin = axes.twinx()
+    twin.plot(at, shares, color=WARM, lw=1.2, ls=(0, (4, 2)))
+    axes.plot([], [], color=WARM, lw=1.2, ls=(0, (4, 2)), label="share of the total (right)")
+    twin.set_ylim(0, 103)
+    twin.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    twin.tick_params(labelsize=8, colors=WARM)
+    for side in twin.spines.values():
+        side.set_visible(False)
+    axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc="center right")
+
+
+def _heatmap(
+    figure: Any,
+    axes: Any,
+    rows: Tensor,
+    places: list[Any],
+    item: str,
+    *,
+    sort: bool,
+    order: Tensor | None = None,
+) -> None:
+    """Each row relative to its best; sorted, or in the order of other scores."""
+    if sort:
+        rows = rows.sort(dim=1, descending=True).values
+    elif order is not None:
+        rows = rows[:, order.argsort(descending=True)]
+    relative = (rows / rows.amax(1, keepdim=True).clamp(min=1e-300)).clamp(min=0)
+    dark = float(relative.quantile(0.02)) if relative.numel() < 1 << 24 else 0.0
+    bright = (
+        1.0
+        if order is None
+        else float(relative.flatten()[:: max(relative.numel() // 100000, 1)].quantile(0.98))
+    )
+    image = axes.imshow(
+        relative,
+        aspect="auto",
+        cmap="viridis",
+        interpolation="nearest",
+        vmin=dark,
+        vmax=max(bright, dark + 1e-9),
+    )
+    best_first = ", best first" if sort or order is not None else ""
+    axes.set_xlabel(f"{item}{best_first}", fontsize=9, color=INK)
+    axes.set_ylabel("layer", fontsize=9, color=INK)
+    step = max(1, -(-len(places) // 12))
+    if not isinstance(places[0], str) or "." in places[0][:6]:
+        axes.set_yticks(range(0, len(places), step), [str(place) for place in places[::step]])
+    _tidy(axes)
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8, colors=INK)
+    bar.set_label("of the row's best", fontsize=8, color=INK)
+
+
+def _bars(axes: Any, values: Tensor) -> None:
+    least = set(values.argsort()[: max(1, len(values) // 4)].tolist())
+    colours = [WARM if i in least else LINE for i in range(len(values))]
+    axes.bar(range(len(values)), values, color=colours, width=0.8)
+    axes.set_xlabel("layer (the quarter that turns its input least: red)", fontsize=9, color=INK)
+    axes.set_ylabel("1 − E[cos(input, output)]", fontsize=9, color=INK)
+    axes.grid(axis="y", color=FAINT, lw=0.5, alpha=0.7)
+    axes.set_axisbelow(True)
+    axes.set_xlim(-0.7, len(values) - 0.3)
+    _tidy(axes)

@@ -1,0 +1,150 @@
+"""From activations to the states of ImportanceScores, many layers at a time.
+
+What a hook does must be quick, for a layer has many: it makes the moments of its activations (one kernel) and
+keeps them. At the end of a forward pass, or when enough are held, the moments of all layers go into the
+axis's state together, by as many small tensor operations as one layer would take. Over context-parallel ranks
+that is also one exchange for all layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from minitron_kernels.ops.importance.moments import Moments, combine, moments_of, rows_of
+from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
+from minitron_kernels.pruning.batches import Tokens
+from minitron_kernels.pruning.scores import ImportanceScores
+
+HELD_BYTES = 32 << 20  # of an axis, before they go into its state in the middle of a forward pass
+
+
+class _Held(NamedTuple):
+    begin: int  # the first place
+    parts: list[Tensor]
+    counts: Tensor
+
+
+class Recorder:
+    """Adds activations to scores. Call start() before a forward pass and flush() after it.
+
+    Args:
+        scores: changed in place.
+        group: context-parallel ranks, which hold pieces of the same sequences.
+        backend: see accumulate_importance_().
+    """
+
+    def __init__(self, scores: ImportanceScores, group: ProcessGroup | None, backend: str) -> None:
+        self.scores, self.group, self.backend = scores, group, backend
+        self.tokens = Tokens((0, 0), None, None)
+        self._held: dict[str, _Held] = {}
+        self._held_bytes: dict[str, int] = {}
+
+    def start(self, tokens: Tokens) -> None:
+        """A forward pass over these tokens begins."""
+        self.tokens = tokens
+        self._held.clear()
+        self._held_bytes.clear()
+
+    def flush(self) -> None:
+        """Puts everything that is held into the states."""
+        for axis in list(self._held):
+            self._flush(axis)
+
+    def channels(self, axis: str, place: int, x: Tensor, num_heads: int = 0) -> None:
+        """The channels (or with `num_heads` the heads) of x [B, S, C]."""
+        mask, cu_seqlens = self.tokens.on(x.device)
+        x = self.tokens.arrange(x.detach())
+        state = self._state(axis)
+        moments = moments_of(x, mask, cu_seqlens, num_heads, state.kinds, self.backend)
+        self._hold(axis, place, moments.values, moments.counts)
+
+    def blocks(self, place: int, block_input: Tensor, block_output: Tensor) -> None:
+        """The block importance of each token of a layer, from its input and output [B, S, H]."""
+        x = block_input.detach().reshape(-1, block_input.shape[-1])
+        y = block_output.detach().reshape(-1, block_output.shape[-1])
+        if x.dtype != y.dtype:
+            x, y = x.float(), y.float()
+        distance = rows_of(x, y, self.backend)
+        mask, _ = self.tokens.on(x.device)
+        counts = distance.new_full((), len(distance), dtype=torch.int64) if mask is None else mask.sum()
+        self._hold("layers", place, distance, counts)
+
+    def experts(self, place: int, sums: Tensor, counts: Tensor) -> None:
+        """Sums and counts [experts] over the tokens that were routed to each expert of a layer."""
+        axis = self.scores.axes["experts"]
+        self._add_means(axis.state, place * len(sums), sums, counts)
+
+    def neurons(self, place: int, moments: Moments) -> None:
+        """The moments of all experts' neurons of a layer: values [planes, B, E·F], counts [B, E]."""
+        state, experts = self._state("expert_mlp"), moments.counts.shape[1]
+        self._move(state, moments.values)
+        self._add(state, place * experts, (place + 1) * experts, moments)
+
+    def kinds(self, axis: str) -> int:
+        """What the kernels have to add up for an axis."""
+        return self._state(axis).kinds
+
+    def _state(self, axis: str) -> ImportanceState:
+        state = self.scores.axes[axis].state
+        assert isinstance(state, ImportanceState)
+        return state
+
+    def _move(self, state: ImportanceState | TokenMeanState, like: Tensor) -> None:
+        """States follow the activations: where those of the first layer are, sums are kept."""
+        if state.sums.device.type != like.device.type:
+            state.to(like.device)
+
+    def _hold(self, axis: str, place: int, part: Tensor, counts: Tensor) -> None:
+        held = self._held.get(axis)
+        if held is not None and held.begin + len(held.parts) != place:
+            self._flush(axis)
+            held = None
+        if held is None:
+            held = self._held[axis] = _Held(place, [], counts)
+            self._held_bytes[axis] = 0
+        held.parts.append(part)
+        self._held_bytes[axis] += part.nbytes
+        if self._held_bytes[axis] >= HELD_BYTES:
+            self._flush(axis)
+
+    def _flush(self, axis: str) -> None:
+        held = self._held.pop(axis)
+        state = self.scores.axes[axis].state
+        self._move(state, held.parts[0])
+        device = held.parts[0].device
+        parts = [part.to(device) for part in held.parts]  # layers may lie on several devices
+        counts = held.counts.to(device)
+        if isinstance(state, TokenMeanState):
+            mask, _ = self.tokens.on(device)
+            rows = torch.stack(parts).double()
+            if mask is not None:
+                rows = torch.where(mask.reshape(-1), rows, 0.0)  # what padding holds may be NaN
+            self._add_means(state, held.begin, rows.sum(1), counts.expand(len(parts)))
+            return
+        moments = Moments(torch.cat(parts, dim=2), counts, state.kinds)
+        self._add(state, held.begin, held.begin + len(parts), moments)
+
+    def _add(self, state: ImportanceState, begin: int, end: int, moments: Moments) -> None:
+        if self.group is not None:
+            moments = combine(moments, self.group)
+        device = state.sums.device
+        state.part(begin, end).add_(
+            moments._replace(values=moments.values.to(device), counts=moments.counts.to(device))
+        )
+
+    def _add_means(
+        self, state: ImportanceState | TokenMeanState, begin: int, sums: Tensor, counts: Tensor
+    ) -> None:
+        assert isinstance(state, TokenMeanState)
+        self._move(state, sums)
+        sums, counts = sums.double(), counts.clone()
+        if self.group is not None:
+            torch.distributed.all_reduce(sums, group=self.group)
+            torch.distributed.all_reduce(counts, group=self.group)
+        part = state.part(begin, begin + len(sums))
+        part.sums += sums.to(state.sums.device)
+        part.counts += counts.to(state.sums.device)

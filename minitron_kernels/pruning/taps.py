@@ -1,0 +1,242 @@
+"""Where a model is tapped: its modules by the table of its family, hooks on them, and that they go again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
+from minitron_kernels.pruning.expert_taps import ExpertsTap
+from minitron_kernels.pruning.families import Family, family_of
+from minitron_kernels.pruning.recorder import Recorder
+from minitron_kernels.pruning.scores import AXES, ENERGY, Axis, ImportanceScores, Options
+
+
+class TappedModel:
+    """A Hugging Face decoder, and what can be scored in it.
+
+    Args:
+        model: the causal language model or its decoder alone, plain or in DistributedDataParallel, compiled,
+            or under FSDP2.
+
+    Raises:
+        TypeError: it has no config.
+        ValueError: its family is not known, or the family's modules are not there.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.root = _unwrap(model)
+        self.config: Any = getattr(self.root, "config", None)
+        if not isinstance(self.root, nn.Module) or not hasattr(self.config, "to_dict"):
+            raise TypeError(f"model must be a Hugging Face model with a config, got {type(model).__name__}")
+        self.family: Family = family_of(self.config)
+        self.sizes = self.family.sizes(self.config)
+        decoder = self.family.layers.rpartition(".")[0]
+        self._prefix = f"{decoder}." if decoder else ""
+        try:
+            self.decoder = self.root.get_submodule(decoder)
+        except AttributeError:  # the decoder alone, AutoModel's: then names in it lack the prefix
+            self.decoder = self.root
+        layers = range(self.sizes["layers"])
+        self.sparse = tuple(i for i in layers if self.family.is_sparse(self.config, i))
+        self.dense = tuple(i for i in layers if i not in self.sparse)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Those of AXES that the model has."""
+        taps = self.family.taps
+        have = {"hidden", "heads", "layers"}
+        if self.dense and taps.mlp_down is not None:
+            have.add("mlp")
+        if self.sparse and taps.experts is not None:
+            have |= {"experts", "expert_mlp"}
+        return tuple(axis for axis in AXES if axis in have)
+
+    def module(self, name: str, axis: str) -> nn.Module:
+        """A module by its name in the causal language model.
+
+        Raises:
+            ValueError: it is not there; says how to name another.
+        """
+        try:
+            return self.decoder.get_submodule(name.removeprefix(self._prefix))
+        except AttributeError:
+            raise ValueError(
+                f"the model has no module {name}, where the family {self.family.model_types[0]!r} taps "
+                f"{axis!r}: pass register_family() a Family whose Taps name the modules of "
+                f"{type(self.root).__name__}"
+            ) from None
+
+    def layer(self, index: int, tap: str | None, axis: str) -> tuple[str, nn.Module]:
+        """(name, module) of a tap in a layer; the layer itself without a tap."""
+        if tap is None:
+            raise ValueError(
+                f"the family {self.family.model_types[0]!r} does not say where {axis!r} is tapped: see "
+                "minitron_kernels.pruning.families.Taps"
+            )
+        name = f"{self.family.layers}.{index}{'.' if tap else ''}{tap}"
+        return name, self.module(name, axis)
+
+    def norms(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Norms of all layers in the order of the forward pass, and the final one."""
+        layers = range(self.sizes["layers"])
+        inside = [f"{self.family.layers}.{i}.{name}" for i in layers for name in names]
+        return (*inside, self.family.final_norm)
+
+    def empty_scores(self, axes: Sequence[str], options: Options) -> ImportanceScores:
+        """Scores of nothing yet. `axes` are some of self.axes."""
+        sizes, taps, places = self.sizes, self.family.taps, tuple(range(self.sizes["layers"]))
+        made: dict[str, Axis] = {}
+
+        def channels(
+            name: str, at: tuple[Any, ...], width: int, seq: tuple[str, ...], experts: int = 1
+        ) -> None:
+            groups = len(at) * experts
+            state = ImportanceState(groups * width, seq=seq, groups=groups)
+            made[name] = Axis(state, at, experts if name == "expert_mlp" else None)
+
+        for axis in axes:
+            if axis == "hidden":
+                channels(axis, self.norms(taps.scored_norms), sizes["hidden"], options.seq)
+                channels(ENERGY, self.norms(taps.norms), sizes["hidden"], ("L2",))
+            elif axis == "mlp":
+                channels(axis, self.dense, sizes["mlp"], options.seq)
+            elif axis == "heads":
+                per_head = sizes["head_dim"] if options.head_score == "channels" else 1
+                channels(axis, places, sizes["heads"] * per_head, options.seq)
+            elif axis == "layers":
+                made[axis] = Axis(TokenMeanState(len(places)), places)
+            elif axis == "experts":
+                made[axis] = Axis(
+                    TokenMeanState(len(self.sparse) * sizes["experts"]), self.sparse, sizes["experts"]
+                )
+            else:
+                channels(axis, self.sparse, sizes["expert_mlp"], options.seq, sizes["experts"])
+        return ImportanceScores(self.config.to_dict(), made, options=options, head_count=sizes["heads"])
+
+    @contextlib.contextmanager
+    def tapped(self, recorder: Recorder) -> Iterator[None]:
+        """The model in eval mode, with hooks that feed the recorder; afterwards as it was, come what may."""
+        modes = [(module, module.training) for module in self.root.modules()]
+        handles: list[Any] = []
+        try:
+            self._hook(recorder, handles)
+            self.root.eval()
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, training in modes:
+                module.training = training
+
+    def _hook(self, recorder: Recorder, handles: list[Any]) -> None:
+        axes, taps, options = recorder.scores.axes, self.family.taps, recorder.scores.options
+        if "hidden" in axes:
+            scored = {name: i for i, name in enumerate(axes["hidden"].places)}
+            for i, name in enumerate(axes[ENERGY].places):
+                tap = _norm_tap(recorder, str(name), i, scored.get(name), self.sizes["hidden"])
+                handles.append(self.module(str(name), "hidden").register_forward_hook(tap))
+        for i, layer in enumerate(axes["mlp"].places if "mlp" in axes else ()):
+            if options.mlp_tap == "down_proj_input":
+                name, module = self.layer(int(layer), taps.mlp_down, "mlp")
+                tap = _input_tap(recorder, name, "mlp", i, self.sizes["mlp"])
+                handles.append(module.register_forward_pre_hook(tap))
+            else:
+                name, module = self.layer(int(layer), taps.mlp_up, "mlp")
+                tap = _output_tap(recorder, name, "mlp", i, self.sizes["mlp"], taps.mlp_up_part)
+                handles.append(module.register_forward_hook(tap))
+        for i, layer in enumerate(axes["heads"].places if "heads" in axes else ()):
+            name, module = self.layer(int(layer), taps.attention_out, "heads")
+            num_heads = self.sizes["heads"] if options.head_score == "norm" else 0
+            width = self.sizes["heads"] * self.sizes["head_dim"]
+            tap = _input_tap(recorder, name, "heads", i, width, num_heads)
+            handles.append(module.register_forward_pre_hook(tap))
+        for i, layer in enumerate(axes["layers"].places if "layers" in axes else ()):
+            _, module = self.layer(int(layer), "", "layers")
+            handles.append(module.register_forward_hook(_block_tap(recorder, i), with_kwargs=True))
+        experts = axes.get("experts", axes.get("expert_mlp"))
+        for i, layer in enumerate(experts.places if experts else ()):
+            name, module = self.layer(int(layer), taps.experts, "experts")
+            self._check_experts(name, module)
+            handles.append(module.register_forward_hook(ExpertsTap(recorder, i), with_kwargs=True))
+
+    def _check_experts(self, name: str, module: nn.Module) -> None:
+        sizes = self.sizes
+        E, F, H = sizes["experts"], sizes["expert_mlp"], sizes["hidden"]
+        for weight, shape in (("gate_up_proj", (E, 2 * F, H)), ("down_proj", (E, H, F))):
+            found = getattr(module, weight, None)
+            if not isinstance(found, Tensor) or tuple(found.shape) != shape:
+                got = tuple(found.shape) if isinstance(found, Tensor) else "none"
+                raise ValueError(
+                    f"{name} must have {weight} {shape}, all experts' weights as Mixtral's, got {got}. Of "
+                    "expert-parallel ranks score each one's experts by accumulate_expert_importance_() and "
+                    "all_gather() the states"
+                )
+
+
+def _unwrap(model: Any) -> Any:
+    """The model in a wrapper of torch's, which would run the same forward pass."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):  # of torch.compile
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _check(recorder: Recorder, what: str, x: Any, width: int) -> None:
+    if (
+        not isinstance(x, Tensor)
+        or x.dim() != 3
+        or x.shape[:2] != recorder.tokens.shape
+        or x.shape[2] != width
+    ):
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"{what} must be {[*recorder.tokens.shape, width]}, as the batch and the config say, got {got}. "
+            "Of tensor-parallel ranks score each one's channels by accumulate_importance_() and all_gather() "
+            "the states"
+        )
+
+
+def _norm_tap(recorder: Recorder, name: str, place: int, scored: int | None, width: int) -> Any:
+    def tap(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        _check(recorder, f"the input of {name}", args[0], width)
+        recorder.channels(ENERGY, place, args[0])
+        if scored is not None:
+            _check(recorder, f"the output of {name}", output, width)
+            recorder.channels("hidden", scored, output)
+
+    return tap
+
+
+def _input_tap(recorder: Recorder, name: str, axis: str, place: int, width: int, num_heads: int = 0) -> Any:
+    def tap(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        _check(recorder, f"the input of {name}", args[0], width)
+        recorder.channels(axis, place, args[0], num_heads)
+
+    return tap
+
+
+def _output_tap(
+    recorder: Recorder, name: str, axis: str, place: int, width: int, part: tuple[int, int]
+) -> Any:
+    index, parts = part
+
+    def tap(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        _check(recorder, f"the output of {name}", output, width * parts)
+        recorder.channels(axis, place, output[..., index * width : (index + 1) * width])
+
+    return tap
+
+
+def _block_tap(recorder: Recorder, place: int) -> Any:
+    def tap(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        block_input = args[0] if args else kwargs["hidden_states"]
+        recorder.blocks(place, block_input, output[0] if isinstance(output, tuple) else output)
+
+    return tap
