@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> importance_moments(Tensor x, std::optional<Tensor> ma
   const int64_t block = block_of(B, M, head_dim),
                 blocks =
                     std::max<int64_t>(1, ceil_div(M, block));  // without values there are tokens to count
-  const auto scratch = std::make_unique<char[]>(max_threads() * kMomentsScratch);
+  const std::unique_ptr<char[]> scratch(new char[max_threads() * kMomentsScratch]);  // not zeroed
   const auto kernel = importance_kernels().moments;
   parallel_tasks(B * blocks, [&](int64_t task, int64_t slot) {
     const int64_t b = task / blocks, m = task % blocks * block, begin = sequences.begin(b);

@@ -48,12 +48,12 @@ class Sums {
   }
 
   // Writes the planes; returns the number of tokens added.
-  int64_t finish(float* moments, int64_t plane_stride) {
+  int64_t finish(float* moments, int64_t values, int64_t plane_stride) {
     flush();
     for (int64_t plane = 0; plane < kPlanes; ++plane) {
       // the mean was kept; its sum is what adds over ranks
       const double scale = (kKinds & kCentred) && plane == kPlanes - 2 ? double(tokens_) : 1.0;
-      for (int64_t c = 0; c < values_; ++c) {
+      for (int64_t c = 0; c < values; ++c) {
         moments[plane * plane_stride + c] = float(total_[plane * kMaxBlock + c] * scale);
       }
     }
@@ -135,6 +135,36 @@ class Sums {
   float* chain_;
 };
 
+template <size_t kN>
+V chains(const V (&parts)[kN]) {
+  V sum = parts[0];
+  for (size_t j = 1; j < kN; ++j) sum += parts[j];
+  return sum;
+}
+
+template <int kBytes>
+struct DoublesOf {
+  typedef double type __attribute__((vector_size(kBytes)));
+};
+
+// Halves of a vector in registers, not lane by lane: a head has as few as 64 elements, so what follows its
+// products counts as much as they do.
+template <int kBytes>
+double tree(typename DoublesOf<kBytes>::type v) {
+  if constexpr (kBytes == 16) {
+    return v[0] + v[1];
+  } else {
+    typename DoublesOf<kBytes / 2>::type half[2];
+    std::memcpy(half, &v, sizeof(v));
+    return tree<kBytes / 2>(half[0] + half[1]);
+  }
+}
+
+double lanes_as_double(V v) {
+  constexpr int kBytes = 2 * MINITRON_VECTOR_BYTES;
+  return tree<kBytes>(__builtin_convertvector(v, typename DoublesOf<kBytes>::type));
+}
+
 // Lanes of x . x and, with kPair, of x . y and y . y, over n elements; four chains hide the additions'
 // latency.
 template <bool kPair, typename T>
@@ -155,10 +185,8 @@ void products(const T* x, const T* y, int64_t n, double out[3]) {
     const int64_t left = std::min(kL, n - c);
     add(0, load_partial<float>(x + c, left, 0.0f), kPair ? load_partial<float>(y + c, left, 0.0f) : V{});
   }
-  out[0] = out[1] = out[2] = 0;
-  for (int64_t j = 0; j < kN; ++j) {
-    for (int64_t i = 0; i < kL; ++i) out[0] += xx[j][i], out[1] += xy[j][i], out[2] += yy[j][i];
-  }
+  out[0] = lanes_as_double(chains(xx));
+  if constexpr (kPair) out[1] = lanes_as_double(chains(xy)), out[2] = lanes_as_double(chains(yy));
 }
 
 template <typename T>
@@ -177,8 +205,13 @@ float row(const T* x, const T* y, int64_t n) {
 
 template <int64_t kKinds, typename T>
 int64_t moments(const MomentsTask& task, void* scratch) {
-  Sums<kKinds> sums(scratch, task.values, task.head_dim ? 0 : 2 * kGroup * task.stride);
+  // norms of heads lie in whole vectors, for there are few of them
+  const int64_t lanes = task.head_dim ? round_up(task.values, kL) : task.values;
+  Sums<kKinds> sums(scratch, lanes, task.head_dim ? 0 : 2 * kGroup * task.stride);
   float* norms = reinterpret_cast<float*>(static_cast<char*>(scratch) + kMomentsScratch) - kGroup * kMaxBlock;
+  if (task.head_dim) {
+    for (int64_t r = 0; r < kGroup; ++r) std::fill_n(norms + r * kMaxBlock, lanes, 0.0f);
+  }
   const T* rows[kGroup];
   int64_t n = 0;
   const auto add = [&] {
@@ -199,7 +232,7 @@ int64_t moments(const MomentsTask& task, void* scratch) {
     if (n == kGroup) add(), n = 0;
   }
   if (n) add();
-  return sums.finish(task.moments, task.plane_stride);
+  return sums.finish(task.moments, task.values, task.plane_stride);
 }
 
 // f(element) for the storage types that are read as float.
