@@ -215,9 +215,9 @@ def test_progress_goes_to_stderr(tmp_path, capsys):
     model = save_tiny(tmp_path / "src")
     plan = plan_for(model.config)
     capsys.readouterr()
-    prune_checkpoint(tmp_path / "src", tmp_path / "quiet", plan, progress=False)
+    prune_checkpoint(tmp_path / "src", tmp_path / "quiet", plan)  # stderr is no terminal here
     assert capsys.readouterr() == ("", "")
-    prune_checkpoint(tmp_path / "src", tmp_path / "loud", plan)
+    prune_checkpoint(tmp_path / "src", tmp_path / "loud", plan, progress=True)
     out, err = capsys.readouterr()
     assert out == "" and "100%" in err and "loud" in err
 
