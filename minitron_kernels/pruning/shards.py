@@ -227,7 +227,7 @@ class _Work:
         self,
         shards: Iterable[Shard],
         folder: Path,
-        on_bytes: Callable[[int], None],
+        on_bytes: Callable[[int], object],
         on_shard: Callable[[Shard, str], None],
     ) -> None:
         self._shards, self._folder = iter(shards), folder
@@ -309,7 +309,7 @@ def write_shards(
     folder: Path,
     *,
     threads: int,
-    on_bytes: Callable[[int], None],
+    on_bytes: Callable[[int], object],
     on_shard: Callable[[Shard, str], None],
 ) -> None:
     """Writes the shards into `folder`, each on the disk when on_shard(shard, digest) is called.

@@ -28,6 +28,8 @@ PROGRAMS = 1024  # about as many as an H100 holds at once: pieces are as long as
 PIECE_BYTES = 2048  # of a token, in one program: 4 warps of 16-byte loads
 FINISH_BLOCK = 64
 ROW_BLOCK, ROW_ELEMENTS = 1024, 2048  # of a row; of all rows of a program
+# A batch may start anywhere in these: their alignment is no reason to compile anew.
+BY_TOKEN = ("mask_ptr", "cu_seqlens_ptr")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -98,6 +100,7 @@ def _sequence_of(cu_seqlens_ptr, token, B, BLOCK_B: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["B", "S", "C_blocks", "slots", "piece_tokens", "pieces_per_sequence"],
+    do_not_specialize_on_alignment=BY_TOKEN,
 )
 def importance_pieces_kernel(
     x_ptr,  # (B, S, C), or (S, C) with cu_seqlens; stride 1 in the channels
@@ -141,6 +144,7 @@ def importance_pieces_kernel(
 
 @triton.jit(
     do_not_specialize=["B", "M_blocks", "slots", "piece_tokens", "pieces_per_sequence"],
+    do_not_specialize_on_alignment=BY_TOKEN,
 )
 def importance_finish_kernel(
     partial_ptr,  # (planes, slots, M) fp32
@@ -205,7 +209,7 @@ def importance_finish_kernel(
         tl.store(counts_ptr + b, count)
 
 
-@triton.jit(do_not_specialize=["N", "S", "heads"])
+@triton.jit(do_not_specialize=["N", "S", "heads"], do_not_specialize_on_alignment=BY_TOKEN)
 def importance_rows_kernel(
     x_ptr,  # (N / S / heads, S, heads, D), stride 1 in D, stride D in heads
     y_ptr,  # likewise, or None
@@ -287,7 +291,7 @@ def importance_moments(
         if pieces.total:
             importance_pieces_kernel[(pieces.total * blocks,)](
                 x, _bytes(mask), cu_seqlens, partial, piece_counts,
-                B, S, M, 0 if packed else x.stride(0), x.stride(-2),
+                B, S, M, 0 if packed else _stride(x, 0), _stride(x, -2),
                 blocks, pieces.slots, pieces.tokens, pieces.per_sequence,
                 **flags, BLOCK_T=8, BLOCK_C=block, BLOCK_B=128,
                 num_warps=max(1, block * x.element_size() // 512),
@@ -323,10 +327,15 @@ def _rows(x: Tensor, y: Tensor | None, mask: Tensor | None, heads: int, out: Ten
         with torch.cuda.device_of(x):
             importance_rows_kernel[(triton.cdiv(N, rows),)](
                 x, y, _bytes(mask), out,
-                N, S, heads, D, x.stride(0), x.stride(1), 0 if y is None else y.stride(0),
+                N, S, heads, D, _stride(x, 0), _stride(x, 1), 0 if y is None else _stride(y, 0),
                 ROWS=rows, BLOCK_D=block, num_warps=4,
             )  # fmt: skip
     return out
+
+
+def _stride(x: Tensor, dim: int) -> int:
+    """One that no element is reached by may be anything: 0, so that a single row compiles nothing anew."""
+    return x.stride(dim) if x.shape[dim] > 1 else 0
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
