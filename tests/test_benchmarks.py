@@ -20,6 +20,7 @@ import _harness  # noqa: E402
 import _roofline  # noqa: E402
 import _table  # noqa: E402
 import _worker  # noqa: E402
+import gather  # noqa: E402
 import kl_loss  # noqa: E402
 from _floor import Floor, gemm_flops  # noqa: E402
 from _peers import IMPLEMENTATIONS, OURS, step  # noqa: E402
@@ -352,3 +353,17 @@ def test_command_line(tmp_path, capsys):
     assert "naive PyTorch" in capsys.readouterr().out and "naive PyTorch" in (tmp_path / "out.md").read_text()
     with pytest.raises(SystemExit):
         kl_loss.parse_args(["--impl", "nobody"])
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("case", ["small", "runs"])
+def test_gather_rows_agree(case):
+    """Every row's result is numpy's take; one wrong bit is an error above the bound."""
+    bench = gather.BENCH
+    inputs = bench.make_inputs(bench.cases["small"] | {"run": bench.cases[case]["run"]}, "cpu")
+    for row in bench.rows:
+        if row.key != "compile":
+            result = row.build(inputs)()
+            assert bench.error(inputs, result) <= bench.bound, row.label
+    result.view(torch.int16)[3, 5] ^= 1
+    assert bench.error(inputs, result) > bench.bound
