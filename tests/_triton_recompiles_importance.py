@@ -16,7 +16,7 @@ FAULTS = [  # fault, the kernels that are then compiled anew
     ),
     (Fault(FILE, '["N", "S", "heads"]', '["N", "heads"]'), {"importance_rows_kernel"}),
     (
-        Fault(FILE, 'BY_TOKEN = ("mask_ptr", ', "BY_TOKEN = ("),
+        Fault(FILE, 'BY_TOKEN = ("mask_ptr", "cu', 'BY_TOKEN = ("cu_seqlens_ptr", "cu'),
         {"importance_pieces_kernel", "importance_rows_kernel"},
     ),
 ]
