@@ -53,8 +53,8 @@ def test_blocks(dtype, block):
     cols = (keep_some(160 // block, 96 // block)[:, None] * block + torch.arange(block)).flatten()
     index = mk.ChannelIndex(cols, 160)
     assert index.block >= block
-    base, room = make_weight(5, 192, dtype=dtype).to(DEVICE), make_weight(5, 128, dtype=dtype).to(DEVICE)
-    for start, to in ((0, 0), (1, 0), (0, 1), (2, 4), (16, 16)):
+    for width, start, to in ((192, 0, 0), (192, 1, 0), (192, 0, 1), (192, 2, 4), (192, 16, 16), (193, 0, 0)):
+        base, room = (make_weight(5, width, dtype=dtype, seed=i).to(DEVICE) for i in range(2))
         weight, out = base[:, start : start + 160], room[:, to : to + 96]
         before = room.clone()
         assert mk.gather_channels(weight, cols=index, out=out, backend="triton") is out
