@@ -314,7 +314,7 @@ def test_native_op_guards_itself():
         ((out, weight, None, None), "out must have weight's shape"),
         ((out.double(), weight, torch.tensor([0, 1]), None), "and its dtype"),
         ((out, weight, torch.tensor([0, 1]).int(), None), "int64"),
-        ((out[0], weight[0], torch.tensor([0]), None), "rows must be absent for a vector"),
+        ((out[0], weight[0], torch.tensor([0]), None), "weight must be a vector without rows"),
     ):
         with pytest.raises(RuntimeError, match=message):
             op(*arguments)

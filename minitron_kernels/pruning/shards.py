@@ -27,7 +27,7 @@ from minitron_kernels.pruning.cuts import Cut
 from minitron_kernels.pruning.safetensors_files import SINGLE_FILE, StoredTensor, make_header, read_at
 from minitron_kernels.pruning.staging import write_error
 
-BLOCK_BYTES = 4 << 20  # of source rows, a piece of work
+BLOCK_BYTES = 2 << 20  # of source rows, a piece of work
 
 
 @dataclass(frozen=True)
