@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from prose import documents, split, windows
-from smollm2 import load_smollm2
+from smollm2 import as_mistral, load_smollm2
 from tqdm import tqdm
 
 from minitron_kernels import linear_kl_loss
@@ -169,7 +169,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         tqdm.write(f"[{time.monotonic() - begin:4.0f} s] {text}")
 
     torch.manual_seed(args.seed)
-    teacher, tokenizer = load_smollm2(say)
+    llama, tokenizer = load_smollm2(say)
+    teacher = as_mistral(llama)
     learn, unseen = split(documents(args.text))
     texts = windows(tokenizer, learn, args.calibration + BATCH * args.steps, LENGTH)
     texts = texts[torch.randperm(len(texts), generator=torch.Generator().manual_seed(args.seed))]
@@ -213,7 +214,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     tokenizer.save_pretrained(args.out / "model")
     picture(rows, students, args.out / "perplexity.png")
     result = {
-        "parameters": {"teacher": plan.source_parameters, "student": plan.target_parameters},
+        "parameters": {"teacher": plan.parameters_before, "student": plan.parameters_after},
         "tokens": {"calibration": calibration.numel(), "training": training.numel()},
         "perplexity": dict(rows),
         "losses": {student.name: student.losses for student in students},

@@ -81,3 +81,18 @@ def load_smollm2(say: Say) -> tuple[Any, Any]:
             shutil.rmtree(work, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(saved)
+
+
+def as_mistral(model: Any) -> Any:
+    """The same network, to the bit, as a Mistral.
+
+    transformers wants the hidden size of a Llama to be a multiple of its heads and will not save another; a
+    pruned model (480 channels, 9 heads of 64) need not be so. Mistral's code is Llama's without that.
+    """
+    from transformers import MistralConfig, MistralForCausalLM
+
+    kept = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
+    config = MistralConfig.from_dict(kept | {"sliding_window": None})
+    mistral = MistralForCausalLM._from_config(config, dtype=model.dtype)
+    mistral.load_state_dict(model.state_dict())
+    return mistral.eval()

@@ -37,9 +37,8 @@ def launches(rows):
     """Every launch of a training step by either schedule, of an evaluation, and of kl_loss."""
     linear_gpu.matmul = matmul_fp32
     kernel_triton.processors = lambda device: 132
-    kernels = Kernels(
-        "cpu", kernel_triton.kl_loss_forward, kernel_triton.kl_loss_backward, triton_epilogues()
-    )
+    forward, backward = kernel_triton.kl_loss_forward, kernel_triton.kl_loss_backward
+    kernels = Kernels("triton", "cpu", forward, backward, triton_epilogues())
     mask = torch.ones(rows, dtype=torch.bool)
     tensors = [torch.zeros(size, width, dtype=torch.bfloat16) for width in (H, HT) for size in (rows, VOCAB)]
     for beta in (0.0, 0.5):

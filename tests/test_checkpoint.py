@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from _checkpoints import edit_config, plan_for, random_tables, save_tiny, snapshot
+from _checkpoints import edit_config, plan_for, save_tiny, snapshot
+from _scores import random_tables
 from _tiny_models import FAMILIES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -214,9 +215,9 @@ def test_progress_goes_to_stderr(tmp_path, capsys):
     model = save_tiny(tmp_path / "src")
     plan = plan_for(model.config)
     capsys.readouterr()
-    prune_checkpoint(tmp_path / "src", tmp_path / "quiet", plan, progress=False)
+    prune_checkpoint(tmp_path / "src", tmp_path / "quiet", plan)  # stderr is no terminal here
     assert capsys.readouterr() == ("", "")
-    prune_checkpoint(tmp_path / "src", tmp_path / "loud", plan)
+    prune_checkpoint(tmp_path / "src", tmp_path / "loud", plan, progress=True)
     out, err = capsys.readouterr()
     assert out == "" and "100%" in err and "loud" in err
 

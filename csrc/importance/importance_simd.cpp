@@ -50,12 +50,12 @@ class Sums {
   }
 
   // Writes the planes; returns the number of tokens added.
-  int64_t finish(float* moments, int64_t plane_stride) {
+  int64_t finish(float* moments, int64_t values, int64_t plane_stride) {
     flush();
     for (int64_t plane = 0; plane < kPlanes; ++plane) {
       // the mean was kept; its sum is what adds over ranks
       const double scale = (kKinds & kCentred) && plane == kPlanes - 2 ? double(tokens_) : 1.0;
-      for (int64_t c = 0; c < values_; ++c) {
+      for (int64_t c = 0; c < values; ++c) {
         moments[plane * plane_stride + c] = float(total_[plane * padded_ + c] * scale);
       }
     }
@@ -137,6 +137,36 @@ class Sums {
   float* chain_;
 };
 
+template <size_t kN>
+V chains(const V (&parts)[kN]) {
+  V sum = parts[0];
+  for (size_t j = 1; j < kN; ++j) sum += parts[j];
+  return sum;
+}
+
+template <int kBytes>
+struct DoublesOf {
+  typedef double type __attribute__((vector_size(kBytes)));
+};
+
+// Halves of a vector in registers, not lane by lane: a head has as few as 64 elements, so what follows its
+// products counts as much as they do.
+template <int kBytes>
+double tree(typename DoublesOf<kBytes>::type v) {
+  if constexpr (kBytes == 16) {
+    return v[0] + v[1];
+  } else {
+    typename DoublesOf<kBytes / 2>::type half[2];
+    std::memcpy(half, &v, sizeof(v));
+    return tree<kBytes / 2>(half[0] + half[1]);
+  }
+}
+
+double lanes_as_double(V v) {
+  constexpr int kBytes = 2 * MINITRON_VECTOR_BYTES;
+  return tree<kBytes>(__builtin_convertvector(v, typename DoublesOf<kBytes>::type));
+}
+
 // Lanes of x . x and, with kPair, of x . y and y . y, over n elements; four chains hide the additions'
 // latency.
 template <bool kPair, typename T>
@@ -157,12 +187,8 @@ void products(const T* x, const T* y, int64_t n, double out[3]) {
     const int64_t left = std::min(kL, n - c);
     add(0, load_partial<float>(x + c, left, 0.0f), kPair ? load_partial<float>(y + c, left, 0.0f) : V{});
   }
-  for (int64_t j = 1; j < kN; ++j) xx[0] += xx[j], xy[0] += xy[j], yy[0] += yy[j];
-  out[0] = out[1] = out[2] = 0;
-  for (int64_t i = 0; i < kL; ++i) {
-    out[0] += xx[0][i];
-    if constexpr (kPair) out[1] += xy[0][i], out[2] += yy[0][i];
-  }
+  out[0] = lanes_as_double(chains(xx));
+  if constexpr (kPair) out[1] = lanes_as_double(chains(xy)), out[2] = lanes_as_double(chains(yy));
 }
 
 template <typename T>
@@ -189,15 +215,19 @@ int64_t bytes_ahead(int64_t row_bytes, int64_t stride) {
 
 template <int64_t kKinds, typename T>
 int64_t moments(const MomentsTask& task, void* scratch) {
+  // norms of heads lie in whole vectors, for there are few of them
+  const int64_t lanes = task.head_dim ? round_up(task.values, kL) : task.values;
   const int64_t ahead = bytes_ahead(task.values * sizeof(T), task.stride);
-  Sums<kKinds> sums(scratch, task.values, task.head_dim ? 0 : ahead);
+  Sums<kKinds> sums(scratch, lanes, task.head_dim ? 0 : ahead);
+  float* norms = sums.scratch_end();
+  if (task.head_dim) std::fill_n(norms, kGroup * lanes, 0.0f);
   const T* rows[kGroup];
   int64_t n = 0;
   const auto add = [&] {
     if (task.head_dim == 0) return sums.add(rows, n);
     const float* heads[kGroup];
     for (int64_t r = 0; r < n; ++r) {
-      float* out = sums.scratch_end() + r * task.values;
+      float* out = norms + r * lanes;
       for (int64_t m = 0; m < task.values; ++m) {
         out[m] = row<T>(rows[r] + m * task.head_dim, nullptr, task.head_dim);
       }
@@ -211,7 +241,7 @@ int64_t moments(const MomentsTask& task, void* scratch) {
     if (n == kGroup) add(), n = 0;
   }
   if (n) add();
-  return sums.finish(task.moments, task.plane_stride);
+  return sums.finish(task.moments, task.values, task.plane_stride);
 }
 
 // f(element) for the storage types that are read as float.

@@ -19,7 +19,8 @@ TITLES = {
     "experts": ("Experts", "expert"),
     "expert_mlp": ("Neurons of experts", "neuron"),
 }
-MOST_LINES = 400  # rows of a heatmap that one can still tell apart
+MOST_LINES = 400  # curves in one frame
+MOST_SAMPLES = 1_000_000  # scores that a scale of colours is made from
 
 
 def plot_importance(
@@ -28,7 +29,7 @@ def plot_importance(
     """Draws one PNG for each axis that was scored.
 
     Channels and neurons: sorted scores, a line for each layer, with the share of the total that the best ones
-    hold; and a heatmap of the sorted scores by layer, relative to the layer's best. Heads and experts: a
+    hold; and a heatmap of the sorted scores by layer, relative to the layer's mean. Heads and experts: a
     heatmap in their own order. Layers: bars of block importance.
 
     Args:
@@ -81,7 +82,8 @@ def _figure(
         if axis == "hidden":
             by_norm = scores.norms(batch, seq)
             _curves(left, table[None], item, {"all norms": 0})
-            _heatmap(figure, right, _matrix(by_norm), list(by_norm), item, sort=False, order=table)
+            short = [".".join(name.split(".")[-2:]) for name in by_norm]  # layer and norm
+            _heatmap(figure, right, _matrix(by_norm), short, item, sort=False, order=table)
             right.set_ylabel("norm, from first to last", fontsize=9, color=INK)
         else:
             rows, places = _matrix(table), list(table)
@@ -115,6 +117,14 @@ def _tidy(axes: Any) -> None:
     axes.tick_params(labelsize=8, colors=INK)
 
 
+def _log_ticks(axis: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_locator(NullLocator())
+
+
 def _curves(axes: Any, rows: Tensor, item: str, labels: dict[str, int]) -> None:
     """Sorted scores of each row, and the share of the total that the best hold."""
     from matplotlib import colormaps
@@ -128,12 +138,19 @@ def _curves(axes: Any, rows: Tensor, item: str, labels: dict[str, int]) -> None:
         shade = 0.15 + 0.7 * i / max(len(ordered) - 1, 1)
         colour = LINE if len(ordered) == 1 else colormaps["viridis"](shade)
         strong = i in named
-        axes.plot(at, ordered[i], color=colour, lw=1.6 if strong else 0.7, alpha=1 if strong else 0.45)
+        axes.plot(
+            at.numpy(),
+            ordered[i].numpy(),
+            color=colour,
+            lw=1.6 if strong else 0.7,
+            alpha=1 if strong else 0.45,
+        )
         if strong:
             axes.plot([], [], color=colour, lw=1.6, label=named[i])
     positive = ordered[ordered > 0]
-    if len(positive) and float(positive.max() / positive.min()) > 30:
+    if len(positive) and float(positive.max() / positive.min()) > 10:
         axes.set_yscale("log")
+        _log_ticks(axes.yaxis)
     axes.set_xlim(0, 100)
     axes.set_xlabel(f"{item}s, best first, % of {count}", fontsize=9, color=INK)
     axes.set_ylabel("importance", fontsize=9, color=INK)
@@ -141,7 +158,7 @@ def _curves(axes: Any, rows: Tensor, item: str, labels: dict[str, int]) -> None:
     _tidy(axes)
     shares = (ordered.cumsum(1) / ordered.sum(1, keepdim=True).clamp(min=1e-300)).mean(0) * 100
     twin = axes.twinx()
-    twin.plot(at, shares, color=WARM, lw=1.2, ls=(0, (4, 2)))
+    twin.plot(at.numpy(), shares.numpy(), color=WARM, lw=1.2, ls=(0, (4, 2)))
     axes.plot([], [], color=WARM, lw=1.2, ls=(0, (4, 2)), label="share of the total (right)")
     twin.set_ylim(0, 103)
     twin.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
@@ -161,43 +178,37 @@ def _heatmap(
     sort: bool,
     order: Tensor | None = None,
 ) -> None:
-    """Each row relative to its best; sorted, or in the order of other scores."""
+    """Each row relative to its mean; sorted, or in the order of other scores."""
+    from matplotlib.colors import LogNorm, Normalize
+
     if sort:
         rows = rows.sort(dim=1, descending=True).values
     elif order is not None:
         rows = rows[:, order.argsort(descending=True)]
-    relative = (rows / rows.amax(1, keepdim=True).clamp(min=1e-300)).clamp(min=0)
-    dark = float(relative.quantile(0.02)) if relative.numel() < 1 << 24 else 0.0
-    bright = (
-        1.0
-        if order is None
-        else float(relative.flatten()[:: max(relative.numel() // 100000, 1)].quantile(0.98))
-    )
-    image = axes.imshow(
-        relative,
-        aspect="auto",
-        cmap="viridis",
-        interpolation="nearest",
-        vmin=dark,
-        vmax=max(bright, dark + 1e-9),
-    )
+    relative = (rows / rows.mean(1, keepdim=True).clamp(min=1e-300)).clamp(min=0)
+    sample = relative.flatten()[:: max(relative.numel() // MOST_SAMPLES, 1)].sort().values
+    dark, bright = (float(sample[int(share * (len(sample) - 1))]) for share in (0.01, 0.99))
+    log = dark > 0 and bright / dark > 4
+    norm = LogNorm(dark, bright) if log else Normalize(dark, max(bright, dark + 1e-9))
+    image = axes.imshow(relative.numpy(), aspect="auto", cmap="viridis", interpolation="nearest", norm=norm)
     best_first = ", best first" if sort or order is not None else ""
     axes.set_xlabel(f"{item}{best_first}", fontsize=9, color=INK)
     axes.set_ylabel("layer", fontsize=9, color=INK)
     step = max(1, -(-len(places) // 12))
-    if not isinstance(places[0], str) or "." in places[0][:6]:
-        axes.set_yticks(range(0, len(places), step), [str(place) for place in places[::step]])
+    axes.set_yticks(range(0, len(places), step), [str(place) for place in places[::step]])
     _tidy(axes)
-    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar = figure.colorbar(image, ax=axes, pad=0.02, extend="both")
+    if log:
+        _log_ticks(bar.ax.yaxis)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, colors=INK)
-    bar.set_label("of the row's best", fontsize=8, color=INK)
+    bar.set_label("times the row's mean", fontsize=8, color=INK)
 
 
 def _bars(axes: Any, values: Tensor) -> None:
     least = set(values.argsort()[: max(1, len(values) // 4)].tolist())
     colours = [WARM if i in least else LINE for i in range(len(values))]
-    axes.bar(range(len(values)), values, color=colours, width=0.8)
+    axes.bar(range(len(values)), values.numpy(), color=colours, width=0.8)
     axes.set_xlabel("layer (the quarter that turns its input least: red)", fontsize=9, color=INK)
     axes.set_ylabel("1 − E[cos(input, output)]", fontsize=9, color=INK)
     axes.grid(axis="y", color=FAINT, lw=0.5, alpha=0.7)

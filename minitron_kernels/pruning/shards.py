@@ -27,7 +27,7 @@ from minitron_kernels.pruning.cuts import Cut
 from minitron_kernels.pruning.safetensors_files import SINGLE_FILE, StoredTensor, make_header, read_at
 from minitron_kernels.pruning.staging import write_error
 
-BLOCK_BYTES = 4 << 20  # of source rows, a piece of work
+BLOCK_BYTES = 2 << 20  # of source rows, a piece of work
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class _Work:
         self,
         shards: Iterable[Shard],
         folder: Path,
-        on_bytes: Callable[[int], None],
+        on_bytes: Callable[[int], object],
         on_shard: Callable[[Shard, str], None],
     ) -> None:
         self._shards, self._folder = iter(shards), folder
@@ -309,7 +309,7 @@ def write_shards(
     folder: Path,
     *,
     threads: int,
-    on_bytes: Callable[[int], None],
+    on_bytes: Callable[[int], object],
     on_shard: Callable[[Shard, str], None],
 ) -> None:
     """Writes the shards into `folder`, each on the disk when on_shard(shard, digest) is called.

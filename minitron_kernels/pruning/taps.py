@@ -135,10 +135,16 @@ class TappedModel:
     def _hook(self, recorder: Recorder, handles: list[Any]) -> None:
         axes, taps, options = recorder.scores.axes, self.family.taps, recorder.scores.options
         if "hidden" in axes:
-            scored = {name: i for i, name in enumerate(axes["hidden"].places)}
-            for i, name in enumerate(axes[ENERGY].places):
-                tap = _norm_tap(recorder, str(name), i, scored.get(name), self.sizes["hidden"])
-                handles.append(self.module(str(name), "hidden").register_forward_hook(tap))
+            width = self.sizes["hidden"]
+            # the input before the norm runs and the output right after it: while caches hold them
+            for i, place in enumerate(axes[ENERGY].places):
+                module = self.module(str(place), "hidden")
+                tap = _input_tap(recorder, str(place), ENERGY, i, width)
+                handles.append(module.register_forward_pre_hook(tap))
+            for i, place in enumerate(axes["hidden"].places):
+                module = self.module(str(place), "hidden")
+                tap = _output_tap(recorder, str(place), "hidden", i, width, (0, 1))
+                handles.append(module.register_forward_hook(tap))
         for i, layer in enumerate(axes["mlp"].places if "mlp" in axes else ()):
             if options.mlp_tap == "down_proj_input":
                 name, module = self.layer(int(layer), taps.mlp_down, "mlp")
@@ -201,17 +207,6 @@ def _check(recorder: Recorder, what: str, x: Any, width: int) -> None:
             "Of tensor-parallel ranks score each one's channels by accumulate_importance_() and all_gather() "
             "the states"
         )
-
-
-def _norm_tap(recorder: Recorder, name: str, place: int, scored: int | None, width: int) -> Any:
-    def tap(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        _check(recorder, f"the input of {name}", args[0], width)
-        recorder.channels(ENERGY, place, args[0])
-        if scored is not None:
-            _check(recorder, f"the output of {name}", output, width)
-            recorder.channels("hidden", scored, output)
-
-    return tap
 
 
 def _input_tap(recorder: Recorder, name: str, axis: str, place: int, width: int, num_heads: int = 0) -> Any:
