@@ -196,7 +196,7 @@ def _bar(batches: Iterable[Any], progress: bool | None) -> Any:
     if progress is False:
         return _Plain(batches)
     try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
     except ImportError:
         if progress:
             raise
