@@ -274,7 +274,7 @@ def _check_space(folder: Path, shards: list[Shard], others: list[Path]) -> None:
 @contextlib.contextmanager
 def _bar(progress: bool | None, name: str, total: int, done: int) -> Iterator[Callable[[int], object]]:
     try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
     except ImportError:
         if progress:
             raise
