@@ -1,4 +1,4 @@
-"""What collect_importance() adds to a forward pass of SmolLM2-135M (a tiny random model where it is not to be had).
+"""What collect_importance() adds to a forward pass of SmolLM2-135M.
 
 Steps of the collector and plain forward passes of the same weights take turns, so that the machine's drift
 falls on both. A step is all that is done for a batch: reading it, the forward pass with all axes' hooks, and
@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 from _harness import Sample, summarize
-from _models import load_smollm2, mlp_scores, tiny_model
-from _text import prose
+from _models import load_smollm2, mlp_scores, reference_text, tiny_model, token_windows
 
 from minitron_kernels.pruning import collect_importance
 
@@ -24,7 +23,7 @@ Say = Callable[[str], None]
 
 
 def _model(say: Say, tokens: int) -> tuple[Any, torch.Tensor, str]:
-    """The model, [1, tokens] of text, and the model's name."""
+    """The model, or a tiny random one where it is not to be had; [1, tokens] of text; the model's name."""
     try:
         model, tokenizer = load_smollm2(say)
         name = "SmolLM2-135M"
@@ -32,8 +31,7 @@ def _model(say: Say, tokens: int) -> tuple[Any, torch.Tensor, str]:
         say(f"no SmolLM2-135M ({type(error).__name__}: {error}); a tiny model of random weights stands in")
         model, tokenizer = tiny_model()
         name = "a tiny random model"
-    ids = torch.tensor(tokenizer(prose()[: tokens * 12])["input_ids"][:tokens])
-    return model, ids[None], name
+    return model, token_windows(tokenizer, reference_text(), 1, tokens), name
 
 
 def _twin(model: torch.nn.Module) -> torch.nn.Module:

@@ -50,7 +50,7 @@ def tiny_model() -> tuple[Any, Any]:
     return LlamaForCausalLM(config).eval(), tokenizer
 
 
-def _prose() -> list[str]:
+def reference_text() -> list[str]:
     """The paragraphs of the language reference that help() shows, each once."""
     return list(dict.fromkeys(p for text in help_topics().values() for p in paragraphs(text)))
 
@@ -126,7 +126,7 @@ def real_case(say: Say, tokens: int = 2 * WINDOW) -> tuple[Case, str]:
             file = folder / f"tiny-{tokens}.pt"
         say(f"computing hidden states of {tokens} tokens with {name} and its pruned copy")
         wanted = tokens // WINDOW + CALIBRATION_WINDOWS
-        windows = token_windows(tokenizer, _prose(), wanted, WINDOW)
+        windows = token_windows(tokenizer, reference_text(), wanted, WINDOW)
         calibration, evaluation = windows[:CALIBRATION_WINDOWS], windows[CALIBRATION_WINDOWS:]
         student = cut_mlp(model, mlp_scores(model, calibration), KEEP)
         head = model.lm_head.weight.detach()

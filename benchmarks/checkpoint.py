@@ -86,18 +86,23 @@ def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:
                         samples[row].append(run_worker(WORKER, spec, threads=threads))
                     except WorkerError as error:
                         raise SystemExit(f"{LABELS[row]}: {error}") from None
-            run = {"cache": cache, "threads": threads, "samples": samples, "rows": {}}
-            for row, got in samples.items():
-                floor = [sample["wall_s"] for sample in samples["cp"]]
-                run["rows"][row] = {
-                    "wall_s": summarize([sample["wall_s"] for sample in got]),
-                    "busy_s": summarize([sample["busy_s"] for sample in got]),
-                    "ratio": summarize([s["wall_s"] / f for s, f in zip(got, floor, strict=True)]),
-                    "peak_bytes": max(sample["peak_bytes"] for sample in got),
-                }
+            run = {"cache": cache, "threads": threads, "samples": samples, "rows": summaries(samples)}
             result["runs"].append(run)
             print(f"\n{table(result, run, _table.aligned)}\n", flush=True)
     return result
+
+
+def summaries(samples: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    floor = [sample["wall_s"] for sample in samples["cp"]]
+    return {
+        row: {
+            "wall_s": summarize([sample["wall_s"] for sample in got]),
+            "busy_s": summarize([sample["busy_s"] for sample in got]),
+            "ratio": summarize([s["wall_s"] / f for s, f in zip(got, floor, strict=True)]),
+            "peak_bytes": max(sample["peak_bytes"] for sample in got),
+        }
+        for row, got in samples.items()
+    }
 
 
 def table(result: dict[str, Any], run: dict[str, Any], draw: Any) -> str:
@@ -120,8 +125,8 @@ def table(result: dict[str, Any], run: dict[str, Any], draw: Any) -> str:
     title = (
         f"{result['source_bytes'] / 1e9:.2f} GB → {result['kept_bytes'] / 1e9:.2f} GB, bf16, hidden "
         f"{result['shape']['hidden']} → {result['hidden']}, MLP {result['shape']['mlp']} → {result['mlp']}, "
-        f"{result['layers']} layers, page cache {run['cache']}, {threads}, {run['rows']['cp']['wall_s']['n']} "
-        "repetitions; MB/s of what is written"
+        f"{result['layers']} layers, page cache {run['cache']}, {threads}, "
+        f"{run['rows']['cp']['wall_s']['n']} repetitions; MB/s of what is written"
     )
     return f"{title}\n\n{draw(header, lines)}"
 

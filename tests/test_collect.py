@@ -127,6 +127,18 @@ def test_padding_changes_nothing(name):
         oracle.assert_tables(got, wanted, 1e-5 if name in MOE else 2e-6)
 
 
+@pytest.mark.parametrize(("mask", "wanted"), [([0, 0, 1, 1], [0, 0, 0, 1]), ([1, 1, 1, 0], None)])
+def test_rows_padded_on_the_left_begin_at_position_zero(mask, wanted):
+    model, seen = tiny_model("llama"), []
+    model.model.register_forward_pre_hook(lambda *args: seen.append(args[2]), with_kwargs=True)
+    batch = {"input_ids": ids(1, 4), "attention_mask": torch.tensor([mask])}
+    collect_importance(model, [batch], progress=False)
+    positions = seen[0].get("position_ids")
+    assert (None if positions is None else positions[0].tolist()) == wanted
+    collect_importance(model, [batch | {"position_ids": torch.arange(4)[None]}], progress=False)
+    assert seen[1]["position_ids"].tolist() == [[0, 1, 2, 3]]  # the caller's are kept
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_packed_sequences_are_as_sequences_apart(name):
     model = tiny_model(name, dtype=torch.float64)

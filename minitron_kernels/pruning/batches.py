@@ -63,9 +63,7 @@ class Tokens:
         return torch.searchsorted(borders[1:], at, right=True)
 
 
-def read_batch(
-    batch: Any, name: str, device: torch.device | None, *, find_packed: bool
-) -> tuple[dict, Tokens]:
+def read_batch(batch: Any, name: str, device: torch.device | None, *, whole: bool) -> tuple[dict, Tokens]:
     """A batch as the model's arguments and its tokens.
 
     Rows that are padded on the left get positions that begin with the first token that counts, as generate()
@@ -76,7 +74,8 @@ def read_batch(
         batch: see collect_importance().
         name: of the batch, for errors.
         device: where the model wants its inputs; None to leave them where they are.
-        find_packed: whether to look at position_ids for packed sequences.
+        whole: whether rows are whole sequences, so that positions can be told or made from them; not so where
+            context-parallel ranks hold pieces.
 
     Raises:
         TypeError, ValueError: it is no such batch.
@@ -91,9 +90,9 @@ def read_batch(
         if not isinstance(borders, Tensor) or borders.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name}: cu_seq_lens_q must be an int32 or int64 tensor, got {_what(borders)}")
         borders = borders.long()
-    elif find_packed and "position_ids" in inputs and "attention_mask" not in inputs:
+    elif whole and "position_ids" in inputs and "attention_mask" not in inputs:
         borders = _packed(inputs["position_ids"], shape)
-    if mask is not None and "position_ids" not in inputs and borders is None:
+    if whole and mask is not None and "position_ids" not in inputs and borders is None:
         counted_before = mask.long().cumsum(1) - 1
         at = torch.arange(shape[1], device=mask.device)
         if bool(((counted_before != at) & mask).any()):

@@ -83,8 +83,8 @@ def prune_checkpoint(
     Tensors are streamed block by block: memory does not grow with the model. Headers, index, names, shapes
     and config of `src` are checked before anything is written. `dst` appears at the end by one rename, when
     all of it is on the disk: killed at any moment there is either no `dst` or a complete one (with
-    `overwrite`, the old or the new one). Finished files stay in a hidden folder beside it, and the same call
-    goes on from there. `src` is only read.
+    `overwrite` the old or the new one, on file systems that can exchange two names). Finished files stay in a
+    hidden folder beside it, and the same call goes on from there. `src` is only read.
 
     Beside the weights: config.json (the plan's target), tokenizer and other small files of `src`,
     minitron_plan.json, and README.md, the source's card with a note of what was done.
@@ -274,7 +274,7 @@ def _check_space(folder: Path, shards: list[Shard], others: list[Path]) -> None:
 @contextlib.contextmanager
 def _bar(progress: bool | None, name: str, total: int, done: int) -> Iterator[Callable[[int], object]]:
     try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
     except ImportError:
         if progress:
             raise

@@ -74,8 +74,8 @@ def collect_importance(
             the sum. torch.distributed.group.WORLD for all ranks. To resume, save each rank's scores before
             they are added, that is without this argument, and give it in the last call.
         context_parallel_group: ranks that hold pieces of the same sequences, in the same batches; what the
-            pieces sum to is put together before it is squared. Packed sequences then need cu_seq_lens_q, the
-            borders in this rank's piece, as many on each rank.
+            pieces sum to is put together before it is squared. Batches then need position_ids, and packed
+            sequences cu_seq_lens_q, the borders in this rank's piece, as many on each rank.
         progress: whether tqdm shows a bar; None: where standard error is a terminal.
         backend: of the kernels, see accumulate_importance_().
 
@@ -116,7 +116,7 @@ def collect_importance(
     with torch.no_grad(), tapped.tapped(recorder), contextlib.closing(_bar(batches, progress)) as bar:
         for count, batch in enumerate(bar, 1):
             inputs, tokens = read_batch(
-                batch, f"batches[{count - 1}]", device, find_packed=context_parallel_group is None
+                batch, f"batches[{count - 1}]", device, whole=context_parallel_group is None
             )
             recorder.start(tokens)
             call(**inputs, use_cache=False)
@@ -196,7 +196,7 @@ def _bar(batches: Iterable[Any], progress: bool | None) -> Any:
     if progress is False:
         return _Plain(batches)
     try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
     except ImportError:
         if progress:
             raise

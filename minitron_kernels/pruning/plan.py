@@ -87,9 +87,8 @@ def make_plan(
         merge_heads: make the kept query heads of a group stand for the dropped ones too (P1 §2.3): head_i <-
             2 head_i - head_{2K-i+1} for i from 2K-L+1 to K, with the L ≤ 2K heads of a KV group by falling
             score and K of them kept. The query projection only: keys and values are the group's. Off by
-            default: before any retraining it does harm (SmolLM2-135M, 9 to 6 heads: perplexity 101 without
-                it,
-            551 with it).
+            default: before any retraining it does harm (SmolLM2-135M, 9 to 6 heads: perplexity 101
+            without it, 551 with it).
         order: of what is kept on an axis: "original", or "importance" (falling; heads inside their KV group).
             A model in order of importance can be cut again by slicing.
         divisor: what hidden and MLP sizes must be multiples of, for all or by name; default 64, and 128 where

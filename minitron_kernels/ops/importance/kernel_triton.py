@@ -108,7 +108,7 @@ def importance_pieces_kernel(
     cu_seqlens_ptr,  # (B + 1) int64, or None
     partial_ptr,  # (planes, slots, C) fp32
     piece_counts_ptr,  # (slots) int32
-    B, S, C, stride_b, stride_t, C_blocks, slots, piece_tokens, pieces_per_sequence,
+    B, S, C, stride_t, gap_b, C_blocks, slots, piece_tokens, pieces_per_sequence,
     ABS: tl.constexpr, SQUARE: tl.constexpr, CENTRED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
@@ -122,7 +122,7 @@ def importance_pieces_kernel(
         if mask_ptr is not None:
             mask_ptr += b * S
         _sum_tokens(
-            x_ptr + b * stride_b, mask_ptr, partial_ptr, piece_counts_ptr,
+            x_ptr + b * S * stride_t + b * gap_b, mask_ptr, partial_ptr, piece_counts_ptr,
             begin, tl.minimum(begin + piece_tokens, S), piece, slots, C, stride_t, offs_c, block == 0,
             ABS, SQUARE, CENTRED, BLOCK_T, BLOCK_C,
         )  # fmt: skip
@@ -215,17 +215,17 @@ def importance_rows_kernel(
     y_ptr,  # likewise, or None
     mask_ptr,  # (N / heads) uint8, or None
     out_ptr,  # (N) fp32
-    N, S, heads, D, stride_xb, stride_xt, stride_yt,
+    N, S, heads, D, stride_xt, gap_xb, stride_yt,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """||x|| of some rows, or with y 1 - cos(x, y). Rows of tokens that do not count are left alone."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # int64 division is slow
     token = row // heads
     inside = row < N
     if mask_ptr is not None:
         inside &= tl.load(mask_ptr + token, mask=inside, other=0) != 0
-    b = token // S
-    x_ptr += (b * stride_xb + (token - b * S) * stride_xt + (row - token * heads) * D)[:, None]
+    b, head = (token // S).to(tl.int64), (row - token * heads).to(tl.int64)
+    x_ptr += (token.to(tl.int64) * stride_xt + b * gap_xb + head * D)[:, None]
     xx = tl.zeros((ROWS, BLOCK_D), tl.float32)
     xy = tl.zeros((ROWS, BLOCK_D), tl.float32)
     yy = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -234,7 +234,7 @@ def importance_rows_kernel(
         x = tl.load(x_ptr + offs_d, mask=inside[:, None] & (offs_d < D), other=0.0).to(tl.float32)
         xx += x * x
         if y_ptr is not None:
-            y = y_ptr + (row * stride_yt)[:, None] + offs_d
+            y = y_ptr + (row.to(tl.int64) * stride_yt)[:, None] + offs_d
             y = tl.load(y, mask=inside[:, None] & (offs_d < D), other=0.0).to(tl.float32)
             xy += x * y
             yy += y * y
@@ -276,6 +276,7 @@ def importance_moments(
     packed = cu_seqlens is not None
     B = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     S, M = x.shape[-2:]
+    stride_t, gap_b = _steps(x[None] if packed else x)
     flags = {"ABS": bool(kinds & 1), "SQUARE": bool(kinds & 2), "CENTRED": bool(kinds & 4)}
     planes = sum(flags.values()) + flags["CENTRED"]
     moments = x.new_empty((planes, B, M), dtype=torch.float32)
@@ -291,7 +292,7 @@ def importance_moments(
         if pieces.total:
             importance_pieces_kernel[(pieces.total * blocks,)](
                 x, _bytes(mask), cu_seqlens, partial, piece_counts,
-                B, S, M, 0 if packed else _stride(x, 0), _stride(x, -2),
+                B, S, M, stride_t, gap_b,
                 blocks, pieces.slots, pieces.tokens, pieces.per_sequence,
                 **flags, BLOCK_T=8, BLOCK_C=block, BLOCK_B=128,
                 num_warps=max(1, block * x.element_size() // 512),
@@ -320,22 +321,30 @@ def _head_norms(x: Tensor, mask: Tensor | None, num_heads: int) -> Tensor:
 
 def _rows(x: Tensor, y: Tensor | None, mask: Tensor | None, heads: int, out: Tensor) -> Tensor:
     (_, S, width), N = x.shape, out.numel()
+    stride_xt, gap_xb = _steps(x)
     D = width // heads
     block = min(ROW_BLOCK, max(32, triton.next_power_of_2(D)))
     rows = ROW_ELEMENTS // block
+    if N + rows > 1 << 31:
+        raise ValueError(f"x must have fewer than 2^31 rows or heads of tokens, got {N}")
     if N:
         with torch.cuda.device_of(x):
             importance_rows_kernel[(triton.cdiv(N, rows),)](
                 x, y, _bytes(mask), out,
-                N, S, heads, D, _stride(x, 0), _stride(x, 1), 0 if y is None else _stride(y, 0),
+                N, S, heads, D, stride_xt, gap_xb, 0 if y is None else _steps(y[None])[0],
                 ROWS=rows, BLOCK_D=block, num_warps=4,
             )  # fmt: skip
     return out
 
 
-def _stride(x: Tensor, dim: int) -> int:
-    """One that no element is reached by may be anything: 0, so that a single row compiles nothing anew."""
-    return x.stride(dim) if x.shape[dim] > 1 else 0
+def _steps(x: Tensor) -> tuple[int, int]:
+    """Elements from a token [B, S, C] to the next, and what a sequence's end adds: 0 where tokens are evenly
+    spaced, so that nothing is compiled anew for an odd S, or for a dimension of 1 with whatever stride.
+    """
+    B, S, C = x.shape
+    if S == 1:
+        return (x.stride(0) if B > 1 else C), 0
+    return x.stride(1), (x.stride(0) - S * x.stride(1) if B > 1 else 0)
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
