@@ -150,7 +150,7 @@ struct DoublesOf {
 // Halves of a vector in registers, not lane by lane: a head has as few as 64 elements, so what follows its
 // products counts as much as they do.
 template <int kBytes>
-double tree(typename DoublesOf<kBytes>::type v) {
+double tree(const typename DoublesOf<kBytes>::type& v) {  // by reference: no ABI has vectors this long
   if constexpr (kBytes == 16) {
     return v[0] + v[1];
   } else {
@@ -212,6 +212,7 @@ int64_t moments(const MomentsTask& task, void* scratch) {
   if (task.head_dim) {
     for (int64_t r = 0; r < kGroup; ++r) std::fill_n(norms + r * kMaxBlock, lanes, 0.0f);
   }
+  const int64_t row_bytes = task.values * task.head_dim * sizeof(T);
   const T* rows[kGroup];
   int64_t n = 0;
   const auto add = [&] {
@@ -219,6 +220,9 @@ int64_t moments(const MomentsTask& task, void* scratch) {
     const float* heads[kGroup];
     for (int64_t r = 0; r < n; ++r) {
       float* out = norms + r * kMaxBlock;
+      // as the channels do: a head is shorter than what hardware prefetchers notice
+      const char* later = reinterpret_cast<const char*>(rows[r]) + 2 * kGroup * task.stride;
+      for (int64_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(later + at);
       for (int64_t m = 0; m < task.values; ++m) {
         out[m] = row<T>(rows[r] + m * task.head_dim, nullptr, task.head_dim);
       }
