@@ -38,6 +38,12 @@ SHORT = {
     "trl-gkd": "TRL GKD",
     "store": "minitron store",
     "recompute": "minitron recompute",
+    "liger-jsd": "Liger FusedLinearJSD",
+    "liger-kl": "Liger FusedLinearKLDiv",
+    "native-store": "minitron CUDA C++ store",
+    "native-recompute": "minitron CUDA C++ recompute",
+    "triton-store": "minitron Triton store",
+    "triton-recompute": "minitron Triton recompute",
 }
 POINTS_PER_ROOT_MIB = 0.62  # radius of a dot: its area is proportional to the memory
 

@@ -16,6 +16,7 @@ from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanStat
 from minitron_kernels.ops.kl_loss.modules import KLLoss, LinearKLLoss
 from minitron_kernels.ops.kl_loss.op import kl_loss, linear_kl_loss
 from minitron_kernels.ops.kl_loss.plan import LinearKLPlan, plan_linear_kl_loss
+from minitron_kernels.pruning.optimizer import ParameterReplacement, gather_optimizer_state_
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,11 +25,13 @@ __all__ = [
     "KLLoss",
     "LinearKLLoss",
     "LinearKLPlan",
+    "ParameterReplacement",
     "TokenMeanState",
     "accumulate_block_importance_",
     "accumulate_expert_importance_",
     "accumulate_importance_",
     "gather_channels",
+    "gather_optimizer_state_",
     "head_scores_from_channels",
     "kl_loss",
     "linear_kl_loss",

@@ -24,8 +24,8 @@ _KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("linear_kl_loss", "triton"): ("cuda",),
     ("importance", "native"): ("cpu", "cuda"),
     ("importance", "triton"): ("cuda",),
-    ("gather", "native"): ("cpu",),
-    ("gather", "triton"): (),
+    ("gather", "native"): ("cpu", "cuda"),
+    ("gather", "triton"): ("cuda",),
 }
 OPS = tuple(dict.fromkeys(op for op, _ in _KERNELS))
 

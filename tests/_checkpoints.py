@@ -3,48 +3,15 @@
 import json
 from pathlib import Path
 
-import torch
+from _scores import random_tables, smaller_sizes
 from _tiny_models import tiny_model
 
-from minitron_kernels.pruning.families import family_of
 from minitron_kernels.pruning.plan import make_plan
-
-SIZES = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
-MLP = {"intermediate_size": 48}
-MOE = {
-    "mixtral": {"intermediate_size": 48, "num_local_experts": 3},
-    "qwen3_moe": {"intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 3},
-}
-
-
-def random_tables(config, seed=0):
-    """Scores of every axis of a model with this config."""
-    generator = torch.Generator().manual_seed(seed)
-    family = family_of(config)
-    sizes = family.sizes(config)
-
-    def draw(*shape):
-        return torch.rand(*shape, generator=generator, dtype=torch.float64)
-
-    layers = range(sizes["layers"])
-    sparse = [layer for layer in layers if family.is_sparse(config, layer)]
-    dense = [layer for layer in layers if layer not in sparse]
-    norms = [f"{family.layers}.{layer}.{norm}" for layer in layers for norm in family.taps.norms]
-    return {
-        "hidden": draw(sizes["hidden"]),
-        "mlp": {layer: draw(sizes["mlp"]) for layer in dense},
-        "heads": {layer: draw(sizes["heads"]) for layer in layers},
-        "experts": {layer: draw(sizes["experts"]) for layer in sparse},
-        "expert_mlp": {layer: draw(sizes["experts"], sizes["expert_mlp"]) for layer in sparse},
-        "layers": draw(sizes["layers"]),
-        "energy": {norm: draw(sizes["hidden"]) + 0.1 for norm in [*norms, family.final_norm]},
-    }
 
 
 def plan_for(config, seed=0, **changes):
     """A plan that cuts every axis of a tiny model."""
-    name = config.model_type
-    sizes = {**SIZES, **MOE.get(name, MLP), "divisor": 8, **changes}
+    sizes = {**smaller_sizes(config.model_type), "num_key_value_heads": 1, "divisor": 8, **changes}
     return make_plan(random_tables(config, seed), config, **sizes)
 
 

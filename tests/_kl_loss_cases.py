@@ -26,6 +26,7 @@ INF = math.inf
 class Kernels:
     """What is tested: the ops kl_loss_forward and kl_loss_backward of a backend, and its epilogues."""
 
+    backend: str
     device: str
     forward: Callable
     backward: Callable

@@ -17,9 +17,12 @@ sys.path.insert(0, str(FOLDER))
 
 import _cases  # noqa: E402
 import _harness  # noqa: E402
+import _machine  # noqa: E402
 import _roofline  # noqa: E402
 import _table  # noqa: E402
 import _worker  # noqa: E402
+import checkpoint  # noqa: E402
+import gather  # noqa: E402
 import kl_loss  # noqa: E402
 from _floor import Floor, gemm_flops  # noqa: E402
 from _peers import IMPLEMENTATIONS, OURS, step  # noqa: E402
@@ -352,3 +355,39 @@ def test_command_line(tmp_path, capsys):
     assert "naive PyTorch" in capsys.readouterr().out and "naive PyTorch" in (tmp_path / "out.md").read_text()
     with pytest.raises(SystemExit):
         kl_loss.parse_args(["--impl", "nobody"])
+
+
+def test_checkpoint_tables(tmp_path, capsys):
+    """Ratios are taken round by round; MB/s are of what is written."""
+    rows = {
+        "cp": {"wall": [1.0, 2.0, 1.0], "ratio": [1.0, 1.0, 1.0]},
+        "prune": {"wall": [2.0, 2.0, 1.5], "ratio": [2.0, 1.0, 1.5]},
+    }
+    samples = {
+        row: [{"wall_s": wall, "busy_s": wall / 2, "peak_bytes": 300 << 20} for wall in entry["wall"]]
+        for row, entry in rows.items()
+    }
+    run = {"cache": "warm", "threads": 2, "samples": samples, "rows": checkpoint.summaries(samples)}
+    for row, entry in rows.items():
+        assert run["rows"][row]["ratio"]["median"] == sorted(entry["ratio"])[1]
+    result = {"source_bytes": 4e9, "kept_bytes": 2e9, "shape": checkpoint.FULL, "layers": 6}
+    result |= {"hidden": 4096, "mlp": 11520, "runs": [run], "machine": _machine.facts("cpu")}
+    (tmp_path / "r.json").write_text(json.dumps(result))
+    checkpoint.main(["--from", str(tmp_path / "r.json"), "--markdown", str(tmp_path / "r.md")])
+    assert "prune_checkpoint" in capsys.readouterr().out
+    line = next(line for line in (tmp_path / "r.md").read_text().splitlines() if "| prune_checkpoint" in line)
+    assert line == "| prune_checkpoint | 2 | 1.7–2 | 1.50 | 1 | 1000 | 300 |"
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("case", ["small", "runs"])
+def test_gather_rows_agree(case):
+    """Every row's result is numpy's take; one wrong bit is an error above the bound."""
+    bench = gather.BENCH
+    inputs = bench.make_inputs(bench.cases["small"] | {"run": bench.cases[case]["run"]}, "cpu")
+    for row in bench.rows:
+        if row.key != "compile":
+            result = row.build(inputs)()
+            assert bench.error(inputs, result) <= bench.bound, row.label
+    result.view(torch.int16)[3, 5] ^= 1
+    assert bench.error(inputs, result) > bench.bound

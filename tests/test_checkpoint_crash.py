@@ -262,6 +262,15 @@ def test_two_at_once(source, tmp_path):
     prune_checkpoint(folder / "src", tmp_path / "dst", plan, **SHARD)
 
 
+def test_a_folder_of_that_name_that_is_not_ours(source, tmp_path):
+    folder, plan = source
+    (tmp_path / ".dst.partial").mkdir()
+    (tmp_path / ".dst.partial" / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="was not made here"):
+        prune_checkpoint(folder / "src", tmp_path / "dst", plan, **SHARD)
+    assert (tmp_path / ".dst.partial" / "thesis.tex").read_text() == "years of work"
+
+
 def test_a_lock_that_is_gone_when_it_is_got(source, tmp_path, monkeypatch):
     """The other process ended, and took its folder away, between the opening of the lock and the locking."""
     folder, plan = source

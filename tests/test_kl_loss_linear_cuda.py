@@ -40,7 +40,7 @@ ROWS, COLUMNS = 5, 4096
 
 def kernels_of(shim):
     ops = shim.ops
-    return Kernels("cpu", ops.kl_loss_forward, ops.kl_loss_backward, native_epilogues(ops))
+    return Kernels("native", "cpu", ops.kl_loss_forward, ops.kl_loss_backward, native_epilogues(ops))
 
 
 @pytest.fixture(scope="module")

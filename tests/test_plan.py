@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import numpy
 import pytest
 import torch
 from _scores import random_tables, smaller_sizes
@@ -199,6 +200,7 @@ def test_the_least_important_block_goes():
     assert dropped(num_hidden_layers=4, block_losses={0: 9.0, 1: 3.5, 4: 2.5}) == [4, 5]
     assert dropped(num_hidden_layers=4, block_losses=[3.0, 1.0, 2.0, 4.0, 5.0]) == [1, 2]
     assert dropped(drop_layers=[4, 1]) == [1, 4]
+    assert dropped(drop_layers=numpy.array([4, 1])) == [1, 4]
     assert dropped(drop_layers=[0], num_hidden_layers=5) == [0]
     for target, message in (
         (
@@ -277,6 +279,15 @@ def test_impossible_targets(target, error, message):
         plan_of(GQA, **target)
 
 
+def test_head_dim_is_written():
+    # it followed from hidden_size / num_attention_heads, which are another ratio afterwards
+    config = {key: value for key, value in LLAMA.items() if key not in ("head_dim", "num_key_value_heads")}
+    config["num_hidden_layers"] = 2
+    plan = plan_of(config, hidden_size=2048)
+    assert plan.target_config["head_dim"] == 4096 // 32
+    assert plan.target_config["num_key_value_heads"] == 32
+
+
 def test_own_size_and_divisors_by_name():
     config = dict(GQA, intermediate_size=90)
     assert plan_of(config, intermediate_size=90).target_config["intermediate_size"] == 90
@@ -313,6 +324,8 @@ def test_budget_with_fixed_and_searched_sizes():
         assert candidate.sizes["num_attention_heads"] % 4 == 0
         config = {**GQA, **candidate.sizes}
         assert candidate.parameters == family_of(config).count_parameters(config)
+    shallow = find_sizes(GQA, 1e6, fixed={"num_hidden_layers": 4})[0]
+    assert shallow.parameters == family_of(GQA).count_parameters(GQA | {"num_hidden_layers": 4})
     plan = plan_of(GQA, params=100_000, search=["num_hidden_layers", "num_attention_heads"])
     assert plan.parameters_after == found[0].parameters <= 100_000
     assert len(plan.layers) == found[0].sizes["num_hidden_layers"] < 6
@@ -345,8 +358,10 @@ def test_impossible_budgets():
         find_sizes(GQA, "8B")
     with pytest.raises(ValueError, match="combinations, at most 200000"):
         find_sizes(LLAMA, 1e9, divisor=1)
-    with pytest.raises(ValueError, match="search cannot choose num_hidden_layers where layers differ"):
+    with pytest.raises(ValueError, match="layers must tell which layers stay"):
         find_sizes(tiny_config("qwen3_moe"), 1e9, search=["num_hidden_layers"])
+    with pytest.raises(ValueError, match="layers must be 4 as fixed tells, got 2"):
+        find_sizes(GQA, 1e6, fixed={"num_hidden_layers": 4}, layers=[1, 2])
     with pytest.raises(ValueError, match="search cannot choose num_hidden_layers"):
         plan_of(GQA, params=100_000, search=["num_hidden_layers"], drop_layers=[1])
 
@@ -564,6 +579,9 @@ def edit(data, where, value):
         ("target_config.hidden_size", 32, "hidden must keep 32 of 64, got 48 indices"),
         ("target_config.head_dim", 4, "target_config must have the head_dim of the source, 8, got 4"),
         ("target_config.model_type", "llama", "target_config.model_type must be 'mistral', got 'llama'"),
+        ("target_config.hidden_size", None, "target_config: the config has no hidden_size"),
+        ("source_config.hidden_size", [64], "source_config: int() argument must be"),
+        ("source_config.model_type", "gpt2", "source_config: config.model_type must be one of"),
         ("parameters.after", 1, "parameters must be {'before'"),
         ("extra", 1, "the plan has an unknown field extra"),
         ("candidates", [{}], "candidates[0] lacks parameters, sizes, spread"),

@@ -1,49 +1,32 @@
-"""A new number of rows compiles nothing: Triton's own choice of what to compile, followed without a GPU."""
+"""A new size of input compiles nothing: Triton's own choice of what to compile, followed without a GPU."""
 
+import importlib
 import json
 
 import pytest
-from _faults import Fault
-from _triton_runs import TESTS, needs, planted, python
+from _triton_runs import TESTS, missing, needs, ops_with, planted, python
 
 pytestmark = needs("triton")
-KERNELS = {
-    "forward_kernel",
-    "grad_kernel",
-    "tile_stats_kernel",
-    "tile_mixture_kernel",
-    "finish_stats_kernel",
-    "finish_mixture_kernel",
-    "linear_kernel",
-}
+NAMES = ops_with("_triton_recompiles")
+OPS = {} if missing("triton") else {op: importlib.import_module(f"_triton_recompiles_{op}") for op in NAMES}
 
 
-def recompiled(folder, faults=()):
-    """{number of rows: the kernels that were not compiled for 128 rows}."""
-    done = python(planted(folder, faults), folder, TESTS / "_triton_recompiles.py")
+def recompiled(op, folder, faults=()):
+    """The kernels that were compiled for another than the first size, and not for that."""
+    done = python(planted(folder, faults), folder, TESTS / "_triton_recompiles.py", op)
     assert done.returncode == 0, done.stderr[-4000:]
-    found = {int(rows): set(kernels) for rows, kernels in json.loads(done.stdout).items()}
-    assert {name.split()[0] for name in found[128]} == KERNELS
-    return {rows: {name.split()[0] for name in kernels - found[128]} for rows, kernels in found.items()}
+    first, *others = (set(kernels) for kernels in json.loads(done.stdout))
+    assert {name.split()[0] for name in first} == OPS[op].KERNELS
+    return {name.split()[0] for name in set().union(*others) - first}
 
 
-def test_a_new_number_of_rows_compiles_nothing(tmp_path):
-    """One row, even and odd numbers, several chunks: chunks that start anywhere."""
-    assert set().union(*recompiled(tmp_path).values()) == set()
+@pytest.mark.parametrize("op", NAMES)
+def test_a_new_size_compiles_nothing(tmp_path, op):
+    assert recompiled(op, tmp_path) == set()
 
 
 @pytest.mark.parametrize(
-    ("fault", "kernels"),
-    [
-        (
-            Fault("kl_loss/kernel_triton_rows.py", '["stride_mn", "stride_state"]', '["stride_mn"]'),
-            {"tile_stats_kernel"},
-        ),
-        (
-            Fault("kl_loss/kernel_triton_rows.py", 'PER_ROW = ("mask_ptr", ', "PER_ROW = ("),
-            {"forward_kernel", "grad_kernel"},
-        ),
-    ],
+    ("op", "fault", "kernels"), [(op, *fault) for op, cases in OPS.items() for fault in cases.FAULTS]
 )
-def test_planted_specialisation_is_found(tmp_path, fault, kernels):
-    assert set().union(*recompiled(tmp_path, (fault,)).values()) == kernels
+def test_planted_specialisation_is_found(tmp_path, op, fault, kernels):
+    assert recompiled(op, tmp_path, (fault,)) == kernels

@@ -11,22 +11,29 @@
 
 namespace minitron {
 
-// Non-overlapping. stream_fence() must follow before another thread may read.
-inline void stream_copy(char* to, const char* from, int64_t bytes) {
+constexpr int64_t kStreamLine = 64;
+
+// Whole lines to a multiple of kStreamLine. stream_fence() must follow before another thread may read.
+inline void stream_lines(char* to, const char* from, int64_t bytes) {
 #if defined(__SSE2__)
-  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<uintptr_t>(to) % 64);
-  std::memcpy(to, from, head);
-  int64_t i = head;
-  for (; i + 64 <= bytes; i += 64) {  // a whole line at a time, or the processor writes parts of lines
+  for (int64_t i = 0; i < bytes; i += kStreamLine) {  // line by line, or the processor writes parts of lines
     __m128i line[4];
     for (int j = 0; j < 4; ++j)
       line[j] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i + 16 * j));
     for (int j = 0; j < 4; ++j) _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + 16 * j), line[j]);
   }
-  std::memcpy(to + i, from + i, bytes - i);
 #else
   std::memcpy(to, from, bytes);
 #endif
+}
+
+// The same from and to anywhere; what fills no line goes through the caches.
+inline void stream_copy(char* to, const char* from, int64_t bytes) {
+  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<uintptr_t>(to) % kStreamLine);
+  const int64_t lines = (bytes - head) / kStreamLine * kStreamLine;
+  std::memcpy(to, from, head);
+  stream_lines(to + head, from + head, lines);
+  std::memcpy(to + head + lines, from + head + lines, bytes - head - lines);
 }
 
 inline void stream_fence() {

@@ -5,13 +5,11 @@
 
 #include "common/parallel.h"
 #include "common/stream.h"
-#include "common/tensors.h"
 #include "gather/gather_plan.h"
+#include "gather/view_torch.cuh"
 
 namespace minitron {
 namespace {
-
-using torch::headeronly::ScalarType;
 
 constexpr int64_t kBytesPerTask = 1 << 18;
 constexpr int64_t kTile = 64;
@@ -20,68 +18,22 @@ constexpr int64_t kStreamBytes = 4 << 20;
 constexpr int64_t kMaxScratch = 1 << 18;  // a row that is made there first still lies in the L2 cache
 constexpr int64_t kPlanRows = 4;          // a plan costs as much as a few rows
 
-// Sizes and byte strides of the last two dimensions, and of those before them.
-struct View {
-  char* data;
-  int64_t rows, cols, row_stride, col_stride;
-  std::vector<int64_t> lead_sizes, lead_strides;
-
-  View(const Tensor& x, void* pointer) : data(static_cast<char*>(pointer)) {
-    const int64_t width = x.element_size(), dim = x.dim();
-    cols = x.size(dim - 1), col_stride = x.stride(dim - 1) * width;
-    rows = dim > 1 ? x.size(dim - 2) : 1, row_stride = dim > 1 ? x.stride(dim - 2) * width : 0;
-    if (cols <= 1) col_stride = width;
-    if (rows <= 1) row_stride = cols * col_stride;
-    for (int64_t d = 0; d < dim - 2; ++d) {
-      lead_sizes.push_back(x.size(d));
-      lead_strides.push_back(x.stride(d) * width);
-    }
-  }
-
-  char* matrix(int64_t lead) const {
-    char* at = data;
-    for (int64_t d = int64_t(lead_sizes.size()) - 1; d >= 0; --d) {
-      at += lead % lead_sizes[d] * lead_strides[d];
-      lead /= lead_sizes[d];
-    }
-    return at;
-  }
-
-  void transpose() {
-    std::swap(rows, cols);
-    std::swap(row_stride, col_stride);
-  }
-};
-
-// The indices of one axis; null: all of it.
-struct Axis {
-  const int64_t* index = nullptr;
-  int64_t count = 0;
-
-  Axis(const std::optional<Tensor>& keep, int64_t size, const char* name) : count(size) {
-    if (!keep) return;
-    STD_TORCH_CHECK(keep->dim() == 1 && keep->is_contiguous() && keep->scalar_type() == ScalarType::Long,
-                    name, " must be a contiguous int64 vector");
-    index = static_cast<const int64_t*>(keep->const_data_ptr());
-    count = keep->numel();
-    for (int64_t i = 0; i < count; ++i) {
-      STD_TORCH_CHECK(index[i] >= 0 && index[i] < size, name, "[", i, "] is ", index[i],
-                      ": indices must be in [0, ", size, ")");
-    }
-  }
-
-  int64_t operator[](int64_t i) const { return index ? index[i] : i; }
-};
-
-struct Job {
-  View source, out;
-  Axis rows, cols;
-  int64_t width, leads;
+struct Job : GatherArguments {
+  int64_t leads;
   bool stream;
 
   int64_t row_bytes() const { return cols.count * width; }
   const char* source_row(const char* matrix, int64_t r) const { return matrix + rows[r] * source.row_stride; }
 };
+
+char* matrix_of(const View& view, int64_t lead) {
+  char* at = view.data;
+  for (int64_t d = int64_t(view.lead_sizes.size()) - 1; d >= 0; --d) {
+    at += lead % view.lead_sizes[d] * view.lead_strides[d];
+    lead /= view.lead_sizes[d];
+  }
+  return at;
+}
 
 void copy(const Job& job, char* to, const char* from, int64_t bytes) {
   job.stream ? stream_copy(to, from, bytes) : void(std::memcpy(to, from, bytes));
@@ -94,7 +46,8 @@ void for_row_runs(const Job& job, F&& f) {
   const int64_t tasks = ceil_div(job.rows.count, per_task);
   parallel_tasks(job.leads * tasks, [&](int64_t task, int64_t slot) {
     const int64_t lead = task / tasks, begin = task % tasks * per_task;
-    f(job.source.matrix(lead), job.out.matrix(lead), begin, std::min(job.rows.count, begin + per_task), slot);
+    f(matrix_of(job.source, lead), matrix_of(job.out, lead), begin,
+      std::min(job.rows.count, begin + per_task), slot);
     if (job.stream) stream_fence();
   });
 }
@@ -117,10 +70,7 @@ void gather_by_plan(const Job& job) {
   const GatherPlan plan =
       make_plan(kernels, job.cols.index, job.cols.count, job.width, job.source.cols * job.width);
   const int64_t bytes = job.row_bytes();
-  const bool aligned = reinterpret_cast<uintptr_t>(job.out.data) % kLineBytes == 0 &&
-                       job.out.row_stride % kLineBytes == 0 &&
-                       std::all_of(job.out.lead_strides.begin(), job.out.lead_strides.end(),
-                                   [](int64_t stride) { return stride % kLineBytes == 0; });
+  const bool aligned = job.out.aligned(kLineBytes);
   const bool direct = aligned || !job.stream || bytes > kMaxScratch;
   const std::unique_ptr<char[]> scratch(direct ? nullptr : new char[max_threads() * bytes]);
   for_row_runs(job, [&](const char* source, char* out, int64_t begin, int64_t end, int64_t slot) {
@@ -162,7 +112,7 @@ void gather_elements(const Job& job) {
   const int64_t down = ceil_div(job.rows.count, height), across = ceil_div(job.cols.count, wide);
   parallel_tasks(job.leads * down * across, [&](int64_t task, int64_t) {
     const int64_t lead = task / (down * across), r = task / across % down * height, c = task % across * wide;
-    gather_tile<T>(job, job.source.matrix(lead), job.out.matrix(lead), r,
+    gather_tile<T>(job, matrix_of(job.source, lead), matrix_of(job.out, lead), r,
                    std::min(job.rows.count, r + height), c, std::min(job.cols.count, c + wide));
   });
 }
@@ -188,30 +138,18 @@ void dispatch_width(int64_t width, F&& f) {
 }
 
 void gather_channels(Tensor out, Tensor weight, std::optional<Tensor> rows, std::optional<Tensor> cols) {
-  const int64_t dim = weight.dim(), width = weight.element_size();
-  STD_TORCH_CHECK(dim >= 1 && (dim > 1 || !rows), "rows must be absent for a vector");
-  STD_TORCH_CHECK(width <= 16 && (width & (width - 1)) == 0,
-                  "weight's elements must have 1, 2, 4, 8 or 16 bytes");
-  View source(weight, const_cast<void*>(weight.const_data_ptr())), target(out, out.data_ptr());
-  Axis row_axis(rows, source.rows, "rows"), col_axis(cols, source.cols, "cols");
-  bool fits = out.dim() == dim && out.element_size() == width && target.lead_sizes == source.lead_sizes &&
-              target.rows == row_axis.count && target.cols == col_axis.count;
-  STD_TORCH_CHECK(fits, "out must have weight's shape with the kept rows and cols, and its dtype");
-  if (out.numel() == 0) return;
-  // a matrix that is stored by columns: the same gather of the transposed ones
-  if (source.col_stride != width && source.row_stride == width && target.row_stride == width) {
-    source.transpose(), target.transpose();
-    std::swap(row_axis, col_axis);
-  }
-  int64_t leads = 1;
-  for (int64_t size : source.lead_sizes) leads *= size;
-  const Job job{source, target, row_axis, col_axis, width, leads, out.numel() * width >= kStreamBytes};
-  const bool side_by_side = source.col_stride == width && target.col_stride == width;
-  if (side_by_side && !job.cols.index) return gather_rows(job);
-  if (side_by_side && leads * job.rows.count >= kPlanRows && source.cols * width <= kMaxRowBytes) {
+  GatherArguments arguments(out, weight, rows, cols);
+  arguments.rows.check(arguments.source.rows, "rows");
+  arguments.cols.check(arguments.source.cols, "cols");
+  if (arguments.empty()) return;
+  arguments.prefer_rows();
+  const Job job{arguments, arguments.out.leads(), out.numel() * arguments.width >= kStreamBytes};
+  if (job.side_by_side() && !job.cols.index) return gather_rows(job);
+  if (job.side_by_side() && job.leads * job.rows.count >= kPlanRows &&
+      job.source.cols * job.width <= kMaxRowBytes) {
     return gather_by_plan(job);
   }
-  dispatch_width(width, [&](auto element) { gather_elements<decltype(element)>(job); });
+  dispatch_width(job.width, [&](auto element) { gather_elements<decltype(element)>(job); });
 }
 
 }  // namespace

@@ -27,11 +27,10 @@ struct Step {
 
 // A stretch of the output row, whole lines but for its end.
 struct Segment {
-  enum Kind { kRun, kShuffle, kElements } kind;
-  int64_t to, bytes;   // of the output row
-  int64_t from;        // kRun: bytes into the source row
-  int64_t first_step;  // kShuffle: of the first block of the first line
-  int64_t steps;       // kShuffle: of each block
+  enum Kind { kLines, kShuffle, kElements } kind;
+  int64_t to, bytes;  // of the output row
+  int64_t first;      // kLines: of `lines`; kShuffle: of `steps`
+  int64_t steps;      // kShuffle: of each block
 };
 
 // How to make one output row; the same for all rows, since all keep the same columns.
@@ -39,6 +38,7 @@ struct GatherPlan {
   const int64_t* cols;
   int64_t width;  // bytes of an element
   std::vector<Segment> segments;
+  std::vector<int32_t> lines;  // where in the source row each copied line begins, bytes
   std::vector<Step> steps;
   std::vector<uint8_t> lanes;  // a block's bytes for each step, in the level's own encoding
 };

@@ -68,20 +68,16 @@ inline int64_t plan_line(GatherPlan& plan, const ShuffleShape& shape, const Gath
 }
 
 inline void add_segment(std::vector<Segment>& segments, const Segment& next) {
-  if (!segments.empty()) {
-    Segment& last = segments.back();
-    const bool goes_on = next.kind != Segment::kRun || last.from + last.bytes == next.from;
-    if (last.kind == next.kind && last.steps == next.steps && goes_on) {
-      last.bytes += next.bytes;
-      return;
-    }
+  if (!segments.empty() && segments.back().kind == next.kind && segments.back().steps == next.steps) {
+    segments.back().bytes += next.bytes;
+  } else {
+    segments.push_back(next);
   }
-  segments.push_back(next);
 }
 
 inline GatherPlan make_plan(const GatherKernels& kernels, const int64_t* cols, int64_t count, int64_t width,
                             int64_t row_bytes) {
-  GatherPlan plan{cols, width, {}, {}, {}};
+  GatherPlan plan{cols, width, {}, {}, {}, {}};
   const ShuffleShape& shape = width >= kernels.wide.unit ? kernels.wide : kernels.bytes;
   const int64_t per_line = kLineBytes / width;
   for (int64_t begin = 0; begin < count; begin += per_line) {
@@ -90,11 +86,12 @@ inline GatherPlan make_plan(const GatherKernels& kernels, const int64_t* cols, i
     bool is_run = n == per_line;
     for (int64_t i = 1; i < n; ++i) is_run &= cols[begin + i] == cols[begin] + i;
     if (is_run) {
-      add_segment(plan.segments, {Segment::kRun, to, bytes, cols[begin] * width, 0, 0});
+      add_segment(plan.segments, {Segment::kLines, to, bytes, int64_t(plan.lines.size()), 0});
+      plan.lines.push_back(int32_t(cols[begin] * width));
     } else if (const int64_t steps = n == per_line ? plan_line(plan, shape, kernels, begin, row_bytes) : 0) {
-      add_segment(plan.segments, {Segment::kShuffle, to, bytes, 0, first_step, steps});
+      add_segment(plan.segments, {Segment::kShuffle, to, bytes, first_step, steps});
     } else {
-      add_segment(plan.segments, {Segment::kElements, to, bytes, 0, 0, 0});
+      add_segment(plan.segments, {Segment::kElements, to, bytes, 0, 0});
     }
   }
   return plan;

@@ -63,11 +63,11 @@ void encode(const ShuffleShape& shape, const uint8_t* source_of, Step* step, uin
 }
 
 template <bool kStream>
-void copy(char* to, const char* from, int64_t bytes) {
+void copy_line(char* to, const char* from) {
   if constexpr (kStream) {
-    stream_copy(to, from, bytes);
+    stream_lines(to, from, kLineBytes);
   } else {
-    std::memcpy(to, from, bytes);
+    std::memcpy(to, from, kLineBytes);
   }
 }
 
@@ -97,7 +97,7 @@ void elements(const int64_t* cols, int64_t n, const char* source, char* out) {
     for (int64_t i = 0; i < kPerLine; ++i) {
       std::memcpy(line + i * kWidth, source + cols[i] * kWidth, kWidth);
     }
-    copy<kStream>(out, line, kLineBytes);
+    copy_line<kStream>(out, line);
   }
   for (int64_t i = 0; i < n; ++i) std::memcpy(out + i * kWidth, source + cols[i] * kWidth, kWidth);
 }
@@ -106,8 +106,10 @@ template <typename Isa, bool kStream>
 void make_row(const GatherPlan& plan, const char* source, char* out) {
   for (const Segment& segment : plan.segments) {
     char* to = out + segment.to;
-    if (segment.kind == Segment::kRun) {
-      copy<kStream>(to, source + segment.from, segment.bytes);
+    if (segment.kind == Segment::kLines) {
+      const int32_t* from = plan.lines.data() + segment.first;
+      for (char* end = to + segment.bytes; to != end; to += kLineBytes)
+        copy_line<kStream>(to, source + *from++);
     } else if (segment.kind == Segment::kElements) {
       const int64_t *cols = plan.cols + segment.to / plan.width, n = segment.bytes / plan.width;
       switch (plan.width) {
@@ -127,8 +129,8 @@ void make_row(const GatherPlan& plan, const char* source, char* out) {
           elements<16, kStream>(cols, n, source, to);
       }
     } else if constexpr (Isa::kShape.window > 0) {
-      const Step* step = plan.steps.data() + segment.first_step;
-      const uint8_t* lanes = plan.lanes.data() + segment.first_step * Isa::kShape.block;
+      const Step* step = plan.steps.data() + segment.first;
+      const uint8_t* lanes = plan.lanes.data() + segment.first * Isa::kShape.block;
       char* end = to + segment.bytes;
       switch (segment.steps) {
         case 1:

@@ -46,12 +46,20 @@ Sequences sequences_of(const Tensor& x, const std::optional<Tensor>& cu_seqlens)
   return out;
 }
 
-// A rule of the shape alone, so that the number of threads changes no bit: at least eight blocks where there
-// are values enough.
-int64_t block_of(int64_t sequences, int64_t values, int64_t head_dim) {
-  const int64_t fair = round_up(ceil_div(sequences * values, 8), 64);
-  return head_dim ? std::clamp<int64_t>(ceil_div(sequences * values, 8), 1, kMaxBlock)
-                  : std::clamp<int64_t>(fair, 256, kMaxBlock);
+// Channels: the widest blocks that keep the threads busy, but for an eighth, since long rows are read faster
+// than short ones. They begin at multiples of 64, so that a channel meets the same instructions whatever
+// block it is in, and the number of threads changes no bit. Heads: by the shape alone.
+int64_t block_of(int64_t sequences, int64_t values, bool heads) {
+  if (heads) return std::clamp<int64_t>(ceil_div(sequences * values, 8), 1, kMaxHeads);
+  constexpr int64_t kLeast = 256;
+  const int64_t threads = max_threads();
+  int64_t blocks = std::max<int64_t>(1, ceil_div(values, kMaxBlock));
+  const auto busy = [&] {
+    const int64_t tasks = sequences * blocks;
+    return ceil_div(tasks, threads) * threads * 8 <= tasks * 9;
+  };
+  while (blocks * kLeast < values && !busy()) ++blocks;
+  return std::max<int64_t>(64, round_up(ceil_div(values, blocks), 64));
 }
 
 std::tuple<Tensor, Tensor> importance_moments(Tensor x, std::optional<Tensor> mask,
@@ -72,10 +80,11 @@ std::tuple<Tensor, Tensor> importance_moments(Tensor x, std::optional<Tensor> ma
   int64_t* count = static_cast<int64_t*>(counts.data_ptr());
   const int64_t token_stride = (cu_seqlens ? x.stride(0) : x.stride(1)) * width;
   const int64_t sequence_stride = cu_seqlens ? 0 : x.stride(0) * width;
-  const int64_t block = block_of(B, M, head_dim),
-                blocks =
-                    std::max<int64_t>(1, ceil_div(M, block));  // without values there are tokens to count
-  const std::unique_ptr<char[]> scratch(new char[max_threads() * kMomentsScratch]);  // not zeroed
+  // without values there still are tokens to count
+  const int64_t block = block_of(B, M, num_heads > 0);
+  const int64_t blocks = std::max<int64_t>(1, ceil_div(M, block));
+  const int64_t scratch_bytes = round_up(moments_scratch(kinds, block, num_heads > 0), 64);
+  const auto scratch = std::make_unique_for_overwrite<char[]>(max_threads() * scratch_bytes);
   const auto kernel = importance_kernels().moments;
   parallel_tasks(B * blocks, [&](int64_t task, int64_t slot) {
     const int64_t b = task / blocks, m = task % blocks * block, begin = sequences.begin(b);
@@ -89,7 +98,7 @@ std::tuple<Tensor, Tensor> importance_moments(Tensor x, std::optional<Tensor> ma
                                    .head_dim = head_dim,
                                    .moments = out + b * M + m,
                                    .plane_stride = B * M},
-                                  dtype, kinds, scratch.get() + slot * kMomentsScratch);
+                                  dtype, kinds, scratch.get() + slot * scratch_bytes);
     if (m == 0) count[b] = tokens;
   });
   return {moments, counts};

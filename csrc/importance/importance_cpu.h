@@ -13,7 +13,8 @@ namespace minitron {
 // about 1e-6 however long the sequence is, and the order of additions depends on nothing but the sequence.
 constexpr int64_t kGroup = 8;
 constexpr int64_t kChain = 512;
-constexpr int64_t kMaxBlock = 2048;
+constexpr int64_t kMaxBlock = 16384;  // values
+constexpr int64_t kMaxHeads = 2048;
 
 // A block of values of one sequence's tokens.
 struct MomentsTask {
@@ -21,15 +22,18 @@ struct MomentsTask {
   int64_t stride;        // bytes from a token to the next
   const uint8_t* mask;   // of token 0, or nullptr
   int64_t tokens;        // to look at
-  int64_t values;        // M of this block, at most kMaxBlock
+  int64_t values;        // M of this block, at most kMaxBlock, of heads kMaxHeads
   int64_t head_dim;      // elements per value; 0: a value is a channel
   float* moments;        // out: plane 0 of the block
   int64_t plane_stride;  // elements
 };
 
-// Bytes of scratch memory that a thread lends to moments().
-constexpr int64_t kMomentsScratch =
-    kMaxBlock * (4 * (sizeof(float) + sizeof(double)) + kGroup * sizeof(float));
+// Bytes of scratch memory that a thread lends to moments(): less than 1 MiB.
+inline int64_t moments_scratch(int64_t kinds, int64_t values, bool heads) {
+  const int64_t padded = round_up(values, 16);
+  return padded *
+         (planes_of(kinds) * (sizeof(double) + sizeof(float)) + (heads ? kGroup * sizeof(float) : 0));
+}
 
 struct ImportanceKernels {
   // Fills the block's planes; returns the number of tokens that count.

@@ -14,19 +14,21 @@ constexpr int64_t kL = kLanes<float>;
 // activations often lie a multiple of 4 KiB apart, where eight of them fill a set of the L1 cache.
 constexpr int64_t kUnroll = 64 / (kL * 2);
 
-// The sums of a block of values, in fp32 over a chain of tokens, in double over the chains. `ahead`: bytes
-// from a token to the one to prefetch, for hardware prefetchers stop at the end of a page, which is a row or
-// less.
+// The sums of a block of values, in fp32 over a chain of tokens, in double over the chains. `ahead`: how many
+// bytes ahead to prefetch.
 template <int64_t kKinds>
 class Sums {
  public:
   Sums(void* scratch, int64_t values, int64_t ahead)
-      : values_(values), ahead_(ahead), padded_(round_up(values, kL)) {
+      : values_(values), ahead_(ahead), padded_(round_up(values, 16)) {
     total_ = static_cast<double*>(scratch);
-    chain_ = reinterpret_cast<float*>(total_ + kPlanes * kMaxBlock);
-    std::fill_n(total_, kPlanes * kMaxBlock, 0.0);
-    std::fill_n(chain_, kPlanes * kMaxBlock, 0.0f);
+    chain_ = reinterpret_cast<float*>(total_ + kPlanes * padded_);
+    std::fill_n(total_, kPlanes * padded_, 0.0);
+    std::fill_n(chain_, kPlanes * padded_, 0.0f);
   }
+
+  // Where the scratch memory goes on.
+  float* scratch_end() const { return chain_ + kPlanes * padded_; }
 
   // Adds n <= kGroup tokens, row r of them at rows[r].
   template <typename T>
@@ -54,7 +56,7 @@ class Sums {
       // the mean was kept; its sum is what adds over ranks
       const double scale = (kKinds & kCentred) && plane == kPlanes - 2 ? double(tokens_) : 1.0;
       for (int64_t c = 0; c < values; ++c) {
-        moments[plane * plane_stride + c] = float(total_[plane * kMaxBlock + c] * scale);
+        moments[plane * plane_stride + c] = float(total_[plane * padded_ + c] * scale);
       }
     }
     return tokens_;
@@ -63,7 +65,7 @@ class Sums {
  private:
   static constexpr int64_t kPlanes = planes_of(kKinds);
 
-  float* chain(int64_t plane) const { return chain_ + plane * kMaxBlock; }
+  float* chain(int64_t plane) const { return chain_ + plane * padded_; }
 
   template <int64_t kN, typename T, typename Load>
   void add_columns(const T* const* rows, int64_t n, int64_t c, float share, float weight, Load&& load_at) {
@@ -113,11 +115,11 @@ class Sums {
   void flush() {
     if (in_chain_ == 0) return;
     for (int64_t plane = 0; plane < kPlanes - (kKinds & kCentred ? 2 : 0); ++plane) {
-      double* total = total_ + plane * kMaxBlock;
+      double* total = total_ + plane * padded_;
       for (int64_t c = 0; c < padded_; ++c) total[c] += chain(plane)[c];
     }
     if constexpr (kKinds & kCentred) {
-      double *mean = total_ + (kPlanes - 2) * kMaxBlock, *m2 = mean + kMaxBlock;
+      double *mean = total_ + (kPlanes - 2) * padded_, *m2 = mean + padded_;
       const double share = double(in_chain_) / double(tokens_ + in_chain_), weight = double(tokens_) * share;
       for (int64_t c = 0; c < padded_; ++c) {
         const double delta = chain(kPlanes - 2)[c] - mean[c];
@@ -127,7 +129,7 @@ class Sums {
     }
     tokens_ += in_chain_;
     in_chain_ = 0;
-    std::fill_n(chain_, kPlanes * kMaxBlock, 0.0f);
+    std::fill_n(chain_, kPlanes * padded_, 0.0f);
   }
 
   int64_t values_, ahead_, padded_, tokens_ = 0, in_chain_ = 0;
@@ -203,25 +205,31 @@ float row(const T* x, const T* y, int64_t n) {
   return distance < 0 ? 0.0f : float(distance);  // rounding; a NaN stays one
 }
 
+// Hardware prefetchers stop at the end of a page. Long rows are read on beyond it; of short ones, or pieces
+// of rows, the tokens after the next are fetched.
+constexpr int64_t kLongRow = 16 << 10, kAhead = 512;  // bytes
+
+int64_t bytes_ahead(int64_t row_bytes, int64_t stride) {
+  return row_bytes >= kLongRow && row_bytes == stride ? kAhead : 2 * kGroup * stride;
+}
+
 template <int64_t kKinds, typename T>
 int64_t moments(const MomentsTask& task, void* scratch) {
   // norms of heads lie in whole vectors, for there are few of them
   const int64_t lanes = task.head_dim ? round_up(task.values, kL) : task.values;
-  Sums<kKinds> sums(scratch, lanes, task.head_dim ? 0 : 2 * kGroup * task.stride);
-  float* norms = reinterpret_cast<float*>(static_cast<char*>(scratch) + kMomentsScratch) - kGroup * kMaxBlock;
-  if (task.head_dim) {
-    for (int64_t r = 0; r < kGroup; ++r) std::fill_n(norms + r * kMaxBlock, lanes, 0.0f);
-  }
-  const int64_t row_bytes = task.values * task.head_dim * sizeof(T);
+  const int64_t row_bytes = task.values * std::max<int64_t>(1, task.head_dim) * sizeof(T);
+  const int64_t ahead = bytes_ahead(row_bytes, task.stride);
+  Sums<kKinds> sums(scratch, lanes, task.head_dim ? 0 : ahead);
+  float* norms = sums.scratch_end();
+  if (task.head_dim) std::fill_n(norms, kGroup * lanes, 0.0f);
   const T* rows[kGroup];
   int64_t n = 0;
   const auto add = [&] {
     if (task.head_dim == 0) return sums.add(rows, n);
     const float* heads[kGroup];
     for (int64_t r = 0; r < n; ++r) {
-      float* out = norms + r * kMaxBlock;
-      // as the channels do: a head is shorter than what hardware prefetchers notice
-      const char* later = reinterpret_cast<const char*>(rows[r]) + 2 * kGroup * task.stride;
+      float* out = norms + r * lanes;
+      const char* later = reinterpret_cast<const char*>(rows[r]) + ahead;
       for (int64_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(later + at);
       for (int64_t m = 0; m < task.values; ++m) {
         out[m] = row<T>(rows[r] + m * task.head_dim, nullptr, task.head_dim);

@@ -1,9 +1,7 @@
 // Row divergences of two matrices of logits, and their gradient to the student's.
 //
-//   forward   grid (N), one block a row. Reads each logit once, for JSD twice (M is known only after the
-//   sums;
-//             the second pass runs backwards, so that it meets first what the caches still hold). Writes
-//             O(1).
+//   forward   grid (N), one block a row. Reads each logit once. For JSD twice, as M is known only after the
+//             sums; then backwards, to meet first what the caches still hold. Writes O(1).
 //   backward  grid (N, parts of a row). Reads each logit once, writes each gradient once, padding included.
 //             Also dz of linear_kl_loss, in the dtype of its GEMMs.
 //

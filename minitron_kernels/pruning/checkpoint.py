@@ -7,18 +7,17 @@ folder appear whole or not at all, `model_card` writes the note.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from minitron_kernels.pruning.cuts import Cut, Cuts
 from minitron_kernels.pruning.families import family_of
@@ -77,15 +76,15 @@ def prune_checkpoint(
     threads: int | None = None,
     rescale_norms: bool = True,
     overwrite: bool = False,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> PrunedCheckpoint:
     """Cuts the checkpoint in `src` by `plan` and writes the smaller one to `dst`.
 
     Tensors are streamed block by block: memory does not grow with the model. Headers, index, names, shapes
     and config of `src` are checked before anything is written. `dst` appears at the end by one rename, when
     all of it is on the disk: killed at any moment there is either no `dst` or a complete one (with
-    `overwrite`, the old or the new one). Finished files stay in a hidden folder beside it, and the same call
-    goes on from there. `src` is only read.
+    `overwrite` the old or the new one, on file systems that can exchange two names). Finished files stay in a
+    hidden folder beside it, and the same call goes on from there. `src` is only read.
 
     Beside the weights: config.json (the plan's target), tokenizer and other small files of `src`,
     minitron_plan.json, and README.md, the source's card with a note of what was done.
@@ -98,13 +97,15 @@ def prune_checkpoint(
         threads: that read, cut and write; default: one for each core, at most 8.
         rescale_norms: multiply norms' gains by the plan's factors; see make_plan().
         overwrite: whether a checkpoint in `dst` is replaced.
-        progress: whether to show a bar on stderr, in bytes written.
+        progress: whether tqdm shows a bar, in bytes; None: where standard error is a terminal.
 
     Raises:
         ValueError: `src` is damaged, quantised, or not what the plan was made for; names the file.
         FileNotFoundError, FileExistsError: there is no `src`; there is a `dst`.
         OSError: `dst` cannot be written, or the disk is or becomes too full; names the file.
     """
+    if not isinstance(plan, PruningPlan):
+        raise TypeError(f"plan must be a PruningPlan, got {type(plan).__name__}")
     source_path, target = _check_paths(Path(src), Path(dst), overwrite)
     threads = _check_numbers(max_shard_bytes, threads)
     config = _check_config(source_path / "config.json", plan)
@@ -117,19 +118,13 @@ def prune_checkpoint(
             resumed = _resume(shards, staging)
             todo = [shard for shard in shards if shard.name not in resumed]
             _check_space(staging.path, todo, [source_path / name for name in others])
-            with tqdm(
-                desc=target.name,
-                total=sum(shard.nbytes for shard in shards),
-                initial=sum(shard.nbytes for shard in shards if shard.name in resumed),
-                unit="B",
-                unit_scale=True,
-                disable=not progress,
-            ) as bar:
+            total = sum(shard.nbytes for shard in shards)
+            with _bar(progress, target.name, total, total - sum(shard.nbytes for shard in todo)) as on_bytes:
                 write_shards(
                     todo,
                     staging.folder,
                     threads=threads,
-                    on_bytes=bar.update,
+                    on_bytes=on_bytes,
                     on_shard=lambda shard, digest: staging.finish(shard.name, digest=digest),
                 )
             source.check_unchanged()
@@ -142,8 +137,7 @@ def prune_checkpoint(
                 raise write_error(error, Path(error.filename or staging.folder)) from None
     after = sum(math.prod(cut.shape) for cut, _ in pairs)
     before = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
-    nbytes = sum(shard.nbytes for shard in shards)
-    return PrunedCheckpoint(target, tuple(shard.name for shard in shards), before, after, nbytes, resumed)
+    return PrunedCheckpoint(target, tuple(shard.name for shard in shards), before, after, total, resumed)
 
 
 def _check_paths(src: Path, dst: Path, overwrite: bool) -> tuple[Path, Path]:
@@ -177,7 +171,7 @@ def _check_config(path: Path, plan: PruningPlan) -> dict[str, Any]:
     try:
         family = family_of(config)
         found, wanted = family.sizes(config), family_of(planned).sizes(planned)
-    except ValueError as error:
+    except (ValueError, TypeError, ArithmeticError) as error:  # sizes that are no numbers, no heads
         raise ValueError(f"{path}: {error}") from None
     if config["model_type"] != planned["model_type"]:
         raise ValueError(
@@ -275,6 +269,20 @@ def _check_space(folder: Path, shards: list[Shard], others: list[Path]) -> None:
             "dst on another disk",
             str(folder),
         )
+
+
+@contextlib.contextmanager
+def _bar(progress: bool | None, name: str, total: int, done: int) -> Iterator[Callable[[int], object]]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        if progress:
+            raise
+        yield lambda count: None
+        return
+    disable = None if progress is None else not progress
+    with tqdm(desc=name, total=total, initial=done, unit="B", unit_scale=True, disable=disable) as bar:
+        yield bar.update
 
 
 def _target_config(source: dict[str, Any], plan: PruningPlan) -> dict[str, Any]:

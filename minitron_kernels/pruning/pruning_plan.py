@@ -272,6 +272,13 @@ def _layer_from_dict(data: Any, where: str) -> LayerPlan:
     )
 
 
+def _sizes(config: Mapping[str, Any], where: str) -> dict[str, int]:
+    try:
+        return family_of(config).sizes(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 def check_plan(plan: PruningPlan) -> None:
     """That a plan agrees with itself and with its configs.
 
@@ -280,13 +287,16 @@ def check_plan(plan: PruningPlan) -> None:
     """
     if plan.order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {plan.order!r}")
+    before, after = (
+        _sizes(config, name)
+        for config, name in ((plan.source_config, "source_config"), (plan.target_config, "target_config"))
+    )
     family = family_of(plan.source_config)
     if plan.target_config.get("model_type") != plan.source_config.get("model_type"):
         raise ValueError(
             f"target_config.model_type must be {plan.source_config['model_type']!r}, got "
             f"{plan.target_config.get('model_type')!r}"
         )
-    before, after = family.sizes(plan.source_config), family.sizes(plan.target_config)
     for axis in ("vocab", "head_dim"):
         if before[axis] != after[axis]:
             raise ValueError(

@@ -27,7 +27,7 @@ from minitron_kernels.pruning.cuts import Cut
 from minitron_kernels.pruning.safetensors_files import SINGLE_FILE, StoredTensor, make_header, read_at
 from minitron_kernels.pruning.staging import write_error
 
-BLOCK_BYTES = 4 << 20  # of source rows, a piece of work
+BLOCK_BYTES = 2 << 20  # of source rows, a piece of work
 
 
 @dataclass(frozen=True)
@@ -195,13 +195,20 @@ class _OpenShard:
         self.left, self.sums = len(self.pieces), [0] * len(self.pieces)
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
-            # asks for all of the space at once, so that a disk too full is known now, and lies in one stretch
-            os.posix_fallocate(self.fd, 0, shard.size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                os.close(self.fd)
-                raise
-        write_all(self.fd, memoryview(shard.header), 0)
+            _allocate(self.fd, shard.size)
+            write_all(self.fd, memoryview(shard.header), 0)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+
+def _allocate(fd: int, size: int) -> None:
+    """Asks for all of the space at once: a disk too full is known now, and the file lies in one stretch."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
 
 
 class _Buffer:
@@ -227,7 +234,7 @@ class _Work:
         self,
         shards: Iterable[Shard],
         folder: Path,
-        on_bytes: Callable[[int], None],
+        on_bytes: Callable[[int], object],
         on_shard: Callable[[Shard, str], None],
     ) -> None:
         self._shards, self._folder = iter(shards), folder
@@ -239,7 +246,7 @@ class _Work:
 
     def run(self) -> None:
         """What each thread does, until there is no more, or another one failed."""
-        torch.set_num_threads(1)  # the threads are these here
+        torch.set_num_threads(1)  # these threads are all that there are to be
         source, out = _Buffer(), _Buffer()
         try:
             while not self.stop.is_set():
@@ -309,7 +316,7 @@ def write_shards(
     folder: Path,
     *,
     threads: int,
-    on_bytes: Callable[[int], None],
+    on_bytes: Callable[[int], object],
     on_shard: Callable[[Shard, str], None],
 ) -> None:
     """Writes the shards into `folder`, each on the disk when on_shard(shard, digest) is called.

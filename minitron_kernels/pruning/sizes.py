@@ -58,9 +58,9 @@ class ParameterCount:
         """The axes that the parameters have."""
         return {axis for kinds in self.kinds.values() for dims in kinds for parts in dims for axis in parts}
 
-    def uniform(self, layers: Sequence[int]) -> bool:
-        """Whether these layers have the same parameters."""
-        return all(self.kinds[layer] == self.kinds[layers[0]] for layer in layers)
+    def uniform(self) -> bool:
+        """Whether all layers have the same parameters."""
+        return all(kinds == self.kinds[0] for layer, kinds in self.kinds.items() if layer is not None)
 
     def of(self, layers: Sequence[int]) -> Counter[tuple[tuple[str, ...], ...]]:
         """How many parameters of each kind a model of these layers has."""
@@ -226,11 +226,14 @@ def find_sizes(
     axes = [_axis(name, names, config) for name in search]
     if not axes or set(axes) & set(told) or len(set(axes)) < len(axes):
         raise ValueError(f"search must hold sizes that are not told otherwise, each once, got {list(search)}")
-    count, kept = ParameterCount(family, config), list(range(before["layers"]) if layers is None else layers)
-    if "layers" in axes and (layers is not None or not count.uniform(kept)):
-        raise ValueError(
-            "search cannot choose num_hidden_layers where layers differ or are told: give the number itself"
-        )
+    count, depth = ParameterCount(family, config), told.get("layers", before["layers"])
+    kept = list(range(depth) if layers is None else layers)
+    if len(kept) != depth and "layers" in told:
+        raise ValueError(f"layers must be {depth} as fixed tells, got {len(kept)}")
+    if "layers" in axes and layers is not None:
+        raise ValueError("search cannot choose num_hidden_layers where layers are told")
+    if ("layers" in axes or len(kept) < before["layers"]) and layers is None and not count.uniform():
+        raise ValueError("layers must tell which layers stay: they have not all the same parameters")
     grids = [_grid(family, config, name, axis, divisor) for name, axis in zip(search, axes, strict=True)]
     if math.prod(map(len, grids)) > MOST_CANDIDATES:
         raise ValueError(

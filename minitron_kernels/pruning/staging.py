@@ -89,6 +89,8 @@ class Staging:
             OSError: it cannot be written to; another process works there.
         """
         path = partial_path(dst)
+        if path.is_dir() and any(path.iterdir()) and not (path / "lock").exists():
+            raise FileExistsError(errno.EEXIST, "was not made here, and is in the way: move it", str(path))
         try:
             dst.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(exist_ok=True)

@@ -72,12 +72,18 @@ def gather_channels(
         _check_out(out, weight, shape)
     chosen = pick("gather", weight.device, backend)
     source = weight.detach().resolve_conj().resolve_neg()
-    row_values, col_values = (_values(keep, weight.device) for keep in (keep_rows, keep_cols))
+    row_values = _values(keep_rows, weight.device, 1)
     if chosen == "reference":
-        result = reference.gather_channels(source, row_values, col_values)
+        result = reference.gather_channels(source, row_values, _values(keep_cols, weight.device, 1))
         return result if out is None else out.copy_(result)
     target = source.new_empty(shape) if out is None else out.detach()
-    torch.ops.minitron_kernels.gather_channels_(target, source, row_values, col_values)
+    if chosen == "triton":
+        block = 1 if not isinstance(keep_cols, ChannelIndex) else keep_cols.block
+        block = min(block, 16 // weight.element_size())
+        _gather_triton_(target, source, row_values, _values(keep_cols, weight.device, block), block)
+    else:
+        col_values = _values(keep_cols, weight.device, 1)
+        torch.ops.minitron_kernels.gather_channels_(target, source, row_values, col_values)
     if out is None:
         return target
     if not torch.compiler.is_compiling():
@@ -102,8 +108,8 @@ def _index(name: str, keep: Any, size: int, device: torch.device) -> ChannelInde
     return values
 
 
-def _values(keep: ChannelIndex | Tensor | None, device: torch.device) -> Tensor | None:
-    return keep.on(device) if isinstance(keep, ChannelIndex) else keep
+def _values(keep: ChannelIndex | Tensor | None, device: torch.device, block: int) -> Tensor | None:
+    return keep.on(device, block) if isinstance(keep, ChannelIndex) else keep
 
 
 def _check_no_grad(name: str, x: Tensor) -> None:
@@ -124,7 +130,7 @@ def _check_out(out: Any, weight: Tensor, shape: list[int]) -> None:
         raise ValueError(
             f"out must be {tuple(shape)} on {weight.device}, got {tuple(out.shape)} on {out.device}"
         )
-    if out.is_conj() or out.is_neg():
+    if not torch.compiler.is_compiling() and (out.is_conj() or out.is_neg()):
         raise ValueError("out must be plain memory, got a lazy conjugate or negative view")
     if not out.numel():
         return
@@ -146,6 +152,24 @@ def _extent(x: Tensor) -> tuple[int, int]:
     """Addresses of the first byte and past the last one."""
     reach = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
     return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
+
+
+# custom_op reads the schema off the signature: the native op's arguments, and how many neighbours each of
+# cols stands for
+@torch.library.custom_op("minitron_kernels::gather_channels_triton_", mutates_args=("out",))
+def _gather_triton_(
+    out: Tensor, weight: Tensor, rows: Tensor | None, cols: Tensor | None, col_block: int
+) -> None:
+    from minitron_kernels.ops.gather.kernel_triton import gather_channels_
+
+    gather_channels_(out, weight, rows, cols, col_block)
+
+
+@_gather_triton_.register_fake
+def _fake_triton(
+    out: Tensor, weight: Tensor, rows: Tensor | None, cols: Tensor | None, col_block: int
+) -> None:
+    return None
 
 
 def _fake(out: Tensor, weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> None:

@@ -18,4 +18,6 @@ def gather_channels(weight: Tensor, rows: Tensor | None, cols: Tensor | None) ->
         out = out.index_select(-2, rows)
     if cols is not None:
         out = out.index_select(-1, cols)
-    return (out.clone() if rows is None and cols is None else out).view(dtype)
+    if rows is None and cols is None:
+        out = out.clone(memory_format=torch.contiguous_format)
+    return out.view(dtype)

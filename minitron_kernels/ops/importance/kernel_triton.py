@@ -28,6 +28,8 @@ PROGRAMS = 1024  # about as many as an H100 holds at once: pieces are as long as
 PIECE_BYTES = 2048  # of a token, in one program: 4 warps of 16-byte loads
 FINISH_BLOCK = 64
 ROW_BLOCK, ROW_ELEMENTS = 1024, 2048  # of a row; of all rows of a program
+# A batch may start anywhere in these: their alignment is no reason to compile anew.
+BY_TOKEN = ("mask_ptr", "cu_seqlens_ptr")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -98,6 +100,7 @@ def _sequence_of(cu_seqlens_ptr, token, B, BLOCK_B: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["B", "S", "C_blocks", "slots", "piece_tokens", "pieces_per_sequence"],
+    do_not_specialize_on_alignment=BY_TOKEN,
 )
 def importance_pieces_kernel(
     x_ptr,  # (B, S, C), or (S, C) with cu_seqlens; stride 1 in the channels
@@ -105,7 +108,7 @@ def importance_pieces_kernel(
     cu_seqlens_ptr,  # (B + 1) int64, or None
     partial_ptr,  # (planes, slots, C) fp32
     piece_counts_ptr,  # (slots) int32
-    B, S, C, stride_b, stride_t, C_blocks, slots, piece_tokens, pieces_per_sequence,
+    B, S, C, stride_t, gap_b, C_blocks, slots, piece_tokens, pieces_per_sequence,
     ABS: tl.constexpr, SQUARE: tl.constexpr, CENTRED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +122,7 @@ def importance_pieces_kernel(
         if mask_ptr is not None:
             mask_ptr += b * S
         _sum_tokens(
-            x_ptr + b * stride_b, mask_ptr, partial_ptr, piece_counts_ptr,
+            x_ptr + b * S * stride_t + b * gap_b, mask_ptr, partial_ptr, piece_counts_ptr,
             begin, tl.minimum(begin + piece_tokens, S), piece, slots, C, stride_t, offs_c, block == 0,
             ABS, SQUARE, CENTRED, BLOCK_T, BLOCK_C,
         )  # fmt: skip
@@ -141,6 +144,7 @@ def importance_pieces_kernel(
 
 @triton.jit(
     do_not_specialize=["B", "M_blocks", "slots", "piece_tokens", "pieces_per_sequence"],
+    do_not_specialize_on_alignment=BY_TOKEN,
 )
 def importance_finish_kernel(
     partial_ptr,  # (planes, slots, M) fp32
@@ -205,23 +209,23 @@ def importance_finish_kernel(
         tl.store(counts_ptr + b, count)
 
 
-@triton.jit(do_not_specialize=["N", "S", "heads"])
+@triton.jit(do_not_specialize=["N", "S", "heads"], do_not_specialize_on_alignment=BY_TOKEN)
 def importance_rows_kernel(
     x_ptr,  # (N / S / heads, S, heads, D), stride 1 in D, stride D in heads
     y_ptr,  # likewise, or None
     mask_ptr,  # (N / heads) uint8, or None
     out_ptr,  # (N) fp32
-    N, S, heads, D, stride_xb, stride_xt, stride_yt,
+    N, S, heads, D, stride_xt, gap_xb, stride_yt,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """||x|| of some rows, or with y 1 - cos(x, y). Rows of tokens that do not count are left alone."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # int64 division is slow
     token = row // heads
     inside = row < N
     if mask_ptr is not None:
         inside &= tl.load(mask_ptr + token, mask=inside, other=0) != 0
-    b = token // S
-    x_ptr += (b * stride_xb + (token - b * S) * stride_xt + (row - token * heads) * D)[:, None]
+    b, head = (token // S).to(tl.int64), (row - token * heads).to(tl.int64)
+    x_ptr += (token.to(tl.int64) * stride_xt + b * gap_xb + head * D)[:, None]
     xx = tl.zeros((ROWS, BLOCK_D), tl.float32)
     xy = tl.zeros((ROWS, BLOCK_D), tl.float32)
     yy = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -230,7 +234,7 @@ def importance_rows_kernel(
         x = tl.load(x_ptr + offs_d, mask=inside[:, None] & (offs_d < D), other=0.0).to(tl.float32)
         xx += x * x
         if y_ptr is not None:
-            y = y_ptr + (row * stride_yt)[:, None] + offs_d
+            y = y_ptr + (row.to(tl.int64) * stride_yt)[:, None] + offs_d
             y = tl.load(y, mask=inside[:, None] & (offs_d < D), other=0.0).to(tl.float32)
             xy += x * y
             yy += y * y
@@ -272,6 +276,7 @@ def importance_moments(
     packed = cu_seqlens is not None
     B = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     S, M = x.shape[-2:]
+    stride_t, gap_b = _steps(x[None] if packed else x)
     flags = {"ABS": bool(kinds & 1), "SQUARE": bool(kinds & 2), "CENTRED": bool(kinds & 4)}
     planes = sum(flags.values()) + flags["CENTRED"]
     moments = x.new_empty((planes, B, M), dtype=torch.float32)
@@ -287,7 +292,7 @@ def importance_moments(
         if pieces.total:
             importance_pieces_kernel[(pieces.total * blocks,)](
                 x, _bytes(mask), cu_seqlens, partial, piece_counts,
-                B, S, M, 0 if packed else x.stride(0), x.stride(-2),
+                B, S, M, stride_t, gap_b,
                 blocks, pieces.slots, pieces.tokens, pieces.per_sequence,
                 **flags, BLOCK_T=8, BLOCK_C=block, BLOCK_B=128,
                 num_warps=max(1, block * x.element_size() // 512),
@@ -316,17 +321,30 @@ def _head_norms(x: Tensor, mask: Tensor | None, num_heads: int) -> Tensor:
 
 def _rows(x: Tensor, y: Tensor | None, mask: Tensor | None, heads: int, out: Tensor) -> Tensor:
     (_, S, width), N = x.shape, out.numel()
+    stride_xt, gap_xb = _steps(x)
     D = width // heads
     block = min(ROW_BLOCK, max(32, triton.next_power_of_2(D)))
     rows = ROW_ELEMENTS // block
+    if N + rows > 1 << 31:
+        raise ValueError(f"x must have fewer than 2^31 rows or heads of tokens, got {N}")
     if N:
         with torch.cuda.device_of(x):
             importance_rows_kernel[(triton.cdiv(N, rows),)](
                 x, y, _bytes(mask), out,
-                N, S, heads, D, x.stride(0), x.stride(1), 0 if y is None else y.stride(0),
+                N, S, heads, D, stride_xt, gap_xb, 0 if y is None else _steps(y[None])[0],
                 ROWS=rows, BLOCK_D=block, num_warps=4,
             )  # fmt: skip
     return out
+
+
+def _steps(x: Tensor) -> tuple[int, int]:
+    """Elements from a token [B, S, C] to the next, and what a sequence's end adds: 0 where tokens are evenly
+    spaced, so that nothing is compiled anew for an odd S, or for a dimension of 1 with whatever stride.
+    """
+    B, S, C = x.shape
+    if S == 1:
+        return (x.stride(0) if B > 1 else C), 0
+    return x.stride(1), (x.stride(0) - S * x.stride(1) if B > 1 else 0)
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:

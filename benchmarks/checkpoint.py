@@ -1,0 +1,164 @@
+"""Pruning of a checkpoint on disk against copying the bytes that stay: time, MB/s, peak memory.
+
+    python benchmarks/checkpoint.py                    # a 4 GB checkpoint; needs 11 GB of disk
+    python benchmarks/checkpoint.py --quick            # 0.1 GB, seconds
+    python benchmarks/checkpoint.py --folder /mnt/x --cache warm cold --threads 1,2 --json out.json
+    python benchmarks/checkpoint.py --from out.json --markdown out.md           # measures nothing
+
+Makes a Mistral-shaped bf16 checkpoint of random numbers (hidden 5120, MLP 14336, fewer layers and tokens) in
+a temporary folder and prunes it to hidden 4096, MLP 11520 with random sorted channels. The floor is `cp` of
+the pruned weights, file by file, each followed by fsync: the same bytes, on the disk likewise. All in
+turns, each call in a fresh process. "warm": what is read lies in the page cache; "cold": it was dropped from
+it. A gate comes first: the result must be that of plain indexing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import _table
+from _checkpoint_worker import LABELS, ROWS, make_checkpoint, make_random_plan, right_tensors
+from _harness import WorkerError, run_worker, summarize
+from _machine import cores, describe, facts
+
+WORKER = Path(__file__).with_name("_checkpoint_worker.py")
+FULL = {"hidden": 5120, "mlp": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128, "vocab": 32768}
+QUICK = {"hidden": 640, "mlp": 1792, "heads": 4, "kv_heads": 1, "head_dim": 128, "vocab": 32768}
+TARGETS = {5120: (4096, 11520), 640: (512, 1440)}
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, help="where the files go; default: the system's temporary one")
+    parser.add_argument("--gb", type=float, default=4.0, help="size of the source (default 4)")
+    parser.add_argument("--row", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--cache", nargs="+", default=["warm"], choices=["warm", "cold"])
+    parser.add_argument("--threads", default=str(cores()), help="as 1,2; default: all cores")
+    parser.add_argument("--reps", type=int, default=5, help="repetitions of each (default 5)")
+    parser.add_argument("--quick", action="store_true", help="0.1 GB, 2 repetitions: a smoke test")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--from", dest="source", type=Path, help="read a result instead of measuring")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.gb, args.reps = 0.1, 2
+    try:
+        args.threads = [int(part) for part in args.threads.split(",")]
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:
+    shape = QUICK if args.quick else FULL
+    config, size = make_checkpoint(work / "src", shape, args.gb)
+    hidden, mlp = TARGETS[shape["hidden"]]
+    plan = make_random_plan(config, hidden, mlp)
+    plan.save(work / "plan.json")
+    say(f"source: {size / 1e9:.2f} GB, {config['num_hidden_layers']} layers")
+    run_worker(WORKER, {"work": "prune", "folder": str(work), "threads": 1}, threads=1)
+    if wrong := right_tensors(work / "src", work / "pruned", plan):
+        raise SystemExit(f"correctness gate: {wrong}. Wrong results are not timed.")
+    (work / "pruned").rename(work / "kept")
+    kept = sum(file.stat().st_size for file in (work / "kept").glob("*.safetensors"))
+    say(f"correctness gate: passed; {kept / 1e9:.2f} GB stay")
+    result: dict[str, Any] = {"source_bytes": size, "kept_bytes": kept, "shape": shape, "runs": []}
+    result |= {"layers": config["num_hidden_layers"], "hidden": hidden, "mlp": mlp}
+    for cache in args.cache:
+        for threads in args.threads:
+            samples: dict[str, list[dict[str, float]]] = {row: [] for row in ("cp", *args.row)}
+            for _ in range(args.reps):
+                for row in samples:
+                    spec = {"work": row, "folder": str(work), "threads": threads, "cache": cache}
+                    try:
+                        samples[row].append(run_worker(WORKER, spec, threads=threads))
+                    except WorkerError as error:
+                        raise SystemExit(f"{LABELS[row]}: {error}") from None
+            run = {"cache": cache, "threads": threads, "samples": samples, "rows": summaries(samples)}
+            result["runs"].append(run)
+            print(f"\n{table(result, run, _table.aligned)}\n", flush=True)
+    return result
+
+
+def summaries(samples: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    floor = [sample["wall_s"] for sample in samples["cp"]]
+    return {
+        row: {
+            "wall_s": summarize([sample["wall_s"] for sample in got]),
+            "busy_s": summarize([sample["busy_s"] for sample in got]),
+            "ratio": summarize([s["wall_s"] / f for s, f in zip(got, floor, strict=True)]),
+            "peak_bytes": max(sample["peak_bytes"] for sample in got),
+        }
+        for row, got in samples.items()
+    }
+
+
+def table(result: dict[str, Any], run: dict[str, Any], draw: Any) -> str:
+    header = ["", "wall s", "p20–p80", "÷ cp", "CPU s", "MB/s", "peak MiB"]
+    lines = []
+    for row, got in run["rows"].items():
+        wall = got["wall_s"]
+        lines.append(
+            [
+                LABELS[row],
+                _table.seconds(wall["median"]),
+                f"{_table.seconds(wall['p20'])}–{_table.seconds(wall['p80'])}",
+                _table.ratio(got["ratio"]["median"]),
+                _table.seconds(got["busy_s"]["median"]),
+                f"{result['kept_bytes'] / 1e6 / wall['median']:.0f}",
+                _table.mebibytes(got["peak_bytes"]),
+            ]
+        )
+    threads = f"{run['threads']} thread" + ("s" if run["threads"] > 1 else "")
+    title = (
+        f"{result['source_bytes'] / 1e9:.2f} GB → {result['kept_bytes'] / 1e9:.2f} GB, bf16, hidden "
+        f"{result['shape']['hidden']} → {result['hidden']}, MLP {result['shape']['mlp']} → {result['mlp']}, "
+        f"{result['layers']} layers, page cache {run['cache']}, {threads}, "
+        f"{run['rows']['cp']['wall_s']['n']} repetitions; MB/s of what is written"
+    )
+    return f"{title}\n\n{draw(header, lines)}"
+
+
+def check_disk(folder: Path, gb: float) -> None:
+    needed = int(gb * 1e9 * 2.8)  # source, kept, one row's result
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise SystemExit(
+            f"{folder} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} GB are needed: take another "
+            "--folder, or a smaller --gb"
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.source:
+        result = json.loads(args.source.read_text())
+        for run in result["runs"]:
+            print(f"{table(result, run, _table.aligned)}\n")
+    else:
+        machine = facts("cpu", ["minitron-kernels", "safetensors"])
+        say(describe(machine))
+        check_disk(args.folder or Path(tempfile.gettempdir()), args.gb)
+        with tempfile.TemporaryDirectory(prefix="minitron_checkpoint_", dir=args.folder) as work:
+            result = {"format": 1, "benchmark": "checkpoint", "machine": machine} | measure(Path(work), args)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.markdown:
+        tables = [table(result, run, _table.markdown) for run in result["runs"]]
+        args.markdown.write_text("\n\n".join([*tables, f"Measured on {describe(result['machine'])}."]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What lies at a path: a checkpoint, a plan, scores; for `minitron-prune info`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+from minitron_kernels.pruning.families import family_of
+from minitron_kernels.pruning.model_card import PLAN_FILE
+from minitron_kernels.pruning.pruning_plan import PruningPlan
+from minitron_kernels.pruning.safetensors_files import open_folder, read_json
+from minitron_kernels.pruning.score_files import ABOUT
+from minitron_kernels.pruning.scores import ImportanceScores
+from minitron_kernels.pruning.sizes import size_names
+
+
+def about(path: Path) -> str:
+    """A few lines on what is there.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing is there, or nothing that is known; a damaged file.
+    """
+    if path.is_file():
+        return f"{path}: {PruningPlan.load(path).summary()}"
+    if (path / ABOUT).is_file():
+        return _about_scores(path)
+    if (path / "config.json").is_file():
+        return _about_checkpoint(path)
+    if path.exists():
+        raise ValueError(f"{path}: has neither config.json nor {ABOUT}: no checkpoint and no scores")
+    raise FileNotFoundError(2, "No such file or folder", str(path))
+
+
+def _about_scores(path: Path) -> str:
+    scores = ImportanceScores.load(path)
+    family = family_of(scores.config)
+    lines = [f"{path}: scores of a {scores.config['model_type']} model, {scores.tokens:,} tokens"]
+    sizes = family.sizes(scores.config)
+    names = size_names(family, scores.config)
+    lines += [f"  {name:<22}{sizes[axis]:>16,}" for name, axis in names.items() if name in scores.config]
+    lines.append(f"  scored: {', '.join(scores.axes)}")
+    options = scores.options
+    lines.append(
+        f"  over tokens: {', '.join(options.seq)}; MLP at {options.mlp_tap}; heads by {options.head_score}; "
+        f"experts by {options.expert_score}"
+    )
+    return "\n".join(lines)
+
+
+def _about_checkpoint(path: Path) -> str:
+    config = read_json(path / "config.json")
+    family = family_of(config)
+    sizes = family.sizes(config)
+    with open_folder(path) as folder:
+        stored = sum(math.prod(tensor.shape) for tensor in folder.tensors.values())
+        dtypes: Counter[str] = Counter()
+        for tensor in folder.tensors.values():
+            dtypes[tensor.dtype_name] += tensor.nbytes
+        files = [(file.path.name, file.size, len(file.tensors)) for file in folder.files]
+    lines = [f"{path}: checkpoint of a {config['model_type']} model"]
+    names = size_names(family, config)
+    lines += [f"  {name:<22}{sizes[axis]:>16,}" for name, axis in names.items() if sizes.get(axis)]
+    lines += [
+        f"  {name:<22}{sizes[axis]:>16,}" for name, axis in (("head_dim",) * 2, ("vocab_size", "vocab"))
+    ]
+    counted = family.count_parameters(config)
+    lines.append(f"  {'parameters':<22}{counted:>16,}")
+    inside = family.count_parameters(config, embeddings=False)
+    lines.append(f"  {'without embeddings':<22}{inside:>16,}")
+    if stored != counted:
+        lines.append(f"  {'in the files':<22}{stored:>16,}")
+    lines.append("  " + ", ".join(f"{name} {nbytes / 1e9:.3f} GB" for name, nbytes in dtypes.most_common()))
+    lines += [f"  {name}: {size / 1e9:.3f} GB, {count} tensors" for name, size, count in files]
+    if (path / PLAN_FILE).is_file():
+        plan = PruningPlan.load(path / PLAN_FILE)
+        lines.append(f"  pruned from {plan.parameters_before:,} parameters: see {PLAN_FILE}")
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+"""Calibration text from files: windows of tokens, as many as wanted, drawn at random."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_PIECE_CHARACTERS = 1 << 20  # tokenised at once
+
+
+def calibration_windows(
+    files: Sequence[Path], tokenizer: Any, *, length: int, samples: int, seed: int = 0
+) -> Tensor:
+    """Windows of `length` tokens of all files, without overlap: `samples` of them, or all if there are fewer.
+
+    Where the tokenizer begins a text with a special token (BOS), so does each window.
+
+    Args:
+        files: text in UTF-8; .jsonl with a "text" on each line; or .npy with token ids.
+        tokenizer: of transformers; None where all files are .npy.
+        length, samples, seed: as above; windows are drawn with the seed, and stay in their order.
+
+    Returns:
+        [windows, length] int64.
+
+    Raises:
+        ValueError: a file that cannot be read as what it is; fewer tokens than one window.
+    """
+    if length < 2 or samples < 1:
+        raise ValueError(f"seq-len must be at least 2 and samples at least 1, got {length} and {samples}")
+    start = _first_tokens(tokenizer)
+    body = length - len(start)
+    tokens = np.concatenate(
+        [part for file in files for part in _tokens(file, tokenizer)] or [np.zeros(0, int)]
+    )
+    count = len(tokens) // body
+    if not count:
+        names = ", ".join(map(str, files))
+        raise ValueError(
+            f"{names}: {len(tokens)} tokens are fewer than one window of {length}; give more text"
+        )
+    windows = torch.from_numpy(tokens[: count * body].astype(np.int64)).view(count, body)
+    if count > samples:
+        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
+        windows = windows[chosen.sort().values]
+    return torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(windows), -1), windows], 1)
+
+
+def _first_tokens(tokenizer: Any) -> list[int]:
+    """[BOS] where the tokenizer puts it before a text."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def _tokens(file: Path, tokenizer: Any) -> Iterator[np.ndarray]:
+    if file.suffix == ".npy":
+        try:
+            ids = np.load(file, allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{file}: cannot be read as token ids: {error}") from None
+        if ids.dtype.kind not in "iu":
+            raise ValueError(f"{file}: token ids must be integers, got {ids.dtype}")
+        yield ids.reshape(-1)
+        return
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for text in _texts(file):
+        ids = []
+        for begin in range(0, len(text), _PIECE_CHARACTERS):
+            piece = text[begin : begin + _PIECE_CHARACTERS]
+            ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        yield np.array([*ids, *end], dtype=np.int64)
+
+
+def _texts(file: Path) -> Iterator[str]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: is no text in UTF-8 (byte {error.start})") from None
+    if file.suffix != ".jsonl":
+        yield text
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            if line.strip():
+                yield str(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f'{file}: line {number} is no JSON object with a "text"') from None
