@@ -25,6 +25,11 @@ struct Step {
   uint32_t filled;  // a bit for each unit of the block
 };
 
+// A block's bytes for each step of it, in the level's own encoding; at lines, so that no load straddles two.
+struct alignas(kLineBytes) Lanes {
+  uint8_t byte[kLineBytes];
+};
+
 // A stretch of the output row, whole lines but for its end.
 struct Segment {
   enum Kind { kLines, kShuffle, kElements } kind;
@@ -40,7 +45,7 @@ struct GatherPlan {
   std::vector<Segment> segments;
   std::vector<int32_t> lines;  // where in the source row each copied line begins, bytes
   std::vector<Step> steps;
-  std::vector<uint8_t> lanes;  // a block's bytes for each step, in the level's own encoding
+  std::vector<Lanes> lanes;  // of the steps, one after the other
 };
 
 struct GatherKernels {

@@ -11,20 +11,23 @@ namespace minitron {
 // A block of which a step makes less than two elements on average is made as fast element by element.
 constexpr int64_t kElementsPerStep = 2;
 
-inline void add_step(GatherPlan& plan, const ShuffleShape& shape, const GatherKernels& kernels, int64_t from,
-                     const uint8_t* source_of) {
-  plan.steps.push_back({int32_t(from), 0});
-  plan.lanes.resize(plan.lanes.size() + shape.block);
-  kernels.encode(shape, source_of, &plan.steps.back(), plan.lanes.data() + plan.lanes.size() - shape.block);
-}
+struct BlockPlan {
+  std::vector<Step> steps;
+  std::vector<uint8_t> lanes;
 
-// Appends the steps that make output elements [begin, begin + count) of a row; false: too many.
-inline bool plan_block(GatherPlan& plan, const ShuffleShape& shape, const GatherKernels& kernels,
-                       int64_t begin, int64_t count, int64_t row_bytes) {
-  const int64_t width = plan.width, *cols = plan.cols + begin, max_steps = count / kElementsPerStep;
+  void add(const ShuffleShape& shape, const GatherKernels& kernels, int64_t from, const uint8_t* source_of) {
+    steps.push_back({int32_t(from), 0});
+    lanes.resize(lanes.size() + shape.block);
+    kernels.encode(shape, source_of, &steps.back(), lanes.data() + lanes.size() - shape.block);
+  }
+};
+
+// The steps that make a block of `count` elements of `width` bytes out of a row; false: too many.
+inline bool plan_block(BlockPlan& plan, const ShuffleShape& shape, const GatherKernels& kernels,
+                       const int64_t* cols, int64_t count, int64_t width, int64_t row_bytes) {
   bool placed[kLineBytes] = {};
   int64_t left = count;
-  for (int64_t step = 0; step < max_steps && left > 0; ++step) {
+  for (int64_t step = 0; step < count / kElementsPerStep && left > 0; ++step) {
     int64_t lowest = row_bytes;
     for (int64_t i = 0; i < count; ++i) {
       if (!placed[i]) lowest = std::min(lowest, cols[i] * width);
@@ -38,31 +41,31 @@ inline bool plan_block(GatherPlan& plan, const ShuffleShape& shape, const Gather
       for (int64_t byte = 0; byte < width; ++byte) source_of[i * width + byte] = uint8_t(at + byte);
       placed[i] = true, --left;
     }
-    add_step(plan, shape, kernels, from, source_of);
+    plan.add(shape, kernels, from, source_of);
   }
   return left == 0;
 }
 
-// The same for a whole line, all of whose blocks get as many steps as the longest needs; 0: too many.
+// Appends those of a whole line, all of whose blocks get as many steps as the longest needs; 0: too many.
 inline int64_t plan_line(GatherPlan& plan, const ShuffleShape& shape, const GatherKernels& kernels,
                          int64_t begin, int64_t row_bytes) {
   if (shape.window == 0 || shape.window > row_bytes) return 0;
-  const int64_t blocks = kLineBytes / shape.block, per_block = shape.block / plan.width;
-  GatherPlan own[kLineBytes / 16];
+  const int64_t blocks = kLineBytes / shape.block, count = shape.block / plan.width;
+  BlockPlan own[kLineBytes / 16];
   int64_t longest = 0;
   for (int64_t b = 0; b < blocks; ++b) {
-    own[b].cols = plan.cols, own[b].width = plan.width;
-    if (!plan_block(own[b], shape, kernels, begin + b * per_block, per_block, row_bytes)) return 0;
+    const int64_t* cols = plan.cols + begin + b * count;
+    if (!plan_block(own[b], shape, kernels, cols, count, plan.width, row_bytes)) return 0;
     longest = std::max<int64_t>(longest, own[b].steps.size());
   }
   uint8_t nothing[kLineBytes];
   std::fill_n(nothing, kLineBytes, kNoByte);
+  plan.lanes.resize(plan.lanes.size() + longest);  // blocks x longest x the bytes of a block
+  uint8_t* lanes = plan.lanes[plan.lanes.size() - longest].byte;
   for (int64_t b = 0; b < blocks; ++b) {
-    while (int64_t(own[b].steps.size()) < longest) {
-      add_step(own[b], shape, kernels, own[b].steps[0].from, nothing);
-    }
+    while (int64_t(own[b].steps.size()) < longest) own[b].add(shape, kernels, own[b].steps[0].from, nothing);
     plan.steps.insert(plan.steps.end(), own[b].steps.begin(), own[b].steps.end());
-    plan.lanes.insert(plan.lanes.end(), own[b].lanes.begin(), own[b].lanes.end());
+    lanes = std::copy(own[b].lanes.begin(), own[b].lanes.end(), lanes);
   }
   return longest;
 }

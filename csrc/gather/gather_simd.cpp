@@ -130,7 +130,7 @@ void make_row(const GatherPlan& plan, const char* source, char* out) {
       }
     } else if constexpr (Isa::kShape.window > 0) {
       const Step* step = plan.steps.data() + segment.first;
-      const uint8_t* lanes = plan.lanes.data() + segment.first * Isa::kShape.block;
+      const uint8_t* lanes = plan.lanes.data()->byte + segment.first * Isa::kShape.block;
       char* end = to + segment.bytes;
       switch (segment.steps) {
         case 1:
