@@ -151,6 +151,14 @@ def test_targets_of_a_plan(folder, tmp_path, capsys):
     assert PruningPlan.load(path).parameters_after <= 50_000
 
 
+def test_sizes_that_transformers_refuses(folder, tmp_path, capsys):
+    """Llama's hidden size must be a multiple of its heads there, though 4 heads of 16 fit any."""
+    odd = ["--hidden-size", 30, "--divisor", 2, "-o", tmp_path / "plan.json"]
+    assert "would not load" in fails(capsys, "plan", folder / "scores", *odd)
+    assert run("plan", folder / "scores", *odd, "--allow-unloadable") == 0
+    assert PruningPlan.load(tmp_path / "plan.json").target_config["hidden_size"] == 30
+
+
 def test_scores_of_token_ids(folder, tmp_path):
     np.save(tmp_path / "tokens.npy", np.arange(96, dtype=np.uint16).reshape(2, 48))
     arguments = ["score", folder / "src", tmp_path / "tokens.npy", "-o", tmp_path / "scores", "--seq-len", 24]

@@ -147,6 +147,7 @@ def plan(args: argparse.Namespace) -> None:
         merge_heads=args.merge_heads,
         order=args.order,
         rescale_norms=args.rescale_norms,
+        loadable=args.loadable,
         batch=args.batch,
         seq=args.seq,
         **options,
@@ -314,6 +315,12 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
         dest="rescale_norms",
         action="store_false",
         help="leave norms' gains as they are",
+    )
+    how.add_argument(
+        "--allow-unloadable",
+        dest="loadable",
+        action="store_false",
+        help="take sizes that transformers refuses to load (loadable=False)",
     )
     how.add_argument("--batch", default="L2", help="aggregation over sequences (default L2)")
     how.add_argument("--seq", default="mean", help="aggregation over tokens (default mean)")
