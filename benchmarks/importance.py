@@ -3,6 +3,7 @@
     python benchmarks/importance.py                     # [4, 2048, 14336] in bf16: a layer's MLP activations
     python benchmarks/importance.py --quick
     python benchmarks/importance.py --threads 1,2 --json out.json --markdown out.md
+    python benchmarks/_collector.py                     # what collecting all axes adds to a real forward pass
 
 Score (batch L2, sequence mean): the mean of |x| over each sequence, then the L2 norm over the sequences.
 """

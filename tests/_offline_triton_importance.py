@@ -44,7 +44,7 @@ FAULTS = {  # name: cases, fault, what the gate says
         "importance_pieces_kernel: wide_loads 0, at least",
     ),
     "registers": (
-        "moments bf16 1",
+        "moments bf16 7",
         (Fault(FILE, "num_warps=max(1, block * x.element_size() // 512)", "num_warps=1"),),
         "importance_pieces_kernel: (registers|.*spilled)",
     ),

@@ -93,8 +93,8 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.native
 def test_build_info():
     info = _native.build_info()
-    keys = "version compiler torch simd_compiled simd_chosen gemm cuda_version cuda_archs cuda_reason"
-    assert list(info) == keys.split()
+    keys = "version compiler torch simd_compiled simd_chosen gemm bf16_microkernel"
+    assert list(info) == [*keys.split(), "cuda_version", "cuda_archs", "cuda_reason"]
     assert info["version"] == minitron_kernels.__version__ == importlib.metadata.version("minitron-kernels")
     assert info["simd_chosen"] in info["simd_compiled"] and "baseline" in info["simd_compiled"]
     assert bool(info["cuda_archs"]) == (info["cuda_reason"] is None)

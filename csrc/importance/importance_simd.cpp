@@ -152,7 +152,7 @@ struct DoublesOf {
 // Halves of a vector in registers, not lane by lane: a head has as few as 64 elements, so what follows its
 // products counts as much as they do.
 template <int kBytes>
-double tree(typename DoublesOf<kBytes>::type v) {
+double tree(const typename DoublesOf<kBytes>::type& v) {  // by reference: no ABI has vectors this long
   if constexpr (kBytes == 16) {
     return v[0] + v[1];
   } else {
@@ -217,7 +217,8 @@ template <int64_t kKinds, typename T>
 int64_t moments(const MomentsTask& task, void* scratch) {
   // norms of heads lie in whole vectors, for there are few of them
   const int64_t lanes = task.head_dim ? round_up(task.values, kL) : task.values;
-  const int64_t ahead = bytes_ahead(task.values * sizeof(T), task.stride);
+  const int64_t row_bytes = task.values * std::max<int64_t>(1, task.head_dim) * sizeof(T);
+  const int64_t ahead = bytes_ahead(row_bytes, task.stride);
   Sums<kKinds> sums(scratch, lanes, task.head_dim ? 0 : ahead);
   float* norms = sums.scratch_end();
   if (task.head_dim) std::fill_n(norms, kGroup * lanes, 0.0f);
@@ -228,6 +229,8 @@ int64_t moments(const MomentsTask& task, void* scratch) {
     const float* heads[kGroup];
     for (int64_t r = 0; r < n; ++r) {
       float* out = norms + r * lanes;
+      const char* later = reinterpret_cast<const char*>(rows[r]) + ahead;
+      for (int64_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(later + at);
       for (int64_t m = 0; m < task.values; ++m) {
         out[m] = row<T>(rows[r] + m * task.head_dim, nullptr, task.head_dim);
       }
