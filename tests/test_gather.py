@@ -1,5 +1,10 @@
 """gather_channels against numpy's take, bit for bit, on every backend that runs here."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from _gather_problems import DTYPES, KINDS, WIDTHS, assert_gathered, bytes_of, keep_some, make_weight
@@ -341,3 +346,39 @@ def test_compiled(backend):
     out = torch.zeros(20, 90)
     torch.compile(from_index, fullgraph=True, backend="aot_eager")(weight, out)
     assert_gathered(out, weight, rows)
+
+
+GUARDED = """
+import ctypes, mmap, sys, torch
+import minitron_kernels as mk
+from _gather_problems import WIDTHS, assert_gathered, keep_some, make_weight
+
+torch.ops.minitron_kernels.set_simd_level(sys.argv[1])
+PAGE, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
+memory = mmap.mmap(-1, 3 * PAGE)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+for page in (0, 2):  # an access there ends the process
+    assert libc.mprotect(ctypes.c_void_p(start + page * PAGE), PAGE, 0) == 0
+raw = torch.frombuffer(memory, dtype=torch.uint8)[PAGE : 2 * PAGE]
+for dtype in WIDTHS:
+    for length in (8, 64, 100, 160):
+        weight = make_weight(6, length, dtype=dtype)
+        while weight.nbytes > PAGE:
+            weight = weight[:-1]
+        for part in (raw[: weight.nbytes], raw[PAGE - weight.nbytes :]):
+            guarded = part.view(dtype).view(weight.shape)
+            guarded.copy_(weight)
+            some = keep_some(length, length * 3 // 4), keep_some(length, length // 2, "shuffled")
+            for cols in (*some, None):
+                assert_gathered(mk.gather_channels(guarded, None, cols), weight, None, cols)
+"""
+
+
+@pytest.mark.native
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect")
+def test_nothing_beside_the_weight_is_read(simd_level):
+    """Shuffles read windows wider than what is kept: these stay within the row. Pages that end a process."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", GUARDED, simd_level]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.returncode}: {done.stderr[-2000:]}"
