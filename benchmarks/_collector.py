@@ -1,7 +1,7 @@
 """What collect_importance() adds to a forward pass of SmolLM2-135M.
 
-Steps of the collector and plain forward passes of the same weights take turns, so that the machine's drift
-falls on both. A step is all that is done for a batch: reading it, the forward pass with all axes' hooks, and
+Steps of the collector and plain forward passes of the same weights take turns, now one first, now the other, so
+that the machine's drift falls on both. A step is all that is done for a batch: reading it, the forward pass with all axes' hooks, and
 putting the moments into the states. Both call the decoder without the LM head.
 """
 
@@ -61,15 +61,21 @@ def _turns(model: Any, ids: torch.Tensor, axes: Sequence[str] | None, reps: int)
     steps: list[Sample] = []
     twin = _twin(model)
 
+    def pass_by() -> None:
+        begin = _now()
+        with torch.no_grad():
+            twin.model(input_ids=ids, use_cache=False)
+        plain.append(_since(begin))
+
     def batches() -> Iterator[torch.Tensor]:
-        for _ in range(reps + 2):
-            begin = _now()
-            with torch.no_grad():
-                twin.model(input_ids=ids, use_cache=False)
-            plain.append(_since(begin))
+        for turn in range(reps + 2):
+            if turn % 2:
+                pass_by()
             begin = _now()
             yield ids
             steps.append(_since(begin))
+            if turn % 2 == 0:
+                pass_by()
 
     collect_importance(model, batches(), axes=axes, progress=False)
     return plain[2:], steps[2:]

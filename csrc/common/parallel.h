@@ -11,11 +11,11 @@ namespace minitron {
 
 inline int64_t max_threads() { return torch::stable::get_num_threads(); }
 
-// f(task, slot) for task in [0, n), taken in order by whichever thread is free; slot < max_threads() names
-// the thread's scratch space. Tasks must not depend on which slot runs them.
+// f(task, slot) for task in [0, n), taken in order by whichever of at most `most` threads is free; slot <
+// max_threads() names the thread's scratch space. Tasks must not depend on which slot runs them.
 template <typename F>
-void parallel_tasks(int64_t n, F&& f) {
-  const int64_t threads = std::min<int64_t>(n, max_threads());
+void parallel_tasks(int64_t n, F&& f, int64_t most = INT64_MAX) {
+  const int64_t threads = std::min({n, max_threads(), most});
   if (threads <= 0) return;
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {

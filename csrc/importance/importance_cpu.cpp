@@ -14,6 +14,11 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kElementsPerTask = 1 << 16;
+constexpr int64_t kBytesPerThread = 1 << 18;
+
+// Threads that `bytes` of activations are worth. They lie in the caches of the cores that made them, token by
+// token, and a thread has to be woken: between the layers of a model two threads read 1 MB slower than one.
+int64_t threads_for(int64_t bytes) { return std::clamp<int64_t>(bytes / kBytesPerThread, 1, max_threads()); }
 
 DType narrow_dtype(const Tensor& x, const char* name) {
   const DType dtype = dtype_of(x, name);
@@ -46,20 +51,19 @@ Sequences sequences_of(const Tensor& x, const std::optional<Tensor>& cu_seqlens)
   return out;
 }
 
-// Channels: the widest blocks that keep the threads busy, but for an eighth, since long rows are read faster
-// than short ones. They begin at multiples of 64, so that a channel meets the same instructions whatever
-// block it is in, and the number of threads changes no bit. Heads: by the shape alone.
-int64_t block_of(int64_t sequences, int64_t values, bool heads) {
-  if (heads) return std::clamp<int64_t>(ceil_div(sequences * values, 8), 1, kMaxHeads);
-  constexpr int64_t kLeast = 256;
-  const int64_t threads = max_threads();
-  int64_t blocks = std::max<int64_t>(1, ceil_div(values, kMaxBlock));
+// The widest blocks that keep the threads busy, but for an eighth, since long rows are read faster than short
+// ones. Channels begin at multiples of 64, so that each meets the same instructions whatever block it is in;
+// heads lie in whole vectors anyway. So the number of threads changes no bit.
+int64_t block_of(int64_t sequences, int64_t values, int64_t head_dim, int64_t threads) {
+  const int64_t most = head_dim ? kMaxHeads : kMaxBlock, unit = head_dim ? 1 : 64;
+  const int64_t least = head_dim ? ceil_div(256, head_dim) : 256;
+  int64_t blocks = std::max<int64_t>(1, ceil_div(values, most));
   const auto busy = [&] {
     const int64_t tasks = sequences * blocks;
     return ceil_div(tasks, threads) * threads * 8 <= tasks * 9;
   };
-  while (blocks * kLeast < values && !busy()) ++blocks;
-  return std::max<int64_t>(64, round_up(ceil_div(values, blocks), 64));
+  while (blocks * least < values && !busy()) ++blocks;
+  return std::max<int64_t>(unit, round_up(ceil_div(values, blocks), unit));
 }
 
 std::tuple<Tensor, Tensor> importance_moments(Tensor x, std::optional<Tensor> mask,
@@ -81,43 +85,55 @@ std::tuple<Tensor, Tensor> importance_moments(Tensor x, std::optional<Tensor> ma
   const int64_t token_stride = (cu_seqlens ? x.stride(0) : x.stride(1)) * width;
   const int64_t sequence_stride = cu_seqlens ? 0 : x.stride(0) * width;
   // without values there still are tokens to count
-  const int64_t block = block_of(B, M, num_heads > 0);
+  const int64_t threads = threads_for(x.numel() * width);
+  const int64_t block = block_of(B, M, head_dim, threads);
   const int64_t blocks = std::max<int64_t>(1, ceil_div(M, block));
   const int64_t scratch_bytes = round_up(moments_scratch(kinds, block, num_heads > 0), 64);
-  const auto scratch = std::make_unique_for_overwrite<char[]>(max_threads() * scratch_bytes);
+  const auto scratch = std::make_unique_for_overwrite<char[]>(threads * scratch_bytes);
   const auto kernel = importance_kernels().moments;
-  parallel_tasks(B * blocks, [&](int64_t task, int64_t slot) {
-    const int64_t b = task / blocks, m = task % blocks * block, begin = sequences.begin(b);
-    const char* first = static_cast<const char*>(x.const_data_ptr()) +
-                        (cu_seqlens ? begin * token_stride : b * sequence_stride);
-    const int64_t tokens = kernel({.x = first + m * (head_dim ? head_dim : 1) * width,
-                                   .stride = token_stride,
-                                   .mask = counted ? counted + begin : nullptr,
-                                   .tokens = sequences.tokens(b),
-                                   .values = std::min(block, M - m),
-                                   .head_dim = head_dim,
-                                   .moments = out + b * M + m,
-                                   .plane_stride = B * M},
-                                  dtype, kinds, scratch.get() + slot * scratch_bytes);
-    if (m == 0) count[b] = tokens;
-  });
+  parallel_tasks(
+      B * blocks,
+      [&](int64_t task, int64_t slot) {
+        const int64_t b = task / blocks, m = task % blocks * block, begin = sequences.begin(b);
+        const char* first = static_cast<const char*>(x.const_data_ptr()) +
+                            (cu_seqlens ? begin * token_stride : b * sequence_stride);
+        const int64_t tokens = kernel({.x = first + m * (head_dim ? head_dim : 1) * width,
+                                       .stride = token_stride,
+                                       .mask = counted ? counted + begin : nullptr,
+                                       .tokens = sequences.tokens(b),
+                                       .values = std::min(block, M - m),
+                                       .head_dim = head_dim,
+                                       .moments = out + b * M + m,
+                                       .plane_stride = B * M},
+                                      dtype, kinds, scratch.get() + slot * scratch_bytes);
+        if (m == 0) count[b] = tokens;
+      },
+      threads);
   return {moments, counts};
 }
 
 Tensor importance_rows(Tensor x, std::optional<Tensor> y) {
-  narrow_dtype(x, "x");
+  const int64_t width = bytes_of(narrow_dtype(x, "x"));
   const Matrix a = matrix_of(x, "x"), b = y ? matrix_of(*y, "y") : a;
   STD_TORCH_CHECK(a.rows == b.rows && a.cols == b.cols && a.dtype == b.dtype, "y must match x");
   Tensor out = torch::stable::new_empty(x, {a.rows}, ScalarType::Float);
   float* result = static_cast<float*>(out.data_ptr());
-  const auto kernel = importance_kernels().row;
+  const auto kernel = importance_kernels().rows;
   const int64_t per_task = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, a.cols));
-  parallel_tasks(ceil_div(a.rows, per_task), [&](int64_t task, int64_t) {
-    const int64_t end = std::min(a.rows, (task + 1) * per_task);
-    for (int64_t n = task * per_task; n < end; ++n) {
-      result[n] = kernel(a.row(n), y ? b.row(n) : nullptr, a.dtype, a.cols);
-    }
-  });
+  parallel_tasks(
+      ceil_div(a.rows, per_task),
+      [&](int64_t task, int64_t) {
+        const int64_t first = task * per_task;
+        kernel({.x = a.row(first),
+                .y = y ? b.row(first) : nullptr,
+                .x_stride = a.ld * width,
+                .y_stride = b.ld * width,
+                .rows = std::min(a.rows - first, per_task),
+                .n = a.cols,
+                .out = result + first},
+               a.dtype);
+      },
+      threads_for((y ? 2 : 1) * x.numel() * width));
   return out;
 }
 

@@ -35,11 +35,18 @@ inline int64_t moments_scratch(int64_t kinds, int64_t values, bool heads) {
          (planes_of(kinds) * (sizeof(double) + sizeof(float)) + (heads ? kGroup * sizeof(float) : 0));
 }
 
+// ||x||, or with y 1 - cos(x, y), of each row.
+struct RowsTask {
+  const char *x, *y;           // y: or nullptr
+  int64_t x_stride, y_stride;  // bytes from a row to the next
+  int64_t rows, n;             // n elements each
+  float* out;                  // [rows]
+};
+
 struct ImportanceKernels {
   // Fills the block's planes; returns the number of tokens that count.
   int64_t (*moments)(const MomentsTask&, DType, int64_t kinds, void* scratch);
-  // ||x||, or with y 1 - cos(x, y), of n elements.
-  float (*row)(const void* x, const void* y, DType, int64_t n);
+  void (*rows)(const RowsTask&, DType);
 };
 
 MINITRON_TABLE_PER_LEVEL(ImportanceKernels, importance_kernels)

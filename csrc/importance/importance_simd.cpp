@@ -144,64 +144,69 @@ V chains(const V (&parts)[kN]) {
   return sum;
 }
 
-template <int kBytes>
-struct DoublesOf {
-  typedef double type __attribute__((vector_size(kBytes)));
+template <typename T, int kBytes>
+struct LanesOf {
+  typedef T type __attribute__((vector_size(kBytes)));
 };
 
 // Halves of a vector in registers, not lane by lane: a head has as few as 64 elements, so what follows its
 // products counts as much as they do.
-template <int kBytes>
-double tree(const typename DoublesOf<kBytes>::type& v) {  // by reference: no ABI has vectors this long
-  if constexpr (kBytes == 16) {
+template <typename T, int kBytes>
+T tree(const typename LanesOf<T, kBytes>::type& v) {  // by reference: no ABI has vectors this long
+  if constexpr (kBytes == 2 * sizeof(T)) {
     return v[0] + v[1];
   } else {
-    typename DoublesOf<kBytes / 2>::type half[2];
-    std::memcpy(half, &v, sizeof(v));
-    return tree<kBytes / 2>(half[0] + half[1]);
+    typename LanesOf<T, kBytes / 2>::type half[2];
+    std::memcpy(&half, &v, sizeof(v));
+    return tree<T, kBytes / 2>(half[0] + half[1]);
   }
 }
 
 double lanes_as_double(V v) {
   constexpr int kBytes = 2 * MINITRON_VECTOR_BYTES;
-  return tree<kBytes>(__builtin_convertvector(v, typename DoublesOf<kBytes>::type));
+  return tree<double, kBytes>(__builtin_convertvector(v, typename LanesOf<double, kBytes>::type));
 }
 
-// Lanes of x . x and, with kPair, of x . y and y . y, over n elements; four chains hide the additions'
-// latency.
-template <bool kPair, typename T>
-void products(const T* x, const T* y, int64_t n, double out[3]) {
-  constexpr int64_t kN = kPair ? 2 : 4;
-  V xx[kN] = {}, xy[kN] = {}, yy[kN] = {};
-  const auto add = [&](int64_t j, V a, V b) {
-    xx[j] += a * a;
-    if constexpr (kPair) xy[j] += a * b, yy[j] += b * b;
-  };
+// f(vectors...) over the vectors of x (and y) [n], kN at a time so that as many chains hide the additions'
+// latency; the next `ahead` bytes of each are fetched.
+template <int64_t kN, typename T, typename F>
+void each_vector(const T* x, const T* y, int64_t n, int64_t ahead, F&& f) {
   int64_t c = 0;
   for (; c + kN * kL <= n; c += kN * kL) {
+    for (int64_t at = 0; at < int64_t(kN * kL * sizeof(T)); at += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(x + c) + ahead + at);
+      if (y) __builtin_prefetch(reinterpret_cast<const char*>(y + c) + ahead + at);
+    }
     for (int64_t j = 0; j < kN; ++j) {
-      add(j, load<float>(x + c + j * kL), kPair ? load<float>(y + c + j * kL) : V{});
+      f(j, load<float>(x + c + j * kL), y ? load<float>(y + c + j * kL) : V{});
     }
   }
   for (; c < n; c += kL) {
     const int64_t left = std::min(kL, n - c);
-    add(0, load_partial<float>(x + c, left, 0.0f), kPair ? load_partial<float>(y + c, left, 0.0f) : V{});
+    f(0, load_partial<float>(x + c, left, 0.0f), y ? load_partial<float>(y + c, left, 0.0f) : V{});
   }
-  out[0] = lanes_as_double(chains(xx));
-  if constexpr (kPair) out[1] = lanes_as_double(chains(xy)), out[2] = lanes_as_double(chains(yy));
 }
 
+// ||x||: nothing cancels, so that fp32 will do.
 template <typename T>
-float row(const T* x, const T* y, int64_t n) {
-  double product[3];
-  if (y == nullptr) {
-    products<false>(x, y, n, product);
-    return float(std::sqrt(product[0]));
-  }
-  products<true>(x, y, n, product);
-  const double norms = std::sqrt(product[0]) * std::sqrt(product[2]);
+float norm(const T* x, int64_t n, int64_t ahead) {
+  V square[4] = {};
+  each_vector<4>(x, static_cast<const T*>(nullptr), n, ahead, [&](int64_t j, V a, V) { square[j] += a * a; });
+  return std::sqrt(tree<float, MINITRON_VECTOR_BYTES>(chains(square)));
+}
+
+// 1 - cos(x, y): lanes in fp32, what follows in double, for a block turns its input little.
+template <typename T>
+float distance(const T* x, const T* y, int64_t n, int64_t ahead) {
+  V xx[2] = {}, xy[2] = {}, yy[2] = {};
+  each_vector<2>(x, y, n, ahead, [&](int64_t j, V a, V b) {
+    xx[j] += a * a;
+    xy[j] += a * b;
+    yy[j] += b * b;
+  });
+  const double norms = std::sqrt(lanes_as_double(chains(xx))) * std::sqrt(lanes_as_double(chains(yy)));
   if (norms == 0) return 1.0f;
-  const double distance = (norms - product[1]) / norms;
+  const double distance = (norms - lanes_as_double(chains(xy))) / norms;
   return distance < 0 ? 0.0f : float(distance);  // rounding; a NaN stays one
 }
 
@@ -229,10 +234,8 @@ int64_t moments(const MomentsTask& task, void* scratch) {
     const float* heads[kGroup];
     for (int64_t r = 0; r < n; ++r) {
       float* out = norms + r * lanes;
-      const char* later = reinterpret_cast<const char*>(rows[r]) + ahead;
-      for (int64_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(later + at);
       for (int64_t m = 0; m < task.values; ++m) {
-        out[m] = row<T>(rows[r] + m * task.head_dim, nullptr, task.head_dim);
+        out[m] = norm(rows[r] + m * task.head_dim, task.head_dim, ahead);
       }
       heads[r] = out;
     }
@@ -245,6 +248,18 @@ int64_t moments(const MomentsTask& task, void* scratch) {
   }
   if (n) add();
   return sums.finish(task.moments, task.values, task.plane_stride);
+}
+
+template <typename T>
+void rows(const RowsTask& task) {
+  const auto row = [](const char* base, int64_t stride, int64_t r) {
+    return reinterpret_cast<const T*>(base + r * stride);
+  };
+  for (int64_t r = 0; r < task.rows; ++r) {
+    const T* x = row(task.x, task.x_stride, r);
+    task.out[r] =
+        task.y ? distance(x, row(task.y, task.y_stride, r), task.n, kAhead) : norm(x, task.n, kAhead);
+  }
 }
 
 // f(element) for the storage types that are read as float.
@@ -265,11 +280,8 @@ const ImportanceKernels& importance_kernels() {
               kinds, [&](auto constant) { return moments<constant(), decltype(element)>(task, scratch); });
         });
       },
-      [](const void* x, const void* y, DType dtype, int64_t n) {
-        return dispatch_narrow(dtype, [&](auto element) {
-          using T = decltype(element);
-          return row<T>(static_cast<const T*>(x), static_cast<const T*>(y), n);
-        });
+      [](const RowsTask& task, DType dtype) {
+        dispatch_narrow(dtype, [&](auto element) { rows<decltype(element)>(task); });
       }};
   return table;
 }

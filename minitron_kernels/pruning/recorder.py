@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from minitron_kernels.ops.importance.moments import Moments, combine, moments_of, rows_of
+from minitron_kernels.ops.importance.moments import Moments, backend_for, combine, moments_by, rows_by
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
 from minitron_kernels.pruning.batches import Tokens
 from minitron_kernels.pruning.scores import ImportanceScores
@@ -25,11 +25,11 @@ HELD_BYTES = 32 << 20  # of an axis, before they go into its state in the middle
 class _Held(NamedTuple):
     begin: int  # the first place
     parts: list[Tensor]
-    counts: Tensor
+    counts: Tensor | None  # of sequences, alike for all parts; None where parts have a value per token
 
 
 class Recorder:
-    """Adds activations to scores. Call start() before a forward pass and flush() after it.
+    """Adds activations to scores, without gradients. Call start() before a forward pass and flush() after it.
 
     Args:
         scores: changed in place.
@@ -40,6 +40,14 @@ class Recorder:
     def __init__(self, scores: ImportanceScores, group: ProcessGroup | None, backend: str) -> None:
         self.scores, self.group, self.backend = scores, group, backend
         self.tokens = Tokens((0, 0), None, None)
+        # Looked up once, not in every hook: between a model's layers Python's own data has left the caches,
+        # and each object that is touched costs more than the kernel's dispatch.
+        self._kinds = {
+            name: axis.state.kinds
+            for name, axis in scores.axes.items()
+            if isinstance(axis.state, ImportanceState)
+        }
+        self._backends: dict[tuple[torch.device, torch.dtype], str] = {}
         self._held: dict[str, _Held] = {}
         self._held_bytes: dict[str, int] = {}
 
@@ -57,21 +65,23 @@ class Recorder:
     def channels(self, axis: str, place: int, x: Tensor, num_heads: int = 0) -> None:
         """The channels (or with `num_heads` the heads) of x [B, S, C]."""
         mask, cu_seqlens = self.tokens.on(x.device)
-        x = self.tokens.arrange(x.detach())
-        state = self._state(axis)
-        moments = moments_of(x, mask, cu_seqlens, num_heads, state.kinds, self.backend)
+        x = self.tokens.arrange(x)
+        moments = moments_by(self._chosen(x), x, mask, cu_seqlens, num_heads, self._kinds[axis])
         self._hold(axis, place, moments.values, moments.counts)
 
     def blocks(self, place: int, block_input: Tensor, block_output: Tensor) -> None:
         """The block importance of each token of a layer, from its input and output [B, S, H]."""
-        x = block_input.detach().reshape(-1, block_input.shape[-1])
-        y = block_output.detach().reshape(-1, block_output.shape[-1])
+        x, y = block_input.flatten(0, 1), block_output.flatten(0, 1)
         if x.dtype != y.dtype:
             x, y = x.float(), y.float()
-        distance = rows_of(x, y, self.backend)
-        mask, _ = self.tokens.on(x.device)
-        counts = distance.new_full((), len(distance), dtype=torch.int64) if mask is None else mask.sum()
-        self._hold("layers", place, distance, counts)
+        self._hold("layers", place, rows_by(self._chosen(x), x, y), None)
+
+    def _chosen(self, x: Tensor) -> str:
+        where = x.device, x.dtype
+        chosen = self._backends.get(where)
+        if chosen is None:
+            chosen = self._backends[where] = backend_for(x, self.backend)
+        return chosen
 
     def experts(self, place: int, sums: Tensor, counts: Tensor) -> None:
         """Sums and counts [experts] over the tokens that were routed to each expert of a layer."""
@@ -86,7 +96,7 @@ class Recorder:
 
     def kinds(self, axis: str) -> int:
         """What the kernels have to add up for an axis."""
-        return self._state(axis).kinds
+        return self._kinds[axis]
 
     def _state(self, axis: str) -> ImportanceState:
         state = self.scores.axes[axis].state
@@ -98,7 +108,7 @@ class Recorder:
         if state.sums.device.type != like.device.type:
             state.to(like.device)
 
-    def _hold(self, axis: str, place: int, part: Tensor, counts: Tensor) -> None:
+    def _hold(self, axis: str, place: int, part: Tensor, counts: Tensor | None) -> None:
         held = self._held.get(axis)
         if held is not None and held.begin + len(held.parts) != place:
             self._flush(axis)
@@ -117,15 +127,17 @@ class Recorder:
         self._move(state, held.parts[0])
         device = held.parts[0].device
         parts = [part.to(device) for part in held.parts]  # layers may lie on several devices
-        counts = held.counts.to(device)
-        if isinstance(state, TokenMeanState):
-            mask, _ = self.tokens.on(device)
+        if held.counts is None:
             rows = torch.stack(parts).double()
-            if mask is not None:
+            mask, _ = self.tokens.on(device)
+            if mask is None:
+                counts = torch.tensor(rows.shape[1], device=device)
+            else:
                 rows = torch.where(mask.reshape(-1), rows, 0.0)  # what padding holds may be NaN
+                counts = mask.sum()
             self._add_means(state, held.begin, rows.sum(1), counts.expand(len(parts)))
             return
-        moments = Moments(torch.cat(parts, dim=2), counts, state.kinds)
+        moments = Moments(torch.cat(parts, dim=2), held.counts.to(device), self._kinds[axis])
         self._add(state, held.begin, held.begin + len(parts), moments)
 
     def _add(self, state: ImportanceState, begin: int, end: int, moments: Moments) -> None:

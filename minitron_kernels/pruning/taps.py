@@ -136,15 +136,10 @@ class TappedModel:
         axes, taps, options = recorder.scores.axes, self.family.taps, recorder.scores.options
         if "hidden" in axes:
             width = self.sizes["hidden"]
-            # the input before the norm runs and the output right after it: while caches hold them
+            scored = {place: i for i, place in enumerate(axes["hidden"].places)}
             for i, place in enumerate(axes[ENERGY].places):
-                module = self.module(str(place), "hidden")
-                tap = _input_tap(recorder, str(place), ENERGY, i, width)
-                handles.append(module.register_forward_pre_hook(tap))
-            for i, place in enumerate(axes["hidden"].places):
-                module = self.module(str(place), "hidden")
-                tap = _output_tap(recorder, str(place), "hidden", i, width, (0, 1))
-                handles.append(module.register_forward_hook(tap))
+                tap = _norm_tap(recorder, str(place), i, scored.get(place), width)
+                handles.append(self.module(str(place), "hidden").register_forward_hook(tap))
         for i, layer in enumerate(axes["mlp"].places if "mlp" in axes else ()):
             if options.mlp_tap == "down_proj_input":
                 name, module = self.layer(int(layer), taps.mlp_down, "mlp")
@@ -195,23 +190,20 @@ def _unwrap(model: Any) -> Any:
 
 
 def _check(recorder: Recorder, what: str, x: Any, width: int) -> None:
-    if (
-        not isinstance(x, Tensor)
-        or x.dim() != 3
-        or x.shape[:2] != recorder.tokens.shape
-        or x.shape[2] != width
-    ):
+    wanted = (*recorder.tokens.shape, width)
+    if not isinstance(x, Tensor) or x.shape != wanted:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(
-            f"{what} must be {[*recorder.tokens.shape, width]}, as the batch and the config say, got {got}. "
-            "Of tensor-parallel ranks score each one's channels by accumulate_importance_() and all_gather() "
-            "the states"
+            f"{what} must be {list(wanted)}, as the batch and the config say, got {got}. Of tensor-parallel "
+            "ranks score each one's channels by accumulate_importance_() and all_gather() the states"
         )
 
 
 def _input_tap(recorder: Recorder, name: str, axis: str, place: int, width: int, num_heads: int = 0) -> Any:
+    what = f"the input of {name}"
+
     def tap(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        _check(recorder, f"the input of {name}", args[0], width)
+        _check(recorder, what, args[0], width)
         recorder.channels(axis, place, args[0], num_heads)
 
     return tap
@@ -220,11 +212,28 @@ def _input_tap(recorder: Recorder, name: str, axis: str, place: int, width: int,
 def _output_tap(
     recorder: Recorder, name: str, axis: str, place: int, width: int, part: tuple[int, int]
 ) -> Any:
+    what = f"the output of {name}"
     index, parts = part
 
     def tap(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        _check(recorder, f"the output of {name}", output, width * parts)
-        recorder.channels(axis, place, output[..., index * width : (index + 1) * width])
+        _check(recorder, what, output, width * parts)
+        if parts > 1:
+            output = output[..., index * width : (index + 1) * width]
+        recorder.channels(axis, place, output)
+
+    return tap
+
+
+def _norm_tap(recorder: Recorder, name: str, energy_place: int, place: int | None, width: int) -> Any:
+    """Of a norm's input its energy and, with a `place`, its output: one hook, for each costs as much as reading
+    100 KB."""
+    take_input = _input_tap(recorder, name, ENERGY, energy_place, width)
+    take_output = None if place is None else _output_tap(recorder, name, "hidden", place, width, (0, 1))
+
+    def tap(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        take_input(module, args)
+        if take_output is not None:
+            take_output(module, args, output)
 
     return tap
 

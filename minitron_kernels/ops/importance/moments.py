@@ -67,13 +67,21 @@ def moments_of(
     x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, kinds: int, backend: str
 ) -> Moments:
     """Checked arguments (op.py) to the moments of this rank's tokens. No host sync."""
-    chosen = backend_for(x, backend)
+    return moments_by(backend_for(x, backend), x, mask, cu_seqlens, num_heads, kinds)
+
+
+def moments_by(
+    chosen: str, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, kinds: int
+) -> Moments:
+    """moments_of() by the backend that backend_for() gave, for whoever asks it once for many tensors."""
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         x = x.contiguous()
     if mask is not None:
         mask = mask.contiguous()
     if chosen == "native":
-        values, counts = torch.ops.minitron_kernels.importance_moments(x, mask, cu_seqlens, num_heads, kinds)
+        values, counts = torch.ops.minitron_kernels.importance_moments.default(
+            x, mask, cu_seqlens, num_heads, kinds
+        )
     elif chosen == "triton":
         values, counts = _moments_triton(x, mask, cu_seqlens, num_heads, kinds)
     else:
@@ -83,12 +91,16 @@ def moments_of(
 
 def rows_of(x: Tensor, y: Tensor | None, backend: str) -> Tensor:
     """[N, D] -> [N] float32: ‖x‖₂, or 1 − cos(x, y)."""
-    chosen = backend_for(x, backend)
+    return rows_by(backend_for(x, backend), x, y)
+
+
+def rows_by(chosen: str, x: Tensor, y: Tensor | None) -> Tensor:
+    """rows_of() by the backend that backend_for() gave."""
     if x.shape[-1] > 1:
         x = x if x.stride(-1) == 1 else x.contiguous()
         y = y if y is None or y.stride(-1) == 1 else y.contiguous()
     if chosen == "native":
-        return torch.ops.minitron_kernels.importance_rows(x, y)
+        return torch.ops.minitron_kernels.importance_rows.default(x, y)
     if chosen == "triton":
         return _rows_triton(x, y)
     return reference.importance_rows(x, y)
