@@ -136,9 +136,11 @@ class TappedModel:
         axes, taps, options = recorder.scores.axes, self.family.taps, recorder.scores.options
         if "hidden" in axes:
             width = self.sizes["hidden"]
-            scored = {place: i for i, place in enumerate(axes["hidden"].places)}
-            for i, place in enumerate(axes[ENERGY].places):
-                tap = _norm_tap(recorder, str(place), i, scored.get(place), width)
+            energies, scored = (
+                {place: i for i, place in enumerate(axes[axis].places)} for axis in (ENERGY, "hidden")
+            )
+            for place in energies | scored:
+                tap = _norm_tap(recorder, str(place), energies.get(place), scored.get(place), width)
                 handles.append(self.module(str(place), "hidden").register_forward_hook(tap))
         for i, layer in enumerate(axes["mlp"].places if "mlp" in axes else ()):
             if options.mlp_tap == "down_proj_input":
@@ -224,14 +226,15 @@ def _output_tap(
     return tap
 
 
-def _norm_tap(recorder: Recorder, name: str, energy_place: int, place: int | None, width: int) -> Any:
-    """Of a norm's input its energy and, with a `place`, its output: one hook, for each costs as much as reading
-    100 KB."""
-    take_input = _input_tap(recorder, name, ENERGY, energy_place, width)
-    take_output = None if place is None else _output_tap(recorder, name, "hidden", place, width, (0, 1))
+def _norm_tap(recorder: Recorder, name: str, energy: int | None, scored: int | None, width: int) -> Any:
+    """Of a norm its input's energy and its output, at their places. In one hook: each hook costs as much as
+    reading 100 KB."""
+    take_input = _input_tap(recorder, name, ENERGY, energy, width) if energy is not None else None
+    take_output = _output_tap(recorder, name, "hidden", scored, width, (0, 1)) if scored is not None else None
 
     def tap(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        take_input(module, args)
+        if take_input is not None:
+            take_input(module, args)
         if take_output is not None:
             take_output(module, args, output)
 
