@@ -1,8 +1,8 @@
 """What collect_importance() adds to a forward pass of SmolLM2-135M.
 
-Steps of the collector and plain forward passes of the same weights take turns, now one first, now the other, so
-that the machine's drift falls on both. A step is all that is done for a batch: reading it, the forward pass with all axes' hooks, and
-putting the moments into the states. Both call the decoder without the LM head.
+Steps of the collector and plain forward passes of the same weights take turns, now one first, now the other,
+so that the drift of the machine falls on both. A step is all that a batch costs: reading it, the forward pass
+with all axes' hooks, and putting the moments into the states. Both call the decoder without the LM head.
 """
 
 from __future__ import annotations

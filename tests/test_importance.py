@@ -163,7 +163,8 @@ def test_block_importance(simd_level, dtype):
     mask = torch.arange(33).reshape(3, 11) % 4 != 1
     state = mk.TokenMeanState(3)
     mk.accumulate_block_importance_(state, 0, x, x + turn)
-    mk.accumulate_block_importance_(state, 2, x, turn, mask=mask)
+    beside = torch.nn.functional.pad(turn, (3, 5))[..., 3:-5]  # rows lie farther apart than x's
+    mk.accumulate_block_importance_(state, 2, x, beside, mask=mask)
     mk.accumulate_block_importance_(state, 2, x[:0], turn[:0])
     pairs = [(x, x + turn, np.ones((3, 11), bool)), (x, turn, mask.numpy())]
     distances = [

@@ -127,16 +127,17 @@ class Recorder:
         self._move(state, held.parts[0])
         device = held.parts[0].device
         parts = [part.to(device) for part in held.parts]  # layers may lie on several devices
-        if held.counts is None:
+        if isinstance(state, TokenMeanState):
             rows = torch.stack(parts).double()
             mask, _ = self.tokens.on(device)
             if mask is None:
-                counts = torch.tensor(rows.shape[1], device=device)
+                counts = rows.new_full((), rows.shape[1], dtype=torch.int64)
             else:
                 rows = torch.where(mask.reshape(-1), rows, 0.0)  # what padding holds may be NaN
                 counts = mask.sum()
             self._add_means(state, held.begin, rows.sum(1), counts.expand(len(parts)))
             return
+        assert held.counts is not None
         moments = Moments(torch.cat(parts, dim=2), held.counts.to(device), self._kinds[axis])
         self._add(state, held.begin, held.begin + len(parts), moments)
 
