@@ -10,10 +10,10 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import _table
 import torch
@@ -49,6 +49,16 @@ class Row:
         return None
 
 
+class Beside(Protocol):
+    """A module with what else a benchmark measures, after its tables."""
+
+    def measure(self, say: Callable[[str], None], args: argparse.Namespace) -> dict[str, Any]:
+        """What goes into the result under the module's name."""
+
+    def lines(self, result: dict[str, Any]) -> list[str]:
+        """The same for a human; each line is a paragraph of the Markdown file."""
+
+
 @dataclass(frozen=True)
 class Bench:
     """What is measured.
@@ -63,6 +73,7 @@ class Bench:
         floor_label: what the floor does.
         floor_bytes: inputs -> bytes read plus bytes written by the floor.
         error: (inputs, result of a call) -> relative error against the truth; `bound` is what is allowed.
+        beside: name -> what is measured besides; --only-tables leaves it out.
     """
 
     name: str
@@ -75,6 +86,7 @@ class Bench:
     floor_bytes: Callable[[Any], int]
     error: Callable[[Any, Any], float]
     bound: float
+    beside: Mapping[str, Beside] = field(default_factory=dict)
 
     @property
     def quick(self) -> str:
@@ -99,6 +111,8 @@ def parse_args(bench: Bench, argv: list[str] | None, doc: str | None) -> argpars
         "--budget", type=float, default=4.0, help="seconds of timing for each row (default 4)"
     )
     parser.add_argument("--quick", action="store_true", help="a small case: a smoke test")
+    if bench.beside:
+        parser.add_argument("--only-tables", action="store_true", help=f"without {', '.join(bench.beside)}")
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     args = parser.parse_args(argv)
@@ -194,8 +208,10 @@ def table(run: dict[str, Any], draw: Callable[..., str]) -> str:
     return "\n\n".join(filter(None, [draw(names, rows) if rows else "", "; ".join(lines)]))
 
 
-def as_markdown(result: dict[str, Any]) -> str:
+def as_markdown(bench: Bench, result: dict[str, Any]) -> str:
     parts = [part for run in result["runs"] for part in (f"**{head(run)}**", table(run, _table.markdown))]
+    for name, beside in bench.beside.items():
+        parts += beside.lines(result[name]) if name in result else []
     return "\n\n".join([*parts, f"Measured on {describe(result['machine'])}."]) + "\n"
 
 
@@ -211,8 +227,11 @@ def main(bench: Bench, argv: list[str] | None = None, doc: str | None = None) ->
             run = measure(bench, name, threads, args)
             result["runs"].append(run)
             print(f"\n{head(run)}\n\n{table(run, _table.aligned)}\n", flush=True)
+    for name, beside in bench.beside.items() if bench.beside and not args.only_tables else ():
+        result[name] = beside.measure(say, args)
+        print(*beside.lines(result[name]), sep="\n", flush=True)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     if args.markdown:
-        args.markdown.write_text(as_markdown(result))
+        args.markdown.write_text(as_markdown(bench, result))
     return result

@@ -7,10 +7,10 @@ with all axes' hooks, and putting the moments into the states. Both call the dec
 
 from __future__ import annotations
 
+import argparse
 import copy
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,15 +20,21 @@ from _models import load_smollm2, mlp_scores, reference_text, tiny_model, token_
 from minitron_kernels.pruning import collect_importance
 
 Say = Callable[[str], None]
+PAIRS = 40  # a pair differs by several per cent from the next on a shared machine
 
 
-def _model(say: Say, tokens: int) -> tuple[Any, torch.Tensor, str]:
+def _model(say: Say, tokens: int, tiny: bool) -> tuple[Any, torch.Tensor, str]:
     """The model, or a tiny random one where it is not to be had; [1, tokens] of text; the model's name."""
-    try:
-        model, tokenizer = load_smollm2(say)
-        name = "SmolLM2-135M"
-    except Exception as error:  # no network, no room, another transformers
-        say(f"no SmolLM2-135M ({type(error).__name__}: {error}); a tiny model of random weights stands in")
+    model = None
+    if not tiny:
+        try:
+            model, tokenizer = load_smollm2(say)
+            name = "SmolLM2-135M"
+        except Exception as error:  # no network, no room, another transformers
+            say(
+                f"no SmolLM2-135M ({type(error).__name__}: {error}); a tiny model of random weights stands in"
+            )
+    if model is None:
         model, tokenizer = tiny_model()
         name = "a tiny random model"
     return model, token_windows(tokenizer, reference_text(), 1, tokens), name
@@ -55,7 +61,7 @@ def _since(begin: Sample) -> Sample:
     return Sample(time.perf_counter() - begin.wall_s, time.process_time() - begin.busy_s)
 
 
-def _turns(model: Any, ids: torch.Tensor, axes: Sequence[str] | None, reps: int) -> tuple[list, list]:
+def _turns(model: Any, ids: torch.Tensor, reps: int) -> tuple[list, list]:
     """Samples (plain forward passes, the collector's steps), two of each less, for warming up."""
     plain: list[Sample] = []
     steps: list[Sample] = []
@@ -77,51 +83,56 @@ def _turns(model: Any, ids: torch.Tensor, axes: Sequence[str] | None, reps: int)
             if turn % 2 == 0:
                 pass_by()
 
-    collect_importance(model, batches(), axes=axes, progress=False)
+    collect_importance(model, batches(), progress=False)
     return plain[2:], steps[2:]
 
 
-def collector_overhead(
-    say: Say, *, threads: Sequence[int] = (1, 2), tokens: int = 512, reps: int = 15, axes: Any = None
-) -> dict[str, Any]:
+def measure(say: Say, args: argparse.Namespace) -> dict[str, Any]:
     """What scoring costs beside the forward pass, for some numbers of threads.
 
     Returns:
-        {"model", "tokens", "dtype", "rows": [{"threads", "forward_s", "busy_overhead", "wall_overhead"}]}; an
-        overhead is step / forward pass - 1 of neighbours, its median, 20th and 80th percentile.
+        {"model", "tokens", "dtype", "rows": [{"threads", "forward_s", "busy_overhead", "wall_overhead",
+        "samples"}]}; an overhead is step / forward pass - 1 of neighbours.
     """
-    model, ids, name = _model(say, tokens)
+    if args.device != "cpu":
+        say("the collector is measured on the CPU")
+    model, ids, name = _model(say, 64 if args.quick else 512, args.quick)
     _check(model, ids)
     before = torch.get_num_threads()
     rows = []
     try:
-        for count in threads:
+        for count in args.threads:
+            say(f"collector, {count} thread(s)")
             torch.set_num_threads(count)
-            plain, steps = _turns(model, ids, axes, reps)
+            plain, steps = _turns(model, ids, 3 if args.quick else PAIRS)
             pairs = list(zip(plain, steps, strict=True))
             rows.append(
                 {
                     "threads": count,
-                    "forward_s": statistics.median(sample.wall_s for sample in plain),
+                    "forward_s": summarize([sample.wall_s for sample in plain]),
                     "busy_overhead": summarize([step.busy_s / base.busy_s - 1 for base, step in pairs]),
                     "wall_overhead": summarize([step.wall_s / base.wall_s - 1 for base, step in pairs]),
+                    "samples": {
+                        "forward": [[sample.wall_s, sample.busy_s] for sample in plain],
+                        "step": [[sample.wall_s, sample.busy_s] for sample in steps],
+                    },
                 }
             )
-            say(describe(rows[-1]))
     finally:
         torch.set_num_threads(before)
     return {"model": name, "tokens": ids.shape[1], "dtype": str(model.dtype).split(".")[1], "rows": rows}
 
 
-def describe(row: dict[str, Any]) -> str:
-    """One line for a human."""
-    busy, wall = row["busy_overhead"], row["wall_overhead"]
-    return (
-        f"{row['threads']} thread(s): forward {row['forward_s'] * 1e3:.0f} ms, collecting adds "
-        f"{busy['median']:.1%} of its CPU time ({busy['p20']:.1%} to {busy['p80']:.1%}), "
-        f"{wall['median']:.1%} of its wall time"
-    )
+def lines(result: dict[str, Any]) -> list[str]:
+    """One line for each number of threads."""
+    about = f"{result['model']}, {result['tokens']} tokens, {result['dtype']}"
+    return [
+        f"Collecting all axes of {about}, {row['threads']} thread" + "s" * (row["threads"] > 1) + ": "
+        f"{_percent(row['wall_overhead'])} of the forward pass ({row['forward_s']['median'] * 1e3:.0f} ms), "
+        f"{_percent(row['busy_overhead'])} of its CPU time; {row['wall_overhead']['n']} pairs"
+        for row in result["rows"]
+    ]
 
 
-if __name__ == "__main__":
-    collector_overhead(print)
+def _percent(share: dict[str, float]) -> str:
+    return f"{share['median']:.1%} ({share['p20']:.1%} to {share['p80']:.1%})"

@@ -23,6 +23,7 @@ import _table  # noqa: E402
 import _worker  # noqa: E402
 import checkpoint  # noqa: E402
 import gather  # noqa: E402
+import importance  # noqa: E402
 import kl_loss  # noqa: E402
 from _floor import Floor, gemm_flops  # noqa: E402
 from _peers import IMPLEMENTATIONS, OURS, step  # noqa: E402
@@ -391,3 +392,29 @@ def test_gather_rows_agree(case):
             assert bench.error(inputs, result) <= bench.bound, row.label
     result.view(torch.int16)[3, 5] ^= 1
     assert bench.error(inputs, result) > bench.bound
+
+
+@pytest.mark.native
+def test_importance_rows_agree():
+    """Every row's result is the float64 one; a channel that is off is an error above the bound."""
+    bench = importance.BENCH
+    x = bench.make_inputs(bench.cases["small"], "cpu")
+    for row in bench.rows:
+        if row.key != "compile":
+            result = row.build(x)()
+            assert bench.error(x, result) <= bench.bound, row.label
+    result[97] *= 1.001
+    assert bench.error(x, result) > bench.bound
+
+
+@pytest.mark.native
+def test_collector_takes_turns_on_one_model_and_tells_of_both(capsys):
+    """As many forward passes as steps; the line's numbers are those of the pairs."""
+    pytest.importorskip("transformers")
+    args = importance.main(importance.BENCH, ["--quick", "--impl", "mean", "--threads", "1"])["collector"]
+    (row,) = args["rows"]
+    forward, step = (row["samples"][key] for key in ("forward", "step"))
+    assert len(forward) == len(step) == row["wall_overhead"]["n"]
+    shares = sorted(b[0] / a[0] - 1 for a, b in zip(forward, step, strict=True))
+    assert row["wall_overhead"]["median"] == pytest.approx(shares[len(shares) // 2])
+    assert f"{shares[len(shares) // 2]:.1%}" in capsys.readouterr().out

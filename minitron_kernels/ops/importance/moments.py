@@ -34,13 +34,11 @@ class Moments(NamedTuple):
 
     def aggregate(self, seq: str) -> Tensor:
         """[B, M] float64: (1/n)Σ|v|, √Σv² or (1/n)Σ(v−v̄)² of each sequence; 0 for one without tokens."""
-        values = self.values.double()
-        count = _per_value(self.counts, values.shape[-1]).clamp(min=1)
-        if seq == "mean":
-            return values[0] / count
+        plane = {"mean": 0, "L2": int(bool(self.kinds & reference.ABS)), "var": -1}[seq]
+        value = self.values[plane].to(torch.float64, copy=True)
         if seq == "L2":
-            return values[int(bool(self.kinds & reference.ABS))].sqrt()
-        return values[-1] / count
+            return value.sqrt_()
+        return value.div_(_per_value(self.counts, value.shape[-1]).clamp(min=1))
 
 
 def check_activations(name: str, x: Any, dims: tuple[int, ...]) -> None:
