@@ -413,7 +413,8 @@ def test_collector_takes_turns_on_one_model_and_tells_of_both(capsys):
     pytest.importorskip("transformers")
     args = importance.main(importance.BENCH, ["--quick", "--impl", "mean", "--threads", "1"])["collector"]
     (row,) = args["rows"]
-    forward, step = (row["samples"][key] for key in ("forward", "step"))
+    (samples,) = row["processes"]
+    forward, step = samples["forward"], samples["step"]
     assert len(forward) == len(step) == row["wall_overhead"]["n"]
     shares = sorted(b[0] / a[0] - 1 for a, b in zip(forward, step, strict=True))
     assert row["wall_overhead"]["median"] == pytest.approx(shares[len(shares) // 2])
