@@ -418,4 +418,6 @@ def test_collector_takes_turns_on_one_model_and_tells_of_both(capsys):
     assert len(forward) == len(step) == row["wall_overhead"]["n"]
     shares = sorted(b[0] / a[0] - 1 for a, b in zip(forward, step, strict=True))
     assert row["wall_overhead"]["median"] == pytest.approx(shares[len(shares) // 2])
+    fastest = min(wall for wall, _ in step) / min(wall for wall, _ in forward) - 1
+    assert row["fastest_overhead"]["median"] == pytest.approx(fastest)
     assert f"{shares[len(shares) // 2]:.1%}" in capsys.readouterr().out

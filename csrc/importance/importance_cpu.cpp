@@ -16,8 +16,7 @@ using torch::headeronly::ScalarType;
 constexpr int64_t kElementsPerTask = 1 << 16;
 constexpr int64_t kBytesPerThread = 1 << 18;
 
-// Threads that `bytes` of activations are worth. They lie in the caches of the cores that made them, token by
-// token, and a thread has to be woken: between the layers of a model two threads read 1 MB slower than one.
+// Threads that `bytes` of activations are worth: to wake one costs as much as it reads meanwhile.
 int64_t threads_for(int64_t bytes) { return std::clamp<int64_t>(bytes / kBytesPerThread, 1, max_threads()); }
 
 DType narrow_dtype(const Tensor& x, const char* name) {
