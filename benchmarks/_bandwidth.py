@@ -111,6 +111,7 @@ def parse_args(bench: Bench, argv: list[str] | None, doc: str | None) -> argpars
         "--budget", type=float, default=4.0, help="seconds of timing for each row (default 4)"
     )
     parser.add_argument("--quick", action="store_true", help="a small case: a smoke test")
+    parser.set_defaults(only_tables=False)
     if bench.beside:
         parser.add_argument("--only-tables", action="store_true", help=f"without {', '.join(bench.beside)}")
     parser.add_argument("--json", type=Path, help="write the result here")
@@ -227,7 +228,7 @@ def main(bench: Bench, argv: list[str] | None = None, doc: str | None = None) ->
             run = measure(bench, name, threads, args)
             result["runs"].append(run)
             print(f"\n{head(run)}\n\n{table(run, _table.aligned)}\n", flush=True)
-    for name, beside in bench.beside.items() if bench.beside and not args.only_tables else ():
+    for name, beside in ({} if args.only_tables else bench.beside).items():
         result[name] = beside.measure(say, args)
         print(*beside.lines(result[name]), sep="\n", flush=True)
     if args.json:

@@ -26,6 +26,7 @@ from smollm2 import WHEEL, Say, cache_dir, load_smollm2
 WINDOW = 512  # tokens the models see at once
 CALIBRATION_WINDOWS = 4
 KEEP = 0.75  # of the MLP neurons
+TINY = "a tiny random model"
 
 
 def tiny_model() -> tuple[Any, Any]:
@@ -48,6 +49,15 @@ def tiny_model() -> tuple[Any, Any]:
         return {"input_ids": list(text.encode())}
 
     return LlamaForCausalLM(config).eval(), tokenizer
+
+
+def smollm2_or_tiny(say: Say) -> tuple[Any, Any, str]:
+    """SmolLM2-135M, or the tiny one where it is not to be had; the tokenizer; the model's name."""
+    try:
+        return *load_smollm2(say), "SmolLM2-135M"
+    except Exception as error:  # no network, no room, another transformers: the benchmark goes on without
+        say(f"no SmolLM2-135M ({type(error).__name__}: {error}); a tiny model of random weights stands in")
+        return *tiny_model(), TINY
 
 
 def reference_text() -> list[str]:
@@ -114,15 +124,8 @@ def real_case(say: Say, tokens: int = 2 * WINDOW) -> tuple[Case, str]:
     )
     file = folder / f"smollm2-{tokens}.pt"
     if not file.exists():
-        try:
-            model, tokenizer = load_smollm2(say)
-            name = "SmolLM2-135M"
-        except Exception as error:  # no network, no room, another transformers: the benchmark goes on without
-            say(
-                f"no SmolLM2-135M ({type(error).__name__}: {error}); a tiny model of random weights stands in"
-            )
-            model, tokenizer = tiny_model()
-            name = "a tiny random model"
+        model, tokenizer, name = smollm2_or_tiny(say)
+        if name == TINY:
             file = folder / f"tiny-{tokens}.pt"
         say(f"computing hidden states of {tokens} tokens with {name} and its pruned copy")
         wanted = tokens // WINDOW + CALIBRATION_WINDOWS

@@ -411,8 +411,8 @@ def test_importance_rows_agree():
 def test_collector_takes_turns_on_one_model_and_tells_of_both(capsys):
     """As many forward passes as steps; the line's numbers are those of the pairs."""
     pytest.importorskip("transformers")
-    args = importance.main(importance.BENCH, ["--quick", "--impl", "mean", "--threads", "1"])["collector"]
-    (row,) = args["rows"]
+    result = importance.main(importance.BENCH, ["--quick", "--impl", "mean", "--threads", "1"])
+    (row,) = result["collector"]["rows"]
     (samples,) = row["processes"]
     forward, step = samples["forward"], samples["step"]
     assert len(forward) == len(step) == row["wall_overhead"]["n"]

@@ -14,7 +14,7 @@ inline int64_t max_threads() { return torch::stable::get_num_threads(); }
 // f(task, slot) for task in [0, n), taken in order by whichever of at most `most` threads is free; slot <
 // max_threads() names the thread's scratch space. Tasks must not depend on which slot runs them.
 template <typename F>
-void parallel_tasks(int64_t n, F&& f, int64_t most = INT64_MAX) {
+void parallel_tasks(int64_t n, int64_t most, F&& f) {
   const int64_t threads = std::min({n, max_threads(), most});
   if (threads <= 0) return;
   std::atomic<int64_t> next{0};
@@ -23,6 +23,11 @@ void parallel_tasks(int64_t n, F&& f, int64_t most = INT64_MAX) {
       for (int64_t task = next++; task < n; task = next++) f(task, slot);
     }
   });
+}
+
+template <typename F>
+void parallel_tasks(int64_t n, F&& f) {
+  parallel_tasks(n, max_threads(), f);
 }
 
 }  // namespace minitron

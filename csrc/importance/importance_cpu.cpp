@@ -90,24 +90,21 @@ std::tuple<Tensor, Tensor> importance_moments(Tensor x, std::optional<Tensor> ma
   const int64_t scratch_bytes = round_up(moments_scratch(kinds, block, num_heads > 0), 64);
   const auto scratch = std::make_unique_for_overwrite<char[]>(threads * scratch_bytes);
   const auto kernel = importance_kernels().moments;
-  parallel_tasks(
-      B * blocks,
-      [&](int64_t task, int64_t slot) {
-        const int64_t b = task / blocks, m = task % blocks * block, begin = sequences.begin(b);
-        const char* first = static_cast<const char*>(x.const_data_ptr()) +
-                            (cu_seqlens ? begin * token_stride : b * sequence_stride);
-        const int64_t tokens = kernel({.x = first + m * (head_dim ? head_dim : 1) * width,
-                                       .stride = token_stride,
-                                       .mask = counted ? counted + begin : nullptr,
-                                       .tokens = sequences.tokens(b),
-                                       .values = std::min(block, M - m),
-                                       .head_dim = head_dim,
-                                       .moments = out + b * M + m,
-                                       .plane_stride = B * M},
-                                      dtype, kinds, scratch.get() + slot * scratch_bytes);
-        if (m == 0) count[b] = tokens;
-      },
-      threads);
+  parallel_tasks(B * blocks, threads, [&](int64_t task, int64_t slot) {
+    const int64_t b = task / blocks, m = task % blocks * block, begin = sequences.begin(b);
+    const char* first = static_cast<const char*>(x.const_data_ptr()) +
+                        (cu_seqlens ? begin * token_stride : b * sequence_stride);
+    const int64_t tokens = kernel({.x = first + m * (head_dim ? head_dim : 1) * width,
+                                   .stride = token_stride,
+                                   .mask = counted ? counted + begin : nullptr,
+                                   .tokens = sequences.tokens(b),
+                                   .values = std::min(block, M - m),
+                                   .head_dim = head_dim,
+                                   .moments = out + b * M + m,
+                                   .plane_stride = B * M},
+                                  dtype, kinds, scratch.get() + slot * scratch_bytes);
+    if (m == 0) count[b] = tokens;
+  });
   return {moments, counts};
 }
 
@@ -119,20 +116,18 @@ Tensor importance_rows(Tensor x, std::optional<Tensor> y) {
   float* result = static_cast<float*>(out.data_ptr());
   const auto kernel = importance_kernels().rows;
   const int64_t per_task = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, a.cols));
-  parallel_tasks(
-      ceil_div(a.rows, per_task),
-      [&](int64_t task, int64_t) {
-        const int64_t first = task * per_task;
-        kernel({.x = a.row(first),
-                .y = y ? b.row(first) : nullptr,
-                .x_stride = a.ld * width,
-                .y_stride = b.ld * width,
-                .rows = std::min(a.rows - first, per_task),
-                .n = a.cols,
-                .out = result + first},
-               a.dtype);
-      },
-      threads_for((y ? 2 : 1) * x.numel() * width));
+  parallel_tasks(ceil_div(a.rows, per_task), threads_for((y ? 2 : 1) * x.numel() * width),
+                 [&](int64_t task, int64_t) {
+                   const int64_t first = task * per_task;
+                   kernel({.x = a.row(first),
+                           .y = y ? b.row(first) : nullptr,
+                           .x_stride = a.ld * width,
+                           .y_stride = b.ld * width,
+                           .rows = std::min(a.rows - first, per_task),
+                           .n = a.cols,
+                           .out = result + first},
+                          a.dtype);
+                 });
   return out;
 }
 
