@@ -5,6 +5,8 @@ Scoring and pruning both begin here, so that a model which one of them takes the
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -50,8 +52,8 @@ def _refuse_wrapped_inside(model: nn.Module) -> None:
             )
         if "FullyShardedDataParallel" in kinds:
             raise ValueError(
-                f"model must not be in FullyShardedDataParallel (FSDP1), but {where} is: its parameters are "
-                "flattened. Shard it by torch.distributed.fsdp.fully_shard() (FSDP2), or give the model itself"
+                f"model must not be in FullyShardedDataParallel (FSDP1), but {where} is, with parameters that "
+                "are flattened: use torch.distributed.fsdp.fully_shard() (FSDP2), or give the plain model"
             )
 
 
@@ -75,10 +77,24 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate's hook on this very module fetches its parameters (device_map with "cpu", "disk")."""
+    """Whether accelerate's hook on this very module fetches its parameters (device_map: "cpu", "disk")."""
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", (hook,))  # a SequentialHook holds several
     return any(bool(getattr(each, "offload", False)) for each in hooks)
+
+
+@contextlib.contextmanager
+def fetched(module: nn.Module) -> Iterator[None]:
+    """With the parameters of this very module where it computes, if they are offloaded."""
+    if not is_offloaded(module):
+        yield
+        return
+    hook: Any = module._hf_hook
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
 
 
 def parameters_without_data(model: nn.Module) -> list[str]:
