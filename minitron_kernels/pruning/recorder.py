@@ -77,8 +77,7 @@ class Recorder:
                 off = next(at for at in range(len(places)) if seen.count(at) != 1)
                 raise ValueError(
                     f"the model must run each layer once in a forward pass, but {axis} at {places[off]} was "
-                    f"seen {seen.count(off)} times: is the layer skipped or shared, or compiled so that hooks "
-                    "are left out? Score the plain model"
+                    f"seen {seen.count(off)} times: is it skipped, shared or compiled? Score the plain model"
                 )
 
     def totals(self) -> dict[str, tuple[tuple[Place, ...], Tensor]]:

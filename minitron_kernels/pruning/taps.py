@@ -185,7 +185,8 @@ class TappedModel:
 
 def _original(module: nn.Module) -> nn.Module:
     """A module that torch.compile() wraps: hooks belong to what it runs."""
-    return module._modules.get(COMPILED, module)
+    inner = module._modules.get(COMPILED)
+    return module if inner is None else inner
 
 
 def _check_data(model: nn.Module) -> None:

@@ -52,8 +52,8 @@ def _refuse_wrapped_inside(model: nn.Module) -> None:
             )
         if "FullyShardedDataParallel" in kinds:
             raise ValueError(
-                f"model must not be in FullyShardedDataParallel (FSDP1), but {where} is, with parameters that "
-                "are flattened: use torch.distributed.fsdp.fully_shard() (FSDP2), or give the plain model"
+                f"model must not be in FullyShardedDataParallel (FSDP1), but {where} is, with its parameters "
+                "flattened: use torch.distributed.fsdp.fully_shard() (FSDP2), or give the plain model"
             )
 
 
