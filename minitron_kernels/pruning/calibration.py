@@ -14,7 +14,7 @@ from torch import Tensor
 _PIECE_CHARACTERS = 1 << 20  # tokenised at once
 # what files that are not text begin with -> what to do
 _OTHER_FORMATS = {
-    b"PAR1": 'is Parquet: write a .jsonl by pandas.read_parquet(..).to_json(.., orient="records", lines=True)',
+    b"PAR1": 'is Parquet: make a .jsonl by pandas.read_parquet(..).to_json(.., orient="records", lines=True)',
     b"\x1f\x8b": "is compressed by gzip: unpack it by gunzip first",
     b"\x28\xb5\x2f\xfd": "is compressed by zstd: unpack it by unzstd first",
     b"\xfd7zXZ": "is compressed by xz: unpack it by unxz first",

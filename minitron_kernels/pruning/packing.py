@@ -99,8 +99,8 @@ def _in_rows(key: str, tokens: Tensor, mask: Tensor | None, positions: Tensor | 
         attended = mask | ~mask.any(1, keepdim=True)  # a row of padding alone attends, or it would be NaN
         if not bool(attended.all()):
             inputs["attention_mask"] = attended.long()
-        if positions is not None:
-            positions = torch.where(mask, positions, _slots(mask))
+        if positions is not None:  # a row's first; behind it they rise by one, whatever they did in a hole
+            positions = torch.where(mask[:, :1], positions[:, :1], 0) + _slots(mask)
     if positions is not None:
         inputs["position_ids"] = positions
     return Layout(inputs, (tokens.shape[0], tokens.shape[1]), mask, None)
