@@ -181,11 +181,10 @@ CASES = (
 )
 
 
-def run(rank, world, file):
-    torch.set_num_threads(1)
+def run(rank, world, file, cases=CASES):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     try:
-        for case in CASES if world > 1 else (collector_with_data_parallel_models,):
+        for case in cases:
             torch.manual_seed(0)
             case(rank, world)
             dist.barrier()
@@ -193,6 +192,15 @@ def run(rank, world, file):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+def run_on_one_thread(rank, *args):
+    torch.set_num_threads(1)
+    run(rank, *args)
+
+
+def test_one_rank(tmp_path):
+    run(0, 1, tmp_path / "store", (collector_with_data_parallel_models,))
+
+
+@pytest.mark.parametrize("world", [2, 3])
 def test_ranks_find_what_one_process_finds(world, tmp_path):
-    torch.multiprocessing.spawn(run, args=(world, tmp_path / "store"), nprocs=world)
+    torch.multiprocessing.spawn(run_on_one_thread, args=(world, tmp_path / "store"), nprocs=world)
