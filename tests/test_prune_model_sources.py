@@ -411,7 +411,8 @@ def test_a_learned_buffer_that_is_not_declared_is_not_lost(registered):
     fewer = plan_for(model.config, num_local_experts=3)
     message = (
         r"buffer 'model.layers.0.mlp.e_score_correction_bias' \[4\] is stored with the weights, and its "
-        r"values would be lost where it becomes \[3\]: register_family\(\) a Family with Param\(..., buffer=True\)"
+        r"values would be lost where it becomes \[3\]: "
+        r"register_family\(\) a Family with Param\(..., buffer=True\)"
     )
     with pytest.raises(ValueError, match=message):
         prune_model(model, fewer, in_place=True)
