@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 COMPILED = "_orig_mod"  # where torch.compile() keeps the module that it wraps
+# modules around a module that change nothing but its name: of torch.compile(), of activation checkpointing
+_TRANSPARENT = (COMPILED, "_checkpoint_wrapped_module")
 
 
 def unwrapped(model: Any) -> nn.Module:
@@ -58,8 +60,8 @@ def _refuse_wrapped_inside(model: nn.Module) -> None:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's or module's name without what torch.compile() puts into it where a part is compiled."""
-    return ".".join(part for part in name.split(".") if part != COMPILED)
+    """A parameter's or module's name without the marks of torch.compile() and of activation checkpointing."""
+    return ".".join(part for part in name.split(".") if part not in _TRANSPARENT)
 
 
 def is_fsdp(module: Any) -> bool:
