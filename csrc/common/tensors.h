@@ -34,11 +34,6 @@ inline DType dtype_of(const Tensor& x, const char* name) {
   }
 }
 
-template <typename T>
-constexpr DType dtype_code() {
-  return sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
-}
-
 // A matrix with stride 1 along its rows.
 struct Matrix {
   const void* data = nullptr;
@@ -60,7 +55,7 @@ inline Matrix matrix_of(const Tensor& x, const char* name) {
 template <typename T>
 T* vector_of(const std::optional<Tensor>& x, int64_t length, const char* name) {
   if (!x) return nullptr;
-  STD_TORCH_CHECK(dtype_of(*x, name) == dtype_code<T>() && x->is_contiguous() && x->numel() == length, name,
+  STD_TORCH_CHECK(dtype_of(*x, name) == kDTypeOf<T> && x->is_contiguous() && x->numel() == length, name,
                   " must be a contiguous float", 8 * sizeof(T), " tensor of ", length, " elements");
   return static_cast<T*>(x->data_ptr());
 }

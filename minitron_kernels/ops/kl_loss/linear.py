@@ -16,8 +16,9 @@ from minitron_kernels import _workspace
 from minitron_kernels.ops.kl_loss.epilogues import EPILOGUES
 from minitron_kernels.ops.kl_loss.linear_gpu import linear_kl_loss_
 from minitron_kernels.ops.kl_loss.options import LossOptions
-from minitron_kernels.ops.kl_loss.plan import plan_linear_kl_loss
+from minitron_kernels.ops.kl_loss.plan import operand_type, plan_linear_kl_loss
 from minitron_kernels.ops.kl_loss.rows import NO_DOUBLE_BACKWARD, NUM_STATS
+from minitron_kernels.ops.kl_loss.sums import sum_rows
 
 
 def _loss_dtype(x: Tensor) -> torch.dtype:
@@ -88,7 +89,6 @@ def _linear_kl_loss(
         student_hidden.shape[1],
         teacher_hidden.shape[1],
         dtype=_grad_dtype(student_head),
-        teacher_dtype=teacher_head.dtype,
         grad_hidden=want_hidden,
         grad_head=want_head,
         grad_bias=want_bias,
@@ -96,7 +96,8 @@ def _linear_kl_loss(
         divergence_needs_kl=0 < beta < 1,
         schedule=schedule,
         workspace_bytes=workspace_bytes,
-        engine=engine,
+        engine=engine
+        or operand_type(student_hidden.dtype, student_head.dtype, teacher_hidden.dtype, teacher_head.dtype),
     )
 
     def vector(x: Tensor | None, length: int) -> Tensor | None:
@@ -242,7 +243,7 @@ class _Reduced(torch.autograd.Function):
         ctx.wants = wants
         ctx.lent = head_accumulator is not None
         ctx.dtypes = _dtypes(student_hidden, student_head, student_bias)
-        return (loss * row_weight.to(loss.dtype)).sum()
+        return sum_rows(loss * row_weight.to(loss.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -343,7 +344,7 @@ def linear_kl_rows(
         loss = _linear_kl_loss(
             hidden, head, *teacher[:2], bias, teacher[2], mask, None, None, None, False, False, False, *rest
         )[0]
-        return loss if row_weight is None else (loss * row_weight.to(loss.dtype)).sum()
+        return loss if row_weight is None else sum_rows(loss * row_weight.to(loss.dtype))
     if row_weight is None:
         return _PerToken.apply(hidden, head, bias, *teacher, mask, head_accumulator, wants, rest)
     return _Reduced.apply(hidden, head, bias, *teacher, mask, row_weight, head_accumulator, wants, rest)

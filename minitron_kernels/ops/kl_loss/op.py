@@ -21,6 +21,7 @@ from minitron_kernels.ops.kl_loss.options import (
 )
 from minitron_kernels.ops.kl_loss.plan import DEFAULT_WORKSPACE_BYTES, SCHEDULES
 from minitron_kernels.ops.kl_loss.rows import kl_rows
+from minitron_kernels.ops.kl_loss.sums import sum_rows
 
 
 def kl_loss(
@@ -115,8 +116,8 @@ def kl_loss(
         rows = kl_rows(chosen, student, teacher, rows_mask_, V, *options)
     if reduction == "none":
         return (rows * scale if scale != 1.0 else rows).reshape(shape)
-    total = rows.sum() * scale
-    return total if divisor is None else total * divisor.to(total.dtype)
+    total = sum_rows(rows)
+    return total * scale if divisor is None else total * (divisor * scale).to(total.dtype)
 
 
 def linear_kl_loss(
@@ -254,7 +255,7 @@ def linear_kl_loss(
                 "grad_head_accumulator needs native or triton; the reference leaves gradients to autograd"
             )
         rows = _reference_linear_rows(student, teacher, rows_mask_, V, options)
-        result = rows if row_weight is None else (rows * row_weight.to(rows.dtype)).sum()
+        result = rows if row_weight is None else sum_rows(rows * row_weight.to(rows.dtype))
     else:
         default = DEFAULT_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
         budget = default if workspace_bytes is None else workspace_bytes

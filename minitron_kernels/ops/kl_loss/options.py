@@ -175,7 +175,7 @@ def row_factor(
         if reduction != "mean":
             return scale, None
         if mask is None:
-            return scale / max(rows, 1), None
+            return scale * (1.0 / max(rows, 1)), None  # to the bit what a mask gives
         return scale, mask.sum().clamp(min=1).to(torch.float64).reciprocal()
     if reduction != "mean":
         raise ValueError(f'num_items is what reduction="mean" divides by; got reduction={reduction!r}')
