@@ -57,8 +57,10 @@ def kl_divergence_rows(
     if beta == 1.0:
         return _expectation(p_s, log_s - log_t)
     nowhere = (log_s == -math.inf) & (log_t == -math.inf)  # logaddexp has no derivative there
+    # logarithms of tensors: torch.compile keeps those symbolic, and no new beta compiles anew
+    log_beta, log_rest = (s.new_ones((), dtype=torch.float64).mul(x).log() for x in (beta, 1.0 - beta))
     log_m = torch.logaddexp(
-        log_t.masked_fill(nowhere, 0.0) + math.log(beta), log_s.masked_fill(nowhere, 0.0) + math.log1p(-beta)
+        log_t.masked_fill(nowhere, 0.0) + log_beta, log_s.masked_fill(nowhere, 0.0) + log_rest
     )
     return beta * _expectation(p_t, log_t - log_m) + (1.0 - beta) * _expectation(p_s, log_s - log_m)
 
