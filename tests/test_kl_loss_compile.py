@@ -124,7 +124,9 @@ def test_nothing_counts(function, items):
     tensors = problem()
     nothing = torch.zeros(N, dtype=torch.bool)
     step = torch.compile(
-        lambda *tensors: function(*tensors, mask=nothing, num_items=items), fullgraph=True, backend="aot_eager"
+        lambda *tensors: function(*tensors, mask=nothing, num_items=items),
+        fullgraph=True,
+        backend="aot_eager",
     )
     loss, *grads = value_and_grads(step(*tensors), tensors)
     assert loss == 0 and all((g == 0).all() for g in grads)

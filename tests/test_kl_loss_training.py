@@ -75,9 +75,7 @@ def test_opcheck():
     student, teacher = make_rows(6, 50, torch.float32)
     ops = torch.ops.minitron_kernels
     options = (50, 0.5, 1.0, 1.0, 0.0, 1.0, 0.0)
-    torch.library.opcheck(
-        ops.kl_loss_forward.default, (student, teacher, mask[:6].contiguous(), *options)
-    )
+    torch.library.opcheck(ops.kl_loss_forward.default, (student, teacher, mask[:6].contiguous(), *options))
     loss, stats = ops.kl_loss_forward(student, teacher, None, *options)
     torch.library.opcheck(ops.kl_loss_backward.default, (loss, stats, student, teacher, None, *options))
     for given in ((numbers, None), ([], torch.tensor(numbers, dtype=torch.float64))):

@@ -19,8 +19,9 @@ from minitron_kernels.ops.kl_loss.checks import as_saved
 from minitron_kernels.ops.kl_loss.epilogues import EPILOGUES
 from minitron_kernels.ops.kl_loss.linear_gpu import linear_kl_loss_
 from minitron_kernels.ops.kl_loss.options import LossOptions
-from minitron_kernels.ops.kl_loss.plan import plan_linear_kl_loss
+from minitron_kernels.ops.kl_loss.plan import operand_type, plan_linear_kl_loss
 from minitron_kernels.ops.kl_loss.rows import NUM_STATS, no_second_derivative
+from minitron_kernels.ops.kl_loss.sums import sum_rows
 
 
 def _loss_dtype(x: Tensor) -> torch.dtype:
@@ -89,7 +90,6 @@ def _linear_kl_loss(
         student_hidden.shape[1],
         teacher_hidden.shape[1],
         dtype=_grad_dtype(student_head),
-        teacher_dtype=teacher_head.dtype,
         grad_hidden=want_hidden,
         grad_head=want_head,
         grad_bias=want_bias,
@@ -97,7 +97,8 @@ def _linear_kl_loss(
         divergence_needs_kl=0 < options.beta < 1,
         schedule=schedule,
         workspace_bytes=workspace_bytes,
-        engine=engine,
+        engine=engine
+        or operand_type(student_hidden.dtype, student_head.dtype, teacher_hidden.dtype, teacher_head.dtype),
     )
 
     def vector(x: Tensor | None, length: int) -> Tensor | None:
@@ -241,7 +242,7 @@ class _Reduced(torch.autograd.Function):
         ctx.save_for_backward(*grads)
         ctx.wants = wants
         ctx.dtypes = _dtypes(student_hidden, student_head, student_bias)
-        return (loss * row_weight.to(loss.dtype)).sum()
+        return sum_rows(loss * row_weight.to(loss.dtype))
 
     @staticmethod
     @no_second_derivative("linear_kl_loss")
@@ -334,4 +335,4 @@ def linear_kl_rows(
         loss = _linear_kl_loss(
             hidden, head, *teacher[:2], bias, teacher[2], mask, None, None, None, False, False, False, *rest
         )[0]
-    return loss if row_weight is None else (loss * row_weight.to(loss.dtype)).sum()
+    return loss if row_weight is None else sum_rows(loss * row_weight.to(loss.dtype))

@@ -27,6 +27,7 @@ from minitron_kernels.ops.kl_loss.options import (
 )
 from minitron_kernels.ops.kl_loss.plan import DEFAULT_WORKSPACE_BYTES, SCHEDULES
 from minitron_kernels.ops.kl_loss.rows import kl_rows
+from minitron_kernels.ops.kl_loss.sums import sum_rows
 
 
 def kl_loss(
@@ -125,8 +126,8 @@ def kl_loss(
         rows = kl_rows(chosen, student, teacher, rows_mask_, V, options)
     if reduction == "none":
         return (rows if squared is None else rows * scale).reshape(shape)
-    total = rows.sum() * scale
-    return total if divisor is None else total * divisor.to(total.dtype)
+    total = sum_rows(rows)
+    return total * scale if divisor is None else total * (divisor * scale).to(total.dtype)
 
 
 def linear_kl_loss(
@@ -268,7 +269,7 @@ def linear_kl_loss(
             )
         constants = (as_saved(teacher[0]), as_saved(teacher[1]), as_saved(teacher[2]))
         rows = reference.linear_rows(student, constants, as_saved(rows_mask_), V, **options._asdict())
-        result = rows if row_weight is None else (rows * row_weight.to(rows.dtype)).sum()
+        result = rows if row_weight is None else sum_rows(rows * row_weight.to(rows.dtype))
     else:
         default = DEFAULT_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
         budget = default if workspace_bytes is None else byte_count("workspace_bytes", workspace_bytes)

@@ -176,7 +176,7 @@ def row_factor(
         return scale, None
     if num_items is None:
         if mask is None:
-            return scale / max(rows, 1), None
+            return scale * (1.0 / max(rows, 1)), None  # to the bit what a mask gives
         return scale, mask.sum().clamp(min=1).to(torch.float64).reciprocal()
     if rows == 0:
         return 0.0, None
