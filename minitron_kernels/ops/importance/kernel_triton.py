@@ -213,7 +213,7 @@ def importance_finish_kernel(
 
 @triton.jit
 def _cosine_distance(xx, xy, yy, xd, dd):
-    """1 - cos of rows x and y from sums of products, d = y - x; as csrc/importance/cosine.h, which says why."""
+    """1 - cos of rows x and y from sums of products, d = y - x; csrc/importance/cosine.h says why so."""
     xx, xy, yy = xx.to(tl.float64), xy.to(tl.float64), yy.to(tl.float64)
     xd, dd = xd.to(tl.float64), dd.to(tl.float64)
     norms = tl.sqrt(xx) * tl.sqrt(yy)
