@@ -71,7 +71,7 @@ def compile_steps(root: Path, folder: Path, plan: Plan, sources: list[Path]) -> 
                 steps.append(_compile(plan.cuda.nvcc, flags, source, stem.with_suffix(".cu.o")))
         elif source.stem.endswith("_simd"):
             for level in plan.compiler.simd_levels:
-                flags = [*host_flags(), *SIMD_FLAGS[level], f"-DMINITRON_SIMD={level}", *common]
+                flags = [*host_flags(), *common, f"-DMINITRON_SIMD={level}", *SIMD_FLAGS[level]]
                 steps.append(_compile(plan.compiler.command, flags, source, stem.with_suffix(f".{level}.o")))
         else:
             steps.append(

@@ -25,6 +25,8 @@ CUDA_ARCHS = (80, 90, 100)  # those of them that nvcc knows; the newest also as 
 SIMD_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    # never chosen but by tests: the code of 64-byte vectors on CPUs with registers of 32
+    "wide": ["-mavx2", "-mfma", "-mf16c", "-DMINITRON_VECTOR_BYTES=64", "-Wno-psabi", "-O1"],
     "baseline": [],
 }
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from minitron_kernels import _native
-from minitron_kernels.ops.kl_loss import plan as plan_module
+from minitron_kernels.ops.kl_loss import linear, plan
 
 # Whether this CPU and libtorch multiply bf16 operands as they are (AVX512_BF16, AMX).
 HAS_BF16 = bool(_native.build_info().get("bf16_microkernel"))
@@ -66,11 +66,12 @@ def make_rows(N, V, dtype, *, distance=1.0, rising=False, seed=0):
 
 
 def force_operands(monkeypatch, kind):
-    """linear_kl_loss packs operands as bf16 or f32, or uses the portable GEMM, whatever this CPU prefers."""
+    """linear_kl_loss packs operands as bf16 or f32, or uses a portable GEMM, whatever this CPU prefers."""
     if kind == "bf16" and not HAS_BF16:
-        pytest.skip("operands in bf16 need a CPU with AVX512_BF16 or AMX")
+        pytest.skip("the bf16 microkernel needs a CPU with AVX512_BF16 or AMX")
     if kind is not None:
-        monkeypatch.setattr(plan_module, "operand_type", lambda dtype, other: kind)
+        for module in (linear, plan):
+            monkeypatch.setattr(module, "operand_type", lambda *dtypes: kind)
 
 
 def assert_no_worse(actual, baseline, truth, *, floor):

@@ -28,7 +28,7 @@ SHARED = [
     ({"temperature": float("nan")}, ValueError, r"temperature .* got nan"),
     ({"temperature": "2"}, TypeError, r"temperature must be a number, got str"),
     ({"divergence": "kl"}, ValueError, r"divergence must be one of forward_kl.*got 'kl'"),
-    ({"divergence": 1.5}, ValueError, r"divergence .* in \[0, 1\]; got 1.5"),
+    ({"divergence": 1.5}, ValueError, r"divergence .* in \[0, 1\], got 1.5"),
     ({"divergence": None}, TypeError, r"divergence must be a name or a number, got NoneType"),
     ({"reduction": "avg"}, ValueError, r"reduction must be one of mean, sum, none; got 'avg'"),
     ({"student_softcap": -1.0}, ValueError, r"student_softcap .* got -1"),

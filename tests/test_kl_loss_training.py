@@ -12,6 +12,7 @@ from torch import nn
 import minitron_kernels as mk
 from minitron_kernels.ops.kl_loss.linear import _linear_kl_loss
 from minitron_kernels.ops.kl_loss.options import _labels_to_mask
+from minitron_kernels.ops.kl_loss.rows import _backward_op, _forward_op
 
 pytestmark = pytest.mark.native
 
@@ -62,7 +63,8 @@ def test_compile_with_a_lent_accumulator():
 
 def test_opcheck():
     hidden, head, teacher_hidden, teacher_head = make_linear(20, 16, 24, 100, torch.float32)
-    rest = (100, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, "native", "auto", 1 << 29, None)
+    numbers = [0.0, 1.0, 1.0, 0.0, 1.0, 0.0]
+    rest = (100, numbers, None, "native", "auto", 1 << 29, None)
     inputs = (hidden, head, teacher_hidden, teacher_head, torch.zeros(100), None)
     mask, weight = torch.arange(20) % 3 > 0, torch.tensor(0.5)
     for accumulator in (None, torch.zeros(100, 16)):
@@ -73,16 +75,12 @@ def test_opcheck():
     student, teacher = make_rows(6, 50, torch.float32)
     ops = torch.ops.minitron_kernels
     options = (50, 0.5, 1.0, 1.0, 0.0, 1.0, 0.0)
-    torch.library.opcheck(
-        ops.kl_loss_forward.default, (student.requires_grad_(), teacher, mask[:6].contiguous(), *options)
-    )
-    loss, stats = ops.kl_loss_forward(student.detach(), teacher, None, *options)
-    # no second derivative: its autograd registration exists to say so
-    torch.library.opcheck(
-        ops.kl_loss_backward.default,
-        (loss, stats, student.detach(), teacher, None, *options),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    torch.library.opcheck(ops.kl_loss_forward.default, (student, teacher, mask[:6].contiguous(), *options))
+    loss, stats = ops.kl_loss_forward(student, teacher, None, *options)
+    torch.library.opcheck(ops.kl_loss_backward.default, (loss, stats, student, teacher, None, *options))
+    for given in ((numbers, None), ([], torch.tensor(numbers, dtype=torch.float64))):
+        torch.library.opcheck(_forward_op, (student, teacher, None, 50, *given, "native"))
+        torch.library.opcheck(_backward_op, (loss, stats, student, teacher, None, 50, *given, "native"))
 
 
 @pytest.mark.parametrize("which", ["linear", "per token", "rows"])

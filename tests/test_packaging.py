@@ -173,7 +173,7 @@ def test_build_rules_and_incremental_build(tmp_path):
     assert extension.startswith("minitron_kernels/_C.") and "none-any" not in wheel.name
     assert not [name for name in names if name.startswith("csrc") or "_not_built" in name]
     objects = {path.name for path in (tmp_path / "build").rglob("*.o")}
-    levels = ["avx512", "avx2", "baseline"] if "toy_simd.avx2.o" in objects else ["baseline"]
+    levels = ["avx512", "avx2", "wide", "baseline"] if "toy_simd.avx2.o" in objects else ["baseline"]
     assert objects == {"module.o", *(f"toy_simd.{level}.o" for level in levels)}
     assert "-march=native" not in log
 

@@ -1,5 +1,7 @@
 #include "common/gemm.h"
 
+#include <torch/csrc/stable/library.h>
+
 #include <cmath>
 #include <exception>
 #include <vector>
@@ -78,6 +80,13 @@ const Engines& engines() {
   return found;
 }
 
+std::atomic<int64_t>& flop_count() {
+  static std::atomic<int64_t> count{-1};  // negative: off
+  return count;
+}
+
+int64_t count_gemm_flops(bool on) { return flop_count().exchange(on ? 0 : -1); }
+
 struct Cpu {
   bool amd = false, avx512_bf16 = false, amx_bf16 = false;
 };
@@ -100,6 +109,9 @@ const Cpu& cpu() {
 
 Gemm<bf16, float> brgemm_bf16() { return engines().bf16_engine; }
 Gemm<float, float> brgemm_f32() { return engines().f32_engine; }
+
+bool counting_flops() { return flop_count() >= 0; }
+void add_flops(int64_t flops) { flop_count() += flops; }
 
 void brgemm_release() {
   if (&at::native::cpublas::brgemm_release) at::native::cpublas::brgemm_release(true);
@@ -130,3 +142,13 @@ std::string gemm_engine_report() {
 }
 
 }  // namespace minitron
+
+STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
+  // For tests: begins to count what the GEMMs multiply, or ends it; returns the count until now, -1 where
+  // there was none.
+  m.def("count_gemm_flops(bool on) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(minitron_kernels, CompositeExplicitAutograd, m) {
+  m.impl("count_gemm_flops", TORCH_BOX(&minitron::count_gemm_flops));
+}

@@ -1,6 +1,7 @@
 // The matrix multiplications of the CPU kernels: one call signature, several engines.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <string>
 
@@ -25,6 +26,21 @@ Gemm<bf16, float> brgemm_bf16();
 Gemm<float, float> brgemm_f32();
 // Hands back the tile registers that brgemm_bf16 may have configured on this thread (AMX).
 void brgemm_release();
+
+// For tests: counted(gemm) adds 2 M N K to a count while it is on, and is `gemm` itself while it is not.
+bool counting_flops();
+void add_flops(int64_t flops);
+template <typename Op, typename A>
+Gemm<Op, A> counted(Gemm<Op, A> gemm) {
+  static std::atomic<Gemm<Op, A>> inner;
+  if (!counting_flops()) return gemm;
+  inner = gemm;
+  return [](int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const Op* a,
+            const Op* b, A* c) {
+    add_flops(2 * M * N * K);
+    inner.load()(M, N, K, lda, ldb, ldc, add, a, b, c);
+  };
+}
 
 // The operand type in which bf16 x bf16 -> fp32 runs fastest here: "bf16" or "f32" (bf16 widens exactly).
 const char* bf16_operand_type();

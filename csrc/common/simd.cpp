@@ -20,9 +20,17 @@ bool usable(SimdLevel level) {
     return false;
 #endif
   }
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (level == SimdLevel::kAvx2) {
 #ifdef MINITRON_HAVE_AVX2
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return avx2;
+#else
+    return false;
+#endif
+  }
+  if (level == SimdLevel::kWide) {
+#ifdef MINITRON_HAVE_WIDE
+    return avx2;
 #else
     return false;
 #endif
@@ -48,6 +56,8 @@ const char* name_of(SimdLevel level) {
       return "avx512";
     case SimdLevel::kAvx2:
       return "avx2";
+    case SimdLevel::kWide:
+      return "wide";
     default:
       return "baseline";
   }
@@ -65,13 +75,7 @@ SimdLevel simd_level() { return current().load(std::memory_order_relaxed); }
 const char* simd_level_name() { return name_of(simd_level()); }
 
 const char* simd_levels_compiled() {
-#if defined(MINITRON_HAVE_AVX512)
-  return "avx512,avx2,baseline";
-#elif defined(MINITRON_HAVE_AVX2)
-  return "avx2,baseline";
-#else
-  return "baseline";
-#endif
+  return MINITRON_IF_AVX512("avx512,") MINITRON_IF_AVX2("avx2,") MINITRON_IF_WIDE("wide,") "baseline";
 }
 
 void force_simd_level(const std::string& name) {
@@ -79,7 +83,7 @@ void force_simd_level(const std::string& name) {
     current() = best();
     return;
   }
-  for (SimdLevel level : {SimdLevel::kBaseline, SimdLevel::kAvx2, SimdLevel::kAvx512}) {
+  for (SimdLevel level : {SimdLevel::kBaseline, SimdLevel::kWide, SimdLevel::kAvx2, SimdLevel::kAvx512}) {
     if (name != name_of(level)) continue;
     if (!usable(level)) {
       throw std::invalid_argument("SIMD level '" + name + "' is not compiled in, or this CPU lacks it");

@@ -6,7 +6,8 @@
 
 namespace minitron {
 
-enum class SimdLevel { kBaseline, kAvx2, kAvx512 };
+// kWide is AVX2 code with vectors of 64 bytes, for tests alone: what AVX-512 computes, on CPUs without it.
+enum class SimdLevel { kBaseline, kWide, kAvx2, kAvx512 };
 
 // The level in use: the best that was compiled and that the CPU has, unless a test forced another.
 SimdLevel simd_level();
@@ -23,6 +24,11 @@ void force_simd_level(const std::string& name);
 #else
 #define MINITRON_IF_AVX512(...)
 #endif
+#ifdef MINITRON_HAVE_WIDE
+#define MINITRON_IF_WIDE(...) __VA_ARGS__
+#else
+#define MINITRON_IF_WIDE(...)
+#endif
 #ifdef MINITRON_HAVE_AVX2
 #define MINITRON_IF_AVX2(...) __VA_ARGS__
 #else
@@ -34,11 +40,13 @@ void force_simd_level(const std::string& name);
 #define MINITRON_TABLE_PER_LEVEL(Table, name)                                          \
   MINITRON_IF_AVX512(namespace avx512 { const Table& name(); })                        \
   MINITRON_IF_AVX2(namespace avx2 { const Table& name(); })                            \
+  MINITRON_IF_WIDE(namespace wide { const Table& name(); })                            \
   namespace baseline {                                                                 \
   const Table& name();                                                                 \
   }                                                                                    \
   inline const Table& name() {                                                         \
     MINITRON_IF_AVX512(if (simd_level() == SimdLevel::kAvx512) return avx512::name();) \
     MINITRON_IF_AVX2(if (simd_level() == SimdLevel::kAvx2) return avx2::name();)       \
+    MINITRON_IF_WIDE(if (simd_level() == SimdLevel::kWide) return wide::name();)       \
     return baseline::name();                                                           \
   }

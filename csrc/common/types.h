@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace minitron {
 
@@ -15,6 +16,10 @@ struct f16 {
 
 enum class DType { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
+const char* dtype_name(DType dtype);
+// Throws std::invalid_argument: there is no kernel from storage of `dtype` to numbers of `as`.
+[[noreturn]] void throw_unreadable(DType dtype, DType as);
+
 // Calls f with a value-initialised element of the dtype: dispatch(dtype, [&](auto e) { using T = decltype(e);
 // }).
 template <typename F>
@@ -26,9 +31,33 @@ decltype(auto) dispatch(DType dtype, F&& f) {
       return f(float{});
     case DType::kBFloat16:
       return f(bf16{});
-    default:
+    case DType::kFloat16:
       return f(f16{});
   }
+  __builtin_unreachable();
+}
+
+template <typename T>
+constexpr DType kDTypeOf = std::is_same_v<T, double>  ? DType::kFloat64
+                           : std::is_same_v<T, float> ? DType::kFloat32
+                           : std::is_same_v<T, bf16>  ? DType::kBFloat16
+                                                      : DType::kFloat16;
+
+// Whether storage of type T can be read as numbers of type As without loss: as itself, or 16 bits as fp32.
+template <typename T, typename As>
+constexpr bool kReadableAs = std::is_same_v<T, As> || (std::is_same_v<As, float> && sizeof(T) == 2);
+
+// dispatch() over the storage types that As can read. Any other throws: a kernel that did nothing for it
+// would leave in its output whatever the memory held.
+template <typename As, typename F>
+void dispatch_readable(DType dtype, F&& f) {
+  dispatch(dtype, [&](auto element) {
+    if constexpr (kReadableAs<decltype(element), As>) {
+      f(element);
+    } else {
+      throw_unreadable(kDTypeOf<decltype(element)>, kDTypeOf<As>);
+    }
+  });
 }
 
 constexpr int64_t bytes_of(DType dtype) {

@@ -9,12 +9,16 @@
 
 #include "common/types.h"
 
-#if defined(__AVX512F__)
-#define MINITRON_VECTOR_BYTES 64
+#if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+
+// A build may ask for longer vectors than the level has registers for: the compiler makes them of several.
+#if defined(MINITRON_VECTOR_BYTES)
+#elif defined(__AVX512F__)
+#define MINITRON_VECTOR_BYTES 64
 #elif defined(__AVX2__)
 #define MINITRON_VECTOR_BYTES 32
-#include <immintrin.h>
 #else
 #define MINITRON_VECTOR_BYTES 16
 #endif
@@ -105,7 +109,11 @@ inline Vec<A> load(const f16* p) {
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return bit_cast<Vec<float>>(_mm512_maskz_cvtph_ps(0xffff, raw));
 #elif defined(__F16C__)
-  return bit_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  __m256 parts[kLanes<float> / 8];
+  for (int i = 0; i < kLanes<float> / 8; ++i) {
+    parts[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * i)));
+  }
+  return bit_cast<Vec<float>>(parts);
 #else
   Vec<float> v;
   for (int i = 0; i < kLanes<float>; ++i) v[i] = half_to_float(p[i].bits);
@@ -132,8 +140,12 @@ inline void store(f16* p, Vec<float> v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+  __m256 parts[kLanes<float> / 8];
+  std::memcpy(parts, &v, sizeof(v));
+  for (int i = 0; i < kLanes<float> / 8; ++i) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8 * i),
+                     _mm256_cvtps_ph(parts[i], _MM_FROUND_TO_NEAREST_INT));
+  }
 #else
   for (int i = 0; i < kLanes<float>; ++i) p[i].bits = float_to_half(v[i]);
 #endif

@@ -29,11 +29,15 @@ inline Vec<A> transform_slope(Vec<A> s, A scale, A softcap, A inv_tau) {
   return (A(1) - ratio * ratio) * (scale * inv_tau);
 }
 
-// A row's normalisers, one row per lane or one row in all lanes. rz = 1 / sum exp(x - max); delta = lse_s -
-// lse_t.
+// A row's normalisers, one row per lane or one row in all lanes. rz = 1 / sum exp(x - max); shift and delta
+// as in kl_loss_cpu.h.
 template <typename A>
 struct RowStats {
   Vec<A> max_s, rz_s, max_t, rz_t, delta, kl;
+  // The shift is taken off the larger logits alone: the smaller ones have digits that it would push out.
+  Mask<A> student_larger = (max_s < A(0) ? -max_s : max_s) > (max_t < A(0) ? -max_t : max_t);
+  Vec<A> shift_s = student_larger ? shift_between<A>(max_s, max_t) : Vec<A>{};
+  Vec<A> shift_t = student_larger ? Vec<A>{} : -shift_between<A>(max_s, max_t);
 };
 
 template <typename A>
@@ -77,7 +81,7 @@ template <typename A, Divergence kind>
 inline Terms<A> divergence_terms(Vec<A> s, Vec<A> t, const RowStats<A>& row, A beta) {
   const Vec<A> p_s = exp_nonpositive<A>(s - row.max_s) * row.rz_s;
   const Vec<A> p_t = exp_nonpositive<A>(t - row.max_t) * row.rz_t;
-  const Vec<A> ratio = (s - t) - row.delta;  // ls - lt
+  const Vec<A> ratio = ((s - row.shift_s) - (t - row.shift_t)) - row.delta;  // ls - lt
   if constexpr (kind == Divergence::kForward) {
     const Mask<A> small = (ratio < A(kSmallRatio)) & (ratio > A(-kSmallRatio));
     const Vec<A> beyond = exp_beyond_linear<A>(ratio);

@@ -2,7 +2,9 @@
 // table of function pointers per level.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/gemm.h"
 #include "common/simd.h"
@@ -26,6 +28,23 @@ enum Stat { kMaxS, kInvSumS, kMaxT, kInvSumT, kDelta, kKl, kStats };
 // the direction asked for) given that the token is in the tile. By the chain rule KL = KL(tile) + sum P(tile)
 // KL(in tile).
 enum Partial { kPartMaxS, kPartSumS, kPartMaxT, kPartSumT, kPartKl, kPartials };
+
+// A row's log-ratio is ls - lt = (s - t) - (lse_s - lse_t), with the shift, a whole number, taken off both
+// brackets: logits of two models may lie far apart, and their difference would lose its digits. Where the
+// maxima agree the shift is 0, and s - t of a student close to its teacher stays exact. Of two maxima of type
+// A, or of vectors of them; always inlined, since the files that include this are compiled for different
+// CPUs.
+template <typename A, typename V>
+[[gnu::always_inline]] inline V shift_between(V max_s, V max_t) {
+  constexpr A kRounds = std::is_same_v<A, float> ? A(0x1.8p23) : A(0x1.8p52);  // to a whole number
+  return ((max_s - max_t) + kRounds) - kRounds;
+}
+// lse_s - lse_t - shift from maxima and sums of exp.
+template <typename A>
+[[gnu::always_inline]] inline A delta_between(A max_s, double sum_s, A max_t, double sum_t) {
+  const double shift = shift_between<A>(max_s, max_t);
+  return A((double(max_s) - double(max_t) - shift) + (std::log(sum_s) - std::log(sum_t)));
+}
 
 // One row of logits, [vocab_size] with stride 1.
 struct LogitsRow {
@@ -78,17 +97,20 @@ struct CpuKernels {
   PackKernels<float, float> pack_f32;
   PackKernels<float, bf16> pack_bf16;
   PackKernels<double, double> pack_f64;
+  Gemm<bf16, float> gemm_bf16;
 
   template <typename A>
   const KlKernels<A>& kl() const {
-    if constexpr (sizeof(A) == 4) return f32;
-    if constexpr (sizeof(A) == 8) return f64;
+    static_assert(std::is_same_v<A, float> || std::is_same_v<A, double>);
+    if constexpr (std::is_same_v<A, float>) return f32;
+    if constexpr (std::is_same_v<A, double>) return f64;
   }
   template <typename Op>
   const auto& pack() const {
-    if constexpr (sizeof(Op) == 2) return pack_bf16;
-    if constexpr (sizeof(Op) == 4) return pack_f32;
-    if constexpr (sizeof(Op) == 8) return pack_f64;
+    static_assert(std::is_same_v<Op, bf16> || std::is_same_v<Op, float> || std::is_same_v<Op, double>);
+    if constexpr (std::is_same_v<Op, bf16>) return pack_bf16;
+    if constexpr (std::is_same_v<Op, float>) return pack_f32;
+    if constexpr (std::is_same_v<Op, double>) return pack_f64;
   }
 };
 

@@ -7,17 +7,10 @@
 namespace minitron::MINITRON_SIMD {
 namespace {
 
-// Whether storage type T can be read into operands of type Op.
-template <typename Op, typename T>
-constexpr bool kReadable = std::is_same_v<Op, T> || (std::is_same_v<Op, float> && sizeof(T) == 2);
-
 // Turns the DType into a typed pointer and calls f with it.
 template <typename Op, typename F>
 void with_source(const void* src, DType dtype, F&& f) {
-  dispatch(dtype, [&](auto element) {
-    using T = decltype(element);
-    if constexpr (kReadable<Op, T>) f(static_cast<const T*>(src));
-  });
+  dispatch_readable<Op>(dtype, [&](auto element) { f(static_cast<const decltype(element)*>(src)); });
 }
 
 template <typename A, typename Op>
@@ -40,16 +33,13 @@ constexpr PackKernels<A, Op> pack_kernels() {
   k.transpose_panel = &transpose_panel<A, Op>;
   k.narrow = [](const A* src, int64_t lds, int64_t rows, int64_t cols, void* dst, DType dtype, int64_t ldd) {
     constexpr int L = kLanes<A>;
-    dispatch(dtype, [&](auto element) {
-      using T = decltype(element);
-      if constexpr ((sizeof(T) == 8) == (sizeof(A) == 8)) {
-        for (int64_t r = 0; r < rows; ++r) {
-          T* out = static_cast<T*>(dst) + r * ldd;
-          const A* in = src + r * lds;
-          int64_t c = 0;
-          for (; c + L <= cols; c += L) store(out + c, load<A>(in + c));
-          if (c < cols) store_partial(out + c, load_partial<A>(in + c, cols - c, A(0)), cols - c);
-        }
+    dispatch_readable<A>(dtype, [&](auto element) {
+      for (int64_t r = 0; r < rows; ++r) {
+        auto* out = static_cast<decltype(element)*>(dst) + r * ldd;
+        const A* in = src + r * lds;
+        int64_t c = 0;
+        for (; c + L <= cols; c += L) store(out + c, load<A>(in + c));
+        if (c < cols) store_partial(out + c, load_partial<A>(in + c, cols - c, A(0)), cols - c);
       }
     });
   };
@@ -58,15 +48,16 @@ constexpr PackKernels<A, Op> pack_kernels() {
 
 template <typename A>
 constexpr KlKernels<A> kl_kernels() {
-  return {&row_forward<A>, &row_backward<A>,   &panel_stats<A>,  &panel_kl<A>,
-          &panel_grad<A>,  &panel_row_sums<A>, &portable_gemm<A>};
+  return {&row_forward<A>, &row_backward<A>,   &panel_stats<A>,     &panel_kl<A>,
+          &panel_grad<A>,  &panel_row_sums<A>, &portable_gemm<A, A>};
 }
 
 }  // namespace
 
 const CpuKernels& cpu_kernels() {
-  static const CpuKernels table{kl_kernels<float>(), kl_kernels<double>(), pack_kernels<float, float>(),
-                                pack_kernels<float, bf16>(), pack_kernels<double, double>()};
+  static const CpuKernels table{
+      kl_kernels<float>(),         kl_kernels<double>(),           pack_kernels<float, float>(),
+      pack_kernels<float, bf16>(), pack_kernels<double, double>(), &portable_gemm<bf16, float>};
   return table;
 }
 

@@ -118,7 +118,7 @@ class LinearKl : private LinearRows<Op, A> {
   void make_logits(const Matrix& head, int64_t packed, const Tile& t, int64_t first, int64_t last, A* out,
                    int64_t slot) const {
     const int64_t depth = s_.depth(head.cols);
-    const bool direct = head.dtype == op_dtype() && depth == head.cols;
+    const bool direct = head.dtype == kDTypeOf<Op> && depth == head.cols;
     for (int64_t k = 0; k < depth; k += kMaxChain) {
       const int64_t chain = std::min(kMaxChain, depth - k);
       const char* block = head.row(t.begin) + k * bytes_of(head.dtype);
@@ -296,8 +296,6 @@ class LinearKl : private LinearRows<Op, A> {
       }
     }
   }
-
-  static constexpr DType op_dtype() { return sizeof(Op) == 2 ? DType::kBFloat16 : dtype_code<A>(); }
 
   const KlKernels<A>& kl_;
   const PackKernels<A, Op>& pack_;

@@ -63,13 +63,37 @@ std::vector<int64_t> active_rows(const uint8_t* mask, int64_t n) {
   return rows;
 }
 
+// What `engine` names: the operands' type and who multiplies them.
+struct Engine {
+  DType operands;
+  bool portable;
+};
+
+Engine engine_of(const std::string& name) {
+  if (name == "bf16") return {DType::kBFloat16, false};
+  if (name == "portable_bf16") return {DType::kBFloat16, true};
+  if (name == "f32") return {DType::kFloat32, !brgemm_f32()};
+  if (name == "portable") return {DType::kFloat32, true};
+  STD_TORCH_CHECK(name == "f64", "engine must be bf16, f32, f64, portable or portable_bf16, got ", name);
+  return {DType::kFloat64, true};
+}
+
+// Operands of a type that cannot hold the tensor's values would be rounded, or not be there at all.
+void check_readable(const Matrix& x, DType operands, const char* name, const std::string& engine) {
+  bool readable = false;
+  dispatch(x.dtype, [&](auto storage) {
+    dispatch(operands, [&](auto operand) { readable = kReadableAs<decltype(storage), decltype(operand)>; });
+  });
+  STD_TORCH_CHECK(readable, "engine ", engine, " cannot take ", name, ", which is ", dtype_name(x.dtype));
+}
+
 template <typename Op, typename A>
 void run(const LinearProblem& problem, const LinearShape& shape, Gemm<Op, A> gemm, const Tensor& workspace) {
   const int64_t need = make_layout(shape).total;
   STD_TORCH_CHECK(workspace.numel() >= need, "workspace must have at least ", need, " bytes, got ",
                   workspace.numel());
   advise_huge_pages(workspace.data_ptr(), need);
-  LinearKl<Op, A>(problem, shape, gemm, static_cast<char*>(workspace.data_ptr())).run();
+  LinearKl<Op, A>(problem, shape, counted(gemm), static_cast<char*>(workspace.data_ptr())).run();
 }
 
 void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teacher_hidden,
@@ -103,8 +127,16 @@ void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teac
   p.grad_head = output_of(grad_head, V, H, "grad_head");
   p.head_accumulator = output_of(head_accumulator, V, H, "grad_head_accumulator");
 
-  const bool wide = p.student_hidden.dtype == DType::kFloat64;
+  const Engine chosen = engine_of(engine);
+  check_readable(p.student_hidden, chosen.operands, "student_hidden", engine);
+  check_readable(p.student_head, chosen.operands, "student_head", engine);
+  check_readable(p.teacher_hidden, chosen.operands, "teacher_hidden", engine);
+  check_readable(p.teacher_head, chosen.operands, "teacher_head", engine);
+  const bool wide = chosen.operands == DType::kFloat64;
   const DType accumulate = wide ? DType::kFloat64 : DType::kFloat32;
+  STD_TORCH_CHECK(!p.head_accumulator.data || p.head_accumulator.dtype == accumulate,
+                  "grad_head_accumulator must be ", dtype_name(accumulate), ", got ",
+                  dtype_name(p.head_accumulator.dtype));
   const bool any_row = !p.rows.empty() && V > 0;
   if (int64_t(p.rows.size()) < N || !any_row) zero_rows(p.grad_hidden, 0, N);
   zero_rows(p.grad_head, any_row ? V : 0, p.grad_head.rows);  // rows beyond vocab_size are padding
@@ -131,14 +163,13 @@ void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teac
   }
   if (!any_row) return;
 
-  const bool narrow = engine == "bf16";
   const bool lent = p.head_accumulator.data != nullptr;
   const LinearShape shape{.rows = int64_t(p.rows.size()),
                           .vocab_size = V,
                           .student_width = H,
                           .teacher_width = p.teacher_hidden.cols,
-                          .op_bytes = wide ? 8 : (narrow ? 2 : 4),
-                          .acc_bytes = wide ? 8 : 4,
+                          .op_bytes = bytes_of(chosen.operands),
+                          .acc_bytes = bytes_of(accumulate),
                           .grad_hidden = p.grad_hidden.data != nullptr,
                           .grad_head = p.grad_head.data != nullptr || lent,
                           .head_in_place = lent || p.grad_head.dtype == accumulate,
@@ -148,14 +179,15 @@ void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teac
                           .super_tiles = super_tiles,
                           .stored_tiles = stored_tiles,
                           .threads = max_threads()};
+  const CpuKernels& kernels = cpu_kernels();
   if (wide) {
-    run<double, double>(p, shape, cpu_kernels().f64.gemm, workspace);
-  } else if (narrow) {
-    STD_TORCH_CHECK(brgemm_bf16(), "engine bf16: this CPU or this libtorch has no bf16 microkernel");
-    run<bf16, float>(p, shape, brgemm_bf16(), workspace);
+    run<double, double>(p, shape, kernels.f64.gemm, workspace);
+  } else if (chosen.operands == DType::kBFloat16) {
+    STD_TORCH_CHECK(chosen.portable || brgemm_bf16(),
+                    "engine bf16: this CPU or this libtorch has no bf16 microkernel");
+    run<bf16, float>(p, shape, chosen.portable ? kernels.gemm_bf16 : brgemm_bf16(), workspace);
   } else {
-    const bool portable = engine == "portable" || !brgemm_f32();
-    run<float, float>(p, shape, portable ? cpu_kernels().f32.gemm : brgemm_f32(), workspace);
+    run<float, float>(p, shape, chosen.portable ? kernels.f32.gemm : brgemm_f32(), workspace);
   }
 }
 

@@ -29,7 +29,7 @@ class LinearRows : protected LinearBuffers<Op, A> {
         set(kInvSumS, 1 / student.sum);
         set(kMaxT, teacher.max);
         set(kInvSumT, 1 / teacher.sum);
-        set(kDelta, (student.max - teacher.max) + (std::log(student.sum) - std::log(teacher.sum)));
+        set(kDelta, delta_between<A>(A(student.max), student.sum, A(teacher.max), teacher.sum));
         set(kKl, p_.options.kind() == Divergence::kReverse ? kl : 0.0);
         if (n < c.rows) set_loss(c, n, kl);
       }
@@ -62,25 +62,38 @@ class LinearRows : protected LinearBuffers<Op, A> {
     return merged;
   }
 
-  // The chain rule of KL over tiles, each term >= 0.
+  // The chain rule of KL over tiles, each term >= 0. The ratio of a tile's masses is taken in log space: a
+  // mass that is too small for any float has a logarithm all the same. Only a tile without a possible token
+  // has none. As for single tokens, a mass below the numbers of A is 0, also where it meets an infinite
+  // factor.
   double merge_kl(const Chunk& c, int64_t n, const MergedSum& student, const MergedSum& teacher) const {
     double kl = 0;
     for (int64_t t = 0; t < s_.tiles(); ++t) {
       const A* part = partials(c, t) + n;
-      const auto mass = [&](const MergedSum& side, int max_column, int sum_column) {
-        return side.scale(part[max_column * c.padded]) * part[sum_column * c.padded] / side.sum;
-      };
-      double p = mass(teacher, kPartMaxT, kPartSumT), q = mass(student, kPartMaxS, kPartSumS);
-      if (p_.options.kind() == Divergence::kReverse) std::swap(p, q);
-      if (p == 0) {
-        kl += q;
-      } else if (q == 0) {
-        kl = std::numeric_limits<double>::infinity();
+      TileMass x = tile_mass(teacher, part[kPartMaxT * c.padded], part[kPartSumT * c.padded]);
+      TileMass y = tile_mass(student, part[kPartMaxS * c.padded], part[kPartSumS * c.padded]);
+      if (p_.options.kind() == Divergence::kReverse) std::swap(x, y);
+      if (x.mass < std::numeric_limits<A>::min()) {
+        kl += y.mass;
+      } else if (!y.possible) {
+        kl += x.mass * std::numeric_limits<double>::infinity() + y.mass;
       } else {
-        kl += p * std::log(p / q) + (q - p) + p * part[kPartKl * c.padded];
+        const double ratio = (x.below - y.below) + std::log(x.share / y.share);
+        kl += x.mass * (ratio + part[kPartKl * c.padded]) + (y.mass - x.mass);
       }
     }
     return kl;
+  }
+
+  // mass = exp(below) * share: a tile's part of the row's probability.
+  struct TileMass {
+    double mass, below, share;
+    bool possible;
+  };
+  static TileMass tile_mass(const MergedSum& row, double tile_max, double tile_sum) {
+    const double share = tile_sum / row.sum;
+    return {row.scale(tile_max) * share, tile_max - row.max, share,
+            tile_max > -std::numeric_limits<double>::infinity() || tile_sum != 0};
   }
 
   void set_loss(const Chunk& c, int64_t n, double value) const {

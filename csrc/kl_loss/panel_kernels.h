@@ -53,8 +53,7 @@ inline Vec<A> tile_kl(const A* s, const A* t, int64_t rows, Divergence kind, Vec
                       Vec<A> max_t, Vec<A> sum_t) {
   RowStats<A> row{max_s, A(1) / sum_s, max_t, A(1) / sum_t, Vec<A>{}, Vec<A>{}};
   for (int i = 0; i < kLanes<A>; ++i) {
-    row.delta[i] =
-        A((double(max_s[i]) - double(max_t[i])) + (std::log(double(sum_s[i])) - std::log(double(sum_t[i]))));
+    row.delta[i] = delta_between<A>(max_s[i], sum_s[i], max_t[i], sum_t[i]);
   }
   const auto sum = [&](auto kind_constant) {
     return column_sum<A>(rows, [&](int64_t v) {

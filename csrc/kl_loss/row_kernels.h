@@ -17,18 +17,15 @@ inline void read_block(const void* row, DType dtype, int64_t begin, int64_t n, A
                        A* out) {
   constexpr int L = kLanes<A>;
   constexpr A impossible = -std::numeric_limits<A>::infinity();
-  dispatch(dtype, [&](auto element) {
-    using T = decltype(element);
-    if constexpr ((sizeof(T) == 8) == (sizeof(A) == 8)) {
-      const T* p = static_cast<const T*>(row) + begin;
-      for (int64_t i = 0; i < n; i += L) {
-        const Vec<A> z = n - i >= L ? load<A>(p + i) : load_partial<A>(p + i, n - i, impossible);
-        Vec<A> y = transform_logit<A>(z, scale, softcap, inv_tau);
-        if (n - i < L) {
-          for (int64_t j = n - i; j < L; ++j) y[j] = impossible;
-        }
-        store(out + i, y);
+  dispatch_readable<A>(dtype, [&](auto element) {
+    const auto* p = static_cast<const decltype(element)*>(row) + begin;
+    for (int64_t i = 0; i < n; i += L) {
+      const Vec<A> z = n - i >= L ? load<A>(p + i) : load_partial<A>(p + i, n - i, impossible);
+      Vec<A> y = transform_logit<A>(z, scale, softcap, inv_tau);
+      if (n - i < L) {
+        for (int64_t j = n - i; j < L; ++j) y[j] = impossible;
       }
+      store(out + i, y);
     }
   });
 }
@@ -78,7 +75,6 @@ struct RunningSum {
     for (int64_t i = 0; i < n; i += L) total += exp_nonpositive<A>(load<A>(x + i) - base);
     sum += sum_lanes<A>(total);
   }
-  double log_sum() const { return double(max) + std::log(sum); }
 };
 
 template <typename A>
@@ -100,21 +96,28 @@ void row_forward_of(const LogitsRow& row, const LossOptions& options, A* loss, A
   stats[kInvSumS] = A(1.0 / student.sum);
   stats[kMaxT] = teacher.max;
   stats[kInvSumT] = A(1.0 / teacher.sum);
-  stats[kDelta] = A(student.log_sum() - teacher.log_sum());
+  stats[kDelta] = delta_between<A>(student.max, student.sum, teacher.max, teacher.sum);
   stats[kKl] = 0;
 
   double total = 0, kl = 0;
   const RowStats<A> row_stats = broadcast_stats(stats);
   reader.each_block([&](const A* s, const A* t, int64_t n, int64_t) {
-    Vec<A> block_loss{}, block_kl{};
-    for (int64_t i = 0; i < n; i += L) {
+    // four chains: equal terms all round the same way, and a long chain of them adds that up
+    Vec<A> block_loss[4] = {}, block_kl[4] = {};
+    const auto add = [&](int64_t i, int chain) {
       const auto terms =
           divergence_terms<A, kind>(load<A>(s + i), load<A>(t + i), row_stats, A(options.beta));
-      block_loss += terms.loss;
-      block_kl += terms.kl;
+      block_loss[chain] += terms.loss;
+      block_kl[chain] += terms.kl;
+    };
+    int64_t i = 0;
+    for (; i + 3 * L < n; i += 4 * L) {
+#pragma GCC unroll 4
+      for (int chain = 0; chain < 4; ++chain) add(i + chain * L, chain);
     }
-    total += sum_lanes<A>(block_loss);
-    kl += sum_lanes<A>(block_kl);
+    for (; i < n; i += L) add(i, 0);
+    total += sum_lanes<A>((block_loss[0] + block_loss[1]) + (block_loss[2] + block_loss[3]));
+    kl += sum_lanes<A>((block_kl[0] + block_kl[1]) + (block_kl[2] + block_kl[3]));
   });
   *loss = A(total);
   if (kind == Divergence::kReverse) stats[kKl] = A(total);
@@ -128,20 +131,17 @@ void row_backward_of(const LogitsRow& row, const LossOptions& options, const A* 
   const RowStats<A> row_stats = broadcast_stats(stats);
   RowReader<A> reader(row, options);
   reader.each_block([&](const A* s, const A* t, int64_t n, int64_t begin) {
-    dispatch(row.student_dtype, [&](auto element) {
-      using T = decltype(element);
-      if constexpr ((sizeof(T) == 8) == (sizeof(A) == 8)) {
-        T* out = static_cast<T*>(grad) + begin;
-        for (int64_t i = 0; i < n; i += L) {
-          const Vec<A> x = load<A>(s + i);
-          const auto terms = divergence_terms<A, kind>(x, load<A>(t + i), row_stats, A(options.beta));
-          const Vec<A> g = grad_of_logit<A>(x, terms.grad, splat(grad_loss), A(options.student_scale),
-                                            A(options.student_softcap), A(options.inv_tau));
-          if (n - i >= L) {
-            store(out + i, g);
-          } else {
-            store_partial(out + i, g, n - i);
-          }
+    dispatch_readable<A>(row.student_dtype, [&](auto element) {
+      auto* out = static_cast<decltype(element)*>(grad) + begin;
+      for (int64_t i = 0; i < n; i += L) {
+        const Vec<A> x = load<A>(s + i);
+        const auto terms = divergence_terms<A, kind>(x, load<A>(t + i), row_stats, A(options.beta));
+        const Vec<A> g = grad_of_logit<A>(x, terms.grad, splat(grad_loss), A(options.student_scale),
+                                          A(options.student_softcap), A(options.inv_tau));
+        if (n - i >= L) {
+          store(out + i, g);
+        } else {
+          store_partial(out + i, g, n - i);
         }
       }
     });

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from minitron_kernels._backend import pick
 from minitron_kernels.ops.kl_loss import reference
+from minitron_kernels.ops.kl_loss.checks import (
+    as_saved,
+    byte_count,
+    check_constant,
+    check_floating,
+    check_tensor,
+    check_transforms,
+    positive,
+)
 from minitron_kernels.ops.kl_loss.linear import linear_kl_rows
 from minitron_kernels.ops.kl_loss.linear_gpu import GPU_WORKSPACE_BYTES
 from minitron_kernels.ops.kl_loss.options import (
-    LossOptions,
-    check_floating,
+    as_scalar,
     check_vocab_size,
     loss_options,
     row_factor,
@@ -21,6 +27,7 @@ from minitron_kernels.ops.kl_loss.options import (
 )
 from minitron_kernels.ops.kl_loss.plan import DEFAULT_WORKSPACE_BYTES, SCHEDULES
 from minitron_kernels.ops.kl_loss.rows import kl_rows
+from minitron_kernels.ops.kl_loss.sums import sum_rows
 
 
 def kl_loss(
@@ -94,6 +101,7 @@ def kl_loss(
             f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         )
     V = check_vocab_size(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1])
+    check_constant("teacher_logits", teacher_logits)
     options = loss_options(
         divergence=divergence,
         temperature=temperature,
@@ -104,19 +112,22 @@ def kl_loss(
     )
     shape = student_logits.shape[:-1]
     chosen = pick("kl_loss", student_logits.device, backend, student_logits.dtype)
-    rows_mask_ = rows_mask(labels, ignore_index, mask, shape, V, student_logits.device)
-    squared = temperature if temperature_squared else None
+    if chosen != "reference":
+        check_transforms("kl_loss", student_logits)
+    tokens = student_logits.shape[-1]
+    rows_mask_ = rows_mask(labels, ignore_index, mask, shape, tokens, student_logits.device)
+    squared = positive("temperature", temperature) if temperature_squared else None
     scale, divisor = row_factor(reduction, num_items, shape.numel(), rows_mask_, squared)
     student = _as_rows(student_logits)
     teacher = _as_rows(teacher_logits.detach())
     if chosen == "reference":
-        rows = _reference_rows(student, teacher, rows_mask_, V, options)
+        rows = reference.rows(student, teacher, rows_mask_, V, **options._asdict())
     else:
-        rows = kl_rows(chosen, student, teacher, rows_mask_, V, *options)
+        rows = kl_rows(chosen, student, teacher, rows_mask_, V, options)
     if reduction == "none":
-        return (rows * scale if scale != 1.0 else rows).reshape(shape)
-    total = rows.sum() * scale
-    return total if divisor is None else total * divisor.to(total.dtype)
+        return (rows if squared is None else rows * scale).reshape(shape)
+    total = sum_rows(rows)
+    return total * scale if divisor is None else total * (divisor * scale).to(total.dtype)
 
 
 def linear_kl_loss(
@@ -202,6 +213,7 @@ def linear_kl_loss(
         teacher_hidden=teacher_hidden,
         teacher_head=teacher_head,
     )
+    check_constant("teacher_hidden", teacher_hidden)
     for side, hidden, head in (
         ("student", student_hidden, student_head),
         ("teacher", teacher_hidden, teacher_head),
@@ -232,8 +244,10 @@ def linear_kl_loss(
     )
     shape, device = student_hidden.shape[:-1], student_hidden.device
     chosen = pick("linear_kl_loss", device, backend, student_hidden.dtype)
-    rows_mask_ = rows_mask(labels, ignore_index, mask, shape, V, device)
-    squared = temperature if temperature_squared else None
+    if chosen != "reference":
+        check_transforms("linear_kl_loss", student_hidden, student_head, student_bias)
+    rows_mask_ = rows_mask(labels, ignore_index, mask, shape, student_head.shape[0], device)
+    squared = positive("temperature", temperature) if temperature_squared else None
     scale, divisor = row_factor(reduction, num_items, shape.numel(), rows_mask_, squared)
 
     student_hidden, student_head = _autocast(student_hidden, student_head)
@@ -246,18 +260,19 @@ def linear_kl_loss(
     )
     row_weight = None
     if reduction != "none":
-        row_weight = torch.full((), scale, dtype=torch.float64, device=device)
+        row_weight = as_scalar(scale, device)
         row_weight = row_weight if divisor is None else row_weight * divisor
     if chosen == "reference":
         if grad_head_accumulator is not None:
             raise ValueError(
                 "grad_head_accumulator needs native or triton; the reference leaves gradients to autograd"
             )
-        rows = _reference_linear_rows(student, teacher, rows_mask_, V, options)
-        result = rows if row_weight is None else (rows * row_weight.to(rows.dtype)).sum()
+        constants = (as_saved(teacher[0]), as_saved(teacher[1]), as_saved(teacher[2]))
+        rows = reference.linear_rows(student, constants, as_saved(rows_mask_), V, **options._asdict())
+        result = rows if row_weight is None else sum_rows(rows * row_weight.to(rows.dtype))
     else:
         default = DEFAULT_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
-        budget = default if workspace_bytes is None else workspace_bytes
+        budget = default if workspace_bytes is None else byte_count("workspace_bytes", workspace_bytes)
         result = linear_kl_rows(
             student,
             teacher,
@@ -271,7 +286,7 @@ def linear_kl_loss(
             budget,
         )
     if reduction == "none":
-        return (result * scale if scale != 1.0 else result).reshape(shape)
+        return (result if squared is None else result * scale).reshape(shape)
     return result
 
 
@@ -284,7 +299,8 @@ def _as_rows(x: Tensor) -> Tensor:
 def _autocast(*tensors: Tensor) -> list[Tensor]:
     """Under autocast the operands take its dtype, as those of any linear layer do."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+    known = torch.amp.is_autocast_available(kind)  # not for meta
+    if not known or not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
         return list(tensors)
     return [x.to(torch.get_autocast_dtype(kind)) for x in tensors]
 
@@ -304,61 +320,13 @@ def _check_accumulator(buffer: Tensor | None, head: Tensor) -> None:
     if buffer is None:
         return
     dtype = torch.float64 if head.dtype == torch.float64 else torch.float32
-    if not isinstance(buffer, Tensor) or buffer.dtype != dtype:
-        got = buffer.dtype if isinstance(buffer, Tensor) else type(buffer).__name__
-        raise TypeError(f"grad_head_accumulator must be a {dtype} tensor, got {got}")
-    if buffer.shape != head.shape or buffer.device != head.device or buffer.stride(-1) != 1:
+    check_tensor("grad_head_accumulator", buffer)
+    if buffer.dtype != dtype:
+        raise TypeError(f"grad_head_accumulator must be a {dtype} tensor, got {buffer.dtype}")
+    fits = buffer.shape == head.shape and buffer.device == head.device
+    if not fits or buffer.stride(1) != 1 or buffer.stride(0) < head.shape[1]:
         raise ValueError(
             f"grad_head_accumulator must have student_head's shape {tuple(head.shape)} on {head.device} with "
-            f"stride 1 along H, got {tuple(buffer.shape)} on {buffer.device} with strides {buffer.stride()}"
+            "stride 1 along H and rows that do not overlap, got "
+            f"{tuple(buffer.shape)} on {buffer.device} with strides {buffer.stride()}"
         )
-
-
-def _reference_rows(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, vocab_size: int, options: LossOptions
-) -> Tensor:
-    """The definition, at least in fp32; masked rows are replaced before they can spread a NaN."""
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    if mask is not None:
-        student, teacher = (x.masked_fill(~mask[:, None], 0.0) for x in (student, teacher))
-    rows = reference.kl_divergence_rows(
-        student.to(dtype), teacher.to(dtype), **options._asdict(), vocab_size=vocab_size
-    )
-    return rows if mask is None else rows.masked_fill(~mask, 0.0)
-
-
-def _reference_linear_rows(
-    student: tuple[Tensor, Tensor, Tensor | None],
-    teacher: tuple[Tensor, Tensor, Tensor | None],
-    mask: Tensor | None,
-    vocab_size: int,
-    options: LossOptions,
-) -> Tensor:
-    """The same from hidden states, 256 tokens at a time, each block's logits made again for its gradient."""
-    dtype = torch.float64 if student[0].dtype == torch.float64 else torch.float32
-
-    def logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
-        z = hidden.to(dtype) @ head[:vocab_size].to(dtype).T
-        return z if bias is None else z + bias[:vocab_size].to(dtype)
-
-    def block(student_rows: Tensor, teacher_rows: Tensor, keep: Tensor | None, *params: Any) -> Tensor:
-        student_head, student_bias, teacher_head, teacher_bias = params
-        if keep is not None:
-            student_rows, teacher_rows = (
-                x.masked_fill(~keep[:, None], 0.0) for x in (student_rows, teacher_rows)
-            )
-        return _reference_rows(
-            logits(student_rows, student_head, student_bias),
-            logits(teacher_rows, teacher_head, teacher_bias),
-            keep,
-            vocab_size,
-            options,
-        )
-
-    params = (student[1], student[2], teacher[1], teacher[2])
-    blocks = []
-    for begin in range(0, student[0].shape[0], 256):
-        rows = slice(begin, begin + 256)
-        arguments = (student[0][rows], teacher[0][rows], None if mask is None else mask[rows], *params)
-        blocks.append(torch.utils.checkpoint.checkpoint(block, *arguments, use_reentrant=False))
-    return torch.cat(blocks) if blocks else student[0].new_zeros(0, dtype=dtype)

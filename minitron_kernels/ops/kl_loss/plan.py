@@ -22,6 +22,7 @@ from minitron_kernels import _native
 
 DEFAULT_WORKSPACE_BYTES = 512 << 20
 SCHEDULES = ("auto", "store", "recompute")
+_OPERAND_BYTES = {"bf16": 2, "portable_bf16": 2, "f32": 4, "portable": 4, "f64": 8}
 _PANEL = 64  # rows come in panels of 64, kPanel in csrc/common/gemm.h
 _MAX_CHUNK = 4096  # more rows at a time gain nothing
 # smaller chunks multiply slowly, and a tight budget is not meant to buy an fp32 head gradient
@@ -116,11 +117,14 @@ class LinearKLPlan:
         return "\n".join(lines)
 
 
-def operand_type(dtype: torch.dtype, other: torch.dtype) -> str:
-    """The type that GEMM operands are packed in: f64, bf16 or f32."""
-    if dtype == torch.float64:
+def operand_type(*dtypes: torch.dtype) -> str:
+    """The type that GEMM operands of these dtypes are packed in: f64, bf16 or f32.
+
+    bf16 only where every operand is bf16: rounding another to it would give a wrong result, silently.
+    """
+    if torch.float64 in dtypes:
         return "f64"
-    if dtype == other == torch.bfloat16:
+    if set(dtypes) == {torch.bfloat16}:
         return torch.ops.minitron_kernels.bf16_operands()
     return "f32"
 
@@ -149,7 +153,8 @@ def plan_linear_kl_loss(
         vocab_size: columns of the logits.
         student_hidden_size: width of the student's hidden states.
         teacher_hidden_size: width of the teacher's.
-        dtype: of the student's hidden states and head.
+        dtype: of the student's hidden states and head; bf16 operands are planned where the teacher's are
+            bf16 too.
         teacher_dtype: of the teacher's; the student's by default.
         grad_hidden: whether the gradient to the student's hidden states is wanted.
         grad_head: whether the gradient to the student's head is wanted.
@@ -159,13 +164,14 @@ def plan_linear_kl_loss(
         schedule: "auto", "store" or "recompute".
         workspace_bytes: budget in bytes, 512 MiB by default. It bounds all that the call allocates beyond
             inputs and outputs, but for the fp32 accumulators of gradients (accumulator_bytes).
-        engine: "bf16", "f32", "f64" or "portable" operands; what runs fastest here by default.
+        engine: "bf16", "f32" or "f64" operands; or "portable" or "portable_bf16" ones, fp32 and bf16, which
+            vector code of this library multiplies on any CPU. What runs fastest here by default.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: an unknown schedule, or a budget too small for any: says the least that would do.
+        ValueError: an unknown schedule or engine, or a budget too small for any: says the least that would do.
         RuntimeError: the extension is not built.
     """
     if not _native.available():
@@ -174,6 +180,8 @@ def plan_linear_kl_loss(
         )
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
+    if engine is not None and engine not in _OPERAND_BYTES:
+        raise ValueError(f"engine must be one of {', '.join(_OPERAND_BYTES)}; got {engine!r}")
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     planner = _Planner(
         num_tokens,
@@ -308,7 +316,7 @@ class _Planner:
             self.vocab_size,
             self.student_hidden_size,
             self.teacher_hidden_size,
-            {"bf16": 2, "f64": 8}.get(self.engine, 4),
+            _OPERAND_BYTES[self.engine],
             self.accumulate_bytes,
             self.grad_hidden,
             self.grad_head,

@@ -1,0 +1,17 @@
+"""The sum over rows behind reduction="mean" and "sum"."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sum_rows(rows: Tensor) -> Tensor:
+    """Σ rows, [N] -> 0-dim of the same dtype. On the CPU in float64, one row after the other.
+
+    torch.sum() adds in an order that depends on the number of rows and of threads. In this order a row of 0,
+    as masked ones are, changes no bit: the sum is what it would be if the row were not there.
+    """
+    if rows.device.type != "cpu":
+        return rows.sum()
+    return rows.cumsum(0, dtype=torch.float64)[-1:].sum().to(rows.dtype)
