@@ -11,7 +11,7 @@ import _importance_oracle as oracle
 import numpy as np
 import pytest
 import torch
-from _importance_problems import DTYPES, activations, check_moments, numpy_of, sinks
+from _importance_problems import DTYPES, activations, check_close_rows, check_moments, numpy_of, sinks
 
 import minitron_kernels as mk
 from minitron_kernels.ops.importance import kernel_triton
@@ -141,6 +141,16 @@ def check_rows(dtype, width):
 @pytest.mark.parametrize("width", [1, 77, 128, 1100])
 def test_rows(dtype, width):
     check_rows(dtype, width)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_close_rows_keep_their_digits(dtype):
+    check_close_rows(lambda x, y: rows_of(x.to(DEVICE), y.to(DEVICE), "triton"), dtype)
+
+
+def test_heads_of_no_width():
+    values, counts, _ = moments_of(torch.zeros(2, 3, 0, device=DEVICE), None, None, 4, 7, "triton")
+    assert values.shape == (4, 2, 4) and not values.any() and counts.tolist() == [3, 3]
 
 
 def test_rows_keep_nan_and_take_none():

@@ -1,4 +1,6 @@
 // One row by its plan: runs copied, blocks shuffled out of windows of the row, the rest element by element.
+#include <stdexcept>
+
 #include "common/stream.h"
 #include "common/vec.h"
 #include "gather/gather_cpu.h"
@@ -125,8 +127,11 @@ void make_row(const GatherPlan& plan, const char* source, char* out) {
         case 8:
           elements<8, kStream>(cols, n, source, to);
           break;
-        default:
+        case 16:
           elements<16, kStream>(cols, n, source, to);
+          break;
+        default:
+          throw std::logic_error("a plan is of elements of 1, 2, 4, 8 or 16 bytes");
       }
     } else if constexpr (Isa::kShape.window > 0) {
       const Step* step = plan.steps.data() + segment.first;
@@ -145,6 +150,8 @@ void make_row(const GatherPlan& plan, const char* source, char* out) {
         default:
           shuffle<Isa, 0, kStream>(step, lanes, segment.steps, source, to, end);
       }
+    } else {
+      throw std::logic_error("a plan has shuffles at a SIMD level without any");
     }
   }
 }

@@ -54,7 +54,9 @@ def accumulate_importance_(
         state.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, dtype, shape or device; the state is unchanged.
+        TypeError, ValueError: an argument of wrong type, dtype, shape or device; the state is unchanged. Also
+            where x carries a forward-mode tangent: scores have no derivative. An x that requires grad is
+            fine, and the state records nothing of it.
         RuntimeError: the named backend cannot run here, and why.
 
     Source: Minitron (arXiv 2407.14679) section 2.2.
@@ -62,6 +64,7 @@ def accumulate_importance_(
     if not isinstance(state, ImportanceState):
         raise TypeError(f"state must be an ImportanceState, got {type(state).__name__}")
     check_activations("x", x, (2,) if cu_seqlens is not None else (2, 3))
+    _check_no_tangent(x=x)
     whole = x.shape[:-1]
     if cu_seqlens is not None:
         cu_seqlens = _check_cu_seqlens(cu_seqlens, x)
@@ -146,6 +149,7 @@ def accumulate_block_importance_(
             f"block_output must have block_input's shape and dtype {tuple(block_input.shape)} "
             f"{block_input.dtype}, got {tuple(block_output.shape)} {block_output.dtype}"
         )
+    _check_no_tangent(block_input=block_input, block_output=block_output)
     _check_devices(state, block_input=block_input, block_output=block_output)
     if isinstance(layer, bool) or not isinstance(layer, int):
         raise TypeError(f"layer must be an int, got {type(layer).__name__}")
@@ -205,10 +209,14 @@ def accumulate_expert_importance_(
         check_activations("gate", gate, (1,))
         if gate.shape != (tokens,):
             raise ValueError(f"gate must be [T] = [{tokens}], got {tuple(gate.shape)}")
+        _check_no_tangent(gate=gate)
         _check_devices(state, gate=gate)
+    _check_no_tangent(expert_output=expert_output)
     _check_devices(state, expert_output=expert_output, expert_index=expert_index)
     experts = state.num_items
-    if expert_index.device.type == "cpu" and tokens and int(expert_index.max()) >= experts:
+    # under torch.compile index_add_ finds it
+    on_host = expert_index.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and tokens and int(expert_index.max()) >= experts:
         raise ValueError(f"expert_index must be below {experts}, got {int(expert_index.max())}")
     norms = rows_of(_rows(expert_output), None, backend).double()
     if gate is not None:
@@ -228,6 +236,15 @@ def _rows(x: Tensor) -> Tensor:
 def _check_token_state(state: Any) -> None:
     if not isinstance(state, TokenMeanState):
         raise TypeError(f"state must be a TokenMeanState, got {type(state).__name__}")
+
+
+def _check_no_tangent(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            raise ValueError(
+                f"{name} carries a forward-mode tangent, and importance has no derivative: pass "
+                f"{name}.detach()"
+            )
 
 
 def _check_devices(state: TokenMeanState, **tensors: Tensor) -> None:
