@@ -267,8 +267,8 @@ def linear_kl_loss(
             raise ValueError(
                 "grad_head_accumulator needs native or triton; the reference leaves gradients to autograd"
             )
-        constants = (as_saved(teacher[0]), as_saved(teacher[1]), as_saved(teacher[2]))
-        rows = reference.linear_rows(student, constants, as_saved(rows_mask_), V, **options._asdict())
+        s, t = ((as_saved(x), as_saved(w), as_saved(b)) for x, w, b in (student, teacher))
+        rows = reference.linear_rows(s, t, as_saved(rows_mask_), V, **options._asdict())
         result = rows if row_weight is None else sum_rows(rows * row_weight.to(rows.dtype))
     else:
         default = DEFAULT_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
