@@ -217,8 +217,11 @@ def freed(x):
 
 @pytest.mark.parametrize(
     "name",
-    "student_hidden student_head teacher_hidden teacher_head student_bias teacher_bias mask labels "
-    "grad_head_accumulator student_logits teacher_logits".split(),
+    [
+        *("student_hidden", "student_head", "teacher_hidden", "teacher_head"),
+        *("student_bias", "teacher_bias", "mask", "labels", "grad_head_accumulator"),
+        *("student_logits", "teacher_logits"),
+    ],
 )
 def test_a_freed_storage_is_refused(name):
     """As ZeRO-3 and FSDP leave a parameter: shape and dtype are there, the memory is not."""
@@ -295,7 +298,7 @@ def test_a_misspelt_option_of_a_module(module):
 
 
 def test_inputs_are_left_alone():
-    """Every tensor that is passed has the same bits after a call and its backward, and is no result's memory."""
+    """What is passed has the same bits after a call and its backward, and shares no memory with a result."""
     hidden, head, teacher_hidden, teacher_head = make_linear(N, H, HT, V, torch.float32)
     given = {
         "mask": torch.arange(N) % 4 > 0,
