@@ -182,10 +182,12 @@ def test_a_teacher_of_inference_mode(which, reduction, backend):
     hidden, head, teacher_hidden, teacher_head = problem(learn=(0,) if "hidden" in which else (0, 1))
     bias = torch.linspace(-1, 1, V)
     with torch.inference_mode():
-        constants = [x.clone() for x in (teacher_hidden, teacher_head, bias)]
+        # views that begin inside of their memory and have strides
+        constants = [torch.stack([x, x, x], 1)[:, 1] for x in (teacher_hidden, teacher_head, bias)]
         mask = torch.arange(N) % 3 > 0
         frozen = head.detach().clone() if "hidden" in which else head
-        made = teacher_hidden @ teacher_head.T
+        made = torch.cat([teacher_hidden] * 2)[N:] @ teacher_head.T
+        made = torch.cat([made, made], 1)[:, V:]
 
     def run(hidden, head, teacher_hidden, teacher_head, bias, logits, mask):
         if which == "logits":

@@ -45,7 +45,7 @@ NUMBERS = [
         "teacher_logit_scale": 0.9 - 0.1 * i,
         "workspace_bytes": (4 << 20) + 4096 * i,
     }
-    for i in range(6)
+    for i in range(5)
 ]
 
 
@@ -54,8 +54,7 @@ def value_and_grads(loss, tensors):
     return loss.detach(), *torch.autograd.grad(total, tensors[:2])
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(("dynamic", "backend"), [(None, "auto"), (True, "auto"), (None, "reference")])
 @pytest.mark.parametrize("function", [linear, rows])
 def test_numbers_that_change(function, dynamic, backend):
     """One compilation, with dynamic=None a second one that makes the numbers symbolic; then none."""
@@ -89,7 +88,13 @@ def test_options_of_a_module_and_batches_that_change(function):
 
         def forward(self, hidden, teacher_hidden, items):
             return function(
-                hidden, head, teacher_hidden, teacher_head, temperature=self.temperature, num_items=items
+                hidden,
+                head,
+                teacher_hidden,
+                teacher_head,
+                temperature=self.temperature,
+                temperature_squared=True,
+                num_items=items,
             )
 
     step = Step()

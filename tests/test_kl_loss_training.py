@@ -205,6 +205,12 @@ def test_modules():
         mk.KLLoss(divergence="jsd")(student, teacher_logits, reduction="sum"),
         mk.kl_loss(student, teacher_logits, divergence="jsd", reduction="sum"),
     )
+    # a keyword of the call wins over the module's
+    for loss, tensors in (
+        (mk.KLLoss, (student, teacher_logits)),
+        (mk.LinearKLLoss, (hidden, head, *teacher)),
+    ):
+        assert torch.equal(loss(temperature=3.0)(*tensors, temperature=2.0), loss(temperature=2.0)(*tensors))
 
 
 def snippet(word):
