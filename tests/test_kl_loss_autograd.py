@@ -257,6 +257,9 @@ def test_dual_numbers_are_right_or_refused(function):
         with pytest.raises(RuntimeError, match=r"forward-mode AD.*backend='reference'"):
             function(dual, *rest)
         assert forward_ad.unpack_dual(function(dual, *rest, backend="reference")).tangent != 0
+        head = forward_ad.make_dual(rest[0], torch.ones_like(rest[0]))
+        with pytest.raises(RuntimeError, match=r"forward-mode AD.*backend='reference'"):
+            function(hidden, head, *rest[1:])
         function(hidden, *rest)  # no tangent: nothing to lose
         teacher = forward_ad.make_dual(rest[1], torch.ones_like(rest[1]))
         if function is linear:  # a constant
