@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/memory.h"
 #include "common/types.h"
 
 #if defined(__linux__)
@@ -47,6 +48,7 @@ inline Matrix matrix_of(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 2, name, " must have 2 dimensions, got ", x.dim());
   STD_TORCH_CHECK(x.size(1) <= 1 || x.stride(1) == 1, name, " must have stride 1 in its last dimension, got ",
                   x.stride(1));
+  check_memory(x, name);
   return {x.const_data_ptr(), dtype_of(x, name), x.size(0), x.size(1), x.stride(0)};
 }
 
@@ -57,6 +59,7 @@ T* vector_of(const std::optional<Tensor>& x, int64_t length, const char* name) {
   if (!x) return nullptr;
   STD_TORCH_CHECK(dtype_of(*x, name) == kDTypeOf<T> && x->is_contiguous() && x->numel() == length, name,
                   " must be a contiguous float", 8 * sizeof(T), " tensor of ", length, " elements");
+  check_memory(*x, name);
   return static_cast<T*>(x->data_ptr());
 }
 
@@ -65,6 +68,7 @@ inline const uint8_t* mask_of(const std::optional<Tensor>& x, int64_t length) {
   STD_TORCH_CHECK(
       x->scalar_type() == torch::headeronly::ScalarType::Bool && x->is_contiguous() && x->numel() == length,
       "mask must be a contiguous bool tensor of ", length, " elements");
+  check_memory(*x, "mask");
   return static_cast<const uint8_t*>(x->const_data_ptr());
 }
 

@@ -9,6 +9,8 @@
 #include <optional>
 #include <vector>
 
+#include "common/memory.h"
+
 namespace minitron {
 
 using torch::stable::Tensor;
@@ -60,6 +62,7 @@ struct Axis {
     STD_TORCH_CHECK(keep->dim() == 1 && keep->is_contiguous() &&
                         keep->scalar_type() == torch::headeronly::ScalarType::Long,
                     name, " must be a contiguous int64 vector");
+    check_memory(*keep, name);
     index = static_cast<const int64_t*>(keep->const_data_ptr());
     count = keep->numel();
   }
@@ -91,6 +94,8 @@ struct GatherArguments {
     const bool fits = out_tensor.dim() == weight.dim() && out_tensor.scalar_type() == weight.scalar_type() &&
                       out.lead_sizes == source.lead_sizes && out.rows == rows.count && out.cols == cols.count;
     STD_TORCH_CHECK(fits, "out must have weight's shape with the kept rows and cols, and its dtype");
+    check_memory(weight, "weight");
+    check_memory(out_tensor, "out");
   }
 
   bool empty() const { return out.rows == 0 || out.cols == 0 || out.leads() == 0; }

@@ -21,6 +21,7 @@ int64_t threads_for(int64_t bytes) { return std::clamp<int64_t>(bytes / kBytesPe
 
 DType narrow_dtype(const Tensor& x, const char* name) {
   const DType dtype = dtype_of(x, name);
+  check_memory(x, name);
   STD_TORCH_CHECK(dtype != DType::kFloat64, name, " must be float32, bfloat16 or float16");
   return dtype;
 }
@@ -42,6 +43,7 @@ Sequences sequences_of(const Tensor& x, const std::optional<Tensor>& cu_seqlens)
   STD_TORCH_CHECK(x.dim() == 2 && cu_seqlens->dim() == 1 && cu_seqlens->is_contiguous() &&
                       cu_seqlens->size(0) >= 1 && cu_seqlens->scalar_type() == ScalarType::Long,
                   "x must be [T, C] and cu_seqlens int64 [B + 1]");
+  check_memory(*cu_seqlens, "cu_seqlens");
   const int64_t* data = static_cast<const int64_t*>(cu_seqlens->const_data_ptr());
   Sequences out{cu_seqlens->size(0) - 1, 0, {data, data + cu_seqlens->size(0)}};
   bool rising = out.borders.front() == 0 && out.borders.back() == x.size(0);

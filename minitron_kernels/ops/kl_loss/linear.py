@@ -1,23 +1,26 @@
 """linear_kl_loss as one opaque op: plan, scratch memory and the native call, then autograd around it.
 
-Gradients are made in the forward, where the logits are; the backward scales them. Only a loss per token
-(reduction="none"), whose incoming gradients are not known yet, makes them in the backward, from the logits
-again.
+Gradients are made in the forward, where the logits are; the backward scales them. Two make them in the
+backward instead, from the logits again: a loss per token (reduction="none"), whose incoming gradients are not
+known before; and one with grad_head_accumulator, since what is added to a caller's buffer must be added once,
+with the right factor, and only if there is a backward. A forward may run twice (checkpoint) or for nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minitron_kernels import _workspace
+from minitron_kernels.ops.kl_loss.checks import as_saved
 from minitron_kernels.ops.kl_loss.epilogues import EPILOGUES
 from minitron_kernels.ops.kl_loss.linear_gpu import linear_kl_loss_
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.plan import operand_type, plan_linear_kl_loss
-from minitron_kernels.ops.kl_loss.rows import NO_DOUBLE_BACKWARD, NUM_STATS
+from minitron_kernels.ops.kl_loss.rows import NUM_STATS, no_second_derivative
 from minitron_kernels.ops.kl_loss.sums import sum_rows
 
 
@@ -46,12 +49,8 @@ def _linear_kl_loss(
     want_head: bool,
     want_bias: bool,
     vocab_size: int,
-    beta: float,
-    inv_tau: float,
-    student_scale: float,
-    student_softcap: float,
-    teacher_scale: float,
-    teacher_softcap: float,
+    numbers: Sequence[float],
+    values: Tensor | None,
     backend: str,
     schedule: str,
     workspace_bytes: int,
@@ -60,7 +59,9 @@ def _linear_kl_loss(
     """Row losses [N], stats [N, 6], and the gradients of sum(row_weight * loss) that are wanted, else empty.
 
     With `stats` of an earlier call, only the gradients are made. row_weight: [N] or 0-dim, or None for 1.
+    `numbers` and `values` are those of LossOptions.as_arguments().
     """
+    options = LossOptions.from_arguments(numbers, values)
     N, loss_dtype = student_hidden.shape[0], _loss_dtype(student_hidden)
     loss, new_stats, grad_hidden, grad_head, grad_bias = _fake(
         student_hidden, student_head, stats, head_accumulator, want_hidden, want_head, want_bias
@@ -76,7 +77,7 @@ def _linear_kl_loss(
             head_accumulator,
             (want_hidden, want_head, want_bias),
             vocab_size,
-            (beta, inv_tau, student_scale, student_softcap, teacher_scale, teacher_softcap),
+            options,
             schedule,
             workspace_bytes,
             EPILOGUES[backend](),
@@ -93,7 +94,7 @@ def _linear_kl_loss(
         grad_head=want_head,
         grad_bias=want_bias,
         grad_head_accumulator=head_accumulator is not None,
-        divergence_needs_kl=0 < beta < 1,
+        divergence_needs_kl=0 < options.beta < 1,
         schedule=schedule,
         workspace_bytes=workspace_bytes,
         engine=engine
@@ -123,12 +124,7 @@ def _linear_kl_loss(
             head_accumulator,
             workspace,
             vocab_size,
-            beta,
-            inv_tau,
-            student_scale,
-            student_softcap,
-            teacher_scale,
-            teacher_softcap,
+            *options,
             plan.schedule,
             plan.chunk_rows,
             plan.tile,
@@ -190,21 +186,26 @@ def _(
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * factor in the parameter's dtype; on the CPU a factor of 1, the usual one, costs nothing."""
-    if not torch.compiler.is_compiling() and factor.device.type == "cpu" and float(factor) == 1.0:
-        return grad.to(dtype)
-    return (grad * factor.to(grad.dtype)).to(dtype)
+    """grad * factor, the factor in fp32 (fp64) and the product rounded once, in the parameter's dtype.
+
+    In place where the graph ends here, so that the product costs no memory, and on the CPU nothing at all for
+    a factor of 1, the usual one. A graph that is kept needs the gradient again, so that it hands out a copy:
+    what is handed out is the caller's to change.
+    """
+    if torch.compiler.is_compiling():
+        return (grad.to(factor.dtype) * factor).to(dtype)
+    on_cpu = factor.device.type == "cpu"
+    out = torch.empty_like(grad) if torch._C._autograd._get_current_graph_task_keep_graph() else grad
+    if on_cpu and float(factor) == 1.0:
+        return (grad if out is grad else out.copy_(grad)).to(dtype)
+    # ATen computes with a number on the CPU in fp32, but rounds a 0-dim factor on a GPU to grad's dtype
+    return torch.mul(grad, factor if on_cpu else factor.reshape(1), out=out).to(dtype)
 
 
 def _dtypes(
     hidden: Tensor, head: Tensor, bias: Tensor | None
 ) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
     return hidden.dtype, head.dtype, torch.float32 if bias is None else bias.dtype
-
-
-def _returned(wants: tuple[bool, bool, bool], lent: bool) -> tuple[bool, bool, bool]:
-    """Which gradients autograd is handed: the head's not, where it went into the caller's buffer."""
-    return wants[0], wants[1] and not lent, wants[2]
 
 
 class _Reduced(torch.autograd.Function):
@@ -221,7 +222,6 @@ class _Reduced(torch.autograd.Function):
         teacher_bias: Tensor | None,
         mask: Tensor | None,
         row_weight: Tensor,
-        head_accumulator: Tensor | None,
         wants: tuple[bool, bool, bool],
         rest: tuple[Any, ...],
     ) -> Tensor:
@@ -235,38 +235,23 @@ class _Reduced(torch.autograd.Function):
             mask,
             row_weight,
             None,
-            head_accumulator,
+            None,
             *wants,
             *rest,
         )
         ctx.save_for_backward(*grads)
         ctx.wants = wants
-        ctx.lent = head_accumulator is not None
         ctx.dtypes = _dtypes(student_hidden, student_head, student_bias)
         return sum_rows(loss * row_weight.to(loss.dtype))
 
     @staticmethod
+    @no_second_derivative("linear_kl_loss")
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_DOUBLE_BACKWARD.format("linear_kl_loss"))
-        if ctx.lent and grad_loss.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_lent(float(grad_loss))
         grads = [
-            _scaled(grad, grad_loss, dtype) if returned else None
-            for grad, dtype, returned in zip(
-                ctx.saved_tensors, ctx.dtypes, _returned(ctx.wants, ctx.lent), strict=True
-            )
+            _scaled(grad, grad_loss, dtype) if wanted else None
+            for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True)
         ]
-        return (*grads, *(None,) * 8)
-
-
-def _check_lent(factor: float) -> None:
-    if factor != 1.0:
-        raise RuntimeError(
-            f"the loss was multiplied by {factor} before backward(), but its head gradient has been added to "
-            "grad_head_accumulator in the forward, unscaled: pass num_items= (the tokens of all "
-            "micro-batches) instead of dividing the loss"
-        )
+        return (*grads, *(None,) * 7)
 
 
 class _PerToken(torch.autograd.Function):
@@ -296,17 +281,19 @@ class _PerToken(torch.autograd.Function):
             mask,
         )
         loss, stats, *_ = _linear_kl_loss(*inputs, None, None, None, False, False, False, *rest)
-        ctx.save_for_backward(*inputs, stats, head_accumulator)
+        ctx.save_for_backward(*map(as_saved, inputs), stats)
+        # not saved: other micro-batches may add to it before this one's backward does
+        ctx.head_accumulator = head_accumulator
         ctx.wants, ctx.rest = wants, rest
         return loss
 
     @staticmethod
+    @no_second_derivative("linear_kl_loss")
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_DOUBLE_BACKWARD.format("linear_kl_loss"))
-        *inputs, stats, head_accumulator = ctx.saved_tensors
-        _, _, *grads = _linear_kl_loss(*inputs, grad_loss, stats, head_accumulator, *ctx.wants, *ctx.rest)
-        returned = _returned(ctx.wants, head_accumulator is not None)
+        *inputs, stats = ctx.saved_tensors
+        lent = ctx.head_accumulator
+        _, _, *grads = _linear_kl_loss(*inputs, grad_loss, stats, lent, *ctx.wants, *ctx.rest)
+        returned = (ctx.wants[0], ctx.wants[1] and lent is None, ctx.wants[2])
         dtypes = _dtypes(inputs[0], inputs[1], inputs[4])
         grads = [
             grad.to(dtype) if keep else None
@@ -339,12 +326,13 @@ def linear_kl_rows(
         grad_mode and (head.requires_grad or head_accumulator is not None),
         grad_mode and bias is not None and bias.requires_grad,
     )
-    rest = (vocab_size, *options, backend, schedule, workspace_bytes, engine)
-    if not any(wants):
+    rest = (vocab_size, *options.as_arguments(), backend, schedule, workspace_bytes, engine)
+    if any(wants) and row_weight is not None and head_accumulator is None:
+        return _Reduced.apply(hidden, head, bias, *teacher, mask, row_weight, wants, rest)
+    if any(wants):
+        loss = _PerToken.apply(hidden, head, bias, *teacher, mask, head_accumulator, wants, rest)
+    else:
         loss = _linear_kl_loss(
             hidden, head, *teacher[:2], bias, teacher[2], mask, None, None, None, False, False, False, *rest
         )[0]
-        return loss if row_weight is None else sum_rows(loss * row_weight.to(loss.dtype))
-    if row_weight is None:
-        return _PerToken.apply(hidden, head, bias, *teacher, mask, head_accumulator, wants, rest)
-    return _Reduced.apply(hidden, head, bias, *teacher, mask, row_weight, head_accumulator, wants, rest)
+    return loss if row_weight is None else sum_rows(loss * row_weight.to(loss.dtype))

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from minitron_kernels.ops.kl_loss.op import kl_loss, linear_kl_loss
 
 
+def _keywords(loss: Callable[..., Tensor]) -> list[str]:
+    """Names of a function's keyword-only arguments: its options."""
+    parameters = inspect.signature(loss).parameters.values()
+    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
 class _Loss(nn.Module):
+    _name: ClassVar[str]
+    _known: ClassVar[list[str]]
+
     def __init__(self, **options: Any) -> None:
         super().__init__()
+        for option in options:
+            if option not in self._known:
+                close = difflib.get_close_matches(option, self._known, n=1)
+                hint = f": did you mean {close[0]}?" if close else ""
+                raise TypeError(f"{type(self).__name__} has no option {option!r} of {self._name}(){hint}")
         self.options = options
 
     def extra_repr(self) -> str:
@@ -23,7 +40,12 @@ class KLLoss(_Loss):
 
     Args:
         **options: any keyword of kl_loss(), such as temperature, reduction, divergence.
+
+    Raises:
+        TypeError: kl_loss() has no such keyword.
     """
+
+    _name, _known = "kl_loss", _keywords(kl_loss)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, **options: Any) -> Tensor:
         """The loss; keywords given here (labels, mask, num_items, ...) win over those of the module."""
@@ -35,7 +57,12 @@ class LinearKLLoss(_Loss):
 
     Args:
         **options: any keyword of linear_kl_loss().
+
+    Raises:
+        TypeError: linear_kl_loss() has no such keyword.
     """
+
+    _name, _known = "linear_kl_loss", _keywords(linear_kl_loss)
 
     def forward(
         self,

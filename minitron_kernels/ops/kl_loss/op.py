@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from minitron_kernels._backend import pick
 from minitron_kernels.ops.kl_loss import reference
+from minitron_kernels.ops.kl_loss.checks import (
+    as_saved,
+    byte_count,
+    check_constant,
+    check_floating,
+    check_tensor,
+    check_transforms,
+    positive,
+)
 from minitron_kernels.ops.kl_loss.linear import linear_kl_rows
 from minitron_kernels.ops.kl_loss.linear_gpu import GPU_WORKSPACE_BYTES
 from minitron_kernels.ops.kl_loss.options import (
-    LossOptions,
-    check_floating,
+    as_scalar,
     check_vocab_size,
     loss_options,
     row_factor,
@@ -52,13 +58,15 @@ def kl_loss(
         β in (0, 1)  β KL(T‖M) + (1−β) KL(S‖M), M = βT + (1−β)S     (1−β) S (log S − log M − KL(S‖M))/τ
 
     The loss is summed from terms that are all ≥ 0, so that it keeps its digits when the student is close to
-    its teacher. The teacher is a constant: no gradient flows to it.
+    its teacher. The teacher is a constant: no gradient flows to it, and logits that require grad are refused.
 
     Args:
         student_logits: [..., V] float32, bfloat16, float16 or float64, any strides.
-        teacher_logits: [..., V], the same leading dimensions; its dtype may differ (but for float64).
-        labels: [...] int64, only to tell which tokens count: those that are not `ignore_index`. No
-            cross-entropy is mixed in.
+        teacher_logits: [..., V], the same leading dimensions; its dtype may differ (but for float64). Made
+            under torch.no_grad() or torch.inference_mode() (the former for torch.compile).
+        labels: [...] int64, shifted: the label of a position is the token that follows it, so that a Hugging
+            Face batch has to be shifted first. Only tells which tokens count, those that are not
+            `ignore_index`; no cross-entropy is mixed in, and a label may lie beyond `vocab_size`.
         ignore_index: the label of tokens that do not count.
         mask: [...] bool, True where the token counts; combines with `labels`.
         temperature: τ > 0, divides the logits of both.
@@ -68,6 +76,8 @@ def kl_loss(
         reduction: "mean" over the tokens that count (0 if none does), "sum", or "none" for [...] with 0 at
             masked tokens.
         num_items: with "mean", what to divide by instead, such as the tokens of all micro-batches of a step.
+            Where no token counts the loss is 0 whatever it is. 0 while tokens count is an error; in a tensor
+            on a GPU, or compiled, where looking would mean waiting, it makes a loss that is not finite.
         divergence: "forward_kl", "reverse_kl", "jsd" (β = ½), or β in [0, 1], where 0 is forward and 1 is
             reverse KL.
         vocab_size: tokens shared by both; columns beyond it are padding. Needed where the two differ.
@@ -84,7 +94,8 @@ def kl_loss(
 
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or range; the message names it.
-        RuntimeError: the named backend cannot run here, and why; or double backward.
+        RuntimeError: the named backend cannot run here, and why; or a second derivative, forward-mode AD or
+            a transform of torch.func is wanted, which backend="reference" has.
 
     Source: Minitron (arXiv 2407.14679) section 3; generalised JSD: GKD (arXiv 2306.13649).
     """
@@ -95,6 +106,7 @@ def kl_loss(
             f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         )
     V = check_vocab_size(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1])
+    check_constant("teacher_logits", teacher_logits)
     options = loss_options(
         divergence=divergence,
         temperature=temperature,
@@ -105,17 +117,20 @@ def kl_loss(
     )
     shape = student_logits.shape[:-1]
     chosen = pick("kl_loss", student_logits.device, backend, student_logits.dtype)
-    rows_mask_ = rows_mask(labels, ignore_index, mask, shape, V, student_logits.device)
-    squared = temperature if temperature_squared else None
+    if chosen != "reference":
+        check_transforms("kl_loss", student_logits)
+    tokens = student_logits.shape[-1]
+    rows_mask_ = rows_mask(labels, ignore_index, mask, shape, tokens, student_logits.device)
+    squared = positive("temperature", temperature) if temperature_squared else None
     scale, divisor = row_factor(reduction, num_items, shape.numel(), rows_mask_, squared)
     student = _as_rows(student_logits)
     teacher = _as_rows(teacher_logits.detach())
     if chosen == "reference":
-        rows = _reference_rows(student, teacher, rows_mask_, V, options)
+        rows = reference.rows(student, teacher, rows_mask_, V, **options._asdict())
     else:
-        rows = kl_rows(chosen, student, teacher, rows_mask_, V, *options)
+        rows = kl_rows(chosen, student, teacher, rows_mask_, V, options)
     if reduction == "none":
-        return (rows * scale if scale != 1.0 else rows).reshape(shape)
+        return (rows if squared is None else rows * scale).reshape(shape)
     total = sum_rows(rows)
     return total * scale if divisor is None else total * (divisor * scale).to(total.dtype)
 
@@ -153,7 +168,8 @@ def linear_kl_loss(
     half of its value once the student is close to its teacher; here it is exact to what bf16 operands allow
     (0.2 %).
 
-    Gradients are made in the forward and scaled in the backward (reduction="none": made in the backward).
+    Gradients are made in the forward and scaled in the backward. (With reduction="none" or
+    grad_head_accumulator they are made in the backward, from logits made again: 6 GEMMs instead of 4.)
     Only those that are wanted are made: a frozen head skips its GEMM. Under torch.no_grad() only sums are
     kept.
 
@@ -161,9 +177,10 @@ def linear_kl_loss(
         student_hidden: [..., H] float32, bfloat16, float16 or float64.
         student_head: [V, H], the output projection, as in nn.Linear(H, V).weight. May be tied to the
             embedding.
-        teacher_hidden: [..., Ht], the same leading dimensions; Ht may differ from H.
-        teacher_head: [V, Ht].
-        labels: see kl_loss(). Tokens that do not count are skipped before any GEMM.
+        teacher_hidden: [..., Ht], the same leading dimensions; Ht may differ from H. A constant: if it
+            requires grad, it is refused.
+        teacher_head: [V, Ht]. No gradient flows to it either, whether or not it requires grad.
+        labels: shifted, see kl_loss(). Tokens that do not count are skipped before any GEMM.
         ignore_index: see kl_loss().
         mask: see kl_loss().
         temperature: see kl_loss().
@@ -179,10 +196,9 @@ def linear_kl_loss(
         teacher_softcap: see kl_loss().
         student_logit_scale: see kl_loss().
         teacher_logit_scale: see kl_loss().
-        grad_head_accumulator: [V, H] float32 (float64 for float64), contiguous rows. The gradient to
-            student_head is added to it and student_head gets none. It is added in the forward, so the loss
-            must not be multiplied by anything before backward(): pass num_items= to divide by the tokens of
-            several micro-batches.
+        grad_head_accumulator: [V, H] float32 (float64 for float64), contiguous rows. The backward adds the
+            gradient to student_head to it, with the factor that comes in, and student_head gets none: once
+            per backward, whether or not a checkpoint runs the forward again.
         schedule: "auto", "store" (4 GEMMs, keeps the logits of a chunk of tokens), or "recompute" (6 GEMMs,
             keeps a stretch of the vocabulary); see plan_linear_kl_loss().
         workspace_bytes: budget in bytes for scratch memory, by default 512 MiB on the CPU, where it is kept
@@ -203,6 +219,7 @@ def linear_kl_loss(
         teacher_hidden=teacher_hidden,
         teacher_head=teacher_head,
     )
+    check_constant("teacher_hidden", teacher_hidden)
     for side, hidden, head in (
         ("student", student_hidden, student_head),
         ("teacher", teacher_hidden, teacher_head),
@@ -233,8 +250,10 @@ def linear_kl_loss(
     )
     shape, device = student_hidden.shape[:-1], student_hidden.device
     chosen = pick("linear_kl_loss", device, backend, student_hidden.dtype)
-    rows_mask_ = rows_mask(labels, ignore_index, mask, shape, V, device)
-    squared = temperature if temperature_squared else None
+    if chosen != "reference":
+        check_transforms("linear_kl_loss", student_hidden, student_head, student_bias)
+    rows_mask_ = rows_mask(labels, ignore_index, mask, shape, student_head.shape[0], device)
+    squared = positive("temperature", temperature) if temperature_squared else None
     scale, divisor = row_factor(reduction, num_items, shape.numel(), rows_mask_, squared)
 
     student_hidden, student_head = _autocast(student_hidden, student_head)
@@ -247,18 +266,19 @@ def linear_kl_loss(
     )
     row_weight = None
     if reduction != "none":
-        row_weight = torch.full((), scale, dtype=torch.float64, device=device)
+        row_weight = as_scalar(scale, device)
         row_weight = row_weight if divisor is None else row_weight * divisor
     if chosen == "reference":
         if grad_head_accumulator is not None:
             raise ValueError(
                 "grad_head_accumulator needs native or triton; the reference leaves gradients to autograd"
             )
-        rows = _reference_linear_rows(student, teacher, rows_mask_, V, options)
+        s, t = ((as_saved(x), as_saved(w), as_saved(b)) for x, w, b in (student, teacher))
+        rows = reference.linear_rows(s, t, as_saved(rows_mask_), V, **options._asdict())
         result = rows if row_weight is None else sum_rows(rows * row_weight.to(rows.dtype))
     else:
         default = DEFAULT_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
-        budget = default if workspace_bytes is None else workspace_bytes
+        budget = default if workspace_bytes is None else byte_count("workspace_bytes", workspace_bytes)
         result = linear_kl_rows(
             student,
             teacher,
@@ -272,7 +292,7 @@ def linear_kl_loss(
             budget,
         )
     if reduction == "none":
-        return (result * scale if scale != 1.0 else result).reshape(shape)
+        return (result if squared is None else result * scale).reshape(shape)
     return result
 
 
@@ -285,7 +305,8 @@ def _as_rows(x: Tensor) -> Tensor:
 def _autocast(*tensors: Tensor) -> list[Tensor]:
     """Under autocast the operands take its dtype, as those of any linear layer do."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+    known = torch.amp.is_autocast_available(kind)  # not for meta
+    if not known or not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
         return list(tensors)
     return [x.to(torch.get_autocast_dtype(kind)) for x in tensors]
 
@@ -305,61 +326,13 @@ def _check_accumulator(buffer: Tensor | None, head: Tensor) -> None:
     if buffer is None:
         return
     dtype = torch.float64 if head.dtype == torch.float64 else torch.float32
-    if not isinstance(buffer, Tensor) or buffer.dtype != dtype:
-        got = buffer.dtype if isinstance(buffer, Tensor) else type(buffer).__name__
-        raise TypeError(f"grad_head_accumulator must be a {dtype} tensor, got {got}")
-    if buffer.shape != head.shape or buffer.device != head.device or buffer.stride(-1) != 1:
+    check_tensor("grad_head_accumulator", buffer)
+    if buffer.dtype != dtype:
+        raise TypeError(f"grad_head_accumulator must be a {dtype} tensor, got {buffer.dtype}")
+    fits = buffer.shape == head.shape and buffer.device == head.device
+    if not fits or buffer.stride(1) != 1 or buffer.stride(0) < head.shape[1]:
         raise ValueError(
             f"grad_head_accumulator must have student_head's shape {tuple(head.shape)} on {head.device} with "
-            f"stride 1 along H, got {tuple(buffer.shape)} on {buffer.device} with strides {buffer.stride()}"
+            "stride 1 along H and rows that do not overlap, got "
+            f"{tuple(buffer.shape)} on {buffer.device} with strides {buffer.stride()}"
         )
-
-
-def _reference_rows(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, vocab_size: int, options: LossOptions
-) -> Tensor:
-    """The definition, at least in fp32; masked rows are replaced before they can spread a NaN."""
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    if mask is not None:
-        student, teacher = (x.masked_fill(~mask[:, None], 0.0) for x in (student, teacher))
-    rows = reference.kl_divergence_rows(
-        student.to(dtype), teacher.to(dtype), **options._asdict(), vocab_size=vocab_size
-    )
-    return rows if mask is None else rows.masked_fill(~mask, 0.0)
-
-
-def _reference_linear_rows(
-    student: tuple[Tensor, Tensor, Tensor | None],
-    teacher: tuple[Tensor, Tensor, Tensor | None],
-    mask: Tensor | None,
-    vocab_size: int,
-    options: LossOptions,
-) -> Tensor:
-    """The same from hidden states, 256 tokens at a time, each block's logits made again for its gradient."""
-    dtype = torch.float64 if student[0].dtype == torch.float64 else torch.float32
-
-    def logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
-        z = hidden.to(dtype) @ head[:vocab_size].to(dtype).T
-        return z if bias is None else z + bias[:vocab_size].to(dtype)
-
-    def block(student_rows: Tensor, teacher_rows: Tensor, keep: Tensor | None, *params: Any) -> Tensor:
-        student_head, student_bias, teacher_head, teacher_bias = params
-        if keep is not None:
-            student_rows, teacher_rows = (
-                x.masked_fill(~keep[:, None], 0.0) for x in (student_rows, teacher_rows)
-            )
-        return _reference_rows(
-            logits(student_rows, student_head, student_bias),
-            logits(teacher_rows, teacher_head, teacher_bias),
-            keep,
-            vocab_size,
-            options,
-        )
-
-    params = (student[1], student[2], teacher[1], teacher[2])
-    blocks = []
-    for begin in range(0, student[0].shape[0], 256):
-        rows = slice(begin, begin + 256)
-        arguments = (student[0][rows], teacher[0][rows], None if mask is None else mask[rows], *params)
-        blocks.append(torch.utils.checkpoint.checkpoint(block, *arguments, use_reentrant=False))
-    return torch.cat(blocks) if blocks else student[0].new_zeros(0, dtype=dtype)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minitron_kernels.ops.kl_loss.checks import check_tensor, integer, number, positive, refuse
+
 _DIVERGENCES = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -23,13 +24,27 @@ class LossOptions(NamedTuple):
     teacher_scale: float
     teacher_softcap: float
 
+    def as_arguments(self) -> tuple[list[float], Tensor | None]:
+        """For an op: the numbers; or, inside torch.compile, none, and a tensor [6] of them.
 
-def _positive(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be finite and greater than 0, got {value}")
-    return float(value)
+        The numbers of an op's call are written into a compiled graph, so that another temperature would
+        compile anew. In a tensor they are data.
+        """
+        if not torch.compiler.is_compiling():
+            return list(self), None
+        return [], torch.stack([as_scalar(value, torch.device("cpu")) for value in self])
+
+    @staticmethod
+    def from_arguments(numbers: Sequence[float], values: Tensor | None) -> LossOptions:
+        """What as_arguments() made, inside the op."""
+        return LossOptions(*(numbers if values is None else values.tolist()))
+
+
+def as_scalar(value: float, device: torch.device) -> Tensor:
+    """0-dim float64; made so that torch.compile does not write the number into the graph."""
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=torch.float64, device=device) * value
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def loss_options(
@@ -49,38 +64,22 @@ def loss_options(
                 f"{divergence!r}"
             )
         beta = _DIVERGENCES[divergence]
-    elif isinstance(divergence, (int, float)) and not isinstance(divergence, bool):
-        if not 0 <= divergence <= 1:
-            raise ValueError(f"divergence as a number is the beta of JSD, in [0, 1]; got {divergence}")
-        beta = float(divergence)
     else:
-        raise TypeError(f"divergence must be a name or a number, got {type(divergence).__name__}")
+        beta = number("divergence", divergence, "a name or a number")
+        if not 0 <= beta <= 1:
+            refuse("divergence as a number", "the beta of JSD, in [0, 1]", beta)
 
     def cap(name: str, value: float | None) -> float:
-        return 0.0 if value is None else _positive(name, value)
+        return 0.0 if value is None else positive(name, value)
 
     return LossOptions(
         beta,
-        1.0 / _positive("temperature", temperature),
-        _positive("student_logit_scale", student_logit_scale),
+        1.0 / positive("temperature", temperature),
+        positive("student_logit_scale", student_logit_scale),
         cap("student_softcap", student_softcap),
-        _positive("teacher_logit_scale", teacher_logit_scale),
+        positive("teacher_logit_scale", teacher_logit_scale),
         cap("teacher_softcap", teacher_softcap),
     )
-
-
-def check_floating(**tensors: Tensor) -> None:
-    """Each is a float tensor of a served dtype, all on one device."""
-    first_name, first = next(iter(tensors.items()))
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
-        if x.device != first.device:
-            raise ValueError(f"{name} is on {x.device}, but {first_name} is on {first.device}")
-        if (x.dtype == torch.float64) != (first.dtype == torch.float64):
-            raise TypeError(f"{name} is {x.dtype}, but {first_name} is {first.dtype}: float64 needs float64")
 
 
 def check_vocab_size(vocab_size: int | None, student: int, teacher: int) -> int:
@@ -92,8 +91,7 @@ def check_vocab_size(vocab_size: int | None, student: int, teacher: int) -> int:
                 "the number of tokens that both share (columns beyond it count as padding)"
             )
         return student
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    vocab_size = integer("vocab_size", vocab_size)
     if not 1 <= vocab_size <= min(student, teacher):
         raise ValueError(
             f"vocab_size must be from 1 to {min(student, teacher)}, which student and teacher have; got "
@@ -143,14 +141,14 @@ def rows_mask(
         _check_per_token("labels", labels, shape, device)
         if labels.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
+        ignore_index = integer("ignore_index", ignore_index)
         counted = _labels_to_mask(labels.reshape(-1), ignore_index, vocab_size)
         rows = counted if rows is None else rows & counted
     return None if rows is None else rows.contiguous()
 
 
 def _check_per_token(name: str, x: Tensor, shape: torch.Size, device: torch.device) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    check_tensor(name, x)
     if x.shape != shape:
         raise ValueError(f"{name} must have one entry per token, shape {tuple(shape)}; got {tuple(x.shape)}")
     if x.device != device:
@@ -166,21 +164,58 @@ def row_factor(
 ) -> tuple[float, Tensor | None]:
     """What each row's loss is multiplied by before it is summed: a number times a 0-dim tensor (or None).
 
-    `temperature` is given where the loss carries the temperature-squared factor.
+    `temperature` is given where the loss carries the temperature-squared factor. Where no row counts the
+    factor is finite, whatever num_items is, so that the loss is 0.
     """
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-    scale = 1.0 if temperature is None else float(temperature) ** 2
+        hint = _BATCHMEAN if reduction == "batchmean" else ""
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}{hint}")
+    scale = 1.0 if temperature is None else temperature * temperature
+    if reduction != "mean":
+        if num_items is not None:
+            raise ValueError(f'num_items is what reduction="mean" divides by; got reduction={reduction!r}')
+        return scale, None
     if num_items is None:
-        if reduction != "mean":
-            return scale, None
         if mask is None:
             return scale * (1.0 / max(rows, 1)), None  # to the bit what a mask gives
         return scale, mask.sum().clamp(min=1).to(torch.float64).reciprocal()
-    if reduction != "mean":
-        raise ValueError(f'num_items is what reduction="mean" divides by; got reduction={reduction!r}')
+    if rows == 0:
+        return 0.0, None
     if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"num_items must have one element, got shape {tuple(num_items.shape)}")
-        return scale, num_items.reshape(()).to(torch.float64).reciprocal()
-    return scale / _positive("num_items", num_items), None
+        count = _items_tensor(num_items, mask)
+        if isinstance(count, Tensor):
+            return scale, count
+        num_items = count
+    num_items = number("num_items", num_items)
+    if num_items == 0 and mask is not None:
+        return scale, _reciprocal(torch.zeros((), dtype=torch.float64, device=mask.device), mask)
+    return scale / positive("num_items", num_items), None
+
+
+_BATCHMEAN = (
+    '. F.kl_div\'s "batchmean" divides by the size of the batch: for that pass num_items=batch_size; '
+    'here "mean" divides by the tokens that count'
+)
+
+
+def _items_tensor(num_items: Tensor, mask: Tensor | None) -> Tensor | float:
+    """1 / num_items as a tensor where its value cannot be looked at without waiting, else num_items."""
+    check_tensor("num_items", num_items)
+    if num_items.numel() != 1:
+        raise ValueError(f"num_items must have one element, got shape {tuple(num_items.shape)}")
+    if num_items.device.type == "cpu" and not torch.compiler.is_compiling():
+        return num_items.item()
+    if mask is not None and num_items.device.type != "cpu" and num_items.device != mask.device:
+        raise ValueError(f"num_items is on {num_items.device}, but the student is on {mask.device}")
+    return _reciprocal(num_items.reshape(()).to(torch.float64).clamp(min=0), mask)
+
+
+def _reciprocal(count: Tensor, mask: Tensor | None) -> Tensor:
+    """1 / count, and 0 where no row counts. Of 0 where some do: inf, or on the CPU at once an error."""
+    if mask is None:
+        return count.reciprocal()
+    any_row = mask.any()
+    known = count.device.type == mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    if known and any_row:
+        positive("num_items", float(count))
+    return torch.where(any_row, count.to(mask.device).reciprocal(), 0.0)

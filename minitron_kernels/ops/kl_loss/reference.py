@@ -5,8 +5,10 @@ arXiv 2306.13649 (GKD) with beta = 0 read as forward and beta = 1 as reverse KL.
 """
 
 import math
+from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 
@@ -55,7 +57,58 @@ def kl_divergence_rows(
     if beta == 1.0:
         return _expectation(p_s, log_s - log_t)
     nowhere = (log_s == -math.inf) & (log_t == -math.inf)  # logaddexp has no derivative there
+    # logarithms of tensors: torch.compile keeps those symbolic, and no new beta compiles anew
+    log_beta, log_rest = (s.new_ones((), dtype=torch.float64).mul(x).log() for x in (beta, 1.0 - beta))
     log_m = torch.logaddexp(
-        log_t.masked_fill(nowhere, 0.0) + math.log(beta), log_s.masked_fill(nowhere, 0.0) + math.log1p(-beta)
+        log_t.masked_fill(nowhere, 0.0) + log_beta, log_s.masked_fill(nowhere, 0.0) + log_rest
     )
     return beta * _expectation(p_t, log_t - log_m) + (1.0 - beta) * _expectation(p_s, log_s - log_m)
+
+
+def rows(student: Tensor, teacher: Tensor, mask: Tensor | None, vocab_size: int, **options: float) -> Tensor:
+    """[N, Vs], [N, Vt] -> [N], at least in fp32; masked rows are replaced before they can spread a NaN."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    if mask is not None:
+        student, teacher = (x.masked_fill(~mask[:, None], 0.0) for x in (student, teacher))
+    loss = kl_divergence_rows(student.to(dtype), teacher.to(dtype), vocab_size=vocab_size, **options)
+    return loss if mask is None else loss.masked_fill(~mask, 0.0)
+
+
+Side = tuple[Tensor, Tensor, Tensor | None]  # hidden states, head, bias
+_BLOCK = 256  # tokens whose logits exist at a time
+
+
+def linear_rows(
+    student: Side, teacher: Side, mask: Tensor | None, vocab_size: int, **options: float
+) -> Tensor:
+    """The same from hidden states [N, H], a block at a time, its logits made again for its gradient."""
+    dtype = torch.float64 if student[0].dtype == torch.float64 else torch.float32
+
+    def logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
+        z = hidden.to(dtype) @ head[:vocab_size].to(dtype).T
+        return z if bias is None else z + bias[:vocab_size].to(dtype)
+
+    def block(student_rows: Tensor, teacher_rows: Tensor, keep: Tensor | None, *params: Any) -> Tensor:
+        student_head, student_bias, teacher_head, teacher_bias = params
+        if keep is not None:
+            student_rows, teacher_rows = (
+                x.masked_fill(~keep[:, None], 0.0) for x in (student_rows, teacher_rows)
+            )
+        student_logits = logits(student_rows, student_head, student_bias)
+        return rows(
+            student_logits, logits(teacher_rows, teacher_head, teacher_bias), keep, vocab_size, **options
+        )
+
+    params = (student[1], student[2], teacher[1], teacher[2])
+    # torch.func has no rule for checkpoint's hooks
+    again = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    blocks = []
+    for begin in range(0, max(student[0].shape[0], 1), _BLOCK):  # one block of nothing for no tokens
+        part = slice(begin, begin + _BLOCK)
+        arguments = (student[0][part], teacher[0][part], None if mask is None else mask[part], *params)
+        blocks.append(
+            torch.utils.checkpoint.checkpoint(block, *arguments, use_reentrant=False)
+            if again
+            else block(*arguments)
+        )
+    return torch.cat(blocks)

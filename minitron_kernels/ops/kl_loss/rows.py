@@ -6,114 +6,157 @@ any incoming gradient is exact and the forward allocates O(N).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minitron_kernels import _native
+from minitron_kernels.ops.kl_loss.checks import as_saved
+from minitron_kernels.ops.kl_loss.options import LossOptions
 
 NUM_STATS = 6  # Stat in csrc/kl_loss/kl_loss_cpu.h
 
-NO_DOUBLE_BACKWARD = (
-    "{} has no second derivative: its gradient is made by a kernel. "
-    "For double backward use backend='reference'"
-)
-
 
 def kl_rows(
-    backend: str, student: Tensor, teacher: Tensor, mask: Tensor | None, vocab_size: int, *options: float
+    backend: str, student: Tensor, teacher: Tensor, mask: Tensor | None, vocab_size: int, options: LossOptions
 ) -> Tensor:
     """[N, Vs], [N, Vt] with stride 1 along the vocabulary -> [N] in nats; differentiable in student."""
-    if backend == "triton":
-        return _triton_forward(student, teacher, mask, vocab_size, *options)[0]
-    return torch.ops.minitron_kernels.kl_loss_forward(student, teacher, mask, vocab_size, *options)[0]
+    arguments = (vocab_size, *options.as_arguments(), backend)
+    if torch.is_grad_enabled() and student.requires_grad:
+        return _Rows.apply(student, teacher, mask, arguments)
+    return _forward(student, teacher, mask, arguments)[0]
 
 
-# custom_op reads the schema off the signature: these are the native ops' arguments
-@torch.library.custom_op("minitron_kernels::kl_loss_forward_triton", mutates_args=())
-def _triton_forward(
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            f"{ctx.name} has no second derivative: its gradient is made by a kernel. "
+            "For double backward use backend='reference'"
+        )
+
+
+def no_second_derivative(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For the backward of an autograd.Function: its gradients raise an error once they are differentiated."""
+
+    def decorate(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def wrapped(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            if not torch.is_grad_enabled():
+                return backward(ctx, grad)
+            with torch.no_grad():
+                grads = backward(ctx, grad)
+            return tuple(
+                None if g is None else _NoSecondDerivative.apply(g.detach().requires_grad_(), name)
+                for g in grads
+            )
+
+        return wrapped
+
+    return decorate
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor | None, arguments: tuple[Any, ...]
+    ) -> Tensor:
+        loss, stats = _forward(student, teacher, mask, arguments)
+        ctx.save_for_backward(*map(as_saved, (student, teacher, mask)), stats)
+        ctx.arguments = arguments
+        return loss
+
+    @staticmethod
+    @no_second_derivative("kl_loss")
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher, mask, stats = ctx.saved_tensors
+        weight = grad_loss.to(stats.dtype).contiguous()
+        return _backward(weight, stats, student, teacher, mask, ctx.arguments), None, None, None
+
+
+def _forward(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, arguments: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    vocab_size, numbers, values, backend = arguments
+    if backend == "native" and values is None:  # an op in C++ costs a tenth of one in Python
+        return torch.ops.minitron_kernels.kl_loss_forward(student, teacher, mask, vocab_size, *numbers)
+    return _forward_op(student, teacher, mask, *arguments)
+
+
+def _backward(
+    weight: Tensor,
+    stats: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    arguments: tuple[Any, ...],
+) -> Tensor:
+    vocab_size, numbers, values, backend = arguments
+    if backend == "native" and values is None:
+        return torch.ops.minitron_kernels.kl_loss_backward(
+            weight, stats, student, teacher, mask, vocab_size, *numbers
+        )
+    return _backward_op(weight, stats, student, teacher, mask, *arguments)
+
+
+@torch.library.custom_op("minitron_kernels::kl_rows_forward", mutates_args=())
+def _forward_op(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None,
     vocab_size: int,
-    beta: float,
-    inv_tau: float,
-    student_scale: float,
-    student_softcap: float,
-    teacher_scale: float,
-    teacher_softcap: float,
+    numbers: Sequence[float],
+    values: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    from minitron_kernels.ops.kl_loss.kernel_triton import kl_loss_forward
-
-    options = (beta, inv_tau, student_scale, student_softcap, teacher_scale, teacher_softcap)
-    return kl_loss_forward(student, teacher, mask, vocab_size, *options)
+    options = LossOptions.from_arguments(numbers, values)
+    return _kernels(backend)[0](student, teacher, mask, vocab_size, *options)
 
 
-@torch.library.custom_op("minitron_kernels::kl_loss_backward_triton", mutates_args=())
-def _triton_backward(
-    grad_loss: Tensor,
+@torch.library.custom_op("minitron_kernels::kl_rows_backward", mutates_args=())
+def _backward_op(
+    weight: Tensor,
     stats: Tensor,
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None,
     vocab_size: int,
-    beta: float,
-    inv_tau: float,
-    student_scale: float,
-    student_softcap: float,
-    teacher_scale: float,
-    teacher_softcap: float,
+    numbers: Sequence[float],
+    values: Tensor | None,
+    backend: str,
 ) -> Tensor:
-    from minitron_kernels.ops.kl_loss.kernel_triton import kl_loss_backward
-
-    options = (beta, inv_tau, student_scale, student_softcap, teacher_scale, teacher_softcap)
-    return kl_loss_backward(grad_loss, stats, student, teacher, mask, vocab_size, *options)
+    options = LossOptions.from_arguments(numbers, values)
+    return _kernels(backend)[1](weight, stats, student, teacher, mask, vocab_size, *options)
 
 
-def _stats_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def _kernels(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    if backend == "native":
+        ops = torch.ops.minitron_kernels
+        return ops.kl_loss_forward, ops.kl_loss_backward
+    from minitron_kernels.ops.kl_loss import kernel_triton
+
+    return kernel_triton.kl_loss_forward, kernel_triton.kl_loss_backward
 
 
 def _fake_forward(student: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    N, dtype = student.shape[0], _stats_dtype(student)
+    N, dtype = student.shape[0], torch.float64 if student.dtype == torch.float64 else torch.float32
     return student.new_empty(N, dtype=dtype), student.new_empty((N, NUM_STATS), dtype=dtype)
 
 
-def _fake_backward(grad_loss: Tensor, stats: Tensor, student: Tensor, *_: Any) -> Tensor:
+def _fake_backward(weight: Tensor, stats: Tensor, student: Tensor, *_: Any) -> Tensor:
     return student.new_empty(student.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, teacher, mask, *rest = inputs
-    ctx.save_for_backward(student, teacher, mask, output[1])
-    ctx.rest = rest
-    ctx.set_materialize_grads(False)
-
-
-def _no_double_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(NO_DOUBLE_BACKWARD.format("kl_loss"))
-
-
-def _register(suffix: str) -> None:
-    """Shapes and gradient of the ops kl_loss_forward and kl_loss_backward of a backend."""
-    forward, backward = f"kl_loss_forward{suffix}", f"kl_loss_backward{suffix}"
-
-    def gradient(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        student, teacher, mask, stats = ctx.saved_tensors
-        grad = None
-        if grad_loss is not None and ctx.needs_input_grad[0]:
-            op = getattr(torch.ops.minitron_kernels, backward)
-            weight = grad_loss.to(stats.dtype).contiguous()
-            grad = op(weight, stats, student, teacher, mask, *ctx.rest)
-        return (grad, *(None,) * (2 + len(ctx.rest)))
-
-    torch.library.register_fake(f"minitron_kernels::{forward}", _fake_forward)
-    torch.library.register_fake(f"minitron_kernels::{backward}", _fake_backward)
-    torch.library.register_autograd(f"minitron_kernels::{forward}", gradient, setup_context=_setup_context)
-    torch.library.register_autograd(f"minitron_kernels::{backward}", _no_double_backward)
-
-
-_register("_triton")
+_forward_op.register_fake(_fake_forward)
+_backward_op.register_fake(_fake_backward)
 if _native.available():
-    _register("")
+    torch.library.register_fake("minitron_kernels::kl_loss_forward", _fake_forward)
+    torch.library.register_fake("minitron_kernels::kl_loss_backward", _fake_backward)

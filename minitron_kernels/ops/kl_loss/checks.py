@@ -1,0 +1,127 @@
+"""Checks of arguments that kl_loss and linear_kl_loss share; each error names the argument and what came."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+import sys
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+T = TypeVar("T", bound=Tensor | None)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def refuse(name: str, wanted: str, value: Any) -> NoReturn:
+    """The error for a value out of range."""
+    # torch.compile formats a number that it keeps symbolic in str.format() alone
+    raise ValueError("{} must be {}, got {}".format(name, wanted, value))  # noqa: UP032
+
+
+def number(name: str, value: Any, wanted: str = "a number") -> float:
+    """An int or a float as it is, NumPy's scalars as floats; a TypeError for anything else."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    hint = ": pass .item()" if isinstance(value, Tensor) else ""
+    raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}{hint}")
+
+
+def positive(name: str, value: Any) -> float:
+    """A finite number above 0. The comparisons are guards that torch.compile keeps for all such numbers."""
+    value = number(name, value)
+    if not 0 < value < math.inf:
+        refuse(name, "finite and greater than 0", value)
+    return value
+
+
+def integer(name: str, value: Any) -> int:
+    """An int; NumPy's integers too."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return operator.index(value)
+    raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def byte_count(name: str, value: Any) -> int:
+    """An integer(), or a float without a fraction, such as 1e9."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return integer(name, value)
+
+
+def check_tensor(name: str, x: Any) -> None:
+    """A plain dense tensor whose memory is there."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if type(x) is not Tensor and _is_dtensor(x):
+        raise TypeError(
+            f"{name} is a DTensor: pass {name}.full_tensor(), which gathers the shards and hands the "
+            "gradient back to them; or .to_local() where every rank holds the whole"
+        )
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {x.layout}: pass {name}.to_dense()")
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return  # no memory to look at; the kernels see the real tensors
+    if x.untyped_storage().nbytes() == 0 and x.numel():
+        raise ValueError(
+            f"{name} has no memory: its storage was freed, as ZeRO-3 and FSDP do outside of the module's own "
+            f"forward; gather it first (deepspeed.zero.GatheredParameters, FSDP.summon_full_params)"
+        )
+
+
+def _is_dtensor(x: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # there is no DTensor before it is imported
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Each is a float tensor of a served dtype, all on one device."""
+    first_name, first = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        check_tensor(name, x)
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+        if x.device != first.device:
+            raise ValueError(f"{name} is on {x.device}, but {first_name} is on {first.device}")
+        if (x.dtype == torch.float64) != (first.dtype == torch.float64):
+            raise TypeError(f"{name} is {x.dtype}, but {first_name} is {first.dtype}: float64 needs float64")
+
+
+def check_constant(name: str, x: Tensor) -> None:
+    """What the teacher computed is a constant here; silence would hide a teacher that is meant to learn."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires grad, but no gradient flows to the teacher: run the teacher under "
+            f"torch.no_grad(), or pass {name}.detach()"
+        )
+
+
+def check_transforms(op: str, *student: Tensor | None) -> None:
+    """Kernels know backward alone: forward-mode AD would be silently 0, vmap would loop or fail."""
+    if torch._C._are_functorch_transforms_active():
+        what = "torch.func's transforms (grad, vjp, jvp, vmap, ...)"
+    elif forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in student
+    ):
+        what = "forward-mode AD"
+    else:
+        return
+    raise RuntimeError(
+        f"the kernels of {op} do not work under {what}: use backend='reference' there, or loss.backward()"
+    )
+
+
+def as_saved(x: T) -> T:
+    """The same memory as a tensor that autograd may save: those of torch.inference_mode() it refuses."""
+    if x is None or torch.compiler.is_compiling() or not x.is_inference():
+        return x
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(
+        x.untyped_storage(), x.storage_offset(), x.size(), x.stride()
+    )  # type: ignore[return-value]
