@@ -18,8 +18,9 @@ def _fresh():
     torch._dynamo.reset()
 
 
-def problem():
-    tensors = make_linear(N, H, HT, V, torch.float32)
+def problem(dtype=torch.float64):
+    """In float64, where a number that was rounded to fp32 on its way shows."""
+    tensors = make_linear(N, H, HT, V, dtype)
     return [x.requires_grad_(i < 2) for i, x in enumerate(tensors)]
 
 
@@ -45,7 +46,7 @@ NUMBERS = [
         "teacher_logit_scale": 0.9 - 0.1 * i,
         "workspace_bytes": (4 << 20) + 4096 * i,
     }
-    for i in range(6)
+    for i in range(5)
 ]
 
 
@@ -54,8 +55,7 @@ def value_and_grads(loss, tensors):
     return loss.detach(), *torch.autograd.grad(total, tensors[:2])
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(("dynamic", "backend"), [(None, "auto"), (True, "auto"), (None, "reference")])
 @pytest.mark.parametrize("function", [linear, rows])
 def test_numbers_that_change(function, dynamic, backend):
     """One compilation, with dynamic=None a second one that makes the numbers symbolic; then none."""
@@ -72,7 +72,7 @@ def test_numbers_that_change(function, dynamic, backend):
             function(*tensors, mask=MASK, temperature_squared=True, backend=backend, **numbers), tensors
         )
         for a, b in zip(actual, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-8)
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14)
         if i == 1:
             compiled = counter.frame_count
     assert counter.frame_count == compiled <= 2
@@ -89,7 +89,13 @@ def test_options_of_a_module_and_batches_that_change(function):
 
         def forward(self, hidden, teacher_hidden, items):
             return function(
-                hidden, head, teacher_hidden, teacher_head, temperature=self.temperature, num_items=items
+                hidden,
+                head,
+                teacher_hidden,
+                teacher_head,
+                temperature=self.temperature,
+                temperature_squared=True,
+                num_items=items,
             )
 
     step = Step()
@@ -97,9 +103,9 @@ def test_options_of_a_module_and_batches_that_change(function):
     for i in range(6):
         step.temperature = 4.0 - 0.5 * i
         tokens, items = 10 + 3 * i, torch.tensor(50 + i)
-        hidden, _, teacher_hidden, _ = make_linear(tokens, H, HT, V, torch.float32, seed=i)
+        hidden, _, teacher_hidden, _ = make_linear(tokens, H, HT, V, torch.float64, seed=i)
         expected = step(hidden, teacher_hidden, items)
-        torch.testing.assert_close(compiled(hidden, teacher_hidden, items), expected, rtol=2e-6, atol=1e-8)
+        torch.testing.assert_close(compiled(hidden, teacher_hidden, items), expected, rtol=1e-11, atol=0)
     assert counter.frame_count <= 2
 
 
@@ -122,21 +128,23 @@ def test_a_bad_number_is_refused_whenever_it_comes(function):
 @pytest.mark.parametrize("function", [linear, rows])
 def test_nothing_counts(function, items):
     tensors = problem()
-    nothing = torch.zeros(N, dtype=torch.bool)
-    step = torch.compile(
-        lambda *tensors: function(*tensors, mask=nothing, num_items=items),
-        fullgraph=True,
-        backend="aot_eager",
-    )
-    loss, *grads = value_and_grads(step(*tensors), tensors)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(mask, items):
+        return function(*tensors, mask=mask, num_items=items)
+
+    loss, *grads = value_and_grads(step(torch.zeros(N, dtype=torch.bool), items), tensors)
     assert loss == 0 and all((g == 0).all() for g in grads)
+    if isinstance(items, torch.Tensor):  # that tokens count is known when it is too late for an error
+        for wrong in (items, items - 3):
+            assert not step(MASK, wrong).isfinite()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_lent_accumulator(reduction):
     """Added to by the backward, with its factor; not at all without one."""
     hidden, head, *teacher = problem()
-    buffer = torch.ones(V, H)
+    buffer = torch.ones(V, H, dtype=torch.float64)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(hidden, head, buffer):

@@ -274,13 +274,13 @@ def test_auto_takes_the_first_backend_there_is():
 def test_opcheck(kernels):
     """Schemas and fake kernels of the ops, on this device."""
     student, teacher = torch.randn(2, 6, 50, device="cuda").unbind(0)
-    suffix = "" if kernels.backend == "native" else "_triton"
-    options = (50, 0.5, *OPTIONS)
-    forward = getattr(torch.ops.minitron_kernels, f"kl_loss_forward{suffix}").default
-    backward = getattr(torch.ops.minitron_kernels, f"kl_loss_backward{suffix}").default
-    torch.library.opcheck(forward, (student, teacher, None, *options))
-    loss, stats = forward(student, teacher, None, *options)
-    torch.library.opcheck(backward, (torch.ones_like(loss), stats, student, teacher, None, *options))
+    ops, numbers = torch.ops.minitron_kernels, [0.5, *OPTIONS]
+    for given in ((numbers, None), ([], torch.tensor(numbers, dtype=torch.float64))):
+        options = (50, *given, kernels.backend)
+        torch.library.opcheck(ops.kl_rows_forward.default, (student, teacher, None, *options))
+        loss, stats = ops.kl_rows_forward(student, teacher, None, *options)
+        gradient = (torch.ones_like(loss), stats, student, teacher, None, *options)
+        torch.library.opcheck(ops.kl_rows_backward.default, gradient)
 
 
 def test_second_gpu(kernels, full_blocks):

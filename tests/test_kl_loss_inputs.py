@@ -1,5 +1,6 @@
 """Bad input: each error names the argument, what was wanted and what came."""
 
+import numpy as np
 import pytest
 import torch
 from _problems import make_linear, make_rows
@@ -30,6 +31,13 @@ SHARED = [
     ({"divergence": "kl"}, ValueError, r"divergence must be one of forward_kl.*got 'kl'"),
     ({"divergence": 1.5}, ValueError, r"divergence .* in \[0, 1\], got 1.5"),
     ({"divergence": None}, TypeError, r"divergence must be a name or a number, got NoneType"),
+    ({"reduction": "batchmean"}, ValueError, r"mean, sum, none; got 'batchmean'.*num_items=batch_size"),
+    ({"temperature": torch.tensor(2.0)}, TypeError, r"temperature must be a number, got Tensor: pass .item"),
+    ({"temperature": np.array([2.0])}, TypeError, r"temperature must be a number, got ndarray"),
+    ({"temperature": True}, TypeError, r"temperature must be a number, got bool"),
+    ({"vocab_size": True}, TypeError, r"vocab_size must be an int, got bool"),
+    ({"ignore_index": -100.0, "labels": torch.zeros(N).long()}, TypeError, r"ignore_index must be an int"),
+    ({"mask": torch.ones(N, dtype=torch.bool).to_sparse()}, TypeError, r"mask must be a dense tensor"),
     ({"reduction": "avg"}, ValueError, r"reduction must be one of mean, sum, none; got 'avg'"),
     ({"student_softcap": -1.0}, ValueError, r"student_softcap .* got -1"),
     ({"teacher_logit_scale": 0.0}, ValueError, r"teacher_logit_scale .* got 0"),
@@ -109,6 +117,8 @@ def test_kl_loss(changes, error, message):
         ),
         ({"teacher_bias": torch.zeros(V).int()}, TypeError, r"teacher_bias must be float32"),
         ({"schedule": "fast"}, ValueError, r"schedule must be one of auto, store, recompute; got 'fast'"),
+        ({"workspace_bytes": 1.5e6 + 0.5}, TypeError, r"workspace_bytes must be an int, got float"),
+        ({"workspace_bytes": "1G"}, TypeError, r"workspace_bytes must be an int, got str"),
         ({"workspace_bytes": 1000}, ValueError, r"workspace_bytes=1000 is too small: the least .* is \d+ \("),
         (
             {"grad_head_accumulator": torch.zeros(V, H).half()},
@@ -117,6 +127,7 @@ def test_kl_loss(changes, error, message):
         ),
         ({"grad_head_accumulator": 3}, TypeError, r"grad_head_accumulator .* got int"),
         ({"grad_head_accumulator": torch.zeros(H, V).T}, ValueError, r"stride 1 along H"),
+        ({"grad_head_accumulator": torch.zeros(H).expand(V, H)}, ValueError, r"rows that do not overlap"),
         (
             {"grad_head_accumulator": torch.zeros(V, H), "backend": "reference"},
             ValueError,
@@ -157,3 +168,161 @@ def test_strided_inputs():
     for x in (inputs, plain):
         mk.linear_kl_loss(*x, *teacher).backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(inputs, plain, strict=True))
+
+
+def test_numbers_of_numpy_and_round_floats_are_taken():
+    for scalar in (np.float32, np.float64, np.int64, np.float16):
+        options = {"temperature": scalar(3), "student_softcap": scalar(9), "temperature_squared": True}
+        plain = {"temperature": 3, "student_softcap": 9.0, "temperature_squared": True}
+        for loss in (linear, rows):
+            expected = loss(num_items=5, divergence=1.0, vocab_size=39, ignore_index=7, **plain)
+            actual = loss(
+                num_items=scalar(5),
+                divergence=scalar(1),
+                vocab_size=np.int32(39),
+                ignore_index=np.int64(7),
+                **options,
+            )
+            assert torch.equal(actual, expected)
+    assert torch.equal(linear(workspace_bytes=1e8), linear())
+    assert torch.equal(linear(workspace_bytes=np.int64(10**8)), linear())
+
+
+def test_labels_may_lie_beyond_the_shared_vocabulary():
+    """They only mask: a token that the student alone knows is one of its tokens all the same."""
+    labels = torch.tensor([0, 39, 20, -100, 30, 5])
+    for loss in (linear, rows):
+        assert torch.equal(loss(labels=labels, vocab_size=20), loss(mask=labels >= 0, vocab_size=20))
+        with pytest.raises(ValueError, match=r"labels .* \[0, 40\), got 40 at position 2"):
+            loss(labels=torch.tensor([0, 1, 40, 3, 4, 5]), vocab_size=20)
+
+
+def test_shapes_without_data():
+    """On the meta device the losses have shapes; mixed with real tensors they name the odd one."""
+    for reduction, shape in (("mean", ()), ("none", (2, 3))):
+        tensors = [
+            x.reshape(2, 3, -1) if i % 2 == 0 else x
+            for i, x in enumerate(t.to(META) for t in make_linear(N, H, HT, V, torch.float32))
+        ]
+        loss = mk.linear_kl_loss(*tensors, reduction=reduction)
+        logits = mk.kl_loss(tensors[0] @ tensors[1].T, tensors[2] @ tensors[3].T, reduction=reduction)
+        assert loss.shape == logits.shape == shape and loss.device == logits.device == META
+
+
+def freed(x):
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("student_hidden", "student_head", "teacher_hidden", "teacher_head"),
+        *("student_bias", "teacher_bias", "mask", "labels", "grad_head_accumulator"),
+        *("student_logits", "teacher_logits"),
+    ],
+)
+def test_a_freed_storage_is_refused(name):
+    """As ZeRO-3 and FSDP leave a parameter: shape and dtype are there, the memory is not."""
+    loss = rows if name.endswith("logits") else linear
+    names = ("student_hidden", "student_head", "teacher_hidden", "teacher_head")
+    arguments = dict(zip(names, make_linear(N, H, HT, V, torch.float32), strict=True))
+    logits = dict(zip(("student_logits", "teacher_logits"), make_rows(N, V, torch.float32), strict=True))
+    others = {
+        "mask": torch.ones(N, dtype=torch.bool),
+        "labels": torch.zeros(N, dtype=torch.int64),
+        "grad_head_accumulator": torch.zeros(V, H),
+    }
+    tensor = {**arguments, **logits, **others}.get(name, torch.zeros(V))
+    with pytest.raises(ValueError, match=rf"{name} has no memory: its storage was freed"):
+        loss(**{name: freed(tensor)})
+
+
+def test_a_freed_storage_is_refused_by_the_kernels_too():
+    """Where nothing looked before: below torch.compile, and between a forward and its backward."""
+    student, teacher = make_rows(N, V, torch.float32)
+    options = (V, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0)
+    with pytest.raises(RuntimeError, match="teacher_logits has no memory"):
+        torch.ops.minitron_kernels.kl_loss_forward(student, freed(teacher), None, *options)
+    hidden, head, *constants = make_linear(N, H, HT, V, torch.float32)
+    loss = mk.linear_kl_loss(hidden.requires_grad_(), head, *constants, reduction="none").sum()
+    head.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="student_head has no memory"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("what", ["weight", "rows", "out"])
+def test_freed_storages_in_gather(what):
+    arguments = {"weight": torch.ones(4, 6), "rows": torch.tensor([0, 2]), "out": torch.ones(2, 6)}
+    arguments[what] = freed(arguments[what])
+    with pytest.raises((RuntimeError, ValueError), match="no memory"):
+        torch.ops.minitron_kernels.gather_channels_(*(arguments[k] for k in ("out", "weight", "rows")), None)
+
+
+def test_freed_storages_in_importance():
+    x = torch.ones(2, 3, 8)
+    with pytest.raises(RuntimeError, match="x has no memory"):
+        torch.ops.minitron_kernels.importance_moments(freed(x), None, None, 0, 1)
+    with pytest.raises(RuntimeError, match="mask has no memory"):
+        mask = torch.ones(2, 3, dtype=torch.bool)
+        torch.ops.minitron_kernels.importance_moments(x, freed(mask), None, 0, 1)
+
+
+def test_a_dtensor_is_refused_by_name(tmp_path):
+    """And what the message says to pass works, gradient included."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        tensors = make_linear(N, H, HT, V, torch.float32)
+        expected = mk.linear_kl_loss(*tensors)
+        head = distribute_tensor(tensors[1], DeviceMesh("cpu", [0]), [Shard(0)]).requires_grad_()
+        with pytest.raises(TypeError, match=r"student_head is a DTensor: pass student_head\.full_tensor\(\)"):
+            linear(student_head=head)
+        loss = linear(student_head=head.full_tensor())
+        loss.backward()
+        assert torch.equal(loss, expected) and head.grad.full_tensor().abs().sum() > 0
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("module", [mk.KLLoss, mk.LinearKLLoss])
+def test_a_misspelt_option_of_a_module(module):
+    with pytest.raises(TypeError, match=r"no option 'temprature' .*kl_loss\(\): did you mean temperature\?"):
+        module(temprature=2.0)
+    with pytest.raises(TypeError, match="no option 'student_hidden'"):
+        module(student_hidden=torch.zeros(1))
+    module(temperature=2.0, labels=None)
+
+
+def test_inputs_are_left_alone():
+    """What is passed has the same bits after a call and its backward, and shares no memory with a result."""
+    hidden, head, teacher_hidden, teacher_head = make_linear(N, H, HT, V, torch.float32)
+    given = {
+        "mask": torch.arange(N) % 4 > 0,
+        "labels": torch.tensor([3, -100, 5, 6, 39, 0]),
+        "student_bias": torch.linspace(-1, 1, V).requires_grad_(),
+        "teacher_bias": torch.linspace(1, -1, V),
+    }
+    items = torch.tensor(17)
+    for schedule in ("store", "recompute"):
+        for reduction in ("mean", "sum", "none"):
+            inputs = [hidden.requires_grad_(), head.requires_grad_(), teacher_hidden, teacher_head]
+            everything = [*inputs, *given.values(), items]
+            before = [x.detach().clone() for x in everything]
+            options = {"num_items": items} if reduction == "mean" else {}
+            loss = mk.linear_kl_loss(*inputs, reduction=reduction, schedule=schedule, **options, **given)
+            results = [loss, *torch.autograd.grad(loss.sum(), [*inputs[:2], given["student_bias"]])]
+            logits = (hidden @ head.T).detach().requires_grad_(), teacher_hidden @ teacher_head.T
+            kept = [x.detach().clone() for x in logits]
+            loss = mk.kl_loss(
+                *logits, reduction=reduction, mask=given["mask"], labels=given["labels"], **options
+            )
+            results += [loss, *torch.autograd.grad(loss.sum(), logits[0])]
+            assert all(torch.equal(a, b) for a, b in zip(everything, before, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(logits, kept, strict=True))
+            theirs = {x.untyped_storage().data_ptr() for x in (*everything, *logits)}
+            ours = {x.untyped_storage().data_ptr() for x in results}
+            assert len(ours) == len(results) and not ours & theirs

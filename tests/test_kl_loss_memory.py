@@ -81,8 +81,23 @@ def test_memory_is_flat_in_the_number_of_tokens():
 def test_the_head_accumulator_is_avoided():
     one_chunk = mk.plan_linear_kl_loss(256, 131072, 2048, 2560)
     assert one_chunk.num_chunks == 1 and one_chunk.part_bytes[-1] == 0
-    lent = mk.plan_linear_kl_loss(4096, 131072, 2048, 2560, grad_head_accumulator=True)
-    assert lent.num_chunks > 1 and lent.part_bytes[-1] == 0
+    for schedule in ("store", "recompute", "auto"):
+        for jsd in (False, True):
+            lent = mk.plan_linear_kl_loss(
+                4096,
+                131072,
+                2048,
+                2560,
+                grad_head_accumulator=True,
+                schedule=schedule,
+                divergence_needs_kl=jsd,
+            )
+            assert lent.part_bytes[-1] == 0
+            # logits for the sums, and once more in the backward
+            assert lent.num_gemms == 6 + 2 * jsd
+            if schedule == "store":
+                assert lent.num_chunks > 1
+                assert lent.flops >= 2 * 4096 * 131072 * ((2 + jsd) * (2048 + 2560) + 2 * 2048)
     assert mk.plan_linear_kl_loss(4096, 131072, 2048, 2560, dtype=torch.float32).part_bytes[-1] == 0
     assert mk.plan_linear_kl_loss(4096, 131072, 2048, 2560, grad_head=False).part_bytes[-1] == 0
 

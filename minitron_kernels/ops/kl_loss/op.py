@@ -58,13 +58,15 @@ def kl_loss(
         β in (0, 1)  β KL(T‖M) + (1−β) KL(S‖M), M = βT + (1−β)S     (1−β) S (log S − log M − KL(S‖M))/τ
 
     The loss is summed from terms that are all ≥ 0, so that it keeps its digits when the student is close to
-    its teacher. The teacher is a constant: no gradient flows to it.
+    its teacher. The teacher is a constant: no gradient flows to it, and logits that require grad are refused.
 
     Args:
         student_logits: [..., V] float32, bfloat16, float16 or float64, any strides.
-        teacher_logits: [..., V], the same leading dimensions; its dtype may differ (but for float64).
-        labels: [...] int64, only to tell which tokens count: those that are not `ignore_index`. No
-            cross-entropy is mixed in.
+        teacher_logits: [..., V], the same leading dimensions; its dtype may differ (but for float64). Made
+            under torch.no_grad() or torch.inference_mode() (the former for torch.compile).
+        labels: [...] int64, shifted: the label of a position is the token that follows it, so that a Hugging
+            Face batch has to be shifted first. Only tells which tokens count, those that are not
+            `ignore_index`; no cross-entropy is mixed in, and a label may lie beyond `vocab_size`.
         ignore_index: the label of tokens that do not count.
         mask: [...] bool, True where the token counts; combines with `labels`.
         temperature: τ > 0, divides the logits of both.
@@ -74,6 +76,8 @@ def kl_loss(
         reduction: "mean" over the tokens that count (0 if none does), "sum", or "none" for [...] with 0 at
             masked tokens.
         num_items: with "mean", what to divide by instead, such as the tokens of all micro-batches of a step.
+            Where no token counts the loss is 0 whatever it is. 0 while tokens count is an error; in a tensor
+            on a GPU, or compiled, where looking would mean waiting, it makes a loss that is not finite.
         divergence: "forward_kl", "reverse_kl", "jsd" (β = ½), or β in [0, 1], where 0 is forward and 1 is
             reverse KL.
         vocab_size: tokens shared by both; columns beyond it are padding. Needed where the two differ.
@@ -90,7 +94,8 @@ def kl_loss(
 
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or range; the message names it.
-        RuntimeError: the named backend cannot run here, and why; or double backward.
+        RuntimeError: the named backend cannot run here, and why; or a second derivative, forward-mode AD or
+            a transform of torch.func is wanted, which backend="reference" has.
 
     Source: Minitron (arXiv 2407.14679) section 3; generalised JSD: GKD (arXiv 2306.13649).
     """
@@ -163,7 +168,8 @@ def linear_kl_loss(
     half of its value once the student is close to its teacher; here it is exact to what bf16 operands allow
     (0.2 %).
 
-    Gradients are made in the forward and scaled in the backward (reduction="none": made in the backward).
+    Gradients are made in the forward and scaled in the backward. (With reduction="none" or
+    grad_head_accumulator they are made in the backward, from logits made again: 6 GEMMs instead of 4.)
     Only those that are wanted are made: a frozen head skips its GEMM. Under torch.no_grad() only sums are
     kept.
 
@@ -171,9 +177,10 @@ def linear_kl_loss(
         student_hidden: [..., H] float32, bfloat16, float16 or float64.
         student_head: [V, H], the output projection, as in nn.Linear(H, V).weight. May be tied to the
             embedding.
-        teacher_hidden: [..., Ht], the same leading dimensions; Ht may differ from H.
-        teacher_head: [V, Ht].
-        labels: see kl_loss(). Tokens that do not count are skipped before any GEMM.
+        teacher_hidden: [..., Ht], the same leading dimensions; Ht may differ from H. A constant: if it
+            requires grad, it is refused.
+        teacher_head: [V, Ht]. No gradient flows to it either, whether or not it requires grad.
+        labels: shifted, see kl_loss(). Tokens that do not count are skipped before any GEMM.
         ignore_index: see kl_loss().
         mask: see kl_loss().
         temperature: see kl_loss().
@@ -189,10 +196,9 @@ def linear_kl_loss(
         teacher_softcap: see kl_loss().
         student_logit_scale: see kl_loss().
         teacher_logit_scale: see kl_loss().
-        grad_head_accumulator: [V, H] float32 (float64 for float64), contiguous rows. The gradient to
-            student_head is added to it and student_head gets none. It is added in the forward, so the loss
-            must not be multiplied by anything before backward(): pass num_items= to divide by the tokens of
-            several micro-batches.
+        grad_head_accumulator: [V, H] float32 (float64 for float64), contiguous rows. The backward adds the
+            gradient to student_head to it, with the factor that comes in, and student_head gets none: once
+            per backward, whether or not a checkpoint runs the forward again.
         schedule: "auto", "store" (4 GEMMs, keeps the logits of a chunk of tokens), or "recompute" (6 GEMMs,
             keeps a stretch of the vocabulary); see plan_linear_kl_loss().
         workspace_bytes: budget in bytes for scratch memory, by default 512 MiB on the CPU, where it is kept
@@ -267,8 +273,8 @@ def linear_kl_loss(
             raise ValueError(
                 "grad_head_accumulator needs native or triton; the reference leaves gradients to autograd"
             )
-        constants = (as_saved(teacher[0]), as_saved(teacher[1]), as_saved(teacher[2]))
-        rows = reference.linear_rows(student, constants, as_saved(rows_mask_), V, **options._asdict())
+        s, t = ((as_saved(x), as_saved(w), as_saved(b)) for x, w, b in (student, teacher))
+        rows = reference.linear_rows(s, t, as_saved(rows_mask_), V, **options._asdict())
         result = rows if row_weight is None else sum_rows(rows * row_weight.to(rows.dtype))
     else:
         default = DEFAULT_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES

@@ -141,6 +141,7 @@ def rows_mask(
         _check_per_token("labels", labels, shape, device)
         if labels.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
+        ignore_index = integer("ignore_index", ignore_index)
         counted = _labels_to_mask(labels.reshape(-1), ignore_index, vocab_size)
         rows = counted if rows is None else rows & counted
     return None if rows is None else rows.contiguous()

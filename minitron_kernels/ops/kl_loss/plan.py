@@ -159,7 +159,8 @@ def plan_linear_kl_loss(
         grad_hidden: whether the gradient to the student's hidden states is wanted.
         grad_head: whether the gradient to the student's head is wanted.
         grad_bias: whether the gradient to the student's bias is wanted.
-        grad_head_accumulator: whether a buffer for it is lent.
+        grad_head_accumulator: whether a buffer for it is lent; gradients are then made in the backward, and
+            the GEMMs and flops are those of forward and backward.
         divergence_needs_kl: JSD with 0 < beta < 1, which looks at the logits once more.
         schedule: "auto", "store" or "recompute".
         workspace_bytes: budget in bytes, 512 MiB by default. It bounds all that the call allocates beyond
@@ -171,7 +172,7 @@ def plan_linear_kl_loss(
         The plan.
 
     Raises:
-        ValueError: an unknown schedule or engine, or a budget too small for any: says the least that would do.
+        ValueError: an unknown schedule or engine; a budget too small for any: says the least that would do.
         RuntimeError: the extension is not built.
     """
     if not _native.available():
@@ -193,6 +194,7 @@ def plan_linear_kl_loss(
         grad_hidden=grad_hidden,
         grad_head=grad_head,
         head_in_place=grad_head_accumulator or dtype == accumulate,
+        lent=grad_head_accumulator,
         divergence_needs_kl=divergence_needs_kl,
         budget=DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
         threads=torch.get_num_threads(),
@@ -213,6 +215,7 @@ class _Planner:
     grad_hidden: bool
     grad_head: bool
     head_in_place: bool
+    lent: bool
     divergence_needs_kl: bool
     budget: int
     threads: int
@@ -329,7 +332,8 @@ class _Planner:
             self.threads,
         )
         looks = 1 + self.divergence_needs_kl  # at each logit, for sums
-        logits = {"store": 1, "forward": looks, "recompute": looks + 1}[schedule]
+        # with a lent buffer the backward makes them once more, see linear.py
+        logits = {"store": 1 + looks * self.lent, "forward": looks, "recompute": looks + 1}[schedule]
         grads = self.grad_hidden + self.grad_head
         widths = (
             logits * (self.student_hidden_size + self.teacher_hidden_size) + grads * self.student_hidden_size
