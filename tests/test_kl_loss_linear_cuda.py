@@ -2,6 +2,7 @@
 GPU schedule, then each kernel's bounds, traffic, thread order and faults.
 """
 
+import itertools
 import math
 from functools import partial
 
@@ -21,7 +22,29 @@ from _cuda_shim import (
 )
 from _faults import Fault
 from _kl_loss_cases import *  # noqa: F403
-from _kl_loss_cases import BUDGET, CAPPED, PLAIN, Kernels, N, linear, matmul_fp32, numpy_of, problem, truth_of
+from _kl_loss_cases import (
+    BUDGET,
+    CAPPED,
+    DTYPES,
+    PLAIN,
+    Kernels,
+    N,
+    linear,
+    matmul_fp32,
+    numpy_of,
+    problem,
+    truth_of,
+)
+from _kl_loss_edge_cases import (
+    EDGE_BETAS,
+    check_biases_at_edges,
+    check_dtypes_of_linear,
+    check_dtypes_of_rows,
+    check_evaluation_at_edges,
+    check_rows_at_edges,
+    check_training_at_edges,
+)
+from _kl_loss_edges import TEMPERATURES, finite_rows, impossible_rows
 from _oracle import oracle_rows
 from _problems import make_rows
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,6 +64,14 @@ ROWS, COLUMNS = 5, 4096
 def kernels_of(shim):
     ops = shim.ops
     return Kernels("native", "cpu", ops.kl_loss_forward, ops.kl_loss_backward, native_epilogues(ops))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """What is allocated and not written is NaN: outputs, states, logits, sums."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +294,51 @@ def test_traffic(shim, kernels, beta):
             passes(trace, 1)
             stores = trace.take_stores(dz)
             assert (stores.bytes, stores.narrow, stores.elsewhere) == (dz.nbytes, 0, 0)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("beta", EDGE_BETAS)
+def test_rows_at_edges(kernels, beta, temperature):
+    """One and two tokens, one run, the borders of runs and of what the threads of a block take at once."""
+    small = [finite_rows(1, 1), finite_rows(2, 1)]
+    for edges in (*small, *(make(V, tile) for V, tile in ((37, 16), (600, 512)) for make in BOTH_KINDS)):
+        check_rows_at_edges(kernels, edges, beta, temperature)
+
+
+BOTH_KINDS = (finite_rows, impossible_rows)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "dtype"), [("store", torch.float16), ("recompute", torch.bfloat16), ("store", torch.float32)]
+)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("beta", EDGE_BETAS)
+def test_linear_at_edges(kernels, beta, temperature, schedule, dtype):
+    """Through tiles of the vocabulary or chunks of rows: evaluation, training, a loss per token."""
+    edges = finite_rows(300, 128)
+    stats = check_evaluation_at_edges(kernels, edges, beta, temperature, dtype)
+    for known in (None, stats):
+        check_training_at_edges(kernels, edges, beta, temperature, dtype, schedule, known)
+
+
+@pytest.mark.parametrize("temperature", [0.005, 1.0])
+@pytest.mark.parametrize("beta", BETAS)
+def test_biases_at_edges(kernels, beta, temperature):
+    check_biases_at_edges(kernels, 269, 128, beta, temperature)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_dtypes_of_rows(kernels, beta):
+    check_dtypes_of_rows(kernels, beta, itertools.product(DTYPES, repeat=2))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("schedule", ["store", "recompute"])
+def test_dtypes_of_linear(kernels, schedule, beta):
+    """All 81 of four operands; gradients, and where it differs no gradient."""
+    training = {"beta": beta, "schedule": schedule, "budget": 3 << 14}
+    setups = [training] if schedule == "store" else [training, training | {"wants": (False, False, False)}]
+    check_dtypes_of_linear(kernels, itertools.product(DTYPES, repeat=4), setups)
 
 
 class NoReadBack(TorchDispatchMode):
