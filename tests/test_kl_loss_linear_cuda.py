@@ -4,6 +4,7 @@ GPU schedule, then each kernel's bounds, traffic, thread order and faults.
 
 import itertools
 import math
+import mmap
 from functools import partial
 
 import numpy as np
@@ -33,6 +34,7 @@ from _kl_loss_cases import (
     matmul_fp32,
     numpy_of,
     problem,
+    rows,
     truth_of,
 )
 from _kl_loss_edge_cases import (
@@ -294,6 +296,57 @@ def test_traffic(shim, kernels, beta):
             passes(trace, 1)
             stores = trace.take_stores(dz)
             assert (stores.bytes, stores.narrow, stores.elsewhere) == (dz.nbytes, 0, 0)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("count", [1, 127, 128, 129])
+def test_rows_of_a_finishing_block(shim, kernels, beta, count):
+    """Below, at and above the threads of a block; a mask with a stride."""
+    logits = (*make_rows(count, 5, torch.float32), None, None)
+    wide = torch.stack([torch.arange(count) % 3 > 0, torch.arange(count) < 0], dim=1)
+    with shim.trace(student=logits[0], teacher=logits[1], mask=wide.view(torch.uint8)) as trace:
+        loss, stats = run_tiles(kernels.epilogues, logits, wide[:, 0], beta, 5)
+        written = trace.take_stores(loss), trace.take_stores(stats)
+    assert all(stores.never == 0 for stores in written)
+    counts = numpy_of(wide[:, 0])
+    np.testing.assert_allclose(numpy_of(loss), np.where(counts, true_loss(logits, beta), 0.0), rtol=4e-6)
+    grad = torch.full((count, 5), math.nan)
+    kernels.epilogues.grad(logits, wide[:, 0], torch.ones(count), stats, grad, 5, (beta, *PLAIN))
+    true_grad = oracle_rows(*map(numpy_of, logits[:2]), beta=beta)[1] * counts[:, None]
+    np.testing.assert_allclose(numpy_of(grad), true_grad, atol=2e-6)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_rows_beyond_32_bit_offsets(kernels, beta):
+    """The second row begins 2^31 + 8 elements after the first, in memory that is never touched between."""
+    stride, columns = 2**31 + 8, 40
+    holes = [mmap.mmap(-1, 4 * (stride + columns)) for _ in range(3)]
+    far = [
+        torch.frombuffer(hole, dtype=torch.float32).as_strided((2, columns), (stride, 1)) for hole in holes
+    ]
+    near = make_rows(2, columns, torch.float32)
+    for view, values in zip(far, near, strict=False):
+        view.copy_(values)
+    options = (beta, *PLAIN)
+    true_loss_, true_grad = oracle_rows(*map(numpy_of, near), beta=beta)
+    for loss, stats in (
+        kernels.forward(*far[:2], None, columns, *options),
+        run_tiles(kernels.epilogues, (*far[:2], None, None), None, beta, columns),
+    ):
+        np.testing.assert_allclose(numpy_of(loss), true_loss_, rtol=4e-6)
+        kernels.epilogues.grad((*far[:2], None, None), None, torch.ones(2), stats, far[2], columns, options)
+        np.testing.assert_allclose(numpy_of(far[2]), true_grad, atol=2e-6)
+        far[2].fill_(math.nan)
+
+
+@pytest.mark.parametrize("beta", [1e-40, 1e-320, 1 - 2**-53])
+def test_the_smallest_shares(kernels, beta):
+    """Shares that fp32 does not hold: as good as 0, not NaN or infinite."""
+    for edges in (finite_rows(37, 16), impossible_rows(37, 16)):
+        loss, _, grad = rows(kernels, edges.student, edges.teacher, beta=beta)
+        none = torch.isneginf(edges.student).all(1) | torch.isneginf(edges.teacher).all(1)
+        assert loss[none].isnan().all() and grad[~none].isfinite().all()
+        assert (loss[~none].abs() < 1e-12).all() and (grad[~none].abs() < 1e-12).all()
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
