@@ -339,6 +339,58 @@ def test_rows_beyond_32_bit_offsets(kernels, beta):
         far[2].fill_(math.nan)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("schedule", ["store", "recompute"])
+def test_scratch_is_what_is_planned(kernels, monkeypatch, schedule, dtype):
+    """Bytes of the logits, dz and a tile's fp32 sum that a call allocates, and that its plan has counted."""
+    calls, counted = [], []
+    init, add = linear_gpu._Call.__init__, linear_gpu._Sum.add
+
+    def begin(self, *arguments):
+        init(self, *arguments)
+        calls.append(self)
+
+    def added(self, *operands):
+        add(self, *operands)
+        counted.append(0 if self.sum is self.out else self.sum.nbytes)
+
+    monkeypatch.setattr(linear_gpu._Call, "__init__", begin)
+    monkeypatch.setattr(linear_gpu._Sum, "add", added)
+    tensors, budget = problem(kernels, dtype), BUDGET[schedule]
+    linear(kernels, tensors, wants=(False, True, False), schedule=schedule, budget=budget)
+    (rows_, width), vocab = tensors[0].shape, len(tensors[1])
+    planned = linear_gpu.plan(
+        rows_, vocab, width, operand_bytes=tensors[0].itemsize, schedule=schedule, budget=budget
+    )
+    made = sum(x.nbytes for x in calls[0].buffers.values())
+    made += 4 * width * planned.tile if schedule == "recompute" else 0
+    assert made <= planned.workspace_bytes <= budget
+    assert made >= 0.9 * planned.workspace_bytes
+    if schedule == "recompute":
+        assert max(counted) <= 4 * width * planned.tile
+
+
+@pytest.mark.parametrize("schedule", ["store", "recompute"])
+def test_half_precision_rows_do_not_share_their_fate(kernels, schedule):
+    """Reverse KL in fp16: a row of infinite loss, or one that does not count and has any weight, leaves the
+    hidden gradients of the others as they are.
+    """
+    tensors = problem(kernels, torch.float16)
+    setup = {"beta": 1.0, "schedule": schedule, "budget": BUDGET[schedule], "wants": (True, False, False)}
+    stats = linear(kernels, tensors, wants=(False, False, False), beta=1.0)[1]
+    expected = linear(kernels, tensors, stats=stats, **setup)[2]
+    infinite = stats.clone()
+    infinite[3, 5] = math.inf
+    others = torch.arange(N) != 3
+    found = linear(kernels, tensors, stats=infinite, **setup)[2]
+    torch.testing.assert_close(found[others], expected[others], rtol=2e-3, atol=1e-4)
+    for weight in (math.nan, math.inf, 1e30):
+        weights = torch.where(others, 1.0, weight)
+        found = linear(kernels, tensors, stats=stats, row_weight=weights, mask=others, **setup)[2]
+        torch.testing.assert_close(found[others], expected[others], rtol=2e-3, atol=1e-4)
+        assert (found[3] == 0).all()
+
+
 @pytest.mark.parametrize("beta", [1e-40, 1e-320, 1 - 2**-53])
 def test_the_smallest_shares(kernels, beta):
     """Shares that fp32 does not hold: as good as 0, not NaN or infinite."""
