@@ -537,11 +537,39 @@ def check_traffic(shim):
     test_traffic(shim, kernels_of(shim), 0.0)
 
 
+def check_edges(shim):
+    check_rows_at_edges(kernels_of(shim), finite_rows(37, 16), 0.0, 1.0)
+    check_rows_at_edges(kernels_of(shim), impossible_rows(37, 16), 0.0, 0.005)
+
+
+def check_finish(shim):
+    test_rows_of_a_finishing_block(shim, kernels_of(shim), 0.0, 129)
+
+
 REDUCE, STATE, TILES = "common/cuda_reduce.cuh", "kl_loss/row_state_cuda.cuh", "kl_loss/tiles_cuda.cuh"
 PAIRS, DIFFERS = "kl_loss/row_pairs_cuda.cuh", "Not equal to tolerance"
 BEGUN, BEGUN_SUMS = ") begun = load_fields<State>", ") begun = load_fields<MixtureSums>"
 MERGED = "  const State merged = row_state(pairs, begun, partial);\n"
 FAULTS = {  # name: the check, what is done to the source, what the failure must say
+    "digits of 1e4": (
+        check_edges,
+        Fault("kl_loss/divergence_cuda.cuh", "fabsf(max_s - max_t) > kApart", "max_s - max_t > 1e30f"),
+        "expected",
+    ),
+    "a part without mass and of infinite KL": (
+        check_edges,
+        Fault(STATE, "(p == 0.0f ? 0.0f : p * part.kl)", "p * part.kl"),
+        "expected",
+    ),
+    "last row of a finishing grid": (
+        check_finish,
+        Fault(
+            "kl_loss/linear_kl_loss_cuda.cu",
+            "(rows + kFinishThreads - 1) / kFinishThreads",
+            "(rows + kFinishThreads - 2) / kFinishThreads",
+        ),
+        "assert",
+    ),
     "masses of the parts left out": (
         check_tiles,
         Fault(STATE, "return kl_term(p, q, d) + (p ==", "return (p =="),

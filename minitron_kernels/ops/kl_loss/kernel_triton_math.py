@@ -87,11 +87,11 @@ def zeros_of(max_s, max_t):
 
     From 0 where the maxima lie close: the difference of two like numbers is exact, and a small log-ratio
     keeps all its digits. From each side's own maximum where they lie far apart, as after -1e4 in a whole
-    stretch of one model's logits: t - s would be rounded to the digits of 1e4.
+    stretch of one model's logits: t - s would be rounded to the digits of 1e4. Where a side has no possible
+    token there is no log-ratio.
     """
     apart = tl.abs(max_s - max_t) > APART
-    zero_s = tl.where(apart, tl.maximum(max_s, LOWEST), 0.0)
-    return zero_s, tl.where(apart, tl.maximum(max_t, LOWEST), 0.0)
+    return tl.where(apart, max_s, 0.0), tl.where(apart, max_t, 0.0)
 
 
 @triton.jit
