@@ -9,16 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from _kl_loss_edges import (
-    TEMPERATURES,
-    assert_losses,
-    assert_rows,
-    bias_edges,
-    finite_rows,
-    impossible_rows,
-    linear_of,
-    truth,
-)
 from _oracle import oracle_linear, oracle_rows
 from _problems import make_linear, make_rows
 
@@ -29,7 +19,6 @@ BETAS = (0.0, 1.0, 0.3)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = (1.0, 1.0, 0.0, 1.0, 0.0)  # inv_tau, scales and softcaps
 CAPPED = (0.5, 1.2, 6.0, 0.8, 9.0)
-EDGE_BETAS = (0.0, 1.0, 0.3, 1e-9, 1 - 1e-9)
 INF = math.inf
 
 
@@ -355,76 +344,3 @@ def test_repeats_bit_for_bit(kernels):
     for wants in ((True, True, True), (False, False, False)):
         first, second = (linear(kernels, tensors, wants=wants) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-# ---- logits and probabilities at the edges
-
-ULPS = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}  # of a gradient's rounding
-
-
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("beta", EDGE_BETAS)
-def test_edges_rows(kernels, beta, temperature):
-    """Stretches that underflow or are impossible in either model, around the borders of blocks; one token."""
-    for edges in (finite_rows(1, 1), finite_rows(2, 1), finite_rows(300, 128), impossible_rows(300, 128)):
-        student, teacher = edges.student.to(kernels.device), edges.teacher.to(kernels.device)
-        options = (1 / temperature, *PLAIN[1:])
-        loss, _, grad = rows(kernels, student, teacher, beta=beta, options=options)
-        expected = truth(student, teacher, beta=beta, temperature=temperature)
-        assert_rows(edges.names, loss, grad, expected, beta=beta, temperature=temperature)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "dtype"), [("store", torch.float16), ("recompute", torch.bfloat16), ("store", torch.float32)]
-)
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("beta", EDGE_BETAS)
-def test_edges_linear(kernels, beta, temperature, schedule, dtype):
-    """The same through the GEMMs, tiles and chunks: training, evaluation, and gradients from given stats."""
-    edges = finite_rows(300, 128)
-    tensors = [x.to(kernels.device) for x in linear_of(edges, dtype)]
-    weight = torch.tensor(0.25, device=kernels.device)
-    options = (1 / temperature, *PLAIN[1:])
-    setup = {"beta": beta, "options": options, "schedule": schedule, "budget": 1 << 18}
-    expected = truth(edges.student, edges.teacher, beta=beta, temperature=temperature)
-    evaluated = linear(kernels, tensors, wants=(False, False, False), **setup)
-    assert_losses(edges.names, evaluated[0], expected)
-    for stats in (None, evaluated[1]):
-        loss, _, _, grad_head, _ = linear(kernels, tensors, stats=stats, row_weight=weight, **setup)
-        if stats is None:
-            assert_losses(edges.names, loss, expected)
-        if (
-            dtype == torch.float16 and beta == 1.0
-        ):  # one scale for all rows, as many digits as the range leaves
-            assert_near(grad_head.T, 0.25 * expected.grad, 2 * ULPS[dtype])
-        else:
-            assert_rows(
-                edges.names, None, grad_head.T, expected,
-                beta=beta, temperature=temperature, rounding=2 * ULPS[dtype], weight=0.25,
-            )  # fmt: skip
-
-
-@pytest.mark.parametrize("temperature", [0.005, 1.0])
-@pytest.mark.parametrize("beta", BETAS)
-def test_edges_bias(kernels, beta, temperature):
-    """Biases of -1e4, -3e4 and -inf in stretches around the borders of tiles."""
-    tensors = problem(kernels, torch.bfloat16, rows_=3)
-    logits = [tensors[i].double() @ tensors[i + 1].double().T for i in (0, 2)]
-    setup = {
-        "beta": beta,
-        "options": (1 / temperature, *PLAIN[1:]),
-        "schedule": "recompute",
-        "budget": 1 << 16,
-    }
-    for name, *biases in bias_edges(V, 128):
-        biases = [None if bias is None else bias.to(kernels.device) for bias in biases]
-        added = [z if bias is None else z + bias for z, bias in zip(logits, biases, strict=True)]
-        expected = truth(*added, beta=beta, temperature=temperature)
-        loss, *_, grad_bias = linear(kernels, tensors, biases=biases, **setup)
-        names = [name] * len(expected.loss)
-        assert_losses(names, loss, expected, ulp=2e-6 / temperature)  # logits of another order of additions
-        evaluated = linear(kernels, tensors, biases=biases, wants=(False, False, False), **setup)[0]
-        assert_losses(names, evaluated, expected, ulp=2e-6 / temperature)
-        if np.isfinite(expected.loss).all():
-            reach = 1e-5 * (1.0 + expected.loss.max()) / temperature
-            assert_near(grad_bias, expected.grad.sum(0), 3e-3, reach)

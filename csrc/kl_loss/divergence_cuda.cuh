@@ -110,13 +110,14 @@ struct OnlineSum {
 // Where a row's logits are measured from before those of student and teacher are subtracted. From 0 where the
 // maxima lie close: the difference of two like numbers is exact, and a small log-ratio keeps all its digits.
 // From each side's own maximum where they lie far apart, as after -1e4 in a whole stretch of one model's
-// logits: t - s would be rounded to the digits of 1e4.
+// logits: t - s would be rounded to the digits of 1e4. Where a side has no possible token there is no
+// log-ratio.
 struct Zeros {
   float s, t;
 
   static __device__ __forceinline__ Zeros of(float max_s, float max_t) {
     const bool apart = fabsf(max_s - max_t) > kApart;
-    return {apart ? OnlineSum::base(max_s) : 0.0f, apart ? OnlineSum::base(max_t) : 0.0f};
+    return {apart ? max_s : 0.0f, apart ? max_t : 0.0f};
   }
   // t - s, but for a constant of the row
   __device__ __forceinline__ float difference(float s_logit, float t_logit) const {

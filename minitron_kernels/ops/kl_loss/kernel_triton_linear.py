@@ -101,10 +101,9 @@ def linear_kernel(
                 max_s, sum_s, max_t, sum_t, kl, b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl, KIND
             )
         else:
-            a, b = mixture_terms(
-                s, t, max_s[:, None], inv_sum_s[:, None], max_t[:, None], inv_sum_t[:, None],
-                log_sums[:, None], share_s, share_t,
-            )  # fmt: skip
+            s, t = s - max_s[:, None], t - max_t[:, None]
+            d = (t - s) + log_sums[:, None]
+            a, b = mixture_terms(s, t, d, inv_sum_s[:, None], inv_sum_t[:, None], share_s, share_t)
             in_vocab = (offs_v < V)[None, :]
             of_teacher += tl.sum(tl.where(in_vocab, a, 0.0), 1)
             of_student += tl.sum(tl.where(in_vocab, b, 0.0), 1)

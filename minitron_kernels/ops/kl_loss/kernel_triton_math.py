@@ -87,11 +87,11 @@ def zeros_of(max_s, max_t):
 
     From 0 where the maxima lie close: the difference of two like numbers is exact, and a small log-ratio
     keeps all its digits. From each side's own maximum where they lie far apart, as after -1e4 in a whole
-    stretch of one model's logits: t - s would be rounded to the digits of 1e4.
+    stretch of one model's logits: t - s would be rounded to the digits of 1e4. Where a side has no possible
+    token there is no log-ratio.
     """
     apart = tl.abs(max_s - max_t) > APART
-    zero_s = tl.where(apart, tl.maximum(max_s, LOWEST), 0.0)
-    return zero_s, tl.where(apart, tl.maximum(max_t, LOWEST), 0.0)
+    return tl.where(apart, max_s, 0.0), tl.where(apart, max_t, 0.0)
 
 
 @triton.jit
@@ -120,13 +120,14 @@ def _settled(kl, sum_x, sum_y):
 
 @triton.jit
 def _block_kl(x, e_x, max_x, sum_x, y, e_y, max_y, sum_y, KEEP_EXP: tl.constexpr):
-    d = log_ratio(y, x, max_y[:, None], max_x[:, None], tl.log(sum_y / sum_x)[:, None])
     if KEEP_EXP:
         p_x = e_x * (1.0 / sum_x)[:, None]
         p_y = e_y * (1.0 / sum_y)[:, None]
+        d = log_ratio(y, x, max_y[:, None], max_x[:, None], tl.log(sum_y / sum_x)[:, None])
     else:
-        p_x = tl.exp(x - (tl.maximum(max_x, LOWEST) + tl.log(sum_x))[:, None])
-        p_y = tl.exp(y - (tl.maximum(max_y, LOWEST) + tl.log(sum_y))[:, None])
+        log_x = (x - tl.maximum(max_x, LOWEST)[:, None]) - tl.log(sum_x)[:, None]
+        log_y = (y - tl.maximum(max_y, LOWEST)[:, None]) - tl.log(sum_y)[:, None]
+        p_x, p_y, d = tl.exp(log_x), tl.exp(log_y), log_x - log_y
     return _settled(tl.sum(kl_term(p_x, p_y, d), 1), sum_x, sum_y)
 
 
@@ -134,7 +135,8 @@ def _block_kl(x, e_x, max_x, sum_x, y, e_y, max_y, sum_y, KEEP_EXP: tl.constexpr
 def block_state(s, t, KIND: tl.constexpr, KEEP_EXP: tl.constexpr):
     """The state of the tokens of one block; JSD has no kl before the whole row is known: 0.
 
-    KEEP_EXP: exponentials stay in registers for the kl; they are made twice where registers are short.
+    KEEP_EXP: exponentials stay in registers for the kl, beside the logits. Not so where registers are short:
+    they are made twice, and log-ratios always from each side's own maximum.
     """
     max_s, max_t = tl.max(s, 1), tl.max(t, 1)  # passes over NaN, which the sums then keep
     # never -inf is subtracted: exp(-inf - it) is to be 0 and not NaN
@@ -221,15 +223,15 @@ def row_stats(max_s, sum_s, max_t, sum_t, kl, KIND: tl.constexpr):
 
 
 @triton.jit
-def _mixed(s, t, max_s, max_t, log_sums, share_s, share_t):
+def _mixed(below_s, below_t, d, share_s, share_t):
     """A token by the larger of p_s and p_t: whether it is the teacher's, size = |d|, and
 
         smaller = larger e = larger (1 + u)    m = larger (1 + a), a = other u    m = smaller (1 + b)
 
     with `own` and `other`, the shares in M of the larger and of the other. Nothing overflows but b, and that
-    to infinity. d is 0 for a token impossible in both.
+    to infinity. below: s - max_s, t - max_t; a token impossible in both has d = 0.
     """
-    d = tl.where((s == -INF) & (t == -INF), 0.0, log_ratio(s, t, max_s, max_t, log_sums))
+    d = tl.where((below_s == -INF) & (below_t == -INF), 0.0, d)
     size, teacher_larger = tl.abs(d), d > 0.0
     near, far = bregman_near(size) - size, tl.exp(-size)
     u = tl.where(size < NEAR, near, far - 1.0)
@@ -240,15 +242,14 @@ def _mixed(s, t, max_s, max_t, log_sums, share_s, share_t):
 
 
 @triton.jit
-def mixture_terms(s, t, max_s, inv_sum_s, max_t, inv_sum_t, log_sums, share_s, share_t):
-    """Terms of KL(T || M) and KL(S || M), M = share_t T + share_s S.
+def mixture_terms(below_s, below_t, d, inv_sum_s, inv_sum_t, share_s, share_t):
+    """Terms of KL(T || M) and KL(S || M), M = share_t T + share_s S, with below = s - max_s, t - max_t.
 
     What is small is made by series: for a share near 0 the loss lies many digits below the probabilities.
     """
-    teacher_larger, size, e, u, own, other, a, b = _mixed(s, t, max_s, max_t, log_sums, share_s, share_t)
-    p = tl.exp(tl.where(teacher_larger, t - max_t, s - max_s)) * tl.where(
-        teacher_larger, inv_sum_t, inv_sum_s
-    )
+    teacher_larger, size, e, u, own, other, a, b = _mixed(below_s, below_t, d, share_s, share_t)
+    inv_sum = tl.where(teacher_larger, inv_sum_t, inv_sum_s)
+    p = tl.exp(tl.where(teacher_larger, below_t, below_s)) * inv_sum
     log_m = tl.log(own + other * e)  # log (m / larger)
     larger = p * tl.where(a > -0.4, log1p_gap_near(a), a - log_m)
     far = tl.where(e == 0.0, 0.0, e * (-size - log_m)) - own * u
@@ -262,15 +263,15 @@ def grad_of_s(
 ):  # fmt: skip
     """d loss / d s of a possible token."""
     p_s = tl.exp(s - max_s) * inv_sum_s
+    d = log_ratio(s, t, max_s, max_t, log_sums)
     if KIND == FORWARD:
-        d = log_ratio(s, t, max_s, max_t, log_sums)
         p_t = tl.exp(t - max_t) * inv_sum_t
         # p_t expm1(-d): close to each other, p_s - p_t is no more than their last bits
         return tl.where(tl.abs(d) < NEAR, p_t * (bregman_near(d) - d), p_s - p_t)
     elif KIND == REVERSE:
-        return tl.where(p_s == 0.0, 0.0, p_s * (-log_ratio(s, t, max_s, max_t, log_sums) - kl))
+        return tl.where(p_s == 0.0, 0.0, p_s * (-d - kl))
     else:
-        teacher_larger, size, e, _, own, other, a, b = _mixed(s, t, max_s, max_t, log_sums, share_s, share_t)
+        teacher_larger, size, e, _, own, other, a, b = _mixed(s - max_s, t - max_t, d, share_s, share_t)
         log_m = tl.log(own + other * e)
         larger = tl.where(a > -0.4, log1p_gap_near(a) - a, -log_m)  # log (larger / m)
         smaller = tl.where(b < 0.7, log1p_gap_near(b) - b, -size - log_m)

@@ -24,6 +24,7 @@ from minitron_kernels.ops.kl_loss.kernel_triton_math import (
     block_state,
     empty_state,
     grad_of_s,
+    log_ratio,
     merge_states,
     mixture_terms,
     row_stats,
@@ -87,7 +88,8 @@ def _mixture_row(
         inside = offs_v < end
         s = _load(student_ptr, student_bias_ptr, offs_v, inside, s_factor, s_over_cap, s_cap, CAP_S)
         t = _load(teacher_ptr, teacher_bias_ptr, offs_v, inside, t_factor, t_over_cap, t_cap, CAP_T)
-        a, b = mixture_terms(s, t, max_s, inv_sum_s, max_t, inv_sum_t, log_sums, share_s, share_t)
+        d = log_ratio(s, t, max_s, max_t, log_sums)
+        a, b = mixture_terms(s - max_s, t - max_t, d, inv_sum_s, inv_sum_t, share_s, share_t)
         of_teacher += tl.sum(tl.where(inside, a, 0.0), 1)
         of_student += tl.sum(tl.where(inside, b, 0.0), 1)
     return of_teacher, of_student
