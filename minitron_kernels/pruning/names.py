@@ -49,7 +49,8 @@ def family_names(names: Iterable[str], family: Family) -> dict[str, str]:
 
 
 def _is_known(prefix: str) -> bool:
-    return all(part in PREFIXES for part in prefix.split(".")[:-1])
+    *parts, rest = prefix.split(".")
+    return not rest and all(part in PREFIXES for part in parts)
 
 
 def _decoder_prefix(names: Iterable[str], embedding: str, root: str) -> str:
