@@ -230,6 +230,24 @@ def test_blocks_whose_dtypes_differ_are_compared_in_float32():
     torch.testing.assert_close(recorder.scores.tables()["layers"][0], wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_each_dtype_gets_a_backend_of_its_own():
+    """float64 is served by the reference alone, also after float32 of the same device, and before it."""
+    x = torch.randn(3, 1, 4, 8)
+    for first, second in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
+        recorder = recorder_of(layers=3, mlp=(3, 8))
+        recorder.start(Tokens((1, 4), None, None))
+        for place, dtype in enumerate((first, second, first)):
+            recorder.blocks(place, x[place].to(dtype), x[place].roll(1, 1).to(dtype))
+            recorder.channels("mlp", place, x[place].to(dtype))
+            recorder._flush("mlp")  # sums of one dtype go into the state together
+            recorder._flush("layers")
+        recorder.flush()
+        wanted = 1 - torch.cosine_similarity(x, x.roll(1, 2), dim=-1).mean((1, 2)).double()
+        torch.testing.assert_close(recorder.scores.tables()["layers"], wanted, rtol=1e-5, atol=1e-6)
+        mlp = torch.stack(list(recorder.scores.tables()["mlp"].values()))
+        torch.testing.assert_close(mlp, x.abs().mean(2)[:, 0].double(), rtol=1e-6, atol=0)
+
+
 class Experts(nn.Module):
     """Three stacked experts of four neurons, of a layer of seven: other ranks hold the others."""
 
@@ -253,7 +271,7 @@ def test_experts_of_other_ranks_do_not_count(score, packed, by_name):
     options = Options(SEQ, expert_score=score)
     recorder = Recorder(ImportanceScores({}, axes, options=options), None, "auto")
     hidden, gates = torch.randn(2, 5, 6), torch.rand(10, 2)
-    index = torch.tensor([[0, 3], [-1, 1], [2, 6], [1, 0], [0, -1], [3, 5], [1, 2], [3, 1], [0, 0], [2, 3]])
+    index = torch.tensor([[0, 3], [-1, 1], [1, 6], [2, 0], [0, -1], [3, 5], [1, 2], [3, 1], [0, 0], [2, 3]])
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     tokens = Tokens((2, 5), mask, torch.tensor([0, 2, 5, 8, 10]) if packed else None)
     hidden[~mask] = float("nan")
