@@ -378,6 +378,9 @@ def test_a_model_that_does_not_keep_sequences_apart_is_refused(implementation, a
 def test_one_layer_that_sees_across_borders_is_enough(name, leaking):
     model = model_of(name)
     layer = model.model.layers[leaking]
+    if name == "llama":  # by little, as one of many layers of a trained model does
+        with torch.no_grad():
+            layer.self_attn.o_proj.weight *= 0.01
     forward = layer.forward
     layer.forward = lambda *args, **given: forward(*args, **{**given, "attention_mask": None})
     with pytest.raises(ValueError, match=r"^batches\[0\] is packed.*measured: \d+\.\d% off"):

@@ -164,6 +164,23 @@ def test_cat_keeps_channels_groups_and_counts_in_order():
             ImportanceState.cat(states)
 
 
+def test_cat_of_means_keeps_each_count():
+    a, b = means(1), means(4)
+    whole = TokenMeanState.cat([a, b])
+    assert whole.counts.tolist() == [1, 2, 3, 4, 5, 6] and torch.equal(whole.sums[3:], b.sums)
+    assert TokenMeanState.cat([]).num_items == 0
+
+
+def test_the_variance_of_equal_sequences_is_never_below_zero():
+    """Σa²/n − (Σa/n)² of equal numbers rounds to either side of 0."""
+    state = ImportanceState(200)
+    x = torch.rand(1, 1, 200, generator=torch.Generator().manual_seed(0)).expand(3, 1, 200)
+    mk.accumulate_importance_(state, x, backend="reference")
+    assert ((state.squares / 3 - (state.sums / 3).square()) < 0).any()
+    scores = state.scores(batch="var")
+    assert (scores >= 0).all() and scores.max() < 1e-15
+
+
 def test_groups_that_saw_different_tokens_are_divided_by_their_own():
     state = ImportanceState(4, seq=("mean", "L2", "var"), groups=2)
     values = torch.tensor([[[6.0, 6, 6, 6]], [[12.0, 12, 12, 12]], [[1.0, 1, 1, 1]], [[8.0, 8, 8, 8]]])
