@@ -270,6 +270,7 @@ REFUSED = {
     "two texts": (dict(inputs_embeds=torch.ones(1, WHOLE, 48)), "input_ids or inputs_embeds, got both"),
     "beyond": (dict(input_ids=torch.tensor([[5, 96]])), r"vocabulary \[0, 96\), got 96: another model's"),
     "ignored label": (dict(input_ids=torch.tensor([[5, -100]])), r"got -100; -100 belongs into labels"),
+    "negative id": (dict(input_ids=torch.tensor([[-1, 5]])), r"vocabulary \[0, 96\), got -1"),
     "no row": (dict(input_ids=ROW[:0]), r"at least one token, got a tensor \(0, 13\)"),
     "no token": (dict(input_ids=ROW[0, :0]), r"at least one token, got a tensor \(1, 0\)"),
 }
@@ -372,6 +373,20 @@ def test_a_model_that_does_not_keep_sequences_apart_is_refused(implementation, a
         assert_close(collect(model, [rows], axes=axes), plain, "rows")
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("leaking", [0, 1])
+def test_one_layer_that_sees_across_borders_is_enough(name, leaking):
+    model = model_of(name)
+    layer = model.model.layers[leaking]
+    if name == "llama":  # by little, as one of many layers of a trained model does
+        with torch.no_grad():
+            layer.self_attn.o_proj.weight *= 0.01
+    forward = layer.forward
+    layer.forward = lambda *args, **given: forward(*args, **{**given, "attention_mask": None})
+    with pytest.raises(ValueError, match=r"^batches\[0\] is packed.*measured: \d+\.\d% off"):
+        collect(model, [WAYS["positions"][0]])
+
+
 def test_the_measurement_itself_counts_nowhere():
     model, batch = model_of("qwen3_moe"), WAYS["positions"][0]
     scores = collect(model, [batch, batch])
@@ -395,6 +410,22 @@ def test_apart_by_config_alone():
         check_apart_by_config(config("paged|sdpa"), "batches[2]")
     with pytest.raises(ValueError, match=r"'sdpa'; layers linear_attention.*row of its own"):
         check_apart_by_config(config(layer_types=["full_attention", "linear_attention"]), "batches[2]")
+
+
+def test_padding_is_laid_out_where_it_can_do_no_harm():
+    """Behind the sequences, as one of its own where they are packed; a row of it alone attends to itself."""
+    batch = with_padding(left=2, between=3, right=4)
+    numbers = batch["attention_mask"]
+    layout = lay_out(dict(batch), numbers != 0, numbers, "batches[0]")
+    assert set(layout.inputs) == {"input_ids", "position_ids"}
+    assert layout.inputs["input_ids"][:, :WHOLE].equal(ROW)
+    assert layout.inputs["position_ids"].tolist() == [[*POSITIONS[0].tolist(), *range(9)]]
+    assert layout.cu_seqlens.tolist() == [0, 7, 12, 13, 22]
+    assert layout.mask.tolist() == [[True] * 13 + [False] * 9]
+    mask = torch.tensor([[True] * 3 + [False] * 4, [False] * 7])
+    layout = lay_out({"input_ids": torch.cat([A, A])}, mask, None, "batches[0]")
+    assert layout.inputs["attention_mask"].tolist() == [[1] * 3 + [0] * 4, [1] * 7]
+    assert layout.mask is mask and layout.cu_seqlens is None
 
 
 def test_plain_rows_cost_nothing():

@@ -164,6 +164,23 @@ def test_cat_keeps_channels_groups_and_counts_in_order():
             ImportanceState.cat(states)
 
 
+def test_cat_of_means_keeps_each_count():
+    a, b = means(1), means(4)
+    whole = TokenMeanState.cat([a, b])
+    assert whole.counts.tolist() == [1, 2, 3, 4, 5, 6] and torch.equal(whole.sums[3:], b.sums)
+    assert TokenMeanState.cat([]).num_items == 0
+
+
+def test_the_variance_of_equal_sequences_is_never_below_zero():
+    """Σa²/n − (Σa/n)² of equal numbers rounds to either side of 0."""
+    state = ImportanceState(200)
+    x = torch.rand(1, 1, 200, generator=torch.Generator().manual_seed(0)).expand(3, 1, 200)
+    mk.accumulate_importance_(state, x, backend="reference")
+    assert ((state.squares / 3 - (state.sums / 3).square()) < 0).any()
+    scores = state.scores(batch="var")
+    assert (scores >= 0).all() and scores.max() < 1e-15
+
+
 def test_groups_that_saw_different_tokens_are_divided_by_their_own():
     state = ImportanceState(4, seq=("mean", "L2", "var"), groups=2)
     values = torch.tensor([[[6.0, 6, 6, 6]], [[12.0, 12, 12, 12]], [[1.0, 1, 1, 1]], [[8.0, 8, 8, 8]]])
@@ -230,6 +247,24 @@ def test_blocks_whose_dtypes_differ_are_compared_in_float32():
     torch.testing.assert_close(recorder.scores.tables()["layers"][0], wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_each_dtype_gets_a_backend_of_its_own():
+    """float64 is served by the reference alone, also after float32 of the same device, and before it."""
+    x = torch.randn(3, 1, 4, 8)
+    for first, second in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
+        recorder = recorder_of(layers=3, mlp=(3, 8))
+        recorder.start(Tokens((1, 4), None, None))
+        for place, dtype in enumerate((first, second, first)):
+            recorder.blocks(place, x[place].to(dtype), x[place].roll(1, 1).to(dtype))
+            recorder.channels("mlp", place, x[place].to(dtype))
+            recorder._flush("mlp")  # sums of one dtype go into the state together
+            recorder._flush("layers")
+        recorder.flush()
+        wanted = 1 - torch.cosine_similarity(x, x.roll(1, 2), dim=-1).mean((1, 2)).double()
+        torch.testing.assert_close(recorder.scores.tables()["layers"], wanted, rtol=1e-5, atol=1e-6)
+        mlp = torch.stack(list(recorder.scores.tables()["mlp"].values()))
+        torch.testing.assert_close(mlp, x.abs().mean(2)[:, 0].double(), rtol=1e-6, atol=0)
+
+
 class Experts(nn.Module):
     """Three stacked experts of four neurons, of a layer of seven: other ranks hold the others."""
 
@@ -253,7 +288,7 @@ def test_experts_of_other_ranks_do_not_count(score, packed, by_name):
     options = Options(SEQ, expert_score=score)
     recorder = Recorder(ImportanceScores({}, axes, options=options), None, "auto")
     hidden, gates = torch.randn(2, 5, 6), torch.rand(10, 2)
-    index = torch.tensor([[0, 3], [-1, 1], [2, 6], [1, 0], [0, -1], [3, 5], [1, 2], [3, 1], [0, 0], [2, 3]])
+    index = torch.tensor([[0, 3], [-1, 1], [1, 6], [2, 0], [0, -1], [3, 5], [1, 2], [3, 1], [0, 0], [2, 3]])
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     tokens = Tokens((2, 5), mask, torch.tensor([0, 2, 5, 8, 10]) if packed else None)
     hidden[~mask] = float("nan")

@@ -169,7 +169,7 @@ class _Reader:
         self.device = _input_device(tapped)
         self.call, self._collective = _forward(tapped), is_fsdp(tapped.root)
         self._config, self._vocab, self._whole = tapped.config, tapped.sizes["vocab"], whole
-        self._one_row = reads_one_row(tapped.config)
+        self._one_row, self._routed = reads_one_row(tapped.config), bool(tapped.sparse)
         self._apart = not whole  # whether it is known; ranks' pieces are the model's own affair
 
     def __call__(self, batch: Any, name: str) -> tuple[dict[str, Any], Tokens]:
@@ -181,7 +181,14 @@ class _Reader:
             if self._collective:
                 check_apart_by_config(self._config, name)
             else:
-                check_apart(self.call, self._config, self._vocab, self.device, name)
+                check_apart(
+                    self.call,
+                    self._config,
+                    name,
+                    vocab=self._vocab,
+                    device=self.device,
+                    routed=self._routed,
+                )
             self._apart = True
         return inputs, tokens
 

@@ -57,8 +57,6 @@ class Recorder:
     def start(self, tokens: Tokens) -> None:
         """A forward pass over these tokens begins."""
         self.tokens = tokens
-        self._held.clear()
-        self._held_bytes.clear()
         self._seen = {axis: [] for axis in self.scores.axes}
         self.listens = True
 
