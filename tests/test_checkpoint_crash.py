@@ -128,22 +128,6 @@ def test_a_disk_that_becomes_full(source, tmp_path, monkeypatch, call, calls):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "whole"]
 
 
-def test_a_disk_full_among_the_small_files(source, tmp_path, monkeypatch):
-    folder, plan = source
-
-    def full(source, target):
-        raise OSError(errno.ENOSPC, "No space left on device", str(target))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfile", full)
-        with pytest.raises(OSError, match="free some space") as caught:
-            prune_checkpoint(folder / "src", tmp_path / "dst", plan, **SHARD)
-    assert caught.value.filename.endswith("LICENSE") and not (tmp_path / "dst").exists()
-    written = count_written(monkeypatch)
-    done = prune_checkpoint(folder / "src", tmp_path / "dst", plan, **SHARD)
-    assert done.resumed_files == done.files and not written
-
-
 def bytes_of(folder):
     return {name: content for name, (content, _) in snapshot(folder).items()}
 

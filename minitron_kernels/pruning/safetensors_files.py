@@ -168,7 +168,7 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
         if len(result) < len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ValueError(f"{_shown(twice)} stands there twice")
+            raise ValueError(f"{shown(twice)} stands there twice")
         return result
 
     try:
@@ -189,7 +189,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return _parse_json(path, text)
 
 
-def _shown(name: object) -> str:
+def shown(name: object) -> str:
     """A name from a file, fit for a message: on one line, of bounded length."""
     text = repr(name)
     return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
@@ -207,21 +207,21 @@ def _entries(file: SafetensorsFile, header: dict[str, Any], data_begin: int) -> 
         raise ValueError(f"{path}: __metadata__ must map strings to strings; {AGAIN}")
     found = []
     for name, entry in header.items():
-        what = f"{path}: tensor {_shown(name)}"
+        what = f"{path}: tensor {shown(name)}"
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"{what} must be described by dtype, shape and data_offsets alone; {AGAIN}")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ValueError(f"{what} has dtype {_shown(dtype)}; known are {', '.join(DTYPES)}")
+            raise ValueError(f"{what} has dtype {shown(dtype)}; known are {', '.join(DTYPES)}")
         if not isinstance(shape, list) or len(shape) > 64 or not all(map(_is_count, shape)):
-            raise ValueError(f"{what} has shape {_shown(shape)}, which is no list of lengths; {AGAIN}")
+            raise ValueError(f"{what} has shape {shown(shape)}, which is no list of lengths; {AGAIN}")
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-            raise ValueError(f"{what} has data_offsets {_shown(offsets)}, which are no two places; {AGAIN}")
+            raise ValueError(f"{what} has data_offsets {shown(offsets)}, which are no two places; {AGAIN}")
         tensor = StoredTensor(name, file, dtype, tuple(shape), data_begin + offsets[0])
         if offsets[1] - offsets[0] != tensor.nbytes:
             raise ValueError(
-                f"{what}, {dtype} {_shown(shape)}, needs other than the "
-                f"{_shown(offsets[1] - offsets[0])} bytes it has; {AGAIN}"
+                f"{what}, {dtype} {shown(shape)}, needs other than the "
+                f"{shown(offsets[1] - offsets[0])} bytes it has; {AGAIN}"
             )
         found.append(tensor)
     found.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
@@ -229,11 +229,11 @@ def _entries(file: SafetensorsFile, header: dict[str, Any], data_begin: int) -> 
     for tensor in found:
         if tensor.begin != at:
             wrong = "overlaps the tensor before it" if tensor.begin < at else "lies after a gap"
-            raise ValueError(f"{path}: tensor {_shown(tensor.name)} {wrong}; {AGAIN}")
+            raise ValueError(f"{path}: tensor {shown(tensor.name)} {wrong}; {AGAIN}")
         at += tensor.nbytes
     if at != file.size:
         raise ValueError(
-            f"{path}: its header describes {_shown(at)} bytes, and the file has {file.size}; {AGAIN}"
+            f"{path}: its header describes {shown(at)} bytes, and the file has {file.size}; {AGAIN}"
         )
     return found
 
@@ -289,7 +289,7 @@ def _read_index(index: Path, opened: Any) -> dict[str, StoredTensor]:
         plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0")
         if not plain:
             raise ValueError(
-                f"{index}: tensor {_shown(name)} is said to be in {_shown(file)}; only safetensors files of "
+                f"{index}: tensor {shown(name)} is said to be in {shown(file)}; only safetensors files of "
                 "the index's own folder are read, named without a path"
             )
     tensors: dict[str, StoredTensor] = {}
@@ -298,15 +298,15 @@ def _read_index(index: Path, opened: Any) -> dict[str, StoredTensor]:
         for name, tensor in file.tensors.items():
             if name in tensors:
                 other = tensors[name].file.path.name
-                raise ValueError(f"{file.path}: holds {_shown(name)}, and so does {other}; keep one of them")
+                raise ValueError(f"{file.path}: holds {shown(name)}, and so does {other}; keep one of them")
             if places.get(name) != file_name:
-                told = f"in {_shown(places[name])}" if name in places else "nowhere"
-                raise ValueError(f"{file.path}: holds {_shown(name)}, which {index.name} says is {told}")
+                told = f"in {shown(places[name])}" if name in places else "nowhere"
+                raise ValueError(f"{file.path}: holds {shown(name)}, which {index.name} says is {told}")
             tensors[name] = tensor
     for name, file_name in places.items():
         if name not in tensors:
             raise ValueError(
-                f"{index.parent / file_name}: lacks {_shown(name)}, which {index.name} puts there"
+                f"{index.parent / file_name}: lacks {shown(name)}, which {index.name} puts there"
             )
     return {name: tensors[name] for name in places}
 
