@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Config = Any  # a transformers config, or the dict in a checkpoint's config.json
+from minitron_kernels.pruning.configs import Config, config_value, written_value
+
 When = Callable[[Config, int], bool]
 
 # axis -> the keys that tell its size in a config; the first that is there counts
@@ -37,12 +38,6 @@ SIZE_KEYS: dict[str, tuple[str, ...]] = {
     "mlp": ("intermediate_size",),
 }
 PER_HEAD = ("heads", "kv_heads")
-
-
-def config_value(config: Config, key: str, default: Any = None) -> Any:
-    """`key` of a config object or of a dict; `default` where it is absent or None."""
-    value = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
-    return default if value is None else value
 
 
 def flag(key: str, default: bool = False) -> When:
@@ -129,7 +124,8 @@ class Family:
         outer: the parameters around the layers; "lm_head.weight" is left out where it is tied.
         layers, final_norm, embedding, head: names of these modules in the model.
         size_keys: config keys of axes, beyond or instead of SIZE_KEYS.
-        defaults: of config keys that a checkpoint's config.json may leave out.
+        defaults: of config keys that a config.json may leave out; only for model types that transformers does
+            not know, whose own defaults count otherwise.
         norm_offset: what a norm adds to its stored weight to make its gain: 1 where it stores gain - 1.
         scales_embedding: whether embeddings are multiplied by the root of hidden_size.
         is_sparse: (config, layer) -> whether that layer's MLP is experts.
@@ -183,9 +179,13 @@ class Family:
         """
         sizes: dict[str, int] = {}
         for axis in dict.fromkeys((*SIZE_KEYS, *self.size_keys)):
-            found = [v for key in self.keys_of(axis) if (v := self.value(config, key)) is not None]
-            if found:
-                sizes[axis] = int(found[0])
+            keys = self.keys_of(axis)
+            # a key that is written counts before the default of one that is not
+            for read in (written_value, self.value):
+                found = [value for key in keys if (value := read(config, key)) is not None]
+                if found:
+                    sizes[axis] = int(found[0])
+                    break
         for axis in ("vocab", "hidden", "layers", "heads"):
             if axis not in sizes:
                 raise ValueError(

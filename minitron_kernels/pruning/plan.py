@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_kernels.pruning.families import Config, Family, family_of
+from minitron_kernels.pruning.configs import Config, completed, config_value
+from minitron_kernels.pruning.families import Family, family_of
 from minitron_kernels.pruning.keep import (
     ORDERS,
     Keep,
@@ -25,9 +26,7 @@ from minitron_kernels.pruning.pruning_plan import LayerPlan, PruningPlan
 from minitron_kernels.pruning.sizes import (
     Candidate,
     Sizes,
-    as_dict,
     find_sizes,
-    full_value,
     given_sizes,
     size_names,
     target_config_of,
@@ -122,7 +121,7 @@ def make_plan(
     tables = scores.tables(batch=batch, seq=seq) if hasattr(scores, "tables") else scores
     if not isinstance(tables, Mapping):
         raise TypeError(f"scores must be ImportanceScores or a mapping, got {type(scores).__name__}")
-    config = as_dict(config)
+    config = completed(config)
     family = family_of(config)
     names = size_names(family, config)
     before = family.sizes(config)
@@ -310,7 +309,7 @@ def _check_merge(before: Sizes, after: Sizes, kv_choice: str) -> None:
 def _settle_experts(
     family: Family, config: Config, target: dict[str, Any], after: Sizes, per_token: int | None
 ) -> None:
-    routed = full_value(config, "num_experts_per_tok") if "experts" in after else None
+    routed = config_value(config, "num_experts_per_tok") if "experts" in after else None
     if per_token is not None:
         if routed is None or isinstance(per_token, bool) or not 1 <= per_token <= after["experts"]:
             limit = after.get("experts", "no")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
 from minitron_kernels.pruning.expert_taps import ExpertsTap
 from minitron_kernels.pruning.families import Family, family_of
+from minitron_kernels.pruning.names import unwrap
 from minitron_kernels.pruning.recorder import Recorder
 from minitron_kernels.pruning.scores import AXES, ENERGY, Axis, ImportanceScores, Options
 
@@ -28,7 +29,7 @@ class TappedModel:
     """
 
     def __init__(self, model: Any) -> None:
-        self.root = _unwrap(model)
+        self.root = unwrap(model)
         self.config: Any = getattr(self.root, "config", None)
         if not isinstance(self.root, nn.Module) or not hasattr(self.config, "to_dict"):
             raise TypeError(f"model must be a Hugging Face model with a config, got {type(model).__name__}")
@@ -178,17 +179,6 @@ class TappedModel:
                     "expert-parallel ranks score each one's experts by accumulate_expert_importance_() and "
                     "all_gather() the states"
                 )
-
-
-def _unwrap(model: Any) -> Any:
-    """The model in a wrapper of torch's, which would run the same forward pass."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):  # of torch.compile
-            model = model._orig_mod
-        else:
-            return model
 
 
 def _check(recorder: Recorder, what: str, x: Any, width: int) -> None:
