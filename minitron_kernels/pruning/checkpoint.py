@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_kernels.pruning.families import family_of
-from minitron_kernels.pruning.matching import MTP_KEYS, match
+from minitron_kernels.pruning.matching import MTP_KEYS, check_result, match
 from minitron_kernels.pruning.model_card import PLAN_FILE, model_card, source_name
 from minitron_kernels.pruning.pruning_plan import PruningPlan
 from minitron_kernels.pruning.safetensors_files import (
@@ -32,7 +32,6 @@ from minitron_kernels.pruning.safetensors_files import (
 from minitron_kernels.pruning.shards import Shard, is_whole, plan_shards, write_shards
 from minitron_kernels.pruning.side_files import check_plain, side_files
 from minitron_kernels.pruning.staging import Staging, check_target
-from minitron_kernels.pruning.verification import check_against_config
 
 _OURS = ("config.json", "README.md", PLAN_FILE, INDEX_FILE)
 _SPARE_BYTES = 16 << 20  # beyond the files themselves, for folders and what else is being written
@@ -118,8 +117,7 @@ def prune_checkpoint(
         matched = match(source, config, plan, rescale_norms=rescale_norms, leave_out=leave_out)
         plan, shards = matched.plan, plan_shards(matched.pairs, max_shard_bytes)
         new_config = target_config(config, plan)
-        shapes = {output.cut.name: output.cut.shape for shard in shards for output in shard.outputs}
-        check_against_config(shapes, new_config, source_path)
+        check_result(matched, new_config, source_path)
         others = side_files(source_path, {*_OURS, *(file.path.name for file in source.files)})
         job = _job(source, others.copied, plan, rescale_norms, max_shard_bytes)
         with Staging.open(target, job, overwrite=overwrite) as staging:
@@ -139,13 +137,13 @@ def prune_checkpoint(
             contents = {name: _read(source_path / name) for name in others.copied}
             contents |= _made(source_path, plan, config, new_config, shards)
             staging.write(contents)
-            _check_written(staging.folder, shapes, new_config)
+            _check_written(staging.folder, matched.shapes, new_config)
             staging.publish(overwrite)
     return PrunedCheckpoint(
         path=target,
         files=tuple(shard.name for shard in shards),
         parameters_before=matched.parameters,
-        parameters_after=sum(math.prod(shape) for shape in shapes.values()),
+        parameters_after=sum(math.prod(shape) for shape in matched.shapes.values()),
         nbytes=total,
         resumed_files=resumed,
         left_out_files=others.left_out,

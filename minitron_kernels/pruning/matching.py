@@ -10,18 +10,18 @@ import dataclasses
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from minitron_kernels.pruning.cuts import Cut, Cuts
-from minitron_kernels.pruning.families import Family, config_value
+from minitron_kernels.pruning.configs import config_value
+from minitron_kernels.pruning.families import Family, family_of
+from minitron_kernels.pruning.names import family_names
 from minitron_kernels.pruning.pruning_plan import PruningPlan
-from minitron_kernels.pruning.safetensors_files import AGAIN, SourceFolder, StoredTensor, shown
+from minitron_kernels.pruning.safetensors_files import SourceFolder, StoredTensor, shown
+from minitron_kernels.pruning.skeleton import Shapes, check_shapes, expected_shapes
 
-# of torch.compile, FSDP and activation checkpointing, anywhere in a name
-_WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_LEADING = ("module.", "language_model.")  # of DDP; of models that hold others beside the language model
 # buffers that old checkpoints hold and transformers makes itself
 _NOT_PARAMETERS = ".rotary_emb.inv_freq"
 # layers that guess tokens further ahead (multi-token prediction): transformers does not load them either
@@ -37,48 +37,25 @@ class Matched:
     Args:
         plan: the plan, with the true tie_word_embeddings in both of its configs.
         pairs: each tensor that stays with its cut, in the order of the model.
+        stored: whether experts are stored one by one, as checkpoints have them.
+        headless: whether it is a base model's, without a head.
+        root: what its names lack in front, and are to lack again: "model." of a base model's.
         parameters: those of the source, a tied head once.
         left_out: names of tensors that are not the model's: those asked for, and MTP layers.
     """
 
     plan: PruningPlan
     pairs: list[tuple[Cut, StoredTensor]]
+    stored: bool
+    headless: bool
+    root: str
     parameters: int
     left_out: tuple[str, ...]
 
-
-def plain_names(names: Iterable[str], family: Family) -> tuple[dict[str, str], str]:
-    """Each stored name -> the name in the causal language model; and what base models' names lack ("model.").
-
-    Raises:
-        ValueError: two would be the same.
-    """
-    base = _base(family)
-    plain = {name: _unwrapped(name, base) for name in names}
-    headless = bool(base) and not any(name.startswith(base) for name in plain.values())
-    headless = headless and f"{family.embedding.removeprefix(base)}.weight" in plain.values()
-    if headless:
-        plain = {name: base + inside for name, inside in plain.items()}
-    seen: dict[str, str] = {}
-    for name, inside in plain.items():
-        if inside in seen:
-            raise ValueError(f"{shown(seen[inside])} and {shown(name)} would both be {shown(inside)}")
-        seen[inside] = name
-    return plain, base if headless else ""
-
-
-def _base(family: Family) -> str:
-    """What the names of the model around the layers begin with, as "model."; "" for nothing."""
-    return family.embedding.removesuffix(family.embedding.rpartition(".")[2])
-
-
-def _unwrapped(name: str, base: str) -> str:
-    name = _WRAPPED.sub("", name)
-    for prefix in _LEADING:
-        while name.startswith(prefix):
-            name = name.removeprefix(prefix)
-    inside = f"{base}language_model."
-    return base + name.removeprefix(inside) if base and name.startswith(inside) else name
+    @property
+    def shapes(self) -> Shapes:
+        """Of the tensors to be written."""
+        return {cut.name: cut.shape for cut, _ in self.pairs}
 
 
 def match(
@@ -105,7 +82,7 @@ def match(
     family, asked = cuts.family, _asked_for(source, leave_out)
     stored = {name: tensor for name, tensor in source.tensors.items() if name not in asked}
     try:
-        plain, base = plain_names(stored, family)
+        plain = family_names(stored, family)
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from None
     mtp = {name for name, inside in plain.items() if _is_mtp(inside, config, cuts)}
@@ -115,19 +92,25 @@ def match(
         if name not in mtp and not inside.endswith(_NOT_PARAMETERS)
     }
     head = f"{family.head}.weight"
-    has_head = head in tensors
-    tied = _is_tied(tensors, config, family, base)
+    root = "" if head in tensors else _lacking_root(tensors, family)
+    headless = head not in tensors and (bool(root) or _is_class_of_base(config))
+    tied = family.tied(config) if headless else _is_tied(tensors, family)
     if tied:
         tensors.pop(head, None)  # as save_pretrained() leaves it out
     plan = _with_tied(plan, tied, family)
     cuts = Cuts(plan, rescale_norms=rescale_norms)
-    pairs = _pairs(source, tensors, cuts, without={head} if not tied and not has_head else set())
-    if base:
-        pairs = [
-            (dataclasses.replace(cut, name=cut.name.removeprefix(base)), tensor) for cut, tensor in pairs
-        ]
+    without = {head} if headless else set()
+    # experts may be stored one by one, as transformers does, or stacked as they are in the model
+    one_by_one = not set(cuts.names(stored=False)) - without <= set(tensors)
+    wanted = [name for name in cuts.names(stored=one_by_one) if name not in without]
+    _check_names(source, tensors, wanted, plan)
+    pairs = [
+        (dataclasses.replace(cut, name=cut.name.removeprefix(root)), tensor)
+        for cut, tensor in _pairs(tensors, wanted, cuts, one_by_one)
+    ]
     parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
-    return Matched(plan, pairs, parameters, tuple(name for name in source.tensors if name in asked | mtp))
+    left_out = tuple(name for name in source.tensors if name in asked | mtp)
+    return Matched(plan, pairs, one_by_one, headless, root, parameters, left_out)
 
 
 def _asked_for(source: SourceFolder, patterns: Sequence[str]) -> set[str]:
@@ -150,24 +133,26 @@ def _is_mtp(name: str, config: Mapping[str, Any], cuts: Cuts) -> bool:
     return layer is not None and 0 <= int(layer[1]) - cuts.source["layers"] < beyond
 
 
-def _is_tied(
-    tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], family: Family, base: str
-) -> bool:
+def _lacking_root(tensors: Mapping[str, StoredTensor], family: Family) -> str:
+    """What a base model's names lack in front of them ("model."); "" where they have it."""
+    root, _, leaf = family.embedding.rpartition(".")
+    embedding = tensors.get(f"{root}.{leaf}.weight")
+    lacking = root and embedding is not None and root.split(".")[-1] not in embedding.name.split(".")
+    return f"{root}." if lacking else ""
+
+
+def _is_class_of_base(config: Mapping[str, Any]) -> bool:
+    classes = config_value(config, "architectures") or ()
+    return bool(classes) and not any("For" in str(name) for name in classes)
+
+
+def _is_tied(tensors: Mapping[str, StoredTensor], family: Family) -> bool:
     """Whether the head is the embedding: it has the same bytes, or it is not there.
 
-    save_pretrained() stores one of two tensors that share memory, whatever the config says of them. A base
-    model has no head: there the config tells what a head would be.
+    Of two tensors that share memory save_pretrained() stores one, whatever the config says of them.
     """
-    head, embedding = tensors.get(f"{family.head}.weight"), tensors.get(f"{family.embedding}.weight")
-    if head is None:
-        return family.tied(config) if is_headless(config, base) else True
-    return embedding is not None and _same_bytes(head, embedding)
-
-
-def is_headless(config: Mapping[str, Any], base: str) -> bool:
-    """Whether it is the checkpoint of a base model, without a head: its names or its config's class say so."""
-    classes = config_value(config, "architectures") or ()
-    return bool(base) or (bool(classes) and not any("For" in str(name) for name in classes))
+    head, embedding = (tensors.get(f"{name}.weight") for name in (family.head, family.embedding))
+    return head is None or (embedding is not None and _same_bytes(head, embedding))
 
 
 def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
@@ -193,15 +178,26 @@ def _with_tied(plan: PruningPlan, tied: bool, family: Family) -> PruningPlan:
     return dataclasses.replace(plan, **configs) if configs else plan
 
 
+def _check_names(
+    source: SourceFolder, tensors: Mapping[str, StoredTensor], wanted: Sequence[str], plan: PruningPlan
+) -> None:
+    model = f"a {plan.source_config['model_type']} model of the plan's sizes"
+    if missing := [name for name in wanted if name not in tensors]:
+        raise ValueError(
+            f"{source.path}: lacks {_listed(missing)}, which {model} has; is it the whole of the checkpoint?"
+        )
+    known = set(wanted)
+    if extra := [tensor for name, tensor in tensors.items() if name not in known]:
+        raise ValueError(
+            f"{extra[0].file.path}: {_listed([tensor.name for tensor in extra])}: no parameter of {model}. "
+            "What the model works without can be named in leave_out, by a pattern as '*.k_scale'"
+        )
+
+
 def _pairs(
-    source: SourceFolder, tensors: Mapping[str, StoredTensor], cuts: Cuts, without: set[str]
-) -> list[tuple[Cut, StoredTensor]]:
-    """Every tensor that stays with its cut, in the order of the model; ValueError unless all fit."""
-    # experts may be stored one by one, as transformers does, or stacked as they are in the model
-    stored = not set(cuts.names(stored=False)) - without <= set(tensors)
-    wanted = [name for name in cuts.names(stored=stored) if name not in without]
-    _check_names(source, tensors, wanted, cuts)
-    pairs = []
+    tensors: Mapping[str, StoredTensor], wanted: Sequence[str], cuts: Cuts, stored: bool
+) -> Iterator[tuple[Cut, StoredTensor]]:
+    """Every tensor that stays with its cut, in the order of the model; ValueError unless shapes fit."""
     for name in wanted:
         tensor, cut = tensors[name], cuts.of(name, stored=stored)
         if cut is None:
@@ -211,34 +207,31 @@ def _pairs(
                 f"{tensor.file.path}: {tensor.name} has shape {list(tensor.shape)}, and the plan is for shape "
                 f"{list(cut.source_shape)}"
             )
-        pairs.append((cut, tensor))
-    return pairs
-
-
-def _check_names(
-    source: SourceFolder, tensors: Mapping[str, StoredTensor], wanted: Sequence[str], cuts: Cuts
-) -> None:
-    missing = [name for name in wanted if name not in tensors]
-    if missing:
-        embedding = f"{cuts.family.embedding}.weight"
-        end = embedding.removeprefix(_base(cuts.family))
-        found = [name for name in tensors if name.endswith(f".{end}")]
-        if embedding in missing and found:
-            prefix = found[0].removesuffix(end).removesuffix(_base(cuts.family))
-            raise ValueError(
-                f"{source.path}: its names begin with {shown(prefix)}, as {shown(found[0])}, and no such prefix "
-                f"is known: rename them, so that this one is {embedding}"
-            )
-        raise ValueError(f"{source.path}: lacks {_listed(missing)}, which the model has; {AGAIN}")
-    known = set(wanted)
-    if extra := [tensor for name, tensor in tensors.items() if name not in known]:
-        raise ValueError(
-            f"{extra[0].file.path}: {_listed([tensor.name for tensor in extra])} is no parameter of a "
-            f"{cuts.plan.source_config['model_type']} model of these sizes. Where the model works without, "
-            "name it in leave_out, by a pattern as '*.k_scale'"
-        )
+        yield cut, tensor
 
 
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(shown, names[:3])) + more
+
+
+def check_result(matched: Matched, config: Mapping[str, Any], where: object) -> None:
+    """Checks names and shapes of what is to be written against the config to be written beside it.
+
+    Raises:
+        ValueError: transformers would not load it; names the first difference.
+    """
+    family = family_of(config)
+    try:
+        if family.refuses(config) is None:
+            expected = expected_shapes(config, stored=matched.stored, headless=matched.headless)
+        else:  # a plan that was asked for although transformers does not load it
+            sizes = family.sizes(config)
+            params = family.parameters(config, stored=matched.stored)
+            expected = {param.name: param.shape(sizes) for param in params}
+        if matched.headless:
+            expected.pop(f"{family.head}.weight", None)
+        result = {matched.root + name: shape for name, shape in matched.shapes.items()}
+        check_shapes(result, expected, set(expected), "the config of the result")
+    except ValueError as error:
+        raise ValueError(f"{where}: the result would not be loaded from its own config.json: {error}") from None
