@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minitron_kernels.pruning.families import family_of
+from minitron_kernels.pruning.families import PRUNED, family_of
 from minitron_kernels.pruning.keep import ORDERS, Keep, KeptHeads, check_keep, format_runs, parse_runs
 from minitron_kernels.pruning.sizes import Candidate, size_names
 
@@ -297,10 +297,10 @@ def check_plan(plan: PruningPlan) -> None:
             f"target_config.model_type must be {plan.source_config['model_type']!r}, got "
             f"{plan.target_config.get('model_type')!r}"
         )
-    for axis in ("vocab", "head_dim"):
-        if before[axis] != after[axis]:
+    for axis in (axis for axis in before if axis not in (*PRUNED, "layers")):
+        if before[axis] != after.get(axis):
             raise ValueError(
-                f"target_config must have the {axis} of the source, {before[axis]}, got {after[axis]}"
+                f"target_config must have the {axis} of the source, {before[axis]}, got {after.get(axis)}"
             )
 
     def check(keep: Keep, axis: str, where: str) -> None:

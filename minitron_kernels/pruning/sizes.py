@@ -27,6 +27,8 @@ class ParameterCount:
     def __init__(self, family: Family, config: Config) -> None:
         self.kinds: dict[int | None, Counter[tuple[tuple[str, ...], ...]]] = {}
         for param in family.parameters(config):
+            if param.buffer:
+                continue
             self.kinds.setdefault(param.layer, Counter())[param.dims] += 1
 
     def axes(self) -> set[str]:

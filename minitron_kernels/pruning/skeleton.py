@@ -92,5 +92,5 @@ def _made_by_transformers(config: Config, headless: bool) -> nn.Module | None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
     classes = MODEL_MAPPING if headless else MODEL_FOR_CAUSAL_LM_MAPPING
-    kind: Any = classes.get(type(full))
+    kind: Any = classes.get(type(full), None)
     return None if kind is None else skeleton(kind, full)
