@@ -58,7 +58,7 @@ def test_an_unknown_tensor(source):
     path = edit_tensors(
         source[0], lambda t: {**t, "model.layers.1.mlp.down_proj.weight_scale": torch.ones(1)}
     )
-    refused(source, match=rf"{path.name}.*weight_scale' is no parameter of .*leave_out")
+    refused(source, match=rf"{path.name}.*weight_scale': no parameter of .*leave_out")
 
 
 def test_a_missing_tensor(source):
@@ -66,7 +66,7 @@ def test_a_missing_tensor(source):
         return dict(list(tensors.items())[2:])
 
     edit_tensors(source[0], without_first)
-    refused(source, match=r"lacks 'model\.layers\.[^,]*', 'model\.layers\.[^,]*', which the model has; get it again")
+    refused(source, match=r"lacks 'model\.layers\.[^,]*', 'model\.layers\.[^,]*', which a llama model of the plan's sizes has")
 
 
 def test_a_tensor_of_another_shape(source):
@@ -93,7 +93,7 @@ def test_experts_in_both_ways(tmp_path):
     path = tmp_path / "src" / "model.safetensors"
     stacked = {n: t.contiguous() for n, t in model.state_dict().items()}
     save_file({**load_file(path), **stacked}, path, {"format": "pt"})
-    refused((tmp_path / "src", plan_for(model.config)), match="is no parameter")
+    refused((tmp_path / "src", plan_for(model.config)), match="no parameter of")
 
 
 @pytest.mark.parametrize("cut", [1, 1000, 10**9])

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_kernels.pruning.families import family_of
+from minitron_kernels.pruning.families import TIE_KEY, family_of
 from minitron_kernels.pruning.matching import MTP_KEYS, check_result, match
 from minitron_kernels.pruning.model_card import PLAN_FILE, model_card, source_name
 from minitron_kernels.pruning.pruning_plan import PruningPlan
@@ -266,7 +266,7 @@ def target_config(source: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any
         if changed or (key in sizes and source.get(key) is None):
             config[key] = value
     if family.tied(config) != family.tied(plan.target_config):
-        config["tie_word_embeddings"] = family.tied(plan.target_config)
+        config[TIE_KEY] = family.tied(plan.target_config)
     config.update({key: 0 for key in MTP_KEYS if config.get(key)})
     return config
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from minitron_kernels.pruning.cuts import Cut, Cuts
 from minitron_kernels.pruning.configs import config_value
-from minitron_kernels.pruning.families import Family, family_of
+from minitron_kernels.pruning.families import TIE_KEY, Family, family_of
 from minitron_kernels.pruning.names import family_names
 from minitron_kernels.pruning.pruning_plan import PruningPlan
 from minitron_kernels.pruning.safetensors_files import SourceFolder, StoredTensor, shown
@@ -171,7 +171,7 @@ def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
 def _with_tied(plan: PruningPlan, tied: bool, family: Family) -> PruningPlan:
     """The plan for a model whose head is tied or is not."""
     configs = {
-        name: {**entries, "tie_word_embeddings": tied}
+        name: {**entries, TIE_KEY: tied}
         for name in ("source_config", "target_config")
         if family.tied(entries := getattr(plan, name)) != tied
     }
