@@ -57,7 +57,8 @@ class Disk:
             if len(self.calls) - 1 == self.fail_at:
                 if name == "close":
                     call(*args)  # Linux has closed it all the same
-                raise OSError(self.error, os.strerror(self.error))
+                named = () if name in OF_DESCRIPTORS else (str(path),)  # as the call itself names it
+                raise OSError(self.error, os.strerror(self.error), *named)
             if self.short and name in ("pwrite", "preadv"):
                 args = (args[0], self._part(args[1]), *args[2:])
             return call(*args, **kwargs)

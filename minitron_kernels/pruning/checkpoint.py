@@ -307,7 +307,12 @@ def _json(value: Mapping[str, Any], **options: Any) -> bytes:
 
 def _check_written(folder: Path, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:
     """Reads again what a loader will read, before it gets its name."""
-    with open_folder(folder) as written:
-        found = {name: tensor.shape for name, tensor in written.tensors.items()}
-    if found != shapes or read_json(folder / "config.json") != config:
-        raise ValueError(f"{folder}: what was written is not what is read there: is the disk damaged?")
+    try:
+        with open_folder(folder) as written:
+            found = {name: tensor.shape for name, tensor in written.tensors.items()}
+        again = read_json(folder / "config.json")
+    except ValueError as error:
+        raise OSError(errno.EIO, f"cannot be read again ({error})", str(folder)) from None
+    if found != shapes or again != config:
+        message = "what was written is not what is read there: check the disk"
+        raise OSError(errno.EIO, message, str(folder))

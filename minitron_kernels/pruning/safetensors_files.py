@@ -61,6 +61,21 @@ def read_at(fd: int, buffer: memoryview, begin: int) -> int:
     return done
 
 
+def _open_regular(path: Path) -> tuple[int, os.stat_result]:
+    """A descriptor to read from, and what is known of the file; ValueError unless it is a regular one."""
+    try:
+        # non-blocking, or opening a named pipe would wait for its other end
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path}: cannot be opened: {reason}") from None
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise ValueError(f"{path}: is not a regular file")
+    return fd, status
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor of a file: `begin` is the place of its first byte in the file."""
@@ -94,16 +109,8 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.fd, status = _open_regular(path)
         try:
-            # non-blocking, or opening a named pipe would wait for its other end
-            self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise ValueError(f"{path}: cannot be opened: {reason}") from None
-        try:
-            status = os.fstat(self.fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError(f"{path}: is not a regular file")
             self.size, self._mtime_ns = status.st_size, status.st_mtime_ns
             header = self._read_header()
             self.header_sha256 = hashlib.sha256(header).hexdigest()
@@ -116,8 +123,9 @@ class SafetensorsFile:
             raise
 
     def close(self) -> None:
-        """Closes the file."""
-        os.close(self.fd)
+        """Closes the file. It was only read: what fails here loses nothing."""
+        with contextlib.suppress(OSError):
+            os.close(self.fd)
 
     def fingerprint(self) -> list[Any]:
         """What tells this file from another, or from itself after a change."""
@@ -146,7 +154,9 @@ class SafetensorsFile:
         path, size = self.path, self.size
         if size < 8:
             raise ValueError(f"{path}: {size} bytes are too few for a safetensors file; {AGAIN}")
-        (length,) = struct.unpack("<Q", os.pread(self.fd, 8, 0))
+        first = bytearray(8)
+        self.read_into(memoryview(first), 0)
+        (length,) = struct.unpack("<Q", first)
         if length > size - 8:
             raise ValueError(
                 f"{path}: says that its header has {length} bytes, and has {size} itself; {AGAIN}"
@@ -183,10 +193,17 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; ValueError naming the file where there is none."""
     try:
-        text = path.read_bytes()
+        fd, status = _open_regular(path)
+        try:
+            text = bytearray(min(status.st_size, LONGEST_HEADER + 1))
+            count = read_at(fd, memoryview(text), 0)
+        finally:
+            os.close(fd)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    return _parse_json(path, text)
+    if count > LONGEST_HEADER:
+        raise ValueError(f"{path}: has {status.st_size} bytes, and is read up to {LONGEST_HEADER}")
+    return _parse_json(path, bytes(text[:count]))
 
 
 def shown(name: object) -> str:

@@ -165,16 +165,14 @@ def is_whole(shard: Shard, folder: Path, digest: str) -> bool:
     """Whether the shard lies in `folder` as `write_shards` wrote it."""
     try:
         fd = os.open(folder / shard.name, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if os.fstat(fd).st_size != shard.size or _bytes_of(fd, 0, len(shard.header)) != shard.header:
+                return False
+            sums = [checksum(_bytes_of(fd, piece.begin, piece.nbytes)) for piece in shard.pieces()]
+        finally:
+            os.close(fd)
     except OSError:
         return False
-    try:
-        if os.fstat(fd).st_size != shard.size or _bytes_of(fd, 0, len(shard.header)) != shard.header:
-            return False
-        sums = [checksum(_bytes_of(fd, piece.begin, piece.nbytes)) for piece in shard.pieces()]
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
     return _digest(sums) == digest
 
 

@@ -120,7 +120,8 @@ class Staging:
         finally:
             if staging is not None:
                 staging._leave()
-            os.close(lock)
+            with suppress(OSError):  # nothing was written to it
+                os.close(lock)
 
     def _read_journal(self, job: str) -> dict[str, dict[str, Any]]:
         """The finished files of this job, by name; clears what another job left."""
