@@ -519,3 +519,23 @@ def test_a_gain_is_scaled_in_wide_arithmetic(dtype):
             ulp = torch.finfo(dtype).eps * expected.abs().clamp(min=2**-6)
             wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
             assert ((out.double() - expected).abs() <= ulp / 2 + 4 * wide).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_means_of_heads_are_taken_in_wide_arithmetic(dtype):
+    """One rounding to the dtype: a sum of four heads in bfloat16 would round three times more."""
+    config = tiny_model("llama", num_attention_heads=8, num_key_value_heads=4).config
+    tables = random_tables(config)
+    plan = make_plan(tables, config, num_key_value_heads=1, kv_heads="merge", hidden_size=32, divisor=16)
+    generator = torch.Generator().manual_seed(1)
+    for name, shape in (("weight", (64, 48)), ("bias", (64,))):
+        heads = torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+        out = Cuts(plan).of(f"model.layers.1.self_attn.k_proj.{name}").apply(heads)
+        kept = heads.double()[:, list(plan.hidden)] if name == "weight" else heads.double()
+        terms = kept.unflatten(0, (4, 16))
+        expected = terms.mean(0)
+        wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        error = (out.double() - expected).abs()
+        assert out.dtype == dtype
+        rounding = torch.finfo(dtype).eps / 2 * expected.abs()
+        assert (error <= 1.001 * rounding + 4 * wide * terms.abs().sum(0)).all()

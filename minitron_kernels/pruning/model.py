@@ -168,8 +168,7 @@ class _Source:
         known = {*names, head} if cuts.tied else set(names)
         for name, tensor in sorted(self.tensors.items()):
             if isinstance(tensor, nn.Parameter) and name not in known:
-                adapted = ".base_layer." in name or ".lora_" in name
-                remedy = ": merge the adapters first" if adapted else ""
+                remedy = ": merge the adapters first" if ".lora_" in name else ""
                 raise ValueError(
                     f"model has a parameter {name!r}, which the plan's family does not know{remedy}"
                 )

@@ -197,6 +197,8 @@ def find_sizes(
     names = size_names(family, config)
     if isinstance(params, bool) or not isinstance(params, (int, float)):
         raise TypeError(f"params must be a number, got {params!r}")
+    if not params > 0:  # NaN as well
+        raise ValueError(f"params must be above 0, got {params}")
     told = given_sizes(family, config, fixed or {}, None, 1)
     if search is None:
         search = [name for name, axis in names.items() if axis in WIDTH and axis not in told]

@@ -15,9 +15,16 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def skeleton(kind: type[Model], config: Any) -> Model:
-    """A model of this class and config of transformers, without memory for its parameters."""
-    with torch.device("meta"):
-        return kind(config)
+    """A model of this class and config of transformers, without memory for its parameters.
+
+    Raises:
+        ValueError: transformers cannot make it; says what it came upon.
+    """
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except Exception as error:  # transformers raises what its checks or its arithmetic come upon
+        raise ValueError(f"transformers cannot make a {kind.__name__} of its config: {error}") from error
 
 
 def state_shapes(model: nn.Module) -> Shapes:
