@@ -8,7 +8,6 @@ from _tiny_models import tiny_model
 
 from minitron_kernels.pruning.plan import make_plan
 
-
 OTHER_WEIGHTS = ("consolidated.safetensors", "model.gguf", "pytorch_model.bin")
 
 

@@ -2,9 +2,9 @@
 
     python _crash_runs.py SRC PLAN DST KIND RUNS
 
-KIND "steps": a child for each call that changes the disk, killed just before that call. "times": children that
-are killed after a random part of the time that a whole run takes, until RUNS of them were; those that ended
-before do not count, and end the attempt where they are most. At DST there is nothing before,
+KIND "steps": a child for each call that changes the disk, killed just before that call. "times": children
+that are killed after a random part of the time that a whole run takes, until RUNS of them were; those that
+ended before do not count, and end the attempt where they are most. At DST there is nothing before,
 or with "overwrite-steps" a copy of SRC. After each, DST must be that or complete; then a second call must
 complete it.
 """

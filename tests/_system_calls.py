@@ -1,4 +1,4 @@
-"""A layer over the calls by which pruning meets the disk: it notes them, makes one fail, or all come short."""
+"""A layer over the calls by which pruning meets the disk: notes them, makes one fail, or all come short."""
 
 import errno
 import os
@@ -67,7 +67,7 @@ class Disk:
 
     @staticmethod
     def _part(data):
-        """The first part of a buffer to write, or of the one buffer to read into: some bytes, not a multiple of 8."""
+        """The first part of a buffer to write, or of the one buffer to read into; of any number of bytes."""
         if isinstance(data, list):
             return [Disk._part(data[0])]
         return data[: max(1, len(data) * 3 // 7)]

@@ -66,7 +66,10 @@ def test_a_missing_tensor(source):
         return dict(list(tensors.items())[2:])
 
     edit_tensors(source[0], without_first)
-    refused(source, match=r"lacks 'model\.layers\.[^,]*', 'model\.layers\.[^,]*', which a llama model of the plan's sizes has")
+    refused(
+        source,
+        match=r"lacks 'model\.layers\.[^,]*', 'model\.layers\.[^,]*', which a llama model of the plan's",
+    )
 
 
 def test_a_tensor_of_another_shape(source):

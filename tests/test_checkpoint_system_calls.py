@@ -113,7 +113,7 @@ def test_reads_of_the_source_fail_in_turn(source, tmp_path, monkeypatch, quick):
             try:
                 prune_checkpoint(folder, tmp_path / "dst", plan, **OPTIONS)
             except (OSError, ValueError) as error:
-                assert str(folder) in str(error) and "read" in str(error) or "opened" in str(error), error
+                assert (str(folder) in str(error) and "read" in str(error)) or "opened" in str(error), error
                 assert not (tmp_path / "dst").exists()
             else:
                 assert disk.calls[failed:] == [] or disk.calls[failed].name == "close"
@@ -163,7 +163,9 @@ def test_the_order_of_what_reaches_the_disk(source, tmp_path, monkeypatch, kind)
     inside, journal = partial / "checkpoint", str(partial / "journal.jsonl")
 
     def places(name, path, target=""):
-        return [i for i, c in enumerate(calls) if (c.name, c.path, c.target) == (name, str(path), str(target))]
+        return [
+            i for i, c in enumerate(calls) if (c.name, c.path, c.target) == (name, str(path), str(target))
+        ]
 
     (renamed,) = places("rename", inside, dst)
     synced = {call.path for call in calls[:renamed] if call.name == "fsync"}

@@ -81,10 +81,10 @@ def prune_checkpoint(
     `overwrite` the old or the new one, on file systems that can exchange two names). Finished files stay in a
     hidden folder beside it, and the same call goes on from there. `src` is only read.
 
-    Names of `src` may begin as wrappers make them (module., _orig_mod., language_model. ...), or lack "model.",
-    as a base model's do; wrappers' prefixes are taken off. Whether the head is the embedding is seen in the
-    files, and config.json says what is true. What is written is held against the model that transformers makes
-    of the config beside it.
+    Names of `src` may begin as wrappers make them (module., _orig_mod., language_model. ...), or lack
+    "model.", as a base model's do; wrappers' prefixes are taken off. Whether the head is the embedding is
+    seen in the files, and config.json says what is true. What is written is compared with the model that
+    transformers makes of the config beside it.
 
     Beside the weights: config.json (the plan's target), tokenizer, templates, generation settings, code and
     licence of `src`, minitron_plan.json, and README.md, the source's card with a note of what was done. Other
@@ -97,14 +97,14 @@ def prune_checkpoint(
         max_shard_bytes: of tensors in one file of `dst`; a tensor is never split.
         threads: that read, cut and write; default: one for each core, at most 8.
         rescale_norms: multiply norms' gains by the plan's factors; see make_plan().
-        leave_out: names of tensors of `src` that are no part of the model, or patterns ("*.k_scale"). MTP layers
-            and RoPE's inv_freq are left out without being named.
+        leave_out: names of tensors of `src` that are no part of the model, or patterns ("*.k_scale"). MTP
+            layers and RoPE's inv_freq are left out without being named.
         overwrite: whether a checkpoint in `dst` is replaced.
         progress: whether tqdm shows a bar, in bytes; None: where standard error is a terminal.
 
     Raises:
-        ValueError: `src` is damaged, quantised, has an adapter or unknown tensors, or is not what the plan was
-            made for; names the file.
+        ValueError: `src` is damaged, quantised, has an adapter or unknown tensors, or is not what the plan
+            was made for; names the file.
         FileNotFoundError, FileExistsError: there is no `src`; there is a `dst`.
         OSError: `dst` cannot be written, or the disk is or becomes too full; names the file.
     """

@@ -1,7 +1,6 @@
-"""Which stored tensor is which parameter: prefixes of wrappers, heads tied or not, tensors that are more.
+"""Which stored tensor is which parameter: wrappers' prefixes, heads tied or not, tensors that are more.
 
-What a checkpoint's config says of its head, and what its names begin with, is taken from the files themselves:
-they are what is loaded.
+Whether the head is tied, and what names begin with, is taken from the files themselves: they are loaded.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minitron_kernels.pruning.cuts import Cut, Cuts
 from minitron_kernels.pruning.configs import config_value
+from minitron_kernels.pruning.cuts import Cut, Cuts
 from minitron_kernels.pruning.families import TIE_KEY, Family, family_of
 from minitron_kernels.pruning.names import family_names
 from minitron_kernels.pruning.pruning_plan import PruningPlan
@@ -76,7 +75,8 @@ def match(
         leave_out: patterns (*, ?, [...]) of stored names that are no part of the model.
 
     Raises:
-        ValueError: a parameter is not there, or in another shape; a tensor is no parameter; a pattern fits none.
+        ValueError: a parameter is not there, or in another shape; a tensor is no parameter; a pattern fits
+            none.
     """
     cuts = Cuts(plan, rescale_norms=rescale_norms)
     family, asked = cuts.family, _asked_for(source, leave_out)
@@ -170,7 +170,7 @@ def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
 
 def _with_tied(plan: PruningPlan, tied: bool, family: Family) -> PruningPlan:
     """The plan for a model whose head is tied or is not."""
-    configs = {
+    configs: dict[str, Any] = {
         name: {**entries, TIE_KEY: tied}
         for name in ("source_config", "target_config")
         if family.tied(entries := getattr(plan, name)) != tied
@@ -204,8 +204,8 @@ def _pairs(
             continue
         if tuple(cut.source_shape) != tensor.shape:
             raise ValueError(
-                f"{tensor.file.path}: {tensor.name} has shape {list(tensor.shape)}, and the plan is for shape "
-                f"{list(cut.source_shape)}"
+                f"{tensor.file.path}: {tensor.name} has shape {list(tensor.shape)}, and the plan is for "
+                f"shape {list(cut.source_shape)}"
             )
         yield cut, tensor
 
@@ -234,4 +234,6 @@ def check_result(matched: Matched, config: Mapping[str, Any], where: object) -> 
         result = {matched.root + name: shape for name, shape in matched.shapes.items()}
         check_shapes(result, expected, set(expected), "the config of the result")
     except ValueError as error:
-        raise ValueError(f"{where}: the result would not be loaded from its own config.json: {error}") from None
+        raise ValueError(
+            f"{where}: the result would not be loaded from its own config.json: {error}"
+        ) from None

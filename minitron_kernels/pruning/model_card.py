@@ -55,7 +55,7 @@ What was kept is recorded index by index in `{PLAN_FILE}`.
 
 
 def _without_results(front: str) -> str:
-    """Front matter without model-index: evaluations of the old weights, which hubs would show as the new one's."""
+    """Front matter without model-index: evaluations of the old weights, shown by hubs as the new one's."""
     kept, inside = [], False
     for line in front.splitlines(keepends=True):
         continued = inside and line[0] in " \t\r\n-" and not line.startswith("---")

@@ -157,7 +157,7 @@ def _digest(sums: Sequence[int]) -> str:
 
 def _bytes_of(fd: int, begin: int, nbytes: int) -> memoryview:
     """What lies there; shorter where the file ends."""
-    data = memoryview(np.empty(nbytes, np.uint8))
+    data = np.empty(nbytes, np.uint8).data
     return data[: read_at(fd, data, begin)]
 
 

@@ -74,13 +74,7 @@ def _fits(name: str, patterns: tuple[str, ...]) -> bool:
 
 def check_plain(folder: Path, config: Mapping[str, Any]) -> None:
     """Raises ValueError where something in `folder` changes what its weights mean; says what to do."""
-    for name in _ADAPTERS:
-        if os.path.lexists(folder / name):
-            raise ValueError(
-                f"{folder / name}: the checkpoint has an adapter, whose weights are not in the model's: merge "
-                "it first (peft: model.merge_and_unload().save_pretrained()), or move the adapter's files away "
-                "to prune the model without it"
-            )
+    check_no_adapter(folder)
     quantised = [folder / name for name in _QUANTISED if os.path.lexists(folder / name)]
     keys = [key for key in _QUANTISED_KEYS if config.get(key) is not None]
     if quantised or keys:
@@ -89,3 +83,14 @@ def check_plain(folder: Path, config: Mapping[str, Any]) -> None:
             f"{where or f'{quantised[0]}: the checkpoint is quantised'}, and its scales would no longer fit; "
             "prune the checkpoint it was made from"
         )
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Raises ValueError where there is an adapter beside the weights."""
+    for name in _ADAPTERS:
+        if os.path.lexists(folder / name):
+            raise ValueError(
+                f"{folder / name}: the checkpoint has an adapter, whose weights are not in the model's: "
+                "merge it first (peft: model.merge_and_unload().save_pretrained()), or move the adapter's "
+                "files away to go on without it"
+            )

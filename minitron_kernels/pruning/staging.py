@@ -205,7 +205,9 @@ class Staging:
         try:
             fsync_path(self.dst.parent)
         except OSError as error:
-            message = f"is complete, but its name may not be on the disk yet ({error.strerror}): check the disk"
+            message = (
+                f"is complete, but its name may not be on the disk yet ({error.strerror}): check the disk"
+            )
             raise OSError(error.errno, message, str(self.dst)) from None
         shutil.rmtree(replaced, ignore_errors=True)
 
