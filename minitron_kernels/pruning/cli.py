@@ -88,12 +88,10 @@ def _as_option(found: re.Match[str]) -> str:
 def _print(text: str) -> None:
     """To standard output, in what its encoding has: work that is done does not fail for an arrow."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        plain = text.replace("→", "->").replace("·", "*").replace("√", "root of ")
-        text = plain.encode(encoding, errors="replace").decode(encoding)
-    print(text)
+    for sign, plain in (("→", "->"), ("·", "*"), ("√", "root of ")):
+        if sign.encode(encoding, errors="ignore") == b"":
+            text = text.replace(sign, plain)
+    print(text.encode(encoding, errors="replace").decode(encoding))
 
 
 def score(args: argparse.Namespace) -> None:
