@@ -53,7 +53,7 @@ def quick(monkeypatch):
 
 def only_read(before, call):
     """Whether `call` closes a file that nothing was written to since it was opened."""
-    opened = max(i for i, c in enumerate(before) if (c.name, c.path) == ("open", call.path))
+    opened = max((i for i, c in enumerate(before) if (c.name, c.path) == ("open", call.path)), default=0)
     return call.name == "close" and all(c.name != "pwrite" or c.path != call.path for c in before[opened:])
 
 
@@ -90,8 +90,11 @@ def test_each_call_fails_in_turn(source, tmp_path, monkeypatch, quick, kind):
         now = {name: content for name, content in contents(place).items() if name.startswith("dst/")}
         done = now == {f"dst/{name}": content for name, content in want.items()}
         assert done or now == old, call
-        if raised is None:  # what is given up without an error: removal of what is no longer needed
-            assert done and (call.name in ("unlink", "mkdir") or only_read(disk.calls[:failed], call)), call
+        if raised is None:
+            # a folder that is there already, a file that was only read, and what is no longer needed
+            renamed = [c for c in disk.calls[:failed] if c.target == str(dst)]
+            harmless = call.name == "mkdir" or only_read(disk.calls[:failed], call) or bool(renamed)
+            assert done and harmless and call.name != "fsync", call
         elif done:
             assert "is complete" in str(raised), (call, raised)
         else:

@@ -88,7 +88,15 @@ def test_how_much_is_scored(folder, tmp_path):
 def test_batches_and_device_reach_the_model(folder, tmp_path, monkeypatch):
     from minitron_kernels.pruning import collect
 
-    shapes, collected = [], collect.collect_importance
+    shapes, collected, load, moved = [], collect.collect_importance, cli._load, []
+
+    def note_moves(*args):
+        model = load(*args)
+        to = model.to
+        model.to = lambda device: (moved.append(device), to(device))[1]
+        return model
+
+    monkeypatch.setattr(cli, "_load", note_moves)
 
     def note(model, batches, *args, **kwargs):
         shapes.append((model.device.type, [tuple(batch.shape) for batch in batches], kwargs["progress"]))
@@ -96,7 +104,7 @@ def test_batches_and_device_reach_the_model(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(collect, "collect_importance", note)
     scored(folder, tmp_path / "a", "--samples", 5, "--batch-size", 2, "--device", "cpu")
-    assert shapes == [("cpu", [(2, 32), (2, 32), (1, 32)], False)]
+    assert shapes == [("cpu", [(2, 32), (2, 32), (1, 32)], False)] and moved == [torch.device("cpu")]
 
 
 def test_scores_are_replaced_only_if_told(folder, tmp_path, capsys):
