@@ -42,12 +42,12 @@ FAULTS = {  # name: cases, fault, what the output says
         "elements differ|KernelFault",
     ),
     "blocks that are not narrowed": (
-        "blocks and dtype1",
+        "blocks and dtype7",
         Fault(FILE, "cols = _narrowed(cols, block_bytes // wide)\n", "cols = _narrowed(cols, 1)\n"),
         "elements differ|KernelFault",
     ),
     "words from anywhere": (
-        "blocks and dtype1",
+        "blocks and dtype7",
         Fault(FILE, " and all(stride % size == 0 for stride in strides)", " and len(list(strides)) >= 0"),
         "elements differ|KernelFault|RuntimeError",
     ),
