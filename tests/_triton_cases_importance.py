@@ -27,22 +27,29 @@ def short_pieces(monkeypatch):
     monkeypatch.setattr(kernel_triton, "PIECE_BYTES", 256)
 
 
-def assert_moments(x, *, mask=None, **options):
+def assert_moments(x, *, mask=None, kinds_of_sums=(3, 4, 7), **options):
     mask = None if mask is None else mask.to(DEVICE)
     x = x if x.device.type == DEVICE else x.to(DEVICE)
-    check_moments(lambda *arguments: moments_of(*arguments, "triton")[:2], x, mask=mask, **options)
+    check_moments(
+        lambda *arguments: moments_of(*arguments, "triton")[:2],
+        x,
+        mask=mask,
+        kinds_of_sums=kinds_of_sums,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 37, 131), (1, 130, 64), (2, 8, 272), (2, 1, 1)])
 def test_moments(dtype, shape):
-    assert_moments(activations(*shape, dtype=dtype))
+    kinds = range(1, 8) if shape[0] == 3 and dtype == torch.bfloat16 else (7,)
+    assert_moments(activations(*shape, dtype=dtype), kinds_of_sums=kinds)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_heads,head_dim", [(4, 64), (3, 80), (7, 5), (1, 256), (9, 1)])
 def test_heads(dtype, num_heads, head_dim):
-    kinds = range(1, 8) if head_dim == 80 else (7,)
+    kinds = (1, 7) if head_dim == 80 else (7,)
     x = activations(2, 21, num_heads * head_dim, dtype=dtype)
     assert_moments(x, num_heads=num_heads, kinds_of_sums=kinds)
 

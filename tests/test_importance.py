@@ -287,6 +287,33 @@ def test_lazy_negatives(backend):
     assert_moments(x, backend=backend, kinds_of_sums=(4,))
 
 
+FREED = {
+    "x": lambda x: mk.accumulate_importance_(mk.ImportanceState(4), x),
+    "mask": lambda x: mk.accumulate_importance_(mk.ImportanceState(4), torch.ones(3, 4), mask=x),
+    "cu_seqlens": lambda x: mk.accumulate_importance_(mk.ImportanceState(4), torch.ones(3, 4), cu_seqlens=x),
+    "block_input": lambda x: mk.accumulate_block_importance_(mk.TokenMeanState(1), 0, x, torch.ones(3, 4)),
+    "block_output": lambda x: mk.accumulate_block_importance_(mk.TokenMeanState(1), 0, torch.ones(3, 4), x),
+    "expert_output": lambda x: mk.accumulate_expert_importance_(
+        mk.TokenMeanState(1), x, torch.zeros(3).int()
+    ),
+    "expert_index": lambda x: mk.accumulate_expert_importance_(mk.TokenMeanState(1), torch.ones(3, 4), x),
+    "gate": lambda x: mk.accumulate_expert_importance_(
+        mk.TokenMeanState(1), torch.ones(3, 4), torch.zeros(3).int(), gate=x
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FREED)
+def test_freed_storages_are_refused(name):
+    """As ZeRO-3 and FSDP leave a tensor: a shape without memory."""
+    kinds = {"mask": torch.ones(3, dtype=torch.bool), "cu_seqlens": torch.tensor([0, 3])}
+    kinds |= {"expert_index": torch.zeros(3, dtype=torch.int64), "gate": torch.ones(3)}
+    x = kinds.get(name, torch.ones(3, 4))
+    x.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"{name} has no memory: its storage was freed"):
+        FREED[name](x)
+
+
 def test_no_derivative_is_lost_in_silence():
     x, index = activations(3, 4), torch.arange(3)
     with torch.autograd.forward_ad.dual_level():

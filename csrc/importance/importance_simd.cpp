@@ -1,7 +1,6 @@
 // Compiled once per SIMD level: moments of blocks of activations, norms and cosines of rows.
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
 
 #include "common/vec.h"
 #include "importance/cosine.h"
@@ -259,33 +258,20 @@ void rows(const RowsTask& task) {
   }
 }
 
-// f(element) for the storage types that are read as float.
-template <typename F>
-auto dispatch_narrow(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return f(bf16{});
-    case DType::kFloat16:
-      return f(f16{});
-    case DType::kFloat32:
-      return f(float{});
-    default:
-      throw std::logic_error("the kernels of importance read float32, bfloat16 and float16");
-  }
-}
-
 }  // namespace
 
 const ImportanceKernels& importance_kernels() {
   static const ImportanceKernels table{
       [](const MomentsTask& task, DType dtype, int64_t kinds, void* scratch) {
-        return dispatch_narrow(dtype, [&](auto element) {
-          return dispatch_kinds(
+        int64_t tokens = 0;
+        dispatch_readable<float>(dtype, [&](auto element) {
+          tokens = dispatch_kinds(
               kinds, [&](auto constant) { return moments<constant(), decltype(element)>(task, scratch); });
         });
+        return tokens;
       },
       [](const RowsTask& task, DType dtype) {
-        dispatch_narrow(dtype, [&](auto element) { rows<decltype(element)>(task); });
+        dispatch_readable<float>(dtype, [&](auto element) { rows<decltype(element)>(task); });
       }};
   return table;
 }

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minitron_kernels import _native
 from minitron_kernels._backend import pick
+from minitron_kernels._tensors import check_no_tangent, check_tensor
 from minitron_kernels.ops.gather import reference
 from minitron_kernels.ops.gather.index import ChannelIndex, check_kind
 
@@ -56,13 +57,10 @@ def gather_channels(
 
     Source: structured pruning of Minitron (arXiv 2407.14679) section 2.3.
     """
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+    check_tensor("weight", weight)
     shape = list(weight.shape)
     if not shape:
         raise ValueError("weight must have at least 1 dimension, got a scalar")
-    if weight.layout != torch.strided:
-        raise ValueError(f"weight must be a dense tensor, got layout {weight.layout}")
     _check_one_channel_each(weight)
     if rows is not None and len(shape) == 1:
         raise ValueError(f"rows must be None for a vector {tuple(shape)}: its one dimension is that of cols")
@@ -135,16 +133,11 @@ def _check_no_grad(name: str, x: Tensor) -> None:
             f"{name} requires grad, and gather_channels has no gradient: call it under torch.no_grad(), or "
             f"pass {name}.detach()"
         )
-    if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
-        raise ValueError(
-            f"{name} carries a forward-mode tangent, and gather_channels has no derivative: pass "
-            f"{name}.detach()"
-        )
+    check_no_tangent("gather_channels", **{name: x})
 
 
 def _check_out(out: Any, weight: Tensor, shape: list[int]) -> None:
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out must be a torch.Tensor or None, got {type(out).__name__}")
+    check_tensor("out", out)
     _check_no_grad("out", out)
     if out.dtype != weight.dtype:
         raise TypeError(f"out must have weight's dtype {weight.dtype}, got {out.dtype}")
