@@ -42,12 +42,20 @@ def test_a_decoder_without_a_head_scores_the_same(name):
     assert_same_bits(collect(model.base_model), collect(model))
 
 
+GRAPHS = []  # one entry for each that was compiled
+
+
+def counting(graph, _inputs):
+    GRAPHS.append(graph)
+    return graph.forward
+
+
 def compiled(module):
-    return torch.compile(module, backend="eager")
+    return torch.compile(module, backend=counting)
 
 
 def in_place(module):
-    module.compile(backend="eager")
+    module.compile(backend=counting)
     return module
 
 
@@ -60,7 +68,9 @@ def test_compiled_parts_do_not_hide_the_hooks():
     layers[2].self_attn = compiled(layers[2].self_attn)
     with torch.no_grad():
         model(BATCH)
+    graphs = len(GRAPHS)
     assert_same_bits(collect(model), wanted)
+    assert len(GRAPHS) == graphs > 0  # nor are hooks compiled into new ones
     whole = tiny_model("llama")
     whole.model = compiled(whole.model)
     whole = compiled(in_place(whole))

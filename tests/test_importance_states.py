@@ -174,11 +174,22 @@ def test_cat_of_means_keeps_each_count():
 def test_the_variance_of_equal_sequences_is_never_below_zero():
     """Σa²/n − (Σa/n)² of equal numbers rounds to either side of 0."""
     state = ImportanceState(200)
-    x = torch.rand(1, 1, 200, generator=torch.Generator().manual_seed(0)).expand(3, 1, 200)
+    one = torch.rand(1, 1, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = one.expand(3, 1, 200)
     mk.accumulate_importance_(state, x, backend="reference")
     assert ((state.squares / 3 - (state.sums / 3).square()) < 0).any()
     scores = state.scores(batch="var")
     assert (scores >= 0).all() and scores.max() < 1e-15
+
+
+def test_scores_of_all_ranks_stay_so(tmp_path):
+    """Added to others and read from a file: to reduce them again would count each rank's tokens twice."""
+    for mine, other in ((False, True), (True, False), (False, False)):
+        a, b = scores(1), scores(2)
+        a.reduced, b.reduced = mine, other
+        a.merge_(b).save(tmp_path)
+        assert a.reduced == ImportanceScores.load(tmp_path).reduced == (mine or other)
+        assert b.reduced == other
 
 
 def test_groups_that_saw_different_tokens_are_divided_by_their_own():
