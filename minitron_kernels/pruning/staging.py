@@ -152,7 +152,6 @@ class Staging:
         line = ("\n" if self._torn else "") + json.dumps(entry) + "\n"
         try:
             _write_file(self._journal, line.encode(), anew=anew)
-            fsync_path(self._journal)
             fsync_path(self.path)
         except OSError as error:
             raise write_error(error, self._journal) from None
