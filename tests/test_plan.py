@@ -523,6 +523,7 @@ def test_a_plan_is_read_as_written(name, order, tmp_path):
     assert PruningPlan.load(path) == merged
     assert merged.layers[0].heads.merged
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_saving_keeps_what_was_there_on_failure(tmp_path, monkeypatch):
@@ -607,6 +608,23 @@ def test_a_wrong_file_says_where(where, value, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"{path}: ")) as error:
         PruningPlan.load(path)
     assert message in str(error.value)
+
+
+def test_merged_heads_that_cannot_be():
+    plan = plan_of(GQA, num_attention_heads=8)
+    data = plan.to_dict()
+    stays, follows = plan.layers[1].heads.query[:2]
+    goes, other = (min(set(range(i, i + 3)) - set(plan.layers[1].heads.query)) for i in (0, 3))
+    for pairs, message in (
+        ([f"{stays},{other}"], f"cannot merge {other} into {stays}: they have other keys"),
+        ([f"{stays},99"], f"cannot merge 99 into {stays}: they have other keys"),
+        ([f"{stays},{goes}", f"{follows},{goes}"], "cannot merge a head twice"),
+    ):
+        data["layers"][1]["merged_heads"] = pairs
+        with pytest.raises(ValueError, match=re.escape(f"layers[1].heads {message}")):
+            PruningPlan.from_dict(data)
+    data["layers"][1]["merged_heads"] = [f"{stays},{goes}"]
+    assert PruningPlan.from_dict(data).layers[1].heads.merged == ((stays, goes),)
 
 
 def test_no_json(tmp_path):

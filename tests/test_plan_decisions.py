@@ -180,6 +180,21 @@ def test_ratios_are_rounded_to_the_nearest_multiple():
         assert plan.target_config["intermediate_size"] == expected, ratio
 
 
+def test_a_ratio_never_makes_more():
+    plan = plan_of(dict(GQA, intermediate_size=100), ratio={"intermediate_size": 0.99}, hidden_size=64)
+    assert plan.target_config["intermediate_size"] == 100  # not 128, the nearest multiple
+
+
+def test_kv_heads_that_are_told_do_not_follow():
+    every_head_its_own = dict(GQA, num_key_value_heads=12)
+    with pytest.raises(
+        ValueError, match="num_key_value_heads 6 would serve 2 query heads each, but a KV group"
+    ):
+        plan_of(every_head_its_own, num_key_value_heads=6)
+    merged = plan_of(every_head_its_own, num_key_value_heads=6, kv_heads="merge").target_config
+    assert (merged["num_attention_heads"], merged["num_key_value_heads"]) == (12, 6)
+
+
 def test_layer_lists_follow_the_layers():
     config = tiny_config("qwen3_moe", num_hidden_layers=6, mlp_only_layers=[1, 4])
     plan = plan_of(config, drop_layers=[0, 2])

@@ -521,6 +521,23 @@ def test_a_gain_is_scaled_in_wide_arithmetic(dtype):
             assert ((out.double() - expected).abs() <= ulp / 2 + 4 * wide).all()
 
 
+def test_cuts_by_name_in_order_of_importance():
+    """An expert's new number is its place among those that stay."""
+    config = tiny_model("mixtral").config
+    tables = random_tables(config)
+    tables["experts"] = {layer: torch.tensor([1.0, 0.0, 3.0, 2.0]) for layer in range(3)}
+    plan = make_plan(tables, config, num_local_experts=3, order="importance")
+    stem = "model.layers.1.block_sparse_moe.experts"
+    cuts = [Cuts(plan).of(f"{stem}.{expert}.w1.weight", stored=True) for expert in range(4)]
+    assert [cut and cut.name for cut in cuts] == [
+        f"{stem}.2.w1.weight",
+        None,
+        f"{stem}.0.w1.weight",
+        f"{stem}.1.w1.weight",
+    ]
+    assert cuts[0].unchanged and not dataclasses.replace(cuts[0], factor=2.0).unchanged
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_means_of_heads_are_taken_in_wide_arithmetic(dtype):
     """One rounding to the dtype: a sum of four heads in bfloat16 would round three times more."""

@@ -11,6 +11,7 @@ from _scores import random_tables
 from _tiny_models import tiny_config, tiny_model
 
 from minitron_kernels.pruning import families, make_plan, prune_model
+from minitron_kernels.pruning.configs import completed
 from minitron_kernels.pruning.families import Family, Param, attention, family_of, norms, register_family
 from minitron_kernels.pruning.names import family_names
 from minitron_kernels.pruning.skeleton import expected_shapes
@@ -111,6 +112,24 @@ def test_a_plan_may_say_what_the_config_or_what_the_tensors_say():
 # ---- the result and its config
 
 
+@pytest.mark.parametrize("name", ["gemma2", "qwen3_moe"])
+def test_the_smaller_model_shares_no_memory(name):
+    """Nor its config: what is done to one does not reach the other."""
+    model = tiny_model(name, tie_word_embeddings=True)
+
+    def memory(of):
+        return {tensor.data_ptr() for tensor in (*of.parameters(), *of.buffers()) if tensor.numel()}
+
+    for plan in (plan_for(model.config), plan_for(model.config, drop_layers=[1])):
+        smaller = prune_model(model, plan)
+        assert not memory(model) & memory(smaller)
+        smaller.generation_config.max_length = 7
+        assert model.generation_config.max_length != 7
+        if name == "gemma2":
+            smaller.config.layer_types[0] = "changed"
+            assert "changed" not in (*model.config.layer_types, *plan.target_config["layer_types"])
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "nemotron", "mixtral", "qwen2", "phi3"])
 def test_null_is_not_a_value(name):
     """Of a config with null for head_dim the smaller one says what the shapes are."""
@@ -153,6 +172,13 @@ def test_null_and_absent_are_what_transformers_makes_of_them():
     assert sizes("qwen3_moe", num_experts="absent", num_local_experts="absent")["experts"] == 128
     gemma, llama = ({"model_type": name} for name in ("gemma3_text", "llama"))
     assert family_of(gemma).tied(gemma) and not family_of(llama).tied(llama)
+    # what is written counts before the default of another key; what is false is a value
+    swapped = dataclasses.replace(
+        family_of(llama), size_keys={"mlp": ("max_position_embeddings", "intermediate_size")}
+    )
+    assert swapped.sizes({**tiny_config("llama").to_dict(), "max_position_embeddings": None})["mlp"] == 80
+    refused = {**tiny_config("gemma2").to_dict(), "head_dim": None, "tie_word_embeddings": False}
+    assert completed(refused)["tie_word_embeddings"] is False and completed(refused)["head_dim"] == 256
     # under its other name
     config = {k: v for k, v in tiny_config("qwen3_moe").to_dict().items() if k != "num_experts"}
     assert family_of(config).sizes(config | {"num_local_experts": 4})["experts"] == 4
@@ -395,7 +421,8 @@ def test_a_learned_buffer_is_cut_where_it_is_declared(registered, tmp_path):
         assert torch.equal(smaller.model.layers[new].mlp.e_score_correction_bias, bias[list(entry.experts)])
         assert "e_score_correction_bias" in smaller.model.layers[new].mlp._buffers
     assert plan.parameters_after == sum(p.numel() for p in smaller.parameters())
-    assert plan_for(model.config, params=10**5).parameters_after <= 10**5
+    budget = plan_for(model.config, params=80_000)
+    assert budget.candidates[0].parameters == budget.parameters_after <= 80_000
     assert logits(smaller).isfinite().all()
     shapes = expected_shapes(smaller.config)
     assert shapes["model.layers.1.mlp.e_score_correction_bias"] == (3,)
@@ -488,6 +515,17 @@ def test_names_under_known_prefixes(front):
     assert list(family_names([*(front + name for name in inside), "lm_head.weight"], llama).values()) == own
     bare = [name.removeprefix("model.") for name in own[:2]]
     assert list(family_names([front + name for name in bare], llama).values()) == own[:2]
+
+
+def test_names_of_a_family_with_a_prefix_of_its_own():
+    llama = family_of({"model_type": "llama"})
+    own = dataclasses.replace(llama, layers="transformer.h", embedding="transformer.wte")
+    names = ["transformer.wte.weight", "transformer.h.0.mlp.up_proj.weight", "lm_head.weight"]
+    assert list(family_names(names, own).values()) == names
+    assert list(family_names(["wte.weight", "h.0.mlp.up_proj.weight"], own).values()) == names[:2]
+    # only what is called as the head is the head
+    heads = ["model.embed_tokens.weight", "vision.lm_head.weight", "xlm_head.weight", "lm_head.weight"]
+    assert list(family_names(heads, llama).values()) == heads
 
 
 def test_names_that_are_not_known():

@@ -244,6 +244,7 @@ def test_state_that_is_not_understood():
     optimizer = torch.optim.Adam(model.parameters())
     for state, error, message in (
         ({"factor": torch.zeros(7)}, ValueError, r"state 'factor' has shape \(7,\)"),
+        ({"moment": torch.zeros(2, HIDDEN)}, ValueError, r"state 'moment' has shape \(2, 24\)"),
         ({"history": []}, TypeError, "state 'history' must be a tensor or a number, got list"),
     ):
         optimizer.state[plan[-1].old] = state

@@ -12,14 +12,13 @@ import functools
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from minitron_kernels.ops.gather.index import ChannelIndex
 from minitron_kernels.ops.gather.op import gather_channels
-from minitron_kernels.pruning.families import ONE, PER_HEAD, PRUNED, TIE_KEY, Located, elements, family_of
+from minitron_kernels.pruning.families import ONE, PER_HEAD, PRUNED, Located, elements, family_of
 from minitron_kernels.pruning.pruning_plan import LayerPlan, PruningPlan
 
 Index = ChannelIndex | None
@@ -135,12 +134,6 @@ class Cuts:
         self._scales = self._residual_scales() if self.family.scales_embedding else {}
         self._index = functools.lru_cache(maxsize=None)(self._make_index)
         self._known = functools.lru_cache(maxsize=None)(self._list_known)
-
-    @property
-    def target_config(self) -> dict[str, Any]:
-        """The plan's, where it is true of the head that it is tied or not."""
-        target = self.plan.target_config
-        return target if self.family.tied(target) == self.tied else {**target, TIE_KEY: self.tied}
 
     def names(self, stored: bool = False) -> list[str]:
         """All parameters of the source, by their names in the model or in checkpoints, but a tied head."""

@@ -68,7 +68,8 @@ def _without_wrappers(name: str) -> str:
 
 
 def _is_known(prefix: str) -> bool:
-    return all(part in PREFIXES for part in prefix.split(".")[:-1])
+    *parts, rest = prefix.split(".")
+    return not rest and all(part in PREFIXES for part in parts)
 
 
 def _decoder_prefix(names: Iterable[str], embedding: str, root: str) -> str:

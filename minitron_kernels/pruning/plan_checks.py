@@ -115,7 +115,7 @@ def _check_heads(
         pairs = [head for pair in heads.merged for head in pair]
         groups = {source: new for new, group_sources in enumerate(heads.kv) for source in group_sources}
         for stays, goes in heads.merged:
-            if stays not in heads.query or goes in heads.query or not 0 <= goes < before["heads"]:
+            if stays not in heads.query or goes in heads.query:
                 raise ValueError(f"cannot merge {goes} into {stays}: the first must go, the second stay")
             if groups.get(stays // group) != groups.get(goes // group):
                 raise ValueError(f"cannot merge {goes} into {stays}: they have other keys")

@@ -28,14 +28,8 @@ def skeleton(kind: type[Model], config: Any) -> Model:
 
 
 def state_shapes(model: nn.Module) -> Shapes:
-    """Names and shapes of a model's parameters and persistent buffers; of those that are tied the first."""
-    shapes: Shapes = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            shapes[name] = tuple(tensor.shape)
-    return shapes
+    """Names and shapes of a model's parameters and persistent buffers, a tied head among them."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def expected_shapes(config: Config, *, stored: bool = False, headless: bool = False) -> Shapes:
