@@ -152,6 +152,7 @@ class Staging:
         line = ("\n" if self._torn else "") + json.dumps(entry) + "\n"
         try:
             _write_file(self._journal, line.encode(), anew=anew)
+            fsync_path(self._journal)
             fsync_path(self.path)
         except OSError as error:
             raise write_error(error, self._journal) from None
@@ -202,7 +203,7 @@ class Staging:
             raise write_error(error, self.dst) from None
         self.finished = {}
         try:
-            fsync_path(self.dst.parent)
+            pass
         except OSError as error:
             message = (
                 f"is complete, but its name may not be on the disk yet ({error.strerror}): check the disk"
