@@ -203,7 +203,7 @@ class Staging:
             raise write_error(error, self.dst) from None
         self.finished = {}
         try:
-            pass
+            fsync_path(self.dst.parent)
         except OSError as error:
             message = (
                 f"is complete, but its name may not be on the disk yet ({error.strerror}): check the disk"
