@@ -5,16 +5,18 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from _checkpoints import plan_for, save_tiny, snapshot
 from _system_calls import Call, Disk
 
-from minitron_kernels.pruning import checkpoint, staging
+from minitron_kernels.pruning import checkpoint, shards, staging
 from minitron_kernels.pruning.checkpoint import prune_checkpoint
 
 OPTIONS = {"max_shard_bytes": 12_000, "threads": 1, "progress": False}
+MADE = ("config.json", "README.md", "minitron_plan.json", "model.safetensors.index.json")
 OLD = {"config.json": b"{}", "old.txt": b"the old one"}
 
 
@@ -204,6 +206,29 @@ def test_a_write_goes_on_where_it_stopped(tmp_path, monkeypatch):
     os.close(fd)
     assert (tmp_path / "x").read_bytes() == bytes(5) + data
     assert len(disk.calls) > 5 and Call("pwrite", str(tmp_path / "x")) in disk.calls
+
+
+@pytest.mark.parametrize("size", range(1, 18))
+def test_a_checksum_sees_each_byte(size):
+    data = bytearray(range(1, size + 1))
+    whole = shards.checksum(memoryview(data))
+    for place in range(size):
+        damaged = bytearray(data)
+        damaged[place] ^= 64
+        assert shards.checksum(memoryview(damaged)) != whole
+
+
+def test_space_is_needed_for_all_that_is_written(source, tmp_path, monkeypatch, quick):
+    folder, plan, want = source
+    needed = sum(len(content) for name, content in want.items() if name not in MADE)
+    needed += checkpoint._SPARE_BYTES
+    for free, enough in ((needed - 1, False), (needed, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        if enough:
+            prune_checkpoint(folder, tmp_path / "dst", plan, **OPTIONS)
+        else:
+            with pytest.raises(OSError, match="free some"):
+                prune_checkpoint(folder, tmp_path / "dst", plan, **OPTIONS)
 
 
 def test_a_checkpoint_that_was_being_replaced_is_put_back(source, tmp_path, monkeypatch, quick):

@@ -204,7 +204,7 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
     short = ["--seq-len", 64, "--samples", 1]
     (tmp_path / "short.txt").write_text("w1 w2")
     assert "fewer than one window of 64" in fails(capsys, "score", src, tmp_path / "short.txt", *out, *short)
-    assert "no text in UTF-8" in fails(capsys, "score", src, next(src.glob("*.safetensors")), *out, *short)
+    assert ".safetensors: " in fails(capsys, "score", src, next(src.glob("*.safetensors")), *out, *short)
     (tmp_path / "bad.jsonl").write_text('{"text": "w1"}\n{"words": 1}\n')
     assert "line 2 is no JSON object" in fails(capsys, "score", src, tmp_path / "bad.jsonl", *out, *short)
     np.save(tmp_path / "floats.npy", np.ones(100))

@@ -307,3 +307,21 @@ def test_interrupted_says_what_the_same_command_does(folder, tmp_path, capsys, m
 def test_info_of_what_is_no_plan(folder, capsys):
     assert "is no plan" in fails(capsys, "info", folder / "llama" / "model.safetensors")
     assert "is no plan" in fails(capsys, "info", folder / "tokens.npy")
+
+
+def test_info_tells_what_config_and_files_say_otherwise(folder, tmp_path, capsys):
+    save_tiny(tmp_path / "src")
+    capsys.readouterr()
+    assert run("info", tmp_path / "src") == 0
+    assert "in the files" not in capsys.readouterr().out
+    path = tmp_path / "src" / "model.safetensors"
+    save_file({**load_file(path), "more": torch.ones(7)}, path, {"format": "pt"})
+    assert run("info", tmp_path / "src") == 0
+    assert "in the files" in capsys.readouterr().out
+
+
+def test_token_ids_below_zero(folder, tmp_path, capsys):
+    np.save(tmp_path / "negative.npy", np.arange(-3, 61))
+    command = ["score", folder / "llama", tmp_path / "negative.npy", "-o", tmp_path / "s", "--seq-len", 32]
+    error = fails(capsys, *command, "--samples", 2)
+    assert "negative.npy: " in error and "-3" in error

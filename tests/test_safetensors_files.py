@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from minitron_kernels.pruning import safetensors_files
 from minitron_kernels.pruning.safetensors_files import (
     DTYPES,
     INDEX_FILE,
+    LONGEST_HEADER,
     SafetensorsFile,
     make_header,
     open_folder,
+    read_json,
 )
 
 TENSORS = {
@@ -320,3 +323,27 @@ def test_a_read_beyond_the_end(tmp_path):
     with pytest.raises(ValueError, match="ends at byte"):
         file.read_into(memoryview(bytearray(6)), file.tensors["b"].begin)
     file.close()
+
+
+def test_a_long_header_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    """A file of holes takes no space on the disk, and would take gigabytes of memory."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", LONGEST_HEADER + 1))
+    os.truncate(path, 2 * LONGEST_HEADER)
+    read, preadv = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, b, at: (read.append(len(b[0])), preadv(fd, b, at))[1])
+    with pytest.raises(ValueError, match=rf"x\.safetensors: its header has .* at most {LONGEST_HEADER}"):
+        SafetensorsFile(path)
+    assert sum(read) == 8
+    monkeypatch.setattr(safetensors_files, "LONGEST_HEADER", 1000)
+    (tmp_path / "config.json").write_text('{"a": "' + "x" * 1000 + '"}')
+    with pytest.raises(ValueError, match=r"config\.json: has 1009 bytes"):
+        read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_a_config_that_is_no_file(tmp_path, kind):
+    path = tmp_path / "config.json"
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(ValueError, match=r"config\.json: (is not a regular file|cannot be opened)"):
+        read_json(path)
