@@ -189,6 +189,9 @@ def test_threads(threads):
             for x in (weight, weight.mT.contiguous().mT, weight[..., ::2]):
                 kept = (keep[0], None if keep[1] is None else keep[1][keep[1] < x.shape[-1]])
                 assert_gathered(mk.gather_channels(x, *kept), x, *kept)
+        large = make_weight(1100, 2600)  # rows that are made aside, one for each thread
+        cols = keep_some(2600, 2051)
+        assert_gathered(mk.gather_channels(large, cols=cols), large, None, cols)
     finally:
         torch.set_num_threads(before)
 
@@ -221,6 +224,13 @@ BAD = {
     "out's dtype": ((WEIGHT,), {"out": WEIGHT.double()}, TypeError, "out must have weight's dtype"),
     "out is weight": ((WEIGHT,), {"out": WEIGHT}, ValueError, "memory that weight spans"),
     "out is in weight": ((WEIGHT[:2],), {"out": WEIGHT[1:3]}, ValueError, "memory that weight spans"),
+    "out's kind": ((WEIGHT,), {"out": torch.zeros(4, 6).int()}, TypeError, "out must have weight's dtype"),
+    "out begins at weight's last element": (
+        (torch.zeros(30)[:24].view(4, 6), ONE),
+        {"out": None},
+        ValueError,
+        "memory that weight spans",
+    ),
     "out overlaps itself": (
         (WEIGHT,),
         {"out": torch.empty(4, 1).expand(4, 6)},
@@ -327,11 +337,22 @@ def test_around_every_border(simd_level):
         mk.gather_channels(weight, cols=cols, out=out)
         assert_gathered(out, weight, None, cols)
         assert not room[:, :3].any() and not room[:, 3 + count :].any()
+    # more than 4 MiB in two matrices, the rows of the first one alone at lines
+    weight, cols = make_weight(2, 600, 2200), keep_some(2200, 2048)
+    out = torch.zeros(2 * 600 * 2048 + 1, dtype=torch.bfloat16).as_strided(
+        (2, 600, 2048), (600 * 2048 + 1, 2048, 1)
+    )
+    mk.gather_channels(weight, cols=cols, out=out)
+    assert_gathered(out, weight, None, cols)
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name):
     arguments, options, error, message = BAD[name]
+    if name == "out begins at weight's last element":
+        whole = arguments[0].as_strided((30,), (1,))
+        mk.gather_channels(*arguments, out=whole[24:].view(1, 6))  # beside it there is room
+        options = {"out": whole[23:29].view(1, 6)}
     with pytest.raises(error, match=message):
         mk.gather_channels(*arguments, **options)
 
