@@ -73,6 +73,7 @@ class Bench:
         floor_label: what the floor does.
         floor_bytes: inputs -> bytes read plus bytes written by the floor.
         error: (inputs, result of a call) -> relative error against the truth; `bound` is what is allowed.
+        poison: inputs -> nothing; spoils what an earlier call may have left for a row to return.
         beside: name -> what is measured besides; --only-tables leaves it out.
     """
 
@@ -86,6 +87,7 @@ class Bench:
     floor_bytes: Callable[[Any], int]
     error: Callable[[Any, Any], float]
     bound: float
+    poison: Callable[[Any], None]
     beside: Mapping[str, Beside] = field(default_factory=dict)
 
     @property

@@ -111,9 +111,10 @@ def _plain(plan: PruningPlan, name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def right_tensors(source: Path, pruned: Path, plan: PruningPlan) -> str | None:
     """None where the pruned checkpoint is that of plain indexing, else what differs."""
-    single = pruned / "model.safetensors"
-    names = _index(source)
-    places = dict.fromkeys(names, single.name) if single.exists() else _index(pruned)
+    names, places = _index(source), {}
+    for path in sorted(pruned.glob("*.safetensors")):
+        with safe_open(path, "pt") as stream:
+            places |= dict.fromkeys(stream.keys(), path.name)
     if names.keys() != places.keys():
         return f"tensors differ: {sorted(names.keys() ^ places.keys())[:3]}"
     for name, file in names.items():
@@ -197,9 +198,10 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     work(folder, spec["threads"])
     wall, busy = time.perf_counter() - wall, _cpu_seconds() - busy
     peak = _status_bytes("VmHWM")
+    written = sum(file.stat().st_size for file in (folder / target).glob("*.safetensors"))
     if "cache" in spec:
         shutil.rmtree(folder / target)
-    return {"wall_s": wall, "busy_s": busy, "peak_bytes": peak}
+    return {"wall_s": wall, "busy_s": busy, "peak_bytes": peak, "bytes": written}
 
 
 if __name__ == "__main__":

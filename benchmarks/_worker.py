@@ -10,7 +10,7 @@ import gc
 from typing import Any
 
 import torch
-from _cases import WARM_UP, Case, make_inputs, relative_error, truth
+from _cases import WARM_UP, Case, Inputs, make_inputs, relative_error, truth
 from _floor import Floor
 from _harness import answer, extra_peak_bytes, interleave
 from _peers import IMPLEMENTATIONS, step
@@ -23,6 +23,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Memory of one call and time in turns with the floor, of one implementation at one shape."""
     case, dtype, device = Case(**spec["case"]), spec["dtype"], spec["device"]
     inputs = make_inputs(case, dtype, device=device)
+    values: list[torch.Tensor] = []
     result: dict[str, Any] = {"gradient_bytes": inputs.gradient_bytes, "extra_peak_bytes": None}
     if spec["key"] == FLOOR_FP32:
         call: Any = Floor(inputs, torch.float32)
@@ -34,16 +35,30 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         step(loss, warm_up)
 
         def call() -> None:
-            step(loss, inputs)
+            values.append(step(loss, inputs))
 
         inputs.student_hidden.grad = inputs.student_head.grad = None
         result["extra_peak_bytes"] = extra_peak_bytes(call, device)
+        inputs.student_hidden.grad = inputs.student_head.grad = None
     if torch.device(device).type == "cuda":
         result["rates"] = rates(dtype, device)
     pairs = interleave(Floor(inputs), call, device, budget_s=spec["budget_s"], reps=tuple(spec["reps"]))
     for name, samples in (("floor", pairs.floor), ("call", pairs.call)):
         result[name] = [[sample.wall_s, sample.busy_s] for sample in samples]
+    if spec["key"] != FLOOR_FP32:
+        check_work(inputs, values, len(pairs.call) + 1)
     return result
+
+
+def check_work(inputs: Inputs, values: list[torch.Tensor], calls: int) -> None:
+    """Ends the process unless each of the `calls` gave a loss, the same one, and the last one gradients."""
+    gradients = [inputs.student_hidden.grad, inputs.student_head.grad]
+    found = [*values, *(gradient for gradient in gradients if gradient is not None)]
+    whole = len(values) == calls and len(found) == calls + 2
+    if not whole or not all(bool(x.isfinite().all() and x.any()) for x in found):
+        raise SystemExit("wrong: what was timed gave no loss and gradients, or zeros, NaN or inf")
+    if not all(torch.allclose(x.float(), values[0].float(), rtol=1e-3) for x in values):
+        raise SystemExit("wrong: what was timed gave another loss from call to call")
 
 
 def errors(spec: dict[str, Any]) -> dict[str, Any]:

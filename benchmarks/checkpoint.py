@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import _table
-from _checkpoint_worker import LABELS, ROWS, make_checkpoint, make_random_plan, right_tensors
+from _checkpoint_worker import LABELS, ROWS, WORK, make_checkpoint, make_random_plan, right_tensors
 from _harness import WorkerError, run_worker, summarize
 from _machine import cores, describe, facts
+
+from minitron_kernels.pruning import PruningPlan
 
 WORKER = Path(__file__).with_name("_checkpoint_worker.py")
 FULL = {"hidden": 5120, "mlp": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128, "vocab": 32768}
@@ -61,6 +63,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def run_row(spec: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return run_worker(WORKER, spec, threads=spec["threads"])
+    except WorkerError as error:
+        raise SystemExit(f"{LABELS[spec['work']]}: {error}") from None
+
+
+def gate(work: Path, row: str, plan: PruningPlan) -> int:
+    """Bytes that a row writes, whose result must be that of plain indexing. Keeps prune's, for cp."""
+    got = run_row({"work": row, "folder": str(work), "threads": 1})
+    target = work / WORK[row][2]
+    if wrong := right_tensors(work / "src", target, plan):
+        raise SystemExit(f"correctness gate: {LABELS[row]}: {wrong}. Wrong results are not timed.")
+    if row == "prune":
+        target.rename(work / "kept")
+    else:
+        shutil.rmtree(target)
+    return got["bytes"]
+
+
 def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:
     shape = QUICK if args.quick else FULL
     config, size = make_checkpoint(work / "src", shape, args.gb)
@@ -68,11 +90,8 @@ def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:
     plan = make_random_plan(config, hidden, mlp)
     plan.save(work / "plan.json")
     say(f"source: {size / 1e9:.2f} GB, {config['num_hidden_layers']} layers")
-    run_worker(WORKER, {"work": "prune", "folder": str(work), "threads": 1}, threads=1)
-    if wrong := right_tensors(work / "src", work / "pruned", plan):
-        raise SystemExit(f"correctness gate: {wrong}. Wrong results are not timed.")
-    (work / "pruned").rename(work / "kept")
-    kept = sum(file.stat().st_size for file in (work / "kept").glob("*.safetensors"))
+    written = {row: gate(work, row, plan) for row in dict.fromkeys(("prune", *args.row))}
+    kept = written["cp"] = written["prune"]
     say(f"correctness gate: passed; {kept / 1e9:.2f} GB stay")
     result: dict[str, Any] = {"source_bytes": size, "kept_bytes": kept, "shape": shape, "runs": []}
     result |= {"layers": config["num_hidden_layers"], "hidden": hidden, "mlp": mlp}
@@ -82,10 +101,12 @@ def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:
             for _ in range(args.reps):
                 for row in samples:
                     spec = {"work": row, "folder": str(work), "threads": threads, "cache": cache}
-                    try:
-                        samples[row].append(run_worker(WORKER, spec, threads=threads))
-                    except WorkerError as error:
-                        raise SystemExit(f"{LABELS[row]}: {error}") from None
+                    samples[row].append(run_row(spec))
+                    if samples[row][-1]["bytes"] != written[row]:
+                        raise SystemExit(
+                            f"{LABELS[row]}: wrote {samples[row][-1]['bytes']} bytes in a timed call, and "
+                            f"{written[row]} where its result was right"
+                        )
             run = {"cache": cache, "threads": threads, "samples": samples, "rows": summaries(samples)}
             result["runs"].append(run)
             print(f"\n{table(result, run, _table.aligned)}\n", flush=True)

@@ -115,6 +115,11 @@ def floor(x: Inputs) -> Callable[[], Any]:
     return lambda: x.copy.copy_(x.kept)
 
 
+def poison(x: Inputs) -> None:
+    """Bits that no weight has: make_inputs() draws below 100."""
+    x.out.view(INTEGERS[x.out.element_size()]).fill_(101)
+
+
 def error(x: Inputs, result: Tensor) -> float:
     """The share of elements whose bits are not those of numpy's take."""
     integer = INTEGERS[x.weight.element_size()]
@@ -157,6 +162,7 @@ BENCH = Bench(
     floor_bytes=lambda x: 2 * x.out.nbytes,
     error=error,
     bound=0.0,
+    poison=poison,
 )
 
 if __name__ == "__main__":

@@ -93,10 +93,15 @@ def floor(x: torch.Tensor) -> Callable[[], Any]:
 
 
 def error(x: torch.Tensor, result: torch.Tensor) -> float:
-    """Relative, the worst channel, against float64 in NumPy, on every 97th channel."""
-    exact = x[..., ::97].cpu().double().numpy()
-    exact = np.sqrt((np.abs(exact).mean(1) ** 2).sum(0))
-    return float(np.abs(result[::97].double().cpu().numpy() / exact - 1).max())
+    """Relative, the worst channel, against float64 in NumPy."""
+    means = np.stack([np.abs(sequence.cpu().double().numpy()).mean(0) for sequence in x])
+    exact = np.sqrt((means**2).sum(0))
+    return float(np.abs(result.double().cpu().numpy() / exact - 1).max())
+
+
+def poison(x: torch.Tensor) -> None:
+    """Other activations: a score that was kept from an earlier call is then wrong."""
+    x.mul_(0.5)
 
 
 BENCH = Bench(
@@ -123,6 +128,7 @@ BENCH = Bench(
     floor_bytes=lambda x: x.nbytes,
     error=error,
     bound=1e-5,
+    poison=poison,
     beside={"collector": _collector},
 )
 

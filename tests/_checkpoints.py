@@ -8,6 +8,8 @@ from _tiny_models import tiny_model
 
 from minitron_kernels.pruning.plan import make_plan
 
+OTHER_WEIGHTS = ("consolidated.safetensors", "model.gguf", "pytorch_model.bin")
+
 
 def plan_for(config, seed=0, **changes):
     """A plan that cuts every axis of a tiny model."""
@@ -27,7 +29,7 @@ def save_tiny(folder, name="llama", *, shard_bytes=None, **options):
     (folder / "additional_chat_templates" / "tool.jinja").write_text("{{ x }}")
     (folder / ".git").mkdir()
     (folder / ".git" / "HEAD").write_text("ref: refs/heads/main")
-    for weights in ("pytorch_model.bin", "consolidated.safetensors", "model.gguf"):
+    for weights in OTHER_WEIGHTS:
         (folder / weights).write_bytes(b"weights")
     return model
 

@@ -42,6 +42,26 @@ def check_moments(run, x, *, mask=None, cu_seqlens=None, num_heads=0, bound=BOUN
             assert (error <= bound * scale).all(), f"plane {plane}: {(error / scale).max():.3g}"
 
 
+def close_rows(dtype, width=1000):
+    """Rows x and y, and 1 − cos(x, y) in float64: a block that turns its input little, or a lot, that
+    scales it, or hides it in a much larger output.
+    """
+    x, turn = activations(6, width, dtype=dtype), activations(6, width, dtype=torch.float32, seed=1)
+    steps = torch.tensor([1e-4, 1e-3, 1e-2, 0.1, -3.0, 1e4])[:, None]
+    y = (x.float() + steps * turn).to(dtype)
+    # whatever rounding to `dtype` made of it is what the kernels are given
+    return x, y, oracle.cosine_distance(x.double().numpy(), y.double().numpy())
+
+
+def check_close_rows(run, dtype, width=1000):
+    """run(x, y) -> 1 − cos: to 1e-5 of itself, also where it is 1e-9; both ways round."""
+    x, y, truth = close_rows(dtype, width)
+    for a, b in ((x, y), (y, x)):
+        actual = numpy_of(run(a, b))
+        np.testing.assert_allclose(actual, truth, rtol=1e-5, atol=1e-12)
+    assert numpy_of(run(x, x)).max() == 0
+
+
 def sinks(tokens=3000):
     """[1, tokens, 40] with a huge first token, as an attention sink has, and the same with far means."""
     x = activations(1, tokens, 40)

@@ -34,7 +34,8 @@ class Kernels:
 
 
 def matmul_fp32(a, b, out, accumulate):
-    """What the GEMMs of a GPU compute, where torch has none with out_dtype."""
+    """What the GEMMs of a GPU compute, where torch has none with out_dtype; they refuse other dtypes."""
+    assert a.dtype == b.dtype and out.dtype in (a.dtype, torch.float32), (a.dtype, b.dtype, out.dtype)
     product = a.float() @ b.float()
     out.copy_(out.float() + product if accumulate else product)
 

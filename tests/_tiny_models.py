@@ -44,10 +44,15 @@ def tiny_config(name, **changes):
 
 def tiny_model(name, *, seed=0, dtype=torch.float32, **changes):
     """A model of the family `name` in eval mode; norm gains and biases are random too."""
+    return random_model(tiny_config(name, **changes), seed=seed, dtype=dtype)
+
+
+def random_model(config, *, seed=0, dtype=torch.float32):
+    """A model of this config in eval mode; norm gains and biases are random too."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(name, **changes)).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

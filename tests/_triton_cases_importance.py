@@ -11,7 +11,7 @@ import _importance_oracle as oracle
 import numpy as np
 import pytest
 import torch
-from _importance_problems import DTYPES, activations, check_moments, numpy_of, sinks
+from _importance_problems import DTYPES, activations, check_close_rows, check_moments, numpy_of, sinks
 
 import minitron_kernels as mk
 from minitron_kernels.ops.importance import kernel_triton
@@ -27,22 +27,29 @@ def short_pieces(monkeypatch):
     monkeypatch.setattr(kernel_triton, "PIECE_BYTES", 256)
 
 
-def assert_moments(x, *, mask=None, **options):
+def assert_moments(x, *, mask=None, kinds_of_sums=(3, 4, 7), **options):
     mask = None if mask is None else mask.to(DEVICE)
     x = x if x.device.type == DEVICE else x.to(DEVICE)
-    check_moments(lambda *arguments: moments_of(*arguments, "triton")[:2], x, mask=mask, **options)
+    check_moments(
+        lambda *arguments: moments_of(*arguments, "triton")[:2],
+        x,
+        mask=mask,
+        kinds_of_sums=kinds_of_sums,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 37, 131), (1, 130, 64), (2, 8, 272), (2, 1, 1)])
 def test_moments(dtype, shape):
-    assert_moments(activations(*shape, dtype=dtype))
+    kinds = range(1, 8) if shape[0] == 3 and dtype == torch.bfloat16 else (7,)
+    assert_moments(activations(*shape, dtype=dtype), kinds_of_sums=kinds)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_heads,head_dim", [(4, 64), (3, 80), (7, 5), (1, 256), (9, 1)])
 def test_heads(dtype, num_heads, head_dim):
-    kinds = range(1, 8) if head_dim == 80 else (7,)
+    kinds = (1, 7) if head_dim == 80 else (7,)
     x = activations(2, 21, num_heads * head_dim, dtype=dtype)
     assert_moments(x, num_heads=num_heads, kinds_of_sums=kinds)
 
@@ -141,6 +148,16 @@ def check_rows(dtype, width):
 @pytest.mark.parametrize("width", [1, 77, 128, 1100])
 def test_rows(dtype, width):
     check_rows(dtype, width)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_close_rows_keep_their_digits(dtype):
+    check_close_rows(lambda x, y: rows_of(x.to(DEVICE), y.to(DEVICE), "triton"), dtype)
+
+
+def test_heads_of_no_width():
+    values, counts, _ = moments_of(torch.zeros(2, 3, 0, device=DEVICE), None, None, 4, 7, "triton")
+    assert values.shape == (4, 2, 4) and not values.any() and counts.tolist() == [3, 3]
 
 
 def test_rows_keep_nan_and_take_none():

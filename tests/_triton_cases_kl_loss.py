@@ -30,6 +30,14 @@ from _kl_loss_cases import (
     rows,
     truth_of,
 )
+from _kl_loss_edge_cases import (
+    check_dtypes_of_linear,
+    check_dtypes_of_rows,
+    check_evaluation_at_edges,
+    check_rows_at_edges,
+    some,
+)
+from _kl_loss_edges import finite_rows, impossible_rows
 from _oracle import oracle_linear, oracle_rows
 from _problems import make_linear, make_rows
 
@@ -114,3 +122,37 @@ def test_kl_loss(kernels, divergence):
     counts = numpy_of(labels == 0)
     np.testing.assert_allclose(numpy_of(rows_), true_loss * counts, rtol=3e-6)
     assert_near(student.grad, 2.0 * true_grad * counts[:, None], 4e-6, 1e-6)
+
+
+# A choice of what CUDA C++ is tested with: ttsem is slow, and the GPU schedule is the same.
+EDGES = [(0.0, 1.0), (1.0, 0.005), (0.3, 1.0), (1e-9, 0.005), (1 - 1e-9, 100.0)]  # beta, temperature
+
+
+@pytest.mark.parametrize(("beta", "temperature"), EDGES)
+def test_rows_at_edges(kernels, beta, temperature):
+    first = EDGES.index((beta, temperature))
+    check_rows_at_edges(kernels, finite_rows(1, 1), beta, temperature)
+    for make in (finite_rows, impossible_rows):
+        check_rows_at_edges(kernels, some(make(200, 128), first, len(EDGES)), beta, temperature)
+
+
+@pytest.mark.parametrize(("beta", "temperature"), EDGES[:3])
+def test_fused_at_edges(kernels, beta, temperature):
+    """The fused kernel: blocks of 32 tokens, 4 a split."""
+    first = EDGES.index((beta, temperature))
+    edges = some(finite_rows(270, 128 if first else 32), first, 3)
+    check_evaluation_at_edges(kernels, edges, beta, temperature, torch.bfloat16)
+
+
+def test_dtypes_of_rows(kernels):
+    pairs = [(torch.bfloat16, torch.float16), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)]
+    check_dtypes_of_rows(kernels, 0.3, pairs)
+
+
+def test_dtypes_of_linear(kernels):
+    """The fused kernel where both sides are of 16 bit, else tiles; all dtypes in every place."""
+    a, b, c = DTYPES
+    quadruples = [(b, b, c, c), (c, c, b, b), (b, c, b, b), (a, a, c, c), (c, b, a, a), (b, a, c, b)]
+    evaluation = {"beta": 0.0, "wants": (False, False, False), "budget": 3 << 14}
+    check_dtypes_of_linear(kernels, quadruples, [evaluation])
+    check_dtypes_of_linear(kernels, quadruples[2:3], [{"beta": 0.3, "schedule": "store", "budget": 3 << 14}])

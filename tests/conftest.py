@@ -36,6 +36,7 @@ def _prefer_installed() -> Path | None:
 INSTALLED = _prefer_installed()
 
 import torch  # noqa: E402
+from _poison import poisoned  # noqa: E402
 
 from minitron_kernels import _native  # noqa: E402
 
@@ -67,6 +68,13 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     if config.getoption("--require-native") and not _native.available():
         raise pytest.UsageError(f"--require-native, but {_native.reason()}")
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    """Every test: the kept workspace before each use, and all fresh tensors, are full of NaN."""
+    with poisoned():
+        yield
 
 
 @pytest.fixture(params=_native.build_info().get("simd_compiled", []))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,3 +81,37 @@ def test_no_gpu_kernel_takes_float64():
     for op in _backend.OPS:
         assert _backend.pick(op, torch.device("cuda"), "auto", torch.float64) == "reference"
         assert _backend.pick(op, CPU, "auto", torch.float64) == _backend.pick(op, CPU, "auto")
+
+
+WITHOUT_TRITON = """
+import functools, importlib.machinery
+find = importlib.machinery.PathFinder.find_spec
+
+def find_spec(name, *rest):
+    return None if name.split(".")[0] in ("triton", "ttsem") else find(name, *rest)
+
+importlib.machinery.PathFinder.find_spec = functools.partial(find_spec)  # binds to no class
+"""
+
+
+def test_nothing_needs_triton_to_be_imported_or_collected(tmp_path):
+    """The package works without it, and pytest skips what needs it rather than stop."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_TRITON)
+    tests = Path(__file__).parent
+    files = [*tests.glob("test_*_gpu.py"), *tests.glob("test_*triton*.py"), *tests.glob("test_*_cuda.py")]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *map(str, sorted(files))],
+        env=environment,
+        cwd=tests.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    code = """import torch; from minitron_kernels import _backend
+print(_backend.why_not("gather", "triton", torch.device("cuda")))"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "triton is not installed", done.stderr[-2000:]

@@ -148,22 +148,6 @@ def test_dtypes_are_kept_one_by_one(tmp_path):
         assert all(tensor.begin % tensor.dtype.itemsize == 0 for tensor in folder.tensors.values())
 
 
-def test_a_tied_head_that_is_stored_stays_stored(tmp_path):
-    model = save_tiny(tmp_path / "src", tie_word_embeddings=True)
-    path = tmp_path / "src" / "model.safetensors"
-    tensors = load_file(path)
-    assert "lm_head.weight" not in tensors
-    plan = plan_for(model.config)
-    prune_checkpoint(tmp_path / "src", tmp_path / "tied", plan, progress=False)
-    assert "lm_head.weight" not in weights_of(tmp_path / "tied")
-    save_file(
-        {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path, {"format": "pt"}
-    )
-    prune_checkpoint(tmp_path / "src", tmp_path / "stored", plan, progress=False)
-    got = weights_of(tmp_path / "stored")
-    assert got["lm_head.weight"].equal(got["model.embed_tokens.weight"])
-
-
 def test_experts_stored_as_they_are_in_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "BLOCK_BYTES", 700)
     model = save_tiny(tmp_path / "src", "mixtral")

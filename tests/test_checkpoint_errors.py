@@ -58,7 +58,7 @@ def test_an_unknown_tensor(source):
     path = edit_tensors(
         source[0], lambda t: {**t, "model.layers.1.mlp.down_proj.weight_scale": torch.ones(1)}
     )
-    refused(source, match=rf"{path.name}.*weight_scale' is no parameter of")
+    refused(source, match=rf"{path.name}.*weight_scale': no parameter of .*leave_out")
 
 
 def test_a_missing_tensor(source):
@@ -66,7 +66,10 @@ def test_a_missing_tensor(source):
         return dict(list(tensors.items())[2:])
 
     edit_tensors(source[0], without_first)
-    refused(source, match=r"lacks model\.layers\..* and 1 more, which the model has; get it again")
+    refused(
+        source,
+        match=r"lacks 'model\.layers\.[^,]*', 'model\.layers\.[^,]*', which a llama model of the plan's",
+    )
 
 
 def test_a_tensor_of_another_shape(source):
@@ -93,7 +96,7 @@ def test_experts_in_both_ways(tmp_path):
     path = tmp_path / "src" / "model.safetensors"
     stacked = {n: t.contiguous() for n, t in model.state_dict().items()}
     save_file({**load_file(path), **stacked}, path, {"format": "pt"})
-    refused((tmp_path / "src", plan_for(model.config)), match="is no parameter")
+    refused((tmp_path / "src", plan_for(model.config)), match="no parameter of")
 
 
 @pytest.mark.parametrize("cut", [1, 1000, 10**9])
@@ -131,8 +134,11 @@ def test_only_pickled_weights(source):
         ({"model_type": "mistral"}, "model_type is mistral, the plan is for llama"),
         ({"model_type": "bert"}, "config.model_type must be one of"),
         ({"hidden_size": 64, "num_hidden_layers": 4}, r"hidden is 64 \(plan: 48\), layers is 4 \(plan: 3\)"),
-        ({"tie_word_embeddings": True}, r"tie_word_embeddings is True \(plan: False\)"),
-        ({"num_attention_heads": None}, "no num_attention_heads"),
+        ({"compression_config": {"bits": 4}}, "quantised .compression_config"),
+        ({"quantization": {"bits": 4}}, "quantised .quantization"),
+        ({"hidden_size": float("nan")}, "NaN"),
+        ({"hidden_size": float("inf")}, "infinity"),
+        ({"num_attention_heads": None}, "transformers refuses the config .* number of attention heads"),
         ({"num_attention_heads": 0, "head_dim": None}, "zero"),
         ({"hidden_size": [48]}, "int"),
         ({"model_type": ["llama"]}, "unhashable|must be one of"),
@@ -150,7 +156,7 @@ def test_a_config_that_is_none(source, text):
     path.unlink()
     if text is not None:
         path.write_text(text)
-    refused(source, match=r"config\.json: (cannot be read|is not proper JSON|holds JSON, but no object)")
+    refused(source, match=r"config\.json: (cannot be opened|is not proper JSON|holds JSON, but no object)")
 
 
 def test_a_plan_of_another_kind(source):

@@ -110,7 +110,11 @@ def test_prune_and_info(folder, tmp_path, capsys):
     )
     out, err = capsys.readouterr()
     plan = PruningPlan.load(folder / "plan.json")
-    assert f"{plan.parameters_before:,} → {plan.parameters_after:,} parameters" in out and err == ""
+    assert f"{plan.parameters_before:,} → {plan.parameters_after:,} parameters" in out
+    assert err.startswith(
+        "minitron-prune: left out: consolidated.safetensors, model.gguf, pytorch_model.bin: "
+    )
+    assert err.count("\n") == 1
     model = AutoModelForCausalLM.from_pretrained(folder / "src")
     want = prune_model(model, plan).state_dict()
     got = {}
@@ -192,7 +196,7 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
     assert "is there already" in fails(capsys, "score", src, text, "-o", scores)
     assert "is there already" in fails(capsys, "plan", scores, "-o", plan, "--ratio", "0.5")
     assert "tell a target" in fails(capsys, "plan", scores, *out)
-    assert "hidden_size must be" in fails(capsys, "plan", scores, *out, "--hidden-size", 5000)
+    assert "--hidden-size must be" in fails(capsys, "plan", scores, *out, "--hidden-size", 5000)
     assert "--ratio must be" in fails(capsys, "plan", scores, *out, "--ratio", "a=b=c")
     assert "importance.json" in fails(capsys, "plan", tmp_path, *out, "--ratio", 0.5)
     assert "no config.json" in fails(capsys, "score", tmp_path, text, *out)
@@ -206,10 +210,12 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
     np.save(tmp_path / "floats.npy", np.ones(100))
     assert "must be integers" in fails(capsys, "score", src, tmp_path / "floats.npy", *out, *short)
     np.save(tmp_path / "large.npy", np.full(100, 96))
-    assert "must be in [0, 96)" in fails(capsys, "score", src, tmp_path / "large.npy", *out, *short)
+    assert "must be in [0, 96), got 96 to 96" in fails(
+        capsys, "score", src, tmp_path / "large.npy", *out, *short
+    )
     np.save(tmp_path / "pickle.npy", np.array([{}]), allow_pickle=True)
     assert "cannot be read as token ids" in fails(capsys, "score", src, tmp_path / "pickle.npy", *out, *short)
-    assert "axes must be of" in fails(capsys, "score", src, text, *out, *short, "--axes", "x")
+    assert "--axes must be of" in fails(capsys, "score", src, text, *out, *short, "--axes", "x")
     assert "neither config.json nor" in fails(capsys, "info", tmp_path)
     assert "No such file" in fails(capsys, "info", tmp_path / "nothing")
     assert not dst.exists() and not (tmp_path / "out").exists()
@@ -256,7 +262,20 @@ def test_interrupted(folder, tmp_path, capsys, monkeypatch):
         ["prune", "a"],
         ["prune", "a", "b", "c", "--max-shard-size", "5 bananas"],
         ["plan", "scores", "-o", "x", "--params", "many"],
+        ["plan", "scores", "-o", "x", "--params", "inf"],
+        ["plan", "scores", "-o", "x", "--params", "-1"],
         ["plan", "scores", "-o", "x", "--drop-layers", "3-"],
+        ["plan", "scores", "-o", "x", "--drop-layers", "0-99999999999"],
+        ["plan", "scores", "-o", "x", "--hidden-size", "0"],
+        ["plan", "scores", "-o", "x", "--divisor", "0"],
+        ["plan", "scores", "-o", "x", "--num-experts-per-tok", "0"],
+        ["prune", "a", "b", "c", "--max-shard-size", "0"],
+        ["prune", "a", "b", "c", "--max-shard-size", "0.1KB0"],
+        ["prune", "a", "b", "c", "--threads", "0"],
+        ["score", "a", "b", "-o", "c", "--batch-size", "0"],
+        ["score", "a", "b", "-o", "c", "--samples", "0"],
+        ["score", "a", "b", "-o", "c", "--seq-len", "1"],
+        ["score", "a", "b", "-o", "c", "--dtype", "foo"],
         ["score", "a", "b"],
     ],
 )
@@ -292,7 +311,7 @@ def test_the_script_that_pip_installs():
 
 
 def test_sizes_in_bytes():
-    from minitron_kernels.pruning.cli import _byte_count, _count
+    from minitron_kernels.pruning.cli_arguments import _byte_count, _count
 
     sizes = {"5GB": 5_000_000_000, "1.5GiB": 1610612736, "20KB": 20_000, "7": 7}
     assert {text: _byte_count(text) for text in sizes} == sizes

@@ -127,32 +127,6 @@ def test_padding_changes_nothing(name):
         oracle.assert_tables(got, wanted, 1e-5 if name in MOE else 2e-6)
 
 
-@pytest.mark.parametrize(("mask", "wanted"), [([0, 0, 1, 1], [0, 0, 0, 1]), ([1, 1, 1, 0], None)])
-def test_rows_padded_on_the_left_begin_at_position_zero(mask, wanted):
-    model, seen = tiny_model("llama"), []
-    model.model.register_forward_pre_hook(lambda *args: seen.append(args[2]), with_kwargs=True)
-    batch = {"input_ids": ids(1, 4), "attention_mask": torch.tensor([mask])}
-    collect_importance(model, [batch], progress=False)
-    positions = seen[0].get("position_ids")
-    assert (None if positions is None else positions[0].tolist()) == wanted
-    collect_importance(model, [batch | {"position_ids": torch.arange(4)[None]}], progress=False)
-    assert seen[1]["position_ids"].tolist() == [[0, 1, 2, 3]]  # the caller's are kept
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
-def test_packed_sequences_are_as_sequences_apart(name):
-    model = tiny_model(name, dtype=torch.float64)
-    model.config._experts_implementation = "eager"  # the others have no float64
-    a, b = ids(1, 7, seed=5), ids(1, 12, seed=6)
-    apart = collect_importance(model, [a, b], seq=("mean", "var"), progress=False)
-    positions = torch.cat([torch.arange(7), torch.arange(12)])[None]
-    packed = {"input_ids": torch.cat([a, b], 1), "position_ids": positions}
-    for extra in ({}, {"cu_seq_lens_q": torch.tensor([0, 7, 19], dtype=torch.int32)}):
-        together = collect_importance(model, [packed | extra], seq=("mean", "var"), progress=False)
-        for key, value in states(apart).items():
-            torch.testing.assert_close(states(together)[key], value, rtol=1e-10, atol=1e-12)
-
-
 def test_forms_of_a_batch_are_alike():
     from transformers import BatchEncoding
 

@@ -1,5 +1,8 @@
 """Every *_cuda.cu compiled by nvcc for every arch, and what the compiler made of the kernels: no spills,
 registers, shared memory, occupancy and 128-bit accesses within cuda_artifacts.json. No GPU is needed.
+
+Compiling is slow: the machine code is that of the installed extension, where that was built with CUDA after
+the last change of a source.
 """
 
 import functools
@@ -10,8 +13,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 from _cuda_shim import (
+    CSRC,
     TESTS,
     WITHOUT_BFLOAT16,
     WITHOUT_HALF,
@@ -29,6 +34,8 @@ from _cuda_shim import (
     sources,
     write_sources,
 )
+
+from minitron_kernels import _native
 
 GATES = json.loads((TESTS / "cuda_artifacts.json").read_text())
 ARCHS = [int(arch) for arch in GATES["archs"]]
@@ -161,22 +168,53 @@ def violations(kernels, arch):
     return lines
 
 
-@functools.cache
-def all_cubins():
-    """{arch: cubins}; every unit for every arch, side by side."""
+def built():
+    """The installed extension, if it holds the kernels of the sources as they are for every arch; or None."""
+    archs = [int(re.sub(r"\D", "", arch)) for arch in _native.build_info().get("cuda_archs", [])]
+    if not set(ARCHS) <= set(archs):
+        return None
+    extension = Path(sys.modules["minitron_kernels._C"].__file__)
+    changed = max(source.stat().st_mtime for source in CSRC.rglob("*") if source.is_file())
+    return extension if extension.stat().st_mtime > changed else None
+
+
+def extracted(extension, folder):
+    """{arch: files} of the extension's machine code."""
+    subprocess.run([CUOBJDUMP, "-xelf", "all", str(extension)], cwd=folder, capture_output=True, check=True)
+    found = defaultdict(list)
+    for path in sorted(folder.glob("*.cubin")):
+        found[int(re.search(r"sm_(\d+)", path.name)[1])].append(path)
+    return found
+
+
+def compiled():
+    """{arch: files}; every unit for every arch, side by side."""
     jobs = [(path, arch) for path in sources() if path.endswith(".cu") for arch in ARCHS]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         paths = list(pool.map(lambda job: cubin(*job), jobs))
-        list(pool.map(kernels_of, paths))
-    out = {arch: [] for arch in ARCHS}
+    found = defaultdict(list)
     for (_, arch), path in zip(jobs, paths, strict=True):
-        out[arch].append(path)
+        found[arch].append(path)
+    return found
+
+
+@pytest.fixture(scope="session")
+def kernels_by_arch(tmp_path_factory):
+    """{arch: what is known of its kernels}."""
+    extension = built()
+    found = extracted(extension, tmp_path_factory.mktemp("cubins")) if extension else compiled()
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        jobs = [(arch, path) for arch in ARCHS for path in found[arch]]
+        known = list(pool.map(lambda job: kernels_of(job[1]), jobs))
+    out = {arch: [] for arch in ARCHS}
+    for (arch, _), kernels in zip(jobs, known, strict=True):
+        out[arch] += kernels
     return out
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_gates(arch):
-    kernels = [kernel for path in all_cubins()[arch] for kernel in kernels_of(path)]
+def test_gates(kernels_by_arch, arch):
+    kernels = kernels_by_arch[arch]
     assert violations(kernels, arch) == []
     found = Counter(kernel.name for kernel in kernels)
     assert found == {name: gate["instances"] for name, gate in GATES["kernels"].items()}

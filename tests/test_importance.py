@@ -4,12 +4,12 @@ import _importance_oracle as oracle
 import numpy as np
 import pytest
 import torch
-from _importance_problems import BOUND, DTYPES, activations, check_moments, sinks
+from _importance_problems import BOUND, DTYPES, activations, check_close_rows, check_moments, sinks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minitron_kernels as mk
-from minitron_kernels.ops.importance.moments import moments_of
+from minitron_kernels.ops.importance.moments import moments_of, rows_of
 
 BACKENDS = [pytest.param("native", marks=pytest.mark.native), "reference"]
 AGGREGATIONS = [(batch, seq) for batch in ("L2", "mean", "var") for seq in ("mean", "L2", "var")]
@@ -52,6 +52,45 @@ def test_moments(simd_level, dtype, shape):
 @pytest.mark.parametrize("num_heads,head_dim", [(4, 64), (3, 80), (32, 128), (7, 5), (1, 256), (9, 1)])
 def test_heads(simd_level, dtype, num_heads, head_dim):
     assert_moments(activations(2, 45, num_heads * head_dim, dtype=dtype), num_heads=num_heads)
+
+
+@pytest.mark.native
+def test_around_every_block(simd_level):
+    """Groups of 8 tokens and chains of 512; vectors and the cache lines that are taken at a time."""
+    for tokens in (1, 7, 8, 9, 16, 511, 512, 513, 519, 1024, 1025):
+        assert_moments(activations(2, tokens, 97, dtype=torch.bfloat16), kinds_of_sums=(7,))
+        assert_moments(activations(1, tokens, 3 * 9), num_heads=3, kinds_of_sums=(7,))
+    for channels in (3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129):
+        assert_moments(activations(1, 19, channels), kinds_of_sums=(2, 7))
+        assert_moments(activations(1, 11, 2 * channels), num_heads=2, kinds_of_sums=(1,))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("threads", [1, 3])
+def test_blocks_of_wide_rows(threads):
+    """Rows of more channels, and of more heads, than a block has; a real layer's activations."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for channels in (16384, 16385, 2 * 16384 + 129):
+            assert_moments(activations(1, 9, channels), kinds_of_sums=(7,))
+        for heads in (2048, 2049, 4099):
+            assert_moments(activations(1, 9, 3 * heads, dtype=torch.bfloat16), num_heads=heads)
+        assert_moments(activations(2, 520, 14336, dtype=torch.bfloat16), kinds_of_sums=(7,))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_of_no_width_and_other_nothing(backend):
+    for shape in ((2, 3, 0), (0, 3, 4), (2, 0, 4), (0, 0, 0)):
+        for heads in (None, 2):
+            state = mk.ImportanceState(heads or shape[-1], seq=("mean", "L2", "var"))
+            mk.accumulate_importance_(state, torch.zeros(shape), num_heads=heads, backend=backend)
+            assert state.tokens == shape[0] * shape[1] and not state.sums.any()
+    blocks, none = mk.TokenMeanState(1), torch.zeros(3, 0)
+    mk.accumulate_block_importance_(blocks, 0, none, none, backend=backend)
+    assert (blocks.scores().item(), blocks.counts.item()) == (1.0, 3)  # as of rows of zeros
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -175,6 +214,126 @@ def test_block_importance(simd_level, dtype):
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_close_rows_keep_their_digits(simd_level, dtype):
+    for width in (33, 1000):
+        check_close_rows(lambda x, y: rows_of(x, y, "native"), dtype, width)
+
+
+def test_close_rows_of_the_reference():
+    check_close_rows(lambda x, y: rows_of(x, y, "reference"), torch.float32)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_of_many_tasks(threads):
+    """More rows than a task takes, 65,536 elements; rows longer than that."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for rows, width in ((35, 4096), (3, 65536), (3, 65537), (300, 1000)):
+            x, y = (activations(rows, width, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
+            truth = oracle.cosine_distance(x.double().numpy(), y.double().numpy())
+            np.testing.assert_allclose(rows_of(x, y, "native"), truth, rtol=1e-5)
+            norms = np.linalg.norm(x.double().numpy(), axis=-1)
+            np.testing.assert_allclose(rows_of(x, None, "native"), norms, rtol=4e-6)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_does_not_count_may_hold_anything(backend):
+    """NaN and inf in masked tokens of blocks, in rows and gates of experts that were not routed."""
+    x, y = activations(2, 9, 40), activations(2, 9, 40, seed=1)
+    mask = torch.arange(18).reshape(2, 9) % 3 > 0
+    truth = oracle.cosine_distance(x.double().numpy(), y.double().numpy())[mask.numpy()].mean()
+    for value in (torch.nan, torch.inf, -torch.inf):
+        state = mk.TokenMeanState(1)
+        bad = [z.masked_fill(~mask[..., None], value) for z in (x, y)]
+        mk.accumulate_block_importance_(state, 0, *bad, mask=mask, backend=backend)
+        assert state.scores().item() == pytest.approx(truth, rel=1e-6) and state.counts == mask.sum()
+        index = torch.where(mask.view(-1), torch.arange(18) % 2, -1)
+        gate = torch.ones(18).masked_fill(~mask.view(-1), value)
+        experts = mk.TokenMeanState(2)
+        out = bad[0].view(18, 40)
+        mk.accumulate_expert_importance_(experts, out, index, gate=gate, backend=backend)
+        norms = x.view(18, 40).double().norm(dim=-1)
+        wanted = [norms[index == e].mean().item() for e in range(2)]
+        assert experts.scores().tolist() == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_are_left_alone(backend):
+    """No argument is written to, and the state shares memory with none."""
+    x, mask = activations(2, 9, 40), torch.arange(18).reshape(2, 9) % 3
+    index, gate = torch.arange(18) % 4 - 1, torch.rand(18)
+    arguments = (x, mask, index, gate)
+    copies = [a.clone() for a in arguments]
+    state, blocks, experts = mk.ImportanceState(40), mk.TokenMeanState(1), mk.TokenMeanState(3)
+    mk.accumulate_importance_(state, x, mask=mask, backend=backend)
+    mk.accumulate_block_importance_(blocks, 0, x, x, mask=mask, backend=backend)
+    mk.accumulate_expert_importance_(experts, x.view(18, 40), index, gate=gate, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(arguments, copies, strict=True))
+    before = state.scores().clone(), blocks.scores().clone(), experts.scores().clone()
+    x.zero_()
+    for found, wanted in zip((state, blocks, experts), before, strict=True):
+        assert torch.equal(found.scores(), wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lazy_negatives(backend):
+    x = torch.complex(activations(2, 9, 40), activations(2, 9, 40, seed=1)).conj().imag
+    assert x.is_neg()
+    assert_moments(x, backend=backend, kinds_of_sums=(4,))
+
+
+FREED = {
+    "x": lambda x: mk.accumulate_importance_(mk.ImportanceState(4), x),
+    "mask": lambda x: mk.accumulate_importance_(mk.ImportanceState(4), torch.ones(3, 4), mask=x),
+    "cu_seqlens": lambda x: mk.accumulate_importance_(mk.ImportanceState(4), torch.ones(3, 4), cu_seqlens=x),
+    "block_input": lambda x: mk.accumulate_block_importance_(mk.TokenMeanState(1), 0, x, torch.ones(3, 4)),
+    "block_output": lambda x: mk.accumulate_block_importance_(mk.TokenMeanState(1), 0, torch.ones(3, 4), x),
+    "expert_output": lambda x: mk.accumulate_expert_importance_(
+        mk.TokenMeanState(1), x, torch.zeros(3).int()
+    ),
+    "expert_index": lambda x: mk.accumulate_expert_importance_(mk.TokenMeanState(1), torch.ones(3, 4), x),
+    "gate": lambda x: mk.accumulate_expert_importance_(
+        mk.TokenMeanState(1), torch.ones(3, 4), torch.zeros(3).int(), gate=x
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FREED)
+def test_freed_storages_are_refused(name):
+    """As ZeRO-3 and FSDP leave a tensor: a shape without memory."""
+    kinds = {"mask": torch.ones(3, dtype=torch.bool), "cu_seqlens": torch.tensor([0, 3])}
+    kinds |= {"expert_index": torch.zeros(3, dtype=torch.int64), "gate": torch.ones(3)}
+    x = kinds.get(name, torch.ones(3, 4))
+    x.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"{name} has no memory: its storage was freed"):
+        FREED[name](x)
+
+
+def test_no_derivative_is_lost_in_silence():
+    x, index = activations(3, 4), torch.arange(3)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        gate = torch.autograd.forward_ad.make_dual(torch.ones(3), torch.ones(3))
+        for name, call in {
+            "x": lambda: mk.accumulate_importance_(mk.ImportanceState(4), dual),
+            "block_input": lambda: mk.accumulate_block_importance_(mk.TokenMeanState(1), 0, dual, x),
+            "block_output": lambda: mk.accumulate_block_importance_(mk.TokenMeanState(1), 0, x, dual),
+            "expert_output": lambda: mk.accumulate_expert_importance_(mk.TokenMeanState(3), dual, index),
+            "gate": lambda: mk.accumulate_expert_importance_(mk.TokenMeanState(3), x, index, gate=gate),
+        }.items():
+            with pytest.raises(ValueError, match=f"{name} carries a forward-mode tangent"):
+                call()
+    state = mk.ImportanceState(4)
+    mk.accumulate_importance_(state, x.requires_grad_())
+    assert not state.sums.requires_grad
+
+
+@pytest.mark.native
 def test_a_layer_that_does_nothing_scores_zero_and_nan_stays():
     x = activations(4, 9, 64)
     state = mk.TokenMeanState(2)
@@ -219,6 +378,42 @@ def test_compiles_without_a_break_and_passes_opcheck():
     compiled(state, x, mask=mask)
     mk.accumulate_importance_(eager, x, mask=mask)
     assert all(torch.equal(a, b) for a, b in zip(state.sums, eager.sums, strict=True))
+
+
+@pytest.mark.native
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiles_for_any_size():
+    """All three functions in one graph, of dynamic shapes, compiled once; a bad expert is found inside."""
+    compilations = 0
+
+    def count(graph, inputs):
+        nonlocal compilations
+        compilations += 1
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def step(states, x, mask, borders, index):
+        channels, packed, blocks, experts = states
+        mk.accumulate_importance_(channels, x, mask=mask)
+        flat = x.view(-1, x.shape[-1])
+        mk.accumulate_importance_(packed, flat, cu_seqlens=borders, num_heads=4)
+        mk.accumulate_block_importance_(blocks, 1, x, x.roll(1, -1), mask=mask)
+        mk.accumulate_expert_importance_(experts, flat, index)
+        return [state.scores() for state in states]
+
+    def arguments(B, S):
+        states = (mk.ImportanceState(48), mk.ImportanceState(4), mk.TokenMeanState(6), mk.TokenMeanState(7))
+        x = activations(B, S, 48, seed=S)
+        mask = torch.arange(B * S).reshape(B, S) % 3 > 0
+        return states, x, mask, torch.arange(B + 1) * S, torch.arange(B * S) % 7 - 1
+
+    compiled = torch.compile(step, fullgraph=True, backend=count, dynamic=True)
+    for B, S in ((2, 20), (3, 7), (5, 33)):
+        for a, b in zip(compiled(*arguments(B, S)), step(*arguments(B, S)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+    assert compilations == 1
+    states, x, mask, borders, index = arguments(2, 20)
+    with pytest.raises((IndexError, RuntimeError)):
+        compiled(states, x, mask, borders, index + 2)
 
 
 BAD = {

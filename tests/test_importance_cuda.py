@@ -17,7 +17,7 @@ from _cuda_shim import (
 )
 from _faults import Fault
 from _importance_problems import DTYPES as ALL_DTYPES
-from _importance_problems import activations, check_moments, sinks
+from _importance_problems import activations, check_close_rows, check_moments, sinks
 
 pytestmark = pytest.mark.skipif(missing_tool() is not None, reason=str(missing_tool()))
 
@@ -159,6 +159,17 @@ def check_rows(shim, dtype, width):
 def test_rows(shim, dtype):
     for width in (1, 7, 8, 9, 31, 77, 128, 1100):
         check_rows(shim, dtype, width)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_close_rows_keep_their_digits(shim, dtype):
+    for width in (33, 1000):
+        check_close_rows(shim.ops.importance_rows, dtype, width)
+
+
+def test_heads_of_no_width(shim):
+    moments, counts = shim.ops.importance_moments(torch.zeros(2, 3, 0), None, None, 4, 7)
+    assert moments.shape == (4, 2, 4) and not moments.any() and counts.tolist() == [3, 3]
 
 
 def test_rows_keep_nan_and_take_none(shim):
@@ -325,7 +336,11 @@ FAULTS = {  # name: the check, what is done to the source, what the failure must
         Fault(KERNELS, "    if (aligned) {\n      if (wanted", "    if (false) {\n      if (wanted"),
         r"narrow|assert \(245760, 122880\)",
     ),
-    "norms that mix": (check_row_groups, Fault(KERNELS, "      lanes);", "      kWarpSize);"), "Not equal"),
+    "norms that mix": (
+        check_row_groups,
+        Fault(KERNELS, "warp_reduce(sum, together, lanes)", "warp_reduce(sum, together, kWarpSize)"),
+        "Not equal",
+    ),
 }
 
 

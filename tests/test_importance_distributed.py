@@ -8,6 +8,7 @@ import torch.distributed as dist
 from _tiny_models import tiny_model
 
 import minitron_kernels as mk
+from minitron_kernels.ops.importance.moments import combine, moments_of
 from minitron_kernels.pruning import collect_importance
 
 SEQ = ("mean", "L2", "var")
@@ -95,6 +96,11 @@ def context_parallel_states(rank, world):
             if batch == "var":  # a difference of squares of what lies in the state
                 bound = PIECES * 8 * state.squares.max()
             assert (state.scores(batch=batch, seq=seq) - wanted).abs().max() <= bound, (batch, seq)
+    moments = moments_of(x[:, begin:end], mask[:, begin:end], None, 0, state.kinds, "auto")
+    before = moments.values.clone(), moments.counts.clone()
+    whole = combine(moments, group)
+    assert torch.equal(moments.values, before[0]) and torch.equal(moments.counts, before[1])
+    assert whole.counts.tolist() == mask.sum(1).tolist()
     everywhere = [torch.empty_like(state.squares) for _ in range(world)]
     dist.all_gather(everywhere, state.squares)
     assert all(torch.equal(squares, everywhere[0]) for squares in everywhere)
@@ -106,6 +112,8 @@ def calibration(count):
         ids = torch.randint(3, 96, (2, 9 + i % 3), generator=torch.Generator().manual_seed(i))
         mask = torch.ones_like(ids)
         mask[0, : i % 3] = 0
+        if i % 3 == 2:  # packed: 0 is padding, 1 and 2 are sequences
+            mask[:, 6:] *= 2
         batches.append({"input_ids": ids, "attention_mask": mask})
     return batches
 
@@ -149,10 +157,19 @@ def collector_with_context_parallel_pieces(rank, world):
         ids = torch.randint(3, 96, (2, 6 * world), generator=torch.Generator().manual_seed(5))
         pieces = list(ids.split(6, dim=1))
         group = dist.new_group(list(range(world)))
-        scores = collect_importance(model, [pieces[rank]], context_parallel_group=group, progress=False)
+        given = dict(context_parallel_group=group, progress=False)
+        scores = collect_importance(model, [pieces[rank]], **given)
         wanted = oracle.tables(model, pieces, pieces_of_one=True)
         oracle.assert_tables(scores.tables(), wanted, 2 * 64 * 2.0**-24)
         assert scores.tokens == ids.numel()
+        # packed pieces: the model is the caller's affair, the borders are this rank's
+        borders = {"input_ids": pieces[rank], "cu_seq_lens_q": torch.tensor([0, 6, 12])}
+        assert_scores(collect_importance(model, [borders], **given), scores)
+        numbered = {"input_ids": pieces[rank], "attention_mask": torch.tensor([[1] * 3 + [2] * 3] * 2)}
+        with pytest.raises(
+            ValueError, match=r"batches\[0\]: context-parallel pieces .* cu_seq_lens_q, got seq"
+        ):
+            collect_importance(model, [numbered], **given)
 
 
 CASES = (
@@ -164,11 +181,10 @@ CASES = (
 )
 
 
-def run(rank, world, file):
-    torch.set_num_threads(1)
+def run(rank, world, file, cases=CASES):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     try:
-        for case in CASES:
+        for case in cases:
             torch.manual_seed(0)
             case(rank, world)
             dist.barrier()
@@ -176,6 +192,15 @@ def run(rank, world, file):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, 4])
+def run_on_one_thread(rank, *args):
+    torch.set_num_threads(1)
+    run(rank, *args)
+
+
+def test_one_rank(tmp_path):
+    run(0, 1, tmp_path / "store", (collector_with_data_parallel_models,))
+
+
+@pytest.mark.parametrize("world", [2, 3])
 def test_ranks_find_what_one_process_finds(world, tmp_path):
-    torch.multiprocessing.spawn(run, args=(world, tmp_path / "store"), nprocs=world)
+    torch.multiprocessing.spawn(run_on_one_thread, args=(world, tmp_path / "store"), nprocs=world)

@@ -6,6 +6,9 @@ import _importance_oracle as oracle
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
 from _importance_problems import activations, check_moments, numpy_of
 from _triton_cases_importance import *  # noqa: F403
 

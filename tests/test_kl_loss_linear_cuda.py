@@ -2,7 +2,9 @@
 GPU schedule, then each kernel's bounds, traffic, thread order and faults.
 """
 
+import itertools
 import math
+import mmap
 from functools import partial
 
 import numpy as np
@@ -21,7 +23,30 @@ from _cuda_shim import (
 )
 from _faults import Fault
 from _kl_loss_cases import *  # noqa: F403
-from _kl_loss_cases import BUDGET, CAPPED, PLAIN, Kernels, N, linear, matmul_fp32, numpy_of, problem, truth_of
+from _kl_loss_cases import (
+    BUDGET,
+    CAPPED,
+    DTYPES,
+    PLAIN,
+    Kernels,
+    N,
+    linear,
+    matmul_fp32,
+    numpy_of,
+    problem,
+    rows,
+    truth_of,
+)
+from _kl_loss_edge_cases import (
+    EDGE_BETAS,
+    check_biases_at_edges,
+    check_dtypes_of_linear,
+    check_dtypes_of_rows,
+    check_evaluation_at_edges,
+    check_rows_at_edges,
+    check_training_at_edges,
+)
+from _kl_loss_edges import TEMPERATURES, finite_rows, impossible_rows
 from _oracle import oracle_rows
 from _problems import make_rows
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,6 +66,14 @@ ROWS, COLUMNS = 5, 4096
 def kernels_of(shim):
     ops = shim.ops
     return Kernels("native", "cpu", ops.kl_loss_forward, ops.kl_loss_backward, native_epilogues(ops))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """What is allocated and not written is NaN: outputs, states, logits, sums."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +298,154 @@ def test_traffic(shim, kernels, beta):
             assert (stores.bytes, stores.narrow, stores.elsewhere) == (dz.nbytes, 0, 0)
 
 
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("count", [1, 127, 128, 129])
+def test_rows_of_a_finishing_block(shim, kernels, beta, count):
+    """Below, at and above the threads of a block; a mask with a stride."""
+    logits = (*make_rows(count, 5, torch.float32), None, None)
+    wide = torch.stack([torch.arange(count) % 3 > 0, torch.arange(count) < 0], dim=1)
+    with shim.trace(student=logits[0], teacher=logits[1], mask=wide.view(torch.uint8)) as trace:
+        loss, stats = run_tiles(kernels.epilogues, logits, wide[:, 0], beta, 5)
+        written = trace.take_stores(loss), trace.take_stores(stats)
+    assert all(stores.never == 0 for stores in written)
+    counts = numpy_of(wide[:, 0])
+    np.testing.assert_allclose(numpy_of(loss), np.where(counts, true_loss(logits, beta), 0.0), rtol=4e-6)
+    grad = torch.full((count, 5), math.nan)
+    kernels.epilogues.grad(logits, wide[:, 0], torch.ones(count), stats, grad, 5, (beta, *PLAIN))
+    true_grad = oracle_rows(*map(numpy_of, logits[:2]), beta=beta)[1] * counts[:, None]
+    np.testing.assert_allclose(numpy_of(grad), true_grad, atol=2e-6)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_rows_beyond_32_bit_offsets(kernels, beta):
+    """The second row begins 2^31 + 8 elements after the first, in memory that is never touched between."""
+    stride, columns = 2**31 + 8, 40
+    holes = [mmap.mmap(-1, 4 * (stride + columns)) for _ in range(3)]
+    far = [
+        torch.frombuffer(hole, dtype=torch.float32).as_strided((2, columns), (stride, 1)) for hole in holes
+    ]
+    near = make_rows(2, columns, torch.float32)
+    for view, values in zip(far, near, strict=False):
+        view.copy_(values)
+    options = (beta, *PLAIN)
+    true_loss_, true_grad = oracle_rows(*map(numpy_of, near), beta=beta)
+    for loss, stats in (
+        kernels.forward(*far[:2], None, columns, *options),
+        run_tiles(kernels.epilogues, (*far[:2], None, None), None, beta, columns),
+    ):
+        np.testing.assert_allclose(numpy_of(loss), true_loss_, rtol=4e-6)
+        kernels.epilogues.grad((*far[:2], None, None), None, torch.ones(2), stats, far[2], columns, options)
+        np.testing.assert_allclose(numpy_of(far[2]), true_grad, atol=2e-6)
+        far[2].fill_(math.nan)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("schedule", ["store", "recompute"])
+def test_scratch_is_what_is_planned(kernels, monkeypatch, schedule, dtype):
+    """Bytes of the logits, dz and a tile's fp32 sum that a call allocates, and that its plan has counted."""
+    calls, counted = [], []
+    init, add = linear_gpu._Call.__init__, linear_gpu._Sum.add
+
+    def begin(self, *arguments):
+        init(self, *arguments)
+        calls.append(self)
+
+    def added(self, *operands):
+        add(self, *operands)
+        counted.append(0 if self.sum is self.out else self.sum.nbytes)
+
+    monkeypatch.setattr(linear_gpu._Call, "__init__", begin)
+    monkeypatch.setattr(linear_gpu._Sum, "add", added)
+    tensors, budget = problem(kernels, dtype), BUDGET[schedule]
+    linear(kernels, tensors, wants=(False, True, False), schedule=schedule, budget=budget)
+    (rows_, width), vocab = tensors[0].shape, len(tensors[1])
+    planned = linear_gpu.plan(
+        rows_, vocab, width, operand_bytes=tensors[0].itemsize, schedule=schedule, budget=budget
+    )
+    made = sum(x.nbytes for x in calls[0].buffers.values())
+    made += 4 * width * planned.tile if schedule == "recompute" else 0
+    assert made <= planned.workspace_bytes <= budget
+    assert made >= 0.9 * planned.workspace_bytes
+    if schedule == "recompute":
+        assert max(counted) <= 4 * width * planned.tile
+
+
+@pytest.mark.parametrize("schedule", ["store", "recompute"])
+def test_half_precision_rows_do_not_share_their_fate(kernels, schedule):
+    """Reverse KL in fp16: a row of infinite loss, or one that does not count and has any weight, leaves the
+    hidden gradients of the others as they are.
+    """
+    tensors = problem(kernels, torch.float16)
+    setup = {"beta": 1.0, "schedule": schedule, "budget": BUDGET[schedule], "wants": (True, False, False)}
+    stats = linear(kernels, tensors, wants=(False, False, False), beta=1.0)[1]
+    expected = linear(kernels, tensors, stats=stats, **setup)[2]
+    infinite = stats.clone()
+    infinite[3, 5] = math.inf
+    others = torch.arange(N) != 3
+    found = linear(kernels, tensors, stats=infinite, **setup)[2]
+    torch.testing.assert_close(found[others], expected[others], rtol=2e-3, atol=1e-4)
+    for weight in (math.nan, math.inf, 1e30):
+        weights = torch.where(others, 1.0, weight)
+        found = linear(kernels, tensors, stats=stats, row_weight=weights, mask=others, **setup)[2]
+        torch.testing.assert_close(found[others], expected[others], rtol=2e-3, atol=1e-4)
+        assert (found[3] == 0).all()
+
+
+@pytest.mark.parametrize("beta", [1e-40, 1e-320, 1 - 2**-53])
+def test_the_smallest_shares(kernels, beta):
+    """Shares that fp32 does not hold: as good as 0, not NaN or infinite."""
+    for edges in (finite_rows(37, 16), impossible_rows(37, 16)):
+        loss, _, grad = rows(kernels, edges.student, edges.teacher, beta=beta)
+        none = torch.isneginf(edges.student).all(1) | torch.isneginf(edges.teacher).all(1)
+        assert loss[none].isnan().all() and grad[~none].isfinite().all()
+        assert (loss[~none].abs() < 1e-12).all() and (grad[~none].abs() < 1e-12).all()
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("beta", EDGE_BETAS)
+def test_rows_at_edges(kernels, beta, temperature):
+    """One and two tokens, one run, the borders of runs and of what the threads of a block take at once."""
+    small = [finite_rows(1, 1), finite_rows(2, 1)]
+    for edges in (*small, *(make(V, tile) for V, tile in ((37, 16), (600, 512)) for make in BOTH_KINDS)):
+        check_rows_at_edges(kernels, edges, beta, temperature)
+
+
+BOTH_KINDS = (finite_rows, impossible_rows)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "dtype"), [("store", torch.float16), ("recompute", torch.bfloat16), ("store", torch.float32)]
+)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("beta", EDGE_BETAS)
+def test_linear_at_edges(kernels, beta, temperature, schedule, dtype):
+    """Through tiles of the vocabulary or chunks of rows: evaluation, training, a loss per token."""
+    edges = finite_rows(300, 128)
+    stats = check_evaluation_at_edges(kernels, edges, beta, temperature, dtype)
+    for known in (None, stats):
+        check_training_at_edges(kernels, edges, beta, temperature, dtype, schedule, known)
+
+
+@pytest.mark.parametrize("temperature", [0.005, 1.0])
+@pytest.mark.parametrize("beta", BETAS)
+def test_biases_at_edges(kernels, beta, temperature):
+    check_biases_at_edges(kernels, 269, 128, beta, temperature)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_dtypes_of_rows(kernels, beta):
+    check_dtypes_of_rows(kernels, beta, itertools.product(DTYPES, repeat=2))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("schedule", ["store", "recompute"])
+def test_dtypes_of_linear(kernels, schedule, beta):
+    """All 81 of four operands; gradients, and where it differs no gradient."""
+    training = {"beta": beta, "schedule": schedule, "budget": 3 << 14}
+    setups = [training] if schedule == "store" else [training, training | {"wants": (False, False, False)}]
+    check_dtypes_of_linear(kernels, itertools.product(DTYPES, repeat=4), setups)
+
+
 class NoReadBack(TorchDispatchMode):
     """Refuses what would make the host wait for a GPU."""
 
@@ -356,11 +537,39 @@ def check_traffic(shim):
     test_traffic(shim, kernels_of(shim), 0.0)
 
 
+def check_edges(shim):
+    check_rows_at_edges(kernels_of(shim), finite_rows(37, 16), 0.0, 1.0)
+    check_rows_at_edges(kernels_of(shim), impossible_rows(37, 16), 0.0, 0.005)
+
+
+def check_finish(shim):
+    test_rows_of_a_finishing_block(shim, kernels_of(shim), 0.0, 129)
+
+
 REDUCE, STATE, TILES = "common/cuda_reduce.cuh", "kl_loss/row_state_cuda.cuh", "kl_loss/tiles_cuda.cuh"
 PAIRS, DIFFERS = "kl_loss/row_pairs_cuda.cuh", "Not equal to tolerance"
 BEGUN, BEGUN_SUMS = ") begun = load_fields<State>", ") begun = load_fields<MixtureSums>"
 MERGED = "  const State merged = row_state(pairs, begun, partial);\n"
 FAULTS = {  # name: the check, what is done to the source, what the failure must say
+    "digits of 1e4": (
+        check_edges,
+        Fault("kl_loss/divergence_cuda.cuh", "fabsf(max_s - max_t) > kApart", "max_s - max_t > 1e30f"),
+        "expected",
+    ),
+    "a part without mass and of infinite KL": (
+        check_edges,
+        Fault(STATE, "(p == 0.0f ? 0.0f : p * part.kl)", "p * part.kl"),
+        "expected",
+    ),
+    "last row of a finishing grid": (
+        check_finish,
+        Fault(
+            "kl_loss/linear_kl_loss_cuda.cu",
+            "(rows + kFinishThreads - 1) / kFinishThreads",
+            "(rows + kFinishThreads - 2) / kFinishThreads",
+        ),
+        "assert",
+    ),
     "masses of the parts left out": (
         check_tiles,
         Fault(STATE, "return kl_term(p, q, d) + (p ==", "return (p =="),

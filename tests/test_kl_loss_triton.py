@@ -62,6 +62,11 @@ FAULTS = {  # name: cases, fault, what the output says
         Fault(ROWS, "    if not FIRST:\n        max_s", "    if FIRST or not FIRST:\n        max_s"),
         "Not equal to tolerance",
     ),
+    "digits of 1e4": (
+        "rows_at_edges and 0.0-1.0",
+        Fault(MATH, "tl.abs(max_s - max_t) > APART", "tl.abs(max_s - max_t) > 1e30"),
+        "expected",
+    ),
     "splits that overlap": (
         "fused_statistics and 0.0",
         Fault(LINEAR, "tl.minimum(first + tiles_per_split,", "tl.minimum(first + tiles_per_split + 1,"),

@@ -18,7 +18,7 @@ def part_of(module: str) -> str:
     parts = module.split(".")[1:]
     if parts in ([], ["__main__"]):
         return "top"
-    if parts[0] in ("_native", "_workspace", "_backend", "pruning", "distillation"):
+    if parts[0] in ("_native", "_workspace", "_backend", "_tensors", "pruning", "distillation"):
         return parts[0]
     if parts == ["ops"]:
         return "ops"
@@ -34,11 +34,12 @@ def part_of(module: str) -> str:
 MAY_IMPORT = {
     "_native": set(),
     "_workspace": set(),
+    "_tensors": set(),
     "_backend": {"_native"},
     "ops": set(),
     "reference": set(),
     "kernel_triton": {"kernel_triton"},
-    "op": {"op", "reference", "kernel_triton", "_backend", "_workspace", "_native"},
+    "op": {"op", "reference", "kernel_triton", "_backend", "_workspace", "_native", "_tensors"},
     "pruning": {"pruning", "op"},
     "distillation": {"distillation", "op"},
     "top": {"_native", "_workspace", "_backend", "op", "pruning", "distillation"},

@@ -112,6 +112,14 @@ def test_the_report_names_every_op_and_backend(tmp_path):
     assert ("not loaded" in done.stdout) == (not _native.available())
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+def test_the_report_ends_quietly_where_its_reader_has_seen_enough(tmp_path):
+    """As `python -m minitron_kernels | head -1` does: no traceback."""
+    command = f'"{sys.executable}" -m minitron_kernels | true'
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == ""
+
+
 @pytest.mark.native
 def test_a_checkout_uses_the_extension_that_is_installed():
     code = "import minitron_kernels._native as n; print(n.__file__, n.location())"

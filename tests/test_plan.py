@@ -352,7 +352,8 @@ def test_impossible_budgets():
     with pytest.raises(ValueError, match="hidden_size must be from 1 to 64, got 65"):
         find_sizes(GQA, 1e6, fixed={"hidden_size": 65})
     with pytest.raises(ValueError, match=r"no sizes \['num_attention_heads'\] that go with the others"):
-        odd = dict(GQA, model_type="llama", hidden_size=61)
+        odd = dict(GQA, model_type="llama", hidden_size=61, tie_word_embeddings=False)
+        odd |= dict(attention_bias=False, mlp_bias=False)
         find_sizes(odd, 1e6, search=["num_attention_heads"])
     with pytest.raises(TypeError, match="params must be a number, got '8B'"):
         find_sizes(GQA, "8B")
@@ -522,6 +523,7 @@ def test_a_plan_is_read_as_written(name, order, tmp_path):
     assert PruningPlan.load(path) == merged
     assert merged.layers[0].heads.merged
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_saving_keeps_what_was_there_on_failure(tmp_path, monkeypatch):
@@ -579,7 +581,8 @@ def edit(data, where, value):
         ("target_config.hidden_size", 32, "hidden must keep 32 of 64, got 48 indices"),
         ("target_config.head_dim", 4, "target_config must have the head_dim of the source, 8, got 4"),
         ("target_config.model_type", "llama", "target_config.model_type must be 'mistral', got 'llama'"),
-        ("target_config.hidden_size", None, "target_config: the config has no hidden_size"),
+        # null is what transformers takes where the key is left out
+        ("target_config.hidden_size", None, "hidden must keep 4096 of 64, got 48 indices"),
         ("source_config.hidden_size", [64], "source_config: int() argument must be"),
         ("source_config.model_type", "gpt2", "source_config: config.model_type must be one of"),
         ("parameters.after", 1, "parameters must be {'before'"),
@@ -605,6 +608,23 @@ def test_a_wrong_file_says_where(where, value, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"{path}: ")) as error:
         PruningPlan.load(path)
     assert message in str(error.value)
+
+
+def test_merged_heads_that_cannot_be():
+    plan = plan_of(GQA, num_attention_heads=8)
+    data = plan.to_dict()
+    stays, follows = plan.layers[1].heads.query[:2]
+    goes, other = (min(set(range(i, i + 3)) - set(plan.layers[1].heads.query)) for i in (0, 3))
+    for pairs, message in (
+        ([f"{stays},{other}"], f"cannot merge {other} into {stays}: they have other keys"),
+        ([f"{stays},99"], f"cannot merge 99 into {stays}: they have other keys"),
+        ([f"{stays},{goes}", f"{follows},{goes}"], "cannot merge a head twice"),
+    ):
+        data["layers"][1]["merged_heads"] = pairs
+        with pytest.raises(ValueError, match=re.escape(f"layers[1].heads {message}")):
+            PruningPlan.from_dict(data)
+    data["layers"][1]["merged_heads"] = [f"{stays},{goes}"]
+    assert PruningPlan.from_dict(data).layers[1].heads.merged == ((stays, goes),)
 
 
 def test_no_json(tmp_path):

@@ -443,7 +443,6 @@ def test_a_plan_for_another_model():
         (tiny_model("llama", tie_word_embeddings=True), "with tie_word_embeddings False, got True"),
         (tiny_model("llama", intermediate_size=96), "plan is for a model of 80 mlp, got one of 96"),
         (tiny_model("llama", attention_bias=False), "no parameter 'model.layers.0.self_attn.q_proj.bias'"),
-        (model.model, "model has no parameter 'model.embed_tokens.weight'"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             prune_model(other, plan, in_place=True)
@@ -520,3 +519,40 @@ def test_a_gain_is_scaled_in_wide_arithmetic(dtype):
             ulp = torch.finfo(dtype).eps * expected.abs().clamp(min=2**-6)
             wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
             assert ((out.double() - expected).abs() <= ulp / 2 + 4 * wide).all()
+
+
+def test_cuts_by_name_in_order_of_importance():
+    """An expert's new number is its place among those that stay."""
+    config = tiny_model("mixtral").config
+    tables = random_tables(config)
+    tables["experts"] = {layer: torch.tensor([1.0, 0.0, 3.0, 2.0]) for layer in range(3)}
+    plan = make_plan(tables, config, num_local_experts=3, order="importance")
+    stem = "model.layers.1.block_sparse_moe.experts"
+    cuts = [Cuts(plan).of(f"{stem}.{expert}.w1.weight", stored=True) for expert in range(4)]
+    assert [cut and cut.name for cut in cuts] == [
+        f"{stem}.2.w1.weight",
+        None,
+        f"{stem}.0.w1.weight",
+        f"{stem}.1.w1.weight",
+    ]
+    assert cuts[0].unchanged and not dataclasses.replace(cuts[0], factor=2.0).unchanged
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_means_of_heads_are_taken_in_wide_arithmetic(dtype):
+    """One rounding to the dtype: a sum of four heads in bfloat16 would round three times more."""
+    config = tiny_model("llama", num_attention_heads=8, num_key_value_heads=4).config
+    tables = random_tables(config)
+    plan = make_plan(tables, config, num_key_value_heads=1, kv_heads="merge", hidden_size=32, divisor=16)
+    generator = torch.Generator().manual_seed(1)
+    for name, shape in (("weight", (64, 48)), ("bias", (64,))):
+        heads = torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+        out = Cuts(plan).of(f"model.layers.1.self_attn.k_proj.{name}").apply(heads)
+        kept = heads.double()[:, list(plan.hidden)] if name == "weight" else heads.double()
+        terms = kept.unflatten(0, (4, 16))
+        expected = terms.mean(0)
+        wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        error = (out.double() - expected).abs()
+        assert out.dtype == dtype
+        rounding = torch.finfo(dtype).eps / 2 * expected.abs()
+        assert (error <= 1.001 * rounding + 4 * wide * terms.abs().sum(0)).all()

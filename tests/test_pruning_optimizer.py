@@ -51,7 +51,7 @@ def cut_by_hand(name, value):
     if name in ("0.weight", "0.bias"):  # a factor of Adafactor has one row or one column
         return value[KEEP] if value.dim() and value.shape[0] == HIDDEN else value
     if name == "2.weight":
-        return value[:, KEEP] if value.dim() and value.shape[1] == HIDDEN else value
+        return value[..., KEEP] if value.dim() and value.shape[-1] == HIDDEN else value
     return value
 
 
@@ -64,7 +64,16 @@ OPTIMIZERS = {
     "plain SGD": lambda params: torch.optim.SGD(params, lr=1e-2),
     "Adafactor": lambda params: torch.optim.Adafactor(params, lr=1e-2),
     "ASGD": lambda params: torch.optim.ASGD(params, lr=1e-2),
+    "Adafactor of transformers": lambda params: adafactor(params),
+    "Adafactor of transformers with moments": lambda params: adafactor(params, beta1=0.9),
 }
+
+
+def adafactor(params, **options):
+    """Factors without the axis that they are means over; [C] of a matrix [R, C]."""
+    from transformers.optimization import Adafactor
+
+    return Adafactor(params, lr=1e-2, relative_step=False, scale_parameter=True, **options)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -94,6 +103,76 @@ def test_training_goes_on(name):
         assert torch.equal(a, b), key
         assert not torch.equal(a, c), key
     assert len(optimizer.state) <= 4 and optimizer.state_dict()["state"].keys() == state["state"].keys()
+
+
+@pytest.mark.parametrize("name", ["Adam", "Adafactor", "Adafactor of transformers"])
+@pytest.mark.parametrize("width", [6, 7])  # as wide as high: a factor's name tells its axis
+def test_stacked_experts(name, width):
+    """Each expert's rows and columns; the state of those that stay, in their new order."""
+    torch.manual_seed(2)
+    stack = torch.nn.Parameter(torch.randn(4, 6, width))
+    optimizer = OPTIMIZERS[name]([stack])
+    for _ in range(2):
+        stack.grad = torch.randn_like(stack)
+        optimizer.step()
+    rows = {3: torch.tensor([0, 2, 5]), 1: torch.tensor([1, 3, 4])}
+    cols = (
+        {3: torch.tensor([5, 1]), 1: None}
+        if width == 2
+        else {3: torch.tensor([5, 1]), 1: torch.tensor([0, 4])}
+    )
+    kept = [(expert, rows[expert], cols[expert]) for expert in (3, 1)]
+
+    def by_hand(value, row=True, col=True):
+        parts = []
+        for expert, row_index, col_index in kept:
+            part = value[expert]
+            part = part[row_index] if row else part
+            parts.append(part[..., col_index] if col else part)
+        return torch.stack(parts)
+
+    new = torch.nn.Parameter(by_hand(stack.detach()))
+    before = copy.deepcopy(dict(optimizer.state[stack]))
+    mk.gather_optimizer_state_(optimizer, [mk.ParameterReplacement(stack, new, experts=kept)])
+    state = optimizer.state[new]
+    cuts = {
+        "row_var": dict(col=False),  # [E, R, 1]
+        "exp_avg_sq_row": dict(col=False),  # [E, R]
+        "col_var": dict(row=False),  # [E, 1, C]
+        "exp_avg_sq_col": dict(row=False),  # [E, C]
+    }
+    checked = 0
+    for key, value in before.items():
+        if isinstance(value, torch.Tensor) and value.numel() > 1:
+            assert torch.equal(state[key], by_hand(value, **cuts.get(key, {}))), key
+            checked += 1
+        else:
+            assert state[key] == value
+    assert checked == 2
+    new.grad = torch.randn_like(new)
+    optimizer.step()
+    with pytest.raises(ValueError, match="experts must name some of 2, each once, got \\[0, 0\\]"):
+        twice = [(0, None, None), (0, None, None)]
+        mk.gather_optimizer_state_(optimizer, [mk.ParameterReplacement(new, stack, experts=twice)])
+    with pytest.raises(ValueError, match="experts are of a stack"):
+        mk.gather_optimizer_state_(optimizer, [(new, stack, torch.tensor([0]), None, twice[:1])])
+
+
+def test_a_square_factor_without_a_telling_name():
+    weight = torch.nn.Parameter(torch.randn(5, 5))
+    optimizer = torch.optim.AdamW([weight])
+    rows = torch.tensor([4, 0])
+    new = gathered(weight, rows, None)
+    optimizer.state[weight] = {"factor": torch.rand(5)}
+    with pytest.raises(
+        ValueError, match=r"'factor' has shape \(5,\), which a parameter of \(5, 5\) does not"
+    ):
+        mk.gather_optimizer_state_(optimizer, [(weight, new, rows)])
+    state = {"sq_row": torch.rand(5), "sq_col": torch.rand(5)}
+    optimizer.state[weight] = dict(state)
+    mk.gather_optimizer_state_(optimizer, [(weight, new, rows)])
+    assert torch.equal(optimizer.state[new]["sq_row"], state["sq_row"][rows])
+    assert torch.equal(optimizer.state[new]["sq_col"], state["sq_col"])
 
 
 def test_master_weights_and_groups():
@@ -164,7 +243,8 @@ def test_state_that_is_not_understood():
     plan = [one for _, _, one in replacements_of(model, KEEP)]
     optimizer = torch.optim.Adam(model.parameters())
     for state, error, message in (
-        ({"factor": torch.zeros(3)}, ValueError, r"state 'factor' has shape \(3,\)"),
+        ({"factor": torch.zeros(7)}, ValueError, r"state 'factor' has shape \(7,\)"),
+        ({"moment": torch.zeros(2, HIDDEN)}, ValueError, r"state 'moment' has shape \(2, 24\)"),
         ({"history": []}, TypeError, "state 'history' must be a tensor or a number, got list"),
     ):
         optimizer.state[plan[-1].old] = state

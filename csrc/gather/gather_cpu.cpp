@@ -132,8 +132,10 @@ void dispatch_width(int64_t width, F&& f) {
       return f(uint32_t{});
     case 8:
       return f(uint64_t{});
-    default:
+    case 16:
       return f(Bytes16{});
+    default:
+      STD_TORCH_CHECK(false, "weight's elements must have 1, 2, 4, 8 or 16 bytes, got ", width);
   }
 }
 

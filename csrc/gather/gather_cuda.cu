@@ -75,8 +75,11 @@ void gather_channels_cuda(Tensor out, Tensor weight, std::optional<Tensor> rows,
     case 8:
       launch<uint64_t>(scope, call);
       break;
-    default:
+    case 16:
       launch<uint4>(scope, call);
+      break;
+    default:
+      STD_TORCH_CHECK(false, "weight's elements must have 1, 2, 4, 8 or 16 bytes, got ", call.width);
   }
   scope.check("gather_channels_");
 }

@@ -1,4 +1,6 @@
 // One row by its plan: runs copied, blocks shuffled out of windows of the row, the rest element by element.
+#include <stdexcept>
+
 #include "common/stream.h"
 #include "common/vec.h"
 #include "gather/gather_cpu.h"
@@ -21,6 +23,36 @@ struct Words {
   static void store(char* p, V v) { _mm512_storeu_si512(p, v); }
   static void stream(char* p, V v) { _mm512_stream_si512(reinterpret_cast<V*>(p), v); }
 };
+using Wide = Words;
+#elif MINITRON_VECTOR_BYTES == 64
+// The same word by word, so that its plans are tested on CPUs without AVX-512.
+struct Words {
+  static constexpr ShuffleShape kShape{64, 128, 2};
+  struct V {
+    uint16_t word[32];
+  };
+  static V shuffle(const Step& step, const uint8_t* lanes, const char* row) {
+    V out = {};
+    for (int i = 0; i < 32; ++i) {
+      uint16_t lane;
+      std::memcpy(&lane, lanes + 2 * i, 2);
+      if (step.filled >> i & 1) std::memcpy(&out.word[i], row + step.from + 2 * (lane % 64), 2);
+    }
+    return out;
+  }
+  static V merge(V a, const V& b) {
+    for (int i = 0; i < 32; ++i) a.word[i] |= b.word[i];
+    return a;
+  }
+  static void store(char* p, const V& v) { std::memcpy(p, v.word, sizeof(v)); }
+  static void stream(char* p, const V& v) {
+    stream_lines(p, reinterpret_cast<const char*>(v.word), sizeof(v));
+  }
+};
+using Wide = Words;
+#else
+struct Bytes;
+using Wide = Bytes;
 #endif
 
 #if defined(__SSSE3__)
@@ -41,12 +73,6 @@ struct Bytes {
 struct Bytes {
   static constexpr ShuffleShape kShape{16, 0, 1};
 };
-#endif
-
-#if defined(__AVX512BW__)
-using Wide = Words;
-#else
-using Wide = Bytes;
 #endif
 
 void encode(const ShuffleShape& shape, const uint8_t* source_of, Step* step, uint8_t* lanes) {
@@ -125,8 +151,11 @@ void make_row(const GatherPlan& plan, const char* source, char* out) {
         case 8:
           elements<8, kStream>(cols, n, source, to);
           break;
-        default:
+        case 16:
           elements<16, kStream>(cols, n, source, to);
+          break;
+        default:
+          throw std::logic_error("a plan is of elements of 1, 2, 4, 8 or 16 bytes");
       }
     } else if constexpr (Isa::kShape.window > 0) {
       const Step* step = plan.steps.data() + segment.first;
@@ -145,6 +174,8 @@ void make_row(const GatherPlan& plan, const char* source, char* out) {
         default:
           shuffle<Isa, 0, kStream>(step, lanes, segment.steps, source, to, end);
       }
+    } else {
+      throw std::logic_error("a plan has shuffles at a SIMD level without any");
     }
   }
 }

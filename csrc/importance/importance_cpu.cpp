@@ -55,9 +55,9 @@ Sequences sequences_of(const Tensor& x, const std::optional<Tensor>& cu_seqlens)
 // The widest blocks that keep the threads busy, but for an eighth, since long rows are read faster than short
 // ones. Channels begin at multiples of 64, so that each meets the same instructions whatever block it is in;
 // heads lie in whole vectors anyway. So the number of threads changes no bit.
-int64_t block_of(int64_t sequences, int64_t values, int64_t head_dim, int64_t threads) {
-  const int64_t most = head_dim ? kMaxHeads : kMaxBlock, unit = head_dim ? 1 : 64;
-  const int64_t least = head_dim ? ceil_div(256, head_dim) : 256;
+int64_t block_of(int64_t sequences, int64_t values, bool heads, int64_t head_dim, int64_t threads) {
+  const int64_t most = heads ? kMaxHeads : kMaxBlock, unit = heads ? 1 : 64;
+  const int64_t least = ceil_div(256, std::max<int64_t>(1, head_dim));
   int64_t blocks = std::max<int64_t>(1, ceil_div(values, most));
   const auto busy = [&] {
     const int64_t tasks = sequences * blocks;
@@ -76,7 +76,8 @@ std::tuple<Tensor, Tensor> importance_moments(Tensor x, std::optional<Tensor> ma
   STD_TORCH_CHECK(kinds >= 1 && kinds <= 7, "kinds must be in 1..7, got ", kinds);
   STD_TORCH_CHECK(C <= 1 || x.stride(-1) == 1, "x must have stride 1 in its last dimension");
   STD_TORCH_CHECK(num_heads >= 0 && (num_heads == 0 || C % num_heads == 0), "num_heads must divide ", C);
-  const int64_t head_dim = num_heads ? C / num_heads : 0, M = num_heads ? num_heads : C;
+  const bool heads = num_heads > 0;
+  const int64_t head_dim = heads ? C / num_heads : 1, M = heads ? num_heads : C;
   const uint8_t* counted = mask_of(mask, cu_seqlens ? x.size(0) : B * sequences.length);
 
   Tensor moments = torch::stable::new_empty(x, {planes_of(kinds), B, M}, ScalarType::Float);
@@ -87,20 +88,21 @@ std::tuple<Tensor, Tensor> importance_moments(Tensor x, std::optional<Tensor> ma
   const int64_t sequence_stride = cu_seqlens ? 0 : x.stride(0) * width;
   // without values there still are tokens to count
   const int64_t threads = threads_for(x.numel() * width);
-  const int64_t block = block_of(B, M, head_dim, threads);
+  const int64_t block = block_of(B, M, heads, head_dim, threads);
   const int64_t blocks = std::max<int64_t>(1, ceil_div(M, block));
-  const int64_t scratch_bytes = round_up(moments_scratch(kinds, block, num_heads > 0), 64);
+  const int64_t scratch_bytes = round_up(moments_scratch(kinds, block, heads), 64);
   const auto scratch = std::make_unique_for_overwrite<char[]>(threads * scratch_bytes);
   const auto kernel = importance_kernels().moments;
   parallel_tasks(B * blocks, threads, [&](int64_t task, int64_t slot) {
     const int64_t b = task / blocks, m = task % blocks * block, begin = sequences.begin(b);
     const char* first = static_cast<const char*>(x.const_data_ptr()) +
                         (cu_seqlens ? begin * token_stride : b * sequence_stride);
-    const int64_t tokens = kernel({.x = first + m * (head_dim ? head_dim : 1) * width,
+    const int64_t tokens = kernel({.x = first + m * head_dim * width,
                                    .stride = token_stride,
                                    .mask = counted ? counted + begin : nullptr,
                                    .tokens = sequences.tokens(b),
                                    .values = std::min(block, M - m),
+                                   .heads = heads,
                                    .head_dim = head_dim,
                                    .moments = out + b * M + m,
                                    .plane_stride = B * M},
@@ -121,8 +123,9 @@ Tensor importance_rows(Tensor x, std::optional<Tensor> y) {
   parallel_tasks(ceil_div(a.rows, per_task), threads_for((y ? 2 : 1) * x.numel() * width),
                  [&](int64_t task, int64_t) {
                    const int64_t first = task * per_task;
-                   kernel({.x = a.row(first),
-                           .y = y ? b.row(first) : nullptr,
+                   kernel({.pair = y.has_value(),
+                           .x = a.row(first),
+                           .y = b.row(first),
                            .x_stride = a.ld * width,
                            .y_stride = b.ld * width,
                            .rows = std::min(a.rows - first, per_task),

@@ -23,7 +23,8 @@ struct MomentsTask {
   const uint8_t* mask;   // of token 0, or nullptr
   int64_t tokens;        // to look at
   int64_t values;        // M of this block, at most kMaxBlock, of heads kMaxHeads
-  int64_t head_dim;      // elements per value; 0: a value is a channel
+  bool heads;            // a value is the norm of a head, else it is a channel
+  int64_t head_dim;      // elements of a head; 1 for channels
   float* moments;        // out: plane 0 of the block
   int64_t plane_stride;  // elements
 };
@@ -35,9 +36,10 @@ inline int64_t moments_scratch(int64_t kinds, int64_t values, bool heads) {
          (planes_of(kinds) * (sizeof(double) + sizeof(float)) + (heads ? kGroup * sizeof(float) : 0));
 }
 
-// ||x||, or with y 1 - cos(x, y), of each row.
+// ||x|| of each row, or of a pair 1 - cos(x, y).
 struct RowsTask {
-  const char *x, *y;           // y: or nullptr
+  bool pair;  // not told by y: rows of nothing have no address
+  const char *x, *y;
   int64_t x_stride, y_stride;  // bytes from a row to the next
   int64_t rows, n;             // n elements each
   float* out;                  // [rows]

@@ -15,6 +15,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kMostBlocks = std::numeric_limits<int>::max();
+// Less what a block of channels reaches beyond the last: Lane counts in int.
+constexpr int64_t kMostChannels = kMostBlocks - kPieceThreads * 16;
 constexpr int64_t kLeastTokens = 32;     // of a piece
 constexpr int64_t kEnoughBlocks = 1024;  // about two waves of an H100: pieces are as long as this allows
 
@@ -91,7 +93,7 @@ std::tuple<Tensor, Tensor> importance_moments_cuda(Tensor x, const std::optional
   const int64_t C = x.size(-1), S = x.size(-2), B = cu_seqlens ? cu_seqlens->size(0) - 1 : x.size(0);
   STD_TORCH_CHECK(kinds >= 1 && kinds <= 7, "kinds must be in 1..7, got ", kinds);
   STD_TORCH_CHECK(C <= 1 || x.stride(-1) == 1, "x must have stride 1 in its last dimension");
-  STD_TORCH_CHECK(C <= kMostBlocks, "x has more than 2^31 - 1 channels");
+  STD_TORCH_CHECK(C <= kMostChannels, "x must have at most ", kMostChannels, " channels, got ", C);
   STD_TORCH_CHECK(num_heads >= 0 && (num_heads == 0 || C % num_heads == 0), "num_heads must divide ", C);
   if (mask) {
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() &&

@@ -16,6 +16,7 @@
 
 #include "common/cuda_reduce.cuh"
 #include "common/cuda_vec.cuh"
+#include "importance/cosine.h"
 #include "importance/kinds.h"
 
 namespace minitron::cuda {
@@ -297,8 +298,24 @@ struct Rows {
 };
 
 struct Products {
-  float xx, xy, yy;
+  float xx, xy, yy, xd, dd;  // d = y - x
 };
+
+template <bool kPair>
+__device__ __forceinline__ void add_products(Products& sums, float x, float y) {
+  sums.xx = fmaf(x, x, sums.xx);
+  if constexpr (kPair) {
+    const float d = y - x;
+    sums.xy = fmaf(x, y, sums.xy);
+    sums.yy = fmaf(y, y, sums.yy);
+    sums.xd = fmaf(x, d, sums.xd);
+    sums.dd = fmaf(d, d, sums.dd);
+  }
+}
+
+__device__ __forceinline__ Products together(const Products& p, const Products& q) {
+  return {p.xx + q.xx, p.xy + q.xy, p.yy + q.yy, p.xd + q.xd, p.dd + q.dd};
+}
 
 template <bool kPair, typename T>
 __global__ void __launch_bounds__(kRowThreads)
@@ -309,7 +326,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const int lane = threadIdx.x % lanes;
   const unsigned token = row / rows.heads, b = token / rows.tokens;
   const bool active = row < rows.rows && (rows.mask == nullptr || load_scalar<true>(rows.mask + token));
-  float xx[kRun] = {}, xy[kRun] = {}, yy[kRun] = {};
+  Products sums[kRun] = {};
   if (active) {
     const T* x = rows.x + b * rows.stride_b + (token - b * rows.tokens) * rows.stride_t +
                  static_cast<int64_t>(row - token * rows.heads) * rows.width;
@@ -323,35 +340,24 @@ __global__ void __launch_bounds__(kRowThreads)
       if constexpr (kPair) load_run(y + split.run_start(run), y_aligned, w);
 #pragma unroll
       for (int j = 0; j < kRun; ++j) {
-        xx[j] = fmaf(v[j], v[j], xx[j]);
-        if constexpr (kPair) xy[j] = fmaf(v[j], w[j], xy[j]), yy[j] = fmaf(w[j], w[j], yy[j]);
+        add_products<kPair>(sums[j], v[j], kPair ? w[j] : 0.0f);
       }
     }
     for (int i = lane; i < split.rest; i += lanes) {
       const int column = split.rest_index(i);
       const float v = to_float(load_scalar<true>(x + column));
-      xx[0] = fmaf(v, v, xx[0]);
-      if constexpr (kPair) {
-        const float w = to_float(load_scalar<true>(y + column));
-        xy[0] = fmaf(v, w, xy[0]);
-        yy[0] = fmaf(w, w, yy[0]);
-      }
+      add_products<kPair>(sums[0], v, kPair ? to_float(load_scalar<true>(y + column)) : 0.0f);
     }
   }
   Products sum = {};
 #pragma unroll
-  for (int j = 0; j < kRun; ++j) sum.xx += xx[j], sum.xy += xy[j], sum.yy += yy[j];
-  sum = warp_reduce(
-      sum,
-      [](const Products& p, const Products& q) { return Products{p.xx + q.xx, p.xy + q.xy, p.yy + q.yy}; },
-      lanes);
+  for (int j = 0; j < kRun; ++j) sum = together(sum, sums[j]);
+  sum = warp_reduce(sum, together, lanes);
   if (!active || lane > 0) return;
   float result = sqrtf(sum.xx);
   if constexpr (kPair) {
-    const float norms = result * sqrtf(sum.yy);
-    const float distance = (norms - sum.xy) / norms;
-    // below 0 by rounding only; a NaN stays one
-    result = norms == 0.0f ? 1.0f : distance < 0.0f ? 0.0f : distance;
+    const double norms = sqrt(static_cast<double>(sum.xx)) * sqrt(static_cast<double>(sum.yy));
+    result = static_cast<float>(cosine_distance({sum.xx, sum.xy, sum.yy, sum.xd, sum.dd}, norms));
   }
   store_scalar(out + row, result);
 }

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "common/vec.h"
+#include "importance/cosine.h"
 #include "importance/importance_cpu.h"
 
 namespace minitron::MINITRON_SIMD {
@@ -137,34 +138,29 @@ class Sums {
   float* chain_;
 };
 
-template <size_t kN>
-V chains(const V (&parts)[kN]) {
-  V sum = parts[0];
-  for (size_t j = 1; j < kN; ++j) sum += parts[j];
-  return sum;
-}
-
-template <typename T, int kBytes>
+template <int kBytes>
 struct LanesOf {
-  typedef T type __attribute__((vector_size(kBytes)));
+  typedef float type __attribute__((vector_size(kBytes)));
 };
 
 // Halves of a vector in registers, not lane by lane: a head has as few as 64 elements, so what follows its
 // products counts as much as they do.
-template <typename T, int kBytes>
-T tree(const typename LanesOf<T, kBytes>::type& v) {  // by reference: no ABI has vectors this long
-  if constexpr (kBytes == 2 * sizeof(T)) {
+template <int kBytes>
+float tree(const typename LanesOf<kBytes>::type& v) {  // by reference: no ABI has vectors this long
+  if constexpr (kBytes == 2 * sizeof(float)) {
     return v[0] + v[1];
   } else {
-    typename LanesOf<T, kBytes / 2>::type half[2];
+    typename LanesOf<kBytes / 2>::type half[2];
     std::memcpy(&half, &v, sizeof(v));
-    return tree<T, kBytes / 2>(half[0] + half[1]);
+    return tree<kBytes / 2>(half[0] + half[1]);
   }
 }
 
-double lanes_as_double(V v) {
-  constexpr int kBytes = 2 * MINITRON_VECTOR_BYTES;
-  return tree<double, kBytes>(__builtin_convertvector(v, typename LanesOf<double, kBytes>::type));
+template <size_t kN>
+float sum_of(const V (&parts)[kN]) {
+  V sum = parts[0];
+  for (size_t j = 1; j < kN; ++j) sum += parts[j];
+  return tree<MINITRON_VECTOR_BYTES>(sum);
 }
 
 // f(vectors...) over the vectors of x (and y) [n], kN at a time so that as many chains hide the additions'
@@ -192,22 +188,22 @@ template <typename T>
 float norm(const T* x, int64_t n, int64_t ahead) {
   V square[4] = {};
   each_vector<4>(x, static_cast<const T*>(nullptr), n, ahead, [&](int64_t j, V a, V) { square[j] += a * a; });
-  return std::sqrt(tree<float, MINITRON_VECTOR_BYTES>(chains(square)));
+  return std::sqrt(sum_of(square));
 }
 
-// 1 - cos(x, y): lanes in fp32, what follows in double, for a block turns its input little.
 template <typename T>
 float distance(const T* x, const T* y, int64_t n, int64_t ahead) {
-  V xx[2] = {}, xy[2] = {}, yy[2] = {};
+  V xx[2] = {}, xy[2] = {}, yy[2] = {}, xd[2] = {}, dd[2] = {};
   each_vector<2>(x, y, n, ahead, [&](int64_t j, V a, V b) {
+    const V d = b - a;
     xx[j] += a * a;
     xy[j] += a * b;
     yy[j] += b * b;
+    xd[j] += a * d;
+    dd[j] += d * d;
   });
-  const double norms = std::sqrt(lanes_as_double(chains(xx))) * std::sqrt(lanes_as_double(chains(yy)));
-  if (norms == 0) return 1.0f;
-  const double distance = (norms - lanes_as_double(chains(xy))) / norms;
-  return distance < 0 ? 0.0f : float(distance);  // rounding; a NaN stays one
+  const double norms = std::sqrt(double(sum_of(xx))) * std::sqrt(double(sum_of(yy)));
+  return float(cosine_distance({sum_of(xx), sum_of(xy), sum_of(yy), sum_of(xd), sum_of(dd)}, norms));
 }
 
 // Hardware prefetchers stop at the end of a page. Long rows are read on beyond it; of short ones, or pieces
@@ -221,16 +217,16 @@ int64_t bytes_ahead(int64_t row_bytes, int64_t stride) {
 template <int64_t kKinds, typename T>
 int64_t moments(const MomentsTask& task, void* scratch) {
   // norms of heads lie in whole vectors, for there are few of them
-  const int64_t lanes = task.head_dim ? round_up(task.values, kL) : task.values;
-  const int64_t row_bytes = task.values * std::max<int64_t>(1, task.head_dim) * sizeof(T);
+  const int64_t lanes = task.heads ? round_up(task.values, kL) : task.values;
+  const int64_t row_bytes = task.values * task.head_dim * sizeof(T);
   const int64_t ahead = bytes_ahead(row_bytes, task.stride);
-  Sums<kKinds> sums(scratch, lanes, task.head_dim ? 0 : ahead);
+  Sums<kKinds> sums(scratch, lanes, task.heads ? 0 : ahead);
   float* norms = sums.scratch_end();
-  if (task.head_dim) std::fill_n(norms, kGroup * lanes, 0.0f);
+  if (task.heads) std::fill_n(norms, kGroup * lanes, 0.0f);
   const T* rows[kGroup];
   int64_t n = 0;
   const auto add = [&] {
-    if (task.head_dim == 0) return sums.add(rows, n);
+    if (!task.heads) return sums.add(rows, n);
     const float* heads[kGroup];
     for (int64_t r = 0; r < n; ++r) {
       float* out = norms + r * lanes;
@@ -258,16 +254,8 @@ void rows(const RowsTask& task) {
   for (int64_t r = 0; r < task.rows; ++r) {
     const T* x = row(task.x, task.x_stride, r);
     task.out[r] =
-        task.y ? distance(x, row(task.y, task.y_stride, r), task.n, kAhead) : norm(x, task.n, kAhead);
+        task.pair ? distance(x, row(task.y, task.y_stride, r), task.n, kAhead) : norm(x, task.n, kAhead);
   }
-}
-
-// f(element) for the storage types that are read as float.
-template <typename F>
-auto dispatch_narrow(DType dtype, F&& f) {
-  if (dtype == DType::kBFloat16) return f(bf16{});
-  if (dtype == DType::kFloat16) return f(f16{});
-  return f(float{});
 }
 
 }  // namespace
@@ -275,13 +263,15 @@ auto dispatch_narrow(DType dtype, F&& f) {
 const ImportanceKernels& importance_kernels() {
   static const ImportanceKernels table{
       [](const MomentsTask& task, DType dtype, int64_t kinds, void* scratch) {
-        return dispatch_narrow(dtype, [&](auto element) {
-          return dispatch_kinds(
+        int64_t tokens = 0;
+        dispatch_readable<float>(dtype, [&](auto element) {
+          tokens = dispatch_kinds(
               kinds, [&](auto constant) { return moments<constant(), decltype(element)>(task, scratch); });
         });
+        return tokens;
       },
       [](const RowsTask& task, DType dtype) {
-        dispatch_narrow(dtype, [&](auto element) { rows<decltype(element)>(task); });
+        dispatch_readable<float>(dtype, [&](auto element) { rows<decltype(element)>(task); });
       }};
   return table;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 #include <type_traits>
 
 namespace minitron {
@@ -28,8 +29,10 @@ auto dispatch_kinds(int64_t kinds, F&& f) {
       return f(std::integral_constant<int64_t, 5>{});
     case 6:
       return f(std::integral_constant<int64_t, 6>{});
-    default:
+    case 7:
       return f(std::integral_constant<int64_t, 7>{});
+    default:
+      throw std::logic_error("kinds must be in 1..7");
   }
 }
 

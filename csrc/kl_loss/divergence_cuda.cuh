@@ -1,7 +1,7 @@
 // What one pair of logits adds to a row's loss and gradient, in fp32 registers: forward KL, reverse KL and
 // generalised JSD, shared by the kernels on rows of logits and the kernels on tiles of linear_kl_loss.
 //
-//   s, t: transformed logits (scale, softcap, temperature)     d = lt - ls = (t - s) + (lse_s - lse_t)
+//   s, t: transformed logits (scale, softcap, temperature)     d = lt - ls, the log-ratio of a token
 //
 // Every loss term is p_X (log p_X - log p_Y) + p_Y - p_X >= 0, whose extra parts sum to 0 over the
 // vocabulary: nothing cancels in the sum. Near d = 0, where student and teacher agree, a term is p (d +
@@ -10,6 +10,7 @@
 // of a difference from the row's maximum, so x <= 0.
 #pragma once
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 
@@ -20,7 +21,8 @@ namespace minitron::cuda {
 enum class KlKind { kForward, kReverse, kJsd };
 
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kNear = 0.5f;  // |d| below which the series holds to 1e-7
+constexpr float kNear = 0.5f;    // |d| below which the series holds to 1e-7
+constexpr float kApart = 16.0f;  // maxima further apart than this are taken off before logits are subtracted
 
 __device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * kLog2E); }
 __device__ __forceinline__ bool impossible(float logit) { return logit == -INFINITY; }
@@ -105,21 +107,43 @@ struct OnlineSum {
   }
 };
 
+// Where a row's logits are measured from before those of student and teacher are subtracted. From 0 where the
+// maxima lie close: the difference of two like numbers is exact, and a small log-ratio keeps all its digits.
+// From each side's own maximum where they lie far apart, as after -1e4 in a whole stretch of one model's
+// logits: t - s would be rounded to the digits of 1e4. Where a side has no possible token there is no
+// log-ratio.
+struct Zeros {
+  float s, t;
+
+  static __device__ __forceinline__ Zeros of(float max_s, float max_t) {
+    const bool apart = fabsf(max_s - max_t) > kApart;
+    return {apart ? max_s : 0.0f, apart ? max_t : 0.0f};
+  }
+  // t - s, but for a constant of the row
+  __device__ __forceinline__ float difference(float s_logit, float t_logit) const {
+    return (t_logit - t) - (s_logit - s);
+  }
+};
+
 // What the loss and the gradient need to know of a whole row; as stored in stats [N, 6].
 struct RowStats {
   float max_s, inv_sum_s, max_t, inv_sum_t;
-  float gap;  // lse_s - lse_t
-  float kl;   // KL(S || T) for reverse KL, KL(S || M) for JSD
+  float log_sums;  // log (sum_s / sum_t)
+  float kl;        // KL(S || T) for reverse KL, KL(S || M) for JSD
 
   static constexpr int kFields = 6;
 
   // A row impossible throughout has sum 0 and becomes NaN everywhere, as a softmax of it is.
   static __device__ __forceinline__ RowStats of(const OnlineSum& s, const OnlineSum& t) {
-    return {s.max, 1.0f / s.sum, t.max, 1.0f / t.sum, (s.max - t.max) + logf(s.sum / t.sum), 0.0f};
+    return {s.max, 1.0f / s.sum, t.max, 1.0f / t.sum, logf(s.sum / t.sum), 0.0f};
   }
   __device__ __forceinline__ float prob_s(float s) const { return exp_approx(s - max_s) * inv_sum_s; }
   __device__ __forceinline__ float prob_t(float t) const { return exp_approx(t - max_t) * inv_sum_t; }
-  __device__ __forceinline__ float log_ratio(float s, float t) const { return (t - s) + gap; }
+  // lt - ls
+  __device__ __forceinline__ float log_ratio(float s, float t) const {
+    const Zeros zeros = Zeros::of(max_s, max_t);  // the row's, as is what is added: found once
+    return zeros.difference(s, t) + (log_sums - zeros.difference(max_s, max_t));
+  }
 };
 
 // d + exp(-d) - 1 for |d| < kNear
@@ -151,6 +175,15 @@ __device__ __forceinline__ float kl_term(float p_x, float p_y, float d) {
   return (p_x == 0.0f ? 0.0f : p_x * d) + (p_y - p_x);
 }
 
+// M = teacher T + student S, the mixture of JSD. Both are kept: 1 - beta in fp32 would be 0 next to 1.
+struct Shares {
+  float teacher, student;
+
+  Shares() = default;
+  explicit Shares(double beta)
+      : teacher(std::max(static_cast<float>(beta), FLT_MIN)), student(static_cast<float>(1.0 - beta)) {}
+};
+
 // JSD's two halves, summed over the vocabulary.
 struct MixtureSums {
   float teacher;  // KL(T || M)
@@ -162,7 +195,9 @@ struct MixtureSums {
   __device__ __forceinline__ MixtureSums merged(const MixtureSums& other) const {
     return {teacher + other.teacher, student + other.student};
   }
-  __device__ __forceinline__ float loss(float beta) const { return beta * teacher + (1.0f - beta) * student; }
+  __device__ __forceinline__ float loss(const Shares& shares) const {
+    return shares.teacher * teacher + shares.student * student;
+  }
 };
 
 template <KlKind kKind>
@@ -171,7 +206,7 @@ struct PairTerms;
 template <>
 struct PairTerms<KlKind::kForward> {
   // d loss / d s = p_s - p_t, for a possible token
-  static __device__ __forceinline__ float grad(float s, float t, const RowStats& row, float) {
+  static __device__ __forceinline__ float grad(float s, float t, const RowStats& row, const Shares&) {
     const float d = row.log_ratio(s, t), p_t = row.prob_t(t);
     if (fabsf(d) < kNear) return p_t * (bregman_near(d) - d);  // p_t expm1(-d)
     return row.prob_s(s) - p_t;
@@ -181,50 +216,74 @@ struct PairTerms<KlKind::kForward> {
 template <>
 struct PairTerms<KlKind::kReverse> {
   // p_s (ls - lt - kl)
-  static __device__ __forceinline__ float grad(float s, float t, const RowStats& row, float) {
+  static __device__ __forceinline__ float grad(float s, float t, const RowStats& row, const Shares&) {
     const float p_s = row.prob_s(s);
     return p_s == 0.0f ? 0.0f : p_s * (-row.log_ratio(s, t) - row.kl);
   }
 };
 
-// M = beta T + (1 - beta) S, loss = beta KL(T || M) + (1 - beta) KL(S || M), 0 < beta < 1.
+// loss = share_t KL(T || M) + share_s KL(S || M)
 template <>
 struct PairTerms<KlKind::kJsd> {
-  static __device__ __forceinline__ float log_ratio(float s, float t, const RowStats& row) {
-    return impossible(s) && impossible(t) ? 0.0f : row.log_ratio(s, t);
+  static __device__ __forceinline__ MixtureSums loss(float s, float t, const RowStats& row,
+                                                     const Shares& shares) {
+    const Mixed pair(s, t, row, shares);
+    const float p = pair.teacher_larger ? row.prob_t(t) : row.prob_s(s);
+    const float larger = p * pair.larger_gap(), smaller = p * pair.smaller_gap();
+    return {pair.teacher_larger ? larger : smaller, pair.teacher_larger ? smaller : larger};
+  }
+  // share_s p_s (ls - lm - kl)
+  static __device__ __forceinline__ float grad(float s, float t, const RowStats& row, const Shares& shares) {
+    const float p_s = row.prob_s(s);
+    const Mixed pair(s, t, row, shares);
+    const float ls_minus_lm = pair.teacher_larger ? pair.log_smaller_over_m() : pair.log_larger_over_m();
+    return p_s == 0.0f ? 0.0f : shares.student * p_s * (ls_minus_lm - row.kl);
   }
 
-  // Far from d = 0 all is told by the larger of p_s and p_t and by e = smaller / larger, which cannot
-  // overflow: m = larger (1 + a), a = weight of the smaller * (e - 1).
-  static __device__ __forceinline__ MixtureSums loss(float s, float t, const RowStats& row, float beta) {
-    const float d = log_ratio(s, t, row);
-    if (fabsf(d) < kNear) {
-      const float p_t = row.prob_t(t), u = bregman_near(d) - d;           // p_s / p_t - 1
-      const float one_plus_u = 1.0f + u, v = __fdividef(-u, one_plus_u);  // p_t / p_s - 1
-      return {p_t * log1p_gap_near((1.0f - beta) * u), p_t * one_plus_u * log1p_gap_near(beta * v)};
+ private:
+  // A token by the larger of p_s and p_t, its log-ratio and the shares of the larger and of the other in M:
+  //   smaller = larger e = larger (1 + u)    m = larger (1 + a), a = other u    m = smaller (1 + b)
+  // Nothing overflows but b, and that to infinity. What is small is made by series: for a share near 0 the
+  // loss lies many digits below the probabilities.
+  struct Mixed {
+    bool teacher_larger;
+    float size, e, u, own, other, a, b;
+
+    __device__ __forceinline__ Mixed(float s, float t, const RowStats& row, const Shares& shares) {
+      const float d = impossible(s) && impossible(t) ? 0.0f : row.log_ratio(s, t);
+      teacher_larger = d > 0.0f;
+      own = teacher_larger ? shares.teacher : shares.student;
+      other = teacher_larger ? shares.student : shares.teacher;
+      size = fabsf(d);
+      if (size < kNear) {
+        u = bregman_near(size) - size;
+        e = 1.0f + u;
+      } else {
+        e = exp_approx(-size);
+        u = e - 1.0f;
+      }
+      a = other * u;
+      b = own * (-u / e);
     }
-    const bool teacher_larger = d > 0.0f;
-    const float p = teacher_larger ? row.prob_t(t) : row.prob_s(s);
-    const float e = exp_approx(-fabsf(d));
-    const float a = (teacher_larger ? 1.0f - beta : beta) * (e - 1.0f), g = log1pf(a);
-    const float larger = p * (a - g);
-    const float smaller = p * ((e == 0.0f ? 0.0f : e * (-fabsf(d) - g)) + (1.0f + a - e));
-    return {teacher_larger ? larger : smaller, teacher_larger ? smaller : larger};
-  }
-  // (1 - beta) p_s (ls - lm - kl)
-  static __device__ __forceinline__ float grad(float s, float t, const RowStats& row, float beta) {
-    const float d = log_ratio(s, t, row), p_s = row.prob_s(s);
-    float ls_minus_lm;
-    if (fabsf(d) < kNear) {
-      const float w = bregman_near(-d) + d, b = beta * w;  // w = expm1(d)
-      ls_minus_lm = log1p_gap_near(b) - b;
-    } else {
-      const bool teacher_larger = d > 0.0f;
-      const float g = log1pf((teacher_larger ? 1.0f - beta : beta) * (exp_approx(-fabsf(d)) - 1.0f));
-      ls_minus_lm = (teacher_larger ? -d : 0.0f) - g;
+    __device__ __forceinline__ bool near_larger() const { return a > -0.4f; }
+    __device__ __forceinline__ bool near_smaller() const { return b < 0.7f; }
+    __device__ __forceinline__ float log_m_over_larger() const { return logf(own + other * e); }
+
+    // Terms of KL(larger || M) and KL(smaller || M), over the larger probability.
+    __device__ __forceinline__ float larger_gap() const {
+      return near_larger() ? log1p_gap_near(a) : a - log_m_over_larger();
     }
-    return p_s == 0.0f ? 0.0f : (1.0f - beta) * p_s * (ls_minus_lm - row.kl);
-  }
+    __device__ __forceinline__ float smaller_gap() const {
+      if (near_smaller()) return e * log1p_gap_near(b);
+      return (e == 0.0f ? 0.0f : e * (-size - log_m_over_larger())) - own * u;
+    }
+    __device__ __forceinline__ float log_larger_over_m() const {
+      return near_larger() ? log1p_gap_near(a) - a : -log_m_over_larger();
+    }
+    __device__ __forceinline__ float log_smaller_over_m() const {
+      return near_smaller() ? log1p_gap_near(b) - b : -size - log_m_over_larger();
+    }
+  };
 };
 
 }  // namespace minitron::cuda

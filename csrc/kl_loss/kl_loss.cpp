@@ -3,7 +3,7 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
   // Rows of logits in, one divergence per row out; stats holds what the backward needs of a row:
-  // max_s, 1/sum_s, max_t, 1/sum_t, lse_s - lse_t, kl.
+  // max_s, 1/sum_s, max_t, 1/sum_t, what else log-ratios need, kl.
   m.def(
       "kl_loss_forward(Tensor student_logits, Tensor teacher_logits, Tensor? mask, int vocab_size, "
       "float beta, float inv_tau, float student_scale, float student_softcap, float teacher_scale, "

@@ -40,7 +40,7 @@ __device__ __forceinline__ MixtureSums row_mixture(const PairRow<S, T>& pairs, c
   pairs.template for_each<true>(threadIdx.x, blockDim.x, [&](int, const auto& s, const auto& t) {
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(s) / sizeof(float)); ++i) {
-      begun = begun.merged(PairTerms<KlKind::kJsd>::loss(s[i], t[i], stats, pairs.options.beta));
+      begun = begun.merged(PairTerms<KlKind::kJsd>::loss(s[i], t[i], stats, pairs.options.shares));
     }
   });
   return block_reduce(begun, MixtureSums::empty(), partial,
@@ -52,7 +52,8 @@ __device__ __forceinline__ RowStats load_stats(const float* in) {
           load_scalar<true>(in + 3), load_scalar<true>(in + 4), load_scalar<true>(in + 5)};
 }
 __device__ __forceinline__ void store_stats(float* out, const RowStats& stats) {
-  const float fields[] = {stats.max_s, stats.inv_sum_s, stats.max_t, stats.inv_sum_t, stats.gap, stats.kl};
+  const float fields[] = {stats.max_s,     stats.inv_sum_s, stats.max_t,
+                          stats.inv_sum_t, stats.log_sums,  stats.kl};
   for (int i = 0; i < RowStats::kFields; ++i) store_scalar(out + i, fields[i]);
 }
 
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kStateThreads, kStateBlocksPerSM)
     MINITRON_SHARED(MixtureSums, partial_sums, kMaxWarps);
     const MixtureSums sums = row_mixture(pairs, stat, MixtureSums::empty(), partial_sums);
     stat.kl = sums.student;
-    value = sums.loss(options.beta);
+    value = sums.loss(options.shares);
   }
   if (threadIdx.x == 0) {
     store_scalar(loss + row, value);
@@ -104,8 +105,8 @@ __global__ void __launch_bounds__(kGradThreads, kGradBlocksPerSM)
         float g[kCount];
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-          g[i] =
-              PairTerms<kKind>::grad(s[i], t[i], stat, options.beta) * (weight * options.student.slope(s[i]));
+          g[i] = PairTerms<kKind>::grad(s[i], t[i], stat, options.shares) *
+                 (weight * options.student.slope(s[i]));
           if (impossible(s[i])) g[i] = 0.0f;
         }
         if constexpr (kCount == 1) {

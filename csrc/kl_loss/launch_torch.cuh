@@ -64,7 +64,7 @@ struct LossArguments {
   double beta, inv_tau, student_scale, student_softcap, teacher_scale, teacher_softcap;
 
   KlOptions options() const {
-    return {static_cast<int>(vocab_size), static_cast<float>(beta),
+    return {static_cast<int>(vocab_size), Shares(beta),
             LogitTransform(student_scale, student_softcap, inv_tau),
             LogitTransform(teacher_scale, teacher_softcap, inv_tau)};
   }

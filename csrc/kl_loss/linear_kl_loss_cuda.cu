@@ -139,7 +139,7 @@ void kl_finish_mixture(const Tensor& sums, const MaybeTensor& mask, Tensor loss,
   const LaunchScope scope(sums);
   const auto kernel = &kl_finish_mixture_kernel;
   MINITRON_LAUNCH(kernel, finish_grid(rows.rows), dim3(kFinishThreads), scope.stream(), rows,
-                  const_floats(sums), static_cast<float>(beta), floats(loss), floats(stats));
+                  const_floats(sums), Shares(beta), floats(loss), floats(stats));
   scope.check("kl_finish_mixture_");
 }
 

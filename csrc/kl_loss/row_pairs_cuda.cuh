@@ -12,7 +12,7 @@ namespace minitron::cuda {
 
 struct KlOptions {
   int vocab_size;  // columns from here on are padding
-  float beta;
+  Shares shares;   // JSD's
   LogitTransform student, teacher;
 };
 

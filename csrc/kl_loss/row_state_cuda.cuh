@@ -58,6 +58,11 @@ struct RowState {
     return kKind == KlKind::kReverse ? teacher : student;
   }
 
+  // log (x / y) out of log (t / s)
+  static __device__ __forceinline__ float of_x(float log_ratio) {
+    return kKind == KlKind::kReverse ? -log_ratio : log_ratio;
+  }
+
   // One run by itself. The sums are the exponentials' own, so that the terms' extra parts still sum to 0.
   template <int N>
   static __device__ __forceinline__ RowState of(const float (&s)[N], const float (&t)[N]) {
@@ -65,13 +70,12 @@ struct RowState {
     RowState run = {OnlineSum::of(s, exp_s), OnlineSum::of(t, exp_t), 0.0f};
     const float (&exp_x)[N] = kKind == KlKind::kReverse ? exp_s : exp_t;
     const float (&exp_y)[N] = kKind == KlKind::kReverse ? exp_t : exp_s;
-    const float gap = (run.y().max - run.x().max) + logf(run.y().sum / run.x().sum);
+    const RowStats stats = RowStats::of(run.student, run.teacher);
     const float scale_x = 1.0f / run.x().sum, scale_y = 1.0f / run.y().sum;
     float kl = 0.0f;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float d = (kKind == KlKind::kReverse ? s[i] - t[i] : t[i] - s[i]) + gap;
-      kl += kl_term(exp_x[i] * scale_x, exp_y[i] * scale_y, d);
+      kl += kl_term(exp_x[i] * scale_x, exp_y[i] * scale_y, of_x(stats.log_ratio(s[i], t[i])));
     }
     run.kl = run.settled(kl);
     return run;
@@ -87,8 +91,10 @@ struct RowState {
   __device__ __forceinline__ float part_kl(const RowState& part) const {
     const float p = part.x().mass(x().max) / x().sum, q = part.y().mass(y().max) / y().sum;
     // log (p / q), also where a mass is too small for a float
-    const float d = ((part.x().max - part.y().max) - (x().max - y().max)) +
-                    logf((part.x().sum * y().sum) / (part.y().sum * x().sum));
+    const Zeros zeros = Zeros::of(student.max, teacher.max);
+    const float maxima =
+        zeros.difference(part.student.max, part.teacher.max) - zeros.difference(student.max, teacher.max);
+    const float d = of_x(maxima) + logf((part.x().sum * y().sum) / (part.y().sum * x().sum));
     return kl_term(p, q, d) + (p == 0.0f ? 0.0f : p * part.kl);
   }
 };

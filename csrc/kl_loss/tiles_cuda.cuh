@@ -98,14 +98,14 @@ __global__ void __launch_bounds__(kFinishThreads)
 }
 
 __global__ void __launch_bounds__(kFinishThreads)
-    kl_finish_mixture_kernel(FinishRows rows, const float* __restrict__ sums, float beta,
+    kl_finish_mixture_kernel(FinishRows rows, const float* __restrict__ sums, Shares shares,
                              float* __restrict__ loss,     // (N)
                              float* __restrict__ stats) {  // (N, RowStats::kFields), of which kl is written
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;
   if (row >= rows.rows) return;
   const bool counts = rows.counts(row);
   const auto merged = rows.merged<MixtureSums>(sums, row);
-  store_scalar(loss + row, counts ? merged.loss(beta) : 0.0f);
+  store_scalar(loss + row, counts ? merged.loss(shares) : 0.0f);
   store_scalar(stats + row * RowStats::kFields + RowStats::kFields - 1, counts ? merged.student : 0.0f);
 }
 

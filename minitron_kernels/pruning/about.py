@@ -22,6 +22,9 @@ def about(path: Path) -> str:
         FileNotFoundError, ValueError: nothing is there, or nothing that is known; a damaged file.
     """
     if path.is_file():
+        with path.open("rb") as stream:
+            if not stream.read(64).lstrip().startswith(b"{"):
+                raise ValueError(f"{path}: is no plan (JSON); of a checkpoint or scores name the folder")
         return f"{path}: {PruningPlan.load(path).summary()}"
     if (path / ABOUT).is_file():
         return _about_scores(path)

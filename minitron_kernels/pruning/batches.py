@@ -8,17 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# what is handed to the model; anything else in a batch (labels, texts) is not needed and left out
+from minitron_kernels.pruning.packing import WAYS, Layout, check_borders, lay_out, what
+
+# what is read of a batch; anything else in it (labels, texts) is not needed and left out
 INPUTS = (
     "input_ids",
     "inputs_embeds",
     "attention_mask",
     "position_ids",
     "token_type_ids",
+    "seq_idx",
     "cu_seq_lens_q",
     "cu_seq_lens_k",
     "max_length_q",
     "max_length_k",
+)
+# what would change the forward pass, and is not read: to leave it out silently would score something else
+_REFUSED = (
+    "past_key_values",
+    "cache",
+    "pixel_values",
+    "cu_seqlens",
+    "cu_seq_lens",
+    "segment_ids",
+    "sequence_ids",
+    "document_ids",
 )
 _FORMS = "a tensor of token ids or a mapping with input_ids (a dict, a tokenizer's BatchEncoding)"
 
@@ -34,6 +48,7 @@ class Tokens:
 
     def __init__(self, shape: tuple[int, int], mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
         self.shape = shape
+        self.packed = cu_seqlens is not None
         self.num_sequences = shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         if mask is not None and cu_seqlens is not None:
             mask = mask.reshape(-1)
@@ -52,7 +67,7 @@ class Tokens:
 
     def arrange(self, x: Tensor) -> Tensor:
         """Activations [B, S, C] as they go with cu_seqlens: [B·S, C] where sequences are packed."""
-        return x if self._cu_seqlens is None else x.reshape(-1, x.shape[-1])
+        return x.reshape(-1, x.shape[-1]) if self.packed else x
 
     def owners(self, device: torch.device) -> Tensor:
         """[B·S] int64, the sequence of each token."""
@@ -63,57 +78,61 @@ class Tokens:
         return torch.searchsorted(borders[1:], at, right=True)
 
 
-def read_batch(batch: Any, name: str, device: torch.device | None, *, whole: bool) -> tuple[dict, Tokens]:
-    """A batch as the model's arguments and its tokens.
-
-    Rows that are padded on the left get positions that begin with the first token that counts, as generate()
-    does. Packed sequences are known by `cu_seq_lens_q`, or, as transformers does without an attention mask,
-    by positions that do not rise by one.
+def read_batch(
+    batch: Any, name: str, device: torch.device | None, *, whole: bool, vocab: int, one_row: bool = False
+) -> tuple[dict[str, Any], Tokens]:
+    """A batch as the model's arguments and its tokens: both made from one layout (packing.py), so that what
+    counts as a sequence is what the model attends to.
 
     Args:
         batch: see collect_importance().
         name: of the batch, for errors.
         device: where the model wants its inputs; None to leave them where they are.
-        whole: whether rows are whole sequences, so that positions can be told or made from them; not so where
-            context-parallel ranks hold pieces.
+        whole: whether rows are whole sequences, so that they can be laid out anew; not so where
+            context-parallel ranks hold pieces, which go to the model as they are.
+        vocab: token ids must be below.
+        one_row: lay packed rows end to end in a single one.
 
     Raises:
         TypeError, ValueError: it is no such batch.
     """
     inputs = _inputs(batch, name)
-    ids = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
-    shape = tuple(ids.shape[:2])
-    mask = _mask(inputs, name, shape)
-    borders = None
-    if "cu_seq_lens_q" in inputs:
-        borders = inputs["cu_seq_lens_q"]
-        if not isinstance(borders, Tensor) or borders.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: cu_seq_lens_q must be an int32 or int64 tensor, got {_what(borders)}")
-        borders = borders.long()
-    elif whole and "position_ids" in inputs and "attention_mask" not in inputs:
-        borders = _packed(inputs["position_ids"], shape)
-    if whole and mask is not None and "position_ids" not in inputs and borders is None:
-        counted_before = mask.long().cumsum(1) - 1
-        at = torch.arange(shape[1], device=mask.device)
-        if bool(((counted_before != at) & mask).any()):
-            inputs["position_ids"] = counted_before.clamp(min=0)
+    tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+    _check_tokens(tokens, name, vocab)
+    shape = tuple(tokens.shape[:2])
+    mask, numbers = _mask(inputs, name, shape)
+    if whole:
+        layout = lay_out(inputs, mask, numbers, name, one_row=one_row)
+    else:
+        layout = _piece(inputs, mask, numbers, name)
+    inputs = layout.inputs
     if device is not None:
         inputs = {
             key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()
         }
-    return inputs, Tokens((shape[0], shape[1]), mask, borders)
+    return inputs, Tokens(layout.shape, layout.mask, layout.cu_seqlens)
 
 
-def _what(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+def _piece(inputs: dict[str, Any], mask: Tensor | None, numbers: Tensor | None, name: str) -> Layout:
+    """Of a context-parallel rank: the model, not the collector, knows how the ranks attend to each other."""
+    if numbers is not None or "seq_idx" in inputs:
+        raise ValueError(
+            f"{name}: context-parallel pieces of packed sequences must be told by cu_seq_lens_q, got "
+            f"{'seq_idx' if numbers is None else 'sequence numbers in attention_mask'}"
+        )
+    shape = (inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]).shape
+    borders = check_borders(inputs, name) if "cu_seq_lens_q" in inputs else None
+    return Layout(inputs, (shape[0], shape[1]), mask, borders)
 
 
 def _inputs(batch: Any, name: str) -> dict[str, Any]:
-    """The model's arguments, ids as [B, S]."""
+    """What is read of a batch, with a dimension for the batch."""
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):
         raise TypeError(f"{name} must be {_FORMS}, got {type(batch).__name__}")
+    if refused := [key for key in _REFUSED if batch.get(key) is not None]:
+        raise ValueError(f"{name}: {refused[0]} is not read: leave it out. {WAYS}")
     inputs = {key: batch[key] for key in INPUTS if key in batch and batch[key] is not None}
     if "input_ids" in inputs:
         ids = inputs["input_ids"]
@@ -123,45 +142,62 @@ def _inputs(batch: Any, name: str) -> dict[str, Any]:
             or ids.dim() not in (1, 2)
         ):
             raise TypeError(
-                f"{name}: input_ids must be an integer tensor [B, S] or [S], got {_what(ids)}; a tokenizer "
+                f"{name}: input_ids must be an integer tensor [B, S] or [S], got {what(ids)}; a tokenizer "
                 'gives one with return_tensors="pt"'
             )
+        if "inputs_embeds" in inputs:
+            raise ValueError(f"{name} must have input_ids or inputs_embeds, got both")
         if ids.dim() == 1:
             inputs["input_ids"] = ids[None]
     elif "inputs_embeds" in inputs:
         x = inputs["inputs_embeds"]
         if not isinstance(x, Tensor) or x.dim() != 3:
-            raise TypeError(f"{name}: inputs_embeds must be a tensor [B, S, hidden], got {_what(x)}")
+            raise TypeError(f"{name}: inputs_embeds must be a tensor [B, S, hidden], got {what(x)}")
     else:
         raise ValueError(f"{name} must have input_ids, got the keys {', '.join(map(str, batch)) or 'none'}")
-    for key in ("attention_mask", "position_ids", "token_type_ids"):
-        if isinstance(inputs.get(key), Tensor) and inputs[key].dim() == 1 and key in batch:
+    for key in ("attention_mask", "position_ids", "token_type_ids", "seq_idx"):
+        if isinstance(inputs.get(key), Tensor) and inputs[key].dim() == 1:
             inputs[key] = inputs[key][None]
+    types = inputs.pop("token_type_ids", None)
+    if types is not None and (not isinstance(types, Tensor) or bool(types.any())):
+        raise ValueError(
+            f"{name}: token_type_ids must be 0 everywhere, since causal language models know no types; got "
+            f"others in {what(types)}: leave them out. {WAYS}"
+        )
     return inputs
 
 
-def _mask(inputs: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Tensor | None:
-    """Where a token counts; None where all do."""
+def _check_tokens(tokens: Tensor, name: str, vocab: int) -> None:
+    if tokens.numel() == 0:
+        raise ValueError(f"{name} must have at least one token, got {what(tokens)}: leave it out")
+    if tokens.is_floating_point():
+        return
+    low, high = (int(end) for end in tokens.aminmax())
+    if low < 0 or high >= vocab:
+        got = f"{low}; -100 belongs into labels alone" if low < 0 else f"{high}: another model's tokenizer?"
+        raise ValueError(f"{name}: input_ids must be in the model's vocabulary [0, {vocab}), got {got}")
+
+
+def _mask(
+    inputs: Mapping[str, Any], name: str, shape: tuple[int, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(where a token counts, None where all do; numbers of packed sequences, None where there are none)."""
     mask = inputs.get("attention_mask")
     if mask is None:
-        return None
+        return None, None
+    wanted = (
+        f"{name}: attention_mask must be a tensor {list(shape)}, as input_ids, 1 where a token counts and 0"
+    )
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
-        raise ValueError(
-            f"{name}: attention_mask must be a tensor {list(shape)}, as input_ids, 0 where a token is "
-            f"padding; got {_what(mask)}"
-        )
+        raise ValueError(f"{wanted} where it is padding; got {what(mask)}. {WAYS}")
     counted = mask != 0
-    return None if bool(counted.all()) else counted
-
-
-def _packed(positions: Any, shape: tuple[int, ...]) -> Tensor | None:
-    """Borders of packed sequences by their positions; None where each row is one sequence."""
-    if not isinstance(positions, Tensor) or positions.dim() != 2:
-        return None
-    positions = positions.expand(shape[0], -1)
-    begins = torch.ones_like(positions, dtype=torch.bool)
-    begins[:, 1:] = positions.diff(dim=1) != 1
-    if not bool(begins[:, 1:].any()):
-        return None
-    total = torch.tensor([positions.numel()], device=positions.device)
-    return torch.cat([begins.reshape(-1).nonzero().flatten(), total])
+    numbers = None
+    if mask.dtype != torch.bool and bool(((mask != 1) & counted).any()):
+        if mask.is_floating_point() or mask.is_complex() or bool((mask < 0).any()):
+            low, high = mask.aminmax()
+            raise ValueError(
+                f"{wanted} where it is padding (nothing is added to scores by it); got values from "
+                f"{low.item():g} to {high.item():g}"
+            )
+        numbers = mask
+    return (None if bool(counted.all()) else counted), numbers

@@ -12,6 +12,16 @@ import torch
 from torch import Tensor
 
 _PIECE_CHARACTERS = 1 << 20  # tokenised at once
+# what files that are not text begin with -> what to do
+_OTHER_FORMATS = {
+    b"PAR1": 'is Parquet: make a .jsonl by pandas.read_parquet(..).to_json(.., orient="records", lines=True)',
+    b"\x1f\x8b": "is compressed by gzip: unpack it by gunzip first",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd: unpack it by unzstd first",
+    b"\xfd7zXZ": "is compressed by xz: unpack it by unxz first",
+    b"BZh": "is compressed by bzip2: unpack it by bunzip2 first",
+    b"PK\x03\x04": "is a zip archive (.zip, .npz): unpack it first; token ids go into a .npy by numpy.save()",
+    b"ARROW1": "is Arrow: write a .jsonl with a text on each line, by datasets' to_json()",
+}
 
 
 def calibration_windows(
@@ -22,7 +32,7 @@ def calibration_windows(
     Where the tokenizer begins a text with a special token (BOS), so does each window.
 
     Args:
-        files: text in UTF-8; .jsonl with a "text" on each line; or .npy with token ids.
+        files: text in UTF-8; .jsonl (.ndjson) with a "text" on each line; or .npy with token ids.
         tokenizer: of transformers; None where all files are .npy.
         length, samples, seed: as above; windows are drawn with the seed, and stay in their order.
 
@@ -62,10 +72,12 @@ def _tokens(file: Path, tokenizer: Any) -> Iterator[np.ndarray]:
     if file.suffix == ".npy":
         try:
             ids = np.load(file, allow_pickle=False)
-        except ValueError as error:
+        except (ValueError, EOFError) as error:
             raise ValueError(f"{file}: cannot be read as token ids: {error}") from None
         if ids.dtype.kind not in "iu":
             raise ValueError(f"{file}: token ids must be integers, got {ids.dtype}")
+        if ids.size and int(ids.min()) < 0:
+            raise ValueError(f"{file}: token ids must be 0 or greater, got {int(ids.min())}")
         yield ids.reshape(-1)
         return
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -78,16 +90,33 @@ def _tokens(file: Path, tokenizer: Any) -> Iterator[np.ndarray]:
 
 
 def _texts(file: Path) -> Iterator[str]:
+    with file.open("rb") as stream:
+        head = stream.read(8)
+    for magic, advice in _OTHER_FORMATS.items():
+        if head.startswith(magic):
+            raise ValueError(f"{file}: must be text, .jsonl or .npy, but {advice}")
+    if file.suffix == ".json":
+        raise ValueError(
+            f'{file}: a .json is not read: write a .jsonl, with an object {{"text": ...}} on each line '
+            "(where it has these already, rename it)"
+        )
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: is no text in UTF-8 (byte {error.start})") from None
-    if file.suffix != ".jsonl":
+        raise ValueError(f"{file}: must be text in UTF-8, but byte {error.start} is not") from None
+    if file.suffix not in (".jsonl", ".ndjson"):
         yield text
         return
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            if line.strip():
-                yield str(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f'{file}: line {number} is no JSON object with a "text"') from None
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would split inside strings, at U+2028
+        if line.strip():
+            yield _text_of(line, f"{file}: line {number}")
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f'{where} is no JSON object with a "text"') from None
+    if not isinstance(text, str):
+        raise ValueError(f'{where} must have a string as its "text", got {type(text).__name__}')
+    return text

@@ -14,37 +14,27 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_kernels.pruning.cuts import Cut, Cuts
-from minitron_kernels.pruning.families import family_of
+from minitron_kernels.pruning.families import TIE_KEY, family_of
+from minitron_kernels.pruning.matching import MTP_KEYS, check_result, match
 from minitron_kernels.pruning.model_card import PLAN_FILE, model_card, source_name
 from minitron_kernels.pruning.pruning_plan import PruningPlan
 from minitron_kernels.pruning.safetensors_files import (
     INDEX_FILE,
     SourceFolder,
-    StoredTensor,
     open_folder,
     read_json,
 )
 from minitron_kernels.pruning.shards import Shard, is_whole, plan_shards, write_shards
-from minitron_kernels.pruning.staging import Staging, check_target, write_error
+from minitron_kernels.pruning.side_files import check_plain, side_files
+from minitron_kernels.pruning.staging import Staging, check_target
 
-# never copied: weights in any format, and what belongs to training; and what is written anew
-_WEIGHTS = tuple(
-    f".{kind}"
-    for kind in (
-        *("safetensors", "index.json", "bin", "pt", "pth", "ckpt", "h5", "msgpack", "ot"),
-        *("tflite", "npz", "gguf", "ggml", "onnx", "onnx_data"),
-    )
-)
-_OURS = ("config.json", "README.md", PLAN_FILE)
+_OURS = ("config.json", "README.md", PLAN_FILE, INDEX_FILE)
 _SPARE_BYTES = 16 << 20  # beyond the files themselves, for folders and what else is being written
-# buffers that old checkpoints hold and transformers makes itself
-_NOT_PARAMETERS = ".rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -57,6 +47,8 @@ class PrunedCheckpoint:
         parameters_before, parameters_after: counted in the tensors of both.
         nbytes: of the new tensors.
         resumed_files: those of `files` that an earlier call had finished.
+        left_out_files: what lies beside the weights of the source, and was not copied.
+        left_out_tensors: of the source: those asked for by leave_out, and MTP layers.
     """
 
     path: Path
@@ -65,6 +57,8 @@ class PrunedCheckpoint:
     parameters_after: int
     nbytes: int
     resumed_files: tuple[str, ...]
+    left_out_files: tuple[str, ...] = ()
+    left_out_tensors: tuple[str, ...] = ()
 
 
 def prune_checkpoint(
@@ -75,6 +69,7 @@ def prune_checkpoint(
     max_shard_bytes: int = 5_000_000_000,
     threads: int | None = None,
     rescale_norms: bool = True,
+    leave_out: Sequence[str] = (),
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> PrunedCheckpoint:
@@ -86,8 +81,14 @@ def prune_checkpoint(
     `overwrite` the old or the new one, on file systems that can exchange two names). Finished files stay in a
     hidden folder beside it, and the same call goes on from there. `src` is only read.
 
-    Beside the weights: config.json (the plan's target), tokenizer and other small files of `src`,
-    minitron_plan.json, and README.md, the source's card with a note of what was done.
+    Names of `src` may begin as wrappers make them (module., _orig_mod., language_model. ...), or lack
+    "model.", as a base model's do; wrappers' prefixes are taken off. Whether the head is the embedding is
+    seen in the files, and config.json says what is true. What is written is compared with the model that
+    transformers makes of the config beside it.
+
+    Beside the weights: config.json (the plan's target), tokenizer, templates, generation settings, code and
+    licence of `src`, minitron_plan.json, and README.md, the source's card with a note of what was done. Other
+    files of `src` are left out, for they may describe the old weights; the result lists them.
 
     Args:
         src: folder with config.json and safetensors, in one file or sharded with an index.
@@ -96,11 +97,14 @@ def prune_checkpoint(
         max_shard_bytes: of tensors in one file of `dst`; a tensor is never split.
         threads: that read, cut and write; default: one for each core, at most 8.
         rescale_norms: multiply norms' gains by the plan's factors; see make_plan().
+        leave_out: names of tensors of `src` that are no part of the model, or patterns ("*.k_scale"). MTP
+            layers and RoPE's inv_freq are left out without being named.
         overwrite: whether a checkpoint in `dst` is replaced.
         progress: whether tqdm shows a bar, in bytes; None: where standard error is a terminal.
 
     Raises:
-        ValueError: `src` is damaged, quantised, or not what the plan was made for; names the file.
+        ValueError: `src` is damaged, quantised, has an adapter or unknown tensors, or is not what the plan
+            was made for; names the file.
         FileNotFoundError, FileExistsError: there is no `src`; there is a `dst`.
         OSError: `dst` cannot be written, or the disk is or becomes too full; names the file.
     """
@@ -108,16 +112,18 @@ def prune_checkpoint(
         raise TypeError(f"plan must be a PruningPlan, got {type(plan).__name__}")
     source_path, target = _check_paths(Path(src), Path(dst), overwrite)
     threads = _check_numbers(max_shard_bytes, threads)
-    config = _check_config(source_path / "config.json", plan)
-    cuts = Cuts(plan, rescale_norms=rescale_norms)
+    config = _check_config(source_path, plan)
     with open_folder(source_path) as source:
-        pairs = _match(source, cuts)
-        shards = plan_shards(pairs, max_shard_bytes)
-        others = list(_other_files(source_path))
-        with Staging.open(target, _job(source, others, plan, rescale_norms, max_shard_bytes)) as staging:
+        matched = match(source, config, plan, rescale_norms=rescale_norms, leave_out=leave_out)
+        plan, shards = matched.plan, plan_shards(matched.pairs, max_shard_bytes)
+        new_config = target_config(config, plan)
+        check_result(matched, new_config, source_path)
+        others = side_files(source_path, {*_OURS, *(file.path.name for file in source.files)})
+        job = _job(source, others.copied, plan, rescale_norms, max_shard_bytes)
+        with Staging.open(target, job, overwrite=overwrite) as staging:
             resumed = _resume(shards, staging)
             todo = [shard for shard in shards if shard.name not in resumed]
-            _check_space(staging.path, todo, [source_path / name for name in others])
+            _check_space(staging.path, todo, [source_path / name for name in others.copied])
             total = sum(shard.nbytes for shard in shards)
             with _bar(progress, target.name, total, total - sum(shard.nbytes for shard in todo)) as on_bytes:
                 write_shards(
@@ -128,16 +134,21 @@ def prune_checkpoint(
                     on_shard=lambda shard, digest: staging.finish(shard.name, digest=digest),
                 )
             source.check_unchanged()
-            try:
-                _write_others(source_path, others, staging.folder, plan, config, shards)
-                staging.publish(overwrite)
-            except FileExistsError:
-                raise
-            except OSError as error:
-                raise write_error(error, Path(error.filename or staging.folder)) from None
-    after = sum(math.prod(cut.shape) for cut, _ in pairs)
-    before = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
-    return PrunedCheckpoint(target, tuple(shard.name for shard in shards), before, after, total, resumed)
+            contents = {name: _read(source_path / name) for name in others.copied}
+            contents |= _made(source_path, plan, config, new_config, shards)
+            staging.write(contents)
+            _check_written(staging.folder, matched.shapes, new_config)
+            staging.publish(overwrite)
+    return PrunedCheckpoint(
+        path=target,
+        files=tuple(shard.name for shard in shards),
+        parameters_before=matched.parameters,
+        parameters_after=sum(math.prod(shape) for shape in matched.shapes.values()),
+        nbytes=total,
+        resumed_files=resumed,
+        left_out_files=others.left_out,
+        left_out_tensors=matched.left_out,
+    )
 
 
 def _check_paths(src: Path, dst: Path, overwrite: bool) -> tuple[Path, Path]:
@@ -159,14 +170,14 @@ def _check_numbers(max_shard_bytes: int, threads: int | None) -> int:
     return threads or min(8, cores)
 
 
-def _check_config(path: Path, plan: PruningPlan) -> dict[str, Any]:
-    """The source's config, once it is one that the plan was made for."""
+def _check_config(folder: Path, plan: PruningPlan) -> dict[str, Any]:
+    """The source's config, once it is one that the plan was made for.
+
+    Whether its head is tied is seen in the files, not here.
+    """
+    path = folder / "config.json"
     config = read_json(path)
-    if config.get("quantization_config") is not None:
-        raise ValueError(
-            f"{path}: the checkpoint is quantised (quantization_config), and its scales would no longer fit; "
-            "prune the checkpoint it was made from"
-        )
+    check_plain(folder, config)
     planned = plan.source_config
     try:
         family = family_of(config)
@@ -178,59 +189,18 @@ def _check_config(path: Path, plan: PruningPlan) -> dict[str, Any]:
             f"{path}: model_type is {config['model_type']}, the plan is for {planned['model_type']}"
         )
     pairs = {axis: (found.get(axis), wanted.get(axis)) for axis in wanted | found}
-    pairs["tie_word_embeddings"] = (family.tied(config), family.tied(planned))
     differ = [f"{name} is {here} (plan: {there})" for name, (here, there) in pairs.items() if here != there]
     if differ:
         raise ValueError(f"{path}: this is not the model that the plan was made for: {', '.join(differ)}")
     return config
 
 
-def _match(source: SourceFolder, cuts: Cuts) -> list[tuple[Cut, StoredTensor]]:
-    """Every tensor that stays with its cut, in the order of the model; ValueError unless all fit."""
-    names = [name for name in source.tensors if not name.endswith(_NOT_PARAMETERS)]
-    # experts may be stored one by one, as transformers does, or stacked as they are in the model
-    stored = not set(cuts.names(stored=False)) <= set(names)
-    wanted = cuts.names(stored=stored)
-    missing = [name for name in wanted if name not in source.tensors]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{source.path}: lacks {missing[0]}{more}, which the model has; get it again")
-    place = {name: number for number, name in enumerate(wanted)}
-    made: dict[str, str] = {}
-    pairs = []
-    for name in sorted(names, key=lambda name: place.get(name, len(place))):
-        tensor = source.tensors[name]
-        try:
-            cut = cuts.of(name, stored=stored)
-        except ValueError as error:
-            raise ValueError(f"{tensor.file.path}: {error}") from None
-        if cut is None:
-            continue
-        if tuple(cut.source_shape) != tensor.shape:
-            raise ValueError(
-                f"{tensor.file.path}: {name} has shape {list(tensor.shape)}, and the plan is for shape "
-                f"{list(cut.source_shape)}"
-            )
-        if cut.name in made:
-            raise ValueError(f"{tensor.file.path}: {name} and {made[cut.name]} would both become {cut.name}")
-        made[cut.name] = name
-        pairs.append((cut, tensor))
-    return pairs
-
-
-def _other_files(src: Path) -> Iterator[str]:
-    """Paths inside `src` of what is copied as it is: tokenizer, generation config, licence, templates."""
-    for folder, folders, files in os.walk(src):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(folder, name)
-            ours = Path(folder) == src and name in _OURS
-            if not (ours or name.endswith(_WEIGHTS) or name.startswith(".")) and path.is_file():
-                yield str(path.relative_to(src))
-
-
 def _job(
-    source: SourceFolder, others: list[str], plan: PruningPlan, rescale_norms: bool, max_shard_bytes: int
+    source: SourceFolder,
+    others: Sequence[str],
+    plan: PruningPlan,
+    rescale_norms: bool,
+    max_shard_bytes: int,
 ) -> str:
     """Tells this work from any other: a change of the plan, a source file or the shards makes another one."""
     copied = [(name, (source.path / name).stat()) for name in others]
@@ -285,44 +255,64 @@ def _bar(progress: bool | None, name: str, total: int, done: int) -> Iterator[Ca
         yield bar.update
 
 
-def _target_config(source: dict[str, Any], plan: PruningPlan) -> dict[str, Any]:
+def target_config(source: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
     """The source's own config.json, with what the plan changes in it, and with every size written out."""
     family = family_of(source)
     sizes = {key for axis in family.sizes(source) for key in family.keys_of(axis)}
     config = dict(source)
     for key, value in plan.target_config.items():
         changed = key not in plan.source_config or plan.source_config[key] != value
-        # head_dim follows from other sizes where it is left out, and these have changed
-        if changed or (key in sizes and key not in source):
+        # head_dim follows from other sizes where it is left out or null, and these have changed
+        if changed or (key in sizes and source.get(key) is None):
             config[key] = value
+    if family.tied(config) != family.tied(plan.target_config):
+        config[TIE_KEY] = family.tied(plan.target_config)
+    config.update({key: 0 for key in MTP_KEYS if config.get(key)})
     return config
 
 
-def _write_others(
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise OSError(error.errno, f"could not be read ({error.strerror})", str(path)) from None
+
+
+def _made(
     src: Path,
-    others: list[str],
-    folder: Path,
     plan: PruningPlan,
-    config: dict[str, Any],
-    shards: list[Shard],
-) -> None:
-    for name in others:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(src / name, folder / name)
+    config: Mapping[str, Any],
+    new_config: Mapping[str, Any],
+    shards: Sequence[Shard],
+) -> dict[str, bytes]:
+    """What is written anew beside the tensors, by name."""
+    made = {"config.json": _json(new_config, sort_keys=True), PLAN_FILE: _json(plan.to_dict())}
     if len(shards) > 1:
         names = {output.cut.name: shard.name for shard in shards for output in shard.outputs}
         metadata = {
             "total_parameters": sum(math.prod(o.cut.shape) for shard in shards for o in shard.outputs),
             "total_size": sum(shard.nbytes for shard in shards),
         }
-        _write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": names})
-    _write_json(folder / "config.json", _target_config(config, plan))
-    plan.save(folder / PLAN_FILE)
+        made[INDEX_FILE] = _json({"metadata": metadata, "weight_map": names}, sort_keys=True)
     card = src / "README.md"
-    text = card.read_text(errors="replace") if card.is_file() else ""
+    # bytes that are no UTF-8 come out as they went in
+    text = _read(card).decode(errors="surrogateescape") if card.is_file() else ""
     note = model_card(source_name(src), text, config, plan.target_config)
-    (folder / "README.md").write_text(note)
+    return made | {"README.md": note.encode(errors="surrogateescape")}
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+def _json(value: Mapping[str, Any], **options: Any) -> bytes:
+    return (json.dumps(value, indent=2, **options) + "\n").encode()
+
+
+def _check_written(folder: Path, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:
+    """Reads again what a loader will read, before it gets its name."""
+    try:
+        with open_folder(folder) as written:
+            found = {name: tensor.shape for name, tensor in written.tensors.items()}
+        again = read_json(folder / "config.json")
+    except ValueError as error:
+        raise OSError(errno.EIO, f"cannot be read again ({error})", str(folder)) from None
+    if found != shapes or again != config:
+        message = "what was written is not what is read there: check the disk"
+        raise OSError(errno.EIO, message, str(folder))

@@ -3,54 +3,45 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-EXAMPLES = """\
-from a checkpoint and text to a smaller checkpoint:
-  minitron-prune score Mistral-NeMo-12B calibration.jsonl -o scores --seq-len 4096
-  minitron-prune plan scores -o plan.json --hidden-size 4096 --intermediate-size 11520
-  minitron-prune prune Mistral-NeMo-12B Minitron-8B plan.json
-  minitron-prune info Minitron-8B
+from minitron_kernels.pruning.cli_arguments import SIZES, parser_of
 
-The result is to be distilled from its source. Another plan needs no other scores.
-"""
-PLAN_EXAMPLES = """\
-examples:
-  minitron-prune plan scores -o plan.json --hidden-size 4096 --intermediate-size 11520
-  minitron-prune plan scores -o plan.json --params 8.4B
-  minitron-prune plan scores -o plan.json --ratio 0.75
-  minitron-prune plan scores -o plan.json --ratio intermediate_size=0.5 --num-hidden-layers 32
-"""
-PRUNE_EXAMPLES = """\
-example:
-  minitron-prune prune Mistral-NeMo-12B Minitron-8B plan.json --max-shard-size 2GB
-
-Killed or out of disk: run the same command again, it goes on from the files that were finished.
-"""
-SCORE_EXAMPLES = """\
-examples:
-  minitron-prune score SmolLM2-135M text.txt -o scores --samples 256 --seq-len 512
-  minitron-prune score Mistral-NeMo-12B tokens.npy -o scores --device cuda --dtype bfloat16
-"""
-# option -> the names of that size in configs
-SIZES = {
-    "hidden-size": ("hidden_size",),
-    "intermediate-size": ("intermediate_size",),
-    "num-hidden-layers": ("num_hidden_layers",),
-    "num-attention-heads": ("num_attention_heads",),
-    "num-key-value-heads": ("num_key_value_heads",),
-    "moe-intermediate-size": ("moe_intermediate_size",),
-    "num-experts": ("num_experts", "num_local_experts"),
+WHY_FILES = "they may describe the old weights; copy what you know to hold still"
+WHY_TENSORS = "tensors that are no part of the model"
+ARGUMENTS = ("params", "divisor", "drop_layers", "seq", "batch", "ratio", "num_experts_per_tok")
+# what wrappers put into names, which pruning takes off as well
+PREFIXES = {
+    r"_orig_mod\.": "",
+    r"^(module\.|language_model\.)+": "",
+    r"^model\.language_model\.": "model.",
 }
+# what the library says -> the same in words of the command line
+WORDS = (
+    (r"(,? or )loadable=False", r"\1--allow-unloadable"),
+    (r'kv_heads="merge"', "--kv-heads merge"),
+    (r"rescale_norms=False", "--no-rescale-norms"),
+    (r"ImportanceScores\.save\(\) writes", "minitron-prune score writes"),
+    (r"\bleave_out\b", "--leave-out"),
+    (r"choose another dst, or overwrite it", "choose another dst, or --overwrite"),
+    (r"which alone overwrite replaces", "which alone --overwrite replaces"),
+    (r"\banother divisor\b", "another --divisor"),
+    (r"\bgreater divisor\b", "greater --divisor"),
+    (r"^axes must", "--axes must"),
+    (r"^(params|divisor|drop_layers|seq|batch|ratio|num_experts_per_tok) (must|of|drops|tells|has)\b", None),
+    (r"^(\w+)(?= (?:must be|tells the size|is no size))", None),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 1 after an error, 2 for a wrong command line."""
-    args = _parser().parse_args(argv)
+    args = parser_of({"score": score, "plan": plan, "prune": prune, "info": info}).parse_args(argv)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *where: _say("warning", message)
@@ -59,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = "goes on from here" if args.command == "prune" else "begins anew"
         _say("interrupted", f"the same command {again}")
         return 130
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except Exception as error:
         if args.debug:
             raise
         _say("error", _message(error))
@@ -73,18 +64,42 @@ def _say(kind: str, message: object) -> None:
 
 def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
+        return _in_words(f"{error.filename}: {error.strerror}")
+    if isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError) and str(error):
+        return _in_words(str(error))
+    return f"{type(error).__name__}: {error} (--debug shows where)"  # one that nobody thought of
+
+
+def _in_words(message: str) -> str:
+    """An error of the library, naming options instead of arguments."""
+    for pattern, words in WORDS:
+        message = re.sub(pattern, _as_option if words is None else words, message)
+    return message
+
+
+def _as_option(found: re.Match[str]) -> str:
+    """The option of an argument that a message begins with, if there is one."""
+    names = {name: option for option, keys in SIZES.items() for name in keys}
+    option = names.get(found[1], found[1].replace("_", "-"))
+    known = found[1] in names or found[1] in ARGUMENTS
+    return found[0].replace(found[1], f"--{option}", 1) if known else found[0]
+
+
+def _print(text: str) -> None:
+    """To standard output, in what its encoding has: work that is done does not fail for an arrow."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    for sign, plain in (("→", "->"), ("·", "*"), ("√", "root of ")):
+        if sign.encode(encoding, errors="ignore") == b"":
+            text = text.replace(sign, plain)
+    print(text.encode(encoding, errors="replace").decode(encoding))
 
 
 def score(args: argparse.Namespace) -> None:
     """Calibration text -> scores folder."""
-    _check_free(args.output, args.overwrite)
-    if not (args.model / "config.json").is_file():
-        raise FileNotFoundError(
-            2, "is not the folder of a checkpoint (it has no config.json)", str(args.model)
-        )
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    _check_free(args.output, args.overwrite, folder=True)
+    _check_model(args.model)
+    device = _device(args.device)
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     from minitron_kernels.pruning.calibration import calibration_windows
@@ -99,16 +114,19 @@ def score(args: argparse.Namespace) -> None:
     if args.seq_len > longest:
         raise ValueError(f"--seq-len must be at most the model's {longest} positions, got {args.seq_len}")
     text = any(file.suffix != ".npy" for file in args.text)
-    tokenizer = AutoTokenizer.from_pretrained(args.model) if text else None
+    tokenizer = _tokenizer(args.model) if text else None
     windows = calibration_windows(
         args.text, tokenizer, length=args.seq_len, samples=args.samples, seed=args.seed
     )
     vocab = config_value(config, "vocab_size")
     if not 0 <= int(windows.min()) <= int(windows.max()) < vocab:
-        raise ValueError(f"{args.text[0]}: token ids must be in [0, {vocab}), got up to {int(windows.max())}")
+        raise ValueError(
+            f"{args.text[0]}: token ids must be in [0, {vocab}), "
+            f"got {int(windows.min())} to {int(windows.max())}"
+        )
     if len(windows) < args.samples:
         _say("warning", f"the text has {len(windows)} windows of {args.seq_len} tokens, not {args.samples}")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device)
+    model = _load(args.model, args.dtype).to(device)
     scores = collect_importance(
         model,
         list(windows.split(args.batch_size)),
@@ -120,7 +138,7 @@ def score(args: argparse.Namespace) -> None:
         progress=False if args.quiet else None,
     )
     scores.save(args.output)
-    print(f"{args.output}: {scores.tokens:,} tokens, {', '.join(scores.axes)}")
+    _print(f"{args.output}: {scores.tokens:,} tokens, {', '.join(scores.axes)}")
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -128,7 +146,7 @@ def plan(args: argparse.Namespace) -> None:
     from minitron_kernels.pruning.plan import make_plan
     from minitron_kernels.pruning.scores import ImportanceScores
 
-    _check_free(args.output, args.overwrite)
+    _check_free(args.output, args.overwrite, folder=False)
     scores = ImportanceScores.load(args.scores)
     sizes = {}
     for option, names in SIZES.items():
@@ -154,7 +172,7 @@ def plan(args: argparse.Namespace) -> None:
         **sizes,
     )
     made.save(args.output)
-    print(made.summary())
+    _print(made.summary())
 
 
 def prune(args: argparse.Namespace) -> None:
@@ -169,12 +187,16 @@ def prune(args: argparse.Namespace) -> None:
         max_shard_bytes=args.max_shard_size,
         threads=args.threads,
         rescale_norms=args.rescale_norms,
+        leave_out=args.leave_out,
         overwrite=args.overwrite,
         progress=False if args.quiet else None,
     )
+    for what in (done.left_out_files, done.left_out_tensors):
+        if what:
+            _say("left out", f"{_few(what)}: {WHY_FILES if what is done.left_out_files else WHY_TENSORS}")
     kept = f", {len(done.resumed_files)} of them from before" if done.resumed_files else ""
     files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}{kept}"
-    print(
+    _print(
         f"{args.dst}: {done.parameters_before:,} → {done.parameters_after:,} parameters, "
         f"{done.nbytes / 1e9:.2f} GB in {files}"
     )
@@ -184,13 +206,84 @@ def info(args: argparse.Namespace) -> None:
     """Prints what each path is."""
     from minitron_kernels.pruning.about import about
 
-    print("\n\n".join(about(path) for path in args.paths))
+    _print("\n\n".join(about(path) for path in args.paths))
 
 
-def _check_free(path: Path, overwrite: bool) -> None:
-    """Before hours of work, not after."""
+def _check_free(path: Path, overwrite: bool, *, folder: bool) -> None:
+    """That `path` can be written: before hours of work, not after."""
     if path.exists() and not overwrite:
         raise FileExistsError(17, "is there already; take another --output, or --overwrite", str(path))
+    if path.exists() and path.is_dir() != folder:
+        kind = "a folder" if folder else "a file"
+        raise FileExistsError(17, f"is not {kind}, and is not replaced: take another --output", str(path))
+    parent = next(
+        place for place in (path if folder else path.parent, *path.absolute().parents) if place.exists()
+    )
+    if not folder and not path.parent.exists():
+        raise FileNotFoundError(2, "there is no such folder to write --output to", str(path.parent))
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise PermissionError(13, "cannot be written to: take another --output", str(parent))
+
+
+def _check_model(path: Path) -> None:
+    if (path / "config.json").is_file():
+        return
+    reason = "is not the folder of a checkpoint (it has no config.json)"
+    if not path.exists():
+        reason = "there is no such folder"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+            reason += f"; a model of the hub is downloaded first: hf download {path} --local-dir {path.name}"
+    raise FileNotFoundError(2, reason, str(path))
+
+
+def _device(name: str) -> Any:
+    """The device, once something can be put there."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: cannot be used here: {reason}") from None
+    return device
+
+
+def _tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # what it raises where files are missing differs from tokenizer to tokenizer
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path}: has no tokenizer that transformers loads ({reason}): put its files there, or give "
+            "token ids, as .npy"
+        ) from None
+
+
+def _load(path: Path, dtype: str) -> Any:
+    """The model, once all weights but a head's were found: transformers makes up those that are missing."""
+    from transformers import AutoModelForCausalLM
+
+    from minitron_kernels.pruning.side_files import check_no_adapter
+
+    check_no_adapter(path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, key_mapping=PREFIXES, output_loading_info=True
+    )
+    model, report = loaded
+    lacking = sorted(name for name in report["missing_keys"] if not name.startswith("lm_head."))
+    if lacking or report["mismatched_keys"]:
+        wrong = lacking or sorted(str(entry[0]) for entry in report["mismatched_keys"])
+        raise ValueError(
+            f"{path}: does not hold {_few(wrong)} as config.json tells: scores would be of noise"
+        )
+    return model
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _ratio(given: list[str] | None) -> float | dict[str, float] | None:
@@ -204,145 +297,3 @@ def _ratio(given: list[str] | None) -> float | dict[str, float] | None:
         return {name: float(value) for name, value in pairs}
     except ValueError:
         raise ValueError(f"--ratio must be a number, or NAME=NUMBER, got {' '.join(given)}") from None
-
-
-def _count(text: str) -> float:
-    """8.4e9, 8.4B, 500M."""
-    units = {"K": 1e3, "M": 1e6, "B": 1e9}
-    return float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
-
-
-def _byte_count(text: str) -> int:
-    """2GB, 500MB, 1GiB, or bytes."""
-    units = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "KB": 10**3}
-    for unit, size in units.items():
-        if text.endswith(unit):
-            return int(float(text.removesuffix(unit)) * size)
-    return int(text)
-
-
-def _layers(text: str) -> list[int]:
-    """16-20,23 -> [16, ..., 20, 23]."""
-    from minitron_kernels.pruning.keep import parse_runs
-
-    return list(parse_runs(text))
-
-
-def _typed(name: str, parse: Any) -> Any:
-    """`parse` under the name that argparse shows in errors."""
-
-    def typed(text: str) -> Any:
-        return parse(text)
-
-    typed.__name__ = name
-    return typed
-
-
-def _parser() -> argparse.ArgumentParser:
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "minitron-prune",
-        description="Cut the least useful channels, heads, experts and layers of a language model.",
-        epilog=EXAMPLES,
-        formatter_class=shape,
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, run: Any, about: str, epilog: str = "") -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=about, description=about, epilog=epilog, formatter_class=shape)
-        sub.set_defaults(run=run)
-        sub.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-        return sub
-
-    _add_score(command("score", score, "Score a model's channels on calibration text.", SCORE_EXAMPLES))
-    _add_plan(command("plan", plan, "Choose what stays, from scores and a target.", PLAN_EXAMPLES))
-    _add_prune(command("prune", prune, "Cut a checkpoint on disk by a plan.", PRUNE_EXAMPLES))
-    sub = command("info", info, "Tell what a checkpoint, a plan or scores hold.")
-    sub.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="folder, or plan.json")
-    return parser
-
-
-def _add_score(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", type=Path, help="folder of the checkpoint, with its tokenizer")
-    sub.add_argument(
-        "text",
-        nargs="+",
-        type=Path,
-        help='text in UTF-8; .jsonl with a "text" on each line; or .npy with token ids',
-    )
-    sub.add_argument("-o", "--output", type=Path, required=True, help="folder for the scores")
-    sub.add_argument("--overwrite", action="store_true", help="replace scores that are there")
-    sub.add_argument("--samples", type=int, default=1024, help="windows, drawn at random (default 1024)")
-    sub.add_argument("--seq-len", type=int, default=2048, help="tokens of a window (default 2048)")
-    sub.add_argument("--batch-size", type=int, default=1, help="windows of a forward pass (default 1)")
-    sub.add_argument("--seed", type=int, default=0, help="of the drawing (default 0)")
-    sub.add_argument("--axes", nargs="+", help="hidden, mlp, heads, ...; default: all that the model has")
-    sub.add_argument(
-        "--seq", nargs="+", default=["mean"], help="sums over tokens: mean, L2, var (default mean)"
-    )
-    sub.add_argument("--mlp-tap", default="down_proj_input", choices=["down_proj_input", "up_proj_output"])
-    sub.add_argument("--head-score", default="norm", choices=["norm", "channels"])
-    sub.add_argument("--expert-score", default="norm", choices=["norm", "reap"])
-    sub.add_argument("--dtype", default="auto", help="of the model; default: the checkpoint's")
-    sub.add_argument("--device", default="cpu", help="default: cpu")
-    sub.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-def _add_plan(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("scores", type=Path, help="folder of scores")
-    sub.add_argument("-o", "--output", type=Path, required=True, help="the plan's JSON file")
-    sub.add_argument("--overwrite", action="store_true", help="replace a plan that is there")
-    target = sub.add_argument_group("target", "what is not told keeps its size")
-    for option in SIZES:
-        target.add_argument(f"--{option}", type=int, metavar="N")
-    target.add_argument("--ratio", nargs="+", metavar="[NAME=]X", help="of hidden and MLP sizes, or by name")
-    target.add_argument(
-        "--params", type=_typed("number", _count), metavar="N", help="parameter budget: 8.4e9 or 8.4B"
-    )
-    target.add_argument(
-        "--drop-layers", type=_typed("layers", _layers), metavar="LAYERS", help="these go, as 16-20,23"
-    )
-    target.add_argument("--num-experts-per-tok", type=int, metavar="N", help="for the new config")
-    how = sub.add_argument_group("how")
-    how.add_argument("--kv-heads", default="prune", choices=["prune", "merge"], help="how they become fewer")
-    how.add_argument(
-        "--merge-heads", action="store_true", help="kept query heads take over what dropped lack"
-    )
-    how.add_argument("--order", default="original", choices=["original", "importance"])
-    how.add_argument("--divisor", type=int, help="of hidden and MLP sizes (default 64; for a budget 128)")
-    how.add_argument(
-        "--no-rescale-norms",
-        dest="rescale_norms",
-        action="store_false",
-        help="leave norms' gains as they are",
-    )
-    how.add_argument(
-        "--allow-unloadable",
-        dest="loadable",
-        action="store_false",
-        help="take sizes that transformers refuses to load (loadable=False)",
-    )
-    how.add_argument("--batch", default="L2", help="aggregation over sequences (default L2)")
-    how.add_argument("--seq", default="mean", help="aggregation over tokens (default mean)")
-
-
-def _add_prune(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("src", type=Path, help="folder of the checkpoint")
-    sub.add_argument("dst", type=Path, help="folder to be made")
-    sub.add_argument("plan", type=Path, help="plan.json")
-    sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is at dst")
-    sub.add_argument(
-        "--max-shard-size",
-        type=_typed("size", _byte_count),
-        default=5_000_000_000,
-        metavar="SIZE",
-        help="of one file: 5GB (default), 500MB, 1GiB",
-    )
-    sub.add_argument("--threads", type=int, help="default: one for each core, at most 8")
-    sub.add_argument(
-        "--no-rescale-norms",
-        dest="rescale_norms",
-        action="store_false",
-        help="leave norms' gains as they are",
-    )
-    sub.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from minitron_kernels.ops.importance.moments import KIND_OF
-from minitron_kernels.pruning.batches import read_batch
+from minitron_kernels.pruning.batches import Tokens, read_batch
+from minitron_kernels.pruning.packing import check_apart, check_apart_by_config, reads_one_row
 from minitron_kernels.pruning.recorder import Recorder
 from minitron_kernels.pruning.scores import AXES, ImportanceScores, Options
 from minitron_kernels.pruning.taps import TappedModel
+from minitron_kernels.pruning.wrappers import is_fsdp
 
 
 def collect_importance(
@@ -56,11 +58,13 @@ def collect_importance(
 
     Args:
         model: a causal language model of a known family (families.known_families(); register_family() adds
-            one), or its decoder alone; plain, in DistributedDataParallel, or under FSDP2.
-        batches: token ids, int64 or int32 [B, S] or [S]; or mappings with "input_ids" and what else the model
-            takes of attention_mask, position_ids, inputs_embeds, token_type_ids, cu_seq_lens_q ... A row is a
-            sequence; what attention_mask [B, S] leaves out counts nowhere. Packed sequences are told by
-            position_ids without an attention mask, or by cu_seq_lens_q. They are moved to the model's device.
+            one), or its decoder alone; plain, compiled, in DistributedDataParallel, under FSDP2, or offloaded
+            by device_map. Not with PEFT's adapters: merge them first.
+        batches: token ids, int64 or int32 [B, S] or [S]; or mappings with "input_ids" or "inputs_embeds"
+            [B, S, hidden]. A row is a sequence; what attention_mask [B, S] (1 and 0) leaves out counts
+            nowhere. Packed sequences are given by position_ids that begin anew, by the numbers 1, 2, ... of
+            the sequences in attention_mask, by seq_idx or by cu_seq_lens_q: scores are those of the sequences
+            one by one, or the batch is refused. Batches are not changed.
         axes: of "hidden", "mlp", "heads", "layers", "experts", "expert_mlp"; None for all that the model has.
         seq: sequence aggregations to collect, of "mean", "L2", "var".
         mlp_tap: "down_proj_input", after activation and gate (as ModelOpt), or "up_proj_output" (the paper's,
@@ -83,7 +87,9 @@ def collect_importance(
         Scores; float64 sums, on the CPU.
 
     Raises:
-        TypeError, ValueError: the model, a batch or an option is not as above; says what was wanted.
+        TypeError, ValueError: the model, a batch or an option is not as above; a token id is not in the
+            vocabulary; the model does not keep packed sequences apart; activations are NaN or infinite. Says
+            which batch, and what was wanted.
 
     Source: Minitron (arXiv 2407.14679) section 2.2; REAP (arXiv 2510.13999).
 
@@ -110,22 +116,27 @@ def collect_importance(
             )
         scores = resume_from.clone()
     recorder = Recorder(scores, context_parallel_group, backend)
-    call = _forward(tapped)
-    device = _input_device(tapped)
-    count = 0
+    _check_finite("resume_from", recorder.totals())
+    read = _Reader(tapped, whole=context_parallel_group is None)
+    count, before = 0, None
     with torch.no_grad(), tapped.tapped(recorder), contextlib.closing(_bar(batches, progress)) as bar:
         for count, batch in enumerate(bar, 1):
-            inputs, tokens = read_batch(
-                batch, f"batches[{count - 1}]", device, whole=context_parallel_group is None
-            )
+            name = f"batches[{count - 1}]"
+            inputs, tokens = read(batch, name)
             recorder.start(tokens)
-            call(**inputs, use_cache=False)
+            read.call(**inputs, use_cache=False)
             recorder.flush()
+            # Looked at one batch later, when a GPU has long been done: so it need not be waited for
+            if before is not None:
+                _check_finite(*before)
+            before = name, recorder.totals()
+    if before is not None:
+        _check_finite(*before)
     if count == 0 and data_parallel_group is None:
         raise ValueError("batches must hold at least one batch, got none: a generator that has been used up?")
     if data_parallel_group is not None:
-        if device is not None:
-            scores.to(device)
+        if read.device is not None:
+            scores.to(read.device)
         scores.all_reduce_(data_parallel_group)
     return scores.to("cpu")
 
@@ -146,10 +157,46 @@ def _chosen(axes: Sequence[str] | None, tapped: TappedModel) -> tuple[str, ...]:
     return tuple(axis for axis in AXES if axis in wanted)
 
 
+class _Reader:
+    """From batches to the arguments of the model's forward pass, and to their tokens.
+
+    Attributes:
+        call: what to call for a forward pass through all layers without the LM head.
+        device: where the model wants its tokens; None where that cannot be told.
+    """
+
+    def __init__(self, tapped: TappedModel, *, whole: bool) -> None:
+        self.device = _input_device(tapped)
+        self.call, self._collective = _forward(tapped), is_fsdp(tapped.root)
+        self._config, self._vocab, self._whole = tapped.config, tapped.sizes["vocab"], whole
+        self._one_row, self._routed = reads_one_row(tapped.config), bool(tapped.sparse)
+        self._apart = not whole  # whether it is known; ranks' pieces are the model's own affair
+
+    def __call__(self, batch: Any, name: str) -> tuple[dict[str, Any], Tokens]:
+        """The arguments and the tokens of a batch; the first packed one is refused if the model leaks."""
+        inputs, tokens = read_batch(
+            batch, name, self.device, whole=self._whole, vocab=self._vocab, one_row=self._one_row
+        )
+        if tokens.packed and not self._apart:
+            if self._collective:
+                check_apart_by_config(self._config, name)
+            else:
+                check_apart(
+                    self.call,
+                    self._config,
+                    name,
+                    vocab=self._vocab,
+                    device=self.device,
+                    routed=self._routed,
+                )
+            self._apart = True
+        return inputs, tokens
+
+
 def _forward(tapped: TappedModel) -> Any:
     """What to call for a forward pass through all layers without the LM head."""
     root = tapped.root
-    if not _is_fsdp(root):
+    if not is_fsdp(root):
         return tapped.decoder
     # FSDP2 gathers the embedding where the module is called that fully_shard() was given last
     if "logits_to_keep" not in inspect.signature(root.forward).parameters:
@@ -157,12 +204,22 @@ def _forward(tapped: TappedModel) -> Any:
     return lambda **inputs: root(**inputs, logits_to_keep=1)
 
 
-def _is_fsdp(module: nn.Module) -> bool:
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)
+def _check_finite(name: str, totals: Mapping[str, tuple[tuple[Any, ...], Tensor]]) -> None:
+    """Scores that are NaN or infinite are found with the batch that made them so."""
+    if not totals:
+        return
+    device = next(iter(totals.values()))[1].device
+    if bool(torch.cat([total.to(device) for _, total in totals.values()]).isfinite().all()):
+        return
+    found = [
+        f"{axis} at {places[int((~total.isfinite()).nonzero()[0])]}"
+        for axis, (places, total) in totals.items()
+        if not bool(total.isfinite().all())
+    ]
+    raise ValueError(
+        f"{name}: activations are NaN or infinite, first in {', '.join(found)}: is a weight damaged, or the "
+        "dtype too narrow (float16)? No scores were made"
+    )
 
 
 def _input_device(tapped: TappedModel) -> torch.device | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minitron_kernels.ops.gather.index import ChannelIndex
 from minitron_kernels.ops.gather.op import gather_channels
-from minitron_kernels.pruning.families import PER_HEAD, Located, family_of
+from minitron_kernels.pruning.families import ONE, PER_HEAD, PRUNED, Located, elements, family_of
 from minitron_kernels.pruning.pruning_plan import LayerPlan, PruningPlan
 
 Index = ChannelIndex | None
@@ -86,7 +86,9 @@ class Cut:
         tensor = tensor.detach()
         if out is None:
             out = torch.empty(self.shape, dtype=tensor.dtype, device=tensor.device)
-        if self.experts is None:
+        if tensor.dim() == 0:
+            out.copy_(tensor)
+        elif self.experts is None:
             gather_channels(tensor, self.rows, self.cols, out)
         else:
             for new, (old, rows, cols) in enumerate(self.experts):
@@ -111,6 +113,7 @@ class Cuts:
     Args:
         plan: what stays.
         rescale_norms: apply the plan's norm factors.
+        tied: whether the source's head is its embedding, which its tensors tell; None: as its config says.
 
     A family that multiplies its embeddings by √hidden_size multiplies them by less once channels have gone,
     while what the layers add stays as it is. So what the layers add is scaled by √(new / old size) too: every
@@ -120,9 +123,10 @@ class Cuts:
     is tied.
     """
 
-    def __init__(self, plan: PruningPlan, *, rescale_norms: bool = True) -> None:
+    def __init__(self, plan: PruningPlan, *, rescale_norms: bool = True, tied: bool | None = None) -> None:
         self.plan = plan
         self.family = family_of(plan.source_config)
+        self.tied = self.family.tied(plan.source_config) if tied is None else tied
         self.source = self.family.sizes(plan.source_config)
         self.target = self.family.sizes(plan.target_config)
         self._layers = {entry.layer: (new, entry) for new, entry in enumerate(plan.layers)}
@@ -199,7 +203,7 @@ class Cuts:
         return f"{self.family.layers}.{self.plan.layers[int(inside[1])].layer}.{inside[2]}"
 
     def _list_known(self, stored: bool) -> dict[str, Located]:
-        params = self.family.parameters(self.plan.source_config, stored=stored)
+        params = self.family.parameters(self.plan.source_config, stored=stored, tied=self.tied)
         return {param.name: param for param in params}
 
     def _make_index(self, parts: tuple[str, ...], layer: int | None, expert: int | None) -> Index:
@@ -207,13 +211,11 @@ class Cuts:
         kept, start = [], 0
         for axis in parts:
             indices = torch.tensor(self._kept(axis, layer, expert), dtype=torch.int64)
-            size = self.source[axis]
             if axis in PER_HEAD:
                 inside = torch.arange(self.source["head_dim"])
                 indices = (indices[:, None] * len(inside) + inside).flatten()
-                size *= len(inside)
             kept.append(indices + start)
-            start += size
+            start += elements(axis, self.source)
         index = torch.cat(kept)
         if len(index) == start and torch.equal(index, torch.arange(start)):
             return None
@@ -222,8 +224,8 @@ class Cuts:
     def _kept(self, axis: str, layer: int | None, expert: int | None) -> tuple[int, ...] | range:
         if axis == "hidden":
             return self.plan.hidden
-        if layer is None or axis in ("vocab", "head_dim"):
-            return range(self.source[axis])
+        if layer is None or axis not in PRUNED:
+            return range(1 if axis == ONE else self.source[axis])
         entry = self._layers[layer][1]
         if axis == "heads":
             return entry.heads.query
@@ -235,7 +237,7 @@ class Cuts:
 
     def _blends(self, located: Located, entry: LayerPlan | None) -> tuple[Blend, ...]:
         """Where rows of a projection to heads are sums of several heads'."""
-        if entry is None or located.dims[0][0] not in PER_HEAD:
+        if entry is None or not located.dims or located.dims[0][0] not in PER_HEAD:
             return ()
         dim = self.source["head_dim"]
         blends, old, new = [], 0, 0
@@ -269,5 +271,4 @@ class Cuts:
         writers = [norm for norm in taps.norms if norm not in taps.scored_norms]
         if writers:
             return {f"{family.layers}.{layer}.{norm}": scale for layer in self._layers for norm in writers}
-        tied = family.tied(self.plan.source_config)
-        return {family.embedding: 1 / scale} | ({family.final_norm: scale} if tied else {})
+        return {family.embedding: 1 / scale} | ({family.final_norm: scale} if self.tied else {})

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minitron_kernels.ops.importance.moments import Moments, moments_of, planes_of, rows_of
 from minitron_kernels.pruning.recorder import Recorder
+from minitron_kernels.pruning.wrappers import fetched
 
 _ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
 
@@ -36,6 +37,11 @@ class ExpertsTap:
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
         """Scores the tokens that the module has just seen."""
+        if self.recorder.listens:
+            with fetched(module):
+                self._score(module, args, kwargs)
+
+    def _score(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [*args, *(kwargs[name] for name in _ARGUMENTS[len(args) :])]
         hidden, index, gates = (x.detach() for x in given[:3])
         hidden = hidden.reshape(-1, hidden.shape[-1])

@@ -11,6 +11,10 @@ keys and values. The axes:
     experts             experts of a layer
     expert_mlp          neurons of an expert; ranked inside each expert
     layers              whole layers
+    one                 a dimension of one element
+
+Any other name that `Family.size_keys` gives a config key is an axis that is never pruned, as the neurons of
+shared experts.
 
 Names and shapes are those of the causal language models of Hugging Face transformers 5.
 """
@@ -23,7 +27,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Config = Any  # a transformers config, or the dict in a checkpoint's config.json
+from minitron_kernels.pruning.configs import Config, config_value, written_value
+
 When = Callable[[Config, int], bool]
 
 # axis -> the keys that tell its size in a config; the first that is there counts
@@ -37,12 +42,9 @@ SIZE_KEYS: dict[str, tuple[str, ...]] = {
     "mlp": ("intermediate_size",),
 }
 PER_HEAD = ("heads", "kv_heads")
-
-
-def config_value(config: Config, key: str, default: Any = None) -> Any:
-    """`key` of a config object or of a dict; `default` where it is absent or None."""
-    value = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
-    return default if value is None else value
+PRUNED = ("hidden", "heads", "kv_heads", "mlp", "experts", "expert_mlp")  # whose elements can go
+ONE = "one"
+TIE_KEY = "tie_word_embeddings"
 
 
 def flag(key: str, default: bool = False) -> When:
@@ -52,22 +54,25 @@ def flag(key: str, default: bool = False) -> When:
 
 @dataclass(frozen=True)
 class Param:
-    """One parameter of a layer (or of the model around the layers).
+    """One parameter of a layer (or of the model around the layers), or one buffer that is learned.
 
     Args:
         name: inside a layer, e.g. "self_attn.q_proj.weight"; "{expert}" where there is one for each expert.
-        axes: of its dimensions, separated by ", "; "a+b" for parts that follow each other.
+        axes: of its dimensions, separated by ", "; "a+b" for parts that follow each other; "" for a scalar.
         when: (config, layer) -> whether there is such a parameter; None for always.
+        buffer: whether it is a persistent buffer of the model, as e_score_correction_bias: cut and stored as
+            parameters are, but not counted as one.
     """
 
     name: str
     axes: str
     when: When | None = None
+    buffer: bool = False
 
     @property
     def dims(self) -> tuple[tuple[str, ...], ...]:
         """The parts of each dimension."""
-        return tuple(tuple(part.split("+")) for part in self.axes.split(", "))
+        return tuple(tuple(part.split("+")) for part in self.axes.split(", ")) if self.axes else ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class Located:
     layer: int | None = None
     expert: int | None = None
     pattern: str = ""  # its name with {layer} and {expert} in the places of their numbers
+    buffer: bool = False
 
     def moved(self, layer: int | None, expert: int | None) -> str:
         """Its name in a model where its layer and its expert have these numbers."""
@@ -91,6 +97,8 @@ class Located:
 
 def elements(axis: str, sizes: Mapping[str, int]) -> int:
     """How many elements of a dimension an axis takes: a head has head_dim of them."""
+    if axis == ONE:
+        return 1
     return sizes[axis] * (sizes["head_dim"] if axis in PER_HEAD else 1)
 
 
@@ -126,10 +134,11 @@ class Family:
         layer: the parameters of a layer.
         taps: where its axes are tapped.
         stored_layer: the parameters of a layer in checkpoints, where they are named otherwise there.
-        outer: the parameters around the layers; "lm_head.weight" is left out where it is tied.
+        outer: the parameters around the layers; the head's weight is left out where it is tied.
         layers, final_norm, embedding, head: names of these modules in the model.
         size_keys: config keys of axes, beyond or instead of SIZE_KEYS.
-        defaults: of config keys that a checkpoint's config.json may leave out.
+        defaults: of config keys that a config.json may leave out; only for model types that transformers does
+            not know, whose own defaults count otherwise.
         norm_offset: what a norm adds to its stored weight to make its gain: 1 where it stores gain - 1.
         scales_embedding: whether embeddings are multiplied by the root of hidden_size.
         is_sparse: (config, layer) -> whether that layer's MLP is experts.
@@ -169,7 +178,7 @@ class Family:
 
     def tied(self, config: Config) -> bool:
         """Whether lm_head is the embedding."""
-        return bool(self.value(config, "tie_word_embeddings", False))
+        return bool(self.value(config, TIE_KEY, False))
 
     def keys_of(self, axis: str) -> tuple[str, ...]:
         """The config keys that may tell the size of an axis."""
@@ -183,9 +192,13 @@ class Family:
         """
         sizes: dict[str, int] = {}
         for axis in dict.fromkeys((*SIZE_KEYS, *self.size_keys)):
-            found = [v for key in self.keys_of(axis) if (v := self.value(config, key)) is not None]
-            if found:
-                sizes[axis] = int(found[0])
+            keys = self.keys_of(axis)
+            # a key that is written counts before the default of one that is not
+            for read in (written_value, self.value):
+                found = [value for key in keys if (value := read(config, key)) is not None]
+                if found:
+                    sizes[axis] = int(found[0])
+                    break
         for axis in ("vocab", "hidden", "layers", "heads"):
             if axis not in sizes:
                 raise ValueError(
@@ -195,14 +208,21 @@ class Family:
         sizes.setdefault("head_dim", sizes["hidden"] // sizes["heads"])
         return sizes
 
-    def parameters(self, config: Config, *, stored: bool = False) -> Iterator[Located]:
-        """All parameters of a model with this config, by their names in the model or in a checkpoint."""
+    def parameters(
+        self, config: Config, *, stored: bool = False, tied: bool | None = None
+    ) -> Iterator[Located]:
+        """All parameters of a model with this config, and the buffers that are cut like them.
+
+        Args:
+            config: of the model.
+            stored: by their names in a checkpoint; else in the model.
+            tied: whether the head is the embedding, and left out; None: as the config says.
+        """
         sizes = self.sizes(config)
+        tied = self.tied(config) if tied is None else tied
         for param in self.outer:
-            if (param.name != f"{self.head}.weight" or not self.tied(config)) and _is_there(
-                param, config, -1
-            ):
-                yield Located(param.name, param.dims)
+            if not (tied and param.name == f"{self.head}.weight") and _is_there(param, config, -1):
+                yield Located(param.name, param.dims, buffer=param.buffer)
         inside = self.stored_layer if stored and self.stored_layer is not None else self.layer
         for layer in range(sizes["layers"]):
             for param in inside:
@@ -212,13 +232,13 @@ class Family:
                 experts = range(sizes["experts"]) if "{expert}" in pattern else (None,)
                 for expert in experts:
                     name = pattern.format(layer=layer, expert=expert)
-                    yield Located(name, param.dims, layer, expert, pattern)
+                    yield Located(name, param.dims, layer, expert, pattern, param.buffer)
 
     def locate(self, name: str, config: Config) -> Located | None:
         """What a parameter's name, in the model or in a checkpoint, stands for; None if it is not known."""
         for param in self.outer:
             if name == param.name:
-                return Located(name, param.dims)
+                return Located(name, param.dims, buffer=param.buffer)
         found = re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.(.+)", name)
         if not found:
             return None
@@ -228,7 +248,8 @@ class Family:
             inside = re.fullmatch(pattern, rest)
             if inside and _is_there(param, config, layer):
                 expert = int(inside[1]) if inside.groups() else None
-                return Located(name, param.dims, layer, expert, f"{self.layers}.{{layer}}.{param.name}")
+                pattern = f"{self.layers}.{{layer}}.{param.name}"
+                return Located(name, param.dims, layer, expert, pattern, param.buffer)
         return None
 
     def count_parameters(self, config: Config, *, embeddings: bool = True) -> int:
@@ -236,7 +257,7 @@ class Family:
         sizes = self.sizes(config)
         total = 0
         for param in self.parameters(config):
-            if not embeddings and ("vocab",) in param.dims:
+            if param.buffer or (not embeddings and ("vocab",) in param.dims):
                 continue
             size = 1
             for length in param.shape(sizes):
@@ -296,9 +317,25 @@ def register_family(family: Family) -> None:
         >>> import dataclasses
         >>> llama = family_of({"model_type": "llama"})
         >>> register_family(dataclasses.replace(llama, model_types=("my_llama",)))
+
+    Raises:
+        TypeError, ValueError: no Family, or a parameter with an axis of no known size; names it.
     """
     if not isinstance(family, Family):
         raise TypeError(f"family must be a Family, got {type(family).__name__}")
+    known = {*SIZE_KEYS, *family.size_keys, ONE} - {"layers"}
+    for param in (*family.outer, *family.layer, *(family.stored_layer or ())):
+        if len(param.dims) > 3 or (len(param.dims) == 3 and param.dims[0] != ("experts",)):
+            raise ValueError(
+                f"family has {param.name} with axes {param.axes!r}: they must be at most two, or three that "
+                "begin with experts"
+            )
+        for axis in (axis for parts in param.dims for axis in parts):
+            if axis not in known:
+                raise ValueError(
+                    f"family has {param.name} with an axis {axis!r}, which is none of "
+                    f"{', '.join(sorted(known))}: give its config key in size_keys"
+                )
     for model_type in family.model_types:
         _FAMILIES[model_type] = family
 

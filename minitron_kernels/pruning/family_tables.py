@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from minitron_kernels.pruning.configs import Config, config_value
 from minitron_kernels.pruning.families import (
-    Config,
     Family,
     Param,
     Taps,
     When,
     attention,
-    config_value,
     flag,
     gated_mlp,
     linear,
@@ -58,10 +57,13 @@ def _long_rope_fits(config: Config) -> str | None:
     """Phi-3: transformers checks the factors of long RoPE against hidden_size / num_attention_heads."""
     rope = config_value(config, "rope_parameters") or config_value(config, "rope_scaling") or {}
     hidden, heads = config_value(config, "hidden_size"), config_value(config, "num_attention_heads")
-    part = rope.get("partial_rotary_factor", config_value(config, "partial_rotary_factor", 1.0))
+    factors = [key for key in ("short_factor", "long_factor") if rope.get(key)]
+    if not factors:
+        return None
+    part = rope.get("partial_rotary_factor") or config_value(config, "partial_rotary_factor", 1.0)
     wanted = int(hidden // heads * part) // 2
-    for key in ("short_factor", "long_factor"):
-        if key in rope and len(rope[key]) != wanted:
+    for key in factors:
+        if len(rope[key]) != wanted:
             return (
                 f"the {len(rope[key])} entries of RoPE's {key} are not half of hidden_size / "
                 f"num_attention_heads = {hidden} // {heads}"
@@ -75,9 +77,7 @@ register_family(Family(("llama",), layer=_PLAIN, refuses=_heads_divide_hidden))
 register_family(Family(("mistral",), layer=(*attention(), *gated_mlp(), *_TWO_NORMS)))
 register_family(Family(("qwen2",), layer=(*attention(qkv_bias=True), *gated_mlp(), *_TWO_NORMS)))
 _QWEN3_ATTENTION = attention(qkv_bias=_ATTENTION_BIAS, out_bias=_ATTENTION_BIAS, qk_norm=True)
-register_family(
-    Family(("qwen3",), layer=(*_QWEN3_ATTENTION, *gated_mlp(), *_TWO_NORMS), defaults={"head_dim": 128})
-)
+register_family(Family(("qwen3",), layer=(*_QWEN3_ATTENTION, *gated_mlp(), *_TWO_NORMS)))
 
 _GEMMA_TAPS = Taps(
     scored_norms=("input_layernorm", "pre_feedforward_layernorm"),
@@ -93,7 +93,6 @@ for _type, _qk_norm in (("gemma2", False), ("gemma3_text", True)):
                 *norms(*_FOUR_NORMS),
             ),
             taps=_GEMMA_TAPS,
-            defaults={"tie_word_embeddings": True, "head_dim": 256},
             norm_offset=1.0,
             scales_embedding=True,
             refuses=_heads_divide_hidden,

@@ -87,8 +87,13 @@ def checked_scores(table: Any, shape: tuple[int, ...], name: str) -> Tensor:
         raise TypeError(f"scores[{name}] must be a tensor, got {type(table).__name__}") from error
     if tuple(scores.shape) != shape:
         raise ValueError(f"scores[{name}] must have the shape {shape}, got {tuple(scores.shape)}")
-    if not bool(torch.isfinite(scores).all()):
-        raise ValueError(f"scores[{name}] must be finite, got NaN or infinity")
+    wrong = (~torch.isfinite(scores)).nonzero().tolist()
+    if wrong:
+        place = ", ".join(map(str, wrong[0]))
+        raise ValueError(
+            f"scores[{name}] must be finite, got {scores[tuple(wrong[0])].item()} at [{place}], the first of "
+            f"{len(wrong)} such: does the model overflow in its dtype?"
+        )
     return scores
 
 
@@ -124,7 +129,7 @@ def choose_heads(
     merge_query: bool,
     order: str,
 ) -> KeptHeads:
-    """As many query heads from every KV group, the best of each.
+    """As many query heads from every KV group, the best of each; of equals the lower number first.
 
     Args:
         scores: of the query heads; None where no head goes.
@@ -162,13 +167,16 @@ def choose_heads(
 
 
 def best_block(importance: Tensor, count: int) -> int:
-    """Where the first block of `count` neighbouring layers starts whose summed importance is least."""
-    sums = importance.unfold(0, count, 1).sum(-1).tolist()
-    return min(range(len(sums)), key=lambda start: sums[start])
+    """Where the first block of `count` neighbouring layers starts whose summed importance is least.
+
+    Sums are exact, so that blocks of equal layers are equal wherever they stand.
+    """
+    sums = [math.fsum(block) for block in importance.unfold(0, count, 1).tolist()]
+    return sums.index(min(sums))
 
 
 def least_loss(losses: Mapping[int, float] | Sequence[float], layers: int, count: int) -> int:
-    """The start of the block of `count` layers whose loss when dropped was measured least.
+    """The start of the block of `count` layers whose loss when dropped is least; of equals the first.
 
     Raises:
         ValueError: a start that is no layer's, or no finite loss.

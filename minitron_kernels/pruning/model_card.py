@@ -31,12 +31,13 @@ def model_card(source: str, source_card: str, before: Config, after: Config) -> 
 
     Args:
         source: the source's name.
-        source_card: its README.md, "" where there is none. Its front matter (license, ...) stays first.
+        source_card: its README.md, "" where there is none. Its front matter (license, ...) stays first,
+            without the results of evaluations.
         before, after: configs of the source and of the pruned model.
     """
     family = family_of(before)
     front = re.match(r"---\r?\n.*?\n---[ \t]*(\r?\n|$)", source_card, re.S)
-    head = front[0].rstrip() + "\n\n" if front else ""
+    head = _without_results(front[0]).rstrip() + "\n\n" if front else ""
     body = source_card[front.end() if front else 0 :].strip()
     rows = {axis: pair for axis, pair in changed_sizes(before, after).items()}
     rows["parameters"] = (family.count_parameters(before), family.count_parameters(after))
@@ -51,6 +52,17 @@ has not been trained since, and should be distilled from its source before use.
 What was kept is recorded index by index in `{PLAN_FILE}`.
 """
     return head + note + (f"\n## Card of {source}\n\n{body}\n" if body else "")
+
+
+def _without_results(front: str) -> str:
+    """Front matter without model-index: evaluations of the old weights, shown by hubs as the new one's."""
+    kept, inside = [], False
+    for line in front.splitlines(keepends=True):
+        continued = inside and line[0] in " \t\r\n-" and not line.startswith("---")
+        inside = continued or line.startswith("model-index:")
+        if not inside:
+            kept.append(line)
+    return "".join(kept)
 
 
 def _table(rows: Mapping[str, tuple[int, int]]) -> str:

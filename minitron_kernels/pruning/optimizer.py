@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,17 +11,22 @@ from torch import Tensor
 from minitron_kernels.ops.gather.index import ChannelIndex
 from minitron_kernels.ops.gather.op import gather_channels
 
+Index = Tensor | ChannelIndex | None
+
 
 class ParameterReplacement(NamedTuple):
     """`new` takes the place of `old`, of which it keeps `rows` and `cols` (see gather_channels).
 
     new None: the parameter goes without a successor, as those of a layer that is dropped.
+    experts: of a stack of experts' weights [experts, rows, cols], (expert, rows, cols) for each that stays,
+        in their new order, instead of rows and cols; as Cut.experts of minitron_kernels.pruning.
     """
 
     old: Tensor
     new: Tensor | None
-    rows: Tensor | ChannelIndex | None = None
-    cols: Tensor | ChannelIndex | None = None
+    rows: Index = None
+    cols: Index = None
+    experts: Sequence[tuple[int, Index, Index]] | None = None
 
 
 @torch.no_grad()
@@ -31,15 +36,18 @@ def gather_optimizer_state_(
     """Replaces parameters of an optimizer by pruned ones, so that a training loop can prune and go on.
 
     In the state of each parameter, a tensor of the parameter's shape (Adam's moments, an fp32 master copy) is
-    gathered by the same rows and cols, and one that is of size 1 along an axis (Adafactor's factors) by those
-    of the other; numbers and tensors of one element (`step`) are kept. The new parameter has the old one's
-    place in its group, so that state_dict() keeps its order. Old and new state of all the replacements of one
-    call are held at the same time; several calls need less.
+    gathered by the same rows and cols. One that is of size 1 along an axis (the factors of torch's
+    Adafactor), or lacks the axis (those of transformers' Adafactor), is gathered by those of the other; where
+    both axes are of one size, "row" or "col" in its name tells which it has. Numbers and tensors of one
+    element (`step`) are kept. The new parameter has the old one's place in its group, so that state_dict()
+    keeps its order. Old and new state of all the replacements of one call are held at the same time; several
+    calls need less.
 
     Args:
         optimizer: any whose state is kept for each parameter and element by element; changed in place.
-        replacements: ParameterReplacement or plain tuples (old, new, rows, cols). `new` is made by the
-            caller, as torch.nn.Parameter(gather_channels(old, rows, cols)); its dtype and device may differ.
+        replacements: ParameterReplacement or plain tuples (old, new, rows, cols, experts). `new` is made by
+            the caller, as torch.nn.Parameter(gather_channels(old, rows, cols)); its dtype and device may
+            differ.
 
     Raises:
         TypeError: no optimizer, or state that is neither a tensor nor a number (LBFGS keeps lists).
@@ -90,8 +98,18 @@ def gather_optimizer_state_(
 
 def _gathered_shape(one: ParameterReplacement, name: str) -> torch.Size:
     """Of `old` after the cut, found and checked without touching its values."""
+    if one.experts is not None:
+        count = one.old.shape[0] if one.old.dim() == 3 else 0
+        if not count or one.rows is not None or one.cols is not None:
+            raise ValueError(
+                f"{name}: experts are of a stack [experts, rows, cols], and tell the rows and cols of each; "
+                f"got {tuple(one.old.shape)}"
+            )
+        chosen = [expert for expert, _, _ in one.experts]
+        if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= expert < count for expert in chosen):
+            raise ValueError(f"{name}: experts must name some of {count}, each once, got {chosen}")
     try:
-        return gather_channels(one.old.detach().to("meta"), one.rows, one.cols).shape
+        return _cut(one.old.detach().to("meta"), one, rows=True, cols=True).shape
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
 
@@ -102,16 +120,40 @@ def _gathered(value: Any, one: ParameterReplacement, name: str) -> Any:
         return value
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor or a number, got {type(value).__name__}")
-    old = one.old.shape
-    if value.dim() == len(old) and all(
-        have in (size, 1) for have, size in zip(value.shape, old, strict=True)
-    ):
-        along_rows = len(old) > 1 and value.shape[-2] == old[-2]
-        along_cols = len(old) > 0 and value.shape[-1] == old[-1]
-        rows, cols = one.rows if along_rows else None, one.cols if along_cols else None
-        return gather_channels(value, rows, cols) if rows is not None or cols is not None else value
+    old, shape = one.old.shape, value.shape
+    if len(shape) == len(old) and _fits(shape, old):
+        rows = len(old) > 1 and shape[-2] == old[-2]
+        cols = len(old) > 0 and shape[-1] == old[-1]
+        return _cut(value, one, rows=rows, cols=cols)
     if value.numel() == 1:
         return value
-    raise ValueError(
-        f"{name} has shape {tuple(value.shape)}, which a parameter of {tuple(old)} does not explain"
-    )
+    if len(old) > 1:
+        rows, cols = shape == old[:-1], shape == (*old[:-2], old[-1])
+        if rows and cols:  # a square: its name tells
+            rows, cols = "row" in name, "col" in name
+        if rows != cols:
+            # as the factor with an axis of one element where it lacks one
+            return _cut(value.unsqueeze(-1 if rows else -2), one, rows=rows, cols=cols).squeeze(
+                -1 if rows else -2
+            )
+    raise ValueError(f"{name} has shape {tuple(shape)}, which a parameter of {tuple(old)} does not explain")
+
+
+def _fits(shape: torch.Size, old: torch.Size) -> bool:
+    """Whether a tensor has a parameter's shape, but for one element along some of the last two axes."""
+    along = zip(shape[-2:], old[-2:], strict=True)
+    return shape[:-2] == old[:-2] and all(have in (size, 1) for have, size in along)
+
+
+def _cut(value: Tensor, one: ParameterReplacement, *, rows: bool, cols: bool) -> Tensor:
+    """`value` after the cut, of those of its last two axes that are the parameter's."""
+
+    def gathered(part: Tensor, row_index: Index, col_index: Index) -> Tensor:
+        row_index, col_index = row_index if rows else None, col_index if cols else None
+        if row_index is None and col_index is None:
+            return part
+        return gather_channels(part, row_index, col_index)
+
+    if one.experts is None:
+        return gathered(value, one.rows, one.cols)
+    return torch.stack([gathered(value[expert], *index) for expert, *index in one.experts])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minitron_kernels.pruning.families import Config, Family, family_of
+from minitron_kernels.pruning.configs import Config, completed, config_value
+from minitron_kernels.pruning.families import Family, family_of
 from minitron_kernels.pruning.keep import (
     ORDERS,
     Keep,
@@ -25,9 +27,7 @@ from minitron_kernels.pruning.pruning_plan import LayerPlan, PruningPlan
 from minitron_kernels.pruning.sizes import (
     Candidate,
     Sizes,
-    as_dict,
     find_sizes,
-    full_value,
     given_sizes,
     size_names,
     target_config_of,
@@ -61,7 +61,8 @@ def make_plan(
     """What to keep of a model so that it becomes as small as told.
 
     Of each axis the channels of highest score stay: hidden channels alike in all layers, MLP neurons, heads,
-    experts and the neurons of an expert in each layer for itself. What is not told keeps its size.
+    experts and the neurons of an expert in each layer for itself. What is not told keeps its size. Of equal
+    scores the channel, head or expert with the lower number stays; of equal blocks of layers the first goes.
 
     Args:
         scores: ImportanceScores, or a mapping with the tables of the axes to prune: "hidden" [hidden], "mlp"
@@ -80,7 +81,8 @@ def make_plan(
         num_experts_per_tok: for the new config; needed where fewer experts stay than serve a token.
         drop_layers: these layers go. Else, with num_hidden_layers, the block of neighbouring layers goes
             whose measured loss, or summed score in the table "layers", is least.
-        block_losses: the loss of the model without the block, by the block's first layer.
+        block_losses: the loss of the model without the block, by the block's first layer. Importance is a
+            weak guide to depth: the block that it names can cost ten times the perplexity of the best one.
         kv_heads: how KV heads become fewer. "prune": KV groups go, with their query heads. "merge": as many
             neighbouring ones each time become one with the mean of their key and value weights (GQA, arXiv
             2305.13245); their query heads all attend to it, the best of them where heads go as well.
@@ -104,7 +106,11 @@ def make_plan(
         The plan; print(plan.summary()).
 
     Raises:
-        TypeError, ValueError: a target that cannot be, a missing or misshapen table; says what is possible.
+        TypeError, ValueError: a target that cannot be, a budget that leaves all as it is, a missing or
+            misshapen table, NaN in it; says what is possible.
+
+    Warns:
+        UserWarning: no target was told: the plan keeps everything.
 
     Source: P1 (arXiv 2407.14679) §2, P2 (arXiv 2408.11796) §3.
 
@@ -122,12 +128,17 @@ def make_plan(
     tables = scores.tables(batch=batch, seq=seq) if hasattr(scores, "tables") else scores
     if not isinstance(tables, Mapping):
         raise TypeError(f"scores must be ImportanceScores or a mapping, got {type(scores).__name__}")
-    config = as_dict(config)
+    config = completed(config)
     family = family_of(config)
     names = size_names(family, config)
     before = family.sizes(config)
 
     given = given_sizes(family, config, sizes, ratio, divisor)
+    if not sizes and ratio is params is drop_layers is num_experts_per_tok is None:
+        warnings.warn(
+            f"the plan keeps everything: tell it sizes ({', '.join(names)}), ratio=, params= or drop_layers=",
+            stacklevel=2,
+        )
     table = _Tables(tables, before)
     depth = given.get("layers", before["layers"])
     layers = _kept_layers(table, before["layers"], depth, "layers" in given, drop_layers, block_losses)
@@ -145,10 +156,17 @@ def make_plan(
             limit=10,
         )
         given.update({names[name]: size for name, size in candidates[0].sizes.items()})
+        if all(before[axis] == size for axis, size in given.items()) and len(layers) == before["layers"]:
+            raise ValueError(
+                f"params must be less than the {candidates[0].parameters:,} of the whole model, got "
+                f"{params:,}: nothing would be cut"
+            )
         if len(layers) != given.get("layers", len(layers)):
             layers = _kept_layers(table, before["layers"], given["layers"], True, None, block_losses)
     elif search is not None:
         raise ValueError("search chooses sizes for a budget: give params as well")
+    if block_losses is not None and "layers" not in given:
+        raise ValueError("block_losses tell which layers go, but all stay: give num_hidden_layers as well")
     after = {**before, **given, "layers": len(layers)}
     if before["heads"] == before["kv_heads"] and "kv_heads" not in given and kv_heads == "prune":
         after["kv_heads"] = after["heads"]
@@ -182,6 +200,9 @@ def make_plan(
     }
     if hasattr(scores, "tables"):
         made_with |= {"batch": batch, "seq": seq}
+    if len(layers) < before["layers"]:
+        told_by = "importance" if block_losses is None else "loss"
+        made_with["layers_by"] = "name" if drop_layers is not None else told_by
     return PruningPlan(
         source_config=config,
         target_config=target,
@@ -310,7 +331,7 @@ def _check_merge(before: Sizes, after: Sizes, kv_choice: str) -> None:
 def _settle_experts(
     family: Family, config: Config, target: dict[str, Any], after: Sizes, per_token: int | None
 ) -> None:
-    routed = full_value(config, "num_experts_per_tok") if "experts" in after else None
+    routed = config_value(config, "num_experts_per_tok") if "experts" in after else None
     if per_token is not None:
         if routed is None or isinstance(per_token, bool) or not 1 <= per_token <= after["experts"]:
             limit = after.get("experts", "no")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minitron_kernels.pruning.families import family_of
-from minitron_kernels.pruning.keep import ORDERS, Keep, KeptHeads, check_keep, format_runs, parse_runs
+from minitron_kernels.pruning.families import Family, family_of
+from minitron_kernels.pruning.keep import Keep, KeptHeads, format_runs, parse_runs
+from minitron_kernels.pruning.plan_checks import check_plan
 from minitron_kernels.pruning.sizes import Candidate, size_names
 
 FORMAT = 1
@@ -38,7 +37,7 @@ class LayerPlan:
     expert_mlp: tuple[Keep, ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruningPlan:
     """What stays of a model, and the config of what it becomes. make_plan() makes one.
 
@@ -67,6 +66,21 @@ class PruningPlan:
     def __post_init__(self) -> None:
         check_plan(self)
 
+    def __repr__(self) -> str:
+        """A line: what is kept is too long for a notebook's cell."""
+        sizes = ", ".join(f"{name} {old} -> {new}" for name, old, new in self._sizes() if old != new)
+        counts = f"{self.parameters_before:,} -> {self.parameters_after:,} parameters"
+        kind = type(self).__name__
+        return f"<{kind} for {self.source_config['model_type']}: {sizes or 'nothing is cut'}; {counts}>"
+
+    def _sizes(self) -> list[tuple[str, int, int]]:
+        """(name in the config, before, after) of the sizes that can be pruned."""
+        family = family_of(self.source_config)
+        before, after = family.sizes(self.source_config), family.sizes(self.target_config)
+        names = size_names(family, self.source_config)
+        there = {name: axis for name, axis in names.items() if name in self.source_config}
+        return [(name, before[axis], after[axis]) for name, axis in there.items()]
+
     @property
     def parameters_before(self) -> int:
         """Parameters of the source, a tied head once."""
@@ -80,12 +94,7 @@ class PruningPlan:
     def summary(self) -> str:
         """A table of sizes and parameters before and after, and what else the plan does."""
         family = family_of(self.source_config)
-        before, after = family.sizes(self.source_config), family.sizes(self.target_config)
-        rows = [
-            (name, f"{before[axis]:,}", f"{after[axis]:,}", f"{after[axis] / before[axis]:.1%}")
-            for name, axis in size_names(family, self.source_config).items()
-            if name in self.source_config
-        ]
+        rows = [(name, f"{old:,}", f"{new:,}", f"{new / old:.1%}") for name, old, new in self._sizes()]
         counts = []
         for embeddings in (True, False):
             old = family.count_parameters(self.source_config, embeddings=embeddings)
@@ -99,12 +108,32 @@ class PruningPlan:
             for row in table
         ]
         return "\n".join(
-            [f"Plan for {self.source_config['model_type']}", *lines, *self._notes(before["layers"])]
+            [f"Plan for {self.source_config['model_type']}", *lines, *self._warnings(family), *self._notes()]
         )
 
-    def _notes(self, layers: int) -> list[str]:
+    def _warnings(self, family: Family) -> list[str]:
+        before, after = family.sizes(self.source_config), family.sizes(self.target_config)
+        found = []
+        if before == after:
+            found.append("nothing is cut")
+        widths = [sizes["head_dim"] * sizes["heads"] for sizes in (before, after)]
+        if widths[0] == before["hidden"] and widths[1] != after["hidden"]:
+            found.append(
+                f"warning: {after['heads']} heads of {after['head_dim']} are no longer hidden_size "
+                f"{after['hidden']}: runtimes that take head_dim to be hidden_size / num_attention_heads "
+                "cannot run it"
+            )
+        if self.made_with.get("layers_by") == "importance":
+            found.append(
+                "warning: layers were chosen by importance, a weak guide: compare the model's loss without "
+                "other blocks, and give block_losses"
+            )
+        return found
+
+    def _notes(self) -> list[str]:
         notes = []
         kept = {entry.layer for entry in self.layers}
+        layers = family_of(self.source_config).sizes(self.source_config)["layers"]
         dropped = [layer for layer in range(layers) if layer not in kept]
         if dropped:
             notes.append(f"layers dropped: {format_runs(dropped)}")
@@ -270,115 +299,3 @@ def _layer_from_dict(data: Any, where: str) -> LayerPlan:
             for i, text in enumerate(_typed(expert_mlp, list, f"{where}.expert_mlp"))
         ),
     )
-
-
-def _sizes(config: Mapping[str, Any], where: str) -> dict[str, int]:
-    try:
-        return family_of(config).sizes(config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def check_plan(plan: PruningPlan) -> None:
-    """That a plan agrees with itself and with its configs.
-
-    Raises:
-        ValueError: it does not; names the field.
-    """
-    if plan.order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {plan.order!r}")
-    before, after = (
-        _sizes(config, name)
-        for config, name in ((plan.source_config, "source_config"), (plan.target_config, "target_config"))
-    )
-    family = family_of(plan.source_config)
-    if plan.target_config.get("model_type") != plan.source_config.get("model_type"):
-        raise ValueError(
-            f"target_config.model_type must be {plan.source_config['model_type']!r}, got "
-            f"{plan.target_config.get('model_type')!r}"
-        )
-    for axis in ("vocab", "head_dim"):
-        if before[axis] != after[axis]:
-            raise ValueError(
-                f"target_config must have the {axis} of the source, {before[axis]}, got {after[axis]}"
-            )
-
-    def check(keep: Keep, axis: str, where: str) -> None:
-        try:
-            check_keep(keep, after[axis], before[axis], plan.order)
-        except ValueError as error:
-            raise ValueError(f"{where} {error}") from error
-
-    check(plan.hidden, "hidden", "hidden")
-    kept = tuple(entry.layer for entry in plan.layers)
-    try:
-        check_keep(kept, after["layers"], before["layers"], "original")
-    except ValueError as error:
-        raise ValueError(f"layers {error}") from error
-    for new, entry in enumerate(plan.layers):
-        where = f"layers[{new}]"
-        sparse = family.is_sparse(plan.source_config, entry.layer)
-        if sparse != family.is_sparse(plan.target_config, new):
-            raise ValueError(f"target_config says otherwise than source_config whether {where} has experts")
-        for name, there in (("mlp", not sparse), ("experts", sparse), ("expert_mlp", sparse)):
-            if (getattr(entry, name) is not None) != there:
-                raise ValueError(
-                    f"{where}.{name} must {'be there' if there else 'not be there'}: see source_config"
-                )
-        _check_heads(entry.heads, before, after, plan.order, where)
-        if entry.mlp is not None:
-            check(entry.mlp, "mlp", f"{where}.mlp")
-        if entry.experts is not None and entry.expert_mlp is not None:
-            check(entry.experts, "experts", f"{where}.experts")
-            if len(entry.expert_mlp) != len(entry.experts):
-                raise ValueError(
-                    f"{where}.expert_mlp must have {len(entry.experts)} entries, got {len(entry.expert_mlp)}"
-                )
-            for expert, keep in enumerate(entry.expert_mlp):
-                check(keep, "expert_mlp", f"{where}.expert_mlp[{expert}]")
-    norms = {f"{family.layers}.{layer}.{norm}" for layer in kept for norm in family.taps.norms} | {
-        family.final_norm
-    }
-    for name, factor in plan.norm_factors.items():
-        if name not in norms:
-            raise ValueError(f"norm_factors has {name!r}, which is no norm of a kept layer")
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
-            raise ValueError(f"norm_factors[{name}] must be a positive number, got {factor!r}")
-
-
-def _check_heads(
-    heads: KeptHeads, before: Mapping[str, int], after: Mapping[str, int], order: str, where: str
-) -> None:
-    sources = [head for group in heads.kv for head in group]
-    joined = len(heads.kv[0]) if heads.kv else 0
-    try:
-        if len(heads.kv) != after["kv_heads"]:
-            raise ValueError(f"must have {after['kv_heads']} entries, got {len(heads.kv)}")
-        if any(len(group) != joined for group in heads.kv):
-            raise ValueError("must join as many heads in every entry")
-        check_keep(tuple(sources), len(heads.kv) * joined, before["kv_heads"], order)
-    except ValueError as error:
-        raise ValueError(f"{where}.kv_heads {error}") from error
-    try:
-        check_keep(heads.query, after["heads"], before["heads"], "importance")
-        group, kept = before["heads"] // before["kv_heads"], after["heads"] // after["kv_heads"]
-        for new, group_sources in enumerate(heads.kv):
-            mine = heads.query[new * kept : (new + 1) * kept]
-            for head in mine:
-                if head // group not in group_sources:
-                    raise ValueError(
-                        f"must have {kept} heads of KV group {format_runs(group_sources)} from place "
-                        f"{new * kept} on, got {head}"
-                    )
-            check_keep(mine, kept, before["heads"], order)
-        pairs = [head for pair in heads.merged for head in pair]
-        groups = {source: new for new, group_sources in enumerate(heads.kv) for source in group_sources}
-        for stays, goes in heads.merged:
-            if stays not in heads.query or goes in heads.query or not 0 <= goes < before["heads"]:
-                raise ValueError(f"cannot merge {goes} into {stays}: the first must go, the second stay")
-            if groups.get(stays // group) != groups.get(goes // group):
-                raise ValueError(f"cannot merge {goes} into {stays}: they have other keys")
-        if len(set(pairs)) != len(pairs):
-            raise ValueError("cannot merge a head twice")
-    except ValueError as error:
-        raise ValueError(f"{where}.heads {error}") from error

@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from minitron_kernels.ops.importance.moments import Moments, backend_for, combine, moments_by, rows_by
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
 from minitron_kernels.pruning.batches import Tokens
-from minitron_kernels.pruning.scores import ImportanceScores
+from minitron_kernels.pruning.scores import ImportanceScores, Place
 
 HELD_BYTES = 32 << 20  # of an axis, before they go into its state in the middle of a forward pass
 
@@ -29,7 +29,8 @@ class _Held(NamedTuple):
 
 
 class Recorder:
-    """Adds activations to scores, without gradients. Call start() before a forward pass and flush() after it.
+    """Adds activations to scores, without gradients. Call start() before a forward pass and flush() after it;
+    at other times it does not listen.
 
     Args:
         scores: changed in place.
@@ -50,17 +51,41 @@ class Recorder:
         self._backends: dict[tuple[torch.device, torch.dtype], str] = {}
         self._held: dict[str, _Held] = {}
         self._held_bytes: dict[str, int] = {}
+        self.listens = False
+        self._seen: dict[str, list[int]] = {}
 
     def start(self, tokens: Tokens) -> None:
         """A forward pass over these tokens begins."""
         self.tokens = tokens
-        self._held.clear()
-        self._held_bytes.clear()
+        self._seen = {axis: [] for axis in self.scores.axes}
+        self.listens = True
 
     def flush(self) -> None:
-        """Puts everything that is held into the states."""
+        """Puts everything that is held into the states.
+
+        Raises:
+            ValueError: a layer did not run in the forward pass, or ran more than once.
+        """
+        self.listens = False
         for axis in list(self._held):
             self._flush(axis)
+        for axis, seen in self._seen.items():
+            places = self.scores.axes[axis].places
+            if sorted(seen) != list(range(len(places))):
+                off = next(at for at in range(len(places)) if seen.count(at) != 1)
+                raise ValueError(
+                    f"the model must run each layer once in a forward pass, but {axis} at {places[off]} was "
+                    f"seen {seen.count(off)} times: is it skipped, shared or compiled? Score the plain model"
+                )
+
+    def totals(self) -> dict[str, tuple[tuple[Place, ...], Tensor]]:
+        """{axis: (places, [places] float64)}, not finite where any activation so far was not; no sync."""
+        made = {}
+        for name, axis in self.scores.axes.items():
+            if axis.places:
+                sums = axis.state.sums.unflatten(-1, (len(axis.places), -1)).sum(-1)
+                made[name] = axis.places, sums.view(-1, len(axis.places)).sum(0)
+        return made
 
     def channels(self, axis: str, place: int, x: Tensor, num_heads: int = 0) -> None:
         """The channels (or with `num_heads` the heads) of x [B, S, C]."""
@@ -85,11 +110,13 @@ class Recorder:
 
     def experts(self, place: int, sums: Tensor, counts: Tensor) -> None:
         """Sums and counts [experts] over the tokens that were routed to each expert of a layer."""
+        self._seen["experts"].append(place)
         axis = self.scores.axes["experts"]
         self._add_means(axis.state, place * len(sums), sums, counts)
 
     def neurons(self, place: int, moments: Moments) -> None:
         """The moments of all experts' neurons of a layer: values [planes, B, E·F], counts [B, E]."""
+        self._seen["expert_mlp"].append(place)
         state, experts = self._state("expert_mlp"), moments.counts.shape[1]
         self._move(state, moments.values)
         self._add(state, place * experts, (place + 1) * experts, moments)
@@ -109,6 +136,7 @@ class Recorder:
             state.to(like.device)
 
     def _hold(self, axis: str, place: int, part: Tensor, counts: Tensor | None) -> None:
+        self._seen[axis].append(place)
         held = self._held.get(axis)
         if held is not None and held.begin + len(held.parts) != place:
             self._flush(axis)

@@ -61,6 +61,21 @@ def read_at(fd: int, buffer: memoryview, begin: int) -> int:
     return done
 
 
+def _open_regular(path: Path) -> tuple[int, os.stat_result]:
+    """A descriptor to read from, and what is known of the file; ValueError unless it is a regular one."""
+    try:
+        # non-blocking, or opening a named pipe would wait for its other end
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path}: cannot be opened: {reason}") from None
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise ValueError(f"{path}: is not a regular file")
+    return fd, status
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor of a file: `begin` is the place of its first byte in the file."""
@@ -94,16 +109,8 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.fd, status = _open_regular(path)
         try:
-            # non-blocking, or opening a named pipe would wait for its other end
-            self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise ValueError(f"{path}: cannot be opened: {reason}") from None
-        try:
-            status = os.fstat(self.fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError(f"{path}: is not a regular file")
             self.size, self._mtime_ns = status.st_size, status.st_mtime_ns
             header = self._read_header()
             self.header_sha256 = hashlib.sha256(header).hexdigest()
@@ -116,8 +123,9 @@ class SafetensorsFile:
             raise
 
     def close(self) -> None:
-        """Closes the file."""
-        os.close(self.fd)
+        """Closes the file. It was only read: what fails here loses nothing."""
+        with contextlib.suppress(OSError):
+            os.close(self.fd)
 
     def fingerprint(self) -> list[Any]:
         """What tells this file from another, or from itself after a change."""
@@ -146,7 +154,9 @@ class SafetensorsFile:
         path, size = self.path, self.size
         if size < 8:
             raise ValueError(f"{path}: {size} bytes are too few for a safetensors file; {AGAIN}")
-        (length,) = struct.unpack("<Q", os.pread(self.fd, 8, 0))
+        first = bytearray(8)
+        self.read_into(memoryview(first), 0)
+        (length,) = struct.unpack("<Q", first)
         if length > size - 8:
             raise ValueError(
                 f"{path}: says that its header has {length} bytes, and has {size} itself; {AGAIN}"
@@ -168,7 +178,7 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
         if len(result) < len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ValueError(f"{_shown(twice)} stands there twice")
+            raise ValueError(f"{shown(twice)} stands there twice")
         return result
 
     try:
@@ -183,13 +193,20 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; ValueError naming the file where there is none."""
     try:
-        text = path.read_bytes()
+        fd, status = _open_regular(path)
+        try:
+            text = bytearray(min(status.st_size, LONGEST_HEADER + 1))
+            count = read_at(fd, memoryview(text), 0)
+        finally:
+            os.close(fd)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    return _parse_json(path, text)
+    if count > LONGEST_HEADER:
+        raise ValueError(f"{path}: has {status.st_size} bytes, and is read up to {LONGEST_HEADER}")
+    return _parse_json(path, bytes(text[:count]))
 
 
-def _shown(name: object) -> str:
+def shown(name: object) -> str:
     """A name from a file, fit for a message: on one line, of bounded length."""
     text = repr(name)
     return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
@@ -207,21 +224,21 @@ def _entries(file: SafetensorsFile, header: dict[str, Any], data_begin: int) -> 
         raise ValueError(f"{path}: __metadata__ must map strings to strings; {AGAIN}")
     found = []
     for name, entry in header.items():
-        what = f"{path}: tensor {_shown(name)}"
+        what = f"{path}: tensor {shown(name)}"
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"{what} must be described by dtype, shape and data_offsets alone; {AGAIN}")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ValueError(f"{what} has dtype {_shown(dtype)}; known are {', '.join(DTYPES)}")
+            raise ValueError(f"{what} has dtype {shown(dtype)}; known are {', '.join(DTYPES)}")
         if not isinstance(shape, list) or len(shape) > 64 or not all(map(_is_count, shape)):
-            raise ValueError(f"{what} has shape {_shown(shape)}, which is no list of lengths; {AGAIN}")
+            raise ValueError(f"{what} has shape {shown(shape)}, which is no list of lengths; {AGAIN}")
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-            raise ValueError(f"{what} has data_offsets {_shown(offsets)}, which are no two places; {AGAIN}")
+            raise ValueError(f"{what} has data_offsets {shown(offsets)}, which are no two places; {AGAIN}")
         tensor = StoredTensor(name, file, dtype, tuple(shape), data_begin + offsets[0])
         if offsets[1] - offsets[0] != tensor.nbytes:
             raise ValueError(
-                f"{what}, {dtype} {_shown(shape)}, needs other than the "
-                f"{_shown(offsets[1] - offsets[0])} bytes it has; {AGAIN}"
+                f"{what}, {dtype} {shown(shape)}, needs other than the "
+                f"{shown(offsets[1] - offsets[0])} bytes it has; {AGAIN}"
             )
         found.append(tensor)
     found.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
@@ -229,11 +246,11 @@ def _entries(file: SafetensorsFile, header: dict[str, Any], data_begin: int) -> 
     for tensor in found:
         if tensor.begin != at:
             wrong = "overlaps the tensor before it" if tensor.begin < at else "lies after a gap"
-            raise ValueError(f"{path}: tensor {_shown(tensor.name)} {wrong}; {AGAIN}")
+            raise ValueError(f"{path}: tensor {shown(tensor.name)} {wrong}; {AGAIN}")
         at += tensor.nbytes
     if at != file.size:
         raise ValueError(
-            f"{path}: its header describes {_shown(at)} bytes, and the file has {file.size}; {AGAIN}"
+            f"{path}: its header describes {shown(at)} bytes, and the file has {file.size}; {AGAIN}"
         )
     return found
 
@@ -289,7 +306,7 @@ def _read_index(index: Path, opened: Any) -> dict[str, StoredTensor]:
         plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0")
         if not plain:
             raise ValueError(
-                f"{index}: tensor {_shown(name)} is said to be in {_shown(file)}; only safetensors files of "
+                f"{index}: tensor {shown(name)} is said to be in {shown(file)}; only safetensors files of "
                 "the index's own folder are read, named without a path"
             )
     tensors: dict[str, StoredTensor] = {}
@@ -298,15 +315,15 @@ def _read_index(index: Path, opened: Any) -> dict[str, StoredTensor]:
         for name, tensor in file.tensors.items():
             if name in tensors:
                 other = tensors[name].file.path.name
-                raise ValueError(f"{file.path}: holds {_shown(name)}, and so does {other}; keep one of them")
+                raise ValueError(f"{file.path}: holds {shown(name)}, and so does {other}; keep one of them")
             if places.get(name) != file_name:
-                told = f"in {_shown(places[name])}" if name in places else "nowhere"
-                raise ValueError(f"{file.path}: holds {_shown(name)}, which {index.name} says is {told}")
+                told = f"in {shown(places[name])}" if name in places else "nowhere"
+                raise ValueError(f"{file.path}: holds {shown(name)}, which {index.name} says is {told}")
             tensors[name] = tensor
     for name, file_name in places.items():
         if name not in tensors:
             raise ValueError(
-                f"{index.parent / file_name}: lacks {_shown(name)}, which {index.name} puts there"
+                f"{index.parent / file_name}: lacks {shown(name)}, which {index.name} puts there"
             )
     return {name: tensors[name] for name in places}
 

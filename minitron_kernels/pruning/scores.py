@@ -144,7 +144,7 @@ class ImportanceScores:
         if isinstance(state, TokenMeanState):
             return state.scores()
         if name == ENERGY:
-            return state.squares[0]  # of √Σx² per sequence
+            return state.squares[0].clone()  # of √Σx² per sequence
         scores = state.scores(batch=batch, seq=seq)
         if name == "heads" and self.options.head_score == "channels":
             places = len(self.axes[name].places)

@@ -25,7 +25,7 @@ import torch
 from minitron_kernels.ops.gather.index import ChannelIndex
 from minitron_kernels.pruning.cuts import Cut
 from minitron_kernels.pruning.safetensors_files import SINGLE_FILE, StoredTensor, make_header, read_at
-from minitron_kernels.pruning.staging import write_error
+from minitron_kernels.pruning.staging import write_all, write_error
 
 BLOCK_BYTES = 2 << 20  # of source rows, a piece of work
 
@@ -151,35 +151,26 @@ def checksum(data: memoryview) -> int:
     return (int(words.sum()) + rest) % 2**64
 
 
-def write_all(fd: int, data: memoryview, begin: int) -> None:
-    """Writes all of `data` (bytes) at the place `begin`."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], begin + done)
-
-
 def _digest(sums: Sequence[int]) -> str:
     return hashlib.sha256(b"".join(value.to_bytes(8, "little") for value in sums)).hexdigest()
 
 
+def _bytes_of(fd: int, begin: int, nbytes: int) -> memoryview:
+    """What lies there; shorter where the file ends."""
+    data = np.empty(nbytes, np.uint8).data
+    return data[: read_at(fd, data, begin)]
+
+
 def is_whole(shard: Shard, folder: Path, digest: str) -> bool:
     """Whether the shard lies in `folder` as `write_shards` wrote it."""
-    buffer = np.empty(0, np.uint8)
     try:
-        with (folder / shard.name).open("rb", buffering=0) as stream:
-            if (
-                os.fstat(stream.fileno()).st_size != shard.size
-                or stream.read(len(shard.header)) != shard.header
-            ):
+        fd = os.open(folder / shard.name, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if os.fstat(fd).st_size != shard.size or _bytes_of(fd, 0, len(shard.header)) != shard.header:
                 return False
-            sums = []
-            for piece in shard.pieces():
-                if len(buffer) < piece.nbytes:
-                    buffer = np.empty(piece.nbytes, np.uint8)
-                view = buffer.data[: piece.nbytes]
-                if read_at(stream.fileno(), view, piece.begin) < piece.nbytes:
-                    return False
-                sums.append(checksum(view))
+            sums = [checksum(_bytes_of(fd, piece.begin, piece.nbytes)) for piece in shard.pieces()]
+        finally:
+            os.close(fd)
     except OSError:
         return False
     return _digest(sums) == digest
@@ -304,10 +295,10 @@ class _Work:
     def _finish(self, shard: _OpenShard) -> None:
         try:
             os.fsync(shard.fd)
+            self._open.discard(shard)
+            os.close(shard.fd)
         except OSError as error:
             raise write_error(error, shard.path) from None
-        self._open.discard(shard)
-        os.close(shard.fd)
         self._on_shard(shard.shard, _digest(shard.sums))
 
 

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minitron_kernels.pruning.families import (
-    Config,
-    Family,
-    config_value,
-    elements,
-    family_of,
-)
+from minitron_kernels.pruning.configs import Config, as_dict, completed, config_value
+from minitron_kernels.pruning.families import Family, elements, family_of
 
 DIVISOR = 64  # of sizes that are given: rows of 128 bytes in bf16, tiles of tensor cores
 SEARCH_DIVISOR = 128  # of sizes that are searched for a budget: what GEMM libraries tile by
@@ -27,31 +21,14 @@ MOST_CANDIDATES = 200_000
 Sizes = dict[str, int]
 
 
-def as_dict(config: Config) -> dict[str, Any]:
-    """A config as config.json holds it: a copy that shares nothing."""
-    entries = dict(config) if isinstance(config, Mapping) else config.to_dict()
-    return json.loads(json.dumps(entries, default=lambda value: str(value).removeprefix("torch.")))
-
-
-def full_value(config: Config, key: str) -> Any:
-    """`key` of a config, else what transformers takes where config.json leaves it out; else None."""
-    value = config_value(config, key)
-    if value is not None or not isinstance(config, Mapping):
-        return value
-    from transformers import CONFIG_MAPPING  # only configs that leave out what is needed cost this import
-
-    if config_value(config, "model_type") not in CONFIG_MAPPING:
-        return None
-    rest = {name: entry for name, entry in config.items() if name != "model_type"}
-    return config_value(CONFIG_MAPPING[config["model_type"]](**rest), key)
-
-
 class ParameterCount:
     """Counts the parameters of a model for many sizes, exactly: a sum over kinds of parameters."""
 
     def __init__(self, family: Family, config: Config) -> None:
         self.kinds: dict[int | None, Counter[tuple[tuple[str, ...], ...]]] = {}
         for param in family.parameters(config):
+            if param.buffer:
+                continue
             self.kinds.setdefault(param.layer, Counter())[param.dims] += 1
 
     def axes(self) -> set[str]:
@@ -214,12 +191,14 @@ def find_sizes(
         >>> find_sizes(config, 8.5e9)[0].sizes                          # doctest: +SKIP
         {'hidden_size': 4096, 'intermediate_size': 11520}
     """
-    config = as_dict(config)
+    config = completed(config)
     family = family_of(config)
     before = family.sizes(config)
     names = size_names(family, config)
     if isinstance(params, bool) or not isinstance(params, (int, float)):
         raise TypeError(f"params must be a number, got {params!r}")
+    if not params > 0:  # NaN as well
+        raise ValueError(f"params must be above 0, got {params}")
     told = given_sizes(family, config, fixed or {}, None, 1)
     if search is None:
         search = [name for name, axis in names.items() if axis in WIDTH and axis not in told]
@@ -285,7 +264,7 @@ def _grid(
     size = family.sizes(config)[axis]
     step = divisor_of(divisor, name, axis, SEARCH_DIVISOR)
     least = max(
-        int(full_value(config, "num_experts_per_tok") or 1) if axis == "experts" else 1, -(-size // 4)
+        int(config_value(config, "num_experts_per_tok") or 1) if axis == "experts" else 1, -(-size // 4)
     )
     return sorted({*range(-(-least // step) * step, size + 1, step), size})
 
@@ -309,11 +288,11 @@ def target_config_of(config: Config, sizes: Mapping[str, int], layers: Sequence[
         return target
     for key in family.per_layer_keys:
         # a pattern that follows from a layer's index would be another once layers have gone
-        entries = full_value(config, key)
+        entries = config_value(config, key)
         if entries is not None:
             target[key] = [entries[layer] for layer in layers]
     for key in family.layer_index_keys:
-        marked = full_value(config, key)
+        marked = config_value(config, key)
         if marked is not None:
             target[key] = [new for new, old in enumerate(layers) if old in marked]
     if family.dense_layers is not None:

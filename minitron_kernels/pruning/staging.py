@@ -5,6 +5,7 @@ Beside the folder `dst` to be, a hidden one:
     .dst.partial/lock            held while a process works here
     .dst.partial/journal.jsonl   what is being made, and which files of it are finished
     .dst.partial/checkpoint/     becomes dst by one rename
+    .dst.partial/replaced/       an old dst, where the file system cannot exchange two names
 
 A file is listed in the journal only after it, and its name, are on the disk. The rename comes when all are.
 """
@@ -19,11 +20,12 @@ import os
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+ASIDE = "replaced"  # where a checkpoint lies that is being replaced
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
 
 
@@ -34,6 +36,13 @@ def fsync_path(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def write_all(fd: int, data: bytes | memoryview, begin: int) -> None:
+    """Writes all of `data` (bytes) at the place `begin`."""
+    done, view = 0, memoryview(data)
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], begin + done)
 
 
 def partial_path(dst: Path) -> Path:
@@ -75,18 +84,21 @@ class Staging:
         self.folder = self.path / "checkpoint"
         self._journal = self.path / "journal.jsonl"
         self._journal_lock = threading.Lock()
+        self._torn = False
         self.finished = self._read_journal(job)
         self._keep_only(set(self.finished))
         if not self.finished:
-            self._append({"job": job}, mode="w")
+            self._torn = False
+            self._append({"job": job}, anew=True)
 
     @classmethod
     @contextmanager
-    def open(cls, dst: Path, job: str) -> Iterator[Staging]:
+    def open(cls, dst: Path, job: str, *, overwrite: bool) -> Iterator[Staging]:
         """Locks the place, and leaves there after a failure only what a second call can go on from.
 
         Raises:
             OSError: it cannot be written to; another process works there.
+            FileExistsError: there is a `dst` that may not be replaced.
         """
         path = partial_path(dst)
         if path.is_dir() and any(path.iterdir()) and not (path / "lock").exists():
@@ -101,24 +113,27 @@ class Staging:
         staging = None
         try:
             _take_lock(lock, path)
+            _put_back(path / ASIDE, dst)
+            check_target(dst, overwrite)
             staging = cls(dst, job)
             yield staging
         finally:
             if staging is not None:
                 staging._leave()
-            os.close(lock)
+            with suppress(OSError):  # nothing was written to it
+                os.close(lock)
 
     def _read_journal(self, job: str) -> dict[str, dict[str, Any]]:
         """The finished files of this job, by name; clears what another job left."""
+        text = self._journal.read_text(errors="replace") if self._journal.is_file() else ""
+        self._torn = not text.endswith("\n")  # the line that was being written when the process was killed
         entries = []
-        if self._journal.is_file():
-            for line in self._journal.read_text(errors="replace").splitlines():
-                try:
-                    entries.append(json.loads(line))
-                except ValueError:  # the line that was being written when the process was killed
-                    break
+        for line in text.splitlines():
+            with suppress(ValueError):
+                entries.append(json.loads(line))
         if entries and isinstance(entries[0], dict) and entries[0].get("job") == job:
-            return {entry["file"]: entry for entry in entries[1:] if "file" in entry}
+            files = [entry for entry in entries[1:] if isinstance(entry, dict) and "file" in entry]
+            return {str(entry["file"]): entry for entry in files}
         if entries:
             warnings.warn(
                 f"{self.path} was left by another job (another plan, source or shard size); it is cleared",
@@ -133,15 +148,15 @@ class Staging:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         self.finished = {name: e for name, e in self.finished.items() if (self.folder / name).is_file()}
 
-    def _append(self, entry: dict[str, Any], mode: str = "a") -> None:
+    def _append(self, entry: dict[str, Any], *, anew: bool = False) -> None:
+        line = ("\n" if self._torn else "") + json.dumps(entry) + "\n"
         try:
-            with self._journal.open(mode) as stream:
-                stream.write(json.dumps(entry) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
+            _write_file(self._journal, line.encode(), anew=anew)
+            fsync_path(self._journal)
             fsync_path(self.path)
         except OSError as error:
             raise write_error(error, self._journal) from None
+        self._torn = False  # if it was, the line before is closed now
 
     def forget(self, name: str) -> None:
         """Takes a file that turned out damaged off the finished ones of this run."""
@@ -158,20 +173,43 @@ class Staging:
             self._append(entry)
             self.finished[name] = entry
 
+    def write(self, contents: Mapping[str, bytes]) -> None:
+        """Writes small files into `folder`, by their paths there."""
+        for name, content in contents.items():
+            path = self.folder / name
+            try:
+                path.parent.mkdir(exist_ok=True)
+                _write_file(path, content, anew=True)
+            except OSError as error:
+                raise write_error(error, path) from None
+
     def publish(self, overwrite: bool) -> None:
-        """Gives the folder its name, once all its files are on the disk."""
+        """Gives the folder its name, once all its files are on the disk.
+
+        Raises:
+            FileExistsError: there is a `dst` now that may not be replaced.
+            OSError: the disk fails; says whether `dst` is there.
+        """
         for path in [*self.folder.rglob("*"), self.folder]:
-            if path.name not in self.finished:
-                fsync_path(path)
+            if path.parent != self.folder or path.name not in self.finished:
+                try:
+                    fsync_path(path)
+                except OSError as error:
+                    raise write_error(error, path) from None
         check_target(self.dst, overwrite)  # again: it may have appeared meanwhile
-        if os.path.lexists(self.dst):
-            replaced = _swap(self.folder, self.dst, self.path / "replaced")
-            fsync_path(self.dst.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            os.rename(self.folder, self.dst)
-            fsync_path(self.dst.parent)
+        try:
+            replaced = _swap(self.folder, self.dst, self.path / ASIDE)
+        except OSError as error:
+            raise write_error(error, self.dst) from None
         self.finished = {}
+        try:
+            fsync_path(self.dst.parent)
+        except OSError as error:
+            message = (
+                f"is complete, but its name may not be on the disk yet ({error.strerror}): check the disk"
+            )
+            raise OSError(error.errno, message, str(self.dst)) from None
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def _leave(self) -> None:
         if self.finished:
@@ -200,14 +238,40 @@ def _take_lock(lock: int, path: Path) -> None:
 
 
 def _swap(new: Path, old: Path, aside: Path) -> Path:
-    """Puts `new` in the place of `old`; returns where the old one is then.
+    """Puts `new` in the place of `old`, if there is one; returns where the old one is then.
 
-    In one step where the kernel and the file system can. Elsewhere in two, between which there is no `old`.
+    In one step where the kernel and the file system can. Elsewhere in two, between which there is no `old`:
+    after a failure it is put back at once, after a kill by the next call.
     """
+    if not os.path.lexists(old):
+        os.rename(new, old)
+        return new
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     names = os.fsencode(new), os.fsencode(old)
     if renameat2 and renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
         return new
     os.rename(old, aside)
-    os.rename(new, old)
+    try:
+        os.rename(new, old)
+    except BaseException:
+        os.rename(aside, old)
+        raise
     return aside
+
+
+def _put_back(aside: Path, dst: Path) -> None:
+    """Gives a checkpoint that was being replaced its name again, where a kill left none of that name."""
+    if os.path.lexists(dst):
+        shutil.rmtree(aside, ignore_errors=True)
+    elif os.path.lexists(aside):
+        os.rename(aside, dst)
+
+
+def _write_file(path: Path, content: bytes, *, anew: bool) -> None:
+    """Writes `content` at the end of a file, or as all of it."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if anew else 0)
+    fd = os.open(path, flags, 0o666)
+    try:
+        write_all(fd, content, os.fstat(fd).st_size)
+    finally:
+        os.close(fd)

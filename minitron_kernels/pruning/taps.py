@@ -1,4 +1,4 @@
-"""Where a model is tapped: its modules by the table of its family, hooks on them, and that they go again."""
+"""Where a model is tapped: its modules by the table of its family, hooks on them, and their removal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
@@ -13,6 +14,7 @@ from minitron_kernels.pruning.expert_taps import ExpertsTap
 from minitron_kernels.pruning.families import Family, family_of
 from minitron_kernels.pruning.recorder import Recorder
 from minitron_kernels.pruning.scores import AXES, ENERGY, Axis, ImportanceScores, Options
+from minitron_kernels.pruning.wrappers import COMPILED, is_offloaded, parameters_without_data, unwrapped
 
 
 class TappedModel:
@@ -24,25 +26,25 @@ class TappedModel:
 
     Raises:
         TypeError: it has no config.
-        ValueError: its family is not known, or the family's modules are not there.
+        ValueError: its family is not known, or the family's modules are not there; it has adapters, or
+            parameters without data that nobody fetches.
     """
 
     def __init__(self, model: Any) -> None:
-        self.root = _unwrap(model)
-        self.config: Any = getattr(self.root, "config", None)
-        if not isinstance(self.root, nn.Module) or not hasattr(self.config, "to_dict"):
-            raise TypeError(f"model must be a Hugging Face model with a config, got {type(model).__name__}")
+        self.root = unwrapped(model)
+        self.config: Any = self.root.config
         self.family: Family = family_of(self.config)
         self.sizes = self.family.sizes(self.config)
         decoder = self.family.layers.rpartition(".")[0]
         self._prefix = f"{decoder}." if decoder else ""
         try:
-            self.decoder = self.root.get_submodule(decoder)
+            self.decoder = _original(self.root.get_submodule(decoder))
         except AttributeError:  # the decoder alone, AutoModel's: then names in it lack the prefix
             self.decoder = self.root
         layers = range(self.sizes["layers"])
         self.sparse = tuple(i for i in layers if self.family.is_sparse(self.config, i))
         self.dense = tuple(i for i in layers if i not in self.sparse)
+        _check_data(self.root)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -62,7 +64,7 @@ class TappedModel:
             ValueError: it is not there; says how to name another.
         """
         try:
-            return self.decoder.get_submodule(name.removeprefix(self._prefix))
+            return _original(self.decoder.get_submodule(name.removeprefix(self._prefix)))
         except AttributeError:
             raise ValueError(
                 f"the model has no module {name}, where the family {self.family.model_types[0]!r} taps "
@@ -125,7 +127,8 @@ class TappedModel:
         try:
             self._hook(recorder, handles)
             self.root.eval()
-            yield
+            with _uncompiled(self.root):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -180,15 +183,38 @@ class TappedModel:
                 )
 
 
-def _unwrap(model: Any) -> Any:
-    """The model in a wrapper of torch's, which would run the same forward pass."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):  # of torch.compile
-            model = model._orig_mod
-        else:
-            return model
+def _original(module: nn.Module) -> nn.Module:
+    """A module that torch.compile() wraps: hooks belong to what it runs."""
+    inner = module._modules.get(COMPILED)
+    return module if inner is None else inner
+
+
+def _check_data(model: nn.Module) -> None:
+    """Parameters on the meta device are fetched by accelerate's hook on their module, or there are none."""
+    modules = dict(model.named_modules())
+    for name in parameters_without_data(model):
+        owner = name.rpartition(".")[0]
+        while owner and not (owner in modules and is_offloaded(modules[owner])):
+            owner = owner.rpartition(".")[0]
+        if not owner:
+            raise ValueError(
+                f"model must have its parameters' data, but {name} is on the meta device: load it by "
+                "from_pretrained(), with device_map=... where it is too large for one device"
+            )
+
+
+@contextlib.contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """What torch.compile() made of parts of the model stands back: its graphs know nothing of new hooks."""
+    compiled = any(
+        COMPILED in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+    if not compiled:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _check(recorder: Recorder, what: str, x: Any, width: int) -> None:
@@ -205,8 +231,9 @@ def _input_tap(recorder: Recorder, name: str, axis: str, place: int, width: int,
     what = f"the input of {name}"
 
     def tap(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        _check(recorder, what, args[0], width)
-        recorder.channels(axis, place, args[0], num_heads)
+        if recorder.listens:
+            _check(recorder, what, args[0], width)
+            recorder.channels(axis, place, args[0], num_heads)
 
     return tap
 
@@ -218,6 +245,8 @@ def _output_tap(
     index, parts = part
 
     def tap(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if not recorder.listens:
+            return
         _check(recorder, what, output, width * parts)
         if parts > 1:
             output = output[..., index * width : (index + 1) * width]
@@ -243,6 +272,8 @@ def _norm_tap(recorder: Recorder, name: str, energy: int | None, scored: int | N
 
 def _block_tap(recorder: Recorder, place: int) -> Any:
     def tap(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not recorder.listens:
+            return
         block_input = args[0] if args else kwargs["hidden_states"]
         recorder.blocks(place, block_input, output[0] if isinstance(output, tuple) else output)
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitron_kernels._tensors import check_tensor
+
 _BLOCKS = (16, 8, 4, 2)
 
 
@@ -90,5 +92,6 @@ def check_kind(name: str, keep: Any) -> None:
     if not isinstance(keep, Tensor) or keep.dtype not in (torch.int64, torch.int32):
         got = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
         raise TypeError(f"{name} must be an int64 or int32 tensor, got {got}")
+    check_tensor(name, keep)
     if keep.dim() != 1:
         raise ValueError(f"{name} must have one dimension, got {tuple(keep.shape)}")

@@ -9,8 +9,12 @@ from torch import Tensor
 
 from minitron_kernels import _native
 from minitron_kernels._backend import pick
+from minitron_kernels._tensors import check_no_tangent, check_tensor
 from minitron_kernels.ops.gather import reference
 from minitron_kernels.ops.gather.index import ChannelIndex, check_kind
+
+# dtypes whose elements hold several channels each
+_PACKED = tuple(getattr(torch, name) for name in ("float4_e2m1fn_x2", "bits1x8", "bits2x4", "bits4x2"))
 
 
 def gather_channels(
@@ -45,20 +49,19 @@ def gather_channels(
 
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape or device; an index out of range (names
-            the first); out overlaps itself or weight; `out` is unchanged. Also where grad mode is on and
-            weight or out requires grad: there is no gradient, and none is lost in silence; call it under
-            torch.no_grad(), or detach.
+            the first); out overlaps itself or weight; `out` is unchanged. A dtype that packs several channels
+            into one element, or is quantized, is of the wrong kind. Also where grad mode is on and weight or
+            out requires grad, or where either carries a forward-mode tangent: there is no derivative, and
+            none is lost in silence; call it under torch.no_grad(), or detach.
         RuntimeError: the named backend cannot run here, and why.
 
     Source: structured pruning of Minitron (arXiv 2407.14679) section 2.3.
     """
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+    check_tensor("weight", weight)
     shape = list(weight.shape)
     if not shape:
         raise ValueError("weight must have at least 1 dimension, got a scalar")
-    if weight.layout != torch.strided:
-        raise ValueError(f"weight must be a dense tensor, got layout {weight.layout}")
+    _check_one_channel_each(weight)
     if rows is not None and len(shape) == 1:
         raise ValueError(f"rows must be None for a vector {tuple(shape)}: its one dimension is that of cols")
     keep_rows = None if rows is None else _index("rows", rows, shape[-2], weight.device)
@@ -112,17 +115,29 @@ def _values(keep: ChannelIndex | Tensor | None, device: torch.device, block: int
     return keep.on(device, block) if isinstance(keep, ChannelIndex) else keep
 
 
+def _check_one_channel_each(weight: Tensor) -> None:
+    if weight.is_quantized:
+        raise TypeError(
+            f"weight must not be quantized, got {weight.dtype}, whose scales would be lost: gather its "
+            "int_repr(), and the scales of the kept channels beside it"
+        )
+    if weight.dtype in _PACKED:
+        raise TypeError(
+            f"weight must have one channel in each element, and {weight.dtype} packs several: unpack it first"
+        )
+
+
 def _check_no_grad(name: str, x: Tensor) -> None:
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name} requires grad, and gather_channels has no gradient: call it under torch.no_grad(), or "
             f"pass {name}.detach()"
         )
+    check_no_tangent("gather_channels", **{name: x})
 
 
 def _check_out(out: Any, weight: Tensor, shape: list[int]) -> None:
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out must be a torch.Tensor or None, got {type(out).__name__}")
+    check_tensor("out", out)
     _check_no_grad("out", out)
     if out.dtype != weight.dtype:
         raise TypeError(f"out must have weight's dtype {weight.dtype}, got {out.dtype}")
@@ -134,18 +149,28 @@ def _check_out(out: Any, weight: Tensor, shape: list[int]) -> None:
         raise ValueError("out must be plain memory, got a lazy conjugate or negative view")
     if not out.numel():
         return
-    reach = 0  # elements between the first and the last that the smaller strides reach
-    for stride, size in sorted((s, n) for s, n in zip(out.stride(), out.shape, strict=True) if n > 1):
-        if stride <= reach:
-            raise ValueError(
-                f"out must not overlap itself, got strides {out.stride()} for {tuple(out.shape)}"
-            )
-        reach += stride * (size - 1)
+    if _overlaps_itself(out):
+        raise ValueError(f"out must not overlap itself, got strides {out.stride()} for {tuple(out.shape)}")
     if torch.compiler.is_compiling() or weight.device.type == "meta" or not weight.numel():
         return
     (out_begin, out_end), (begin, end) = _extent(out), _extent(weight)
     if out_begin < end and begin < out_end:
         raise ValueError("out must not lie within the memory that weight spans")
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    left = [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    reach = 0  # elements between the first and the last that the smaller strides reach
+    while left:
+        at = 0
+        for i, (stride, _) in enumerate(left):  # torch.compile traces no sort of symbolic strides
+            if stride < left[at][0]:
+                at = i
+        stride, size = left.pop(at)
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _extent(x: Tensor) -> tuple[int, int]:

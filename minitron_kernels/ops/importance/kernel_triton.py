@@ -73,16 +73,17 @@ def _sum_tokens(
             d = tl.where(counted[:, None], v - mean_new[None, :], 0.0)
             mean, m2 = _merge(count.to(tl.float32), mean, m2, n_new, mean_new, tl.sum(d * d, 0))
         count += n
+    plane = slots.to(tl.int64) * C  # passes 2^31 where there are many short sequences
     out = partial_ptr + slot * C + offs_c
     if ABS:
         tl.store(out, magnitude, mask=offs_c < C)
-        out += slots * C
+        out += plane
     if SQUARE:
         tl.store(out, square, mask=offs_c < C)
-        out += slots * C
+        out += plane
     if CENTRED:
         tl.store(out, mean, mask=offs_c < C)
-        tl.store(out + slots * C, m2, mask=offs_c < C)
+        tl.store(out + plane, m2, mask=offs_c < C)
     if first_block:
         tl.store(piece_counts_ptr + slot, count)
 
@@ -173,6 +174,7 @@ def importance_finish_kernel(
     mean = tl.zeros((BLOCK_C,), tl.float64)
     m2 = tl.zeros((BLOCK_C,), tl.float64)
     count = tl.zeros((), tl.int64)
+    plane = slots.to(tl.int64) * M
     for begin in range(first, end, BLOCK_P):
         offs_p = begin + tl.arange(0, BLOCK_P)
         n = tl.load(piece_counts_ptr + offs_p, mask=offs_p < end, other=0).to(tl.int64)
@@ -180,15 +182,15 @@ def importance_finish_kernel(
         part = partial_ptr + offs_p[:, None] * M + offs_c[None, :]
         if ABS:
             magnitude += tl.sum(tl.load(part, mask=inside, other=0.0).to(tl.float64), 0)
-            part += slots * M
+            part += plane
         if SQUARE:
             square += tl.sum(tl.load(part, mask=inside, other=0.0).to(tl.float64), 0)
-            part += slots * M
+            part += plane
         if CENTRED:
             weight = n.to(tl.float64)[:, None]
             n_new = tl.sum(n, 0).to(tl.float64)
             means = tl.load(part, mask=inside, other=0.0).to(tl.float64)
-            m2s = tl.load(part + slots * M, mask=inside, other=0.0).to(tl.float64)
+            m2s = tl.load(part + plane, mask=inside, other=0.0).to(tl.float64)
             mean_new = tl.sum(means * weight, 0) / tl.maximum(n_new, 1.0)
             d = means - mean_new[None, :]
             m2_new = tl.sum(m2s + d * d * weight, 0)
@@ -207,6 +209,17 @@ def importance_finish_kernel(
         tl.store(out + B.to(tl.int64) * M, m2.to(tl.float32), mask=offs_c < M)
     if block == 0:
         tl.store(counts_ptr + b, count)
+
+
+@triton.jit
+def _cosine_distance(xx, xy, yy, xd, dd):
+    """1 - cos of rows x and y from sums of products, d = y - x; csrc/importance/cosine.h says why so."""
+    xx, xy, yy = xx.to(tl.float64), xy.to(tl.float64), yy.to(tl.float64)
+    xd, dd = xd.to(tl.float64), dd.to(tl.float64)
+    norms = tl.sqrt(xx) * tl.sqrt(yy)
+    distance = tl.where(dd < yy, (xx * dd - xd * xd) / (norms * (norms + xy)), (norms - xy) / norms)
+    # below 0 by rounding only; a NaN stays one
+    return tl.where(norms == 0, 1.0, tl.where(distance < 0, 0.0, distance)).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["N", "S", "heads"], do_not_specialize_on_alignment=BY_TOKEN)
@@ -229,6 +242,8 @@ def importance_rows_kernel(
     xx = tl.zeros((ROWS, BLOCK_D), tl.float32)
     xy = tl.zeros((ROWS, BLOCK_D), tl.float32)
     yy = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    xd = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    dd = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for begin in range(0, D, BLOCK_D):
         offs_d = begin + tl.arange(0, BLOCK_D)[None, :]
         x = tl.load(x_ptr + offs_d, mask=inside[:, None] & (offs_d < D), other=0.0).to(tl.float32)
@@ -238,12 +253,12 @@ def importance_rows_kernel(
             y = tl.load(y, mask=inside[:, None] & (offs_d < D), other=0.0).to(tl.float32)
             xy += x * y
             yy += y * y
+            d = y - x
+            xd += x * d
+            dd += d * d
     out = tl.sqrt_rn(tl.sum(xx, 1))
     if y_ptr is not None:
-        norms = out * tl.sqrt_rn(tl.sum(yy, 1))
-        distance = (norms - tl.sum(xy, 1)) / norms
-        # below 0 by rounding only; a NaN stays one
-        out = tl.where(norms == 0, 1.0, tl.where(distance < 0, 0.0, distance))
+        out = _cosine_distance(tl.sum(xx, 1), tl.sum(xy, 1), tl.sum(yy, 1), tl.sum(xd, 1), tl.sum(dd, 1))
     tl.store(out_ptr + row, out, mask=inside)
 
 

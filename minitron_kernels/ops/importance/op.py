@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from minitron_kernels._tensors import check_no_tangent, check_tensor
 from minitron_kernels.ops.importance.moments import check_activations, combine, moments_of, rows_of
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
 
@@ -54,7 +55,9 @@ def accumulate_importance_(
         state.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, dtype, shape or device; the state is unchanged.
+        TypeError, ValueError: an argument of wrong type, dtype, shape or device; the state is unchanged. Also
+            where x carries a forward-mode tangent: scores have no derivative. An x that requires grad is
+            fine, and the state records nothing of it.
         RuntimeError: the named backend cannot run here, and why.
 
     Source: Minitron (arXiv 2407.14679) section 2.2.
@@ -62,6 +65,7 @@ def accumulate_importance_(
     if not isinstance(state, ImportanceState):
         raise TypeError(f"state must be an ImportanceState, got {type(state).__name__}")
     check_activations("x", x, (2,) if cu_seqlens is not None else (2, 3))
+    _check_plain(x=x)
     whole = x.shape[:-1]
     if cu_seqlens is not None:
         cu_seqlens = _check_cu_seqlens(cu_seqlens, x)
@@ -146,6 +150,7 @@ def accumulate_block_importance_(
             f"block_output must have block_input's shape and dtype {tuple(block_input.shape)} "
             f"{block_input.dtype}, got {tuple(block_output.shape)} {block_output.dtype}"
         )
+    _check_plain(block_input=block_input, block_output=block_output)
     _check_devices(state, block_input=block_input, block_output=block_output)
     if isinstance(layer, bool) or not isinstance(layer, int):
         raise TypeError(f"layer must be an int, got {type(layer).__name__}")
@@ -199,16 +204,21 @@ def accumulate_expert_importance_(
     if not isinstance(expert_index, Tensor) or expert_index.dtype not in (torch.int64, torch.int32):
         got = expert_index.dtype if isinstance(expert_index, Tensor) else type(expert_index).__name__
         raise TypeError(f"expert_index must be an int64 or int32 tensor, got {got}")
+    check_tensor("expert_index", expert_index)
     if expert_index.shape != (tokens,):
         raise ValueError(f"expert_index must be [T] = [{tokens}], got {tuple(expert_index.shape)}")
     if gate is not None:
         check_activations("gate", gate, (1,))
         if gate.shape != (tokens,):
             raise ValueError(f"gate must be [T] = [{tokens}], got {tuple(gate.shape)}")
+        _check_plain(gate=gate)
         _check_devices(state, gate=gate)
+    _check_plain(expert_output=expert_output)
     _check_devices(state, expert_output=expert_output, expert_index=expert_index)
     experts = state.num_items
-    if expert_index.device.type == "cpu" and tokens and int(expert_index.max()) >= experts:
+    # under torch.compile index_add_ finds it
+    on_host = expert_index.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and tokens and int(expert_index.max()) >= experts:
         raise ValueError(f"expert_index must be below {experts}, got {int(expert_index.max())}")
     norms = rows_of(_rows(expert_output), None, backend).double()
     if gate is not None:
@@ -230,6 +240,13 @@ def _check_token_state(state: Any) -> None:
         raise TypeError(f"state must be a TokenMeanState, got {type(state).__name__}")
 
 
+def _check_plain(**tensors: Tensor) -> None:
+    """Tensors of activations, of which nothing is lost: no shards, no freed memory, no tangent."""
+    for name, x in tensors.items():
+        check_tensor(name, x)
+    check_no_tangent("importance", **tensors)
+
+
 def _check_devices(state: TokenMeanState, **tensors: Tensor) -> None:
     for name, x in tensors.items():
         if x.device != state.sums.device:
@@ -241,6 +258,7 @@ def _check_mask(mask: Any, shape: torch.Size, device: torch.device) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype.is_floating_point or mask.dtype.is_complex:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor or one of 0/1 integers, got {got}")
+    check_tensor("mask", mask)
     if mask.shape != shape or mask.device != device:
         raise ValueError(
             f"mask must be {tuple(shape)} on {device}, one entry per token; got {tuple(mask.shape)} on "
@@ -254,6 +272,7 @@ def _check_cu_seqlens(cu_seqlens: Any, x: Tensor) -> Tensor:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {got}")
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.device != x.device:
         raise ValueError(
             f"cu_seqlens must be [B + 1] on {x.device}, got {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-import sys
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from minitron_kernels._tensors import check_tensor
 
 T = TypeVar("T", bound=Tensor | None)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -54,31 +55,6 @@ def byte_count(name: str, value: Any) -> int:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return integer(name, value)
-
-
-def check_tensor(name: str, x: Any) -> None:
-    """A plain dense tensor whose memory is there."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if type(x) is not Tensor and _is_dtensor(x):
-        raise TypeError(
-            f"{name} is a DTensor: pass {name}.full_tensor(), which gathers the shards and hands the "
-            "gradient back to them; or .to_local() where every rank holds the whole"
-        )
-    if x.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got {x.layout}: pass {name}.to_dense()")
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return  # no memory to look at; the kernels see the real tensors
-    if x.untyped_storage().nbytes() == 0 and x.numel():
-        raise ValueError(
-            f"{name} has no memory: its storage was freed, as ZeRO-3 and FSDP do outside of the module's own "
-            f"forward; gather it first (deepspeed.zero.GatheredParameters, FSDP.summon_full_params)"
-        )
-
-
-def _is_dtensor(x: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # there is no DTensor before it is imported
-    return module is not None and isinstance(x, module.DTensor)
 
 
 def check_floating(**tensors: Tensor) -> None:

@@ -26,7 +26,7 @@ from minitron_kernels.ops.kl_loss.kernel_triton_rows import (
     tile_stats_kernel,
 )
 
-NUM_STATS = 6  # max_s, 1 / sum_s, max_t, 1 / sum_t, lse_s - lse_t, kl
+NUM_STATS = 6  # max_s, 1 / sum_s, max_t, 1 / sum_t, log (sum_s / sum_t), kl
 NUM_STATE = 5  # max_s, sum_s, max_t, sum_t, kl
 NUM_SUMS = 2  # terms of KL(T || M) and of KL(S || M)
 FORWARD_BLOCK, GRAD_BLOCK, FINISH_BLOCK = 4096, 2048, 128
@@ -62,7 +62,7 @@ class _Options(NamedTuple):
     """The ops' options as the kernels take them."""
 
     kind: int
-    beta: float
+    shares: tuple[float, float]  # of student and teacher in JSD's M: 1 - beta in fp32 would be 0 next to 1
     floats: tuple[float, ...]  # factor, scale / cap and cap / tau of the student, then of the teacher
     caps: dict[str, bool]
 
@@ -80,7 +80,8 @@ def _kernel_options(
         floats += [scale * inv_tau, scale / cap if cap else 0.0, cap * inv_tau]
     kind = _FORWARD if beta <= 0 else _REVERSE if beta >= 1 else _JSD
     caps = {"CAP_S": student_softcap != 0, "CAP_T": teacher_softcap != 0}
-    return _Options(kind, float(beta), tuple(map(float, floats)), caps)
+    shares = (1.0 - beta, max(beta, torch.finfo(torch.float32).tiny))
+    return _Options(kind, shares, tuple(map(float, floats)), caps)
 
 
 def _block(columns: int, most: int) -> dict[str, int]:
@@ -122,7 +123,7 @@ def forward(
         forward_kernel[(student.shape[0],)](
             student, teacher, *biases, mask_bytes, loss, stats,
             vocab_size, student.stride(0), teacher.stride(0), mask_stride,
-            *o.floats, o.beta,
+            *o.floats, *o.shares,
             KIND=o.kind, **o.caps, **_block(vocab_size, FORWARD_BLOCK),
         )  # fmt: skip
 
@@ -148,7 +149,7 @@ def grad(
         grad_kernel[(rows, triton.cdiv(columns, block["BLOCK_V"]))](
             student, teacher, *biases, mask_bytes, weight, stats, out,
             vocab_size, columns, student.stride(0), teacher.stride(0), mask_stride, weight.stride(0),
-            out.stride(0), *o.floats, o.beta,
+            out.stride(0), *o.floats, *o.shares,
             KIND=o.kind, **o.caps, **block,
         )  # fmt: skip
 
@@ -185,7 +186,7 @@ def tile_mixture(
         tile_mixture_kernel[(rows,)](
             student, teacher, *biases, mask_bytes, stats, sums,
             columns, student.stride(0), teacher.stride(0), mask_stride, sums.stride(0),
-            *o.floats, o.beta,
+            *o.floats, *o.shares,
             FIRST=first, **o.caps, **_block(columns, FORWARD_BLOCK),
         )  # fmt: skip
 
@@ -217,7 +218,7 @@ def finish_mixture(
     mask_bytes, mask_stride = _mask(mask)
     with torch.cuda.device_of(sums):
         finish_mixture_kernel[(triton.cdiv(rows, FINISH_BLOCK),)](
-            sums, mask_bytes, loss, stats, rows, splits, mask_stride, o.beta,
+            sums, mask_bytes, loss, stats, rows, splits, mask_stride, *o.shares,
             BLOCK_N=FINISH_BLOCK, num_warps=FINISH_BLOCK // 32,
         )  # fmt: skip
 
@@ -278,7 +279,7 @@ def _linear(
         linear_kernel[(triton.cdiv(rows, blocks.rows), splits)](
             *student, *teacher, stats, out, rows, vocab_size, H, Ht,
             hidden.stride(0), head.stride(0), teacher_hidden.stride(0), teacher_head.stride(0),
-            per_split, *o.floats, o.beta,
+            per_split, *o.floats, *o.shares,
             KIND=o.kind, **o.caps, EVEN_S=H % blocks.hidden == 0, EVEN_T=Ht % blocks.hidden == 0,
             BLOCK_N=blocks.rows, BLOCK_V=blocks.vocab, BLOCK_H=blocks.hidden,
             num_warps=blocks.warps, num_stages=blocks.stages,

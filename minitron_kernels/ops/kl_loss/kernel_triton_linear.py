@@ -65,7 +65,7 @@ def linear_kernel(
     stats_ptr,  # (N, 6) fp32; None in the first run
     out_ptr,  # (splits, 5, N) fp32; (splits, 2, N) with stats
     N, V, H, Ht, stride_sn, stride_swv, stride_tn, stride_twv, tiles_per_split,
-    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, beta,
+    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, share_s, share_t,
     KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
     EVEN_S: tl.constexpr, EVEN_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -82,7 +82,7 @@ def linear_kernel(
         row_ptr = stats_ptr + rows.to(tl.int64) * 6
         max_s, inv_sum_s = tl.load(row_ptr, mask=inside), tl.load(row_ptr + 1, mask=inside)
         max_t, inv_sum_t = tl.load(row_ptr + 2, mask=inside), tl.load(row_ptr + 3, mask=inside)
-        gap = tl.load(row_ptr + 4, mask=inside)
+        log_sums = tl.load(row_ptr + 4, mask=inside)
         of_teacher = tl.zeros((BLOCK_N,), tl.float32)
         of_student = tl.zeros((BLOCK_N,), tl.float32)
     for tile in range(first, last):
@@ -101,10 +101,9 @@ def linear_kernel(
                 max_s, sum_s, max_t, sum_t, kl, b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl, KIND
             )
         else:
-            a, b = mixture_terms(
-                s, t, max_s[:, None], inv_sum_s[:, None], max_t[:, None], inv_sum_t[:, None],
-                gap[:, None], beta,
-            )  # fmt: skip
+            s, t = s - max_s[:, None], t - max_t[:, None]
+            d = (t - s) + log_sums[:, None]
+            a, b = mixture_terms(s, t, d, inv_sum_s[:, None], inv_sum_t[:, None], share_s, share_t)
             in_vocab = (offs_v < V)[None, :]
             of_teacher += tl.sum(tl.where(in_vocab, a, 0.0), 1)
             of_student += tl.sum(tl.where(in_vocab, b, 0.0), 1)
@@ -144,12 +143,12 @@ def finish_stats_kernel(
             tl.load(part + 3 * stride, mask=inside, other=0.0),
             tl.load(part + 4 * stride, mask=inside, other=0.0), KIND,
         )  # fmt: skip
-    inv_sum_s, inv_sum_t, gap, loss, kl = row_stats(max_s, sum_s, max_t, sum_t, kl, KIND)
+    inv_sum_s, inv_sum_t, log_sums, loss, kl = row_stats(max_s, sum_s, max_t, sum_t, kl, KIND)
     counts = inside
     if mask_ptr is not None:
         counts = tl.load(mask_ptr + rows * stride_mn, mask=inside, other=0) != 0
     tl.store(loss_ptr + rows, tl.where(counts, loss, 0.0), mask=inside)
-    store_stats(stats_ptr, rows, inside, counts, max_s, inv_sum_s, max_t, inv_sum_t, gap, kl)
+    store_stats(stats_ptr, rows, inside, counts, max_s, inv_sum_s, max_t, inv_sum_t, log_sums, kl)
 
 
 @triton.jit(do_not_specialize=["N", "splits", "stride_mn"])
@@ -158,7 +157,7 @@ def finish_mixture_kernel(
     mask_ptr,  # (N) uint8 or None
     loss_ptr,  # (N) fp32
     stats_ptr,  # (N, 6) fp32, whose kl is written
-    N, splits, stride_mn, beta, BLOCK_N: tl.constexpr,
+    N, splits, stride_mn, share_s, share_t, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds up the splits of JSD's sums: the loss, and the kl of stats."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -173,6 +172,6 @@ def finish_mixture_kernel(
     counts = inside
     if mask_ptr is not None:
         counts = tl.load(mask_ptr + rows * stride_mn, mask=inside, other=0) != 0
-    loss = beta * of_teacher + (1.0 - beta) * of_student
+    loss = share_t * of_teacher + share_s * of_student
     tl.store(loss_ptr + rows, tl.where(counts, loss, 0.0), mask=inside)
     tl.store(stats_ptr + rows * 6 + 5, tl.where(counts, of_student, 0.0), mask=inside)

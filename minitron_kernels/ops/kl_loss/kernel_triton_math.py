@@ -22,6 +22,7 @@ REVERSE: tl.constexpr = tl.constexpr(1)
 JSD: tl.constexpr = tl.constexpr(2)
 
 NEAR: tl.constexpr = tl.constexpr(0.5)  # |d| below which the series holds to 1e-7
+APART: tl.constexpr = tl.constexpr(16.0)  # maxima further apart are taken off before logits are subtracted
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 INF: tl.constexpr = tl.constexpr(float("inf"))
 
@@ -81,6 +82,27 @@ def log1p_gap_near(a):
 
 
 @triton.jit
+def zeros_of(max_s, max_t):
+    """Where either side's logits are measured from before they are subtracted.
+
+    From 0 where the maxima lie close: the difference of two like numbers is exact, and a small log-ratio
+    keeps all its digits. From each side's own maximum where they lie far apart, as after -1e4 in a whole
+    stretch of one model's logits: t - s would be rounded to the digits of 1e4. Where a side has no possible
+    token there is no log-ratio.
+    """
+    apart = tl.abs(max_s - max_t) > APART
+    return tl.where(apart, max_s, 0.0), tl.where(apart, max_t, 0.0)
+
+
+@triton.jit
+def log_ratio(s, t, max_s, max_t, log_sums):
+    """d = lt - ls of tokens, with log_sums = log (sum_s / sum_t)."""
+    zero_s, zero_t = zeros_of(max_s, max_t)
+    gap = log_sums - ((max_t - zero_t) - (max_s - zero_s))
+    return ((t - zero_t) - (s - zero_s)) + gap
+
+
+@triton.jit
 def kl_term(p_x, p_y, d):
     """p_x d + p_y - p_x, a term of KL(X || Y), with d = log p_x - log p_y; its extra parts sum to 0.
 
@@ -98,21 +120,23 @@ def _settled(kl, sum_x, sum_y):
 
 @triton.jit
 def _block_kl(x, e_x, max_x, sum_x, y, e_y, max_y, sum_y, KEEP_EXP: tl.constexpr):
-    gap = (max_y - max_x) + tl.log(sum_y / sum_x)
     if KEEP_EXP:
         p_x = e_x * (1.0 / sum_x)[:, None]
         p_y = e_y * (1.0 / sum_y)[:, None]
+        d = log_ratio(y, x, max_y[:, None], max_x[:, None], tl.log(sum_y / sum_x)[:, None])
     else:
-        p_x = tl.exp(x - (tl.maximum(max_x, LOWEST) + tl.log(sum_x))[:, None])
-        p_y = tl.exp(y - (tl.maximum(max_y, LOWEST) + tl.log(sum_y))[:, None])
-    return _settled(tl.sum(kl_term(p_x, p_y, (x - y) + gap[:, None]), 1), sum_x, sum_y)
+        log_x = (x - tl.maximum(max_x, LOWEST)[:, None]) - tl.log(sum_x)[:, None]
+        log_y = (y - tl.maximum(max_y, LOWEST)[:, None]) - tl.log(sum_y)[:, None]
+        p_x, p_y, d = tl.exp(log_x), tl.exp(log_y), log_x - log_y
+    return _settled(tl.sum(kl_term(p_x, p_y, d), 1), sum_x, sum_y)
 
 
 @triton.jit
 def block_state(s, t, KIND: tl.constexpr, KEEP_EXP: tl.constexpr):
     """The state of the tokens of one block; JSD has no kl before the whole row is known: 0.
 
-    KEEP_EXP: exponentials stay in registers for the kl; they are made twice where registers are short.
+    KEEP_EXP: exponentials stay in registers for the kl, beside the logits. Not so where registers are short:
+    they are made twice, and log-ratios always from each side's own maximum.
     """
     max_s, max_t = tl.max(s, 1), tl.max(t, 1)  # passes over NaN, which the sums then keep
     # never -inf is subtracted: exp(-inf - it) is to be 0 and not NaN
@@ -147,13 +171,13 @@ def _merged_kl(
     max_x, sum_x, a_max_x, a_sum_x, a_mass_x, b_max_x, b_sum_x, b_mass_x,
     max_y, sum_y, a_max_y, a_sum_y, a_mass_y, b_max_y, b_sum_y, b_mass_y, a_kl, b_kl,
 ):  # fmt: skip
-    # lse_y - lse_x of all, of a and of b; their differences are log (mass of X / mass of Y) of a part, also
-    # where a mass is too small for a float
-    gap = (max_y - max_x) + tl.log(sum_y / sum_x)
-    a_gap = (a_max_y - a_max_x) + tl.log(a_sum_y / a_sum_x)
-    b_gap = (b_max_y - b_max_x) + tl.log(b_sum_y / b_sum_x)
-    kl = _part_kl(a_mass_x, sum_x, a_mass_y, sum_y, gap - a_gap, a_kl)
-    kl += _part_kl(b_mass_x, sum_x, b_mass_y, sum_y, gap - b_gap, b_kl)
+    # log (mass of X / mass of Y) of a part, also where a mass is too small for a float
+    zero_y, zero_x = zeros_of(max_y, max_x)
+    top = (max_x - zero_x) - (max_y - zero_y)
+    a_d = ((a_max_x - zero_x) - (a_max_y - zero_y)) - top + tl.log((a_sum_x * sum_y) / (a_sum_y * sum_x))
+    b_d = ((b_max_x - zero_x) - (b_max_y - zero_y)) - top + tl.log((b_sum_x * sum_y) / (b_sum_y * sum_x))
+    kl = _part_kl(a_mass_x, sum_x, a_mass_y, sum_y, a_d, a_kl)
+    kl += _part_kl(b_mass_x, sum_x, b_mass_y, sum_y, b_d, b_kl)
     return _settled(kl, sum_x, sum_y)
 
 
@@ -184,65 +208,72 @@ def merge_states(
 
 @triton.jit
 def row_stats(max_s, sum_s, max_t, sum_t, kl, KIND: tl.constexpr):
-    """inv_sum_s, inv_sum_t, gap = lse_s - lse_t, the loss, and the kl that the gradient needs.
+    """inv_sum_s, inv_sum_t, log_sums = log (sum_s / sum_t), the loss, and the kl that the gradient needs.
 
     A row impossible throughout has sum 0 and becomes NaN, as a softmax of it is.
     """
-    gap = (max_s - max_t) + tl.log(sum_s / sum_t)
     loss = tl.where((sum_s == 0.0) | (sum_t == 0.0), float("nan"), kl)
-    return 1.0 / sum_s, 1.0 / sum_t, gap, loss, loss if KIND == REVERSE else tl.zeros_like(loss)
-
-
-@triton.jit
-def _mixture_ratio(s, t, gap):
-    """d = lt - ls, 0 for a token impossible in both; and exp(-|d|) - 1 with all its digits near 0."""
-    d = tl.where((s == -INF) & (t == -INF), 0.0, (t - s) + gap)
-    size = tl.abs(d)
-    return d, size, tl.where(size < NEAR, bregman_near(size) - size, tl.exp(-size) - 1.0)
-
-
-@triton.jit
-def mixture_terms(s, t, max_s, inv_sum_s, max_t, inv_sum_t, gap, beta):
-    """Terms of KL(T || M) and KL(S || M), M = beta T + (1 - beta) S.
-
-    All is told by the larger of p_s and p_t and by smaller / larger = 1 + u, u = exp(-|d|) - 1, which cannot
-    overflow: m = larger (1 + a), a = weight of the smaller * u.
-    """
-    d, size, u = _mixture_ratio(s, t, gap)
-    teacher_larger = d > 0.0
-    p = tl.exp(tl.where(teacher_larger, t - max_t, s - max_s)) * tl.where(
-        teacher_larger, inv_sum_t, inv_sum_s
+    return (
+        1.0 / sum_s,
+        1.0 / sum_t,
+        tl.log(sum_s / sum_t),
+        loss,
+        loss if KIND == REVERSE else tl.zeros_like(loss),
     )
-    weight = tl.where(teacher_larger, 1.0 - beta, beta)  # of the smaller in M
-    other = 1.0 - weight
-    a = weight * u
-    e = 1.0 + u
-    log_m = tl.log(other + weight * e)  # log (m / larger), without cancellation
+
+
+@triton.jit
+def _mixed(below_s, below_t, d, share_s, share_t):
+    """A token by the larger of p_s and p_t: whether it is the teacher's, size = |d|, and
+
+        smaller = larger e = larger (1 + u)    m = larger (1 + a), a = other u    m = smaller (1 + b)
+
+    with `own` and `other`, the shares in M of the larger and of the other. Nothing overflows but b, and that
+    to infinity. below: s - max_s, t - max_t; a token impossible in both has d = 0.
+    """
+    d = tl.where((below_s == -INF) & (below_t == -INF), 0.0, d)
+    size, teacher_larger = tl.abs(d), d > 0.0
+    near, far = bregman_near(size) - size, tl.exp(-size)
+    u = tl.where(size < NEAR, near, far - 1.0)
+    e = tl.where(size < NEAR, 1.0 + near, far)
+    own = tl.where(teacher_larger, share_t, share_s)
+    other = tl.where(teacher_larger, share_s, share_t)
+    return teacher_larger, size, e, u, own, other, other * u, own * (-u / e)
+
+
+@triton.jit
+def mixture_terms(below_s, below_t, d, inv_sum_s, inv_sum_t, share_s, share_t):
+    """Terms of KL(T || M) and KL(S || M), M = share_t T + share_s S, with below = s - max_s, t - max_t.
+
+    What is small is made by series: for a share near 0 the loss lies many digits below the probabilities.
+    """
+    teacher_larger, size, e, u, own, other, a, b = _mixed(below_s, below_t, d, share_s, share_t)
+    inv_sum = tl.where(teacher_larger, inv_sum_t, inv_sum_s)
+    p = tl.exp(tl.where(teacher_larger, below_t, below_s)) * inv_sum
+    log_m = tl.log(own + other * e)  # log (m / larger)
     larger = p * tl.where(a > -0.4, log1p_gap_near(a), a - log_m)
-    v = bregman_near(-size) + size  # larger / smaller - 1
-    far = tl.where(e == 0.0, 0.0, e * (-size - log_m)) - other * u
-    smaller = p * tl.where(size < NEAR, e * log1p_gap_near(other * v), far)
+    far = tl.where(e == 0.0, 0.0, e * (-size - log_m)) - own * u
+    smaller = p * tl.where(b < 0.7, e * log1p_gap_near(b), far)
     return tl.where(teacher_larger, larger, smaller), tl.where(teacher_larger, smaller, larger)
 
 
 @triton.jit
-def grad_of_s(s, t, max_s, inv_sum_s, max_t, inv_sum_t, gap, kl, beta, KIND: tl.constexpr):
+def grad_of_s(
+    s, t, max_s, inv_sum_s, max_t, inv_sum_t, log_sums, kl, share_s, share_t, KIND: tl.constexpr
+):  # fmt: skip
     """d loss / d s of a possible token."""
     p_s = tl.exp(s - max_s) * inv_sum_s
+    d = log_ratio(s, t, max_s, max_t, log_sums)
     if KIND == FORWARD:
-        d = (t - s) + gap
         p_t = tl.exp(t - max_t) * inv_sum_t
         # p_t expm1(-d): close to each other, p_s - p_t is no more than their last bits
         return tl.where(tl.abs(d) < NEAR, p_t * (bregman_near(d) - d), p_s - p_t)
     elif KIND == REVERSE:
-        return tl.where(p_s == 0.0, 0.0, p_s * (-((t - s) + gap) - kl))
+        return tl.where(p_s == 0.0, 0.0, p_s * (-d - kl))
     else:
-        d, size, u = _mixture_ratio(s, t, gap)
-        teacher_larger = d > 0.0
-        weight = tl.where(teacher_larger, 1.0 - beta, beta)
-        a = weight * u
-        log_m = tl.where(a > -0.4, a - log1p_gap_near(a), tl.log((1.0 - weight) + weight * (1.0 + u)))
-        b = (1.0 - weight) * (bregman_near(-size) + size)
-        near = log1p_gap_near(b) - b  # ls - lm where the student is the smaller
-        ls_minus_lm = tl.where(teacher_larger, tl.where(size < NEAR, near, -size - log_m), -log_m)
-        return tl.where(p_s == 0.0, 0.0, (1.0 - beta) * p_s * (ls_minus_lm - kl))
+        teacher_larger, size, e, _, own, other, a, b = _mixed(s - max_s, t - max_t, d, share_s, share_t)
+        log_m = tl.log(own + other * e)
+        larger = tl.where(a > -0.4, log1p_gap_near(a) - a, -log_m)  # log (larger / m)
+        smaller = tl.where(b < 0.7, log1p_gap_near(b) - b, -size - log_m)
+        ls_minus_lm = tl.where(teacher_larger, smaller, larger)
+        return tl.where(p_s == 0.0, 0.0, share_s * p_s * (ls_minus_lm - kl))

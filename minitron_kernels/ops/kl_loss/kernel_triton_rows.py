@@ -24,6 +24,7 @@ from minitron_kernels.ops.kl_loss.kernel_triton_math import (
     block_state,
     empty_state,
     grad_of_s,
+    log_ratio,
     merge_states,
     mixture_terms,
     row_stats,
@@ -74,7 +75,7 @@ def _merge_row(
 @triton.jit
 def _mixture_row(
     student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr, end,
-    max_s, inv_sum_s, max_t, inv_sum_t, gap, beta,
+    max_s, inv_sum_s, max_t, inv_sum_t, log_sums, share_s, share_t,
     s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -87,21 +88,22 @@ def _mixture_row(
         inside = offs_v < end
         s = _load(student_ptr, student_bias_ptr, offs_v, inside, s_factor, s_over_cap, s_cap, CAP_S)
         t = _load(teacher_ptr, teacher_bias_ptr, offs_v, inside, t_factor, t_over_cap, t_cap, CAP_T)
-        a, b = mixture_terms(s, t, max_s, inv_sum_s, max_t, inv_sum_t, gap, beta)
+        d = log_ratio(s, t, max_s, max_t, log_sums)
+        a, b = mixture_terms(s - max_s, t - max_t, d, inv_sum_s, inv_sum_t, share_s, share_t)
         of_teacher += tl.sum(tl.where(inside, a, 0.0), 1)
         of_student += tl.sum(tl.where(inside, b, 0.0), 1)
     return of_teacher, of_student
 
 
 @triton.jit
-def store_stats(stats_ptr, rows, inside, counts, max_s, inv_sum_s, max_t, inv_sum_t, gap, kl):
+def store_stats(stats_ptr, rows, inside, counts, max_s, inv_sum_s, max_t, inv_sum_t, log_sums, kl):
     """Writes stats [N, 6] of some rows; zeros where they do not count."""
     out = stats_ptr + rows * 6
     tl.store(out, tl.where(counts, max_s, 0.0), mask=inside)
     tl.store(out + 1, tl.where(counts, inv_sum_s, 0.0), mask=inside)
     tl.store(out + 2, tl.where(counts, max_t, 0.0), mask=inside)
     tl.store(out + 3, tl.where(counts, inv_sum_t, 0.0), mask=inside)
-    tl.store(out + 4, tl.where(counts, gap, 0.0), mask=inside)
+    tl.store(out + 4, tl.where(counts, log_sums, 0.0), mask=inside)
     tl.store(out + 5, tl.where(counts, kl, 0.0), mask=inside)
 
 
@@ -115,7 +117,7 @@ def forward_kernel(
     loss_ptr,  # (N) fp32
     stats_ptr,  # (N, 6) fp32
     V, stride_sn, stride_tn, stride_mn,
-    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, beta,
+    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, share_s, share_t,
     KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Loss and stats of whole rows."""
@@ -130,17 +132,18 @@ def forward_kernel(
         max_s, sum_s, max_t, sum_t, kl,
         s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, KIND, CAP_S, CAP_T, BLOCK_V,
     )  # fmt: skip
-    inv_sum_s, inv_sum_t, gap, loss, kl = row_stats(max_s, sum_s, max_t, sum_t, kl, KIND)
+    inv_sum_s, inv_sum_t, log_sums, loss, kl = row_stats(max_s, sum_s, max_t, sum_t, kl, KIND)
     if KIND == JSD:
         of_teacher, kl = _mixture_row(
             student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr, end,
-            max_s[:, None], inv_sum_s[:, None], max_t[:, None], inv_sum_t[:, None], gap[:, None], beta,
+            max_s[:, None], inv_sum_s[:, None], max_t[:, None], inv_sum_t[:, None], log_sums[:, None],
+            share_s, share_t,
             s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, CAP_S, CAP_T, BLOCK_V,
         )  # fmt: skip
-        loss = beta * of_teacher + (1.0 - beta) * kl
+        loss = share_t * of_teacher + share_s * kl
     rows = row + tl.arange(0, 1)
     tl.store(loss_ptr + rows, tl.where(counts, loss, 0.0))
-    store_stats(stats_ptr, rows, rows >= 0, counts, max_s, inv_sum_s, max_t, inv_sum_t, gap, kl)
+    store_stats(stats_ptr, rows, rows >= 0, counts, max_s, inv_sum_s, max_t, inv_sum_t, log_sums, kl)
 
 
 @triton.jit(do_not_specialize=["stride_mn", "stride_wn"], do_not_specialize_on_alignment=PER_ROW)
@@ -154,7 +157,7 @@ def grad_kernel(
     stats_ptr,  # (N, 6) fp32
     grad_ptr,  # (N, columns), of any dtype
     V, columns, stride_sn, stride_tn, stride_mn, stride_wn, stride_gn,
-    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, beta,
+    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, share_s, share_t,
     KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The gradient of sum(weight * loss) to the raw student logits."""
@@ -169,9 +172,9 @@ def grad_kernel(
     stats_ptr += row * 6
     max_s, inv_sum_s = tl.load(stats_ptr), tl.load(stats_ptr + 1)
     max_t, inv_sum_t = tl.load(stats_ptr + 2), tl.load(stats_ptr + 3)
-    gap, kl = tl.load(stats_ptr + 4), tl.load(stats_ptr + 5)
+    log_sums, kl = tl.load(stats_ptr + 4), tl.load(stats_ptr + 5)
     weight = tl.load(weight_ptr + row * stride_wn)
-    grad = grad_of_s(s, t, max_s, inv_sum_s, max_t, inv_sum_t, gap, kl, beta, KIND)
+    grad = grad_of_s(s, t, max_s, inv_sum_s, max_t, inv_sum_t, log_sums, kl, share_s, share_t, KIND)
     grad *= weight * slope(s, s_factor, s_cap, CAP_S)
     # an impossible token gets none, and s is -inf in padding too
     grad = tl.where(s == -INF, 0.0, grad)
@@ -222,7 +225,7 @@ def tile_mixture_kernel(
     stats_ptr,  # (N, 6) fp32
     sums_ptr,  # (2, N) fp32, added to; not read if FIRST
     V, stride_sn, stride_tn, stride_mn, stride_sums,
-    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, beta,
+    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, share_s, share_t,
     FIRST: tl.constexpr,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -234,7 +237,7 @@ def tile_mixture_kernel(
         student_ptr + row * stride_sn, teacher_ptr + row * stride_tn,
         student_bias_ptr, teacher_bias_ptr, end,
         tl.load(stats_ptr), tl.load(stats_ptr + 1), tl.load(stats_ptr + 2), tl.load(stats_ptr + 3),
-        tl.load(stats_ptr + 4), beta,
+        tl.load(stats_ptr + 4), share_s, share_t,
         s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, CAP_S, CAP_T, BLOCK_V,
     )  # fmt: skip
     sums_ptr += row + tl.arange(0, 1)

@@ -26,7 +26,7 @@ GPU_WORKSPACE_BYTES = 2 << 30  # by default: chunks of 1600 rows at a vocabulary
 _ALIGN = 64  # columns; rows of logits start at 128-byte borders
 _MIN_STORE_ROWS = 512  # with fewer, adding to the fp32 head gradient costs more than two more GEMMs
 _MOST_TILE, _LEAST_TILE = 8192, 128
-_HALF_LIFT = {True: 2.0**14, False: 2.0**8}  # forward KL's dz is within 1 of 0, the others' within log terms
+_HALF_REACH = 2.0**15  # the largest |dz| in fp16
 
 
 class Plan(NamedTuple):
@@ -92,7 +92,7 @@ def _slices(total: int, size: int) -> Iterator[slice]:
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """Out (+)= a·b, summed in fp32; out has the dtype of a and b, or is fp32."""
+    """Out (+)= a·b, summed in fp32; a and b have one dtype, and out that dtype or fp32."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
     elif accumulate:
@@ -106,12 +106,16 @@ class _Sum:
 
     Args:
         out: what to write; what to add to if `lent`.
+        kind: dtype of the products' operands.
         parts: how many products are added.
         unscale: 0-dim, to be multiplied by at the end; None for 1.
     """
 
-    def __init__(self, out: Tensor, parts: int, unscale: Tensor | None, lent: bool = False) -> None:
-        in_place = unscale is None and (out.dtype == torch.float32 or (parts == 1 and not lent))
+    def __init__(
+        self, out: Tensor, kind: torch.dtype, parts: int, unscale: Tensor | None, lent: bool = False
+    ) -> None:
+        rounded_once = out.dtype == kind and parts == 1 and not lent  # by the GEMM
+        in_place = unscale is None and (out.dtype == torch.float32 or rounded_once)
         self.out, self.unscale, self.lent = out, unscale, lent
         self.sum = out if in_place else None
         self.started = in_place and lent
@@ -272,20 +276,21 @@ def linear_kl_loss_(
     known = stats is not None
     if stats is None:
         stats = new_stats
-        if chosen.schedule == "recompute":
+        # in fp16, how far the gradients of reverse KL reach is to be known before the first is stored
+        if chosen.schedule == "recompute" or (kind == torch.float16 and options[0] >= 1):
             call.statistics(loss, stats, *chosen[1:3])
             known = True
 
-    weight, unscale = _weights(row_weight, mask, N, kind, options[0] == 0, loss)
+    weight, unscale = _weights(row_weight, mask, kind, options, stats)
     if mask is not None and wants[1]:  # 0 * NaN of a row that does not count would spread
         call.student = (call.student[0].masked_fill(~mask[:, None], 0), *call.student[1:])
     head_out = grad_head if head_accumulator is None else head_accumulator
     chunks, tiles = list(_slices(N, chosen.chunk_rows)), list(_slices(vocab_size, chosen.tile))
-    hidden_sums = [_Sum(grad_hidden[rows], len(tiles), unscale) for rows in chunks if wants[0]]
+    hidden_sums = [_Sum(grad_hidden[rows], kind, len(tiles), unscale) for rows in chunks if wants[0]]
     for columns in tiles:
         head_sum = None
         if wants[1]:
-            head_sum = _Sum(head_out[columns], len(chunks), unscale, head_accumulator is not None)
+            head_sum = _Sum(head_out[columns], kind, len(chunks), unscale, head_accumulator is not None)
         for i, rows in enumerate(chunks):
             logits, mask_rows = call.logits(rows, columns), call.mask_of(rows)
             if not known:
@@ -316,19 +321,25 @@ def _add_rows(dz: Tensor, out: Tensor, first: bool) -> None:
 def _weights(
     row_weight: Tensor | None,
     mask: Tensor | None,
-    rows: int,
     kind: torch.dtype,
-    is_forward: bool,
-    like: Tensor,
+    options: tuple[float, ...],
+    stats: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """Factors of the rows' gradients, [N] fp32, and what the GEMMs' results are multiplied by.
 
-    In fp16 the gradient of a mean would lie below the smallest number: the largest factor is lifted there.
+    In fp16 the gradient of a mean would lie below the smallest number, and that of a low temperature or of
+    reverse KL where the teacher has all but ruled out a token beyond the largest: all are scaled to reach
+    _HALF_REACH. A row's |dz| is at most its weight times scale / tau, for reverse KL times 1 + its loss.
     """
-    weight = like.new_ones(()) if row_weight is None else row_weight.to(torch.float32)
+    rows = stats.shape[0]
+    weight = stats.new_ones(()) if row_weight is None else row_weight.to(torch.float32)
     if kind != torch.float16:
         return weight.expand(rows), None
-    counted = weight if mask is None else torch.where(mask, weight, 0.0)
-    top = counted.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    lift = _HALF_LIFT[is_forward]
-    return (weight / top * lift).expand(rows), top / lift
+    beta, inv_tau, student_scale = options[:3]
+    reach = weight.abs() * (inv_tau * student_scale)
+    if beta >= 1:
+        # a row whose loss is infinite has no gradient, the others keep theirs
+        reach = reach * (1.0 + torch.nan_to_num(stats[:, 5], nan=0.0, posinf=0.0))
+    counted = reach if mask is None else torch.where(mask, reach, 0.0)
+    top = counted.amax().clamp_min(torch.finfo(torch.float32).tiny)
+    return (weight / top * _HALF_REACH).expand(rows), top / _HALF_REACH

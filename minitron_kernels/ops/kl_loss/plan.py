@@ -172,8 +172,7 @@ def plan_linear_kl_loss(
         The plan.
 
     Raises:
-        ValueError: an unknown schedule or engine, or a budget too small for any: says the least that
-            would do.
+        ValueError: an unknown schedule or engine; a budget too small for any: says the least that would do.
         RuntimeError: the extension is not built.
     """
     if not _native.available():

@@ -1,0 +1,52 @@
+"""What every op wants of a tensor before a kernel sees it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(name: str, x: Any) -> None:
+    """A plain dense tensor whose memory is there.
+
+    Raises:
+        TypeError: no tensor, a DTensor, or one that is not dense.
+        ValueError: its storage was freed.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if type(x) is not Tensor and _is_dtensor(x):
+        raise TypeError(
+            f"{name} is a DTensor: pass {name}.full_tensor(), which gathers the shards and hands the "
+            "gradient back to them; or .to_local() where every rank holds the whole"
+        )
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {x.layout}: pass {name}.to_dense()")
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return  # no memory to look at; the kernels see the real tensors
+    if x.untyped_storage().nbytes() == 0 and x.numel():
+        raise ValueError(
+            f"{name} has no memory: its storage was freed, as ZeRO-3 and FSDP do outside of the module's own "
+            f"forward; gather it first (deepspeed.zero.GatheredParameters, FSDP.summon_full_params)"
+        )
+
+
+def check_no_tangent(op: str, **tensors: Tensor) -> None:
+    """For an op without derivative: forward-mode AD would be zero in silence.
+
+    Raises:
+        ValueError: one of the tensors carries a tangent.
+    """
+    for name, x in tensors.items():
+        if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            raise ValueError(
+                f"{name} carries a forward-mode tangent, and {op} has no derivative: pass {name}.detach()"
+            )
+
+
+def _is_dtensor(x: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # there is no DTensor before it is imported
+    return module is not None and isinstance(x, module.DTensor)

@@ -1,0 +1,239 @@
+"""The arguments of minitron-prune: what each command takes, and how what is typed is read."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from minitron_kernels import __version__
+
+EXAMPLES = """\
+from a checkpoint and text to a smaller checkpoint:
+  minitron-prune score Mistral-NeMo-12B calibration.jsonl -o scores --seq-len 4096
+  minitron-prune plan scores -o plan.json --hidden-size 4096 --intermediate-size 11520
+  minitron-prune prune Mistral-NeMo-12B Minitron-8B plan.json
+  minitron-prune info Minitron-8B
+
+The result is to be distilled from its source. Another plan needs no other scores.
+"""
+PLAN_EXAMPLES = """\
+examples:
+  minitron-prune plan scores -o plan.json --hidden-size 4096 --intermediate-size 11520
+  minitron-prune plan scores -o plan.json --params 8.4B
+  minitron-prune plan scores -o plan.json --ratio 0.75
+  minitron-prune plan scores -o plan.json --ratio intermediate_size=0.5 --num-hidden-layers 32
+"""
+PRUNE_EXAMPLES = """\
+example:
+  minitron-prune prune Mistral-NeMo-12B Minitron-8B plan.json --max-shard-size 2GB
+
+Killed or out of disk: run the same command again, it goes on from the files that were finished.
+"""
+SCORE_EXAMPLES = """\
+examples:
+  minitron-prune score SmolLM2-135M text.txt -o scores --samples 256 --seq-len 512
+  minitron-prune score Mistral-NeMo-12B tokens.npy -o scores --device cuda --dtype bfloat16
+"""
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+# option -> the names of that size in configs
+SIZES = {
+    "hidden-size": ("hidden_size",),
+    "intermediate-size": ("intermediate_size",),
+    "num-hidden-layers": ("num_hidden_layers",),
+    "num-attention-heads": ("num_attention_heads",),
+    "num-key-value-heads": ("num_key_value_heads",),
+    "moe-intermediate-size": ("moe_intermediate_size",),
+    "num-experts": ("num_experts", "num_local_experts"),
+}
+
+
+def _count(text: str) -> float:
+    """8.4e9, 8.4B, 500M."""
+    units = {"K": 1e3, "M": 1e6, "B": 1e9}
+    count = float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
+    if not 0 < count < math.inf:
+        raise ValueError(text)
+    return count
+
+
+def _byte_count(text: str) -> int:
+    """2GB, 500MB, 1GiB, or bytes."""
+    units = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "KB": 10**3}
+    for unit, size in units.items():
+        if text.endswith(unit):
+            return _positive(int(float(text.removesuffix(unit)) * size))
+    return _positive(int(text))
+
+
+def _positive(size: int) -> int:
+    if size < 1:
+        raise ValueError(size)
+    return size
+
+
+def _layers(text: str) -> list[int]:
+    """16-20,23 -> [16, ..., 20, 23]."""
+    from minitron_kernels.pruning.keep import parse_runs
+
+    if any(len(number) > 6 for number in text.replace(",", "-").split("-")):
+        raise ValueError(text)  # before a range is spelled out that no model has
+    return list(parse_runs(text))
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Reads a number that must not be less."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} on, got {text!r}")
+        return value
+
+    return read
+
+
+def _typed(name: str, parse: Any) -> Any:
+    """`parse` under the name that argparse shows in errors."""
+
+    def typed(text: str) -> Any:
+        return parse(text)
+
+    typed.__name__ = name
+    return typed
+
+
+def parser_of(runs: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse.ArgumentParser:
+    """The parser of all commands.
+
+    Args:
+        runs: what each command calls, by its name.
+    """
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "minitron-prune",
+        description="Cut the least useful channels, heads, experts and layers of a language model.",
+        epilog=EXAMPLES,
+        formatter_class=shape,
+    )
+    parser.add_argument("--version", action="version", version=f"minitron-prune {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, about: str, epilog: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about, epilog=epilog, formatter_class=shape)
+        sub.set_defaults(run=runs[name])
+        sub.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+        return sub
+
+    _add_score(command("score", "Score a model's channels on calibration text.", SCORE_EXAMPLES))
+    _add_plan(command("plan", "Choose what stays, from scores and a target.", PLAN_EXAMPLES))
+    _add_prune(command("prune", "Cut a checkpoint on disk by a plan.", PRUNE_EXAMPLES))
+    sub = command("info", "Tell what a checkpoint, a plan or scores hold.")
+    sub.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="folder, or plan.json")
+    return parser
+
+
+def _add_score(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", type=Path, help="folder of the checkpoint, with its tokenizer")
+    sub.add_argument(
+        "text",
+        nargs="+",
+        type=Path,
+        help='text in UTF-8; .jsonl with a "text" on each line; or .npy with token ids',
+    )
+    sub.add_argument("-o", "--output", type=Path, required=True, help="folder for the scores")
+    sub.add_argument("--overwrite", action="store_true", help="replace scores that are there")
+    sub.add_argument(
+        "--samples", type=at_least(1), default=1024, help="windows, drawn at random (default 1024)"
+    )
+    sub.add_argument("--seq-len", type=at_least(2), default=2048, help="tokens of a window (default 2048)")
+    sub.add_argument(
+        "--batch-size", type=at_least(1), default=1, help="windows of a forward pass (default 1)"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of the drawing (default 0)")
+    sub.add_argument("--axes", nargs="+", help="hidden, mlp, heads, ...; default: all that the model has")
+    sub.add_argument(
+        "--seq", nargs="+", default=["mean"], help="sums over tokens: mean, L2, var (default mean)"
+    )
+    sub.add_argument("--mlp-tap", default="down_proj_input", choices=["down_proj_input", "up_proj_output"])
+    sub.add_argument("--head-score", default="norm", choices=["norm", "channels"])
+    sub.add_argument("--expert-score", default="norm", choices=["norm", "reap"])
+    sub.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="of the model; default: auto, the checkpoint's"
+    )
+    sub.add_argument("--device", default="cpu", help="default: cpu")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_plan(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("scores", type=Path, help="folder of scores")
+    sub.add_argument("-o", "--output", type=Path, required=True, help="the plan's JSON file")
+    sub.add_argument("--overwrite", action="store_true", help="replace a plan that is there")
+    target = sub.add_argument_group("target", "what is not told keeps its size")
+    for option in SIZES:
+        target.add_argument(f"--{option}", type=at_least(1), metavar="N")
+    target.add_argument("--ratio", nargs="+", metavar="[NAME=]X", help="of hidden and MLP sizes, or by name")
+    target.add_argument(
+        "--params", type=_typed("number", _count), metavar="N", help="parameter budget: 8.4e9 or 8.4B"
+    )
+    target.add_argument(
+        "--drop-layers", type=_typed("layers", _layers), metavar="LAYERS", help="these go, as 16-20,23"
+    )
+    target.add_argument("--num-experts-per-tok", type=at_least(1), metavar="N", help="for the new config")
+    how = sub.add_argument_group("how")
+    how.add_argument("--kv-heads", default="prune", choices=["prune", "merge"], help="how they become fewer")
+    how.add_argument(
+        "--merge-heads", action="store_true", help="kept query heads take over what dropped lack"
+    )
+    how.add_argument("--order", default="original", choices=["original", "importance"])
+    how.add_argument(
+        "--divisor", type=at_least(1), help="of hidden and MLP sizes (default 64; for a budget 128)"
+    )
+    how.add_argument(
+        "--no-rescale-norms",
+        dest="rescale_norms",
+        action="store_false",
+        help="leave norms' gains as they are",
+    )
+    how.add_argument(
+        "--allow-unloadable",
+        dest="loadable",
+        action="store_false",
+        help="take sizes that transformers refuses to load",
+    )
+    how.add_argument("--batch", default="L2", help="aggregation over sequences (default L2)")
+    how.add_argument("--seq", default="mean", help="aggregation over tokens (default mean)")
+
+
+def _add_prune(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("src", type=Path, help="folder of the checkpoint")
+    sub.add_argument("dst", type=Path, help="folder to be made")
+    sub.add_argument("plan", type=Path, help="plan.json")
+    sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is at dst")
+    sub.add_argument(
+        "--max-shard-size",
+        type=_typed("size", _byte_count),
+        default=5_000_000_000,
+        metavar="SIZE",
+        help="of one file: 5GB (default), 500MB, 1GiB",
+    )
+    sub.add_argument("--threads", type=at_least(1), help="default: one for each core, at most 8")
+    sub.add_argument(
+        "--leave-out",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="tensors of src that are no part of the model, as '*.k_scale'",
+    )
+    sub.add_argument(
+        "--no-rescale-norms",
+        dest="rescale_norms",
+        action="store_false",
+        help="leave norms' gains as they are",
+    )
+    sub.add_argument("--quiet", action="store_true", help="no progress bar")

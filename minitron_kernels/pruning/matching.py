@@ -1,0 +1,239 @@
+"""Which stored tensor is which parameter: wrappers' prefixes, heads tied or not, tensors that are more.
+
+Whether the head is tied, and what names begin with, is taken from the files themselves: they are loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minitron_kernels.pruning.configs import config_value
+from minitron_kernels.pruning.cuts import Cut, Cuts
+from minitron_kernels.pruning.families import TIE_KEY, Family, family_of
+from minitron_kernels.pruning.names import family_names
+from minitron_kernels.pruning.pruning_plan import PruningPlan
+from minitron_kernels.pruning.safetensors_files import SourceFolder, StoredTensor, shown
+from minitron_kernels.pruning.skeleton import Shapes, check_shapes, expected_shapes
+
+# buffers that old checkpoints hold and transformers makes itself
+_NOT_PARAMETERS = ".rotary_emb.inv_freq"
+# layers that guess tokens further ahead (multi-token prediction): transformers does not load them either
+_MTP_NAMES = ("mtp.", "mtp_layers.")
+MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers", "mtp_num_layers")
+_COMPARED_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What becomes of the tensors of a checkpoint.
+
+    Args:
+        plan: the plan, with the true tie_word_embeddings in both of its configs.
+        pairs: each tensor that stays with its cut, in the order of the model.
+        stored: whether experts are stored one by one, as checkpoints have them.
+        headless: whether it is a base model's, without a head.
+        root: what its names lack in front, and are to lack again: "model." of a base model's.
+        parameters: those of the source, a tied head once.
+        left_out: names of tensors that are not the model's: those asked for, and MTP layers.
+    """
+
+    plan: PruningPlan
+    pairs: list[tuple[Cut, StoredTensor]]
+    stored: bool
+    headless: bool
+    root: str
+    parameters: int
+    left_out: tuple[str, ...]
+
+    @property
+    def shapes(self) -> Shapes:
+        """Of the tensors to be written."""
+        return {cut.name: cut.shape for cut, _ in self.pairs}
+
+
+def match(
+    source: SourceFolder,
+    config: Mapping[str, Any],
+    plan: PruningPlan,
+    *,
+    rescale_norms: bool,
+    leave_out: Sequence[str],
+) -> Matched:
+    """Every tensor that stays with its cut.
+
+    Args:
+        source: the checkpoint's weights.
+        config: its config.json.
+        plan: what stays.
+        rescale_norms: see Cuts.
+        leave_out: patterns (*, ?, [...]) of stored names that are no part of the model.
+
+    Raises:
+        ValueError: a parameter is not there, or in another shape; a tensor is no parameter; a pattern fits
+            none.
+    """
+    cuts = Cuts(plan, rescale_norms=rescale_norms)
+    family, asked = cuts.family, _asked_for(source, leave_out)
+    stored = {name: tensor for name, tensor in source.tensors.items() if name not in asked}
+    try:
+        plain = family_names(stored, family)
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}") from None
+    mtp = {name for name, inside in plain.items() if _is_mtp(inside, config, cuts)}
+    tensors = {
+        inside: stored[name]
+        for name, inside in plain.items()
+        if name not in mtp and not inside.endswith(_NOT_PARAMETERS)
+    }
+    head = f"{family.head}.weight"
+    root = "" if head in tensors else _lacking_root(tensors, family)
+    headless = head not in tensors and (bool(root) or _is_class_of_base(config))
+    tied = family.tied(config) if headless else _is_tied(tensors, family)
+    if tied:
+        tensors.pop(head, None)  # as save_pretrained() leaves it out
+    plan = _with_tied(plan, tied, family)
+    cuts = Cuts(plan, rescale_norms=rescale_norms)
+    without = {head} if headless else set()
+    # experts may be stored one by one, as transformers does, or stacked as they are in the model
+    one_by_one = not set(cuts.names(stored=False)) - without <= set(tensors)
+    wanted = [name for name in cuts.names(stored=one_by_one) if name not in without]
+    _check_names(source, tensors, wanted, plan)
+    pairs = [
+        (dataclasses.replace(cut, name=cut.name.removeprefix(root)), tensor)
+        for cut, tensor in _pairs(tensors, wanted, cuts, one_by_one)
+    ]
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    left_out = tuple(name for name in source.tensors if name in asked | mtp)
+    return Matched(plan, pairs, one_by_one, headless, root, parameters, left_out)
+
+
+def _asked_for(source: SourceFolder, patterns: Sequence[str]) -> set[str]:
+    """The stored names that the patterns fit."""
+    asked: set[str] = set()
+    for pattern in patterns:
+        found = fnmatch.filter(source.tensors, pattern)
+        if not found:
+            raise ValueError(f"{source.path}: leave_out has {pattern!r}, which fits no tensor there")
+        asked.update(found)
+    return asked
+
+
+def _is_mtp(name: str, config: Mapping[str, Any], cuts: Cuts) -> bool:
+    inside = name.removeprefix(f"{cuts.family.layers.rpartition('.')[0]}.")
+    if inside.startswith(_MTP_NAMES):
+        return True
+    layer = re.match(rf"{re.escape(cuts.family.layers)}\.(\d+)\.", name)
+    beyond = config_value(config, MTP_KEYS[0], 0)
+    return layer is not None and 0 <= int(layer[1]) - cuts.source["layers"] < beyond
+
+
+def _lacking_root(tensors: Mapping[str, StoredTensor], family: Family) -> str:
+    """What a base model's names lack in front of them ("model."); "" where they have it."""
+    root, _, leaf = family.embedding.rpartition(".")
+    embedding = tensors.get(f"{root}.{leaf}.weight")
+    lacking = root and embedding is not None and root.split(".")[-1] not in embedding.name.split(".")
+    return f"{root}." if lacking else ""
+
+
+def _is_class_of_base(config: Mapping[str, Any]) -> bool:
+    classes = config_value(config, "architectures") or ()
+    return bool(classes) and not any("For" in str(name) for name in classes)
+
+
+def _is_tied(tensors: Mapping[str, StoredTensor], family: Family) -> bool:
+    """Whether the head is the embedding: it has the same bytes, or it is not there.
+
+    Of two tensors that share memory save_pretrained() stores one, whatever the config says of them.
+    """
+    head, embedding = (tensors.get(f"{name}.weight") for name in (family.head, family.embedding))
+    return head is None or (embedding is not None and _same_bytes(head, embedding))
+
+
+def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    for done in range(0, one.nbytes, _COMPARED_BYTES):
+        size = min(_COMPARED_BYTES, one.nbytes - done)
+        blocks = bytearray(size), bytearray(size)
+        for tensor, block in zip((one, other), blocks, strict=True):
+            tensor.file.read_into(memoryview(block), tensor.begin + done)
+        if blocks[0] != blocks[1]:
+            return False
+    return True
+
+
+def _with_tied(plan: PruningPlan, tied: bool, family: Family) -> PruningPlan:
+    """The plan for a model whose head is tied or is not."""
+    configs: dict[str, Any] = {
+        name: {**entries, TIE_KEY: tied}
+        for name in ("source_config", "target_config")
+        if family.tied(entries := getattr(plan, name)) != tied
+    }
+    return dataclasses.replace(plan, **configs) if configs else plan
+
+
+def _check_names(
+    source: SourceFolder, tensors: Mapping[str, StoredTensor], wanted: Sequence[str], plan: PruningPlan
+) -> None:
+    model = f"a {plan.source_config['model_type']} model of the plan's sizes"
+    if missing := [name for name in wanted if name not in tensors]:
+        raise ValueError(
+            f"{source.path}: lacks {_listed(missing)}, which {model} has; is it the whole of the checkpoint?"
+        )
+    known = set(wanted)
+    if extra := [tensor for name, tensor in tensors.items() if name not in known]:
+        raise ValueError(
+            f"{extra[0].file.path}: {_listed([tensor.name for tensor in extra])}: no parameter of {model}. "
+            "What the model works without can be named in leave_out, by a pattern as '*.k_scale'"
+        )
+
+
+def _pairs(
+    tensors: Mapping[str, StoredTensor], wanted: Sequence[str], cuts: Cuts, stored: bool
+) -> Iterator[tuple[Cut, StoredTensor]]:
+    """Every tensor that stays with its cut, in the order of the model; ValueError unless shapes fit."""
+    for name in wanted:
+        tensor, cut = tensors[name], cuts.of(name, stored=stored)
+        if cut is None:
+            continue
+        if tuple(cut.source_shape) != tensor.shape:
+            raise ValueError(
+                f"{tensor.file.path}: {tensor.name} has shape {list(tensor.shape)}, and the plan is for "
+                f"shape {list(cut.source_shape)}"
+            )
+        yield cut, tensor
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(shown, names[:3])) + more
+
+
+def check_result(matched: Matched, config: Mapping[str, Any], where: object) -> None:
+    """Checks names and shapes of what is to be written against the config to be written beside it.
+
+    Raises:
+        ValueError: transformers would not load it; names the first difference.
+    """
+    family = family_of(config)
+    try:
+        if family.refuses(config) is None:
+            expected = expected_shapes(config, stored=matched.stored, headless=matched.headless)
+        else:  # a plan that was asked for although transformers does not load it
+            sizes = family.sizes(config)
+            params = family.parameters(config, stored=matched.stored)
+            expected = {param.name: param.shape(sizes) for param in params}
+        if matched.headless:
+            expected.pop(f"{family.head}.weight", None)
+        result = {matched.root + name: shape for name, shape in matched.shapes.items()}
+        check_shapes(result, expected, set(expected), "the config of the result")
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: the result would not be loaded from its own config.json: {error}"
+        ) from None

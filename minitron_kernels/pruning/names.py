@@ -1,0 +1,70 @@
+"""Names of parameters as they are found and as a family has them: prefixes, wrappers, decoders alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from minitron_kernels.pruning.families import Family
+from minitron_kernels.pruning.wrappers import plain_name
+
+# what may stand in front of a decoder's parameters instead of, or beside, the family's own prefix
+PREFIXES = ("model", "language_model", "module")
+
+
+def family_names(names: Iterable[str], family: Family) -> dict[str, str]:
+    """Each of a model's or checkpoint's names, and what the family's table calls it.
+
+    Known are the family's own names; those of its decoder alone (AutoModel's, without "model." in front);
+    those with any of "model.", "language_model.", "module." in front, as larger models and training loops
+    store them; and those with the marks of torch.compile and of activation checkpointing. A name that is not
+    of the decoder or its head stays as it is.
+
+    Raises:
+        ValueError: the decoder stands under a prefix that is not known, or under several; names them. Two
+            names are of one parameter.
+
+    Example:
+        >>> from minitron_kernels.pruning.families import family_of
+        >>> llama = family_of({"model_type": "llama"})
+        >>> family_names(["embed_tokens.weight", "layers.0.mlp.up_proj.weight"], llama)["embed_tokens.weight"]
+        'model.embed_tokens.weight'
+    """
+    plain = {name: plain_name(name) for name in names}
+    root = family.layers.rpartition(".")[0]
+    root = f"{root}." if root else ""
+    prefix = _decoder_prefix(plain.values(), family.embedding.removeprefix(root), root)
+    head = f"{family.head}.weight"
+    found: dict[str, str] = {}
+    for name, bare in plain.items():
+        if bare.endswith(head) and _is_known(bare.removesuffix(head)):
+            found[name] = head
+        else:
+            found[name] = root + bare.removeprefix(prefix) if bare.startswith(prefix) else bare
+    came_from: dict[str, str] = {}
+    for name, called in found.items():
+        if called in came_from:
+            raise ValueError(f"{came_from[called]} and {name} are both {called}: keep one of them")
+        came_from[called] = name
+    return found
+
+
+def _is_known(prefix: str) -> bool:
+    *parts, rest = prefix.split(".")
+    return not rest and all(part in PREFIXES for part in parts)
+
+
+def _decoder_prefix(names: Iterable[str], embedding: str, root: str) -> str:
+    """What stands in front of the decoder's names; the family's own `root` where there is no embedding."""
+    end = f"{embedding}.weight"
+    there = {name.removesuffix(end) for name in names if name == end or name.endswith(f".{end}")}
+    known = {prefix for prefix in there if prefix == root or _is_known(prefix)}
+    if len(known) > 1:
+        raise ValueError(
+            f"there are several decoders, under the prefixes {', '.join(map(repr, sorted(known)))}: keep one"
+        )
+    if there and not known:
+        raise ValueError(
+            f"the decoder is under the prefix {sorted(there)[0]!r}, which is not made of "
+            f"{', '.join(PREFIXES)}: rename its parameters so that they begin with {root!r}"
+        )
+    return known.pop() if known else root

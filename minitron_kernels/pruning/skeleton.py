@@ -1,0 +1,97 @@
+"""What transformers makes of a config: a model without memory, its names and shapes."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from minitron_kernels.pruning.configs import Config, full_config
+from minitron_kernels.pruning.families import family_of
+
+Model = TypeVar("Model", bound=nn.Module)
+Shapes = dict[str, tuple[int, ...]]
+
+
+def skeleton(kind: type[Model], config: Any) -> Model:
+    """A model of this class and config of transformers, without memory for its parameters.
+
+    Raises:
+        ValueError: transformers cannot make it; says what it came upon.
+    """
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except Exception as error:  # transformers raises what its checks or its arithmetic come upon
+        raise ValueError(f"transformers cannot make a {kind.__name__} of its config: {error}") from error
+
+
+def state_shapes(model: nn.Module) -> Shapes:
+    """Names and shapes of a model's parameters and persistent buffers, a tied head among them."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def expected_shapes(config: Config, *, stored: bool = False, headless: bool = False) -> Shapes:
+    """Names and shapes of the tensors of a model with this config, by its family's table.
+
+    The table is compared with the model that transformers makes of this config, so what fits these shapes is
+    what from_pretrained() looks for. A model type that transformers does not know is not compared.
+
+    Args:
+        config: as it is, or is to be, in config.json; or a config of transformers.
+        stored: names as in checkpoints, which hold experts one by one; else as in the model.
+        headless: the decoder alone, as AutoModel makes it; the names are those of the whole model still.
+
+    Raises:
+        ValueError: transformers refuses the config, or makes another model of it; names the first difference.
+    """
+    family = family_of(config)
+    head = f"{family.head}.weight"
+
+    def table(stored: bool) -> Shapes:
+        sizes = family.sizes(config)
+        params = family.parameters(config, stored=stored)
+        return {one.name: one.shape(sizes) for one in params if not (headless and one.name == head)}
+
+    made = _made_by_transformers(config, headless)
+    if made is not None:
+        prefix = f"{family.layers.rpartition('.')[0]}." if headless else ""
+        state = {f"{prefix}{name}": shape for name, shape in state_shapes(made).items()}
+        parameters = {f"{prefix}{name}" for name, _ in made.named_parameters()}
+        check_shapes(table(False), state, parameters, f"this {family.model_types[0]} config")
+    return table(stored)
+
+
+def check_shapes(cut: Shapes, state: Shapes, parameters: set[str], what: str) -> None:
+    """Checks that the tensors of a smaller model are those that its config asks for.
+
+    Args:
+        cut: of the tensors that there are, or are to be.
+        state: of the parameters and persistent buffers that transformers makes of the config.
+        parameters: names in `state` that are parameters: each must be in `cut`.
+        what: has this config, for the error.
+
+    Raises:
+        ValueError: they are not; names the first difference.
+    """
+    for name, shape in cut.items():
+        if name not in state:
+            raise ValueError(f"{name} has no place in the model that transformers makes of {what}")
+        if state[name] != shape:
+            raise ValueError(
+                f"{name} would be {list(shape)}, but transformers makes it {list(state[name])} from {what}"
+            )
+    if missing := sorted(parameters - set(cut)):
+        raise ValueError(f"nothing becomes {missing[0]}, which transformers makes from {what}")
+
+
+def _made_by_transformers(config: Config, headless: bool) -> nn.Module | None:
+    full = full_config(config)
+    if full is None:
+        return None
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+    classes = MODEL_MAPPING if headless else MODEL_FOR_CAUSAL_LM_MAPPING
+    kind: Any = classes.get(type(full), None)
+    return None if kind is None else skeleton(kind, full)

@@ -1,0 +1,104 @@
+"""The model inside what others wrap around it, or why it must be taken out first.
+
+Scoring and pruning both begin here, so that a model which one of them takes the other takes as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+COMPILED = "_orig_mod"  # where torch.compile() keeps the module that it wraps
+# modules around a module that change nothing but its name: of torch.compile(), of activation checkpointing
+_TRANSPARENT = (COMPILED, "_checkpoint_wrapped_module")
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """The transformers model in torch.compile(), DistributedDataParallel or DataParallel, in any order.
+
+    A model of fully_shard() (FSDP2) is its own wrapper and comes back as it is: see is_fsdp().
+
+    Raises:
+        TypeError: it is not a model of transformers.
+        ValueError: adapters are attached to it, or its parameters lie in an FSDP1 wrapper; says what to do.
+    """
+    given = model
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(model, nn.Module) and COMPILED in model._modules:
+            model = model._modules[COMPILED]
+        else:
+            break
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a Hugging Face model with a config, got {type(given).__name__}")
+    _refuse_wrapped_inside(model)
+    if not hasattr(getattr(model, "config", None), "to_dict"):
+        raise TypeError(f"model must be a Hugging Face model with a config, got {type(given).__name__}")
+    return model
+
+
+def _refuse_wrapped_inside(model: nn.Module) -> None:
+    """Wrappers whose weights are not those that the model's own names promise."""
+    for name, module in model.named_modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}  # by name: neither package need be there
+        where = f"its module {name!r}" if name else "it"
+        if kinds & {"PeftModel", "BaseTuner", "BaseTunerLayer"}:
+            raise ValueError(
+                f"model must be without adapters, but {where} is a {type(module).__name__} of PEFT, whose "
+                "weights are beside the model's: merge first, model = peft_model.merge_and_unload()"
+            )
+        if "FullyShardedDataParallel" in kinds:
+            raise ValueError(
+                f"model must not be in FullyShardedDataParallel (FSDP1), but {where} is, with its parameters "
+                "flattened: use torch.distributed.fsdp.fully_shard() (FSDP2), or give the plain model"
+            )
+
+
+def plain_name(name: str) -> str:
+    """A parameter's or module's name without the marks of torch.compile() and of activation checkpointing."""
+    return ".".join(part for part in name.split(".") if part not in _TRANSPARENT)
+
+
+def is_fsdp(module: Any) -> bool:
+    """Whether fully_shard() (FSDP2) was applied to this very module."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter is a DTensor, of which each rank holds a part (FSDP2, tensor parallelism)."""
+    return hasattr(parameter, "device_mesh")
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate's hook on this very module fetches its parameters (device_map: "cpu", "disk")."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))  # a SequentialHook holds several
+    return any(bool(getattr(each, "offload", False)) for each in hooks)
+
+
+@contextlib.contextmanager
+def fetched(module: nn.Module) -> Iterator[None]:
+    """With the parameters of this very module where it computes, if they are offloaded."""
+    if not is_offloaded(module):
+        yield
+        return
+    hook: Any = module._hf_hook
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
+def parameters_without_data(model: nn.Module) -> list[str]:
+    """Names of the parameters on the meta device, be they offloaded or never loaded."""
+    return [plain_name(name) for name, parameter in model.named_parameters() if parameter.is_meta]

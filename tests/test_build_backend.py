@@ -1,0 +1,386 @@
+"""What the build decides and the commands that it makes, with tools that stand in for compilers. No build."""
+
+import os
+import re
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitron_kernels import __main__ as report
+from minitron_kernels import _backend, _native
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "build_backend").is_dir():  # an sdist has it; an installed copy has not
+    pytest.skip("no build_backend folder here", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from build_backend import compile, hooks, tools  # noqa: E402
+from build_backend.tools import Absent, Compiler, Cuda, Plan, Torch  # noqa: E402
+
+sys.path.remove(str(ROOT))
+
+LEVELS = list(tools.SIMD_FLAGS)
+CUDA = Cuda("/cuda/bin/nvcc", "13.0", [80, 90], ["/cuda/lib64"])
+PLAN = Plan(Compiler(["g++", "-m64"], LEVELS), Torch(Path("/site/torch"), "2.13.1"), CUDA)
+CPU_PLAN = Plan(PLAN.compiler, PLAN.torch, no_cuda="nvcc was not found")
+SOURCES = [Path("/r/csrc") / name for name in ("module.cpp", "a/b_simd.cpp", "a/c_cuda.cu")]
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    for name in ("MINITRON_BUILD", "CUDA_HOME", "CUDA_PATH", "CXX", "CXXFLAGS", "LDFLAGS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def steps_of(plan):
+    steps = compile.compile_steps(Path("/r"), Path("/b"), plan, SOURCES)
+    return {str(step.output.relative_to("/b/csrc")): step for step in steps}
+
+
+def test_a_file_is_compiled_as_its_name_says(monkeypatch):
+    monkeypatch.setenv("CXXFLAGS", "-g -mno-avx2")
+    steps = steps_of(PLAN)
+    assert list(steps) == ["module.o", *(f"a/b_simd.{level}.o" for level in LEVELS), "a/c_cuda.cu.o"]
+    for name, step in steps.items():
+        assert (
+            step.command[-4:-1] == ["-c", str(step.inputs[0]), "-o"] and step.command[-1] == f"/b/csrc/{name}"
+        )
+        assert step.depfile == Path(f"/b/csrc/{name}.d")
+        assert step.command[step.command.index("-MF") + 1] == f"/b/csrc/{name}.d" and "-MD" in step.command
+        assert {"-std=c++20", "-O3", "-DNDEBUG", "-I/r/csrc", "-I/b", "-DMINITRON_WITH_CUDA=1"} <= set(
+            step.command
+        )
+        assert "-DTORCH_TARGET_VERSION=0x020d000000000000" in step.command
+        have = {flag for flag in step.command if flag.startswith("-DMINITRON_HAVE_")}
+        assert have == {f"-DMINITRON_HAVE_{level.upper()}=1" for level in LEVELS if level != "baseline"}
+        systems = [b for a, b in zip(step.command, step.command[1:], strict=False) if a == "-isystem"]
+        assert systems[:2] == ["/site/torch/include", "/site/torch/include/torch/csrc/api/include"]
+        assert systems[2] == sysconfig.get_path("include")
+        assert not [flag for flag in step.command if flag.startswith("-march")]
+    host = steps["module.o"].command
+    assert host[:2] == ["g++", "-m64"] and {"-fPIC", "-fvisibility=hidden", "-Wall", "-g"} <= set(host)
+    for level in LEVELS:
+        command = steps[f"a/b_simd.{level}.o"].command
+        assert f"-DMINITRON_SIMD={level}" in command
+        # after the user's own flags: the last one counts
+        at = len(command) - command[::-1].index("-mno-avx2")
+        assert set(tools.SIMD_FLAGS[level]) <= set(command[at:])
+        assert ("-mavx512f" in command) == (level == "avx512") and ("-mfma" in command) == (
+            level != "baseline"
+        )
+    nvcc = steps["a/c_cuda.cu.o"].command
+    assert nvcc[0] == "/cuda/bin/nvcc" and nvcc[nvcc.index("-ccbin") + 1] == "g++"
+    assert [flag for flag in nvcc if flag.startswith("-gencode")] == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    assert "-Xcompiler=-Wall,-fPIC,-fvisibility=hidden" in nvcc and "--expt-relaxed-constexpr" in nvcc
+
+
+def test_without_cuda_nothing_of_it_is_compiled_or_linked():
+    steps = steps_of(CPU_PLAN)
+    assert "a/c_cuda.cu.o" not in steps
+    assert not [flag for step in steps.values() for flag in step.command if "CUDA" in flag]
+    link = compile.link_step(Path("/b/_C.so"), [Path("/b/x.o")], CPU_PLAN).command
+    assert not [flag for flag in link if "cuda" in flag]
+
+
+def test_link(monkeypatch):
+    monkeypatch.setenv("LDFLAGS", "-Wl,-z,now -s")
+    step = compile.link_step(Path("/b/_C.so"), [Path("/b/x.o"), Path("/b/y.o")], PLAN)
+    line = " ".join(step.command)
+    assert step.inputs == [Path("/b/x.o"), Path("/b/y.o")] and step.output == Path("/b/_C.so")
+    assert (
+        "-o /b/_C.so /b/x.o /b/y.o -L/site/torch/lib -ltorch_cpu -lc10 -L/cuda/lib64 -lcudart_static" in line
+    )
+    assert "-Wl,--exclude-libs,libcudart_static.a" in line and line.endswith("-Wl,-z,now -s")
+    assert step.depfile is None and "rpath" not in line
+
+
+def test_facts_of_the_build():
+    text = compile.config_header(PLAN, "1.2.3")
+    facts = dict(re.findall(r'#define MINITRON_BUILD_(\w+) "(.*)"', text))
+    assert facts == {
+        "VERSION": "1.2.3",
+        "TORCH": "2.13.1",
+        "SIMD_COMPILED": " ".join(LEVELS),
+        "CUDA_VERSION": "13.0",
+        "CUDA_ARCHS": "sm_80 sm_90 compute_90",
+        "CUDA_REASON": "",
+    }
+    odd = Plan(PLAN.compiler, PLAN.torch, no_cuda='no "nvcc" in C:\\x\nat all')
+    assert r'CUDA_REASON "no \"nvcc\" in C:\\x at all"' in compile.config_header(odd, "1")
+    assert 'CUDA_ARCHS ""' in compile.config_header(odd, "1")
+
+
+def test_ninja_file_of_odd_paths():
+    compiled = compile.Step(
+        Path("/a b/$x.o"), [Path("/c:d/x.cpp")], ["cc", "-Dy=$z", "a b"], Path("/a b/$x.o.d")
+    )
+    linked = compile.Step(Path("/a b/_C.so"), [compiled.output], ["cc", "-shared"])
+    lines = compile.ninja_file([compiled, linked], Path("/a b")).splitlines()
+    assert "builddir = /a$ b" in lines
+    assert "build /a$ b/$$x.o: compile /c$:d/x.cpp" in lines and "  command = cc '-Dy=$$z' 'a b'" in lines
+    assert "build /a$ b/_C.so: link /a$ b/$$x.o" in lines and "  command = cc -shared" in lines
+    rule = lines.index("rule compile")
+    assert lines[rule + 1 : rule + 5] == [
+        "  command = $command",
+        "  description = compile $out",
+        "  deps = gcc",
+        "  depfile = $out.d",
+    ]
+
+
+@pytest.mark.parametrize("broken", [None, 0, 1, 2])
+def test_without_ninja_all_commands_run_and_the_link_last(tmp_path, broken):
+    def step(number):
+        log = f"open({str(tmp_path / 'log')!r}, 'a').write('{number}')"
+        code = f"import os, sys; assert os.path.isdir({str(tmp_path / str(number))!r}); {log}"
+        command = [sys.executable, "-S", "-c", f"{code}; sys.exit({int(number == broken)})"]
+        return compile.Step(tmp_path / str(number) / "out", [], command)
+
+    assert compile.run_all([step(number) for number in range(3)]) == (broken is None)
+    done = (tmp_path / "log").read_text()
+    assert sorted(done) == (["0", "1", "2"] if broken in (None, 2) else ["0", "1"])
+    assert broken not in (None, 2) or done[-1] == "2"
+
+
+def test_an_unchanged_header_is_not_written(tmp_path):
+    file = tmp_path / "x.h"
+    compile._write_if_changed(file, "one")
+    os.utime(file, (1, 1))
+    compile._write_if_changed(file, "one")
+    assert file.stat().st_mtime == 1
+    compile._write_if_changed(file, "two")
+    assert file.read_text() == "two"
+
+
+NO_COMPILER, NO_CUDA = Absent("no compiler"), Absent("no toolkit")
+
+
+@pytest.mark.parametrize(
+    ("mode", "missing", "expected"),
+    [
+        ("python", "", Plan(no_native="it was built with MINITRON_BUILD=python")),
+        ("auto", "", PLAN),
+        ("cuda", "", PLAN),
+        ("cpu", "", Plan(PLAN.compiler, PLAN.torch, no_cuda="it was built with MINITRON_BUILD=cpu")),
+        ("auto", "compiler", Plan(no_native="no compiler", warn=True)),
+        ("auto", "torch", "no torch >= 2.13 was found"),
+        (
+            "cpu",
+            "compiler",
+            "error: MINITRON_BUILD=cpu, but no compiler (MINITRON_BUILD=python needs neither)",
+        ),
+        ("cuda", "torch", "error: MINITRON_BUILD=cuda, but no torch >= 2.13 was found"),
+        ("auto", "cuda", Plan(PLAN.compiler, PLAN.torch, no_cuda="no toolkit")),
+        ("cuda", "cuda", "error: MINITRON_BUILD=cuda, but no toolkit"),
+    ],
+)
+def test_plans(monkeypatch, mode, missing, expected):
+    monkeypatch.setattr(
+        tools, "find_compiler", lambda: NO_COMPILER if missing == "compiler" else PLAN.compiler
+    )
+    monkeypatch.setattr(tools, "find_torch", lambda: None if missing == "torch" else PLAN.torch)
+    monkeypatch.setattr(tools, "find_cuda", lambda: NO_CUDA if missing == "cuda" else CUDA)
+    plan = tools.make_plan(mode)
+    if isinstance(expected, Plan):
+        assert plan == expected
+    else:
+        assert expected in (plan.error or plan.no_native)
+        assert bool(plan.error) == (mode != "auto") and plan.warn == (mode == "auto")
+
+
+def test_modes(monkeypatch):
+    assert tools.requested_mode() == "auto"
+    for mode in ("auto", "python", "cpu", "cuda"):
+        monkeypatch.setenv("MINITRON_BUILD", mode)
+        assert tools.requested_mode() == mode
+    monkeypatch.setenv("MINITRON_BUILD", "")
+    assert tools.requested_mode() == "auto"
+
+
+def test_what_is_asked_of_pip(monkeypatch):
+    """torch only where there is none to compile against; nothing where nothing is compiled."""
+    found = {"find_compiler": PLAN.compiler, "find_torch": PLAN.torch, "find_cuda": CUDA}
+    for name in found:
+        monkeypatch.setattr(tools, name, lambda name=name: found[name])
+    assert hooks.get_requires_for_build_wheel() == hooks.get_requires_for_build_editable() == ["ninja"]
+    found["find_torch"] = None
+    assert hooks.get_requires_for_build_wheel() == ["ninja", "torch==2.13.0"]
+    found["find_cuda"] = NO_CUDA
+    assert hooks.get_requires_for_build_wheel() == ["ninja", "torch==2.13.0"]
+    monkeypatch.setenv("MINITRON_BUILD", "cuda")
+    with pytest.raises(SystemExit, match="MINITRON_BUILD=cuda, but no toolkit"):
+        hooks.get_requires_for_build_wheel()
+    found["find_compiler"] = NO_COMPILER
+    assert hooks.get_requires_for_build_wheel() == []
+    found["find_compiler"] = PLAN.compiler
+    monkeypatch.setenv("MINITRON_BUILD", "python")
+    assert hooks.get_requires_for_build_wheel() == []
+
+
+def test_old_setuptools_is_named(monkeypatch):
+    for call in (hooks.build_wheel, hooks.build_editable, hooks.prepare_metadata_for_build_wheel):
+        monkeypatch.setattr(hooks.setuptools, "__version__", "76.9.1")
+        with pytest.raises(SystemExit, match=r"needs setuptools >= 77, here is 76\.9\.1"):
+            call("nowhere")
+    monkeypatch.setattr(hooks.setuptools, "__version__", "77.0")
+    hooks._check_setuptools()
+
+
+@pytest.mark.parametrize(
+    ("version", "headers", "found"),
+    [
+        ("2.13.0+cpu", True, True),
+        ("2.9.1", True, False),
+        ("2.12.9", True, False),
+        ("3.0.0", True, True),
+        ("2.20.0a0+git1", True, True),
+        ("2.13.0", False, False),
+    ],
+)
+def test_torch_to_compile_against(monkeypatch, tmp_path, version, headers, found):
+    """The first that is new enough and has the headers of the stable ABI; it is not imported."""
+    for folder in ("without", "with"):
+        (tmp_path / folder).mkdir()
+    torch_folder = tmp_path / "with/torch"
+    header = torch_folder / "include/torch/csrc/stable/tensor.h"
+    header.parent.mkdir(parents=True)
+    header.touch() if headers else None
+    (torch_folder / "version.py").write_text(f"__version__ = '{version}'\nraise ImportError\n")
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path / "without"), str(tmp_path / "with")])
+    monkeypatch.setattr(tools.sysconfig, "get_path", lambda *_, **__: str(tmp_path / "without"))
+    monkeypatch.setattr(tools.site, "getusersitepackages", lambda: str(tmp_path / "without"))
+    assert tools.find_torch() == (Torch(torch_folder, version) if found else None)
+
+
+def script(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_compilers(monkeypatch, tmp_path):
+    """$CXX with its options; what it does not compile, by its own words; the SIMD levels that it knows."""
+    monkeypatch.setattr(tools.platform, "machine", lambda: "x86_64")
+    cc = script(tmp_path / "cc", 'case "$*" in *avx512f*) echo "no such -m" >&2; exit 1;; esac')
+    monkeypatch.setenv("CXX", f"{cc} -x1")
+    assert tools.find_compiler() == Compiler(
+        [str(cc), "-x1"], [level for level in LEVELS if level != "avx512"]
+    )
+    monkeypatch.setattr(tools.platform, "machine", lambda: "aarch64")
+    assert tools.find_compiler() == Compiler([str(cc), "-x1"], ["baseline"])
+    script(cc, 'echo; echo "first words" >&2; echo more >&2; exit 1')
+    assert "does not compile C++20 (first words): install g++ 11" in tools.find_compiler().why
+    script(cc, "exit 3")
+    assert "(it fails)" in tools.find_compiler().why
+    monkeypatch.setenv("CXX", str(tmp_path / "nothing"))
+    assert f"no C++ compiler was found ({tmp_path / 'nothing'})" in tools.find_compiler().why
+    monkeypatch.setenv("CXX", str(cc))
+    monkeypatch.setattr(tools.sysconfig, "get_path", lambda *_, **__: str(tmp_path))
+    assert "Python.h was not found" in tools.find_compiler().why
+
+
+def toolkit(folder, release="12.8", archs=(75, 80, 90, 100, 120), lib="lib64", dry_run=""):
+    listed = "; ".join(f"echo compute_{arch}" for arch in archs)
+    nvcc = script(
+        folder / "bin/nvcc",
+        f'case "$1" in --version) echo "Cuda compilation tools, release {release}, V{release}.1";;\n'
+        f"--list-gpu-arch) {listed};;\n--dryrun) {dry_run or 'true'};; esac",
+    )
+    for file in ("include/cuda_runtime.h", f"{lib}/libcudart_static.a"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    return nvcc
+
+
+def test_cuda_toolkits(monkeypatch, tmp_path):
+    """CUDA_HOME, then CUDA_PATH, then the PATH; of the architectures those that nvcc knows."""
+    homes = [tmp_path / name for name in ("home", "path", "on_path")]
+    nvccs = [str(toolkit(home)) for home in homes]
+    monkeypatch.setenv("CUDA_HOME", str(homes[0]))
+    monkeypatch.setenv("CUDA_PATH", str(homes[1]))
+    monkeypatch.setenv("PATH", f"{homes[2] / 'bin'}:{os.environ['PATH']}")
+    for home, nvcc, name in zip(homes, nvccs, ("CUDA_HOME", "CUDA_PATH", None), strict=True):
+        assert tools.find_cuda() == Cuda(nvcc, "12.8", [80, 90, 100], [str(home / "lib64")])
+        if name:
+            monkeypatch.delenv(name)
+    toolkit(homes[2], archs=(70, 80), lib="lib")
+    (homes[2] / "lib64/libcudart_static.a").unlink()
+    assert tools.find_cuda() == Cuda(nvccs[2], "12.8", [80], [str(homes[2] / "lib")])
+    toolkit(homes[2], release="11.8")
+    assert "is of CUDA release 11.8: 12.0 is the first with C++20" in tools.find_cuda().why
+    toolkit(homes[2], archs=(70,))
+    assert "knows none of sm_80, sm_90, sm_100" in tools.find_cuda().why
+    toolkit(homes[2])
+    script(homes[2] / "bin/nvcc", "exit 5")
+    assert "does not run" in tools.find_cuda().why
+
+
+def test_a_wrapper_tells_where_its_toolkit_is(monkeypatch, tmp_path):
+    real = tmp_path / "real"
+    toolkit(real)
+    wrapper = toolkit(tmp_path / "wrapper", dry_run=f'echo "#$ TOP={real}/bin/.." >&2')
+    for file in ("include/cuda_runtime.h", "lib64/libcudart_static.a"):
+        (tmp_path / "wrapper" / file).unlink()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "wrapper"))
+    assert tools.find_cuda() == Cuda(str(wrapper), "12.8", [80, 90, 100], [str(real / "lib64")])
+    (real / "lib64/libcudart_static.a").unlink()
+    assert "has no libcudart_static.a" in tools.find_cuda().why
+    (real / "include/cuda_runtime.h").unlink()
+    assert "has no include/cuda_runtime.h" in tools.find_cuda().why
+
+
+def test_ninja_beside_the_interpreter(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python"))
+    assert tools.find_ninja() is None
+    ninja = script(tmp_path / "bin/ninja", "")
+    assert tools.find_ninja() == str(ninja)
+
+
+# ---- what the package says of what was built
+
+
+def test_an_extension_that_does_not_load_is_no_extension(monkeypatch, tmp_path):
+    (tmp_path / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"no shared object")
+    monkeypatch.setattr(_native, "_folders", lambda: [str(tmp_path)])
+    module, reason = _native._load()
+    assert module is None and reason.startswith(f"{tmp_path}/_C")
+    assert f"does not load under torch {torch.__version__}: " in reason
+
+
+def test_why_nothing_was_built(monkeypatch, tmp_path):
+    monkeypatch.setattr(_native, "_folders", lambda: [str(tmp_path)])
+    for checkout, expected in ((True, "nothing has been built from"), (False, "there is no _C in")):
+        monkeypatch.setattr(_native, "_IS_CHECKOUT", checkout)
+        module, reason = _native._load()
+        assert module is None and reason.startswith(expected)
+    (tmp_path / "_not_built.txt").write_text("no compiler\n")
+    assert _native._load() == (None, "minitron_kernels was installed without C++: no compiler")
+
+
+def test_the_report(monkeypatch, capsys):
+    """Every verdict is that of pick(); a device that is absent is said to be."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    report.main()
+    lines = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    for op in _backend.OPS:
+        for backend in _backend.BACKENDS:
+            for device in ("cpu", "cuda"):
+                reason = _backend.why_not(op, backend, torch.device(device))
+                there = "yes" if device == "cpu" else "no: there is no cuda device here"
+                assert [op, backend, device, f"no: {reason}" if reason else there] in lines
+        on_cuda = _backend.pick(op, torch.device("cuda"), "auto")
+        on_cpu = _backend.pick(op, torch.device("cpu"), "auto")
+        assert [op, on_cpu, f"{on_cuda} (no such device here)"] in lines
+    monkeypatch.setattr(_native, "available", lambda: False)
+    monkeypatch.setattr(_native, "build_info", dict)
+    monkeypatch.setattr(_native, "reason", lambda: "of the weather")
+    assert ("extension", "not loaded: of the weather") in report.facts()
