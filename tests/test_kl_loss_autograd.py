@@ -183,11 +183,11 @@ def test_a_teacher_of_inference_mode(which, reduction, backend):
     bias = torch.linspace(-1, 1, V)
     with torch.inference_mode():
         # views that begin inside of their memory and have strides
-        constants = [torch.stack([x, x, x], 1)[:, 1] for x in (teacher_hidden, teacher_head, bias)]
+        constants = [torch.stack([-x, x, 3 * x], 1)[:, 1] for x in (teacher_hidden, teacher_head, bias)]
         mask = torch.arange(N) % 3 > 0
         frozen = head.detach().clone() if "hidden" in which else head
-        made = torch.cat([teacher_hidden] * 2)[N:] @ teacher_head.T
-        made = torch.cat([made, made], 1)[:, V:]
+        made = teacher_hidden @ teacher_head.T
+        made = torch.cat([-made, made], 1)[:, V:]
 
     def run(hidden, head, teacher_hidden, teacher_head, bias, logits, mask):
         if which == "logits":

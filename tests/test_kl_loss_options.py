@@ -111,7 +111,9 @@ def cases(draw):
         for bias in case.biases.values():
             bias[:V][impossible] = -float("inf")
     loss_shape = shape if options.get("reduction") == "none" else ()
-    case.factor = draw(SOME([torch.ones, torch.rand]))(loss_shape, dtype=wide) * draw(SOME([1.0, 0.3]))
+    case.factor = torch.ones(loss_shape, dtype=wide) * draw(SOME([1.0, 0.3]))
+    if draw(st.booleans()):
+        case.factor *= 0.1 + torch.rand(loss_shape, dtype=wide, generator=g)
     return case
 
 
@@ -121,8 +123,11 @@ def assert_close(actual, truth, bound, floor):
     assert np.linalg.norm(actual - truth) <= allowed, (actual, truth)
 
 
-def check(case, loss, rows, grads, truth_grads, size):
-    """A loss and the gradients to what learns against rows and gradients of the definition."""
+def check(case, loss, rows, grads, truth_grads, size, added=0.0):
+    """A loss and the gradients to what learns against rows and gradients of the definition.
+
+    `size` is that of terms that cancel, `added` the rounding of sums with what a lent buffer held.
+    """
     weight = case.row_weight()
     expected = weight * rows if case.options.get("reduction") == "none" else (weight * rows).sum()
     floor = (1e-13 if case.dtype == torch.float64 else 1e-6) * max(np.abs(weight).max(), 1e-30)
@@ -130,7 +135,7 @@ def check(case, loss, rows, grads, truth_grads, size):
     assert_close(loss, np.asarray(expected), LOSS_BOUND[case.dtype], floor * len(rows))
     incoming = np.abs(case.factor.double().numpy()).max()
     for grad, truth in zip(grads, truth_grads, strict=True):
-        assert_close(grad, truth, GRADIENT_BOUND[case.dtype], floor * size * max(incoming, 1e-30))
+        assert_close(grad, truth, GRADIENT_BOUND[case.dtype], floor * size * max(incoming, 1e-30) + added)
 
 
 def incoming_weight(case):
@@ -174,16 +179,16 @@ def test_linear(case, schedule, learns, buffer, backend):
     loss.backward(case.factor)
     padded = [truths[0], *(np.zeros(x.shape) for x in (W, W[:, 0]))]
     padded[1][:V], padded[2][:V] = truths[1:]
-    lent = options.get("grad_head_accumulator")
+    lent, added = options.get("grad_head_accumulator"), 0.0
     pairs = [
         (x.grad, t) for x, t in zip(learning, padded, strict=True) if x is not None and x.grad is not None
     ]
     if lent is not None:
         assert tensors[1].grad is None
         pairs.append((lent - 2.0, padded[1]))
-        size += 2.0 * lent.numel() ** 0.5
+        added = torch.finfo(wide).eps * 2.0 * lent.numel() ** 0.5
     assert len(pairs) >= sum(x is not None for x in learning)
-    check(case, loss, rows, *zip(*pairs, strict=True), size)
+    check(case, loss, rows, *zip(*pairs, strict=True), size, added)
 
 
 @settings(max_examples=120)
