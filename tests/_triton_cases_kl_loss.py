@@ -131,9 +131,9 @@ EDGES = [(0.0, 1.0), (1.0, 0.005), (0.3, 1.0), (1e-9, 0.005), (1 - 1e-9, 100.0)]
 @pytest.mark.parametrize(("beta", "temperature"), EDGES)
 def test_rows_at_edges(kernels, beta, temperature):
     first = EDGES.index((beta, temperature))
-    check_rows_at_edges(kernels, finite_rows(1, 1), beta, temperature)
-    for make in (finite_rows, impossible_rows):
-        check_rows_at_edges(kernels, some(make(200, 128), first, len(EDGES)), beta, temperature)
+    few = some(finite_rows(200, 128), first, len(EDGES))
+    for edges in (finite_rows(1, 1), few, impossible_rows(200, 128)):
+        check_rows_at_edges(kernels, edges, beta, temperature)
 
 
 @pytest.mark.parametrize(("beta", "temperature"), EDGES[:3])

@@ -263,7 +263,7 @@ struct PairTerms<KlKind::kJsd> {
         u = e - 1.0f;
       }
       a = other * u;
-      b = own * (-u / e);
+      b = own * __fdividef(-u, e);  // e = 0: infinite
     }
     __device__ __forceinline__ bool near_larger() const { return a > -0.4f; }
     __device__ __forceinline__ bool near_smaller() const { return b < 0.7f; }
