@@ -311,9 +311,9 @@ def test_cuda_toolkits(monkeypatch, tmp_path):
         assert tools.find_cuda() == Cuda(nvcc, "12.8", [80, 90, 100], [str(home / "lib64")])
         if name:
             monkeypatch.delenv(name)
-    toolkit(homes[2], archs=(70, 80), lib="lib")
+    toolkit(homes[2], archs=(75, 90, 120), lib="lib")
     (homes[2] / "lib64/libcudart_static.a").unlink()
-    assert tools.find_cuda() == Cuda(nvccs[2], "12.8", [80], [str(homes[2] / "lib")])
+    assert tools.find_cuda() == Cuda(nvccs[2], "12.8", [90], [str(homes[2] / "lib")])
     toolkit(homes[2], release="11.8")
     assert "is of CUDA release 11.8: 12.0 is the first with C++20" in tools.find_cuda().why
     toolkit(homes[2], archs=(70,))

@@ -346,6 +346,22 @@ def test_around_every_border(simd_level):
     assert_gathered(out, weight, None, cols)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_follow_each_other_in_one_matrix_only(backend):
+    """Whole rows, one after the other: into rows that lie apart, out of such, and both."""
+    near = make_weight(9, 40)
+    apart = torch.zeros(9, 47, dtype=torch.bfloat16)[:, 3:43].copy_(near)
+    rows = torch.tensor([1, 2, 3, 4, 7])
+    for weight in (near, apart):
+        for keep in (None, rows):
+            count = 9 if keep is None else len(keep)
+            room = torch.zeros(count, 51, dtype=torch.bfloat16)
+            out = room[:, 5:45]
+            mk.gather_channels(weight, keep, out=out, backend=backend)
+            assert_gathered(out, near, keep)
+            assert not room[:, :5].any() and not room[:, 45:].any()
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name):
     arguments, options, error, message = BAD[name]
