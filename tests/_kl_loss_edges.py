@@ -126,7 +126,8 @@ def _stacked(rows):
 def linear_of(rows, dtype=torch.float32):
     """Student hidden [N, N] and head [V, N], teacher hidden and head, whose logits are those of `rows`."""
     unit = torch.eye(len(rows.names), dtype=dtype)
-    return [unit, rows.student.T.to(dtype).contiguous(), unit, rows.teacher.T.to(dtype).contiguous()]
+    student, teacher = (x.T.to(dtype).contiguous() for x in (rows.student, rows.teacher))
+    return [unit, student, unit.clone(), teacher]
 
 
 def bias_edges(V, tile):

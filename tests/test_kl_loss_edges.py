@@ -82,6 +82,17 @@ def test_rows_at_every_simd_level(simd_level):
         assert_rows(rows.names, loss, student.grad, truth_of(rows, torch.float32, **options), **options)
 
 
+@pytest.mark.parametrize("beta", [1e-9, 1e-4, 1 - 1e-4, 1 - 1e-9])
+def test_mixtures_of_almost_one_model(beta):
+    """1 - beta as fp32 makes it has few digits or none; infinite log-ratios to a mixture that lost a model."""
+    for rows in (finite_rows(300, 64), impossible_rows(300, 64)):
+        student = rows.student.clone().requires_grad_()
+        loss = mk.kl_loss(student, rows.teacher, divergence=beta, reduction="none")
+        loss.sum().backward()
+        options = {"beta": beta, "temperature": 1.0}
+        assert_rows(rows.names, loss, student.grad, truth_of(rows, torch.float32, **options), **options)
+
+
 ENGINES = [
     (torch.float32, None),
     (torch.float32, "portable"),

@@ -58,11 +58,10 @@ inline Vec<A> expm1_nonpositive(Vec<A> x) {
   return x < ExpConstants<A>::lowest ? splat(A(-1)) : y;
 }
 
-// log(1 + u) for -1 <= u <= 0.
+// log(1 + u) for -1 <= u <= 0, with w = 1 + u given too: near w = 0 it has digits that u has lost.
 template <typename A>
-inline Vec<A> log1p_nonpositive(Vec<A> u) {
+inline Vec<A> log1p_nonpositive(Vec<A> u, Vec<A> w) {
   using C = ExpConstants<A>;
-  const Vec<A> w = u + A(1);
   const auto bits = bit_cast<Mask<A>>(w);
   // w = 2^k f with sqrt(1/2) <= f < sqrt(2)
   const A sqrt_half = A(0.70710678118654752440);

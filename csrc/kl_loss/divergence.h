@@ -77,8 +77,22 @@ inline Vec<A> kl_term(Vec<A> p, Vec<A> q, Vec<A> ratio, Vec<A> beyond, Mask<A> s
   return small ? p * beyond : weigh<A>(p, -ratio) + (q - p);
 }
 
+// The two models' shares of JSD's mixture, beta and 1 - beta, each with its own digits: 1 - beta in fp32
+// would have none left where beta is near 1. Neither rounds to 0, where a mixture would lose a model.
+template <typename A>
+struct Shares {
+  explicit Shares(double beta) : teacher(share(beta)), student(share(1 - beta)) {}
+  A teacher, student;
+
+ private:
+  static A share(double x) {
+    const A least = std::numeric_limits<A>::min();
+    return A(x) < least ? least : A(x);
+  }
+};
+
 template <typename A, Divergence kind>
-inline Terms<A> divergence_terms(Vec<A> s, Vec<A> t, const RowStats<A>& row, A beta) {
+inline Terms<A> divergence_terms(Vec<A> s, Vec<A> t, const RowStats<A>& row, const Shares<A>& shares) {
   const Vec<A> p_s = exp_nonpositive<A>(s - row.max_s) * row.rz_s;
   const Vec<A> p_t = exp_nonpositive<A>(t - row.max_t) * row.rz_t;
   const Vec<A> ratio = ((s - row.shift_s) - (t - row.shift_t)) - row.delta;  // ls - lt
@@ -95,13 +109,15 @@ inline Terms<A> divergence_terms(Vec<A> s, Vec<A> t, const RowStats<A>& row, A b
     // lm = log(beta p_t + (1 - beta) p_s) taken from the larger of the two, so that no exponential overflows
     const auto student_larger = ratio >= A(0);
     const Vec<A> distance = student_larger ? -ratio : ratio;
-    const Vec<A> weight = student_larger ? splat(beta) : splat(A(1) - beta);
-    const Vec<A> g = log1p_nonpositive<A>(weight * expm1_nonpositive<A>(distance));
+    const Vec<A> far = student_larger ? splat(shares.teacher) : splat(shares.student);
+    const Vec<A> near = student_larger ? splat(shares.student) : splat(shares.teacher);
+    const Vec<A> g =
+        log1p_nonpositive<A>(far * expm1_nonpositive<A>(distance), near + far * exp_nonpositive<A>(distance));
     const Vec<A> s_over_m = student_larger ? -g : ratio - g;   // ls - lm
     const Vec<A> t_over_m = student_larger ? -ratio - g : -g;  // lt - lm
     const Vec<A> kl = weigh<A>(p_s, s_over_m);
-    return {weigh<A>(p_t, t_over_m) * beta + kl * (A(1) - beta), kl,
-            weigh<A>(p_s, s_over_m - row.kl) * (A(1) - beta)};
+    return {weigh<A>(p_t, t_over_m) * shares.teacher + kl * shares.student, kl,
+            weigh<A>(p_s, s_over_m - row.kl) * shares.student};
   }
 }
 

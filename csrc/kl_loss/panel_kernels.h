@@ -57,7 +57,8 @@ inline Vec<A> tile_kl(const A* s, const A* t, int64_t rows, Divergence kind, Vec
   }
   const auto sum = [&](auto kind_constant) {
     return column_sum<A>(rows, [&](int64_t v) {
-      return divergence_terms<A, kind_constant()>(load<A>(s + v * kPanel), load<A>(t + v * kPanel), row, A(0))
+      return divergence_terms<A, kind_constant()>(load<A>(s + v * kPanel), load<A>(t + v * kPanel), row,
+                                                  Shares<A>(0))
           .loss;
     });
   };
@@ -100,7 +101,7 @@ void panel_kl(const A* student, const A* teacher, int64_t rows, const LossOption
     Vec<A> total_kl{};
     store(loss + c, column_sum<A>(rows, [&](int64_t v) {
             const auto terms = divergence_terms<A, Divergence::kJsd>(
-                load<A>(student + v * kPanel + c), load<A>(teacher + v * kPanel + c), row, A(o.beta));
+                load<A>(student + v * kPanel + c), load<A>(teacher + v * kPanel + c), row, Shares<A>(o.beta));
             total_kl += terms.kl;
             return terms.loss;
           }));
@@ -117,7 +118,7 @@ void panel_grad_of(const A* student, const A* teacher, int64_t rows, const LossO
     store(loss + c, column_sum<A>(rows, [&](int64_t v) {
             const Vec<A> s = load<A>(student + v * kPanel + c);
             const auto terms =
-                divergence_terms<A, kind>(s, load<A>(teacher + v * kPanel + c), row, A(o.beta));
+                divergence_terms<A, kind>(s, load<A>(teacher + v * kPanel + c), row, Shares<A>(o.beta));
             store(dz + v * kPanel + c, grad_of_logit<A>(s, terms.grad, weight, A(o.student_scale),
                                                         A(o.student_softcap), A(o.inv_tau)));
             return terms.loss;

@@ -106,7 +106,7 @@ void row_forward_of(const LogitsRow& row, const LossOptions& options, A* loss, A
     Vec<A> block_loss[4] = {}, block_kl[4] = {};
     const auto add = [&](int64_t i, int chain) {
       const auto terms =
-          divergence_terms<A, kind>(load<A>(s + i), load<A>(t + i), row_stats, A(options.beta));
+          divergence_terms<A, kind>(load<A>(s + i), load<A>(t + i), row_stats, Shares<A>(options.beta));
       block_loss[chain] += terms.loss;
       block_kl[chain] += terms.kl;
     };
@@ -135,7 +135,7 @@ void row_backward_of(const LogitsRow& row, const LossOptions& options, const A* 
       auto* out = static_cast<decltype(element)*>(grad) + begin;
       for (int64_t i = 0; i < n; i += L) {
         const Vec<A> x = load<A>(s + i);
-        const auto terms = divergence_terms<A, kind>(x, load<A>(t + i), row_stats, A(options.beta));
+        const auto terms = divergence_terms<A, kind>(x, load<A>(t + i), row_stats, Shares<A>(options.beta));
         const Vec<A> g = grad_of_logit<A>(x, terms.grad, splat(grad_loss), A(options.student_scale),
                                           A(options.student_softcap), A(options.inv_tau));
         if (n - i >= L) {
