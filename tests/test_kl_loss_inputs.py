@@ -129,6 +129,12 @@ def test_kl_loss(changes, error, message):
         ({"grad_head_accumulator": torch.zeros(H, V).T}, ValueError, r"stride 1 along H"),
         ({"grad_head_accumulator": torch.zeros(H).expand(V, H)}, ValueError, r"rows that do not overlap"),
         (
+            {"grad_head_accumulator": torch.zeros(V * H).as_strided((V, H), (H - 1, 1))},
+            ValueError,
+            r"rows that do not overlap",
+        ),
+        ({"teacher_head": torch.zeros(V - 9, HT), "vocab_size": 35}, ValueError, r"from 1 to 31.*got 35"),
+        (
             {"grad_head_accumulator": torch.zeros(V, H), "backend": "reference"},
             ValueError,
             r"grad_head_accumulator needs native or triton",
