@@ -52,10 +52,12 @@ def make_checkpoint(folder: Path, shape: dict[str, int], gb: float) -> tuple[dic
     (folder / "config.json").write_text(json.dumps(config))
     numbers = torch.randn((1 << 25) + 1, generator=torch.Generator().manual_seed(0)).bfloat16()
     sizes, shards, filled = family.sizes(config), [{}], 0
-    for parameter in family.parameters(config):
+    for index, parameter in enumerate(family.parameters(config)):
         tensor = torch.empty(parameter.shape(sizes), dtype=torch.bfloat16)
-        for part in tensor.view(-1).split(len(numbers)):  # 4e9 fresh ones would take minutes
-            part.copy_(numbers[: len(part)])
+        # 4e9 fresh numbers would take minutes. Each has its own start: a head of the embedding's bytes is tied
+        own = numbers[index:]
+        for part in tensor.view(-1).split(len(own)):
+            part.copy_(own[: len(part)])
         if filled and filled + tensor.nbytes > SHARD_BYTES:
             _save(shards[-1], folder / f"{len(shards)}.safetensors")
             shards[-1] = dict.fromkeys(shards[-1])  # keeps the names, frees the tensors

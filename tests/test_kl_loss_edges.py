@@ -84,7 +84,7 @@ def test_rows_at_every_simd_level(simd_level):
 
 @pytest.mark.parametrize("beta", [1e-9, 1e-4, 1 - 1e-4, 1 - 1e-9])
 def test_mixtures_of_almost_one_model(beta):
-    """1 - beta as fp32 makes it has few digits or none; infinite log-ratios to a mixture that lost a model."""
+    """1 - beta in fp32 has few digits or none, and no log-ratio to a mixture that lost a model is finite."""
     for rows in (finite_rows(300, 64), impossible_rows(300, 64)):
         student = rows.student.clone().requires_grad_()
         loss = mk.kl_loss(student, rows.teacher, divergence=beta, reduction="none")

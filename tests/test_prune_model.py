@@ -456,7 +456,7 @@ def test_a_plan_for_another_model():
         prune_model(resized, plan, in_place=True)
     with pytest.raises(TypeError, match="plan must be a PruningPlan, got dict"):
         prune_model(model, {})
-    with pytest.raises(TypeError, match="model must be a model of transformers 5, got Linear"):
+    with pytest.raises(TypeError, match="model must be a Hugging Face model with a config, got Linear"):
         prune_model(torch.nn.Linear(2, 2), plan)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
