@@ -54,7 +54,7 @@ def make_checkpoint(folder: Path, shape: dict[str, int], gb: float) -> tuple[dic
     sizes, shards, filled = family.sizes(config), [{}], 0
     for index, parameter in enumerate(family.parameters(config)):
         tensor = torch.empty(parameter.shape(sizes), dtype=torch.bfloat16)
-        # 4e9 fresh numbers would take minutes. Each has its own start: a head of the embedding's bytes is tied
+        # 4e9 fresh numbers would take minutes. Starts differ, since equal embeddings and heads are tied
         own = numbers[index:]
         for part in tensor.view(-1).split(len(own)):
             part.copy_(own[: len(part)])
