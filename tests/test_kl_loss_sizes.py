@@ -104,20 +104,16 @@ def test_the_plan_counts_what_is_multiplied(monkeypatch, one_thread, engine, div
     force_operands(monkeypatch, engine)
     N, H, Ht, V = 128, 64, 128, 2048
     count = torch.ops.minitron_kernels.count_gemm_flops
-    partly = {
-        "f32": 2400 << 10,
-        "portable_bf16": 2200 << 10,
-    }  # with one thread, most tiles are kept but not all
+    # with one thread, most tiles are kept but not all, in two chunks
+    partly = {"f32": 1300 << 10, "portable_bf16": 1180 << 10}[engine]
     tensors = make_linear(N, H, Ht, V, ENGINES[engine])
-    cases = [
+    cases = [  # schedule, budget, whether the student learns, whether a buffer is lent
         ("store", 64 << 20, True, False),
-        ("store", partly[engine], True, False),
+        ("store", partly, True, False),
+        ("store", partly, True, True),
         ("recompute", 64 << 20, True, False),
-    ]
-    cases += [
-        ("auto", 64 << 20, False, False),
-        ("store", 64 << 20, True, True),
         ("recompute", 64 << 20, True, True),
+        ("auto", 64 << 20, False, False),
     ]
     seen = set()
     for schedule, budget, learns, lent in cases:
@@ -135,7 +131,7 @@ def test_the_plan_counts_what_is_multiplied(monkeypatch, one_thread, engine, div
             workspace_bytes=budget,
             engine=engine,
         )
-        seen.add((plan.schedule, plan.stored_tiles < V // plan.tile))
+        seen.add((plan.schedule, lent, plan.stored_tiles < V // plan.tile))
         hidden, head = (x.detach().requires_grad_(learns) for x in tensors[:2])
         buffer = torch.zeros(V, H) if lent else None
         count(True)
@@ -151,4 +147,4 @@ def test_the_plan_counts_what_is_multiplied(monkeypatch, one_thread, engine, div
         if learns:
             loss.backward()
         assert count(False) == plan.flops, (schedule, budget, learns, lent)
-    assert {("store", False), ("store", True), ("recompute", True), ("forward", True)} <= seen
+    assert {("store", False, False), ("store", False, True), ("store", True, True)} <= seen

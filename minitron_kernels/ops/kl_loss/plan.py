@@ -339,7 +339,7 @@ class _Planner:
             logits * (self.student_hidden_size + self.teacher_hidden_size) + grads * self.student_hidden_size
         )
         again = max(0, self.vocab_size - stored_tiles * self.tile) if schedule == "store" else 0
-        again *= looks * (self.student_hidden_size + self.teacher_hidden_size)
+        again *= (1 if self.lent else looks) * (self.student_hidden_size + self.teacher_hidden_size)
         return LinearKLPlan(
             schedule,
             self.engine,
