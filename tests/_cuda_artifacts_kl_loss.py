@@ -13,7 +13,8 @@ FAULTS = {  # name: faults in the source, compiler flags, what the gate says
             Fault(
                 "kl_loss/kl_loss_cuda.cuh",
                 "  float value = state.loss();",
-                "  float table[64] = {};\n  table[options.vocab_size % 64] = 1.0f;\n"
+                "  float table[64] = {};\n#pragma unroll 1\n  for (int i = 0; i < 64; ++i)\n"
+                "    table[options.vocab_size * i % 64] += float(i);\n"
                 "  float value = state.loss() + table[blockDim.x % 64];",
             ),
         ),
