@@ -1,6 +1,7 @@
 """Checkpoints as they are found: heads tied or not, prefixes, keys left out, files and tensors beside."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from _tiny_models import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from minitron_kernels.pruning import matching
+from minitron_kernels.pruning import checkpoint, matching
 from minitron_kernels.pruning.checkpoint import prune_checkpoint
 from minitron_kernels.pruning.model import prune_model
 
@@ -146,6 +147,30 @@ def test_a_plan_that_was_told_otherwise_of_the_head(tmp_path, planned):
     same_logits(again, prune_model(model, plan_for(model.config)))
     kept = type(plan).load(tmp_path / "dst" / "minitron_plan.json")
     assert kept.parameters_after == sum(parameter.numel() for parameter in again.parameters())
+
+
+def test_a_head_of_the_same_bytes_in_another_dtype(tmp_path):
+    """Bits of bf16 read as fp16 are other numbers."""
+    model = save_tiny(tmp_path / "src", tie_word_embeddings=True, dtype=torch.bfloat16)
+    head = model.model.embed_tokens.weight.detach().view(torch.float16)
+    edit(tmp_path / "src", lambda t: {**t, HEAD: head})
+    tensors, _ = pruned(tmp_path, plan_for(model.config))
+    assert tensors[HEAD].dtype == torch.float16 and tensors[EMBEDDING].dtype == torch.bfloat16
+
+
+def test_a_source_that_changes_while_it_is_read(tmp_path, monkeypatch):
+    """Once its last tensor was read, before anything stands in the place of the result."""
+    model = save_tiny(tmp_path / "src")
+
+    def write_and_touch(*args, **kwargs):
+        write_shards(*args, **kwargs)
+        os.utime(tmp_path / "src" / "model.safetensors", ns=(1, 1))
+
+    write_shards = checkpoint.write_shards
+    monkeypatch.setattr(checkpoint, "write_shards", write_and_touch)
+    with pytest.raises(ValueError, match=r"model\.safetensors: changed while it was read"):
+        pruned(tmp_path, plan_for(model.config))
+    assert not (tmp_path / "dst").exists()
 
 
 def test_a_head_that_differs_late(tmp_path, monkeypatch):
