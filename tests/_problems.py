@@ -1,5 +1,8 @@
 """Inputs for the kl_loss tests, and the rule by which results are judged."""
 
+import dataclasses
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +75,46 @@ def force_operands(monkeypatch, kind):
     if kind is not None:
         for module in (linear, plan):
             monkeypatch.setattr(module, "operand_type", lambda *dtypes: kind)
+
+
+def force_plan(monkeypatch, **numbers):
+    """linear_kl_loss takes these numbers of LinearKLPlan, whatever the planner chose; returns the plans made.
+
+    `stored_tiles` only with schedule "store", and no more tiles than there are.
+    """
+    made = []
+    real = plan.plan_linear_kl_loss
+
+    def planned(N, V, H, Ht, **options):
+        own = real(N, V, H, Ht, **options)
+        forced = dict(numbers)
+        tiles = -(-V // forced.get("tile", own.tile))
+        stored = min(forced.get("stored_tiles", tiles), tiles)
+        forced["stored_tiles"] = stored if own.schedule == "store" else 0
+        p = dataclasses.replace(own, **forced)
+        wide = options["dtype"] == torch.float64
+        *parts, _ = torch.ops.minitron_kernels.linear_kl_loss_layout(
+            N, V, H, Ht, plan._OPERAND_BYTES[p.engine], 8 if wide else 4,
+            options["grad_hidden"], options["grad_head"],
+            options["grad_head_accumulator"] or options["dtype"] in (torch.float32, torch.float64),
+            p.schedule, p.chunk_rows, p.tile, p.super_tiles, p.stored_tiles, torch.get_num_threads(),
+        )  # fmt: skip
+        made.append(dataclasses.replace(p, part_bytes=tuple(parts)))
+        return made[-1]
+
+    monkeypatch.setattr(linear, "plan_linear_kl_loss", planned)
+    return made
+
+
+@contextmanager
+def threads(count):
+    """torch on `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def assert_no_worse(actual, baseline, truth, *, floor):

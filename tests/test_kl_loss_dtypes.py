@@ -1,4 +1,4 @@
-"""Every combination of operand dtypes is computed from the values given, whatever the kept workspace held."""
+"""Every combination of dtypes of the operands, at every engine, is right or refused."""
 
 import itertools
 
@@ -6,85 +6,113 @@ import numpy as np
 import pytest
 import torch
 from _oracle import oracle_linear, oracle_rows
-from _problems import force_operands, make_linear, make_rows, relative, to_numpy
+from _problems import GRADIENT_BOUND, force_operands, make_linear, make_rows, relative, to_numpy
 
 import minitron_kernels as mk
 from minitron_kernels.ops.kl_loss.plan import operand_type
 
 pytestmark = pytest.mark.native
-FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-QUADRUPLES = list(itertools.product(FLOATS, repeat=4))
-# of a gradient, by the dtype that it is rounded to
-ROUNDED = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 1e-3}
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+N, H, HT, V = 37, 33, 40, 139  # odd: a pair of bf16 channels or tokens is left over
 
 
-def check_linear(dtypes, seed, with_bias, schedule, operands):
-    N, H, Ht, V = 37, 33, 45, 203
-    tensors = [
-        x.to(dtype) for x, dtype in zip(make_linear(N, H, Ht, V, dtypes[0], seed=seed), dtypes, strict=True)
-    ]
-    bias = torch.linspace(-2, 2, V).to(torch.float64 if torch.float64 in dtypes else torch.float32)
-    bias = bias.requires_grad_() if with_bias else None
-    hidden, head = (x.requires_grad_() for x in tensors[:2])
-    loss = mk.linear_kl_loss(*tensors, student_bias=bias, reduction="sum", schedule=schedule)
-    loss.backward()
-    rows, *grads = oracle_linear(*to_numpy(*tensors), student_bias=to_numpy(bias)[0])
-    wide = torch.float64 in dtypes
-    assert loss.item() == pytest.approx(rows.sum(), rel=1e-11 if wide else 1e-5)
-    for x, truth in zip((hidden, head, bias), grads, strict=True):
-        if x is None:
-            continue
-        assert x.grad.dtype == x.dtype
-        bound = 3e-3 if operands else ROUNDED[x.dtype]
-        assert relative(x.grad, truth) <= bound, (dtypes, x.dtype)
+def check_linear(dtypes, *, schedule, biased, seed):
+    """Losses, gradients, and the loss without gradients, against float64."""
+    drawn = make_linear(N, H, HT, V, torch.float64, seed=seed)
+    tensors = [x.to(dtype) for x, dtype in zip(drawn, dtypes, strict=True)]
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    bias = torch.linspace(-2, 2, V, dtype=wide) if biased else None
+    loss, *truth = oracle_linear(
+        *to_numpy(*tensors), student_bias=to_numpy(bias)[0], teacher_bias=to_numpy(bias)[0]
+    )
+    biases = {"student_bias": bias, "teacher_bias": bias}
     with torch.no_grad():
-        again = mk.linear_kl_loss(*tensors, student_bias=bias, reduction="none", schedule=schedule)
-    np.testing.assert_allclose(again.double().numpy(), rows, rtol=1e-11 if wide else 1e-4, atol=1e-6)
+        rows = mk.linear_kl_loss(*tensors, reduction="none", **biases)
+    hidden, head = (x.clone().requires_grad_() for x in tensors[:2])
+    student_bias = bias.clone().requires_grad_() if biased else None
+    total = mk.linear_kl_loss(
+        hidden,
+        head,
+        *tensors[2:],
+        student_bias=student_bias,
+        teacher_bias=bias,
+        reduction="sum",
+        schedule=schedule,
+    )
+    total.backward()
+    assert total.dtype == rows.dtype == wide
+    np.testing.assert_allclose(rows.numpy(), loss, rtol=1e-5)
+    assert total.item() == pytest.approx(loss.sum(), rel=1e-5)
+    for x, expected in zip((hidden, head, student_bias), truth, strict=True):
+        if x is not None:
+            assert x.grad.dtype == x.dtype
+            assert relative(x.grad, expected) <= GRADIENT_BOUND[x.dtype]
 
 
-@pytest.mark.parametrize("schedule", ["store", "recompute"])
-@pytest.mark.parametrize("engine", [None, "portable"])
-def test_quadruples(monkeypatch, engine, schedule):
-    """In turn, each with other values: a packing that did nothing would use those of the call before."""
+@pytest.mark.parametrize("schedule,biased", [("store", False), ("recompute", True)])
+def test_every_combination(schedule, biased):
+    """What this CPU prefers; each call with numbers of its own, so that those of another would show."""
+    combinations = [*itertools.product(NARROW, repeat=4), (torch.float64,) * 4]
+    for seed, dtypes in enumerate(combinations):
+        check_linear(dtypes, schedule=schedule, biased=biased, seed=seed)
+
+
+@pytest.mark.parametrize("engine", ["f32", "portable", "bf16", "portable_bf16"])
+def test_every_engine(monkeypatch, engine):
+    """fp32 operands serve all; bf16 ones what is bf16 throughout, and refuse the rest."""
     force_operands(monkeypatch, engine)
-    for seed, dtypes in enumerate(QUADRUPLES):
-        check_linear(dtypes, seed, seed % 2 == 1, schedule, None)
-    check_linear((torch.float64,) * 4, 99, True, schedule, None) if engine is None else None
+    for seed, dtypes in enumerate(itertools.product(NARROW, repeat=4)):
+        for schedule in ("store", "recompute"):
+            if engine in ("f32", "portable") or set(dtypes) == {torch.bfloat16}:
+                check_linear(dtypes, schedule=schedule, biased=True, seed=seed)
+                continue
+            tensors = [
+                x.to(dtype) for x, dtype in zip(make_linear(N, H, HT, V, torch.float64), dtypes, strict=True)
+            ]
+            first = next(i for i, dtype in enumerate(dtypes) if dtype != torch.bfloat16)
+            name = ("student_hidden", "student_head", "teacher_hidden", "teacher_head")[first]
+            with pytest.raises(RuntimeError, match=f"engine {engine} cannot take {name}"):
+                mk.linear_kl_loss(*tensors, schedule=schedule)
 
 
-@pytest.mark.parametrize("engine", ["bf16", "portable_bf16"])
-def test_bf16_operands(monkeypatch, engine):
-    force_operands(monkeypatch, engine)
-    for seed in range(2):
-        check_linear((torch.bfloat16,) * 4, seed, seed == 1, "store", engine)
+def test_bf16_operands_only_where_all_are(monkeypatch):
+    monkeypatch.setattr(torch.ops.minitron_kernels, "bf16_operands", lambda: "bf16")
+    for dtypes in itertools.product(NARROW, repeat=4):
+        assert operand_type(*dtypes) == ("bf16" if set(dtypes) == {torch.bfloat16} else "f32")
+    assert operand_type(*[torch.float64] * 4) == "f64"
+    planned = {
+        dtypes: mk.plan_linear_kl_loss(64, 100, 8, 8, dtype=dtypes[0], teacher_dtype=dtypes[1]).engine
+        for dtypes in itertools.product(NARROW, (*NARROW, None))
+    }
+    for (own, other), engine in planned.items():
+        assert engine == ("bf16" if own == torch.bfloat16 and other in (own, None) else "f32")
 
 
-def test_bf16_operands_are_for_bf16_alone(monkeypatch):
-    """An engine that cannot hold an operand's values refuses it; it does not round or skip it."""
-    force_operands(monkeypatch, "portable_bf16")
-    names = ("student_hidden", "student_head", "teacher_hidden", "teacher_head")
-    for index, name in enumerate(names):
-        for dtype in (torch.float32, torch.float16):
-            tensors = make_linear(5, 8, 8, 70, torch.bfloat16)
-            tensors[index] = tensors[index].to(dtype)
-            with pytest.raises(RuntimeError, match=f"portable_bf16 cannot take {name}"):
-                mk.linear_kl_loss(*tensors)
-
-
-def test_bf16_operands_are_chosen_where_all_four_are_bf16():
-    for dtypes in QUADRUPLES:
-        chosen = operand_type(*dtypes)
-        assert chosen == "f32" or set(dtypes) == {torch.bfloat16}
+def test_float64_needs_float64():
+    tensors = make_linear(N, H, HT, V, torch.float64)
+    for which in range(4):
+        mixed = [x.float() if i == which else x for i, x in enumerate(tensors)]
+        with pytest.raises(TypeError, match="float64"):
+            mk.linear_kl_loss(*mixed)
+    for engine, dtype in (("f64", torch.float32), ("f32", torch.float64), ("portable", torch.float64)):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="cannot take"):
+            force_operands(patch, engine)
+            mk.linear_kl_loss(*(x.to(dtype) for x in tensors))
+    with pytest.raises(ValueError, match="engine must be one of"):
+        mk.plan_linear_kl_loss(64, 100, 8, 8, engine="bf17")
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_pairs_of_logits(backend):
-    for seed, (one, other) in enumerate([*itertools.product(FLOATS, repeat=2), (torch.float64,) * 2]):
-        student, teacher = make_rows(5, 301, torch.float64, seed=seed)
-        student, teacher = student.to(one).requires_grad_(), teacher.to(other)
-        loss = mk.kl_loss(student, teacher, reduction="none", backend=backend)
-        loss.sum().backward()
-        rows, grad = oracle_rows(*to_numpy(student, teacher))
-        wide = one == torch.float64
-        np.testing.assert_allclose(loss.detach().double().numpy(), rows, rtol=1e-11 if wide else 3e-5)
-        assert student.grad.dtype == one and relative(student.grad, grad) <= ROUNDED[one]
+def test_rows(backend, simd_level):
+    for dtypes in [*itertools.product(NARROW, repeat=2), (torch.float64,) * 2]:
+        student, teacher = (x.to(t) for x, t in zip(make_rows(5, 131, torch.float64), dtypes, strict=True))
+        student.requires_grad_()
+        for beta in (0.0, 1.0, 0.3):
+            loss = mk.kl_loss(student, teacher, divergence=beta, reduction="none", backend=backend)
+            (grad,) = torch.autograd.grad(loss.sum(), student)
+            truth, expected = oracle_rows(*to_numpy(student, teacher), beta=beta)
+            np.testing.assert_allclose(loss.detach().numpy(), truth, rtol=1e-5)
+            assert grad.dtype == student.dtype
+            assert relative(grad, expected) <= GRADIENT_BOUND[student.dtype]
+    with pytest.raises(TypeError, match="float64"):
+        mk.kl_loss(student, teacher.float(), backend=backend)

@@ -10,6 +10,7 @@ from _problems import (
     HAS_BF16,
     assert_no_worse,
     force_operands,
+    force_plan,
     make_linear,
     relative,
     to_numpy,
@@ -27,6 +28,7 @@ CASES = [
     (torch.float32, None),
     (torch.float32, "portable"),
     (torch.bfloat16, "bf16"),
+    (torch.bfloat16, "portable_bf16"),
     (torch.bfloat16, "f32"),
     (torch.float16, None),
 ]
@@ -112,33 +114,23 @@ def test_close_to_the_teacher(monkeypatch, dtype, operands, schedule, temperatur
             assert relative(grad, truth) <= GRADIENT_BOUND[dtype]
 
 
-@pytest.fixture
-def two_threads():
-    """A plan depends on the number of threads: each has its scratch in the budget."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("operands", ["bf16", "f32"])
+@pytest.mark.parametrize("operands", ["bf16", "portable_bf16", "f32"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_chunks_of_rows_and_stretches_of_the_vocabulary(monkeypatch, two_threads, operands, schedule):
-    """A budget so small that rows come in several chunks; head gradients then add up in fp32."""
+def test_chunks_of_rows_and_stretches_of_the_vocabulary(monkeypatch, operands, schedule):
+    """Rows in several chunks, tiles in several stretches; head gradients then add up in fp32."""
     force_operands(monkeypatch, operands)
     N, H, V = 700, 48, 2500
     tensors = make_linear(N, H, 56, V, torch.bfloat16)
-    budget = {"store": 14 << 20, "recompute": 2 << 20}[schedule]
-    plan = mk.plan_linear_kl_loss(N, V, H, 56, schedule=schedule, workspace_bytes=budget, engine=operands)
-    assert plan.num_chunks > 1 and plan.part_bytes[-1] > 0
+    made = force_plan(monkeypatch, chunk_rows=192, super_tiles=3)
     for divergence in ("forward_kl", "reverse_kl", "jsd"):
         loss, *grads = truth_of(tensors, beta=BETA[divergence], row_weight=np.full(N, 1 / N))
-        options = {"divergence": divergence, "schedule": schedule, "workspace_bytes": budget}
+        options = {"divergence": divergence, "schedule": schedule}
         bias = torch.zeros(V)
         result = run(tensors, student_bias=bias, **options)
         assert_matches(result, (loss.mean(), *grads), torch.bfloat16)
         rows = run(tensors, reduction="none", **options)[0]
         assert np.allclose(rows.numpy(), loss, rtol=2e-5)
+        assert made[-1].num_chunks == 4 and made[-1].part_bytes[-1] > 0
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -232,7 +224,13 @@ def test_nan_is_not_hidden(schedule, dtype):
 
 
 @pytest.mark.parametrize(
-    "dtype,operands", [(torch.bfloat16, "bf16"), (torch.bfloat16, "f32"), (torch.float32, None)]
+    "dtype,operands",
+    [
+        (torch.bfloat16, "bf16"),
+        (torch.bfloat16, "portable_bf16"),
+        (torch.bfloat16, "f32"),
+        (torch.float32, None),
+    ],
 )
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_same_bits_every_time_and_for_any_thread_count(monkeypatch, dtype, operands, schedule):
@@ -261,14 +259,22 @@ def test_schedules_and_forward_only_agree():
 
 
 @pytest.mark.parametrize(
-    "dtype,operands", [(torch.float32, "portable"), (torch.bfloat16, "bf16"), (torch.float16, None)]
+    "dtype,operands",
+    [
+        (torch.float64, None),
+        (torch.float32, "portable"),
+        (torch.bfloat16, "bf16"),
+        (torch.bfloat16, "portable_bf16"),
+        (torch.float16, None),
+    ],
 )
 def test_every_simd_level(monkeypatch, simd_level, dtype, operands):
     force_operands(monkeypatch, operands)
     for divergence in ("forward_kl", "jsd"):
         tensors = make_linear(75, 51, 64, 517, dtype)
         loss, *grads = truth_of(tensors, beta=BETA[divergence], row_weight=np.full(75, 1 / 75))
-        result = run(tensors, divergence=divergence, student_bias=torch.zeros(517))
+        bias = torch.zeros(517, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        result = run(tensors, divergence=divergence, student_bias=bias)
         assert_matches(result, (loss.mean(), *grads), dtype)
 
 

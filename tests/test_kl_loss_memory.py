@@ -1,8 +1,8 @@
-"""What linear_kl_loss allocates, and the planner's word for it."""
+"""What linear_kl_loss allocates and multiplies, and the planner's word for it."""
 
 import pytest
 import torch
-from _problems import make_linear
+from _problems import force_operands, make_linear, threads
 from torch.profiler import ProfilerActivity, profile
 
 import minitron_kernels as mk
@@ -142,3 +142,58 @@ def test_explain():
     assert "6 GEMMs" in mk.plan_linear_kl_loss(64, 100, 8, 8, schedule="recompute").explain()
     with pytest.raises(ValueError, match="schedule"):
         mk.plan_linear_kl_loss(64, 100, 8, 8, schedule="forward")
+
+
+@pytest.mark.parametrize("engine", ["f32", "portable_bf16"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_the_plan_counts_what_is_multiplied(monkeypatch, engine, divergence):
+    """Flops, with sizes that nothing pads; bytes are the layout's own, which the kernel checks."""
+    dtype = {"f32": torch.float32, "portable_bf16": torch.bfloat16}[engine]
+    force_operands(monkeypatch, engine)
+    N, H, Ht, V = 128, 64, 128, 2048
+    count = torch.ops.minitron_kernels.count_gemm_flops
+    # with one thread, most tiles are kept but not all, in two chunks
+    partly = {"f32": 1300 << 10, "portable_bf16": 1180 << 10}[engine]
+    tensors = make_linear(N, H, Ht, V, dtype)
+    cases = [  # schedule, budget, whether the student learns, whether a buffer is lent
+        ("store", 64 << 20, True, False),
+        ("store", partly, True, False),
+        ("store", partly, True, True),
+        ("recompute", 64 << 20, True, False),
+        ("recompute", 64 << 20, True, True),
+        ("auto", 64 << 20, False, False),
+    ]
+    seen = set()
+    with threads(1):
+        for schedule, budget, learns, lent in cases:
+            plan = mk.plan_linear_kl_loss(
+                N,
+                V,
+                H,
+                Ht,
+                dtype=dtype,
+                grad_hidden=learns,
+                grad_head=learns,
+                grad_head_accumulator=lent,
+                divergence_needs_kl=divergence == "jsd",
+                schedule=schedule,
+                workspace_bytes=budget,
+                engine=engine,
+            )
+            seen.add((plan.schedule, lent, plan.stored_tiles < V // plan.tile))
+            hidden, head = (x.detach().requires_grad_(learns) for x in tensors[:2])
+            buffer = torch.zeros(V, H) if lent else None
+            count(True)
+            loss = mk.linear_kl_loss(
+                hidden,
+                head,
+                *tensors[2:],
+                divergence=divergence,
+                schedule=schedule,
+                workspace_bytes=budget,
+                grad_head_accumulator=buffer,
+            )
+            if learns:
+                loss.backward()
+            assert count(False) == plan.flops, (schedule, budget, learns, lent)
+    assert {("store", False, False), ("store", False, True), ("store", True, True)} <= seen
