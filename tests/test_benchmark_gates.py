@@ -283,6 +283,33 @@ def test_a_timed_loss_that_did_no_work_is_refused(monkeypatch, wrong):
         measure_toy(monkeypatch, lambda: loss)
 
 
+@pytest.mark.parametrize("wrong", ["student_hidden", "student_head"])
+def test_the_error_of_a_gradient_is_its_own(monkeypatch, wrong):
+    """A gradient that is 10 % too large shows in its own column, and there alone."""
+    right = IMPLEMENTATIONS["naive"].build()
+
+    class TooLarge(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 1.1
+
+    def loss(inputs):
+        return right(replace(inputs, **{wrong: TooLarge.apply(getattr(inputs, wrong))}))
+
+    monkeypatch.setitem(
+        _worker.IMPLEMENTATIONS, "naive", replace(IMPLEMENTATIONS["naive"], build=lambda: loss)
+    )
+    case = _cases.Case("toy", 8, 8, 8, 32).to_dict()
+    spec = {"case": case, "dtype": "fp32", "device": "cpu", "kind": "far", "keys": ["naive"]}
+    row = _worker.errors(spec)["rows"]["naive"]
+    own, other = ("dX", "dW") if wrong == "student_hidden" else ("dW", "dX")
+    assert row[own] == pytest.approx(0.1, rel=1e-3) and row[other] < 1e-4
+
+
 # ---- checkpoint
 
 
