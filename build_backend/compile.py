@@ -1,7 +1,7 @@
 """From csrc/ to one shared object: one command per object file, run by ninja.
 
 What a source file is compiled with follows from its name:
-  *_cuda.cu    nvcc, for every CUDA arch of the plan; only where there is CUDA
+  *.cu         nvcc, for every CUDA arch of the plan; only where there is CUDA
   *_simd.cpp   once per SIMD level, with the level's -m flags and -DMINITRON_SIMD=<level>
   *.cpp        once
 """
@@ -36,7 +36,7 @@ class Step:
 def build_extension(root: Path, folder: Path, plan: Plan, version: str) -> Path:
     """Compile and link what the plan says into `folder`; return the shared object's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    sources = sorted((root / "csrc").rglob("*.cpp")) + sorted((root / "csrc").rglob("*_cuda.cu"))
+    sources = sorted((root / "csrc").rglob("*.cpp")) + sorted((root / "csrc").rglob("*.cu"))
     _write_if_changed(folder / "build_config.h", config_header(plan, version))
     steps = compile_steps(root, folder, plan, sources)
     steps.append(
@@ -61,7 +61,7 @@ def build_extension(root: Path, folder: Path, plan: Plan, version: str) -> Path:
 def compile_steps(root: Path, folder: Path, plan: Plan, sources: list[Path]) -> list[Step]:
     """The commands that make the object files."""
     assert plan.compiler is not None and plan.torch is not None
-    common = common_flags(root, folder, plan.compiler, plan.torch, plan.cuda)
+    common = common_flags(root, folder, plan.compiler, plan.torch)
     steps = []
     for source in sources:
         stem = folder / source.relative_to(root)
@@ -80,7 +80,7 @@ def compile_steps(root: Path, folder: Path, plan: Plan, sources: list[Path]) -> 
     return steps
 
 
-def common_flags(root: Path, folder: Path, compiler: Compiler, torch: Torch, cuda: Cuda | None) -> list[str]:
+def common_flags(root: Path, folder: Path, compiler: Compiler, torch: Torch) -> list[str]:
     """Optimisation, macros and include folders of every file."""
     include = torch.folder / "include"
     systems = [include, include / "torch/csrc/api/include", Path(sysconfig.get_path("include"))]
@@ -90,7 +90,6 @@ def common_flags(root: Path, folder: Path, compiler: Compiler, torch: Torch, cud
         "-DNDEBUG",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         *(f"-DMINITRON_HAVE_{level.upper()}=1" for level in compiler.simd_levels if SIMD_FLAGS[level]),
-        *(["-DMINITRON_WITH_CUDA=1"] if cuda else []),
         f"-I{root / 'csrc'}",
         f"-I{folder}",
         *(flag for path in systems for flag in ("-isystem", str(path))),  # no warnings about others' headers

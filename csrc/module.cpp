@@ -6,8 +6,8 @@
 #include <string>
 
 #include "build_config.h"  // written by the build
-#include "common/gemm.h"
-#include "common/simd.h"
+#include "common/cpu/gemm.h"
+#include "common/cpu/simd.h"
 
 namespace py = pybind11;
 

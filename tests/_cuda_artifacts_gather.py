@@ -2,8 +2,8 @@
 
 from _faults import Fault
 
-UNIT = "gather/gather_cuda.cu"
-KERNEL = "gather/gather_cuda.cuh"
+UNIT = "gather/cuda/gather.cu"
+KERNEL = "gather/cuda/kernels.cuh"
 FAULTS = {  # name: faults in the source, compiler flags, what the gate says
     "none": ((), (), None),
     "scalar loads": ((Fault(KERNEL, "      if (is_run) {", "      if (false) {"),), (), r" 0 128-bit loads"),

@@ -2,8 +2,8 @@
 
 from _faults import Fault
 
-UNIT = "importance/importance_cuda.cu"
-KERNELS = "importance/importance_cuda.cuh"
+UNIT = "importance/cuda/importance.cu"
+KERNELS = "importance/cuda/kernels.cuh"
 FAULTS = {  # name: faults in the source, compiler flags, what the gate says
     "none": ((), (), None),
     "registers for too many blocks": (

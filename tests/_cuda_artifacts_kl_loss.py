@@ -2,7 +2,7 @@
 
 from _faults import Fault
 
-UNIT = "kl_loss/kl_loss_cuda.cu"
+UNIT = "kl_loss/cuda/rows.cu"
 ALIGNED_LOAD = (
     "  if (aligned) {\n#pragma unroll\n    for (int i = 0; i < N; i += kPerAccess) {\n      const uint4 v"
 )
@@ -11,7 +11,7 @@ FAULTS = {  # name: faults in the source, compiler flags, what the gate says
     "local memory": (  # indexed by what the compiler cannot know
         (
             Fault(
-                "kl_loss/kl_loss_cuda.cuh",
+                "kl_loss/cuda/row_kernels.cuh",
                 "  float value = state.loss();",
                 "  float table[64] = {};\n#pragma unroll 1\n  for (int i = 0; i < 64; ++i)\n"
                 "    table[options.vocab_size * i % 64] += float(i);\n"
@@ -22,22 +22,22 @@ FAULTS = {  # name: faults in the source, compiler flags, what the gate says
         "spills",
     ),
     "scalar loads": (
-        (Fault("common/cuda_vec.cuh", ALIGNED_LOAD, ALIGNED_LOAD.replace("(aligned)", "(false)")),),
+        (Fault("common/cuda/vec.cuh", ALIGNED_LOAD, ALIGNED_LOAD.replace("(aligned)", "(false)")),),
         (),
         r" 0 128-bit loads",
     ),
     "spills": (  # twice as many logits as the registers hold
-        (Fault("kl_loss/kl_loss_cuda.cuh", "kPairsAtOnce = 16;", "kPairsAtOnce = 32;"),),
+        (Fault("kl_loss/cuda/row_kernels.cuh", "kPairsAtOnce = 16;", "kPairsAtOnce = 32;"),),
         (),
         r"kl_forward_kernel.*spills",
     ),
     "more shared memory": (
-        (Fault("common/cuda_reduce.cuh", "kMaxWarps = 32;", "kMaxWarps = 64;"),),
+        (Fault("common/cuda/reduce.cuh", "kMaxWarps = 32;", "kMaxWarps = 64;"),),
         (),
         "bytes of shared memory",
     ),
     "too many registers": (
-        (Fault("kl_loss/kl_loss_cuda.cuh", "kGradBlocksPerSM = 3;", "kGradBlocksPerSM = 1;"),),
+        (Fault("kl_loss/cuda/row_kernels.cuh", "kGradBlocksPerSM = 3;", "kGradBlocksPerSM = 1;"),),
         ("-Xptxas=-O0",),
         "registers, at most",
     ),

@@ -1,4 +1,4 @@
-"""Builds the library's *_cuda.cu files for the host through tests/cuda_shim and steers the result.
+"""Builds the library's *.cu files for the host through tests/cuda_shim and steers the result.
 
 Each build is one shared object that registers its ops for CPU tensors in a namespace of its own, kept in a
 cache folder under a hash of all that it was made from. A build may have faults planted in its sources.
@@ -32,9 +32,11 @@ SANITIZE = os.environ.get("MINITRON_TEST_SHIM_SANITIZE") == "1"  # set by run_sa
 
 
 # planted to save time in compiling
-WITHOUT_HALF = Fault("common/cuda_torch.cuh", "    case ScalarType::Half:\n      return f(__half{});\n", "")
+WITHOUT_HALF = Fault(
+    "common/cuda/launch_torch.cuh", "    case ScalarType::Half:\n      return f(__half{});\n", ""
+)
 WITHOUT_BFLOAT16 = Fault(
-    "common/cuda_torch.cuh", "    case ScalarType::BFloat16:\n      return f(__nv_bfloat16{});\n", ""
+    "common/cuda/launch_torch.cuh", "    case ScalarType::BFloat16:\n      return f(__nv_bfloat16{});\n", ""
 )
 
 
@@ -51,7 +53,7 @@ def cache_folder() -> Path:
 
 def sources() -> dict[str, str]:
     """{path under csrc: text} of the CUDA files, the headers they include, and each op's <op>/<op>.cpp."""
-    files = [*CSRC.rglob("*.cuh"), *CSRC.rglob("*_cuda.cu")]
+    files = [*CSRC.rglob("*.cuh"), *CSRC.rglob("*.cu")]
     files += [path for path in CSRC.glob("*/*.cpp") if path.stem == path.parent.name]
     texts = {str(path.relative_to(CSRC)): path.read_text() for path in sorted(files)}
     headers = {name for text in texts.values() for name in re.findall(r'#include "(.+\.h)"', text)}
@@ -114,7 +116,11 @@ def compile_shim(op: str, faults: tuple[Fault, ...] = (), sanitize: bool = False
         }
         write_sources(texts, csrc)
         include = [f"-I{TESTS / 'cuda_shim'}", f"-I{csrc}", f"-DMINITRON_CUDA_LIBRARY={namespace}"]
-        units = {csrc / p: cache / f"{digest}_{Path(p).stem}.o" for p in texts if p.endswith((".cu", ".cpp"))}
+        units = {
+            csrc / path: cache / f"{digest}_{path.replace('/', '_')}.o"
+            for path in texts
+            if path.endswith((".cu", ".cpp"))
+        }
         scheduler = cache / f"{digest_of(shim, *tools)}_shim.o"  # in all builds the same
         units[TESTS / "cuda_shim/cuda_shim.cpp"] = scheduler
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:

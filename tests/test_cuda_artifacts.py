@@ -1,4 +1,4 @@
-"""Every *_cuda.cu compiled by nvcc for every arch, and what the compiler made of the kernels: no spills,
+"""Every *.cu compiled by nvcc for every arch, and what the compiler made of the kernels: no spills,
 registers, shared memory, occupancy and 128-bit accesses within cuda_artifacts.json. No GPU is needed.
 
 Compiling is slow: the machine code is that of the installed extension, where that was built with CUDA after
@@ -101,9 +101,9 @@ def cubin(unit, arch, faults=(), flags=()):
         "-DNDEBUG",
         "--expt-relaxed-constexpr",
     ]
-    command += ["-DTORCH_TARGET_VERSION=0x020d000000000000", "-DMINITRON_WITH_CUDA=1", *flags]
+    command += ["-DTORCH_TARGET_VERSION=0x020d000000000000", *flags]
     command += ["-isystem", str(Path(torch.__file__).parent / "include")]
-    target = cache_folder() / f"{digest_of(texts, unit, command, version)}_{Path(unit).stem}.cubin"
+    target = cache_folder() / f"{digest_of(texts, unit, command, version)}_{unit.replace('/', '_')}.cubin"
     with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
         write_sources(texts, Path(folder))
         return compile_to([*command, f"-I{folder}", str(Path(folder) / unit)], target)

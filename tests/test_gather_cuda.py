@@ -184,7 +184,7 @@ def check_leads(shim):
     test_leads_that_join_in_one_tensor_only(shim)
 
 
-KERNEL, LAUNCHER = "gather/gather_cuda.cuh", "gather/gather_cuda.cu"
+KERNEL, LAUNCHER = "gather/cuda/kernels.cuh", "gather/cuda/gather.cu"
 FAULTS = {  # name: the check, what is done to the source, what the failure must say
     "neighbours are not looked at": (
         check_sorted,
@@ -232,7 +232,7 @@ import torch
 from _cuda_shim import load
 from _faults import Fault
 overrun = Fault(
-    "gather/gather_cuda.cuh", "end - begin < kRows ? static_cast<int>(end - begin) : kRows", "kRows"
+    "gather/cuda/kernels.cuh", "end - begin < kRows ? static_cast<int>(end - begin) : kRows", "kRows"
 )
 shim = load("gather", overrun, sanitize=True)
 shim.ops.gather_channels_(torch.zeros(1, 37), torch.zeros(1, 37), None, None)

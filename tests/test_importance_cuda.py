@@ -22,7 +22,7 @@ from _importance_problems import activations, check_close_rows, check_moments, s
 pytestmark = pytest.mark.skipif(missing_tool() is not None, reason=str(missing_tool()))
 
 DTYPES = ALL_DTYPES[:2] if SANITIZE else ALL_DTYPES
-KERNELS, LAUNCHER = "importance/importance_cuda.cuh", "importance/importance_cuda.cu"
+KERNELS, LAUNCHER = "importance/cuda/kernels.cuh", "importance/cuda/importance.cu"
 # so that few tokens make several pieces
 SHORT_PIECES = (
     Fault(LAUNCHER, "kLeastTokens = 32;", "kLeastTokens = 8;"),

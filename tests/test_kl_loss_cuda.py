@@ -372,8 +372,8 @@ def check_padding(shim):
         assert trace.take_stores(grad).never == 0
 
 
-REDUCE, VEC, MATH = "common/cuda_reduce.cuh", "common/cuda_vec.cuh", "kl_loss/divergence_cuda.cuh"
-KERNELS = "kl_loss/kl_loss_cuda.cuh"
+REDUCE, VEC, MATH = "common/cuda/reduce.cuh", "common/cuda/vec.cuh", "kl_loss/cuda/divergence.cuh"
+KERNELS = "kl_loss/cuda/row_kernels.cuh"
 PASS_ONE = "  RowStats stat = state.stats();\n"
 ANOTHER_PASS = "  stat.kl = row_state(pairs, state, partial_states).kl;\n"
 VECTOR_LOAD = (
@@ -432,7 +432,7 @@ SANITIZED = "layouts or impossible or masked or bad_input or hand"
 HEAP_OVERRUN = """
 import torch
 from _cuda_shim import *
-overrun = Fault("common/cuda_vec.cuh", "rest = n - runs * kRun;", "rest = n - runs * kRun + 1;")
+overrun = Fault("common/cuda/vec.cuh", "rest = n - runs * kRun;", "rest = n - runs * kRun + 1;")
 shim = load("kl_loss", overrun, WITHOUT_HALF, WITHOUT_BFLOAT16, sanitize=True)
 shim.ops.kl_loss_forward(torch.zeros(1, 40), torch.zeros(1, 40), None, 40, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0)
 """

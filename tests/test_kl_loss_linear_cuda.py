@@ -546,14 +546,14 @@ def check_finish(shim):
     test_rows_of_a_finishing_block(shim, kernels_of(shim), 0.0, 129)
 
 
-REDUCE, STATE, TILES = "common/cuda_reduce.cuh", "kl_loss/row_state_cuda.cuh", "kl_loss/tiles_cuda.cuh"
-PAIRS, DIFFERS = "kl_loss/row_pairs_cuda.cuh", "Not equal to tolerance"
+REDUCE, STATE, TILES = "common/cuda/reduce.cuh", "kl_loss/cuda/row_state.cuh", "kl_loss/cuda/tile_kernels.cuh"
+PAIRS, DIFFERS = "kl_loss/cuda/row_pairs.cuh", "Not equal to tolerance"
 BEGUN, BEGUN_SUMS = ") begun = load_fields<State>", ") begun = load_fields<MixtureSums>"
 MERGED = "  const State merged = row_state(pairs, begun, partial);\n"
 FAULTS = {  # name: the check, what is done to the source, what the failure must say
     "digits of 1e4": (
         check_edges,
-        Fault("kl_loss/divergence_cuda.cuh", "fabsf(max_s - max_t) > kApart", "max_s - max_t > 1e30f"),
+        Fault("kl_loss/cuda/divergence.cuh", "fabsf(max_s - max_t) > kApart", "max_s - max_t > 1e30f"),
         "expected",
     ),
     "a part without mass and of infinite KL": (
@@ -564,7 +564,7 @@ FAULTS = {  # name: the check, what is done to the source, what the failure must
     "last row of a finishing grid": (
         check_finish,
         Fault(
-            "kl_loss/linear_kl_loss_cuda.cu",
+            "kl_loss/cuda/linear.cu",
             "(rows + kFinishThreads - 1) / kFinishThreads",
             "(rows + kFinishThreads - 2) / kFinishThreads",
         ),
@@ -606,7 +606,7 @@ FAULTS = {  # name: the check, what is done to the source, what the failure must
     "scalar stores": (
         check_traffic,
         Fault(
-            "common/cuda_vec.cuh",
+            "common/cuda/vec.cuh",
             "v.x = pack_word(in + i, p);",
             "v.x = 0; store_scalar(p + i, from_float<T>(in[i]));",
         ),
@@ -631,7 +631,7 @@ SANITIZED = (
 HEAP_OVERRUN = """
 import torch
 from _cuda_shim import *
-overrun = Fault("kl_loss/row_pairs_cuda.cuh", "if (run < split.runs) {", "if (run <= split.runs) {")
+overrun = Fault("kl_loss/cuda/row_pairs.cuh", "if (run < split.runs) {", "if (run <= split.runs) {")
 shim = load("kl_loss", overrun, WITHOUT_HALF, WITHOUT_BFLOAT16, sanitize=True)
 state, logits = torch.zeros(5, 1), torch.zeros(1, 160)
 shim.ops.kl_tile_stats_(logits, logits, None, None, None, state, True, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0)

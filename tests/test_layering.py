@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "minitron_kernels"
 LONGEST_FILE = 400
+SOURCES = (".h", ".cuh", ".cpp", ".cu")
+TORCH = ("torch", "ATen", "c10")
 
 
 def part_of(module: str) -> str:
@@ -88,20 +90,37 @@ def wrong_imports(root: Path) -> list[str]:
     return wrong
 
 
+def includes_of(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M)
+
+
 def wrong_includes(root: Path) -> list[str]:
-    """common/ knows no op, an op no other op; kernel headers and module.cpp no torch (*_torch.cuh may)."""
+    """common/ knows no op, an op no other op, cpu/ and cuda/ not each other; kernels and module.cpp no torch."""
+    csrc = root / "csrc"
+    files = {str(p.relative_to(csrc)): includes_of(p) for p in sorted(csrc.rglob("*")) if p.suffix in SOURCES}
+
+    def reached(name: str, seen: set[str]) -> set[str]:
+        """All that a file includes, by way of others too."""
+        for inner in files.get(name, []):
+            if inner not in seen:
+                seen.add(inner)
+                reached(inner, seen)
+        return seen
+
     wrong = []
-    for path in sorted(p for p in (root / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu")):
-        here = path.relative_to(root / "csrc")
-        kernels = path.name.endswith((".cuh", "_kernel.h")) and not path.name.endswith("_torch.cuh")
-        without_torch = kernels or path.name == "module.cpp"
-        for name in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M):
-            folder = name.split("/")[0]
-            if without_torch and folder in ("torch", "ATen", "c10"):
-                wrong.append(f"{here} includes {name}: it must know no torch")
-            other = (root / "csrc" / folder).is_dir() and folder not in ("common", here.parts[0])
-            if "/" in name and other:
+    for here, names in files.items():
+        parts = here.split("/")
+        kernels = here.endswith(("_simd.cpp", ".cuh")) and not here.endswith("_torch.cuh")
+        if kernels or here == "module.cpp":  # *_torch.cuh and the launchers may know torch
+            torch = sorted(name for name in reached(here, set()) if name.split("/")[0] in TORCH)
+            wrong += [f"{here} reaches {name}: it must know no torch" for name in torch[:1]]
+        for name in names:
+            folders = name.split("/")
+            if len(folders) > 1 and (csrc / folders[0]).is_dir() and folders[0] not in ("common", parts[0]):
                 wrong.append(f"{here} includes {name}: that is another op's")
+            other = {"cpu": "cuda", "cuda": "cpu"}
+            if any(part in other and other[part] in folders[:-1] for part in parts[:-1]):
+                wrong.append(f"{here} includes {name}: that is the other kind of device's")
     return wrong
 
 
@@ -120,12 +139,7 @@ def test_ops_init_is_empty():
 
 
 def test_no_file_is_long():
-    files = [
-        p
-        for top in (PACKAGE, "csrc")
-        for p in (ROOT / top).rglob("*")
-        if p.suffix in (".py", ".h", ".cuh", ".cpp", ".cu")
-    ]
+    files = [p for top in (PACKAGE, "csrc") for p in (ROOT / top).rglob("*") if p.suffix in (".py", *SOURCES)]
     assert files
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
     assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
@@ -169,25 +183,34 @@ def test_a_planted_import_is_found(tmp_path, file, line):
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("common/a.h", '#include "kl_loss/b.h"'),
-        ("gather/a_cuda.cu", '#include "kl_loss/b.h"'),
-        ("kl_loss/a_cuda.cuh", "#include <torch/csrc/stable/tensor.h>"),
+        ("common/cpu/a.h", '#include "kl_loss/cpu/b.h"'),
+        ("gather/cuda/a.cu", '#include "kl_loss/cpu/b.h"'),
+        ("kl_loss/cuda/a.cuh", "#include <torch/csrc/stable/tensor.h>"),
+        ("kl_loss/cuda/a.cuh", '#include "kl_loss/with_torch.h"'),
+        ("kl_loss/cpu/a_simd.cpp", '#include "kl_loss/with_torch.h"'),
+        ("kl_loss/cpu/b.h", '#include "kl_loss/cuda/a.cuh"'),
+        ("gather/cuda/a.cu", '#include "common/cpu/a.h"'),
         ("module.cpp", "#  include <ATen/ATen.h>"),
     ],
 )
 def test_a_planted_include_is_found(tmp_path, file, line):
-    for name in (
-        "common/vec.h",
-        "gather/a_cuda.cu",
-        "kl_loss/b.h",
-        "module.cpp",
-        "common/a.h",
-        "kl_loss/a_cuda.cuh",
-    ):
+    good = "#include <cmath>\n"
+    house = {
+        "common/types.h": good,
+        "common/cpu/a.h": good + '#include "common/types.h"\n',
+        "gather/cuda/a.cu": good + "#include <torch/csrc/stable/tensor.h>\n",
+        "kl_loss/with_torch.h": good + "#include <torch/csrc/stable/tensor.h>\n",
+        "kl_loss/cpu/b.h": good + '#include "common/cpu/a.h"\n',
+        "kl_loss/cpu/a_simd.cpp": good + '#include "common/cpu/a.h"\n',
+        "kl_loss/cuda/a.cuh": good + '#include "common/types.h"\n',
+        "kl_loss/cuda/launch_torch.cuh": '#include "kl_loss/with_torch.h"\n#include "kl_loss/cuda/a.cuh"\n',
+        "module.cpp": good + '#include "common/types.h"\n',
+    }
+    for name, text in house.items():
         path = tmp_path / "csrc" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text('#include <cmath>\n#include "common/vec.h"\n')
+        path.write_text(text)
     assert wrong_includes(tmp_path) == []
     with (tmp_path / "csrc" / file).open("a") as stream:
         stream.write(line)
-    assert len(wrong_includes(tmp_path)) == 1
+    assert [found for found in wrong_includes(tmp_path) if found.startswith(f"{file} ")]

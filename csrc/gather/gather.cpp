@@ -1,4 +1,4 @@
-// Schema of the gather op. The kernels register themselves in *_cpu.cpp and *_cuda.cu.
+// Schema of the gather op. The kernels register themselves in cpu/*.cpp and cuda/*.cu.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {

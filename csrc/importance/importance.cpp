@@ -1,4 +1,4 @@
-// Schemas of the importance ops. The kernels register themselves in *_cpu.cpp and *_cuda.cu.
+// Schemas of the importance ops. The kernels register themselves in cpu/*.cpp and cuda/*.cu.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {

@@ -23,7 +23,7 @@ from minitron_kernels import _native
 DEFAULT_WORKSPACE_BYTES = 512 << 20
 SCHEDULES = ("auto", "store", "recompute")
 _OPERAND_BYTES = {"bf16": 2, "portable_bf16": 2, "f32": 4, "portable": 4, "f64": 8}
-_PANEL = 64  # rows come in panels of 64, kPanel in csrc/common/gemm.h
+_PANEL = 64  # rows come in panels of 64, kPanel in csrc/common/cpu/gemm.h
 _MAX_CHUNK = 4096  # more rows at a time gain nothing
 # smaller chunks multiply slowly, and a tight budget is not meant to buy an fp32 head gradient
 _MIN_STORE_ROWS = 128

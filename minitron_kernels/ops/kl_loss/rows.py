@@ -17,7 +17,7 @@ from minitron_kernels import _native
 from minitron_kernels.ops.kl_loss.checks import as_saved
 from minitron_kernels.ops.kl_loss.options import LossOptions
 
-NUM_STATS = 6  # Stat in csrc/kl_loss/kl_loss_cpu.h
+NUM_STATS = 6  # Stat in csrc/kl_loss/cpu/kernels.h
 
 
 def kl_rows(

@@ -1,0 +1,79 @@
+// C[M, N] (+)= A[M, K] B[K, N] for one panel of B (N <= kPanel), in plain vector code of this SIMD level:
+// what runs where no vendor microkernel is to be had, and for float64. bf16 operands only where a test asks
+// for them: fp32 ones are as fast here and need no rounding.
+#pragma once
+
+#include "common/cpu/gemm.h"
+#include "common/cpu/vec.h"
+
+namespace minitron::MINITRON_SIMD {
+
+// L columns of B's row k from a column j on; plain rows, or pairs of bf16 rows interleaved.
+template <typename A>
+inline Vec<A> load_b(const A* b, int64_t ldb, int64_t k, int64_t j) {
+  return load<A>(b + k * ldb + j);
+}
+template <typename A>
+inline Vec<A> load_b(const bf16* b, int64_t ldb, int64_t k, int64_t j) {
+  U32 pairs;
+  std::memcpy(&pairs, b + k / 2 * 2 * ldb + 2 * j, sizeof(pairs));
+  return bit_cast<Vec<float>>(k % 2 ? pairs & 0xffff0000u : pairs << 16);
+}
+template <typename A>
+inline A element(const A* a) {
+  return *a;
+}
+inline float element(const bf16* a) { return bit_cast<float>(uint32_t(a->bits) << 16); }
+
+// kRows x kVecs accumulators stay in registers; K in order, so that C does not depend on the blocking.
+template <typename A, int kRows, int kVecs, typename Op>
+inline void gemm_block(int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const Op* a,
+                       const Op* b, A* c) {
+  constexpr int L = kLanes<A>;
+  Vec<A> acc[kRows][kVecs] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    Vec<A> row[kVecs];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) row[j] = load_b<A>(b, ldb, k, j * L);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) acc[i][j] += element(a + i * lda + k) * row[j];
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVecs; ++j) {
+      const int64_t n = N - j * L;
+      A* out = c + i * ldc + j * L;
+      if (n >= L) {
+        store(out, add ? load<A>(out) + acc[i][j] : acc[i][j]);
+      } else if (n > 0) {
+        store_partial(out, add ? load_partial<A>(out, n, A(0)) + acc[i][j] : acc[i][j], n);
+      }
+    }
+  }
+}
+
+// Where column n of a panel of B begins in its first row.
+template <typename Op>
+inline const Op* column_of(const Op* b, int64_t n) {
+  return b + (sizeof(Op) == 2 ? 2 * n : n);
+}
+
+template <typename Op, typename A>
+void portable_gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+                   const Op* a, const Op* b, A* c) {
+  constexpr int L = kLanes<A>, kVecs = MINITRON_VECTOR_BYTES == 64 ? 4 : 2, kRows = 6;
+  for (int64_t n = 0; n < N; n += kVecs * L) {
+    int64_t m = 0;
+    for (; m + kRows <= M; m += kRows) {
+      gemm_block<A, kRows, kVecs>(N - n, K, lda, ldb, ldc, add, a + m * lda, column_of(b, n),
+                                  c + m * ldc + n);
+    }
+    for (; m < M; ++m) {
+      gemm_block<A, 1, kVecs>(N - n, K, lda, ldb, ldc, add, a + m * lda, column_of(b, n), c + m * ldc + n);
+    }
+  }
+}
+
+}  // namespace minitron::MINITRON_SIMD

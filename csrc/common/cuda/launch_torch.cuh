@@ -1,0 +1,76 @@
+// What every launcher needs of torch: the stable ABI alone, so that one build loads under a CPU and a CUDA
+// torch.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "common/cuda/platform.cuh"
+
+// Where the *.cu files register their ops; the tests build them under another name, for CPU tensors.
+#ifndef MINITRON_CUDA_LIBRARY
+#define MINITRON_CUDA_LIBRARY minitron_kernels
+#define MINITRON_CUDA_KEY CUDA
+#endif
+
+namespace minitron::cuda {
+
+#ifdef MINITRON_CUDA_SHIM
+
+struct LaunchScope {
+  explicit LaunchScope(const torch::stable::Tensor&) {}
+  int stream() const { return 0; }
+  void check(const char*) const {}
+};
+
+#else
+
+// Makes the tensor's device current while it lives; launches go to torch's current stream there.
+class LaunchScope {
+ public:
+  explicit LaunchScope(const torch::stable::Tensor& tensor)
+      : device_(tensor.get_device_index()),
+        guard_(device_),
+        stream_(
+            static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device_).nativeHandle())) {
+  }
+
+  cudaStream_t stream() const { return stream_; }
+
+  // After every launch: a refused launch is reported here, not by some later call.
+  void check(const char* op) const {
+    const cudaError_t error = cudaGetLastError();
+    STD_TORCH_CHECK(error == cudaSuccess, op, ": launch failed on device ", device_, ": ",
+                    cudaGetErrorString(error));
+  }
+
+ private:
+  torch::stable::accelerator::DeviceIndex device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+#endif
+
+// Calls f with a value-initialised element of the floating dtype.
+template <typename F>
+void dispatch_float(torch::headeronly::ScalarType dtype, const char* name, F&& f) {
+  using torch::headeronly::ScalarType;
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(__nv_bfloat16{});
+    case ScalarType::Half:
+      return f(__half{});
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16 on CUDA, got ",
+                      torch::headeronly::toString(dtype));
+  }
+}
+
+}  // namespace minitron::cuda

@@ -1,0 +1,51 @@
+// Deterministic reductions over a warp and over a block of whole warps, for any struct of 32-bit fields.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/cuda/platform.cuh"
+
+namespace minitron::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr int kMaxWarps = 32;
+constexpr unsigned kFullMask = 0xffffffffu;
+
+template <typename V, typename Shuffle>
+__device__ __forceinline__ V shuffle_words(const V& v, Shuffle shuffle) {
+  static_assert(sizeof(V) % 4 == 0);
+  uint32_t words[sizeof(V) / 4];
+  memcpy(words, &v, sizeof(V));
+#pragma unroll
+  for (uint32_t& word : words) word = shuffle(word);
+  V out;
+  memcpy(&out, words, sizeof(V));
+  return out;
+}
+
+// merge(a, b) in a fixed order of all lanes, or of each `lanes` neighbours (a power of two); the first one's
+// result is the one to use, others may round differently. All lanes of the warp take part.
+template <typename V, typename Merge>
+__device__ __forceinline__ V warp_reduce(V v, Merge merge, int lanes = kWarpSize) {
+#pragma unroll
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
+    v = merge(v, shuffle_words(v, [=](uint32_t w) { return __shfl_xor_sync(kFullMask, w, offset); }));
+  }
+  return v;
+}
+
+// The same result in every thread. partial: shared memory for kMaxWarps values that this call alone uses,
+// which saves a second barrier. identity: merge(v, identity) == v.
+template <typename V, typename Merge>
+__device__ __forceinline__ V block_reduce(V v, V identity, V* partial, Merge merge) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  v = warp_reduce(v, merge);
+  if (lane == 0) partial[warp] = v;
+  __syncthreads();
+  const int warps = blockDim.x / kWarpSize;
+  v = warp_reduce(lane < warps ? partial[lane] : identity, merge);
+  return shuffle_words(v, [](uint32_t w) { return __shfl_sync(kFullMask, w, 0); });
+}
+
+}  // namespace minitron::cuda

@@ -1,0 +1,162 @@
+// gather on CPU: a task is a run of output rows of one matrix, or a tile where elements are not side by side.
+#include <torch/csrc/stable/library.h>
+
+#include <memory>
+
+#include "common/cpu/parallel.h"
+#include "common/cpu/stream.h"
+#include "gather/cpu/plan.h"
+#include "gather/tensor_view.h"
+
+namespace minitron {
+namespace {
+
+constexpr int64_t kBytesPerTask = 1 << 18;
+constexpr int64_t kTile = 64;
+// A result this large will not be found in the caches: its stores need not read the lines first.
+constexpr int64_t kStreamBytes = 4 << 20;
+constexpr int64_t kMaxScratch = 1 << 18;  // a row that is made there first still lies in the L2 cache
+constexpr int64_t kPlanRows = 4;          // a plan costs as much as a few rows
+
+struct Job : GatherArguments {
+  int64_t leads;
+  bool stream;
+
+  int64_t row_bytes() const { return cols.count * width; }
+  const char* source_row(const char* matrix, int64_t r) const { return matrix + rows[r] * source.row_stride; }
+};
+
+char* matrix_of(const View& view, int64_t lead) {
+  char* at = view.data;
+  for (int64_t d = int64_t(view.lead_sizes.size()) - 1; d >= 0; --d) {
+    at += lead % view.lead_sizes[d] * view.lead_strides[d];
+    lead /= view.lead_sizes[d];
+  }
+  return at;
+}
+
+void copy(const Job& job, char* to, const char* from, int64_t bytes) {
+  job.stream ? stream_copy(to, from, bytes) : void(std::memcpy(to, from, bytes));
+}
+
+// f(source matrix, out matrix, first row, past the last row, slot) over all output rows.
+template <typename F>
+void for_row_runs(const Job& job, F&& f) {
+  const int64_t per_task = std::max<int64_t>(1, kBytesPerTask / job.row_bytes());
+  const int64_t tasks = ceil_div(job.rows.count, per_task);
+  parallel_tasks(job.leads * tasks, [&](int64_t task, int64_t slot) {
+    const int64_t lead = task / tasks, begin = task % tasks * per_task;
+    f(matrix_of(job.source, lead), matrix_of(job.out, lead), begin,
+      std::min(job.rows.count, begin + per_task), slot);
+    if (job.stream) stream_fence();
+  });
+}
+
+// Whole rows; those that follow each other in both matrices are one copy.
+void gather_rows(const Job& job) {
+  const int64_t bytes = job.row_bytes();
+  const bool joins = job.source.row_stride == bytes && job.out.row_stride == bytes;
+  for_row_runs(job, [&](const char* source, char* out, int64_t begin, int64_t end, int64_t) {
+    for (int64_t r = begin, next; r < end; r = next) {
+      next = r + 1;
+      while (joins && next < end && job.rows[next] == job.rows[next - 1] + 1) ++next;
+      copy(job, out + r * job.out.row_stride, job.source_row(source, r), (next - r) * bytes);
+    }
+  });
+}
+
+void gather_by_plan(const Job& job) {
+  const GatherKernels& kernels = gather_kernels();
+  const GatherPlan plan =
+      make_plan(kernels, job.cols.index, job.cols.count, job.width, job.source.cols * job.width);
+  const int64_t bytes = job.row_bytes();
+  const bool aligned = job.out.aligned(kLineBytes);
+  const bool direct = aligned || !job.stream || bytes > kMaxScratch;
+  const std::unique_ptr<char[]> scratch(direct ? nullptr : new char[max_threads() * bytes]);
+  for_row_runs(job, [&](const char* source, char* out, int64_t begin, int64_t end, int64_t slot) {
+    for (int64_t r = begin; r < end; ++r) {
+      char* to = out + r * job.out.row_stride;
+      if (direct) {
+        kernels.row(plan, job.source_row(source, r), to, job.stream && aligned);
+      } else {
+        char* row = scratch.get() + slot * bytes;
+        kernels.row(plan, job.source_row(source, r), row, false);
+        stream_copy(to, row, bytes);
+      }
+    }
+  });
+}
+
+template <typename T>
+void gather_tile(const Job& job, const char* source, char* out, int64_t r0, int64_t r1, int64_t c0,
+                 int64_t c1) {
+  const auto move = [&](int64_t r, int64_t c) {
+    std::memcpy(out + r * job.out.row_stride + c * job.out.col_stride,
+                job.source_row(source, r) + job.cols[c] * job.source.col_stride, sizeof(T));
+  };
+  if (job.source.row_stride < job.source.col_stride) {
+    for (int64_t c = c0; c < c1; ++c) {
+      for (int64_t r = r0; r < r1; ++r) move(r, c);
+    }
+  } else {
+    for (int64_t r = r0; r < r1; ++r) {
+      for (int64_t c = c0; c < c1; ++c) move(r, c);
+    }
+  }
+}
+
+// Any strides: tiles, so that lines of either matrix are used whole while they are in the cache.
+template <typename T>
+void gather_elements(const Job& job) {
+  const int64_t height = std::min(kTile, job.rows.count), wide = kTile * kTile / height;
+  const int64_t down = ceil_div(job.rows.count, height), across = ceil_div(job.cols.count, wide);
+  parallel_tasks(job.leads * down * across, [&](int64_t task, int64_t) {
+    const int64_t lead = task / (down * across), r = task / across % down * height, c = task % across * wide;
+    gather_tile<T>(job, matrix_of(job.source, lead), matrix_of(job.out, lead), r,
+                   std::min(job.rows.count, r + height), c, std::min(job.cols.count, c + wide));
+  });
+}
+
+struct Bytes16 {
+  uint64_t halves[2];
+};
+
+template <typename F>
+void dispatch_width(int64_t width, F&& f) {
+  switch (width) {
+    case 1:
+      return f(uint8_t{});
+    case 2:
+      return f(uint16_t{});
+    case 4:
+      return f(uint32_t{});
+    case 8:
+      return f(uint64_t{});
+    case 16:
+      return f(Bytes16{});
+    default:
+      STD_TORCH_CHECK(false, "weight's elements must have 1, 2, 4, 8 or 16 bytes, got ", width);
+  }
+}
+
+void gather_channels(Tensor out, Tensor weight, std::optional<Tensor> rows, std::optional<Tensor> cols) {
+  GatherArguments arguments(out, weight, rows, cols);
+  arguments.rows.check(arguments.source.rows, "rows");
+  arguments.cols.check(arguments.source.cols, "cols");
+  if (arguments.empty()) return;
+  arguments.prefer_rows();
+  const Job job{arguments, arguments.out.leads(), out.numel() * arguments.width >= kStreamBytes};
+  if (job.side_by_side() && !job.cols.index) return gather_rows(job);
+  if (job.side_by_side() && job.leads * job.rows.count >= kPlanRows &&
+      job.source.cols * job.width <= kMaxRowBytes) {
+    return gather_by_plan(job);
+  }
+  dispatch_width(job.width, [&](auto element) { gather_elements<decltype(element)>(job); });
+}
+
+}  // namespace
+}  // namespace minitron
+
+STABLE_TORCH_LIBRARY_IMPL(minitron_kernels, CPU, m) {
+  m.impl("gather_channels_", TORCH_BOX(&minitron::gather_channels));
+}

@@ -1,0 +1,279 @@
+// Compiled once per SIMD level: moments of blocks of activations, norms and cosines of rows.
+#include <algorithm>
+#include <cmath>
+
+#include "common/cpu/vec.h"
+#include "importance/cosine.h"
+#include "importance/cpu/kernels.h"
+
+namespace minitron::MINITRON_SIMD {
+namespace {
+
+using V = Vec<float>;
+constexpr int64_t kL = kLanes<float>;
+// Vectors taken from a row before the next row is touched: a cache line of 16-bit elements. Rows of
+// activations often lie a multiple of 4 KiB apart, where eight of them fill a set of the L1 cache.
+constexpr int64_t kUnroll = 64 / (kL * 2);
+
+// The sums of a block of values, in fp32 over a chain of tokens, in double over the chains. `ahead`: how many
+// bytes ahead to prefetch.
+template <int64_t kKinds>
+class Sums {
+ public:
+  Sums(void* scratch, int64_t values, int64_t ahead)
+      : values_(values), ahead_(ahead), padded_(round_up(values, 16)) {
+    total_ = static_cast<double*>(scratch);
+    chain_ = reinterpret_cast<float*>(total_ + kPlanes * padded_);
+    std::fill_n(total_, kPlanes * padded_, 0.0);
+    std::fill_n(chain_, kPlanes * padded_, 0.0f);
+  }
+
+  // Where the scratch memory goes on.
+  float* scratch_end() const { return chain_ + kPlanes * padded_; }
+
+  // Adds n <= kGroup tokens, row r of them at rows[r].
+  template <typename T>
+  void add(const T* const* rows, int64_t n) {
+    const float share = float(n) / float(in_chain_ + n), weight = float(in_chain_) * share;
+    int64_t c = 0;
+    for (; c + kUnroll * kL <= values_; c += kUnroll * kL) {
+      add_columns<kUnroll>(rows, n, c, share, weight, [](const T* p) { return load<float>(p); });
+    }
+    for (; c + kL <= values_; c += kL) {
+      add_columns<1>(rows, n, c, share, weight, [](const T* p) { return load<float>(p); });
+    }
+    if (const int64_t left = values_ - c) {
+      add_columns<1>(rows, n, c, share, weight,
+                     [=](const T* p) { return load_partial<float>(p, left, 0.0f); });
+    }
+    in_chain_ += n;
+    if (in_chain_ >= kChain) flush();
+  }
+
+  // Writes the planes; returns the number of tokens added.
+  int64_t finish(float* moments, int64_t values, int64_t plane_stride) {
+    flush();
+    for (int64_t plane = 0; plane < kPlanes; ++plane) {
+      // the mean was kept; its sum is what adds over ranks
+      const double scale = (kKinds & kCentred) && plane == kPlanes - 2 ? double(tokens_) : 1.0;
+      for (int64_t c = 0; c < values; ++c) {
+        moments[plane * plane_stride + c] = float(total_[plane * padded_ + c] * scale);
+      }
+    }
+    return tokens_;
+  }
+
+ private:
+  static constexpr int64_t kPlanes = planes_of(kKinds);
+
+  float* chain(int64_t plane) const { return chain_ + plane * padded_; }
+
+  template <int64_t kN, typename T, typename Load>
+  void add_columns(const T* const* rows, int64_t n, int64_t c, float share, float weight, Load&& load_at) {
+    V magnitude[kN] = {}, square[kN] = {}, pivot[kN] = {}, shift[kN] = {}, shift_square[kN] = {};
+    if constexpr (kKinds & kCentred) {
+      // around the mean so far, so that little is left to cancel; around the first token in a new chain
+      for (int64_t j = 0; j < kN; ++j) {
+        pivot[j] = in_chain_ ? load<float>(chain(kPlanes - 2) + c + j * kL) : load_at(rows[0] + c + j * kL);
+      }
+    }
+    for (int64_t r = 0; r < n; ++r) {
+      __builtin_prefetch(reinterpret_cast<const char*>(rows[r] + c) + ahead_);
+      for (int64_t j = 0; j < kN; ++j) {
+        const V v = load_at(rows[r] + c + j * kL);
+        if constexpr (kKinds & kAbs) magnitude[j] += bit_cast<V>(bit_cast<U32>(v) & 0x7fffffffu);
+        if constexpr (kKinds & kSquare) square[j] += v * v;
+        if constexpr (kKinds & kCentred) {
+          const V d = v - pivot[j];
+          shift[j] += d;
+          shift_square[j] += d * d;
+        }
+      }
+    }
+    int64_t plane = 0;
+    const auto accumulate = [&](const V* part) {
+      for (int64_t j = 0; j < kN; ++j) {
+        float* sum = chain(plane) + c + j * kL;
+        store(sum, load<float>(sum) + part[j]);
+      }
+      ++plane;
+    };
+    if constexpr (kKinds & kAbs) accumulate(magnitude);
+    if constexpr (kKinds & kSquare) accumulate(square);
+    if constexpr (kKinds & kCentred) {
+      // Chan's rule for the chain's mean and M2 and the group's
+      for (int64_t j = 0; j < kN; ++j) {
+        float *mean = chain(plane) + c + j * kL, *m2 = chain(plane + 1) + c + j * kL;
+        const V offset = shift[j] / splat(float(n)), group_m2 = shift_square[j] - offset * shift[j];
+        const V before = load<float>(mean);
+        const V delta = in_chain_ ? offset : V{};
+        store(mean, in_chain_ ? before + delta * splat(share) : pivot[j] + offset);
+        store(m2, load<float>(m2) + group_m2 + delta * delta * splat(weight));
+      }
+    }
+  }
+
+  void flush() {
+    if (in_chain_ == 0) return;
+    for (int64_t plane = 0; plane < kPlanes - (kKinds & kCentred ? 2 : 0); ++plane) {
+      double* total = total_ + plane * padded_;
+      for (int64_t c = 0; c < padded_; ++c) total[c] += chain(plane)[c];
+    }
+    if constexpr (kKinds & kCentred) {
+      double *mean = total_ + (kPlanes - 2) * padded_, *m2 = mean + padded_;
+      const double share = double(in_chain_) / double(tokens_ + in_chain_), weight = double(tokens_) * share;
+      for (int64_t c = 0; c < padded_; ++c) {
+        const double delta = chain(kPlanes - 2)[c] - mean[c];
+        mean[c] += delta * share;
+        m2[c] += chain(kPlanes - 1)[c] + delta * delta * weight;
+      }
+    }
+    tokens_ += in_chain_;
+    in_chain_ = 0;
+    std::fill_n(chain_, kPlanes * padded_, 0.0f);
+  }
+
+  int64_t values_, ahead_, padded_, tokens_ = 0, in_chain_ = 0;
+  double* total_;
+  float* chain_;
+};
+
+template <int kBytes>
+struct LanesOf {
+  typedef float type __attribute__((vector_size(kBytes)));
+};
+
+// Halves of a vector in registers, not lane by lane: a head has as few as 64 elements, so what follows its
+// products counts as much as they do.
+template <int kBytes>
+float tree(const typename LanesOf<kBytes>::type& v) {  // by reference: no ABI has vectors this long
+  if constexpr (kBytes == 2 * sizeof(float)) {
+    return v[0] + v[1];
+  } else {
+    typename LanesOf<kBytes / 2>::type half[2];
+    std::memcpy(&half, &v, sizeof(v));
+    return tree<kBytes / 2>(half[0] + half[1]);
+  }
+}
+
+template <size_t kN>
+float sum_of(const V (&parts)[kN]) {
+  V sum = parts[0];
+  for (size_t j = 1; j < kN; ++j) sum += parts[j];
+  return tree<MINITRON_VECTOR_BYTES>(sum);
+}
+
+// f(vectors...) over the vectors of x (and y) [n], kN at a time so that as many chains hide the additions'
+// latency; the next `ahead` bytes of each are fetched.
+template <int64_t kN, typename T, typename F>
+void each_vector(const T* x, const T* y, int64_t n, int64_t ahead, F&& f) {
+  int64_t c = 0;
+  for (; c + kN * kL <= n; c += kN * kL) {
+    for (int64_t at = 0; at < int64_t(kN * kL * sizeof(T)); at += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(x + c) + ahead + at);
+      if (y) __builtin_prefetch(reinterpret_cast<const char*>(y + c) + ahead + at);
+    }
+    for (int64_t j = 0; j < kN; ++j) {
+      f(j, load<float>(x + c + j * kL), y ? load<float>(y + c + j * kL) : V{});
+    }
+  }
+  for (; c < n; c += kL) {
+    const int64_t left = std::min(kL, n - c);
+    f(0, load_partial<float>(x + c, left, 0.0f), y ? load_partial<float>(y + c, left, 0.0f) : V{});
+  }
+}
+
+// ||x||: nothing cancels, so that fp32 will do.
+template <typename T>
+float norm(const T* x, int64_t n, int64_t ahead) {
+  V square[4] = {};
+  each_vector<4>(x, static_cast<const T*>(nullptr), n, ahead, [&](int64_t j, V a, V) { square[j] += a * a; });
+  return std::sqrt(sum_of(square));
+}
+
+template <typename T>
+float distance(const T* x, const T* y, int64_t n, int64_t ahead) {
+  V xx[2] = {}, xy[2] = {}, yy[2] = {}, xd[2] = {}, dd[2] = {};
+  each_vector<2>(x, y, n, ahead, [&](int64_t j, V a, V b) {
+    const V d = b - a;
+    xx[j] += a * a;
+    xy[j] += a * b;
+    yy[j] += b * b;
+    xd[j] += a * d;
+    dd[j] += d * d;
+  });
+  const double norms = std::sqrt(double(sum_of(xx))) * std::sqrt(double(sum_of(yy)));
+  return float(cosine_distance({sum_of(xx), sum_of(xy), sum_of(yy), sum_of(xd), sum_of(dd)}, norms));
+}
+
+// Hardware prefetchers stop at the end of a page. Long rows are read on beyond it; of short ones, or pieces
+// of rows, the tokens after the next are fetched.
+constexpr int64_t kLongRow = 16 << 10, kAhead = 512;  // bytes
+
+int64_t bytes_ahead(int64_t row_bytes, int64_t stride) {
+  return row_bytes >= kLongRow && row_bytes == stride ? kAhead : 2 * kGroup * stride;
+}
+
+template <int64_t kKinds, typename T>
+int64_t moments(const MomentsTask& task, void* scratch) {
+  // norms of heads lie in whole vectors, for there are few of them
+  const int64_t lanes = task.heads ? round_up(task.values, kL) : task.values;
+  const int64_t row_bytes = task.values * task.head_dim * sizeof(T);
+  const int64_t ahead = bytes_ahead(row_bytes, task.stride);
+  Sums<kKinds> sums(scratch, lanes, task.heads ? 0 : ahead);
+  float* norms = sums.scratch_end();
+  if (task.heads) std::fill_n(norms, kGroup * lanes, 0.0f);
+  const T* rows[kGroup];
+  int64_t n = 0;
+  const auto add = [&] {
+    if (!task.heads) return sums.add(rows, n);
+    const float* heads[kGroup];
+    for (int64_t r = 0; r < n; ++r) {
+      float* out = norms + r * lanes;
+      for (int64_t m = 0; m < task.values; ++m) {
+        out[m] = norm(rows[r] + m * task.head_dim, task.head_dim, ahead);
+      }
+      heads[r] = out;
+    }
+    sums.add(heads, n);
+  };
+  for (int64_t t = 0; t < task.tokens; ++t) {
+    if (task.mask && !task.mask[t]) continue;
+    rows[n++] = reinterpret_cast<const T*>(task.x + t * task.stride);
+    if (n == kGroup) add(), n = 0;
+  }
+  if (n) add();
+  return sums.finish(task.moments, task.values, task.plane_stride);
+}
+
+template <typename T>
+void rows(const RowsTask& task) {
+  const auto row = [](const char* base, int64_t stride, int64_t r) {
+    return reinterpret_cast<const T*>(base + r * stride);
+  };
+  for (int64_t r = 0; r < task.rows; ++r) {
+    const T* x = row(task.x, task.x_stride, r);
+    task.out[r] =
+        task.pair ? distance(x, row(task.y, task.y_stride, r), task.n, kAhead) : norm(x, task.n, kAhead);
+  }
+}
+
+}  // namespace
+
+const ImportanceKernels& importance_kernels() {
+  static const ImportanceKernels table{
+      [](const MomentsTask& task, DType dtype, int64_t kinds, void* scratch) {
+        int64_t tokens = 0;
+        dispatch_readable<float>(dtype, [&](auto element) {
+          tokens = dispatch_kinds(
+              kinds, [&](auto constant) { return moments<constant(), decltype(element)>(task, scratch); });
+        });
+        return tokens;
+      },
+      [](const RowsTask& task, DType dtype) {
+        dispatch_readable<float>(dtype, [&](auto element) { rows<decltype(element)>(task); });
+      }};
+  return table;
+}
+
+}  // namespace minitron::MINITRON_SIMD

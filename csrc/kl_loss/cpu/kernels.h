@@ -1,0 +1,119 @@
+// Between the launchers (which know torch) and the kernels (which know a SIMD level): plain structs and one
+// table of function pointers per level.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "common/cpu/gemm.h"
+#include "common/cpu/simd.h"
+#include "common/types.h"
+
+namespace minitron {
+
+enum class Divergence { kForward, kReverse, kJsd };
+
+struct LossOptions {
+  double beta = 0, inv_tau = 1;
+  double student_scale = 1, student_softcap = 0, teacher_scale = 1, teacher_softcap = 0;
+  Divergence kind() const {
+    return beta == 0 ? Divergence::kForward : beta == 1 ? Divergence::kReverse : Divergence::kJsd;
+  }
+};
+
+// Columns of `stats`, [rows, kStats]: what the gradient needs of a row.
+enum Stat { kMaxS, kInvSumS, kMaxT, kInvSumT, kDelta, kKl, kStats };
+// What a tile of the vocabulary leaves of a row, mergeable: maxima and sums of exp, and the KL divergence (in
+// the direction asked for) given that the token is in the tile. By the chain rule KL = KL(tile) + sum P(tile)
+// KL(in tile).
+enum Partial { kPartMaxS, kPartSumS, kPartMaxT, kPartSumT, kPartKl, kPartials };
+
+// A row's log-ratio is ls - lt = (s - t) - (lse_s - lse_t), with the shift, a whole number, taken off both
+// brackets: logits of two models may lie far apart, and their difference would lose its digits. Where the
+// maxima agree the shift is 0, and s - t of a student close to its teacher stays exact. Of two maxima of type
+// A, or of vectors of them; always inlined, since the files that include this are compiled for different
+// CPUs.
+template <typename A, typename V>
+[[gnu::always_inline]] inline V shift_between(V max_s, V max_t) {
+  constexpr A kRounds = std::is_same_v<A, float> ? A(0x1.8p23) : A(0x1.8p52);  // to a whole number
+  return ((max_s - max_t) + kRounds) - kRounds;
+}
+// lse_s - lse_t - shift from maxima and sums of exp.
+template <typename A>
+[[gnu::always_inline]] inline A delta_between(A max_s, double sum_s, A max_t, double sum_t) {
+  const double shift = shift_between<A>(max_s, max_t);
+  return A((double(max_s) - double(max_t) - shift) + (std::log(sum_s) - std::log(sum_t)));
+}
+
+// One row of logits, [vocab_size] with stride 1.
+struct LogitsRow {
+  const void* student;
+  const void* teacher;
+  DType student_dtype, teacher_dtype;
+  int64_t vocab_size;
+};
+
+// A = float or double: the type in which logits are held and summed.
+template <typename A>
+struct KlKernels {
+  // kl_loss: a row's loss and stats (kStats values of A); a row's gradient, [vocab_size] in the student's
+  // dtype.
+  void (*row_forward)(const LogitsRow&, const LossOptions&, A* loss, A* stats);
+  void (*row_backward)(const LogitsRow&, const LossOptions&, const A* stats, A grad_loss, void* grad);
+
+  // linear_kl_loss, on panels [rows of the vocabulary, kPanel tokens]; per-token values are rows of kPanel,
+  // `stride` apart. `stats` transforms the panels in place (bias per vocabulary row, or nullptr); the others
+  // read them.
+  void (*panel_stats)(A* student, A* teacher, int64_t rows, const A* student_bias, const A* teacher_bias,
+                      const LossOptions&, bool want_kl, A* partials, int64_t stride);
+  void (*panel_kl)(const A* student, const A* teacher, int64_t rows, const LossOptions&, const A* stats,
+                   int64_t stride, A* kl, A* loss);
+  void (*panel_grad)(const A* student, const A* teacher, int64_t rows, const LossOptions&, const A* stats,
+                     int64_t stride, const A* row_weight, A* dz, A* loss);
+  // row_sums[v] += the sum of the panel's row v.
+  void (*panel_row_sums)(const A* panel, int64_t rows, A* row_sums);
+  Gemm<A, A> gemm;
+};
+
+// Packing of operands of type Op (see pack.h) from storage of any dtype that widens to it.
+template <typename A, typename Op>
+struct PackKernels {
+  void (*transposed)(const void* src, DType, int64_t ld, const int64_t* index, int64_t rows, int64_t cols,
+                     Op* dst);
+  void (*rows)(const void* src, DType, int64_t ld, const int64_t* index, int64_t rows, int64_t padded_rows,
+               int64_t cols, Op* dst);
+  void (*convert)(const void* src, DType, int64_t ld, int64_t rows, int64_t cols, int64_t padded_cols,
+                  Op* dst);
+  void (*cast_panel)(const A* panel, int64_t rows, Op* dst, int64_t ld);
+  void (*transpose_panel)(const A* panel, int64_t rows, Op* dst, int64_t ld);
+  // [rows, cols] of A to storage of a dtype.
+  void (*narrow)(const A* src, int64_t lds, int64_t rows, int64_t cols, void* dst, DType, int64_t ldd);
+};
+
+struct CpuKernels {
+  KlKernels<float> f32;
+  KlKernels<double> f64;
+  PackKernels<float, float> pack_f32;
+  PackKernels<float, bf16> pack_bf16;
+  PackKernels<double, double> pack_f64;
+  Gemm<bf16, float> gemm_bf16;
+
+  template <typename A>
+  const KlKernels<A>& kl() const {
+    static_assert(std::is_same_v<A, float> || std::is_same_v<A, double>);
+    if constexpr (std::is_same_v<A, float>) return f32;
+    if constexpr (std::is_same_v<A, double>) return f64;
+  }
+  template <typename Op>
+  const auto& pack() const {
+    static_assert(std::is_same_v<Op, bf16> || std::is_same_v<Op, float> || std::is_same_v<Op, double>);
+    if constexpr (std::is_same_v<Op, bf16>) return pack_bf16;
+    if constexpr (std::is_same_v<Op, float>) return pack_f32;
+    if constexpr (std::is_same_v<Op, double>) return pack_f64;
+  }
+};
+
+MINITRON_TABLE_PER_LEVEL(CpuKernels, cpu_kernels)
+
+}  // namespace minitron

@@ -1,0 +1,118 @@
+// kl_loss on CPU: rows are independent, one task is a run of rows.
+#include <torch/csrc/stable/library.h>
+
+#include "common/cpu/parallel.h"
+#include "common/cpu/tensors.h"
+#include "kl_loss/cpu/kernels.h"
+
+namespace minitron {
+namespace {
+
+constexpr int64_t kLogitsPerTask = 1 << 16;
+
+struct Rows {
+  Matrix student, teacher;
+  const uint8_t* mask;
+  int64_t vocab_size;
+  LossOptions options;
+
+  LogitsRow at(int64_t n) const {
+    return {student.row(n), teacher.row(n), student.dtype, teacher.dtype, vocab_size};
+  }
+  template <typename F>
+  void each(F&& f) const {
+    const int64_t per_task = std::max<int64_t>(1, kLogitsPerTask / std::max<int64_t>(1, vocab_size));
+    parallel_tasks(ceil_div(student.rows, per_task), [&](int64_t task, int64_t) {
+      const int64_t end = std::min(student.rows, (task + 1) * per_task);
+      for (int64_t n = task * per_task; n < end; ++n) f(n);
+    });
+  }
+};
+
+Rows rows_of(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
+             int64_t vocab_size, const LossOptions& options) {
+  const Rows rows{matrix_of(student, "student_logits"), matrix_of(teacher, "teacher_logits"),
+                  mask_of(mask, student.size(0)), vocab_size, options};
+  STD_TORCH_CHECK(rows.student.rows == rows.teacher.rows,
+                  "student_logits and teacher_logits must have as many rows");
+  STD_TORCH_CHECK(vocab_size >= 0 && vocab_size <= std::min(rows.student.cols, rows.teacher.cols),
+                  "vocab_size must fit both logits");
+  STD_TORCH_CHECK((rows.student.dtype == DType::kFloat64) == (rows.teacher.dtype == DType::kFloat64),
+                  "float64 logits need float64 logits on the other side");
+  return rows;
+}
+
+template <typename A>
+void forward_rows(const Rows& rows, A* loss, A* stats) {
+  const auto kernel = cpu_kernels().kl<A>().row_forward;
+  rows.each([&](int64_t n) {
+    if (rows.mask && !rows.mask[n]) {
+      loss[n] = 0;
+      std::fill_n(stats + n * kStats, int(kStats), A(0));
+    } else {
+      kernel(rows.at(n), rows.options, loss + n, stats + n * kStats);
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> kl_loss_forward(Tensor student, Tensor teacher, std::optional<Tensor> mask,
+                                           int64_t vocab_size, double beta, double inv_tau,
+                                           double student_scale, double student_softcap, double teacher_scale,
+                                           double teacher_softcap) {
+  const Rows rows = rows_of(student, teacher, mask, vocab_size,
+                            {beta, inv_tau, student_scale, student_softcap, teacher_scale, teacher_softcap});
+  const bool wide = rows.student.dtype == DType::kFloat64;
+  const auto dtype = wide ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
+  const int64_t N = rows.student.rows;
+  Tensor loss = torch::stable::new_empty(student, {N}, dtype);
+  Tensor stats = torch::stable::new_empty(student, {N, int64_t(kStats)}, dtype);
+  if (wide) {
+    forward_rows(rows, static_cast<double*>(loss.data_ptr()), static_cast<double*>(stats.data_ptr()));
+  } else {
+    forward_rows(rows, static_cast<float*>(loss.data_ptr()), static_cast<float*>(stats.data_ptr()));
+  }
+  return {loss, stats};
+}
+
+template <typename A>
+void backward_rows(const Rows& rows, const A* grad_loss, const A* stats, char* grad) {
+  const auto kernel = cpu_kernels().kl<A>().row_backward;
+  const int64_t width = bytes_of(rows.student.dtype);
+  const int64_t row_bytes = rows.student.cols * width, used_bytes = rows.vocab_size * width;
+  rows.each([&](int64_t n) {
+    char* out = grad + n * row_bytes;
+    if (rows.mask && !rows.mask[n]) {
+      std::fill_n(out, row_bytes, char(0));
+    } else {
+      kernel(rows.at(n), rows.options, stats + n * kStats, grad_loss[n], out);
+      std::fill_n(out + used_bytes, row_bytes - used_bytes, char(0));
+    }
+  });
+}
+
+Tensor kl_loss_backward(Tensor grad_loss, Tensor stats, Tensor student, Tensor teacher,
+                        std::optional<Tensor> mask, int64_t vocab_size, double beta, double inv_tau,
+                        double student_scale, double student_softcap, double teacher_scale,
+                        double teacher_softcap) {
+  const Rows rows = rows_of(student, teacher, mask, vocab_size,
+                            {beta, inv_tau, student_scale, student_softcap, teacher_scale, teacher_softcap});
+  const int64_t N = rows.student.rows;
+  Tensor grad = torch::stable::new_empty(student, {N, rows.student.cols});
+  char* out = static_cast<char*>(grad.data_ptr());
+  if (rows.student.dtype == DType::kFloat64) {
+    backward_rows<double>(rows, vector_of<double>(grad_loss, N, "grad_loss"),
+                          vector_of<double>(stats, N * kStats, "stats"), out);
+  } else {
+    backward_rows<float>(rows, vector_of<float>(grad_loss, N, "grad_loss"),
+                         vector_of<float>(stats, N * kStats, "stats"), out);
+  }
+  return grad;
+}
+
+}  // namespace
+}  // namespace minitron
+
+STABLE_TORCH_LIBRARY_IMPL(minitron_kernels, CPU, m) {
+  m.impl("kl_loss_forward", TORCH_BOX(&minitron::kl_loss_forward));
+  m.impl("kl_loss_backward", TORCH_BOX(&minitron::kl_loss_backward));
+}

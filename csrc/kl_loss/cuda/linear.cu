@@ -1,0 +1,156 @@
+// Launchers of the epilogues of linear_kl_loss on fp32 logits. They write into tensors of the caller and
+// allocate nothing. No host sync.
+#include <optional>
+
+#include "kl_loss/cuda/launch_torch.cuh"
+#include "kl_loss/cuda/tile_kernels.cuh"
+
+namespace minitron::cuda {
+namespace {
+
+using MaybeTensor = std::optional<Tensor>;
+
+int64_t check_tile(const LogitTensors& logits, int64_t vocab_size) {
+  for (const auto& [name, x] :
+       {std::pair{"student_logits", &logits.student}, std::pair{"teacher_logits", &logits.teacher}}) {
+    STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float, name, " must be float32 out of the GEMM, got ",
+                    torch::headeronly::toString(x->scalar_type()));
+  }
+  return logits.check(vocab_size);
+}
+
+void kl_tile_forward(const Tensor& student_logits, const Tensor& teacher_logits,
+                     const MaybeTensor& student_bias, const MaybeTensor& teacher_bias,
+                     const MaybeTensor& mask, Tensor loss, Tensor stats, int64_t vocab_size, double beta,
+                     double inv_tau, double student_scale, double student_softcap, double teacher_scale,
+                     double teacher_softcap) {
+  const LogitTensors logits = {student_logits, teacher_logits, student_bias, teacher_bias, mask};
+  const int64_t rows = check_tile(logits, vocab_size);
+  check_floats("loss", loss, {rows}, student_logits);
+  check_stats(stats, student_logits);
+  if (rows == 0) return;
+  const LaunchScope scope(student_logits);
+  const LossArguments arguments = {vocab_size,      beta,          inv_tau,        student_scale,
+                                   student_softcap, teacher_scale, teacher_softcap};
+  arguments.with_kind([&](auto kind) {
+    launch_forward<decltype(kind)::value, float, float>(scope, logits, arguments, floats(loss),
+                                                        floats(stats));
+  });
+  scope.check("kl_tile_forward_");
+}
+
+void kl_tile_grad(const Tensor& student_logits, const Tensor& teacher_logits, const MaybeTensor& student_bias,
+                  const MaybeTensor& teacher_bias, const MaybeTensor& mask, const Tensor& weight,
+                  const Tensor& stats, Tensor grad, int64_t vocab_size, double beta, double inv_tau,
+                  double student_scale, double student_softcap, double teacher_scale,
+                  double teacher_softcap) {
+  const LogitTensors logits = {student_logits, teacher_logits, student_bias, teacher_bias, mask};
+  const int64_t rows = check_tile(logits, vocab_size);
+  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == rows && weight.scalar_type() == ScalarType::Float &&
+                      weight.device() == student_logits.device(),
+                  "weight must be float32 [N] on the device of student_logits");
+  check_stats(stats, student_logits);
+  check_logits("grad", grad, student_logits);
+  STD_TORCH_CHECK(grad.size(1) >= vocab_size, "grad has ", grad.size(1), " columns, vocab_size is ",
+                  vocab_size);
+  if (rows == 0) return;
+  const LaunchScope scope(student_logits);
+  const LossArguments arguments = {vocab_size,      beta,          inv_tau,        student_scale,
+                                   student_softcap, teacher_scale, teacher_softcap};
+  dispatch_float(grad.scalar_type(), "grad", [&](auto g) {
+    arguments.with_kind([&](auto kind) {
+      launch_backward<decltype(kind)::value, float, float, decltype(g)>(scope, logits, arguments, weight,
+                                                                        const_floats(stats), grad);
+    });
+  });
+  scope.check("kl_tile_grad_");
+}
+
+void kl_tile_stats(const Tensor& student_logits, const Tensor& teacher_logits,
+                   const MaybeTensor& student_bias, const MaybeTensor& teacher_bias, const MaybeTensor& mask,
+                   Tensor state, bool first, double beta, double inv_tau, double student_scale,
+                   double student_softcap, double teacher_scale, double teacher_softcap) {
+  const LogitTensors logits = {student_logits, teacher_logits, student_bias, teacher_bias, mask};
+  const int64_t columns = student_logits.size(1), rows = check_tile(logits, columns);
+  check_floats("state", state, {RowState<KlKind::kForward>::kFields, rows}, student_logits);
+  if (rows == 0) return;
+  const LaunchScope scope(student_logits);
+  const LossArguments arguments = {columns,         beta,          inv_tau,        student_scale,
+                                   student_softcap, teacher_scale, teacher_softcap};
+  arguments.with_kind([&](auto kind) {
+    const auto kernel = &kl_tile_stats_kernel<decltype(kind)::value>;
+    MINITRON_LAUNCH(kernel, dim3(rows), dim3(state_threads(columns)), scope.stream(),
+                    (logits.rows<float, float>()), arguments.options(), floats(state), state.stride(0),
+                    first);
+  });
+  scope.check("kl_tile_stats_");
+}
+
+void kl_tile_mixture(const Tensor& student_logits, const Tensor& teacher_logits,
+                     const MaybeTensor& student_bias, const MaybeTensor& teacher_bias,
+                     const MaybeTensor& mask, const Tensor& stats, Tensor sums, bool first, double beta,
+                     double inv_tau, double student_scale, double student_softcap, double teacher_scale,
+                     double teacher_softcap) {
+  const LogitTensors logits = {student_logits, teacher_logits, student_bias, teacher_bias, mask};
+  const int64_t columns = student_logits.size(1), rows = check_tile(logits, columns);
+  check_stats(stats, student_logits);
+  check_floats("sums", sums, {MixtureSums::kFields, rows}, student_logits);
+  if (rows == 0) return;
+  const LaunchScope scope(student_logits);
+  const LossArguments arguments = {columns,         beta,          inv_tau,        student_scale,
+                                   student_softcap, teacher_scale, teacher_softcap};
+  const auto kernel = &kl_tile_mixture_kernel;
+  MINITRON_LAUNCH(kernel, dim3(rows), dim3(state_threads(columns)), scope.stream(),
+                  (logits.rows<float, float>()), arguments.options(), const_floats(stats), floats(sums),
+                  sums.stride(0), first);
+  scope.check("kl_tile_mixture_");
+}
+
+// parts: (splits, fields, N), contiguous.
+FinishRows check_finish(const char* name, const Tensor& parts, int64_t fields, const MaybeTensor& mask,
+                        const Tensor& loss, const Tensor& stats) {
+  STD_TORCH_CHECK(parts.dim() == 3 && parts.size(1) == fields && parts.size(2) == loss.size(0) &&
+                      parts.scalar_type() == ScalarType::Float && parts.is_contiguous(),
+                  name, " must be contiguous float32 [splits, ", fields, ", N]");
+  check_floats("loss", loss, {parts.size(2)}, parts);
+  check_stats(stats, loss);
+  check_mask(mask, loss);
+  return {mask_pointer(mask), mask ? mask->stride(0) : 0, parts.size(2), static_cast<int>(parts.size(0))};
+}
+
+dim3 finish_grid(int64_t rows) { return dim3((rows + kFinishThreads - 1) / kFinishThreads); }
+
+void kl_finish_stats(const Tensor& states, const MaybeTensor& mask, Tensor loss, Tensor stats, double beta) {
+  const FinishRows rows =
+      check_finish("states", states, RowState<KlKind::kForward>::kFields, mask, loss, stats);
+  if (rows.rows == 0) return;
+  const LaunchScope scope(states);
+  LossArguments{.beta = beta}.with_kind([&](auto kind) {
+    const auto kernel = &kl_finish_stats_kernel<decltype(kind)::value>;
+    MINITRON_LAUNCH(kernel, finish_grid(rows.rows), dim3(kFinishThreads), scope.stream(), rows,
+                    const_floats(states), floats(loss), floats(stats));
+  });
+  scope.check("kl_finish_stats_");
+}
+
+void kl_finish_mixture(const Tensor& sums, const MaybeTensor& mask, Tensor loss, Tensor stats, double beta) {
+  const FinishRows rows = check_finish("sums", sums, MixtureSums::kFields, mask, loss, stats);
+  if (rows.rows == 0) return;
+  const LaunchScope scope(sums);
+  const auto kernel = &kl_finish_mixture_kernel;
+  MINITRON_LAUNCH(kernel, finish_grid(rows.rows), dim3(kFinishThreads), scope.stream(), rows,
+                  const_floats(sums), Shares(beta), floats(loss), floats(stats));
+  scope.check("kl_finish_mixture_");
+}
+
+}  // namespace
+}  // namespace minitron::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(MINITRON_CUDA_LIBRARY, MINITRON_CUDA_KEY, m) {
+  m.impl("kl_tile_forward_", TORCH_BOX(&minitron::cuda::kl_tile_forward));
+  m.impl("kl_tile_grad_", TORCH_BOX(&minitron::cuda::kl_tile_grad));
+  m.impl("kl_tile_stats_", TORCH_BOX(&minitron::cuda::kl_tile_stats));
+  m.impl("kl_tile_mixture_", TORCH_BOX(&minitron::cuda::kl_tile_mixture));
+  m.impl("kl_finish_stats_", TORCH_BOX(&minitron::cuda::kl_finish_stats));
+  m.impl("kl_finish_mixture_", TORCH_BOX(&minitron::cuda::kl_finish_mixture));
+}
