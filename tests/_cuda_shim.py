@@ -52,13 +52,10 @@ def cache_folder() -> Path:
 
 
 def sources() -> dict[str, str]:
-    """{path under csrc: text} of the CUDA files, the headers they include, and each op's <op>/<op>.cpp."""
-    files = [*CSRC.rglob("*.cuh"), *CSRC.rglob("*.cu")]
+    """{path under csrc: text} of the CUDA files, the headers outside of cpu/, and each op's <op>/<op>.cpp."""
+    files = [*CSRC.rglob("*.cuh"), *CSRC.rglob("*.cu"), *CSRC.glob("*/*.h")]
     files += [path for path in CSRC.glob("*/*.cpp") if path.stem == path.parent.name]
-    texts = {str(path.relative_to(CSRC)): path.read_text() for path in sorted(files)}
-    headers = {name for text in texts.values() for name in re.findall(r'#include "(.+\.h)"', text)}
-    texts |= {name: (CSRC / name).read_text() for name in sorted(headers) if (CSRC / name).exists()}
-    return texts
+    return {str(path.relative_to(CSRC)): path.read_text() for path in sorted(files)}
 
 
 def planted(texts: dict[str, str], faults: tuple[Fault, ...]) -> dict[str, str]:

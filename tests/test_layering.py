@@ -95,7 +95,7 @@ def includes_of(path: Path) -> list[str]:
 
 
 def wrong_includes(root: Path) -> list[str]:
-    """common/ knows no op, an op no other op, cpu/ and cuda/ not each other; kernels and module.cpp no torch."""
+    """common/ knows no op, an op no other op, cpu/ and cuda/ not each other; kernels, module.cpp no torch."""
     csrc = root / "csrc"
     files = {str(p.relative_to(csrc)): includes_of(p) for p in sorted(csrc.rglob("*")) if p.suffix in SOURCES}
 
