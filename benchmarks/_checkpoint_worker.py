@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from minitron_kernels.pruning import Cuts, PruningPlan, make_plan, prune_checkpoint
-from minitron_kernels.pruning.families import family_of
+from minitron_kernels.pruning.families.registry import family_of
 
 ROWS = ("prune", "load")
 LABELS = {

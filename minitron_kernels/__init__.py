@@ -6,6 +6,7 @@
 from minitron_kernels._workspace import release_workspaces, workspace_bytes_held
 from minitron_kernels.ops.gather.index import ChannelIndex
 from minitron_kernels.ops.gather.op import gather_channels
+from minitron_kernels.ops.gather.optimizer import ParameterReplacement, gather_optimizer_state_
 from minitron_kernels.ops.importance.op import (
     accumulate_block_importance_,
     accumulate_expert_importance_,
@@ -16,7 +17,6 @@ from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanStat
 from minitron_kernels.ops.kl_loss.modules import KLLoss, LinearKLLoss
 from minitron_kernels.ops.kl_loss.op import kl_loss, linear_kl_loss
 from minitron_kernels.ops.kl_loss.plan import LinearKLPlan, plan_linear_kl_loss
-from minitron_kernels.pruning.optimizer import ParameterReplacement, gather_optimizer_state_
 
 __version__ = "0.1.0"
 __all__ = [

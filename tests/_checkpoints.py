@@ -6,7 +6,7 @@ from pathlib import Path
 from _scores import random_tables, smaller_sizes
 from _tiny_models import tiny_model
 
-from minitron_kernels.pruning.plan import make_plan
+from minitron_kernels.pruning.plan.make_plan import make_plan
 
 OTHER_WEIGHTS = ("consolidated.safetensors", "model.gguf", "pytorch_model.bin")
 

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 
-from minitron_kernels.pruning import checkpoint
-from minitron_kernels.pruning.checkpoint import prune_checkpoint
-from minitron_kernels.pruning.plan import PruningPlan
-from minitron_kernels.pruning.skeleton import expected_shapes
-from minitron_kernels.pruning.staging import partial_path
+from minitron_kernels.pruning.checkpoint import prune as prune_module
+from minitron_kernels.pruning.checkpoint.prune import prune_checkpoint
+from minitron_kernels.pruning.checkpoint.staging import partial_path
+from minitron_kernels.pruning.cut.skeleton import expected_shapes
+from minitron_kernels.pruning.plan.make_plan import PruningPlan
 
 # an fsync changes nothing for who is killed and not unplugged; of the writes of blocks each fifth is enough
 CHANGES_DISK = ("open", "pwrite", "rename", "replace", "mkdir", "unlink", "posix_fallocate")
@@ -81,7 +81,7 @@ def main(src, plan, dst, kind, runs):
     torch.set_num_threads(1)  # a fork must not inherit a pool of threads that it does not have
     plan = PruningPlan.load(plan)
     expected_shapes(plan.target_config)  # imports transformers here, and not in each of the children
-    checkpoint.check_result = lambda *args: None  # changes nothing on the disk
+    prune_module.check_result = lambda *args: None  # changes nothing on the disk
     overwrite = kind.startswith("overwrite")
 
     def prune(target=dst):

@@ -2,7 +2,7 @@
 
 import torch
 
-from minitron_kernels.pruning.families import family_of
+from minitron_kernels.pruning.families.registry import family_of
 
 
 def random_tables(config, seed=0):

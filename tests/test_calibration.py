@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from minitron_kernels.pruning.calibration import calibration_windows
+from minitron_kernels.pruning.score.calibration import calibration_windows
 
 
 class Letters:

@@ -12,11 +12,11 @@ from _tiny_models import FAMILIES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from minitron_kernels.pruning import shards
-from minitron_kernels.pruning.checkpoint import prune_checkpoint
-from minitron_kernels.pruning.model import prune_model
-from minitron_kernels.pruning.plan import make_plan
-from minitron_kernels.pruning.safetensors_files import open_folder
+from minitron_kernels.pruning.checkpoint import shards
+from minitron_kernels.pruning.checkpoint.prune import prune_checkpoint
+from minitron_kernels.pruning.checkpoint.safetensors_files import open_folder
+from minitron_kernels.pruning.cut.model import prune_model
+from minitron_kernels.pruning.plan.make_plan import make_plan
 
 
 def weights_of(folder):

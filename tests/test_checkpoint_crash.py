@@ -15,8 +15,8 @@ import pytest
 import torch
 from _checkpoints import plan_for, save_tiny, snapshot
 
-from minitron_kernels.pruning import checkpoint, staging
-from minitron_kernels.pruning.checkpoint import prune_checkpoint
+from minitron_kernels.pruning.checkpoint import prune, staging
+from minitron_kernels.pruning.checkpoint.prune import prune_checkpoint
 
 SHARD = {"max_shard_bytes": 10_000, "threads": 1, "progress": False}
 
@@ -205,13 +205,13 @@ def test_what_another_job_left_is_cleared(source, tmp_path, monkeypatch, change)
 def test_a_source_that_changes_meanwhile(source, tmp_path, monkeypatch):
     folder, plan = source
     shutil.copytree(folder / "src", tmp_path / "src")
-    write = checkpoint.write_shards
+    write = prune.write_shards
 
     def write_and_touch(*args, **kwargs):
         write(*args, **kwargs)
         os.utime(next((tmp_path / "src").glob("model-00001*")), ns=(1, 1))
 
-    monkeypatch.setattr(checkpoint, "write_shards", write_and_touch)
+    monkeypatch.setattr(prune, "write_shards", write_and_touch)
     with pytest.raises(ValueError, match=r"model-00001.*changed while it was read"):
         prune_checkpoint(tmp_path / "src", tmp_path / "dst", plan, **SHARD)
     assert not (tmp_path / "dst").exists()
@@ -300,13 +300,13 @@ def test_overwrite_replaces_nothing_but_a_checkpoint(source, tmp_path, kind):
 
 def test_a_dst_that_appears_meanwhile_is_left_alone(source, tmp_path, monkeypatch):
     folder, plan = source
-    write = checkpoint.write_shards
+    write = prune.write_shards
 
     def write_and_appear(*args, **kwargs):
         write(*args, **kwargs)
         (tmp_path / "dst").mkdir()
 
-    monkeypatch.setattr(checkpoint, "write_shards", write_and_appear)
+    monkeypatch.setattr(prune, "write_shards", write_and_appear)
     with pytest.raises(FileExistsError, match="is there already"):
         prune_checkpoint(folder / "src", tmp_path / "dst", plan, **SHARD)
     assert not list((tmp_path / "dst").iterdir())

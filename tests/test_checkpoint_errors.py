@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from minitron_kernels.pruning.checkpoint import prune_checkpoint
+from minitron_kernels.pruning.checkpoint.prune import prune_checkpoint
 
 
 @pytest.fixture(scope="module")

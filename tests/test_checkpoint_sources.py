@@ -10,9 +10,9 @@ from _tiny_models import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from minitron_kernels.pruning import checkpoint, matching
-from minitron_kernels.pruning.checkpoint import prune_checkpoint
-from minitron_kernels.pruning.model import prune_model
+from minitron_kernels.pruning.checkpoint import matching, prune
+from minitron_kernels.pruning.checkpoint.prune import prune_checkpoint
+from minitron_kernels.pruning.cut.model import prune_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -97,9 +97,9 @@ def test_what_was_written_is_read_again(tmp_path, monkeypatch):
     model = save_tiny(tmp_path / "src", "mistral")
     plan = plan_for(model.config)
 
-    from minitron_kernels.pruning import checkpoint
+    from minitron_kernels.pruning.checkpoint import prune
 
-    write = checkpoint.write_shards
+    write = prune.write_shards
 
     def write_otherwise(shards, folder, **options):
         write(shards, folder, **options)
@@ -108,7 +108,7 @@ def test_what_was_written_is_read_again(tmp_path, monkeypatch):
         tensors.pop("model.norm.weight")
         save_file(tensors, path, {"format": "pt"})
 
-    monkeypatch.setattr(checkpoint, "write_shards", write_otherwise)
+    monkeypatch.setattr(prune, "write_shards", write_otherwise)
     with pytest.raises(OSError, match="what was written is not what is read there"):
         pruned(tmp_path, plan)
     assert not (tmp_path / "dst").exists()
@@ -166,8 +166,8 @@ def test_a_source_that_changes_while_it_is_read(tmp_path, monkeypatch):
         write_shards(*args, **kwargs)
         os.utime(tmp_path / "src" / "model.safetensors", ns=(1, 1))
 
-    write_shards = checkpoint.write_shards
-    monkeypatch.setattr(checkpoint, "write_shards", write_and_touch)
+    write_shards = prune.write_shards
+    monkeypatch.setattr(prune, "write_shards", write_and_touch)
     with pytest.raises(ValueError, match=r"model\.safetensors: changed while it was read"):
         pruned(tmp_path, plan_for(model.config))
     assert not (tmp_path / "dst").exists()

@@ -12,8 +12,8 @@ import torch
 from _checkpoints import plan_for, save_tiny, snapshot
 from _system_calls import Call, Disk
 
-from minitron_kernels.pruning import checkpoint, shards, staging
-from minitron_kernels.pruning.checkpoint import prune_checkpoint
+from minitron_kernels.pruning.checkpoint import prune, shards, staging
+from minitron_kernels.pruning.checkpoint.prune import prune_checkpoint
 
 OPTIONS = {"max_shard_bytes": 12_000, "threads": 1, "progress": False}
 MADE = ("config.json", "README.md", "minitron_plan.json", "model.safetensors.index.json")
@@ -50,7 +50,7 @@ def two_steps(monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Without the comparison with transformers' model, which does not touch the disk."""
-    monkeypatch.setattr(checkpoint, "check_result", lambda *args: None)
+    monkeypatch.setattr(prune, "check_result", lambda *args: None)
 
 
 def only_read(before, call):
@@ -150,7 +150,7 @@ def test_reads_and_writes_that_come_back_short(source, tmp_path, monkeypatch):
 def test_finished_files_are_known_by_short_reads_too(source, tmp_path, monkeypatch):
     folder, plan, want = source
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_check_written", lambda *args: 1 / 0)
+        patch.setattr(prune, "_check_written", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prune_checkpoint(folder, tmp_path / "dst", plan, **OPTIONS)
     with monkeypatch.context() as patch:
@@ -228,7 +228,7 @@ def test_a_checksum_sees_each_byte(size):
 def test_space_is_needed_for_all_that_is_written(source, tmp_path, monkeypatch, quick):
     folder, plan, want = source
     needed = sum(len(content) for name, content in want.items() if name not in MADE)
-    needed += checkpoint._SPARE_BYTES
+    needed += prune._SPARE_BYTES
     for free, enough in ((needed - 1, False), (needed, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         if enough:
@@ -268,7 +268,7 @@ def test_a_line_of_the_journal_that_was_cut_off_costs_no_other(source, tmp_path,
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_check_written", stop)
+        patch.setattr(prune, "_check_written", stop)
         with pytest.raises(ZeroDivisionError):
             prune_checkpoint(folder, tmp_path / "dst", plan, **OPTIONS)
         journal = tmp_path / ".dst.partial" / "journal.jsonl"

@@ -22,8 +22,8 @@ from minitron_kernels.pruning import (
     make_plan,
     prune_model,
 )
-from minitron_kernels.pruning.calibration import calibration_windows
-from minitron_kernels.pruning.cli import main
+from minitron_kernels.pruning.cli.main import main
+from minitron_kernels.pruning.score.calibration import calibration_windows
 
 WORDS = [f"w{number}" for number in range(90)]
 TEXT = " ".join(WORDS[number * number % 90] for number in range(400))
@@ -248,7 +248,7 @@ def test_interrupted(folder, tmp_path, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("minitron_kernels.pruning.checkpoint.prune_checkpoint", interrupt)
+    monkeypatch.setattr("minitron_kernels.pruning.checkpoint.prune.prune_checkpoint", interrupt)
     capsys.readouterr()
     assert run("prune", folder / "src", tmp_path / "dst", folder / "plan.json") == 130
     assert capsys.readouterr().err.startswith("minitron-prune: interrupted: the same command")
@@ -311,7 +311,7 @@ def test_the_script_that_pip_installs():
 
 
 def test_sizes_in_bytes():
-    from minitron_kernels.pruning.cli_arguments import _byte_count, _count
+    from minitron_kernels.pruning.cli.arguments import _byte_count, _count
 
     sizes = {"5GB": 5_000_000_000, "1.5GiB": 1610612736, "20KB": 20_000, "7": 7}
     assert {text: _byte_count(text) for text in sizes} == sizes

@@ -11,8 +11,9 @@ from _checkpoints import save_tiny
 from safetensors.torch import load_file, save_file
 
 import minitron_kernels
-from minitron_kernels.pruning import ImportanceScores, PruningPlan, cli
-from minitron_kernels.pruning.cli import main
+from minitron_kernels.pruning import ImportanceScores, PruningPlan
+from minitron_kernels.pruning.cli import main as cli_main
+from minitron_kernels.pruning.cli.main import main
 
 
 def run(*arguments):
@@ -86,9 +87,9 @@ def test_how_much_is_scored(folder, tmp_path):
 
 
 def test_batches_and_device_reach_the_model(folder, tmp_path, monkeypatch):
-    from minitron_kernels.pruning import collect
+    from minitron_kernels.pruning.score import collect
 
-    shapes, collected, load, moved = [], collect.collect_importance, cli._load, []
+    shapes, collected, load, moved = [], collect.collect_importance, cli_main._load, []
 
     def note_moves(*args):
         model = load(*args)
@@ -96,7 +97,7 @@ def test_batches_and_device_reach_the_model(folder, tmp_path, monkeypatch):
         model.to = lambda device: (moved.append(device), to(device))[1]
         return model
 
-    monkeypatch.setattr(cli, "_load", note_moves)
+    monkeypatch.setattr(cli_main, "_load", note_moves)
 
     def note(model, batches, *args, **kwargs):
         shapes.append((model.device.type, [tuple(batch.shape) for batch in batches], kwargs["progress"]))
@@ -172,7 +173,7 @@ def test_what_each_option_of_prune_is_for(folder, tmp_path, monkeypatch):
         seen.append(kwargs)
         raise ValueError("seen")
 
-    monkeypatch.setattr("minitron_kernels.pruning.checkpoint.prune_checkpoint", note)
+    monkeypatch.setattr("minitron_kernels.pruning.checkpoint.prune.prune_checkpoint", note)
     command = ["prune", "src", "dst", folder / "plan.json"]
     options = ["--threads", 3, "--max-shard-size", "2KB", "--leave-out", "a", "b", "--overwrite", "--quiet"]
     assert run(*command) == run(*command, *options, "--no-rescale-norms") == 1
@@ -222,7 +223,7 @@ def test_weights_that_are_not_there_are_not_made_up(folder, tmp_path, capsys):
 
 
 def test_what_cannot_work_is_said_before_the_work(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(cli_main, "_load", lambda *args: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("x")
     (tmp_path / "dir").mkdir()
     command = ["score", folder / "llama", folder / "tokens.npy", "--seq-len", 32, "--samples", 2, "-o"]
@@ -267,7 +268,7 @@ def test_any_error_is_one_line(tmp_path, capsys, monkeypatch, kind):
     def fail(*args, **kwargs):
         raise kind("first\nsecond")
 
-    monkeypatch.setattr("minitron_kernels.pruning.about.about", fail)
+    monkeypatch.setattr("minitron_kernels.pruning.cli.info.describe", fail)
     assert "first" in fails(capsys, "info", tmp_path)
     with pytest.raises(kind):
         run("info", tmp_path, "--debug")
@@ -295,8 +296,8 @@ def test_interrupted_says_what_the_same_command_does(folder, tmp_path, capsys, m
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("minitron_kernels.pruning.checkpoint.prune_checkpoint", interrupt)
-    monkeypatch.setattr("minitron_kernels.pruning.about.about", interrupt)
+    monkeypatch.setattr("minitron_kernels.pruning.checkpoint.prune.prune_checkpoint", interrupt)
+    monkeypatch.setattr("minitron_kernels.pruning.cli.info.describe", interrupt)
     capsys.readouterr()
     assert run("prune", folder / "llama", tmp_path / "dst", folder / "plan.json") == 130
     assert "goes on from here" in capsys.readouterr().err

@@ -11,8 +11,10 @@ import pytest
 import torch
 from _tiny_models import FAMILIES, tiny_model
 
-from minitron_kernels.pruning import ImportanceScores, collect_importance, plot_importance, recorder
-from minitron_kernels.pruning.families import Taps, family_of, register_family
+from minitron_kernels.pruning import ImportanceScores, collect_importance, plot_importance
+from minitron_kernels.pruning.families.family import Taps
+from minitron_kernels.pruning.families.registry import family_of, register_family
+from minitron_kernels.pruning.score import recorder
 
 # A kernel's sum is within 16 roundings of fp32; a score is made of one or two, "hidden" adds up seven.
 KERNEL = 64 * 2.0**-24

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from _tiny_models import tiny_model
 
 from minitron_kernels.pruning import collect_importance
-from minitron_kernels.pruning.packing import check_apart_by_config, lay_out
+from minitron_kernels.pruning.score.packing import check_apart_by_config, lay_out
 
 # What is seen of another sequence is 0.01 and more. Eager attention takes its softmax in float32 always
 CLOSE = {"sdpa": dict(rtol=1e-9, atol=1e-12), "eager": dict(rtol=2e-5, atol=2e-5)}

@@ -8,7 +8,7 @@ from _tiny_models import FAMILIES, tiny_model
 from torch import nn
 
 from minitron_kernels.pruning import collect_importance
-from minitron_kernels.pruning.wrappers import parameters_without_data, plain_name, unwrapped
+from minitron_kernels.pruning.families.wrappers import parameters_without_data, plain_name, unwrapped
 
 
 def ids(*shape, seed=0):

@@ -6,12 +6,8 @@ import json
 import pytest
 from _tiny_models import FAMILIES, tiny_config, tiny_model
 
-from minitron_kernels.pruning.families import (
-    Param,
-    family_of,
-    known_families,
-    register_family,
-)
+from minitron_kernels.pruning.families.family import Param
+from minitron_kernels.pruning.families.registry import family_of, known_families, register_family
 
 NEMO = dict(
     model_type="mistral",

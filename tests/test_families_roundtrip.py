@@ -15,7 +15,7 @@ from _tiny_models import FAMILIES, random_model, tiny_config
 from safetensors.torch import load_file, save_file
 
 from minitron_kernels.pruning import prune_checkpoint, prune_model
-from minitron_kernels.pruning.families import family_of
+from minitron_kernels.pruning.families.registry import family_of
 
 IDS = torch.arange(24).view(2, 12) * 7 % 96
 # what becomes of a saved model before it is cut: a config that says less or other than its tensors do

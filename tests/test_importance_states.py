@@ -11,10 +11,10 @@ import minitron_kernels as mk
 from minitron_kernels.ops.importance.moments import KIND_OF, Moments, moments_of
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
 from minitron_kernels.pruning import ImportanceScores
-from minitron_kernels.pruning.batches import Tokens
-from minitron_kernels.pruning.expert_taps import ExpertsTap
-from minitron_kernels.pruning.recorder import Recorder
-from minitron_kernels.pruning.scores import Axis, Options
+from minitron_kernels.pruning.score.batches import Tokens
+from minitron_kernels.pruning.score.expert_hooks import ExpertsHook
+from minitron_kernels.pruning.score.recorder import Recorder
+from minitron_kernels.pruning.score.scores import Axis, Options
 
 SEQ = ("mean", "L2", "var")
 GROUPED = dict(seq=SEQ, groups=2)
@@ -217,7 +217,7 @@ def recorder_of(layers=3, seq=("mean",), **axes):
 @pytest.mark.parametrize("packed", [False, True])
 def test_layers_in_any_order_with_nan_in_padding(held, packed, monkeypatch):
     """Each order of three layers gives what the layers give alone; what padding holds does not matter."""
-    monkeypatch.setattr("minitron_kernels.pruning.recorder.HELD_BYTES", held)
+    monkeypatch.setattr("minitron_kernels.pruning.score.recorder.HELD_BYTES", held)
     torch.manual_seed(0)
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
     borders = torch.tensor([0, 3, 5, 7, 10]) if packed else None
@@ -303,7 +303,7 @@ def test_experts_of_other_ranks_do_not_count(score, packed, by_name):
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     tokens = Tokens((2, 5), mask, torch.tensor([0, 2, 5, 8, 10]) if packed else None)
     hidden[~mask] = float("nan")
-    tap = ExpertsTap(recorder, 1)
+    tap = ExpertsHook(recorder, 1)
     tap(module, (hidden.view(10, 6), index, gates), {}, None)  # not started: it does not listen
     recorder.start(tokens)
     recorder._seen = {axis: [0] for axis in axes}  # the other layer's

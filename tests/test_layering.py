@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,10 @@ def part_of(module: str) -> str:
     parts = module.split(".")[1:]
     if parts in ([], ["__main__"]):
         return "top"
-    if parts[0] in ("_native", "_workspace", "_backend", "_tensors", "pruning", "distillation"):
+    if parts[0] in ("_native", "_workspace", "_backend", "_tensors", "distillation"):
         return parts[0]
+    if parts[0] == "pruning":  # a room of it, or what is around the rooms
+        return ".".join(parts[:2]) if len(parts) > 1 and parts[1] != "__main__" else "pruning"
     if parts == ["ops"]:
         return "ops"
     assert parts[0] == "ops", f"{module} has no place in the layers of {__file__}: give it one"
@@ -32,6 +36,7 @@ def part_of(module: str) -> str:
     return "op"  # op.py and the files it is split into
 
 
+ROOMS = ("families", "score", "plan", "cut", "checkpoint", "cli")
 # part -> what it may import of the package; `op`, `reference`, `kernel_triton` mean those of the same op
 MAY_IMPORT = {
     "_native": set(),
@@ -42,9 +47,16 @@ MAY_IMPORT = {
     "reference": set(),
     "kernel_triton": {"kernel_triton"},
     "op": {"op", "reference", "kernel_triton", "_backend", "_workspace", "_native", "_tensors"},
-    "pruning": {"pruning", "op"},
-    "distillation": {"distillation", "op"},
-    "top": {"_native", "_workspace", "_backend", "op", "pruning", "distillation"},
+    "pruning.families": {"pruning.families"},
+    "pruning.score": {"pruning.score", "pruning.families", "op"},
+    "pruning.plan": {"pruning.plan", "pruning.families"},
+    "pruning.cut": {"pruning.cut", "pruning.plan", "pruning.families", "op"},
+    "pruning.checkpoint": {"pruning.checkpoint", "pruning.cut", "pruning.plan", "pruning.families", "op"},
+    "pruning.cli": {"top", "pruning", *(f"pruning.{room}" for room in ROOMS)},
+    "pruning": {f"pruning.{room}" for room in ROOMS},
+    "distillation": {"distillation", "pruning", "op"},
+    # not pruning nor distillation: who imports the kernels alone must not load them
+    "top": {"_native", "_workspace", "_backend", "op"},
 }
 
 
@@ -73,13 +85,41 @@ def modules_under(root: Path) -> dict[str, Path]:
     }
 
 
+def is_on_the_way(name: str) -> bool:
+    """Whether a name is a package that every import of what lies in it names too."""
+    return name in (PACKAGE, f"{PACKAGE}.ops", *(f"{PACKAGE}.pruning.{room}" for room in ROOMS))
+
+
+def import_cycle(root: Path) -> list[str]:
+    """Modules that import each other in a ring, at their top or inside a function; empty: there is none."""
+    modules = modules_under(root)
+    imports = {
+        module: imports_of(path.read_text(), module, path.name == "__init__.py") & set(modules) - {module}
+        for module, path in modules.items()
+        if path.name != "__init__.py"  # a package's names are for those outside of it
+    }
+    done: set[str] = set()
+
+    def ring_from(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module not in done:
+            for name in sorted(imports.get(module, ())):
+                if found := ring_from(name, [*path, module]):
+                    return found
+            done.add(module)
+        return []
+
+    return next((found for module in imports if (found := ring_from(module, []))), [])
+
+
 def wrong_imports(root: Path) -> list[str]:
     modules = modules_under(root)
     wrong = []
     for module, path in modules.items():
         for name in sorted(imports_of(path.read_text(), module, path.name == "__init__.py")):
             # a name that is no module (a function), or a package on the way to the module that is meant
-            if name not in modules or name == module or name in (PACKAGE, f"{PACKAGE}.ops"):
+            if name not in modules or name == module or is_on_the_way(name):
                 continue
             source, target = part_of(module), part_of(name)
             of_other_op = source in ("op", "reference", "kernel_triton") and (
@@ -129,6 +169,18 @@ def test_imports_run_one_way():
     assert wrong_imports(ROOT) == []
 
 
+def test_no_modules_import_each_other():
+    assert import_cycle(ROOT) == []
+
+
+def test_the_kernels_alone_load_no_pruning():
+    code = (
+        "import sys, minitron_kernels; print([m for m in sys.modules if m.startswith('minitron_kernels.')])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "minitron_kernels.ops.gather.optimizer" in loaded and "pruning" not in loaded
+
+
 def test_includes_run_one_way():
     assert wrong_includes(ROOT) == []
 
@@ -155,8 +207,12 @@ PLANTED = [
     ("ops/gather/op.py", "from minitron_kernels.ops.kl_loss.op import kl_loss"),
     ("ops/gather/op.py", "from ..kl_loss import op"),
     ("ops/kl_loss/op.py", "from minitron_kernels.pruning import plan"),
-    ("pruning/plan.py", "from minitron_kernels.ops.kl_loss import reference"),
-    ("pruning/plan.py", "from ..distillation import losses"),
+    ("__init__.py", "from minitron_kernels.pruning.plan import sizes"),
+    ("pruning/plan/sizes.py", "from minitron_kernels.ops.kl_loss import reference"),
+    ("pruning/plan/sizes.py", "from ...distillation import losses"),
+    ("pruning/plan/sizes.py", "from ..cut import cuts"),
+    ("pruning/plan/sizes.py", "from minitron_kernels.pruning import plan"),
+    ("pruning/families/family.py", "def f():\n    from minitron_kernels.pruning.plan.sizes import g"),
 ]
 
 
@@ -164,7 +220,8 @@ PLANTED = [
 def test_a_planted_import_is_found(tmp_path, file, line):
     house = """__init__ __main__ _native _backend ops/__init__ ops/kl_loss/__init__ ops/kl_loss/op
         ops/kl_loss/plan ops/kl_loss/reference ops/kl_loss/kernel_triton ops/gather/__init__ ops/gather/op
-        pruning/__init__ pruning/plan distillation/__init__ distillation/losses"""
+        pruning/__init__ pruning/families/__init__ pruning/families/family pruning/plan/__init__
+        pruning/plan/sizes pruning/cut/__init__ pruning/cut/cuts distillation/__init__ distillation/losses"""
     for name in house.split():
         path = tmp_path / PACKAGE / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,8 +233,23 @@ def test_a_planted_import_is_found(tmp_path, file, line):
     assert wrong_imports(tmp_path) == []
     with (tmp_path / PACKAGE / file).open("a") as stream:
         stream.write(line)
-    importer = f"{PACKAGE}.{file.removesuffix('.py').replace('/', '.')} "
+    importer = f"{PACKAGE}.{file.removesuffix('.py').replace('/', '.')} ".replace(".__init__ ", " ")
     assert [found for found in wrong_imports(tmp_path) if found.startswith(importer)]
+
+
+def test_a_planted_cycle_is_found(tmp_path):
+    for name, text in {
+        "__init__": "",
+        "a": "from . import b",
+        "b": "def f():\n    from .c import g",
+        "c": "",
+    }.items():
+        path = tmp_path / PACKAGE / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert import_cycle(tmp_path) == []
+    (tmp_path / PACKAGE / "c.py").write_text("import minitron_kernels.a")
+    assert import_cycle(tmp_path) == [f"{PACKAGE}.{name}" for name in "abca"]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from test_families import COUNTS, LLAMA, NEMO, NEMOTRON
 
 from minitron_kernels.pruning import PruningPlan, find_sizes, make_plan
-from minitron_kernels.pruning.families import family_of
-from minitron_kernels.pruning.keep import choose_heads, format_runs, parse_runs
+from minitron_kernels.pruning.families.registry import family_of
+from minitron_kernels.pruning.plan.selection import choose_heads, format_runs, parse_runs
 
 GQA = dict(NEMO, hidden_size=64, intermediate_size=96, num_hidden_layers=6, head_dim=8, vocab_size=32)
 GQA |= dict(num_attention_heads=12, num_key_value_heads=4)

@@ -13,8 +13,8 @@ from test_families import LLAMA
 from test_plan import GQA, plan_of
 
 from minitron_kernels.pruning import PruningPlan, find_sizes, make_plan
-from minitron_kernels.pruning.families import family_of
-from minitron_kernels.pruning.keep import best_block, choose_heads, least_loss, top
+from minitron_kernels.pruning.families.registry import family_of
+from minitron_kernels.pruning.plan.selection import best_block, choose_heads, least_loss, top
 
 # ---- ties
 
@@ -206,11 +206,11 @@ def test_index_keys_are_numbered_anew(monkeypatch):
     """A config that lists layers by their index: those that stay, by their new one."""
     import dataclasses
 
-    from minitron_kernels.pruning import families
+    from minitron_kernels.pruning.families import registry
 
     mistral = family_of({"model_type": "mistral"})
     changed = dataclasses.replace(mistral, layer_index_keys=("global_layers",))
-    monkeypatch.setitem(families._FAMILIES, "mistral", changed)
+    monkeypatch.setitem(registry._FAMILIES, "mistral", changed)
     config = dict(GQA, global_layers=[0, 3, 5])
     assert plan_of(config, drop_layers=[1, 3]).target_config["global_layers"] == [0, 3]
     assert plan_of(config, drop_layers=[5]).target_config["global_layers"] == [0, 3]

@@ -10,8 +10,9 @@ import torch
 from _scores import random_tables, smaller_sizes
 from _tiny_models import FAMILIES, tiny_model
 
-from minitron_kernels.pruning import Cuts, families, make_plan, prune_model
-from minitron_kernels.pruning.families import family_of
+from minitron_kernels.pruning import Cuts, make_plan, prune_model
+from minitron_kernels.pruning.families import registry
+from minitron_kernels.pruning.families.registry import family_of
 
 IDS = torch.arange(24).view(2, 12) * 7 % 96
 # norms, RoPE and softmax of these models compute in fp32: 2^-24 at each of a few dozen steps in a row
@@ -291,7 +292,7 @@ def test_dead_channels_that_go_change_nothing(name, tied, order):
 def test_embeddings_that_are_scaled_where_no_norm_writes(monkeypatch):
     """A family like the first Gemma: the embedding itself makes up for its smaller factor."""
     llama = family_of({"model_type": "llama"})
-    monkeypatch.setitem(families._FAMILIES, "llama", dataclasses.replace(llama, scales_embedding=True))
+    monkeypatch.setitem(registry._FAMILIES, "llama", dataclasses.replace(llama, scales_embedding=True))
     for tied in (False, True):
         model, _ = with_dead_channels("llama", DEAD, tie_word_embeddings=tied)
         scaled = copy.deepcopy(model)

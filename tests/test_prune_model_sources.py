@@ -10,11 +10,14 @@ import torch
 from _scores import random_tables
 from _tiny_models import tiny_config, tiny_model
 
-from minitron_kernels.pruning import families, make_plan, prune_model
-from minitron_kernels.pruning.configs import completed
-from minitron_kernels.pruning.families import Family, Param, attention, family_of, norms, register_family
-from minitron_kernels.pruning.names import family_names
-from minitron_kernels.pruning.skeleton import expected_shapes
+from minitron_kernels.pruning import make_plan, prune_model
+from minitron_kernels.pruning.cut.skeleton import expected_shapes
+from minitron_kernels.pruning.families import registry
+from minitron_kernels.pruning.families.configs import completed
+from minitron_kernels.pruning.families.family import Family, Param, Taps
+from minitron_kernels.pruning.families.names import family_names
+from minitron_kernels.pruning.families.parts import attention, norms
+from minitron_kernels.pruning.families.registry import family_of, register_family
 
 IDS = torch.arange(24).view(2, 12) * 7 % 96
 
@@ -92,7 +95,7 @@ def test_a_head_that_only_looks_like_the_embedding_is_no_tied_one():
 def test_residual_scales_follow_the_head_that_is_there(monkeypatch):
     """Where no norm writes, a tied embedding is scaled with the final norm, a separate one alone."""
     llama = family_of({"model_type": "llama"})
-    monkeypatch.setitem(families._FAMILIES, "llama", dataclasses.replace(llama, scales_embedding=True))
+    monkeypatch.setitem(registry._FAMILIES, "llama", dataclasses.replace(llama, scales_embedding=True))
     model = untied("llama")
     plan = plan_for(model.config, rescale_norms=False, hidden_size=32)
     smaller = prune_model(model, plan)
@@ -200,7 +203,7 @@ def test_a_family_that_transformers_makes_otherwise_is_refused(monkeypatch):
     ):
         if message is None:
             continue
-        monkeypatch.setitem(families._FAMILIES, "llama", dataclasses.replace(llama, **changed))
+        monkeypatch.setitem(registry._FAMILIES, "llama", dataclasses.replace(llama, **changed))
         with pytest.raises(ValueError, match=re.escape(message)):
             prune_model(model, plan, in_place=True)
     assert_unchanged(model, before)
@@ -223,7 +226,7 @@ def test_shapes_that_are_expected_are_checked_against_transformers(monkeypatch):
             "q_proj.weight would be [80, 48], but transformers makes it [64, 48] from this llama config",
         ),
     ):
-        monkeypatch.setitem(families._FAMILIES, "llama", dataclasses.replace(llama, layer=layer))
+        monkeypatch.setitem(registry._FAMILIES, "llama", dataclasses.replace(llama, layer=layer))
         with pytest.raises(ValueError, match=re.escape(message)):
             expected_shapes(config)
     monkeypatch.undo()
@@ -340,7 +343,7 @@ def test_quantised_parameters_are_refused():
 
 @pytest.mark.parametrize("at", [0, 5, 30])
 def test_in_place_nothing_is_lost_where_a_cut_fails(at, monkeypatch):
-    from minitron_kernels.pruning.cuts import Cut
+    from minitron_kernels.pruning.cut.cuts import Cut
 
     model = tiny_model("llama")
     plan, before, config = plan_for(model.config), state_of(model), model.config.to_dict()
@@ -390,7 +393,7 @@ def minimax(*more):
 def registered(monkeypatch):
     """Registers families for one test."""
     family_of({"model_type": "llama"})  # the tables are loaded
-    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
     return register_family
 
 
@@ -464,7 +467,7 @@ def test_constant_axes_and_scalars(registered):
         *(Param(f"{activation}.{name}", "one") for name in ("alpha_p", "alpha_n")),
         *(Param(f"{activation}.{name}", "", buffer=True) for name in ("beta", "eps")),
     )
-    taps = families.Taps(
+    taps = Taps(
         scored_norms=("attention_layernorm", "feedforward_layernorm"),
         norms=("attention_layernorm", "feedforward_layernorm"),
     )

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from minitron_kernels.pruning import safetensors_files
-from minitron_kernels.pruning.safetensors_files import (
+from minitron_kernels.pruning.checkpoint import safetensors_files
+from minitron_kernels.pruning.checkpoint.safetensors_files import (
     DTYPES,
     INDEX_FILE,
     LONGEST_HEADER,

@@ -1,15 +1,16 @@
 """From activations to a smaller model: score, plan what stays, then cut a model or a checkpoint."""
 
-from minitron_kernels.pruning.checkpoint import PrunedCheckpoint, prune_checkpoint
-from minitron_kernels.pruning.collect import collect_importance
-from minitron_kernels.pruning.cuts import Cut, Cuts
-from minitron_kernels.pruning.families import Family, Located, Param, Taps, known_families, register_family
-from minitron_kernels.pruning.model import prune_model
-from minitron_kernels.pruning.plan import make_plan
-from minitron_kernels.pruning.plot import plot_importance
-from minitron_kernels.pruning.pruning_plan import PruningPlan
-from minitron_kernels.pruning.scores import ImportanceScores
-from minitron_kernels.pruning.sizes import Candidate, find_sizes
+from minitron_kernels.pruning.checkpoint.prune import PrunedCheckpoint, prune_checkpoint
+from minitron_kernels.pruning.cut.cuts import Cut, Cuts
+from minitron_kernels.pruning.cut.model import prune_model
+from minitron_kernels.pruning.families.family import Family, Located, Param, Taps
+from minitron_kernels.pruning.families.registry import known_families, register_family
+from minitron_kernels.pruning.plan.make_plan import make_plan
+from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
+from minitron_kernels.pruning.plan.sizes import Candidate, find_sizes
+from minitron_kernels.pruning.score.collect import collect_importance
+from minitron_kernels.pruning.score.plot import plot_importance
+from minitron_kernels.pruning.score.scores import ImportanceScores
 
 __all__ = [
     "Candidate",

@@ -1,6 +1,6 @@
 """`python -m minitron_kernels.pruning`: the command minitron-prune."""
 
-from minitron_kernels.pruning.cli import main
+from minitron_kernels.pruning.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

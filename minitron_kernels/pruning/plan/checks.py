@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from minitron_kernels.pruning.families import PRUNED, family_of
-from minitron_kernels.pruning.keep import ORDERS, Keep, KeptHeads, check_keep, format_runs
-
-if TYPE_CHECKING:
-    from minitron_kernels.pruning.pruning_plan import PruningPlan
+from minitron_kernels.pruning.families.family import PRUNED
+from minitron_kernels.pruning.families.registry import family_of
+from minitron_kernels.pruning.plan.layer_plan import LayerPlan
+from minitron_kernels.pruning.plan.selection import ORDERS, Keep, KeptHeads, check_keep, format_runs
 
 
 def _sizes(config: Mapping[str, Any], where: str) -> dict[str, int]:
@@ -20,23 +19,31 @@ def _sizes(config: Mapping[str, Any], where: str) -> dict[str, int]:
         raise ValueError(f"{where}: {error}") from error
 
 
-def check_plan(plan: PruningPlan) -> None:
-    """That a plan agrees with itself and with its configs.
+def check_plan(
+    *,
+    source_config: Mapping[str, Any],
+    target_config: Mapping[str, Any],
+    hidden: Keep,
+    layers: Sequence[LayerPlan],
+    order: str,
+    norm_factors: Mapping[str, float],
+) -> None:
+    """Checks that the fields of a PruningPlan agree with each other and with its configs.
 
     Raises:
-        ValueError: it does not; names the field.
+        ValueError: they do not; names the field.
     """
-    if plan.order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {plan.order!r}")
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     before, after = (
         _sizes(config, name)
-        for config, name in ((plan.source_config, "source_config"), (plan.target_config, "target_config"))
+        for config, name in ((source_config, "source_config"), (target_config, "target_config"))
     )
-    family = family_of(plan.source_config)
-    if plan.target_config.get("model_type") != plan.source_config.get("model_type"):
+    family = family_of(source_config)
+    if target_config.get("model_type") != source_config.get("model_type"):
         raise ValueError(
-            f"target_config.model_type must be {plan.source_config['model_type']!r}, got "
-            f"{plan.target_config.get('model_type')!r}"
+            f"target_config.model_type must be {source_config['model_type']!r}, got "
+            f"{target_config.get('model_type')!r}"
         )
     for axis in (axis for axis in before if axis not in (*PRUNED, "layers")):
         if before[axis] != after.get(axis):
@@ -46,27 +53,27 @@ def check_plan(plan: PruningPlan) -> None:
 
     def check(keep: Keep, axis: str, where: str) -> None:
         try:
-            check_keep(keep, after[axis], before[axis], plan.order)
+            check_keep(keep, after[axis], before[axis], order)
         except ValueError as error:
             raise ValueError(f"{where} {error}") from error
 
-    check(plan.hidden, "hidden", "hidden")
-    kept = tuple(entry.layer for entry in plan.layers)
+    check(hidden, "hidden", "hidden")
+    kept = tuple(entry.layer for entry in layers)
     try:
         check_keep(kept, after["layers"], before["layers"], "original")
     except ValueError as error:
         raise ValueError(f"layers {error}") from error
-    for new, entry in enumerate(plan.layers):
+    for new, entry in enumerate(layers):
         where = f"layers[{new}]"
-        sparse = family.is_sparse(plan.source_config, entry.layer)
-        if sparse != family.is_sparse(plan.target_config, new):
+        sparse = family.is_sparse(source_config, entry.layer)
+        if sparse != family.is_sparse(target_config, new):
             raise ValueError(f"target_config says otherwise than source_config whether {where} has experts")
         for name, there in (("mlp", not sparse), ("experts", sparse), ("expert_mlp", sparse)):
             if (getattr(entry, name) is not None) != there:
                 raise ValueError(
                     f"{where}.{name} must {'be there' if there else 'not be there'}: see source_config"
                 )
-        _check_heads(entry.heads, before, after, plan.order, where)
+        _check_heads(entry.heads, before, after, order, where)
         if entry.mlp is not None:
             check(entry.mlp, "mlp", f"{where}.mlp")
         if entry.experts is not None and entry.expert_mlp is not None:
@@ -80,7 +87,7 @@ def check_plan(plan: PruningPlan) -> None:
     norms = {f"{family.layers}.{layer}.{norm}" for layer in kept for norm in family.taps.norms} | {
         family.final_norm
     }
-    for name, factor in plan.norm_factors.items():
+    for name, factor in norm_factors.items():
         if name not in norms:
             raise ValueError(f"norm_factors has {name!r}, which is no norm of a kept layer")
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitron_kernels.ops.importance.moments import Moments, moments_of, planes_of, rows_of
-from minitron_kernels.pruning.recorder import Recorder
-from minitron_kernels.pruning.wrappers import fetched
+from minitron_kernels.pruning.families.wrappers import fetched
+from minitron_kernels.pruning.score.recorder import Recorder
 
 _ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
 
 
-class ExpertsTap:
+class ExpertsHook:
     """A forward hook on the experts module of the layer at `place` of the scores.
 
     The cost is that of the experts' own forward: gate_up_proj for "expert_mlp" alone (two thirds), and

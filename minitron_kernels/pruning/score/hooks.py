@@ -1,4 +1,4 @@
-"""Where a model is tapped: its modules by the table of its family, hooks on them, and their removal."""
+"""Hooks on a model: its modules by the table of its family, hooks on them, and their removal."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
-from minitron_kernels.pruning.expert_taps import ExpertsTap
-from minitron_kernels.pruning.families import Family, family_of
-from minitron_kernels.pruning.recorder import Recorder
-from minitron_kernels.pruning.scores import AXES, ENERGY, Axis, ImportanceScores, Options
-from minitron_kernels.pruning.wrappers import COMPILED, is_offloaded, parameters_without_data, unwrapped
+from minitron_kernels.pruning.families.family import Family
+from minitron_kernels.pruning.families.registry import family_of
+from minitron_kernels.pruning.families.wrappers import (
+    COMPILED,
+    is_offloaded,
+    parameters_without_data,
+    unwrapped,
+)
+from minitron_kernels.pruning.score.expert_hooks import ExpertsHook
+from minitron_kernels.pruning.score.recorder import Recorder
+from minitron_kernels.pruning.score.scores import AXES, ENERGY, Axis, ImportanceScores, Options
 
 
-class TappedModel:
+class HookedModel:
     """A Hugging Face decoder, and what can be scored in it.
 
     Args:
@@ -77,7 +83,7 @@ class TappedModel:
         if tap is None:
             raise ValueError(
                 f"the family {self.family.model_types[0]!r} does not say where {axis!r} is tapped: see "
-                "minitron_kernels.pruning.families.Taps"
+                "minitron_kernels.pruning.families.family.Taps"
             )
         name = f"{self.family.layers}.{index}{'.' if tap else ''}{tap}"
         return name, self.module(name, axis)
@@ -120,7 +126,7 @@ class TappedModel:
         return ImportanceScores(self.config.to_dict(), made, options=options, head_count=sizes["heads"])
 
     @contextlib.contextmanager
-    def tapped(self, recorder: Recorder) -> Iterator[None]:
+    def hooked(self, recorder: Recorder) -> Iterator[None]:
         """The model in eval mode, with hooks that feed the recorder; afterwards as it was, come what may."""
         modes = [(module, module.training) for module in self.root.modules()]
         handles: list[Any] = []
@@ -167,7 +173,7 @@ class TappedModel:
         for i, layer in enumerate(experts.places if experts else ()):
             name, module = self.layer(int(layer), taps.experts, "experts")
             self._check_experts(name, module)
-            handles.append(module.register_forward_hook(ExpertsTap(recorder, i), with_kwargs=True))
+            handles.append(module.register_forward_hook(ExpertsHook(recorder, i), with_kwargs=True))
 
     def _check_experts(self, name: str, module: nn.Module) -> None:
         sizes = self.sizes

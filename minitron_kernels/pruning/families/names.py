@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from minitron_kernels.pruning.families import Family
-from minitron_kernels.pruning.wrappers import plain_name
+from minitron_kernels.pruning.families.family import Family
+from minitron_kernels.pruning.families.wrappers import plain_name
 
 # what may stand in front of a decoder's parameters instead of, or beside, the family's own prefix
 PREFIXES = ("model", "language_model", "module")
@@ -24,7 +24,7 @@ def family_names(names: Iterable[str], family: Family) -> dict[str, str]:
             names are of one parameter.
 
     Example:
-        >>> from minitron_kernels.pruning.families import family_of
+        >>> from minitron_kernels.pruning.families.registry import family_of
         >>> llama = family_of({"model_type": "llama"})
         >>> family_names(["embed_tokens.weight", "layers.0.mlp.up_proj.weight"], llama)["embed_tokens.weight"]
         'model.embed_tokens.weight'

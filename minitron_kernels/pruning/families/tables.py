@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from minitron_kernels.pruning.configs import Config, config_value
-from minitron_kernels.pruning.families import (
-    Family,
-    Param,
-    Taps,
-    When,
-    attention,
-    flag,
-    gated_mlp,
-    linear,
-    norms,
-    register_family,
-)
+from minitron_kernels.pruning.families.configs import Config, config_value
+from minitron_kernels.pruning.families.family import Family, Param, Taps, When
+from minitron_kernels.pruning.families.parts import attention, flag, gated_mlp, linear, norms
+from minitron_kernels.pruning.families.registry import register_family
 
 _TWO_NORMS = norms("input_layernorm", "post_attention_layernorm")
 _FOUR_NORMS = (

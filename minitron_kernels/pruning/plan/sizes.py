@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minitron_kernels.pruning.configs import Config, as_dict, completed, config_value
-from minitron_kernels.pruning.families import Family, elements, family_of
+from minitron_kernels.pruning.families.configs import Config, as_dict, completed, config_value
+from minitron_kernels.pruning.families.family import Family, elements
+from minitron_kernels.pruning.families.registry import family_of
 
 DIVISOR = 64  # of sizes that are given: rows of 128 bytes in bf16, tiles of tensor cores
 SEARCH_DIVISOR = 128  # of sizes that are searched for a budget: what GEMM libraries tile by

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from minitron_kernels.pruning.families import Config, family_of
+from minitron_kernels.pruning.families.configs import Config
+from minitron_kernels.pruning.families.registry import family_of
 
 PLAN_FILE = "minitron_plan.json"
 

@@ -23,9 +23,14 @@ import numpy as np
 import torch
 
 from minitron_kernels.ops.gather.index import ChannelIndex
-from minitron_kernels.pruning.cuts import Cut
-from minitron_kernels.pruning.safetensors_files import SINGLE_FILE, StoredTensor, make_header, read_at
-from minitron_kernels.pruning.staging import write_all, write_error
+from minitron_kernels.pruning.checkpoint.safetensors_files import (
+    SINGLE_FILE,
+    StoredTensor,
+    make_header,
+    read_at,
+)
+from minitron_kernels.pruning.checkpoint.staging import write_all, write_error
+from minitron_kernels.pruning.cut.cuts import Cut
 
 BLOCK_BYTES = 2 << 20  # of source rows, a piece of work
 

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from minitron_kernels.pruning.cuts import Cut, Cuts
-from minitron_kernels.pruning.families import TIE_KEY, Family, family_of
-from minitron_kernels.pruning.names import family_names
-from minitron_kernels.pruning.pruning_plan import PruningPlan
-from minitron_kernels.pruning.skeleton import check_shapes, skeleton, state_shapes
-from minitron_kernels.pruning.wrappers import unwrapped
+from minitron_kernels.pruning.cut.cuts import Cut, Cuts
+from minitron_kernels.pruning.cut.skeleton import check_shapes, skeleton, state_shapes
+from minitron_kernels.pruning.families.family import TIE_KEY, Family
+from minitron_kernels.pruning.families.names import family_names
+from minitron_kernels.pruning.families.registry import family_of
+from minitron_kernels.pruning.families.wrappers import unwrapped
+from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 
 Model = TypeVar("Model", bound=nn.Module)
 

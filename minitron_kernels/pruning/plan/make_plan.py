@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_kernels.pruning.configs import Config, completed, config_value
-from minitron_kernels.pruning.families import Family, family_of
-from minitron_kernels.pruning.keep import (
+from minitron_kernels.pruning.families.configs import Config, completed, config_value
+from minitron_kernels.pruning.families.family import Family
+from minitron_kernels.pruning.families.registry import family_of
+from minitron_kernels.pruning.plan.layer_plan import LayerPlan
+from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
+from minitron_kernels.pruning.plan.selection import (
     ORDERS,
     Keep,
     KeptHeads,
@@ -23,8 +26,7 @@ from minitron_kernels.pruning.keep import (
     least_loss,
     top,
 )
-from minitron_kernels.pruning.pruning_plan import LayerPlan, PruningPlan
-from minitron_kernels.pruning.sizes import (
+from minitron_kernels.pruning.plan.sizes import (
     Candidate,
     Sizes,
     find_sizes,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_kernels.pruning.scores import AXES, ImportanceScores
+from minitron_kernels.pruning.score.scores import AXES, ImportanceScores
 
 INK, FAINT, LINE, WARM = "#26323c", "#d5dce0", "#2a6f97", "#d1495b"
 TITLES = {

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from minitron_kernels.ops.importance.moments import KIND_OF
-from minitron_kernels.pruning.batches import Tokens, read_batch
-from minitron_kernels.pruning.packing import check_apart, check_apart_by_config, reads_one_row
-from minitron_kernels.pruning.recorder import Recorder
-from minitron_kernels.pruning.scores import AXES, ImportanceScores, Options
-from minitron_kernels.pruning.taps import TappedModel
-from minitron_kernels.pruning.wrappers import is_fsdp
+from minitron_kernels.pruning.families.wrappers import is_fsdp
+from minitron_kernels.pruning.score.batches import Tokens, read_batch
+from minitron_kernels.pruning.score.hooks import HookedModel
+from minitron_kernels.pruning.score.packing import check_apart, check_apart_by_config, reads_one_row
+from minitron_kernels.pruning.score.recorder import Recorder
+from minitron_kernels.pruning.score.scores import AXES, ImportanceScores, Options
 
 
 def collect_importance(
@@ -105,8 +105,8 @@ def collect_importance(
     if not seq or len(set(seq)) != len(seq) or not set(seq) <= set(KIND_OF):
         raise ValueError(f"seq must be different names out of {', '.join(KIND_OF)}, got {seq!r}")
     options = Options(seq, mlp_tap, head_score, expert_score)
-    tapped = TappedModel(model)
-    scores = tapped.empty_scores(_chosen(axes, tapped), options)
+    hooked = HookedModel(model)
+    scores = hooked.empty_scores(_chosen(axes, hooked), options)
     if resume_from is not None:
         scores.check_alike(resume_from, "resume_from")
         if resume_from.reduced and data_parallel_group is not None:
@@ -117,9 +117,9 @@ def collect_importance(
         scores = resume_from.clone()
     recorder = Recorder(scores, context_parallel_group, backend)
     _check_finite("resume_from", recorder.totals())
-    read = _Reader(tapped, whole=context_parallel_group is None)
+    read = _Reader(hooked, whole=context_parallel_group is None)
     count, before = 0, None
-    with torch.no_grad(), tapped.tapped(recorder), contextlib.closing(_bar(batches, progress)) as bar:
+    with torch.no_grad(), hooked.hooked(recorder), contextlib.closing(_bar(batches, progress)) as bar:
         for count, batch in enumerate(bar, 1):
             name = f"batches[{count - 1}]"
             inputs, tokens = read(batch, name)
@@ -141,9 +141,9 @@ def collect_importance(
     return scores.to("cpu")
 
 
-def _chosen(axes: Sequence[str] | None, tapped: TappedModel) -> tuple[str, ...]:
+def _chosen(axes: Sequence[str] | None, hooked: HookedModel) -> tuple[str, ...]:
     """The axes to collect, in the order of AXES."""
-    have = tapped.axes
+    have = hooked.axes
     if axes is None:
         return have
     wanted = (axes,) if isinstance(axes, str) else tuple(axes)
@@ -152,7 +152,7 @@ def _chosen(axes: Sequence[str] | None, tapped: TappedModel) -> tuple[str, ...]:
     if lacking := [axis for axis in wanted if axis not in have]:
         raise ValueError(
             f"axes must be ones that the model has ({', '.join(have)}), got {', '.join(lacking)} for a "
-            f"{tapped.family.model_types[0]}"
+            f"{hooked.family.model_types[0]}"
         )
     return tuple(axis for axis in AXES if axis in wanted)
 
@@ -165,11 +165,11 @@ class _Reader:
         device: where the model wants its tokens; None where that cannot be told.
     """
 
-    def __init__(self, tapped: TappedModel, *, whole: bool) -> None:
-        self.device = _input_device(tapped)
-        self.call, self._collective = _forward(tapped), is_fsdp(tapped.root)
-        self._config, self._vocab, self._whole = tapped.config, tapped.sizes["vocab"], whole
-        self._one_row, self._routed = reads_one_row(tapped.config), bool(tapped.sparse)
+    def __init__(self, hooked: HookedModel, *, whole: bool) -> None:
+        self.device = _input_device(hooked)
+        self.call, self._collective = _forward(hooked), is_fsdp(hooked.root)
+        self._config, self._vocab, self._whole = hooked.config, hooked.sizes["vocab"], whole
+        self._one_row, self._routed = reads_one_row(hooked.config), bool(hooked.sparse)
         self._apart = not whole  # whether it is known; ranks' pieces are the model's own affair
 
     def __call__(self, batch: Any, name: str) -> tuple[dict[str, Any], Tokens]:
@@ -193,11 +193,11 @@ class _Reader:
         return inputs, tokens
 
 
-def _forward(tapped: TappedModel) -> Any:
+def _forward(hooked: HookedModel) -> Any:
     """What to call for a forward pass through all layers without the LM head."""
-    root = tapped.root
+    root = hooked.root
     if not is_fsdp(root):
-        return tapped.decoder
+        return hooked.decoder
     # FSDP2 gathers the embedding where the module is called that fully_shard() was given last
     if "logits_to_keep" not in inspect.signature(root.forward).parameters:
         return root
@@ -222,9 +222,9 @@ def _check_finite(name: str, totals: Mapping[str, tuple[tuple[Any, ...], Tensor]
     )
 
 
-def _input_device(tapped: TappedModel) -> torch.device | None:
+def _input_device(hooked: HookedModel) -> torch.device | None:
     """Where the model wants its tokens; None where that cannot be told."""
-    weight = tapped.module(tapped.family.embedding, "hidden").weight
+    weight = hooked.module(hooked.family.embedding, "hidden").weight
     mesh = getattr(weight, "device_mesh", None)
     if mesh is not None:  # sharded: of the device it is gathered on, which offloaded parameters do not tell
         name = mesh.device_type

@@ -10,31 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minitron_kernels.pruning.families import Family, family_of
-from minitron_kernels.pruning.keep import Keep, KeptHeads, format_runs, parse_runs
-from minitron_kernels.pruning.plan_checks import check_plan
-from minitron_kernels.pruning.sizes import Candidate, size_names
+from minitron_kernels.pruning.families.family import Family
+from minitron_kernels.pruning.families.registry import family_of
+from minitron_kernels.pruning.plan.checks import check_plan
+from minitron_kernels.pruning.plan.layer_plan import (
+    LayerPlan,
+    fields_of,
+    layer_from_dict,
+    layer_to_dict,
+    runs_of,
+    typed,
+)
+from minitron_kernels.pruning.plan.selection import Keep, format_runs
+from minitron_kernels.pruning.plan.sizes import Candidate, size_names
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What stays of one layer.
-
-    Args:
-        layer: its index in the source.
-        heads: its heads.
-        mlp: kept neurons; None in a layer of experts.
-        experts: kept experts; None in a dense layer.
-        expert_mlp: kept neurons of each kept expert; None in a dense layer.
-    """
-
-    layer: int
-    heads: KeptHeads
-    mlp: Keep | None = None
-    experts: Keep | None = None
-    expert_mlp: tuple[Keep, ...] | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,7 +54,14 @@ class PruningPlan:
     candidates: tuple[Candidate, ...] = ()
 
     def __post_init__(self) -> None:
-        check_plan(self)
+        check_plan(
+            source_config=self.source_config,
+            target_config=self.target_config,
+            hidden=self.hidden,
+            layers=self.layers,
+            order=self.order,
+            norm_factors=self.norm_factors,
+        )
 
     def __repr__(self) -> str:
         """A line: what is kept is too long for a notebook's cell."""
@@ -163,7 +160,7 @@ class PruningPlan:
             "target_config": self.target_config,
             "norm_factors": self.norm_factors,
             "hidden": format_runs(self.hidden),
-            "layers": [_layer_to_dict(entry) for entry in self.layers],
+            "layers": [layer_to_dict(entry) for entry in self.layers],
         }
 
     @classmethod
@@ -173,7 +170,7 @@ class PruningPlan:
         Raises:
             ValueError: it lacks a field, has an unknown one, or contradicts itself; names the field.
         """
-        top = _fields(
+        top = fields_of(
             data,
             "the plan",
             {"format", "parameters", "order", "made_with", "candidates"}
@@ -182,17 +179,17 @@ class PruningPlan:
         if top["format"] != FORMAT:
             raise ValueError(f"format must be {FORMAT}, got {top['format']!r}")
         for name in ("source_config", "target_config", "norm_factors", "made_with"):
-            _typed(top[name], dict, name)
+            typed(top[name], dict, name)
         candidates = []
-        for index, entry in enumerate(_typed(top["candidates"], list, "candidates")):
+        for index, entry in enumerate(typed(top["candidates"], list, "candidates")):
             where = f"candidates[{index}]"
-            candidates.append(Candidate(**_fields(entry, where, {"sizes", "parameters", "spread"})))
-        layers = _typed(top["layers"], list, "layers")
+            candidates.append(Candidate(**fields_of(entry, where, {"sizes", "parameters", "spread"})))
+        layers = typed(top["layers"], list, "layers")
         plan = cls(
             source_config=top["source_config"],
             target_config=top["target_config"],
-            hidden=_runs(top["hidden"], "hidden"),
-            layers=tuple(_layer_from_dict(entry, f"layers[{i}]") for i, entry in enumerate(layers)),
+            hidden=runs_of(top["hidden"], "hidden"),
+            layers=tuple(layer_from_dict(entry, f"layers[{i}]") for i, entry in enumerate(layers)),
             order=top["order"],
             norm_factors=top["norm_factors"],
             made_with=top["made_with"],
@@ -230,72 +227,3 @@ class PruningPlan:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-
-
-def _typed(value: Any, kind: type, where: str) -> Any:
-    if not isinstance(value, kind):
-        raise ValueError(f"{where} must be a {kind.__name__}, got {value!r:.80}")
-    return value
-
-
-def _fields(data: Any, where: str, names: set[str], optional: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]
-    _typed(data, dict, where)
-    if missing := names - set(data):
-        raise ValueError(f"{where} lacks {', '.join(sorted(missing))}")
-    if unknown := set(data) - names - optional:
-        raise ValueError(f"{where} has an unknown field {', '.join(sorted(unknown))}")
-    return data
-
-
-def _runs(text: Any, where: str) -> Keep:
-    try:
-        return parse_runs(text)
-    except ValueError as error:
-        raise ValueError(f"{where} {error}") from error
-
-
-def _layer_to_dict(entry: LayerPlan) -> dict[str, Any]:
-    kv = entry.heads.kv
-    single = all(len(sources) == 1 for sources in kv)
-    data: dict[str, Any] = {
-        "layer": entry.layer,
-        "heads": format_runs(entry.heads.query),
-        "kv_heads": format_runs([s[0] for s in kv]) if single else [format_runs(s) for s in kv],
-    }
-    if entry.heads.merged:
-        data["merged_heads"] = [f"{kept},{dropped}" for kept, dropped in entry.heads.merged]
-    if entry.mlp is not None:
-        data["mlp"] = format_runs(entry.mlp)
-    if entry.experts is not None:
-        data["experts"] = format_runs(entry.experts)
-    if entry.expert_mlp is not None:
-        data["expert_mlp"] = [format_runs(keep) for keep in entry.expert_mlp]
-    return data
-
-
-def _layer_from_dict(data: Any, where: str) -> LayerPlan:
-    optional = {"merged_heads", "mlp", "experts", "expert_mlp"}
-    data = _fields(data, where, {"layer", "heads", "kv_heads"}, optional)
-    if isinstance(data["kv_heads"], list):
-        kv = tuple(_runs(text, f"{where}.kv_heads[{i}]") for i, text in enumerate(data["kv_heads"]))
-    else:
-        kv = tuple((head,) for head in _runs(data["kv_heads"], f"{where}.kv_heads"))
-    merged = []
-    for i, text in enumerate(_typed(data.get("merged_heads", []), list, f"{where}.merged_heads")):
-        pair = _runs(text, f"{where}.merged_heads[{i}]")
-        if len(pair) != 2:
-            raise ValueError(f'{where}.merged_heads[{i}] must be "kept,dropped", got {text!r}')
-        merged.append((pair[0], pair[1]))
-    expert_mlp = data.get("expert_mlp")
-    return LayerPlan(
-        layer=_typed(data["layer"], int, f"{where}.layer"),
-        heads=KeptHeads(_runs(data["heads"], f"{where}.heads"), kv, tuple(merged)),
-        mlp=_runs(data["mlp"], f"{where}.mlp") if "mlp" in data else None,
-        experts=_runs(data["experts"], f"{where}.experts") if "experts" in data else None,
-        expert_mlp=None
-        if expert_mlp is None
-        else tuple(
-            _runs(text, f"{where}.expert_mlp[{i}]")
-            for i, text in enumerate(_typed(expert_mlp, list, f"{where}.expert_mlp"))
-        ),
-    )

@@ -19,19 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_kernels.pruning.families import TIE_KEY, family_of
-from minitron_kernels.pruning.matching import MTP_KEYS, check_result, match
-from minitron_kernels.pruning.model_card import PLAN_FILE, model_card, source_name
-from minitron_kernels.pruning.pruning_plan import PruningPlan
-from minitron_kernels.pruning.safetensors_files import (
+from minitron_kernels.pruning.checkpoint.matching import MTP_KEYS, check_result, match
+from minitron_kernels.pruning.checkpoint.model_card import PLAN_FILE, model_card, source_name
+from minitron_kernels.pruning.checkpoint.safetensors_files import (
     INDEX_FILE,
     SourceFolder,
     open_folder,
     read_json,
 )
-from minitron_kernels.pruning.shards import Shard, is_whole, plan_shards, write_shards
-from minitron_kernels.pruning.side_files import check_plain, side_files
-from minitron_kernels.pruning.staging import Staging, check_target
+from minitron_kernels.pruning.checkpoint.shards import Shard, is_whole, plan_shards, write_shards
+from minitron_kernels.pruning.checkpoint.side_files import check_plain, side_files
+from minitron_kernels.pruning.checkpoint.staging import Staging, check_target
+from minitron_kernels.pruning.families.family import TIE_KEY
+from minitron_kernels.pruning.families.registry import family_of
+from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 
 _OURS = ("config.json", "README.md", PLAN_FILE, INDEX_FILE)
 _SPARE_BYTES = 16 << 20  # beyond the files themselves, for folders and what else is being written

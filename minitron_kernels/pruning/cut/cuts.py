@@ -18,8 +18,10 @@ from torch import Tensor
 
 from minitron_kernels.ops.gather.index import ChannelIndex
 from minitron_kernels.ops.gather.op import gather_channels
-from minitron_kernels.pruning.families import ONE, PER_HEAD, PRUNED, Located, elements, family_of
-from minitron_kernels.pruning.pruning_plan import LayerPlan, PruningPlan
+from minitron_kernels.pruning.families.family import ONE, PER_HEAD, PRUNED, Located, elements
+from minitron_kernels.pruning.families.registry import family_of
+from minitron_kernels.pruning.plan.layer_plan import LayerPlan
+from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 
 Index = ChannelIndex | None
 

@@ -6,16 +6,16 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from minitron_kernels.pruning.families import family_of
-from minitron_kernels.pruning.model_card import PLAN_FILE
-from minitron_kernels.pruning.pruning_plan import PruningPlan
-from minitron_kernels.pruning.safetensors_files import open_folder, read_json
-from minitron_kernels.pruning.score_files import ABOUT
-from minitron_kernels.pruning.scores import ImportanceScores
-from minitron_kernels.pruning.sizes import size_names
+from minitron_kernels.pruning.checkpoint.model_card import PLAN_FILE
+from minitron_kernels.pruning.checkpoint.safetensors_files import open_folder, read_json
+from minitron_kernels.pruning.families.registry import family_of
+from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
+from minitron_kernels.pruning.plan.sizes import size_names
+from minitron_kernels.pruning.score.score_files import ABOUT
+from minitron_kernels.pruning.score.scores import ImportanceScores
 
 
-def about(path: Path) -> str:
+def describe(path: Path) -> str:
     """A few lines on what is there.
 
     Raises:

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from minitron_kernels.pruning.configs import Config, full_config
-from minitron_kernels.pruning.families import family_of
+from minitron_kernels.pruning.families.configs import Config, full_config
+from minitron_kernels.pruning.families.registry import family_of
 
 Model = TypeVar("Model", bound=nn.Module)
 Shapes = dict[str, tuple[int, ...]]

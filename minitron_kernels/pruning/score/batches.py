@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_kernels.pruning.packing import WAYS, Layout, check_borders, lay_out, what
+from minitron_kernels.pruning.score.packing import WAYS, Layout, check_borders, lay_out, what
 
 # what is read of a batch; anything else in it (labels, texts) is not needed and left out
 INPUTS = (

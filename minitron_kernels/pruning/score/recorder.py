@@ -16,8 +16,8 @@ from torch.distributed import ProcessGroup
 
 from minitron_kernels.ops.importance.moments import Moments, backend_for, combine, moments_by, rows_by
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
-from minitron_kernels.pruning.batches import Tokens
-from minitron_kernels.pruning.scores import ImportanceScores, Place
+from minitron_kernels.pruning.score.batches import Tokens
+from minitron_kernels.pruning.score.scores import ImportanceScores, Place
 
 HELD_BYTES = 32 << 20  # of an axis, before they go into its state in the middle of a forward pass
 

@@ -13,13 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minitron_kernels.pruning.configs import config_value
-from minitron_kernels.pruning.cuts import Cut, Cuts
-from minitron_kernels.pruning.families import TIE_KEY, Family, family_of
-from minitron_kernels.pruning.names import family_names
-from minitron_kernels.pruning.pruning_plan import PruningPlan
-from minitron_kernels.pruning.safetensors_files import SourceFolder, StoredTensor, shown
-from minitron_kernels.pruning.skeleton import Shapes, check_shapes, expected_shapes
+from minitron_kernels.pruning.checkpoint.safetensors_files import SourceFolder, StoredTensor, shown
+from minitron_kernels.pruning.cut.cuts import Cut, Cuts
+from minitron_kernels.pruning.cut.skeleton import Shapes, check_shapes, expected_shapes
+from minitron_kernels.pruning.families.configs import config_value
+from minitron_kernels.pruning.families.family import TIE_KEY, Family
+from minitron_kernels.pruning.families.names import family_names
+from minitron_kernels.pruning.families.registry import family_of
+from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 
 # buffers that old checkpoints hold and transformers makes itself
 _NOT_PARAMETERS = ".rotary_emb.inv_freq"

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from minitron_kernels.ops.importance.op import head_scores_from_channels
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
-from minitron_kernels.pruning import score_files
+from minitron_kernels.pruning.score import score_files
 
 AXES = ("hidden", "mlp", "heads", "layers", "experts", "expert_mlp")
 ENERGY = "energy"  # beside the axes: collected with "hidden"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron_kernels.pruning.cli_arguments import SIZES, parser_of
+from minitron_kernels.pruning.cli.arguments import SIZES, parser_of
 
 WHY_FILES = "they may describe the old weights; copy what you know to hold still"
 WHY_TENSORS = "tensors that are no part of the model"
@@ -102,9 +102,10 @@ def score(args: argparse.Namespace) -> None:
     from transformers import AutoConfig
     from transformers.utils import logging
 
-    from minitron_kernels.pruning.calibration import calibration_windows
-    from minitron_kernels.pruning.collect import collect_importance
-    from minitron_kernels.pruning.families import config_value, family_of
+    from minitron_kernels.pruning.families.configs import config_value
+    from minitron_kernels.pruning.families.registry import family_of
+    from minitron_kernels.pruning.score.calibration import calibration_windows
+    from minitron_kernels.pruning.score.collect import collect_importance
 
     if args.quiet or not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -143,8 +144,8 @@ def score(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """Scores folder and a target -> plan.json."""
-    from minitron_kernels.pruning.plan import make_plan
-    from minitron_kernels.pruning.scores import ImportanceScores
+    from minitron_kernels.pruning.plan.make_plan import make_plan
+    from minitron_kernels.pruning.score.scores import ImportanceScores
 
     _check_free(args.output, args.overwrite, folder=False)
     scores = ImportanceScores.load(args.scores)
@@ -177,8 +178,8 @@ def plan(args: argparse.Namespace) -> None:
 
 def prune(args: argparse.Namespace) -> None:
     """Checkpoint and plan -> smaller checkpoint."""
-    from minitron_kernels.pruning.checkpoint import prune_checkpoint
-    from minitron_kernels.pruning.pruning_plan import PruningPlan
+    from minitron_kernels.pruning.checkpoint.prune import prune_checkpoint
+    from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 
     done = prune_checkpoint(
         args.src,
@@ -204,9 +205,9 @@ def prune(args: argparse.Namespace) -> None:
 
 def info(args: argparse.Namespace) -> None:
     """Prints what each path is."""
-    from minitron_kernels.pruning.about import about
+    from minitron_kernels.pruning.cli.info import describe
 
-    _print("\n\n".join(about(path) for path in args.paths))
+    _print("\n\n".join(describe(path) for path in args.paths))
 
 
 def _check_free(path: Path, overwrite: bool, *, folder: bool) -> None:
@@ -266,7 +267,7 @@ def _load(path: Path, dtype: str) -> Any:
     """The model, once all weights but a head's were found: transformers makes up those that are missing."""
     from transformers import AutoModelForCausalLM
 
-    from minitron_kernels.pruning.side_files import check_no_adapter
+    from minitron_kernels.pruning.checkpoint.side_files import check_no_adapter
 
     check_no_adapter(path)
     loaded: Any = AutoModelForCausalLM.from_pretrained(

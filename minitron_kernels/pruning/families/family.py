@@ -21,13 +21,12 @@ Names and shapes are those of the causal language models of Hugging Face transfo
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from minitron_kernels.pruning.configs import Config, config_value, written_value
+from minitron_kernels.pruning.families.configs import Config, config_value, written_value
 
 When = Callable[[Config, int], bool]
 
@@ -45,11 +44,6 @@ PER_HEAD = ("heads", "kv_heads")
 PRUNED = ("hidden", "heads", "kv_heads", "mlp", "experts", "expert_mlp")  # whose elements can go
 ONE = "one"
 TIE_KEY = "tie_word_embeddings"
-
-
-def flag(key: str, default: bool = False) -> When:
-    """A parameter that is there where the config says so."""
-    return lambda config, layer: bool(config_value(config, key, default))
 
 
 @dataclass(frozen=True)
@@ -127,7 +121,7 @@ class Taps:
 
 @dataclass(frozen=True)
 class Family:
-    """The table of one family; `register_family` makes it known.
+    """The table of one family; `register_family` (registry.py) makes it known.
 
     Args:
         model_types: what `config.model_type` may say.
@@ -268,99 +262,3 @@ class Family:
 
 def _is_there(param: Param, config: Config, layer: int) -> bool:
     return param.when is None or param.when(config, layer)
-
-
-def linear(name: str, axes: str, bias: When | bool = False) -> tuple[Param, ...]:
-    """The weight "out, in" of a linear layer, and its bias where `bias` says that there is one."""
-    weight = Param(f"{name}.weight", axes)
-    if bias is False:
-        return (weight,)
-    return weight, Param(f"{name}.bias", axes.split(", ")[0], None if bias is True else bias)
-
-
-def attention(
-    *, qkv_bias: When | bool = False, out_bias: When | bool = False, qk_norm: bool = False
-) -> tuple[Param, ...]:
-    """Separate projections to queries, keys and values."""
-    norms = tuple(Param(f"self_attn.{side}_norm.weight", "head_dim") for side in "qk") if qk_norm else ()
-    return (
-        *linear("self_attn.q_proj", "heads, hidden", qkv_bias),
-        *linear("self_attn.k_proj", "kv_heads, hidden", qkv_bias),
-        *linear("self_attn.v_proj", "kv_heads, hidden", qkv_bias),
-        *linear("self_attn.o_proj", "hidden, heads", out_bias),
-        *norms,
-    )
-
-
-def gated_mlp(bias: When | bool = False, when: When | None = None) -> tuple[Param, ...]:
-    """gate_proj, up_proj and down_proj."""
-    params = (
-        *linear("mlp.gate_proj", "mlp, hidden", bias),
-        *linear("mlp.up_proj", "mlp, hidden", bias),
-        *linear("mlp.down_proj", "hidden, mlp", bias),
-    )
-    return tuple(dataclasses.replace(param, when=when) for param in params) if when else params
-
-
-def norms(*names: str) -> tuple[Param, ...]:
-    """RMS norms over the residual channels."""
-    return tuple(Param(f"{name}.weight", "hidden") for name in names)
-
-
-_FAMILIES: dict[str, Family] = {}
-
-
-def register_family(family: Family) -> None:
-    """Makes a family known to scoring, planning and pruning; a later one of the same type takes its place.
-
-    Example:
-        >>> import dataclasses
-        >>> llama = family_of({"model_type": "llama"})
-        >>> register_family(dataclasses.replace(llama, model_types=("my_llama",)))
-
-    Raises:
-        TypeError, ValueError: no Family, or a parameter with an axis of no known size; names it.
-    """
-    if not isinstance(family, Family):
-        raise TypeError(f"family must be a Family, got {type(family).__name__}")
-    known = {*SIZE_KEYS, *family.size_keys, ONE} - {"layers"}
-    for param in (*family.outer, *family.layer, *(family.stored_layer or ())):
-        if len(param.dims) > 3 or (len(param.dims) == 3 and param.dims[0] != ("experts",)):
-            raise ValueError(
-                f"family has {param.name} with axes {param.axes!r}: they must be at most two, or three that "
-                "begin with experts"
-            )
-        for axis in (axis for parts in param.dims for axis in parts):
-            if axis not in known:
-                raise ValueError(
-                    f"family has {param.name} with an axis {axis!r}, which is none of "
-                    f"{', '.join(sorted(known))}: give its config key in size_keys"
-                )
-    for model_type in family.model_types:
-        _FAMILIES[model_type] = family
-
-
-def known_families() -> tuple[str, ...]:
-    """The model types that are known."""
-    _load_tables()
-    return tuple(sorted(_FAMILIES))
-
-
-def family_of(config: Config) -> Family:
-    """The family of a model with this config.
-
-    Raises:
-        ValueError: its model_type is not known; names those that are, and how to add one.
-    """
-    _load_tables()
-    model_type = config_value(config, "model_type")
-    if model_type in _FAMILIES:
-        return _FAMILIES[model_type]
-    raise ValueError(
-        f"config.model_type must be one of {', '.join(known_families())}, got {model_type!r}. Describe its "
-        "parameters and taps in a minitron_kernels.pruning.Family and pass it to register_family()"
-    )
-
-
-def _load_tables() -> None:
-    from minitron_kernels.pruning import family_tables  # noqa: F401  registers on import; it imports this module

@@ -76,7 +76,7 @@ def _positive(size: int) -> int:
 
 def _layers(text: str) -> list[int]:
     """16-20,23 -> [16, ..., 20, 23]."""
-    from minitron_kernels.pruning.keep import parse_runs
+    from minitron_kernels.pruning.plan.selection import parse_runs
 
     if any(len(number) > 6 for number in text.replace(",", "-").split("-")):
         raise ValueError(text)  # before a range is spelled out that no model has

@@ -1,0 +1,1 @@
+"""Cutting a checkpoint on disk, safely: whole or not at all."""

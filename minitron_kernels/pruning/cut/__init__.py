@@ -1,0 +1,1 @@
+"""Cutting weights after a plan, and whole models in memory."""

@@ -1,0 +1,101 @@
+"""What stays of one layer, and how a plan's JSON file says it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from minitron_kernels.pruning.plan.selection import Keep, KeptHeads, format_runs, parse_runs
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What stays of one layer.
+
+    Args:
+        layer: its index in the source.
+        heads: its heads.
+        mlp: kept neurons; None in a layer of experts.
+        experts: kept experts; None in a dense layer.
+        expert_mlp: kept neurons of each kept expert; None in a dense layer.
+    """
+
+    layer: int
+    heads: KeptHeads
+    mlp: Keep | None = None
+    experts: Keep | None = None
+    expert_mlp: tuple[Keep, ...] | None = None
+
+
+def typed(value: Any, kind: type, where: str) -> Any:
+    """`value`, if it is of this kind."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{where} must be a {kind.__name__}, got {value!r:.80}")
+    return value
+
+
+def fields_of(data: Any, where: str, names: set[str], optional: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]
+    """`data`, if it is a dict with these keys and at most the optional ones."""
+    typed(data, dict, where)
+    if missing := names - set(data):
+        raise ValueError(f"{where} lacks {', '.join(sorted(missing))}")
+    if unknown := set(data) - names - optional:
+        raise ValueError(f"{where} has an unknown field {', '.join(sorted(unknown))}")
+    return data
+
+
+def runs_of(text: Any, where: str) -> Keep:
+    """parse_runs(), with the place in its error."""
+    try:
+        return parse_runs(text)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from error
+
+
+def layer_to_dict(entry: LayerPlan) -> dict[str, Any]:
+    """What a plan\'s JSON file holds of a layer."""
+    kv = entry.heads.kv
+    single = all(len(sources) == 1 for sources in kv)
+    data: dict[str, Any] = {
+        "layer": entry.layer,
+        "heads": format_runs(entry.heads.query),
+        "kv_heads": format_runs([s[0] for s in kv]) if single else [format_runs(s) for s in kv],
+    }
+    if entry.heads.merged:
+        data["merged_heads"] = [f"{kept},{dropped}" for kept, dropped in entry.heads.merged]
+    if entry.mlp is not None:
+        data["mlp"] = format_runs(entry.mlp)
+    if entry.experts is not None:
+        data["experts"] = format_runs(entry.experts)
+    if entry.expert_mlp is not None:
+        data["expert_mlp"] = [format_runs(keep) for keep in entry.expert_mlp]
+    return data
+
+
+def layer_from_dict(data: Any, where: str) -> LayerPlan:
+    """The layer that layer_to_dict() wrote; ValueError names the field that is wrong."""
+    optional = {"merged_heads", "mlp", "experts", "expert_mlp"}
+    data = fields_of(data, where, {"layer", "heads", "kv_heads"}, optional)
+    if isinstance(data["kv_heads"], list):
+        kv = tuple(runs_of(text, f"{where}.kv_heads[{i}]") for i, text in enumerate(data["kv_heads"]))
+    else:
+        kv = tuple((head,) for head in runs_of(data["kv_heads"], f"{where}.kv_heads"))
+    merged = []
+    for i, text in enumerate(typed(data.get("merged_heads", []), list, f"{where}.merged_heads")):
+        pair = runs_of(text, f"{where}.merged_heads[{i}]")
+        if len(pair) != 2:
+            raise ValueError(f'{where}.merged_heads[{i}] must be "kept,dropped", got {text!r}')
+        merged.append((pair[0], pair[1]))
+    expert_mlp = data.get("expert_mlp")
+    return LayerPlan(
+        layer=typed(data["layer"], int, f"{where}.layer"),
+        heads=KeptHeads(runs_of(data["heads"], f"{where}.heads"), kv, tuple(merged)),
+        mlp=runs_of(data["mlp"], f"{where}.mlp") if "mlp" in data else None,
+        experts=runs_of(data["experts"], f"{where}.experts") if "experts" in data else None,
+        expert_mlp=None
+        if expert_mlp is None
+        else tuple(
+            runs_of(text, f"{where}.expert_mlp[{i}]")
+            for i, text in enumerate(typed(expert_mlp, list, f"{where}.expert_mlp"))
+        ),
+    )

@@ -1,0 +1,1 @@
+"""Scores: calibration batches through a hooked model, and what is kept of its activations."""
