@@ -22,14 +22,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import _table
-from _checkpoint_worker import LABELS, ROWS, WORK, make_checkpoint, make_random_plan, right_tensors
-from _harness import WorkerError, run_worker, summarize
-from _machine import cores, describe, facts
-
+from checkpoint_rows.worker import LABELS, ROWS, WORK, make_checkpoint, make_random_plan, right_tensors
+from common import tables
+from common.harness import WorkerError, run_worker, summarize
+from common.machine import cores, describe, facts
 from minitron_kernels.pruning import PruningPlan
 
-WORKER = Path(__file__).with_name("_checkpoint_worker.py")
+WORKER = Path(__file__).parent / "checkpoint_rows/worker.py"
 FULL = {"hidden": 5120, "mlp": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128, "vocab": 32768}
 QUICK = {"hidden": 640, "mlp": 1792, "heads": 4, "kv_heads": 1, "head_dim": 128, "vocab": 32768}
 TARGETS = {5120: (4096, 11520), 640: (512, 1440)}
@@ -109,7 +108,7 @@ def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:
                         )
             run = {"cache": cache, "threads": threads, "samples": samples, "rows": summaries(samples)}
             result["runs"].append(run)
-            print(f"\n{table(result, run, _table.aligned)}\n", flush=True)
+            print(f"\n{table(result, run, tables.aligned)}\n", flush=True)
     return result
 
 
@@ -134,12 +133,12 @@ def table(result: dict[str, Any], run: dict[str, Any], draw: Any) -> str:
         lines.append(
             [
                 LABELS[row],
-                _table.seconds(wall["median"]),
-                f"{_table.seconds(wall['p20'])}–{_table.seconds(wall['p80'])}",
-                _table.ratio(got["ratio"]["median"]),
-                _table.seconds(got["busy_s"]["median"]),
+                tables.seconds(wall["median"]),
+                f"{tables.seconds(wall['p20'])}–{tables.seconds(wall['p80'])}",
+                tables.ratio(got["ratio"]["median"]),
+                tables.seconds(got["busy_s"]["median"]),
                 f"{result['kept_bytes'] / 1e6 / wall['median']:.0f}",
-                _table.mebibytes(got["peak_bytes"]),
+                tables.mebibytes(got["peak_bytes"]),
             ]
         )
     threads = f"{run['threads']} thread" + ("s" if run["threads"] > 1 else "")
@@ -167,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.source:
         result = json.loads(args.source.read_text())
         for run in result["runs"]:
-            print(f"{table(result, run, _table.aligned)}\n")
+            print(f"{table(result, run, tables.aligned)}\n")
     else:
         machine = facts("cpu", ["minitron-kernels", "safetensors"])
         say(describe(machine))
@@ -177,8 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     if args.markdown:
-        tables = [table(result, run, _table.markdown) for run in result["runs"]]
-        args.markdown.write_text("\n\n".join([*tables, f"Measured on {describe(result['machine'])}."]) + "\n")
+        drawn = [table(result, run, tables.markdown) for run in result["runs"]]
+        args.markdown.write_text("\n\n".join([*drawn, f"Measured on {describe(result['machine'])}."]) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from _bandwidth import Bench, Case, Row, main
-from _cases import DTYPES
 from torch import Tensor
+
+from common.bandwidth import Bench, Case, Row, main
+from common.dtypes import DTYPES
 
 # numpy has no bfloat16; every row but numpy's moves the dtype itself
 INTEGERS = {2: torch.int16, 4: torch.int32}

@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import _collector
 import numpy as np
 import torch
-from _bandwidth import Bench, Case, Row, main
-from _cases import DTYPES
+
+from common.bandwidth import Bench, Case, Row, main
+from common.dtypes import DTYPES
+from importance_rows import collector
 
 Call = Callable[[], torch.Tensor]
 
@@ -129,7 +130,7 @@ BENCH = Bench(
     error=error,
     bound=1e-5,
     poison=poison,
-    beside={"collector": _collector},
+    beside={"collector": collector},
 )
 
 if __name__ == "__main__":

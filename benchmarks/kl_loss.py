@@ -22,16 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _cases import DTYPES, GATE, SHAPES, Case, error_case, parse_shape
-from _floor import gemm_flops
-from _harness import MIB, WorkerError, run_worker, summarize
-from _machine import cores, describe, facts
-from _peers import IMPLEMENTATIONS, OURS
-from _report import as_markdown, as_text
-from _roofline import RATES, roofline
-from _worker import FLOOR_FP32
 
-WORKER = Path(__file__).with_name("_worker.py")
+from common.dtypes import DTYPES
+from common.harness import MIB, WorkerError, run_worker, summarize
+from common.machine import cores, describe, facts
+from kl_loss_rows.cases import GATE, SHAPES, Case, error_case, parse_shape
+from kl_loss_rows.floor import gemm_flops
+from kl_loss_rows.peers import IMPLEMENTATIONS, OURS
+from kl_loss_rows.report import as_markdown, as_text
+from kl_loss_rows.roofline import RATES, roofline
+from kl_loss_rows.worker import FLOOR_FP32
+
+WORKER = Path(__file__).parent / "kl_loss_rows/worker.py"
 QUICK = ("naive", "naive-float", "liger", "torchtune", *OURS)
 DEFAULT_SHAPES = {"cpu": ["real", "S", "M"], "cuda": ["S", "M", "XL"]}
 # the default run's at its largest shape, where a small machine needs half a minute for one call and one floor
@@ -260,7 +262,7 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
 
 def real_inputs() -> tuple[Case, str]:
     try:
-        from _models import real_case
+        from kl_loss_rows.real_case import real_case
     except ImportError as error:
         raise SystemExit(f"--shape real needs {error.name}: pip install '.[bench]'") from None
     return real_case(say)
@@ -278,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.markdown:
         args.markdown.write_text(as_markdown(result))
     if args.plot:
-        from _plot import draw
+        from kl_loss_rows.plot import draw
 
         draw(result, args.plot)
 

@@ -7,9 +7,10 @@ kl_loss.py is for comparing it with others.
 from __future__ import annotations
 
 import pytest
-from _cases import SHAPES, make_inputs
-from _floor import Floor
-from _peers import IMPLEMENTATIONS, step
+
+from kl_loss_rows.cases import SHAPES, make_inputs
+from kl_loss_rows.floor import Floor
+from kl_loss_rows.peers import IMPLEMENTATIONS, step
 
 KEYS = [key for key, row in IMPLEMENTATIONS.items() if not row.compiles and row.serves("cpu")]
 

@@ -36,9 +36,9 @@ def _prefer_installed() -> Path | None:
 INSTALLED = _prefer_installed()
 
 import torch  # noqa: E402
-from _poison import poisoned  # noqa: E402
 
 from minitron_kernels import _native  # noqa: E402
+from tools.poison import poisoned  # noqa: E402
 
 SIMD_CHOSEN = _native.build_info().get("simd_chosen")  # before a test forces another
 

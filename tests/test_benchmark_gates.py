@@ -9,25 +9,23 @@ import sys
 import time
 import types
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+from tools.benchmark_scripts import FOLDER, script
+
 if not FOLDER.is_dir():  # an sdist may be tested without it
     pytest.skip("no benchmarks folder here", allow_module_level=True)
-sys.path.insert(0, str(FOLDER))
 
-import _bandwidth  # noqa: E402
-import _bandwidth_worker  # noqa: E402
-import _cases  # noqa: E402
-import _harness  # noqa: E402
-import _worker  # noqa: E402
-import gather  # noqa: E402
-import importance  # noqa: E402
-import kl_loss  # noqa: E402
-from _peers import IMPLEMENTATIONS  # noqa: E402
+from common import bandwidth as _bandwidth
+from common import bandwidth_worker as _bandwidth_worker
+from common import harness as _harness
+from kl_loss_rows import cases as _cases
+from kl_loss_rows import worker as _worker
+from kl_loss_rows.peers import IMPLEMENTATIONS
+
+gather, importance, kl_loss = map(script, ("gather", "importance", "kl_loss"))
 
 
 def in_this_process(work):
@@ -42,7 +40,7 @@ def in_this_process(work):
     return run
 
 
-# ---- gather and importance: _bandwidth.py
+# ---- gather and importance: common/bandwidth.py
 
 
 @pytest.fixture
@@ -55,7 +53,7 @@ def bandwidth(monkeypatch):
             for row in bench.rows
         )
         spoilt = replace(bench, rows=rows, beside={})
-        monkeypatch.setitem(sys.modules, bench.name, types.SimpleNamespace(BENCH=spoilt))
+        monkeypatch.setattr(_bandwidth_worker, "bench_of", lambda name: spoilt)
         monkeypatch.setattr(_bandwidth, "run_worker", in_this_process(_bandwidth_worker.measure))
         monkeypatch.setattr(_bandwidth_worker, "extra_peak_bytes", lambda call, device: (call(), None)[1])
         return _bandwidth.main(spoilt, ["--quick", "--impl", key])["runs"][0]["rows"][0]
@@ -318,8 +316,8 @@ def checkpoint_run(monkeypatch, tmp_path):
     """measure() of a checkpoint of two small layers; spoil(row, folder of the result, timed) may harm it."""
     pytest.importorskip("safetensors")
     pytest.importorskip("transformers")
-    import _checkpoint_worker
     import checkpoint
+    from checkpoint_rows import worker as _checkpoint_worker
 
     shape = {"hidden": 128, "mlp": 256, "heads": 2, "kv_heads": 1, "head_dim": 64, "vocab": 512}
     monkeypatch.setattr(checkpoint, "QUICK", shape)

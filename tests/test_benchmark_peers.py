@@ -3,20 +3,19 @@ the signatures of the pinned versions and the definitions of what they return.
 """
 
 import sys
-from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+from tools.benchmark_scripts import FOLDER
+
 if not FOLDER.is_dir():  # an sdist may be tested without it
     pytest.skip("no benchmarks folder here", allow_module_level=True)
-sys.path.insert(0, str(FOLDER))
 
-import _cases  # noqa: E402
-from _peers import IMPLEMENTATIONS, step  # noqa: E402
+from kl_loss_rows import cases as _cases
+from kl_loss_rows.peers import IMPLEMENTATIONS, step
 
 DEFINITIONS = """
-import torch
+import torch  # noqa: E402
 import torch.nn.functional as F
 
 def forward_kl(student_logits, teacher_logits, rows):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,27 +9,24 @@ import numpy as np
 import pytest
 import torch
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+from tools.benchmark_scripts import FOLDER, script
+
 if not FOLDER.is_dir():  # an sdist may be tested without it
     pytest.skip("no benchmarks folder here", allow_module_level=True)
-sys.path.insert(0, str(FOLDER))
 
-import _cases  # noqa: E402
-import _harness  # noqa: E402
-import _machine  # noqa: E402
-import _roofline  # noqa: E402
-import _table  # noqa: E402
-import _worker  # noqa: E402
-import checkpoint  # noqa: E402
-import gather  # noqa: E402
-import importance  # noqa: E402
-import kl_loss  # noqa: E402
-from _floor import Floor, gemm_flops  # noqa: E402
-from _peers import IMPLEMENTATIONS, OURS, step  # noqa: E402
-from _report import as_markdown, as_text  # noqa: E402
-from _roofline import RATES  # noqa: E402
+from common import harness as _harness
+from common import machine as _machine
+from common import tables as _table
+from kl_loss_rows import cases as _cases
+from kl_loss_rows import roofline as _roofline
+from kl_loss_rows import worker as _worker
+from kl_loss_rows.floor import Floor, gemm_flops
+from kl_loss_rows.peers import IMPLEMENTATIONS, OURS, step
+from kl_loss_rows.report import as_markdown, as_text
+from kl_loss_rows.roofline import RATES
+from minitron_kernels import _backend
 
-from minitron_kernels import _backend  # noqa: E402
+checkpoint, gather, importance, kl_loss = map(script, ("checkpoint", "gather", "importance", "kl_loss"))
 
 TINY = _cases.Case("tiny", 24, 16, 20, 301)
 QUICK_TO_BUILD = [key for key, row in IMPLEMENTATIONS.items() if not row.compiles and row.serves("cpu")]
@@ -327,7 +323,7 @@ def test_rates_are_the_best_of_several(monkeypatch):
 
 def test_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    from _plot import draw
+    from kl_loss_rows.plot import draw
 
     run = _run()
     draw({"runs": [run, run | {"rows": []}]}, tmp_path / "a.png")

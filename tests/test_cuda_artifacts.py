@@ -22,7 +22,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from _cuda_shim import (
+
+from minitron_kernels import _native
+from tools.host_shim import (
     CSRC,
     TESTS,
     WITHOUT_BFLOAT16,
@@ -34,8 +36,7 @@ from _cuda_shim import (
     sources,
     write_sources,
 )
-
-from minitron_kernels import _native
+from tools.triton_runs import faults_of, ops_with
 
 GATES = json.loads((TESTS / "cuda_artifacts.json").read_text())
 ARCHS = [int(arch) for arch in GATES["archs"]]
@@ -222,8 +223,8 @@ def test_gates(kernels_by_arch, arch):
 
 FAULTS = {
     (op.UNIT, name): fault
-    for op in map(importlib.import_module, sorted(path.stem for path in TESTS.glob("_cuda_artifacts_*.py")))
-    for name, fault in op.FAULTS.items()
+    for op in map(faults_of, ops_with("CUDA_ARTIFACTS"))
+    for name, fault in op.CUDA_ARTIFACTS.items()
 }
 
 

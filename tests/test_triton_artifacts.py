@@ -3,7 +3,6 @@ shared memory, 128-bit accesses and tensor-core instructions within triton_artif
 """
 
 import functools
-import importlib
 import itertools
 import json
 import os
@@ -14,20 +13,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from _triton_runs import TESTS, needs, ops_with, planted, python
+
+from tools.triton_runs import TESTS, faults_of, needs, ops_with, planted, python
 
 pytestmark = needs("triton")
 
 GATES = json.loads((TESTS / "triton_artifacts.json").read_text())
 TARGETS = ("sm_90", "sm_100", "sm_80", "gfx942")  # the longest first
-OPS = ops_with("_offline_triton")
+OPS = ops_with("TRITON_ARTIFACTS")
 
 
 def compiled(target, op, only="", faults=()):
     """Artifacts of the op's cases whose name has `only` in it."""
     with tempfile.TemporaryDirectory() as folder:
         package = planted(Path(folder), faults)
-        done = python(package, Path(folder), TESTS / "_offline_triton.py", target, op, only)
+        done = python(package, Path(folder), "-m", "tools.offline_triton", target, op, only)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 
@@ -77,11 +77,7 @@ def test_gates(target):
     assert found == {name: gate[target]["instances"] for name, gate in GATES.items()}
 
 
-FAULTS = {
-    (op, name): fault
-    for op in OPS
-    for name, fault in importlib.import_module(f"_offline_triton_{op}").FAULTS.items()
-}
+FAULTS = {(op, name): fault for op in OPS for name, fault in faults_of(op).TRITON_ARTIFACTS.items()}
 
 
 @pytest.mark.parametrize(("op", "name"), FAULTS)

@@ -1,0 +1,50 @@
+"""A fresh process for one row of a benchmark of common/bandwidth.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from common.bandwidth import Bench
+from common.harness import FOLDER, answer, extra_peak_bytes, interleave
+
+
+def gate(bench: Bench, inputs: Any, call: Callable[[], Any]) -> float:
+    """The relative error of a call that finds nothing of an earlier one; too large, it ends the process."""
+    bench.poison(inputs)
+    error = bench.error(inputs, call())
+    if not error <= bench.bound:  # NaN too
+        raise SystemExit(f"wrong: relative error {error:.2g}, allowed {bench.bound:.0e}; not timed")
+    return error
+
+
+def bench_of(name: str) -> Bench:
+    """BENCH of the script benchmarks/<name>.py."""
+    script = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    assert script is not None and script.loader is not None
+    module = importlib.util.module_from_spec(script)
+    sys.modules[script.name] = module  # where dataclasses look for the names in annotations
+    script.loader.exec_module(module)
+    return module.BENCH
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Whether the result is right; memory of one call; time in turns with the floor; whether it still is."""
+    bench, device = bench_of(spec["bench"]), spec["device"]
+    inputs = bench.make_inputs(spec["case"], device)
+    call, floor = bench.row(spec["key"]).build(inputs), bench.floor(inputs)
+    error = gate(bench, inputs, call)
+    floor()
+    result: dict[str, Any] = {"error": error, "bytes": bench.floor_bytes(inputs)}
+    result["extra_peak_bytes"] = extra_peak_bytes(call, device)
+    pairs = interleave(floor, call, device, budget_s=spec["budget_s"], reps=tuple(spec["reps"]))
+    for name, samples in (("floor", pairs.floor), ("call", pairs.call)):
+        result[name] = [[sample.wall_s, sample.busy_s] for sample in samples]
+    gate(bench, inputs, call)  # what was timed did the work, the last time as the first
+    return result
+
+
+if __name__ == "__main__":
+    answer(measure)

@@ -1,0 +1,175 @@
+"""Measuring: time side by side with a floor, peak memory of one call, work in a fresh process.
+
+Machines are shared and drift, so a time alone says little. What is trusted is the ratio to the floor, taken
+in turns with it in one process, of *busy seconds*: on the CPU user + system seconds of the process, on CUDA
+the time between two events on the stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MIB = 2**20
+FOLDER = Path(__file__).resolve().parents[1]  # benchmarks/, where a worker finds what it imports
+
+
+@dataclass(frozen=True)
+class Sample:
+    wall_s: float
+    busy_s: float
+
+
+def sample(call: Callable[[], object], device: str) -> Sample:
+    """Times one call: wall seconds and busy seconds."""
+    if torch.device(device).type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        wall = time.perf_counter()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return Sample(time.perf_counter() - wall, start.elapsed_time(end) / 1e3)
+    wall, busy = time.perf_counter(), time.process_time()
+    call()
+    return Sample(time.perf_counter() - wall, time.process_time() - busy)
+
+
+@dataclass
+class Pairs:
+    """Samples taken in turns: floor, call, floor, call, ..."""
+
+    floor: list[Sample]
+    call: list[Sample]
+
+    @property
+    def ratios(self) -> list[float]:
+        return [call.busy_s / floor.busy_s for floor, call in zip(self.floor, self.call, strict=True)]
+
+
+def interleave(
+    floor: Callable[[], object],
+    call: Callable[[], object],
+    device: str,
+    *,
+    budget_s: float,
+    reps: tuple[int, int],
+) -> Pairs:
+    """Takes turns until `budget_s` is spent, at least reps[0] and at most reps[1] times."""
+    pairs = Pairs([], [])
+    begin = time.perf_counter()
+    while len(pairs.call) < reps[1]:
+        pairs.floor.append(sample(floor, device))
+        pairs.call.append(sample(call, device))
+        spent = time.perf_counter() - begin
+        mean = spent / len(pairs.call)
+        if len(pairs.call) >= reps[0] and spent + mean > budget_s:
+            break
+    return pairs
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """Linear between the order statistics, as NumPy's default."""
+    if not values:
+        raise ValueError("quantile of no values")
+    ordered = sorted(values)
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def summarize(values: Sequence[float]) -> dict[str, float]:
+    return {
+        "median": quantile(values, 0.5),
+        "p20": quantile(values, 0.2),
+        "p80": quantile(values, 0.8),
+        "n": len(values),
+    }
+
+
+def status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def extra_peak_bytes(call: Callable[[], object], device: str) -> int | None:
+    """How far one call raises the memory of the process above where it stood; None where that cannot be told.
+
+    On the CPU: the kernel's high-water mark of resident pages, reset before the call. To be used once in a
+    fresh process, after a warm-up that loads what is loaded once: memory kept from earlier work goes unseen.
+    """
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # gives freed pages back, so that using them again counts
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
+        before = status_bytes("VmRSS")
+    except (OSError, AttributeError):  # not Linux with glibc, or no right to
+        call()
+        return None
+    call()
+    return max(0, status_bytes("VmHWM") - before)
+
+
+class WorkerError(RuntimeError):
+    """A worker ended without a result; the message is its reason."""
+
+
+def run_worker(
+    script: Path, spec: dict[str, Any], *, threads: int, timeout_s: float = 3600
+) -> dict[str, Any]:
+    """Runs `script` in a fresh process with `spec` as JSON on standard input; returns the JSON it answers."""
+    env = os.environ | {
+        name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    }
+    env["PYTHONPATH"] = os.pathsep.join([str(FOLDER), *filter(None, [env.get("PYTHONPATH")])])
+    command = [sys.executable, str(script)]
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(spec),
+            capture_output=True,
+            text=True,
+            env=env,
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise WorkerError(f"took more than {timeout_s:.0f} s") from None
+    if done.returncode == 0:
+        return json.loads(done.stdout)
+    if done.returncode < 0:
+        raise WorkerError(
+            f"killed by signal {-done.returncode}" + (" (memory?)" if done.returncode == -9 else "")
+        )
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    raise WorkerError(lines[-1].strip() if lines else f"exit status {done.returncode}")
+
+
+def answer(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """The other end of run_worker(): keeps standard output for the answer, whatever libraries print."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    json.dump(work(json.load(sys.stdin)), out)
+    out.flush()

@@ -1,0 +1,251 @@
+"""The implementations measured, each as a function from inputs to the mean forward KL.
+
+Every one is called as its own documentation says: no label masked, temperature 1, no cross-entropy mixed in.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from kl_loss_rows.cases import Inputs
+
+Loss = Callable[[Inputs], torch.Tensor]
+RECOMPUTE_WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A row of the table. `build` imports what it needs and returns the loss."""
+
+    key: str
+    label: str
+    family: str  # shares a colour in the picture
+    build: Callable[[], Loss]
+    package: str | None = None  # the distribution that brings it
+    pip: str | None = None  # how to get that
+    gives_kl: bool = True  # False: the value differs from the KL by a constant; the gradient is the same
+    compiles: bool = False  # compiled for each shape: warmed up on the very shape
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    backend: str | None = None  # of the library
+
+    def serves(self, device: str) -> bool:
+        """Whether this row is one for the kind of device at all."""
+        return torch.device(device).type in self.devices
+
+    def absent(self, device: str) -> str | None:
+        """Why it cannot be measured here, or None."""
+        if not self.serves(device):
+            return f"not on {torch.device(device).type}"
+        if self.version() is None:
+            return self.pip
+        if self.backend is None:
+            return None
+        from minitron_kernels import _backend
+
+        return _backend.why_not("linear_kl_loss", self.backend, torch.device(device))
+
+    def version(self) -> str | None:
+        """Of the package, or None where it is absent; torch's own need none."""
+        if self.package is None:
+            return torch.__version__
+        try:
+            return metadata.version(self.package)
+        except metadata.PackageNotFoundError:
+            return None
+
+
+def _kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    log_s, log_t = F.log_softmax(student_logits, -1), F.log_softmax(teacher_logits, -1)
+    return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+
+
+def _naive(inputs: Inputs) -> torch.Tensor:
+    with torch.no_grad():
+        teacher_logits = F.linear(inputs.teacher_hidden, inputs.teacher_head)
+    return _kl(F.linear(inputs.student_hidden, inputs.student_head), teacher_logits)
+
+
+def _naive_float(inputs: Inputs) -> torch.Tensor:
+    with torch.no_grad():
+        teacher_logits = F.linear(inputs.teacher_hidden, inputs.teacher_head).float()
+    return _kl(F.linear(inputs.student_hidden, inputs.student_head).float(), teacher_logits)
+
+
+def _compiled() -> Loss:
+    # tensors one by one: the compiler guards on them, not on our class
+    def loss(X: torch.Tensor, W: torch.Tensor, Y: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            teacher_logits = F.linear(Y, U).float()
+        return _kl(F.linear(X, W).float(), teacher_logits)
+
+    compiled = torch.compile(loss, dynamic=False)
+    return lambda inputs: compiled(*inputs.operands)
+
+
+def _liger(chunk_size: int, compiled: bool) -> Callable[[], Loss]:
+    def build() -> Loss:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        loss = LigerFusedLinearJSDLoss(
+            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=compiled, chunk_size=chunk_size
+        )
+        return lambda inputs: loss(*inputs.operands, inputs.labels)
+
+    return build
+
+
+def _liger_jsd() -> Loss:
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+    loss = LigerFusedLinearJSD(jsd_beta=0.0)  # 0 is forward KL
+    return lambda inputs: loss(*inputs.operands, None)
+
+
+def _liger_kl() -> Loss:
+    from liger_kernel.transformers.fused_linear_kl_div import LigerFusedLinearKLDivLoss
+
+    kl = LigerFusedLinearKLDivLoss()
+
+    def loss(inputs: Inputs) -> torch.Tensor:
+        with torch.no_grad():  # it takes the teacher's probabilities, not its head
+            target = F.linear(inputs.teacher_hidden, inputs.teacher_head).softmax(-1)
+        return kl(inputs.student_hidden, inputs.student_head, target)
+
+    return loss
+
+
+def _torchtune() -> Loss:
+    # its __init__ wants torchao and more, none of which the loss uses: load the file alone
+    package = importlib.util.find_spec("torchtune")
+    path = Path(package.submodule_search_locations[0]) / "modules" / "loss" / "kd_losses.py"
+    spec = importlib.util.spec_from_file_location("torchtune_kd_losses", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kl = module.ForwardKLWithChunkedOutputLoss(num_output_chunks=8)
+
+    def loss(inputs: Inputs) -> torch.Tensor:
+        student = [F.linear(rows, inputs.student_head) for rows in inputs.student_hidden.chunk(8)]
+        with torch.no_grad():
+            teacher = [F.linear(rows, inputs.teacher_head) for rows in inputs.teacher_hidden.chunk(8)]
+        return kl(student, teacher, inputs.labels[None])
+
+    return loss
+
+
+def _trl_chunked() -> Loss:
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    def loss(inputs: Inputs) -> torch.Tensor:
+        return _chunked_divergence_loss(
+            inputs.student_hidden[None],
+            inputs.teacher_hidden[None],
+            inputs.student_head,
+            inputs.teacher_head,
+            completion_mask=torch.ones_like(inputs.labels)[None],
+            beta=0.0,
+        )[0]
+
+    return loss
+
+
+def _trl_gkd() -> Loss:
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+
+    def loss(inputs: Inputs) -> torch.Tensor:
+        with torch.no_grad():
+            teacher_logits = F.linear(inputs.teacher_hidden, inputs.teacher_head)
+        student_logits = F.linear(inputs.student_hidden, inputs.student_head)
+        return GKDTrainer.generalized_jsd_loss(
+            student_logits[None], teacher_logits[None], inputs.labels[None], beta=0.0
+        )
+
+    return loss
+
+
+def _ours(backend: str, device: str, schedule: str) -> Implementation:
+    """A row of the library's: named after the backend where a device has several."""
+
+    def build() -> Loss:
+        from minitron_kernels import linear_kl_loss
+
+        options = {"workspace_bytes": budget} if schedule == "recompute" else {}
+        return lambda inputs: linear_kl_loss(*inputs.operands, schedule=schedule, backend=backend, **options)
+
+    budget = RECOMPUTE_WORKSPACE_BYTES[device]
+    name = {"native": "CUDA C++, ", "triton": "Triton, "}[backend] if device == "cuda" else ""
+    memory = f" in {budget >> 20} MiB" if schedule == "recompute" else ""
+    return Implementation(
+        schedule if device == "cpu" else f"{backend}-{schedule}",
+        f"minitron, {name}{schedule}{memory}",
+        "minitron",
+        build,
+        package="minitron-kernels",
+        pip="pip install .",
+        devices=(device,),
+        backend=backend,
+    )
+
+
+_LIGER = {"package": "liger-kernel", "pip": "pip install --no-deps liger-kernel==0.8.5"}
+_TRL = {"package": "trl", "pip": "pip install trl==1.16.0"}
+
+IMPLEMENTATIONS = {
+    row.key: row
+    for row in (
+        Implementation("naive", "naive PyTorch", "PyTorch", lambda: _naive),
+        Implementation("naive-float", "naive PyTorch, logits.float()", "PyTorch", lambda: _naive_float),
+        Implementation("compile", "torch.compile of that", "torch.compile", _compiled, compiles=True),
+        Implementation("liger", "Liger, 256 rows a chunk", "Liger", _liger(256, False), **_LIGER),
+        Implementation(
+            "liger-compiled",
+            "Liger, as it comes (1024, compiled)",
+            "Liger",
+            _liger(1024, True),
+            compiles=True,
+            **_LIGER,
+        ),
+        Implementation(
+            "liger-jsd", "Liger FusedLinearJSD (Triton)", "Liger", _liger_jsd, devices=("cuda",), **_LIGER
+        ),
+        Implementation(
+            "liger-kl",
+            "Liger FusedLinearKLDiv (Triton)",
+            "Liger",
+            _liger_kl,
+            devices=("cuda",),
+            **_LIGER,
+        ),
+        Implementation(
+            "torchtune",
+            "torchtune, 8 chunks",
+            "torchtune",
+            _torchtune,
+            package="torchtune",
+            pip="pip install --no-deps torchtune==0.6.1",
+            gives_kl=False,
+        ),
+        Implementation("trl", "TRL chunked divergence", "TRL", _trl_chunked, **_TRL),
+        Implementation("trl-gkd", "TRL GKD", "TRL", _trl_gkd, **_TRL),
+        *(
+            _ours(backend, device, schedule)
+            for backend, device in (("native", "cpu"), ("native", "cuda"), ("triton", "cuda"))
+            for schedule in ("store", "recompute")
+        ),
+    )
+}
+OURS = tuple(key for key, row in IMPLEMENTATIONS.items() if row.family == "minitron")
+
+
+def step(loss: Loss, inputs: Inputs) -> torch.Tensor:
+    """Forward and backward; the gradients are in `.grad` of the student's operands. Returns the loss."""
+    inputs.student_hidden.grad = inputs.student_head.grad = None
+    value = loss(inputs)
+    value.backward()
+    return value.detach()

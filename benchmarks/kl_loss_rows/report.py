@@ -1,0 +1,139 @@
+"""The result of a benchmark of the KL loss as tables; results/README.md describes the dictionary it reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common import tables
+from common.machine import describe
+
+LABEL = "forward + backward"
+
+
+def title(run: dict[str, Any]) -> str:
+    where = f"{run['threads']} thread" + ("s" if run["threads"] > 1 else "")
+    shape = f"N {run['N']}, H {run['H']}, Ht {run['Ht']}, V {run['V']}"
+    return f"{run['shape']}: {shape}, {run['dtype']}, {where if run['device'] == 'cpu' else run['device']}"
+
+
+def floor_line(run: dict[str, Any]) -> str:
+    if "floor" not in run:
+        return "No implementation could be timed"
+    busy, flops = run["floor"]["busy_s"], run["flops"]
+    rate = flops / busy["median"]
+    speed = f"{rate / 1e9:.0f} GFLOP/s a core" if run["device"] == "cpu" else f"{rate / 1e12:.0f} TFLOP/s"
+    return (
+        f"Floor: the four GEMMs alone by torch.mm in {run['dtype']}, {flops / 1e9:.0f} GFLOP in "
+        f"{_spread(busy, tables.seconds)} {_busy(run)}, {speed}"
+    )
+
+
+def roofline_line(run: dict[str, Any]) -> str | None:
+    """Where it was measured, on a GPU."""
+    if "roofline" not in run:
+        return None
+    best = run["roofline"]
+    return (
+        f"Roofline, by rates of the same run: {best['flops'] / 1e12:.4g} TFLOP at "
+        f"{best['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s (one large torch.mm), {best['bytes'] / 1e9:.3g} GB "
+        f"at {best['copy_bytes_per_s'] / 1e12:.2f} TB/s (a copy): {tables.seconds(best['seconds'])} s"
+    )
+
+
+def errors_line(run: dict[str, Any]) -> str:
+    kinds = ", ".join(f"{kind}: KL {errors['kl']:.2g}" for kind, errors in run["errors"].items())
+    sizes = next((f"{errors['N']} rows × {errors['V']} tokens" for errors in run["errors"].values()), "")
+    return (
+        f"Errors are relative to float64 of the same inputs, {sizes} ({kinds}); dX, dW in the Frobenius norm"
+    )
+
+
+def _busy(run: dict[str, Any]) -> str:
+    return "CPU s" if run["device"] == "cpu" else "GPU s"
+
+
+def _spread(summary: dict[str, float], show: Any) -> str:
+    """Median (p20–p80)."""
+    if summary["n"] == 1:
+        return show(summary["median"])
+    return f"{show(summary['median'])} ({show(summary['p20'])}–{show(summary['p80'])})"
+
+
+def _time_columns(run: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
+    extra, grads = row["extra_peak_bytes"], row["gradient_bytes"]
+    beyond = None if extra is None else max(0, extra - grads)
+    share = {}
+    if "roofline" in row:  # by the rates of the row's own process
+        share["of roofline"] = f"{100 * row['roofline']['seconds'] / row['busy_s']['median']:.0f} %"
+    return {
+        LABEL: row["label"],
+        _busy(run): _spread(row["busy_s"], tables.seconds),
+        "÷ floor": _spread(row["ratio"], tables.ratio),
+        **share,
+        "wall s": tables.seconds(row["wall_s"]["median"]),
+        "extra MiB": tables.mebibytes(extra) if row["family"] != "floor" else "",
+        "beyond grads": tables.mebibytes(beyond) if row["family"] != "floor" else "",
+    }
+
+
+def _error_columns(run: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
+    cells = {}
+    for kind in run["errors"]:
+        errors = row.get("errors", {}).get(kind, {})
+        for name in ("loss", "dX", "dW"):
+            cells[f"{kind} {name}"] = tables.error(errors[name]) if name in errors else ""
+    return cells
+
+
+def _table_of(cells: list[dict[str, str]], draw: Any) -> str:
+    return draw(list(cells[0]), [list(row.values()) for row in cells]) if cells else ""
+
+
+def _measured(run: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in run["rows"] if row["status"] == "ok"]
+
+
+def _not_measured(run: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['label']}: {row['status']}, {row['reason']}" for row in run["rows"] if row["status"] != "ok"
+    ]
+
+
+def _head(run: dict[str, Any]) -> list[str | None]:
+    return [title(run), run.get("about"), floor_line(run), roofline_line(run), errors_line(run)]
+
+
+def as_text(run: dict[str, Any], width: int = 200) -> str:
+    """For a terminal of `width` columns: the errors in a table of their own where one would be too wide."""
+    rows = _measured(run)
+    whole = _table_of([_time_columns(run, row) | _error_columns(run, row) for row in rows], tables.aligned)
+    if len(whole.split("\n")[0]) <= width:
+        drawn = [whole]
+    else:
+        with_errors = [row for row in rows if row.get("errors")]
+        drawn = [
+            _table_of([_time_columns(run, row) for row in rows], tables.aligned),
+            _table_of(
+                [{LABEL: row["label"]} | _error_columns(run, row) for row in with_errors], tables.aligned
+            ),
+        ]
+    head = [*filter(None, _head(run))]
+    return "\n\n".join(
+        ["\n".join(head), *filter(None, drawn), *filter(None, ["\n".join(_not_measured(run))])]
+    )
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    parts = []
+    for run in result["runs"]:
+        parts.append("**" + ". ".join(filter(None, _head(run))).replace(". ", ".** ", 1) + ".")
+        parts.append(
+            _table_of(
+                [_time_columns(run, row) | _error_columns(run, row) for row in _measured(run)],
+                tables.markdown,
+            )
+        )
+        if _not_measured(run):
+            parts.append("Not measured: " + "; ".join(_not_measured(run)) + ".")
+    parts.append(f"Measured on {describe(result['machine'])}.")
+    return "\n\n".join(filter(None, parts)) + "\n"

@@ -1,0 +1,86 @@
+"""A fresh process for one measurement of the KL loss; common.harness.run_worker() starts it.
+
+The specification it reads says what to do: "measure" (memory of the first call, then time in turns with the
+floor) or "errors" (each implementation against float64 on one draw of inputs).
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+
+from common.harness import answer, extra_peak_bytes, interleave
+from kl_loss_rows.cases import WARM_UP, Case, Inputs, make_inputs, relative_error, truth
+from kl_loss_rows.floor import Floor
+from kl_loss_rows.peers import IMPLEMENTATIONS, step
+from kl_loss_rows.roofline import rates
+
+FLOOR_FP32 = "floor-fp32"
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Memory of one call and time in turns with the floor, of one implementation at one shape."""
+    case, dtype, device = Case(**spec["case"]), spec["dtype"], spec["device"]
+    inputs = make_inputs(case, dtype, device=device)
+    values: list[torch.Tensor] = []
+    result: dict[str, Any] = {"gradient_bytes": inputs.gradient_bytes, "extra_peak_bytes": None}
+    if spec["key"] == FLOOR_FP32:
+        call: Any = Floor(inputs, torch.float32)
+        call()
+    else:
+        implementation = IMPLEMENTATIONS[spec["key"]]
+        loss = implementation.build()
+        warm_up = inputs if implementation.compiles else make_inputs(WARM_UP, dtype, device=device)
+        step(loss, warm_up)
+
+        def call() -> None:
+            values.append(step(loss, inputs))
+
+        inputs.student_hidden.grad = inputs.student_head.grad = None
+        result["extra_peak_bytes"] = extra_peak_bytes(call, device)
+        inputs.student_hidden.grad = inputs.student_head.grad = None
+    if torch.device(device).type == "cuda":
+        result["rates"] = rates(dtype, device)
+    pairs = interleave(Floor(inputs), call, device, budget_s=spec["budget_s"], reps=tuple(spec["reps"]))
+    for name, samples in (("floor", pairs.floor), ("call", pairs.call)):
+        result[name] = [[sample.wall_s, sample.busy_s] for sample in samples]
+    if spec["key"] != FLOOR_FP32:
+        check_work(inputs, values, len(pairs.call) + 1)
+    return result
+
+
+def check_work(inputs: Inputs, values: list[torch.Tensor], calls: int) -> None:
+    """Ends the process unless each of the `calls` gave a loss, the same one, and the last one gradients."""
+    gradients = [inputs.student_hidden.grad, inputs.student_head.grad]
+    found = [*values, *(gradient for gradient in gradients if gradient is not None)]
+    whole = len(values) == calls and len(found) == calls + 2
+    if not whole or not all(bool(x.isfinite().all() and x.any()) for x in found):
+        raise SystemExit("wrong: what was timed gave no loss and gradients, or zeros, NaN or inf")
+    if not all(torch.allclose(x.float(), values[0].float(), rtol=1e-3) for x in values):
+        raise SystemExit("wrong: what was timed gave another loss from call to call")
+
+
+def errors(spec: dict[str, Any]) -> dict[str, Any]:
+    """Of the loss, dX and dW against float64, of several implementations on the same inputs."""
+    inputs = make_inputs(Case(**spec["case"]), spec["dtype"], spec["kind"], spec["device"], seed=1)
+    exact = truth(inputs)
+    rows: dict[str, Any] = {}
+    for key in spec["keys"]:
+        implementation = IMPLEMENTATIONS[key]
+        gc.collect()
+        try:
+            value = float(step(implementation.build(), inputs))
+            rows[key] = {
+                "loss": abs(value - exact.loss) / exact.loss if implementation.gives_kl else None,
+                "dX": relative_error(inputs.student_hidden.grad, exact.dX),
+                "dW": relative_error(inputs.student_head.grad, exact.dW),
+            }
+        except Exception as error:  # one that cannot run must not hide the others; its row says why
+            rows[key] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return {"kl": exact.loss, "rows": rows}
+
+
+if __name__ == "__main__":
+    answer(lambda spec: {"measure": measure, "errors": errors}[spec["work"]](spec))

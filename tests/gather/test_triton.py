@@ -1,0 +1,100 @@
+"""gather by Triton without a GPU: its cases under ttsem, the bytes it moves, how wide its accesses are."""
+
+import json
+import re
+
+import pytest
+
+from tools.faults import Fault
+from tools.triton_runs import needs, planted, python, run_cases, traffic, wrong_traffic
+
+needs_ttsem, needs_triton = needs("triton", "ttsem"), needs("triton")
+FILE = "gather/kernel_triton.py"
+
+
+@needs_ttsem
+def test_cases_under_ttsem(tmp_path):
+    status, output = run_cases("gather", tmp_path)
+    assert status == 0, output[-8000:]
+    assert "skipped" not in output and "unsupported" not in output, output[-2000:]
+    assert int(re.search(r"(\d+) passed", output)[1]) >= 48
+
+
+FAULTS = {  # name: cases, fault, what the output says
+    "a load without its mask": (
+        "lengths and sorted and dtype1",
+        Fault(FILE, "tl.load(source_ptr + at, mask=inside)", "tl.load(source_ptr + at)"),
+        r"KernelFault.*reads \d+ element",
+    ),
+    "a store without its mask": (
+        "lengths and sorted and dtype1",
+        Fault(FILE, "tl.store(out_ptr + at, value, mask=inside)", "tl.store(out_ptr + at, value)"),
+        r"KernelFault.*writes \d+ element",
+    ),
+    "programs that write one address": (
+        "lengths and sorted and dtype1",
+        Fault(FILE, "offs_r = (pid // blocks % runs)", "offs_r = (pid // blocks % runs // 2)"),
+        "KernelFault.*race|KernelFault.*program|elements differ",
+    ),
+    "leads in the wrong order": (
+        "strides and dtype0",
+        Fault(FILE, "l1, l2 = lead // leads_2 // leads_1, lead // leads_2 % leads_1, lead % leads_2",
+              "l2, l1 = lead // leads_2 // leads_1, lead // leads_2 % leads_1, lead % leads_2"),
+        "elements differ|KernelFault",
+    ),
+    "blocks that are not narrowed": (
+        "blocks and dtype7",
+        Fault(FILE, "cols = _narrowed(cols, block_bytes // wide)\n", "cols = _narrowed(cols, 1)\n"),
+        "elements differ|KernelFault",
+    ),
+    "words from anywhere": (
+        "blocks and dtype7",
+        Fault(FILE, " and all(stride % size == 0 for stride in strides)", " and len(list(strides)) >= 0"),
+        "elements differ|KernelFault|RuntimeError",
+    ),
+}  # fmt: skip
+
+
+@needs_ttsem
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_fault_is_found(tmp_path, name):
+    only, fault, message = FAULTS[name]
+    status, output = run_cases("gather", tmp_path, only, (fault,))
+    assert status == 1 and re.search(message, output), output[-4000:]
+
+
+# first words of a case: passes that load and that store each tensor
+ONCE = {"kept": (1, 0), "out": (0, 1)}
+MINIMUM = {"single": ONCE, "blocks": ONCE, "rows": ONCE}
+
+
+@needs_triton
+def test_traffic(tmp_path):
+    report = traffic("gather", tmp_path)
+    assert len(report) == 9
+    assert wrong_traffic(report, MINIMUM) == []
+    # the indices of a column once for BLOCK_R = 8 rows: 12 rows are two runs
+    assert all(
+        report[case]["cols"][0] == 2 * report[case]["cols"][2] for case in report if "rows" not in case
+    )
+
+
+@needs_triton
+def test_planted_extra_pass_is_found(tmp_path):
+    again = Fault(
+        FILE,
+        "    out_step = GROUP if OUT_DENSE else out_g\n",
+        "    out_step = GROUP if OUT_DENSE else out_g\n"
+        "    tl.load(source_ptr + source_row[:, None], mask=(offs_r < row_count)[:, None])\n",
+    )
+    assert wrong_traffic(traffic("gather", tmp_path, (again,)), MINIMUM)
+
+
+@needs_triton
+def test_blocks_are_loaded_16_bytes_at_a_time(tmp_path):
+    """The gates hold for all cases together; these load and store nothing narrow but indices."""
+    done = python(planted(tmp_path, ()), tmp_path, "-m", "tools.offline_triton", "sm_90", "gather", "s fp8")
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = {a["case"]: a for a in json.loads(done.stdout)}
+    for case in ("blocks fp8", "rows fp8"):
+        assert found[case]["wide_loads"] >= 4 and found[case]["narrow_stores"] == 0, found[case]

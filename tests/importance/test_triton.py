@@ -1,0 +1,109 @@
+"""importance's Triton kernels without a GPU: their cases under ttsem, and the bytes they move."""
+
+import functools
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tools.faults import Fault
+from tools.triton_runs import needs, run_cases, traffic, wrong_traffic
+
+needs_ttsem, needs_triton = needs("triton", "ttsem"), needs("triton")
+FILE = "importance/kernel_triton.py"
+
+
+@needs_ttsem
+def test_cases_under_ttsem(tmp_path):
+    """All of them, in two halves side by side."""
+    halves = ["test_moments or test_heads", "not test_moments and not test_heads"]
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        folders = (tmp_path / str(i) for i in range(2))
+        done = list(pool.map(functools.partial(run_cases, "importance"), folders, halves))
+    total = 0
+    for status, output in done:
+        assert status == 0, output[-8000:]
+        assert "skipped" not in output and "unsupported" not in output, output[-2000:]
+        total += int(re.search(r"(\d+) passed", output)[1])
+    assert total >= 55
+
+
+FAULTS = {  # name: cases, fault, what the output says
+    "no weight in the merge": (
+        "test_long_pieces",
+        Fault(FILE, "delta * delta * (n_a * share)", "delta * delta * share"),
+        "plane 3",
+    ),
+    "a piece is lost": (
+        "test_long_pieces",
+        Fault(FILE, "end = first + pieces_per_sequence\n", "end = first + pieces_per_sequence - 1\n"),
+        "counts",
+    ),
+    "a load without its mask": (
+        "test_moments and shape1-dtype1",
+        Fault(FILE, "+ offs_c[None, :], mask=inside, other=0.0)\n        v", "+ offs_c[None, :])\n        v"),
+        r"KernelFault.*reads \d+ element",
+    ),
+    "padding is read": (
+        "masked_tokens and 0",
+        Fault(FILE, "other=0) != 0\n        inside", "other=0) >= 0\n        inside"),
+        "counts",
+    ),
+    "slots that collide": (
+        "packed_sequences and False-0",
+        Fault(FILE, "begin, end, piece + b, slots", "begin, end, piece, slots"),
+        "KernelFault|counts|plane",
+    ),
+    "programs that write one address": (
+        "test_moments and shape2-dtype1",
+        Fault(FILE, "out = partial_ptr + slot * C + offs_c", "out = partial_ptr + slot // 2 * C + offs_c"),
+        "KernelFault.*race|KernelFault.*program",
+    ),
+    "a slot that nobody wrote": (
+        "packed_sequences and False-0",
+        Fault(FILE, "// piece_tokens + b + 1, first)", "// piece_tokens + b + 2, first)"),
+        "counts|plane|KernelFault",
+    ),
+}
+
+
+@needs_ttsem
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_fault_is_found(tmp_path, name):
+    only, fault, message = FAULTS[name]
+    status, output = run_cases("importance", tmp_path, only, (fault,))
+    assert status == 1 and re.search(message, output), output[-4000:]
+
+
+# first words of a case: passes that load and that store each tensor
+SUMS = {"moments": (0, 1), "counts": (0, 1), "partial": (1, 1)}
+MINIMUM = {
+    "moments": {"x": (1, 0), "piece_counts": (3, 1)} | SUMS,
+    "masked fp32": {"x": (1, 0), "mask": (3, 0)} | SUMS,  # the mask once for each 2048 bytes of a token
+    "masked bf16": {"x": (1, 0), "mask": (2, 0)} | SUMS,
+    "packed": {"x": (1, 0), "moments": (0, 1), "counts": (0, 1)},
+    "heads": {"x": (1, 0), "norms": (1, 1)} | SUMS,
+    "rows": {"x": (1, 0), "out": (0, 1)},
+    "pairs": {"x": (1, 0), "y": (1, 0), "out": (0, 1)},
+}
+
+
+@needs_triton
+def test_traffic(tmp_path):
+    report = traffic("importance", tmp_path)
+    assert len(report) == 14
+    assert wrong_traffic(report, MINIMUM) == []
+
+
+@needs_triton
+def test_planted_extra_pass_is_found(tmp_path):
+    again = Fault(
+        FILE,
+        "        n = tl.sum(counted.to(tl.int32), 0)\n",
+        "        n = tl.sum(counted.to(tl.int32), 0)\n"
+        "        at = x_ptr + offs_t[:, None] * stride_t + offs_c[None, :]\n"
+        "        v += 0.0 * tl.load(at, mask=inside, other=0.0).to(tl.float32)\n",
+    )
+    wrong = wrong_traffic(traffic("importance", tmp_path, (again,)), MINIMUM)
+    assert wrong and all(re.match(r"(moments|masked|packed|heads) .*: (x|norms) ", line) for line in wrong)

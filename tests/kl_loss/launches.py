@@ -1,0 +1,133 @@
+"""Launches of kl_loss's Triton kernels, for the tools that look at them without a GPU.
+
+tools/offline_triton.py compiles them for GPUs that are not here, tools/triton_traffic.py counts their bytes,
+tools/triton_recompiles.py sees whether another size compiles anew.
+"""
+
+import torch
+
+from kl_loss.cases import PLAIN, Kernels, linear, matmul_fp32
+from minitron_kernels.ops.kl_loss import kernel_triton as k
+from minitron_kernels.ops.kl_loss import linear_gpu
+from minitron_kernels.ops.kl_loss.epilogues import triton_epilogues
+
+
+def to_compile(target_name):
+    """(name, call) of every kernel, dtype and divergence."""
+    N, V, H, HT = 8192, 131072, 4096, 5120
+    DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def options(beta, cap=0.0):
+        return (beta, 0.5, 1.0, cap, 1.0, cap)
+
+    # reverse KL is forward KL with the two sides swapped: compiled for one target
+    kinds = BETAS if target_name == "sm_90" else ("forward", "jsd")
+    k.processors = lambda device: 132
+    loss, stats = empty(N), empty(N, 6)
+    out = []
+
+    def add(name, call, *arguments):
+        out.append((name, lambda: call(*arguments)))
+
+    for kind, beta in ((kind, BETAS[kind]) for kind in kinds):
+        pairs = [(name, name) for name in DTYPES] + [("bf16", "fp32")] * (kind == "forward")
+        for student, teacher in pairs:
+            logits = (empty(N, V, dtype=DTYPES[student]), empty(N, V, dtype=DTYPES[teacher]), None, None)
+            name = f"{kind} {student} {teacher}" if student != teacher else f"{kind} {student}"
+            add(f"rows {name}", k.forward, logits, None, loss, stats, V, options(beta))
+            gradient = empty(N, V, dtype=DTYPES[student])
+            add(f"grad {name}", k.grad, logits, None, loss, stats, gradient, V, options(beta))
+        tile = (empty(N, 8192), empty(N, 8192), None, None)
+        dz = empty(N, 8192, dtype=torch.bfloat16)
+        add(f"dz {kind}", k.grad, tile, None, loss, stats, dz, 8192, options(beta))
+        add(f"tile_stats {kind}", k.tile_stats, tile, None, empty(5, N), False, options(beta))
+        add(f"finish_stats {kind}", k.finish_stats, empty(4, 5, N), None, loss, stats, options(beta))
+        for name, dtype in DTYPES.items():
+            if name == "fp32":
+                continue  # served by the vendor's GEMM and the epilogues on tiles
+            student = (empty(N, H, dtype=dtype), empty(V, H, dtype=dtype), None)
+            teacher = (empty(N, HT, dtype=dtype), empty(V, HT, dtype=dtype), None)
+            add(
+                f"linear {kind} {name}", k.linear_stats, student, teacher, None, loss, stats, V, options(beta)
+            )
+    capped = (empty(N, V), empty(N, V), empty(V), empty(V))
+    mask = empty(N, dtype=torch.bool)
+    add("rows forward capped masked", k.forward, capped, mask, loss, stats, V, options(0.0, 30.0))
+    add("grad forward capped masked", k.grad, capped, mask, loss, stats, empty(N, V), V, options(0.0, 30.0))
+    add("tile_mixture jsd", k.tile_mixture, tile, None, stats, empty(2, N), False, options(0.5))
+    add("finish_mixture jsd", k.finish_mixture, empty(4, 2, N), None, loss, stats, options(0.5))
+    return out
+
+
+def measure(counting):
+    """Bytes of each tensor that each kernel moves, at shapes small enough for the interpreter."""
+    ROWS, VOCAB = 3, 512
+    k.FORWARD_BLOCK = k.GRAD_BLOCK = 256
+    k.processors = lambda device: 2
+    report = {}
+    loss, stats, weight = torch.zeros(ROWS), torch.zeros(ROWS, k.NUM_STATS), torch.ones(ROWS)
+    for beta, kind in ((0.0, "forward"), (1.0, "reverse"), (0.5, "jsd")):
+        options = (beta, 1.0, 1.0, 0.0, 1.0, 0.0)
+        for student_dtype, teacher_dtype in (
+            (torch.float32, torch.float32),
+            (torch.bfloat16, torch.float32),
+        ):
+            student = torch.randn(ROWS, VOCAB).to(student_dtype)
+            teacher = torch.randn(ROWS, VOCAB).to(teacher_dtype)
+            logits, grad = (student, teacher, None, None), torch.zeros_like(student)
+            name = f"{kind} {student.element_size()} {teacher.element_size()}"
+            with counting(student=student, teacher=teacher, loss=loss, stats=stats) as report[f"rows {name}"]:
+                k.forward(logits, None, loss, stats, VOCAB, options)
+            with counting(student=student, teacher=teacher, weight=weight, stats=stats, grad=grad) as counts:
+                k.grad(logits, None, weight, stats, grad, VOCAB, options)
+            report[f"grad {name}"] = counts
+        student, teacher = torch.randn(ROWS, VOCAB), torch.randn(ROWS, VOCAB)
+        state, sums = torch.zeros(k.NUM_STATE, ROWS), torch.zeros(k.NUM_SUMS, ROWS)
+        logits = (student, teacher, None, None)
+        with counting(student=student, teacher=teacher, state=state) as report[f"tile_stats {kind}"]:
+            k.tile_stats(logits, None, state, False, options)
+        if kind == "jsd":
+            with counting(student=student, teacher=teacher, stats=stats, sums=sums) as counts:
+                k.tile_mixture(logits, None, stats, sums, False, options)
+            report["tile_mixture jsd"] = counts
+    return report
+
+
+# of inputs that differ in size alone: the first is what the others are compared with
+SIZES = (128, 1, 2, 16, 33, 500, 777)
+KERNELS = {
+    "forward_kernel",
+    "grad_kernel",
+    "tile_stats_kernel",
+    "tile_mixture_kernel",
+    "finish_stats_kernel",
+    "finish_mixture_kernel",
+    "linear_kernel",
+}
+
+
+def launch(rows):
+    """Every launch of a training step by either schedule, of an evaluation, and of kl_loss."""
+    VOCAB, H, HT = 12288, 64, 96  # two tiles
+    BUDGET = {"store": 200 * 10 * VOCAB, "recompute": 1 << 29}  # store: chunks of 200 rows
+
+    linear_gpu.matmul = matmul_fp32
+    k.processors = lambda device: 132
+    forward, backward = k.kl_loss_forward, k.kl_loss_backward
+    kernels = Kernels("triton", "cpu", forward, backward, triton_epilogues())
+    mask = torch.ones(rows, dtype=torch.bool)
+    tensors = [torch.zeros(size, width, dtype=torch.bfloat16) for width in (H, HT) for size in (rows, VOCAB)]
+    for beta in (0.0, 0.5):
+        for schedule, budget in BUDGET.items():
+            weight = torch.ones(rows)
+            linear(
+                kernels, tensors, beta=beta, mask=mask, row_weight=weight, schedule=schedule, budget=budget
+            )
+        linear(kernels, tensors, beta=beta, mask=mask, wants=(False, False, False))
+        logits = [torch.zeros(rows, VOCAB, dtype=torch.bfloat16) for _ in range(2)]
+        loss, stats = kernels.forward(*logits, mask, VOCAB, beta, *PLAIN)
+        kernels.backward(loss, stats, *logits, mask, VOCAB, beta, *PLAIN)

@@ -1,0 +1,158 @@
+"""Tests of kl_loss's Triton kernels, written for device="cuda": the cases of every backend, and Triton's own.
+Not collected by name: kl_loss/test_triton.py runs them on the CPU under ttsem (values, bounds, races,
+uninitialised reads).
+
+Blocks are shrunk, so that few small shapes have several blocks, tiles, splits and ragged ends.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import minitron_kernels as mk
+from kl_loss.cases import *  # noqa: F403
+from kl_loss.cases import (
+    BETAS,
+    BUDGET,
+    CAPPED,
+    DTYPES,
+    INF,
+    PADDED,
+    Kernels,
+    N,
+    V,
+    assert_near,
+    linear,
+    matmul_fp32,
+    numpy_of,
+    problem,
+    rows,
+    truth_of,
+)
+from kl_loss.edge_cases import (
+    check_dtypes_of_linear,
+    check_dtypes_of_rows,
+    check_evaluation_at_edges,
+    check_rows_at_edges,
+    some,
+)
+from kl_loss.edges import finite_rows, impossible_rows
+from kl_loss.oracle import oracle_linear, oracle_rows
+from kl_loss.problems import make_linear, make_rows
+from minitron_kernels.ops.kl_loss import kernel_triton, linear_gpu
+from minitron_kernels.ops.kl_loss.epilogues import triton_epilogues
+
+
+def triton_kernels():
+    forward, backward = kernel_triton.kl_loss_forward, kernel_triton.kl_loss_backward
+    return Kernels("triton", "cuda", forward, backward, triton_epilogues())
+
+
+@pytest.fixture
+def kernels():
+    return triton_kernels()
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(kernel_triton, "FORWARD_BLOCK", 128)
+    monkeypatch.setattr(kernel_triton, "GRAD_BLOCK", 128)
+    monkeypatch.setattr(kernel_triton, "FINISH_BLOCK", 32)
+    blocks = kernel_triton.LinearBlocks(16, 32, 32, 4, 2)
+    monkeypatch.setattr(kernel_triton, "linear_blocks", lambda mixture: blocks)
+    monkeypatch.setattr(kernel_triton, "processors", lambda device: 12)
+    if torch.version.cuda is None and torch.version.hip is None:
+        monkeypatch.setattr(linear_gpu, "matmul", matmul_fp32)
+
+
+def test_no_float64(kernels):
+    with pytest.raises((TypeError, RuntimeError), match="must be float32, bfloat16 or float16"):
+        rows(kernels, torch.zeros(1, 4).double(), torch.zeros(1, 4).double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("beta", BETAS)
+def test_linear_fused_statistics(kernels, beta, dtype):
+    """No gradient: fused kernel, several splits; and the same from tiles of logits."""
+    tensors = problem(kernels, dtype, padded=PADDED)
+    tensors[1][V:], tensors[3][V:] = math.nan, math.nan
+    bias = torch.linspace(-9, 9, PADDED, device=kernels.device)
+    bias[:64] = -INF  # the first split's tiles are empty
+    mask = torch.ones(N, dtype=torch.bool, device=kernels.device)
+    mask[3] = False
+    tensors[0][3], tensors[2][3] = math.nan, math.nan
+    setup = {"beta": beta, "options": CAPPED, "biases": (bias, bias), "vocab_size": V}
+    nothing = {"wants": (False, False, False), "mask": mask}
+    assert kernel_triton.splits_for(N, V, kernel_triton.linear_blocks(False), 12) == 2
+    fused = linear(kernels, tensors, **setup, **nothing)
+    unfused = replace(kernels.epilogues, linear_stats=None)
+    tiled = linear(kernels, tensors, budget=BUDGET["recompute"], epilogues=unfused, **setup, **nothing)
+    truth = truth_of(tensors, **setup)[0]
+    for outputs in (fused, tiled):
+        loss = numpy_of(outputs[0])
+        assert loss[3] == 0 and (outputs[1][3] == 0).all()
+        np.testing.assert_allclose(np.delete(loss, 3), np.delete(truth, 3), rtol=1e-5)
+    torch.testing.assert_close(fused[1], tiled[1], rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_linear_fused_even_widths(kernels, beta):
+    """Widths that are multiples of the block: no mask along them."""
+    tensors = [x.to(kernels.device) for x in make_linear(33, 64, 96, 200, torch.bfloat16, distance=0.2)]
+    loss = linear(kernels, tensors, beta=beta, wants=(False, False, False))[0]
+    truth = oracle_linear(*map(numpy_of, tensors), beta=beta)[0]
+    np.testing.assert_allclose(numpy_of(loss), truth, rtol=1e-5)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_kl_loss(kernels, divergence):
+    """kl_loss as the user calls it: pick(), custom op, autograd."""
+    beta = {"forward_kl": 0.0, "jsd": 0.5}[divergence]
+    labels = torch.zeros(N, dtype=torch.int64, device=kernels.device)
+    labels[:5] = -100
+    options = {"labels": labels, "divergence": divergence, "backend": kernels.backend}
+    student, teacher = (x.to(kernels.device) for x in make_rows(N, 200, torch.float32))
+    student.requires_grad_()
+    rows_ = mk.kl_loss(student, teacher, reduction="none", **options)
+    rows_.backward(torch.full_like(rows_, 2.0))
+    true_loss, true_grad = oracle_rows(numpy_of(student), numpy_of(teacher), beta=beta)
+    counts = numpy_of(labels == 0)
+    np.testing.assert_allclose(numpy_of(rows_), true_loss * counts, rtol=3e-6)
+    assert_near(student.grad, 2.0 * true_grad * counts[:, None], 4e-6, 1e-6)
+
+
+# A choice of what CUDA C++ is tested with: ttsem is slow, and the GPU schedule is the same.
+EDGES = [(0.0, 1.0), (1.0, 0.005), (0.3, 1.0), (1e-9, 0.005), (1 - 1e-9, 100.0)]  # beta, temperature
+
+
+@pytest.mark.parametrize(("beta", "temperature"), EDGES)
+def test_rows_at_edges(kernels, beta, temperature):
+    first = EDGES.index((beta, temperature))
+    few = some(finite_rows(200, 128), first, len(EDGES))
+    for edges in (finite_rows(1, 1), few, impossible_rows(200, 128)):
+        check_rows_at_edges(kernels, edges, beta, temperature)
+
+
+@pytest.mark.parametrize(("beta", "temperature"), EDGES[:3])
+def test_fused_at_edges(kernels, beta, temperature):
+    """The fused kernel: blocks of 32 tokens, 4 a split."""
+    first = EDGES.index((beta, temperature))
+    edges = some(finite_rows(270, 128 if first else 32), first, 3)
+    check_evaluation_at_edges(kernels, edges, beta, temperature, torch.bfloat16)
+
+
+def test_dtypes_of_rows(kernels):
+    pairs = [(torch.bfloat16, torch.float16), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)]
+    check_dtypes_of_rows(kernels, 0.3, pairs)
+
+
+def test_dtypes_of_linear(kernels):
+    """The fused kernel where both sides are of 16 bit, else tiles; all dtypes in every place."""
+    a, b, c = DTYPES
+    quadruples = [(b, b, c, c), (c, c, b, b), (b, c, b, b), (a, a, c, c), (c, b, a, a), (b, a, c, b)]
+    evaluation = {"beta": 0.0, "wants": (False, False, False), "budget": 3 << 14}
+    check_dtypes_of_linear(kernels, quadruples, [evaluation])
+    check_dtypes_of_linear(kernels, quadruples[2:3], [{"beta": 0.3, "schedule": "store", "budget": 3 << 14}])

@@ -1,0 +1,319 @@
+"""minitron-prune: score, plan, prune, info; exit codes, and errors of one line."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from minitron_kernels.pruning import (
+    ImportanceScores,
+    PruningPlan,
+    collect_importance,
+    make_plan,
+    prune_model,
+)
+from minitron_kernels.pruning.cli.main import main
+from minitron_kernels.pruning.score.calibration import calibration_windows
+from pruning.checkpoints import save_tiny
+
+WORDS = [f"w{number}" for number in range(90)]
+TEXT = " ".join(WORDS[number * number % 90] for number in range(400))
+
+
+def save_tokenizer(folder, bos=False):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny checkpoint with tokenizer, text, scores and a plan."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_tiny(folder / "src", "llama")
+    save_tokenizer(folder / "src")
+    (folder / "text.txt").write_text(TEXT)
+    score = [
+        "score",
+        folder / "src",
+        folder / "text.txt",
+        "-o",
+        folder / "scores",
+        "--samples",
+        5,
+        "--seq-len",
+        32,
+    ]
+    assert run(*score, "--batch-size", 2, "--quiet") == 0
+    sizes = ["--hidden-size", 32, "--intermediate-size", 48, "--divisor", 16, "--num-hidden-layers", 2]
+    assert run("plan", folder / "scores", "-o", folder / "plan.json", *sizes) == 0
+    return folder
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def fails(capsys, *arguments, code=1):
+    """The one line on stderr of a command that fails."""
+    capsys.readouterr()
+    assert run(*arguments) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("minitron-prune: error: ") and err.count("\n") == 1
+    return err
+
+
+def test_scores_are_those_of_the_library(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "src")
+    tokens = [WORDS.index(word) + 4 for word in TEXT.split()] + [2]
+    windows = torch.tensor(tokens[:384]).view(12, 32)
+    chosen = torch.randperm(12, generator=torch.Generator().manual_seed(0))[:5].sort().values
+    want = collect_importance(model, list(windows[chosen].split(2))).tables()
+    got = ImportanceScores.load(folder / "scores")
+    assert got.tokens == 160
+    for name, table in got.tables().items():
+        pairs = (
+            [(table, want[name])] if torch.is_tensor(table) else [(table[k], want[name][k]) for k in table]
+        )
+        assert pairs and all(torch.equal(one, other) for one, other in pairs), name
+
+
+def test_the_plan_is_that_of_the_library(folder):
+    scores = ImportanceScores.load(folder / "scores")
+    want = make_plan(scores, hidden_size=32, intermediate_size=48, num_hidden_layers=2, divisor=16)
+    assert PruningPlan.load(folder / "plan.json") == want
+
+
+def test_prune_and_info(folder, tmp_path, capsys):
+    capsys.readouterr()
+    assert (
+        run("prune", folder / "src", tmp_path / "dst", folder / "plan.json", "--max-shard-size", "20KB") == 0
+    )
+    out, err = capsys.readouterr()
+    plan = PruningPlan.load(folder / "plan.json")
+    assert f"{plan.parameters_before:,} → {plan.parameters_after:,} parameters" in out
+    assert err.startswith(
+        "minitron-prune: left out: consolidated.safetensors, model.gguf, pytorch_model.bin: "
+    )
+    assert err.count("\n") == 1
+    model = AutoModelForCausalLM.from_pretrained(folder / "src")
+    want = prune_model(model, plan).state_dict()
+    got = {}
+    for file in (tmp_path / "dst").glob("*.safetensors"):
+        got.update(load_file(file))
+    assert got.keys() == want.keys() and all(got[name].equal(want[name]) for name in want)
+
+    assert run("info", tmp_path / "dst", folder / "plan.json", folder / "scores") == 0
+    checkpoint, shown_plan, scores = capsys.readouterr().out.split("\n\n")
+    assert re.search(rf"parameters +{plan.parameters_after:,}\n", checkpoint)
+    assert re.search(r"hidden_size +32\n", checkpoint) and "checkpoint of a llama model" in checkpoint
+    assert checkpoint.count(" tensors") == len(list((tmp_path / "dst").glob("*.safetensors"))) > 1
+    assert f"pruned from {plan.parameters_before:,} parameters" in checkpoint
+    assert shown_plan.endswith(plan.summary())
+    assert "160 tokens" in scores and "scored: hidden, energy, mlp, heads, layers" in scores
+
+
+def test_targets_of_a_plan(folder, tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    assert run("plan", folder / "scores", "-o", path, "--ratio", 0.5, "--divisor", 8) == 0
+    assert "hidden_size" in capsys.readouterr().out
+    assert PruningPlan.load(path).target_config["hidden_size"] == 24
+    by_name = [
+        "--ratio",
+        "intermediate_size=0.5",
+        "--divisor",
+        8,
+        "--drop-layers",
+        "0-1",
+        "--order",
+        "importance",
+    ]
+    assert run("plan", folder / "scores", "-o", path, "--overwrite", *by_name) == 0
+    plan = PruningPlan.load(path)
+    assert plan.target_config["intermediate_size"] == 40 and [entry.layer for entry in plan.layers] == [2]
+    assert plan.order == "importance"
+    assert run("plan", folder / "scores", "-o", path, "--overwrite", "--params", "0.05M", "--divisor", 8) == 0
+    assert PruningPlan.load(path).parameters_after <= 50_000
+
+
+def test_sizes_that_transformers_refuses(folder, tmp_path, capsys):
+    """Llama's hidden size must be a multiple of its heads there, though 4 heads of 16 fit any."""
+    odd = ["--hidden-size", 30, "--divisor", 2, "-o", tmp_path / "plan.json"]
+    assert "would not load" in fails(capsys, "plan", folder / "scores", *odd)
+    assert run("plan", folder / "scores", *odd, "--allow-unloadable") == 0
+    assert PruningPlan.load(tmp_path / "plan.json").target_config["hidden_size"] == 30
+
+
+def test_scores_of_token_ids(folder, tmp_path):
+    np.save(tmp_path / "tokens.npy", np.arange(96, dtype=np.uint16).reshape(2, 48))
+    arguments = ["score", folder / "src", tmp_path / "tokens.npy", "-o", tmp_path / "scores", "--seq-len", 24]
+    assert run(*arguments, "--samples", 4, "--axes", "mlp", "--quiet") == 0
+    scores = ImportanceScores.load(tmp_path / "scores")
+    assert scores.tokens == 96 and tuple(scores.axes) == ("mlp",)
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text(tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "w0 w1 w2"}\n\n{"text": "w3 w4"}\n')
+    files = [tmp_path / "text.jsonl"]
+    plain = calibration_windows(files, save_tokenizer(tmp_path), length=3, samples=9)
+    assert plain.tolist() == [[4, 5, 6], [2, 7, 8]]  # 2 ends a text
+    begun = calibration_windows(files, save_tokenizer(tmp_path, bos=True), length=3, samples=9)
+    assert begun.tolist() == [[1, 4, 5], [1, 6, 2], [1, 7, 8]]
+
+
+def test_windows_are_drawn_by_the_seed(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(100))
+    draws = [calibration_windows([tmp_path / "a.npy"], None, length=10, samples=4, seed=s) for s in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert draws[0].shape == (4, 10) and (draws[0][:, :1] + torch.arange(10) == draws[0]).all()
+
+
+def test_errors_are_one_line(folder, tmp_path, capsys):
+    src, plan, scores, text = (folder / name for name in ("src", "plan.json", "scores", "text.txt"))
+    dst, out = tmp_path / "dst", ["-o", tmp_path / "out"]
+    assert "nothing: src must be the folder" in fails(capsys, "prune", tmp_path / "nothing", dst, plan)
+    assert "text.txt: " in fails(capsys, "prune", src, dst, text)
+    assert "scores: is there already" in fails(capsys, "prune", src, scores, plan)
+    assert "is there already" in fails(capsys, "score", src, text, "-o", scores)
+    assert "is there already" in fails(capsys, "plan", scores, "-o", plan, "--ratio", "0.5")
+    assert "tell a target" in fails(capsys, "plan", scores, *out)
+    assert "--hidden-size must be" in fails(capsys, "plan", scores, *out, "--hidden-size", 5000)
+    assert "--ratio must be" in fails(capsys, "plan", scores, *out, "--ratio", "a=b=c")
+    assert "importance.json" in fails(capsys, "plan", tmp_path, *out, "--ratio", 0.5)
+    assert "no config.json" in fails(capsys, "score", tmp_path, text, *out)
+    assert "at most the model's 64 positions" in fails(capsys, "score", src, text, *out, "--seq-len", 65)
+    short = ["--seq-len", 64, "--samples", 1]
+    (tmp_path / "short.txt").write_text("w1 w2")
+    assert "fewer than one window of 64" in fails(capsys, "score", src, tmp_path / "short.txt", *out, *short)
+    assert ".safetensors: " in fails(capsys, "score", src, next(src.glob("*.safetensors")), *out, *short)
+    (tmp_path / "bad.jsonl").write_text('{"text": "w1"}\n{"words": 1}\n')
+    assert "line 2 is no JSON object" in fails(capsys, "score", src, tmp_path / "bad.jsonl", *out, *short)
+    np.save(tmp_path / "floats.npy", np.ones(100))
+    assert "must be integers" in fails(capsys, "score", src, tmp_path / "floats.npy", *out, *short)
+    np.save(tmp_path / "large.npy", np.full(100, 96))
+    assert "must be in [0, 96), got 96 to 96" in fails(
+        capsys, "score", src, tmp_path / "large.npy", *out, *short
+    )
+    np.save(tmp_path / "pickle.npy", np.array([{}]), allow_pickle=True)
+    assert "cannot be read as token ids" in fails(capsys, "score", src, tmp_path / "pickle.npy", *out, *short)
+    assert "--axes must be of" in fails(capsys, "score", src, text, *out, *short, "--axes", "x")
+    assert "neither config.json nor" in fails(capsys, "info", tmp_path)
+    assert "No such file" in fails(capsys, "info", tmp_path / "nothing")
+    assert not dst.exists() and not (tmp_path / "out").exists()
+
+
+def test_warnings_are_one_line(folder, tmp_path, capsys):
+    arguments = [
+        "score",
+        folder / "src",
+        folder / "text.txt",
+        "-o",
+        tmp_path / "s",
+        "--seq-len",
+        64,
+        "--quiet",
+    ]
+    capsys.readouterr()
+    assert run(*arguments) == 0
+    assert (
+        "minitron-prune: warning: the text has 6 windows of 64 tokens, not 1024\n" in capsys.readouterr().err
+    )
+
+
+def test_debug_shows_where(folder, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        run("prune", tmp_path / "nothing", tmp_path / "dst", folder / "plan.json", "--debug")
+
+
+def test_interrupted(folder, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minitron_kernels.pruning.checkpoint.prune.prune_checkpoint", interrupt)
+    capsys.readouterr()
+    assert run("prune", folder / "src", tmp_path / "dst", folder / "plan.json") == 130
+    assert capsys.readouterr().err.startswith("minitron-prune: interrupted: the same command")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["cut"],
+        ["prune", "a"],
+        ["prune", "a", "b", "c", "--max-shard-size", "5 bananas"],
+        ["plan", "scores", "-o", "x", "--params", "many"],
+        ["plan", "scores", "-o", "x", "--params", "inf"],
+        ["plan", "scores", "-o", "x", "--params", "-1"],
+        ["plan", "scores", "-o", "x", "--drop-layers", "3-"],
+        ["plan", "scores", "-o", "x", "--drop-layers", "0-99999999999"],
+        ["plan", "scores", "-o", "x", "--hidden-size", "0"],
+        ["plan", "scores", "-o", "x", "--divisor", "0"],
+        ["plan", "scores", "-o", "x", "--num-experts-per-tok", "0"],
+        ["prune", "a", "b", "c", "--max-shard-size", "0"],
+        ["prune", "a", "b", "c", "--max-shard-size", "0.1KB0"],
+        ["prune", "a", "b", "c", "--threads", "0"],
+        ["score", "a", "b", "-o", "c", "--batch-size", "0"],
+        ["score", "a", "b", "-o", "c", "--samples", "0"],
+        ["score", "a", "b", "-o", "c", "--seq-len", "1"],
+        ["score", "a", "b", "-o", "c", "--dtype", "foo"],
+        ["score", "a", "b"],
+    ],
+)
+def test_a_wrong_command_line(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2 and "usage: minitron-prune" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["score"], ["plan"], ["prune"], ["info"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0 and (
+        command == ["info"] or f"minitron-prune {(command or ['score'])[0]} " in out
+    )
+    assert command == ["info"] or "example" in out.lower() or "minitron-prune plan scores -o" in out
+
+
+def test_as_a_module(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "minitron_kernels.pruning", "info", str(tmp_path / "nothing")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("minitron-prune: error: ")
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_the_script_that_pip_installs():
+    text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    module, function = re.search(r'^minitron-prune = "(.+):(.+)"$', text, re.M).groups()
+    assert getattr(importlib.import_module(module), function) is main
+
+
+def test_sizes_in_bytes():
+    from minitron_kernels.pruning.cli.arguments import _byte_count, _count
+
+    sizes = {"5GB": 5_000_000_000, "1.5GiB": 1610612736, "20KB": 20_000, "7": 7}
+    assert {text: _byte_count(text) for text in sizes} == sizes
+    assert (_count("8.4B"), _count("500M"), _count("8.4e9")) == (8.4e9, 5e8, 8.4e9)
+    assert json.dumps(_count("2K")) == "2000.0"
