@@ -88,7 +88,7 @@ def test_memory_probe_sees_a_planted_allocation(tmp_path, kept):
     script.write_text(
         f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n"
         "import torch\n"
-        "from _harness import answer, extra_peak_bytes\n"
+        "from common.harness import answer, extra_peak_bytes\n"
         "def work(spec):\n"
         "    held = []\n"
         "    def call():\n"

@@ -14,7 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from prose import help_topics, paragraphs
-from smollm2 import Say, load_smollm2
+from prose import windows as token_windows  # noqa: F401  for those who measure
+from smollm2 import WHEEL, Say, cache_dir, load_smollm2  # noqa: F401
 
 TINY = "a tiny random model"
 

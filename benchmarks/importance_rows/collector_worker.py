@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from prose import windows as token_windows  # of examples/, which common.models finds
 
 from common.harness import Sample, answer, sample
-from common.models import TINY, mlp_scores, reference_text, smollm2_or_tiny, tiny_model
+from common.models import TINY, mlp_scores, reference_text, smollm2_or_tiny, tiny_model, token_windows
 from minitron_kernels.pruning import collect_importance
 
 

@@ -13,10 +13,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from prose import windows as token_windows  # of examples/, which common.models finds
-from smollm2 import WHEEL, Say, cache_dir
 
-from common.models import TINY, mlp_scores, reference_text, smollm2_or_tiny
+from common.models import (
+    TINY,
+    WHEEL,
+    Say,
+    cache_dir,
+    mlp_scores,
+    reference_text,
+    smollm2_or_tiny,
+    token_windows,
+)
 from kl_loss_rows.cases import Case
 
 WINDOW = 512  # tokens the models see at once
