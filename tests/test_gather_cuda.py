@@ -101,6 +101,8 @@ def test_leads_that_join_in_one_tensor_only(shim):
     swapped = make_weight(12, 2, 5, 24, dtype=torch.float32).transpose(0, 1)[:, :3]
     check(shim, weight, out=swapped)
     check(shim, swapped, out=torch.empty(2, 3, 5, 24))
+    # dimensions of one, whose strides mean nothing, are not counted
+    check(shim, weight.as_strided((1, 2, 1, 1, 3, 1, 1, 1, 5, 24), (5, 360, 7, 11, 120, 13, 17, 19, 24, 1)))
 
 
 def test_rows_at_16_bytes_in_the_first_matrix_only(shim):
