@@ -34,3 +34,11 @@ def test_the_workspace_is_nan_every_time():
             for dtype in DTYPES[:4]:
                 assert buffer[:64].view(dtype).isnan().all()
             buffer.zero_()
+
+
+def test_a_write_behind_the_workspace_is_seen():
+    with (
+        pytest.raises(AssertionError, match="behind the workspace"),
+        _workspace.borrow(64, torch.device("cpu")) as buffer,
+    ):
+        buffer.as_strided((65,), (1,))[64] = 0

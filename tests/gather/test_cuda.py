@@ -1,5 +1,7 @@
 """gather's CUDA kernel, run on the host by the shim: bits, bounds, traffic, thread order, faults."""
 
+import mmap
+
 import pytest
 import torch
 
@@ -49,7 +51,8 @@ def test_bits(shim, dtype, kind):
         for keep in ((rows, cols), (rows, None), (None, cols), (None, None)):
             check(shim, weight, *keep)
     check(shim, weight, cols=torch.arange(3, 227))
-    check(shim, make_weight(3, 5000, dtype=dtype), cols=keep_some(5000, 4099, kind))
+    # one column more than whole blocks have, whatever the width
+    check(shim, make_weight(3, 5000, dtype=dtype), cols=keep_some(5000, 4097, kind))
 
 
 @pytest.mark.parametrize("dtype", WIDTHS)
@@ -99,6 +102,29 @@ def test_leads_that_join_in_one_tensor_only(shim):
     swapped = make_weight(12, 2, 5, 24, dtype=torch.float32).transpose(0, 1)[:, :3]
     check(shim, weight, out=swapped)
     check(shim, swapped, out=torch.empty(2, 3, 5, 24))
+    # dimensions of one, whose strides mean nothing, are not counted
+    check(shim, weight.as_strided((1, 2, 1, 1, 3, 1, 1, 1, 5, 24), (5, 360, 7, 11, 120, 13, 17, 19, 24, 1)))
+
+
+def test_rows_at_16_bytes_in_the_first_matrix_only(shim):
+    near, store = make_weight(2, 3, 16, dtype=torch.float32), torch.zeros(100)
+    apart = store.as_strided((2, 3, 16), (49, 16, 1))
+    check(shim, near, out=apart)
+    check(shim, apart)
+    check(shim, apart, cols=torch.arange(4, 12))
+
+
+@pytest.mark.parametrize("shape", [(2, 40), (2, 1, 40)])
+def test_offsets_beyond_32_bits(shim, shape):
+    """The second row, or matrix, begins 2^32 + 8 elements after the first; nothing between is touched."""
+    step, near = 2**32 + 8, make_weight(*shape, dtype=torch.int8)
+    strides = (step, 40, 1) if len(shape) == 3 else (step, 1)
+    source, out = (
+        torch.frombuffer(mmap.mmap(-1, step + 40), dtype=torch.int8).as_strided(shape, strides)
+        for _ in range(2)
+    )
+    check(shim, source.copy_(near), out=out)
+    assert_gathered(out, near)
 
 
 def test_empty_and_one(shim):

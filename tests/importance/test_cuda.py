@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import mmap
 
 import numpy as np
 import pytest
@@ -48,8 +49,9 @@ def assert_moments(shim, x, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 37, 131), (1, 70, 64), (2, 8, 1048), (2, 1, 1)])
+@pytest.mark.parametrize("shape", [(3, 21, 1025), (1, 70, 64), (2, 8, 1048), (2, 1, 1)])
 def test_moments(shim, dtype, shape):
+    """1025 channels are one more than whole blocks have, in every kernel and dtype."""
     assert_moments(shim, activations(*shape, dtype=dtype))
 
 
@@ -104,6 +106,7 @@ def test_strides_and_misaligned(shim):
         base[:0],
         base[:, :0],
         base[..., :0],
+        base.view(-1).as_strided((2, 20, 128), (20 * 128 + 1, 128, 1)),  # its second sequence is misaligned
     ):
         assert_moments(shim, x, kinds_of_sums=(7,))
     wide = activations(2, 20, 200, dtype=torch.bfloat16)[..., 8:136]  # aligned, with a stride
@@ -135,16 +138,19 @@ def test_long_pieces(shipped):
 
 
 def check_rows(shim, dtype, width):
-    x, turn = (activations(19, width, dtype=dtype, seed=seed) for seed in (0, 1))
+    """17 rows are one more than whole blocks take; y's rows lie apart too, and elsewhere than x's."""
+    x, turn = (activations(17, width, dtype=dtype, seed=seed) for seed in (0, 1))
     x[3], turn[5] = 0, 0
     for y, start in itertools.product((x + turn, turn, 3 * x, None), (0, 1)):
-        store = torch.full((19, width + 3), math.nan, dtype=dtype)
+        store, other = (torch.full((17, width + more), math.nan, dtype=dtype) for more in (3, 5))
         a = store[:, start : start + width] if start else x.clone()
         a.copy_(x)
+        if start and y is not None:
+            y = other[:, 2 : 2 + width].copy_(y)
         allowed = {"a": a} if y is None else {"a": a, "y": y}
         with shim.trace(**allowed) as trace:
             out = shim.ops.importance_rows(a, y)
-            assert {trace.loads(name).bytes for name in allowed} == {19 * width * x.element_size()}
+            assert {trace.loads(name).bytes for name in allowed} == {17 * width * x.element_size()}
             stores = trace.take_stores(out)
             assert stores.never == stores.twice == stores.elsewhere == 0
         rows = out.double().numpy()
@@ -166,6 +172,18 @@ def test_rows(shim, dtype):
 def test_close_rows_keep_their_digits(shim, dtype):
     for width in (33, 1000):
         check_close_rows(shim.ops.importance_rows, dtype, width)
+
+
+def test_offsets_beyond_32_bits(shim):
+    """Tokens, sequences and rows 2^32 + 16 elements apart; nothing between is touched."""
+    near, step = activations(2, 2, 16, dtype=torch.bfloat16), 2**32 + 16
+    hole = torch.frombuffer(mmap.mmap(-1, 2 * (step + 64)), dtype=torch.bfloat16)
+    tokens = hole.as_strided((2, 2, 16), (32, step, 1)).copy_(near)
+    for x in (tokens, tokens.transpose(0, 1)):
+        for num_heads in (0, 2):
+            assert_moments(shim, x, num_heads=num_heads, kinds_of_sums=(7,))
+    truth = oracle.cosine_distance(near[0].double().numpy(), near[1].double().numpy())
+    np.testing.assert_allclose(shim.ops.importance_rows(tokens[0], tokens[1]).numpy(), truth, atol=1e-6)
 
 
 def test_heads_of_no_width(shim):

@@ -275,15 +275,20 @@ def test_order_of_threads_changes_no_bit(shim):
 
 
 def test_one_row_split_over_blocks(shim):
-    """Few rows and a large vocabulary: several blocks of the backward share a row."""
-    V = 40_003
-    student, teacher = normal(1, V, dtype=torch.bfloat16), normal(1, V, dtype=torch.bfloat16, seed=13)
-    check(shim, student, teacher, beta=0.0)
-    loss, stats, _ = run(shim, student, teacher)
-    with shim.trace(student=student, teacher=teacher, stats=stats, loss=loss) as trace:
-        grad = shim.ops.kl_loss_backward(loss, stats, student, teacher, None, V, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0)
+    """Few rows and a large vocabulary: several blocks of the backward share a row, its padding, and a row
+    that does not count.
+    """
+    V, columns = 40_003, 50_000
+    student, teacher = (normal(2, columns, dtype=torch.bfloat16, seed=seed) for seed in (0, 13))
+    check(shim, student, teacher, beta=0.0, vocab_size=V)
+    mask = torch.tensor([True, False])
+    loss, stats, _ = run(shim, student, teacher, mask=mask, vocab_size=V)
+    logits = {"student": student[:1, :V], "teacher": teacher[:1, :V]}
+    with shim.trace(**logits, stats=stats, loss=loss, mask=mask) as trace:
+        grad = shim.ops.kl_loss_backward(loss, stats, student, teacher, mask, V, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0)
         stores = trace.take_stores(grad)
     assert stores.never == stores.twice == stores.elsewhere == 0
+    assert (grad[0, V:] == 0).all() and (grad[1] == 0).all()
 
 
 @pytest.mark.parametrize("student_dtype", DTYPES)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import minitron_kernels as mk
@@ -119,6 +119,11 @@ PLANS = {
     count=st.sampled_from([1, 2, 3]),
     numbers=st.fixed_dictionaries(PLANS),
 )
+# a stretch that begins among the stored tiles and holds all of the others
+@example(
+    N=65, H=260, Ht=65, V=195, case=(torch.float32, None), schedule="store", divergence="forward_kl",
+    masked=False, count=1, numbers={"tile": 64, "chunk_rows": 192, "super_tiles": 4, "stored_tiles": 2},
+)  # fmt: skip
 def test_any_plan(N, H, Ht, V, case, schedule, divergence, masked, count, numbers):
     """Chunks, tiles, stretches and stored tiles of every kind, also such as the planner never chooses."""
     mask = torch.arange(N) % 3 != 1 if masked else None

@@ -9,6 +9,8 @@ from torch.utils import deterministic
 from minitron_kernels import _workspace
 
 BYTE = 0xFF  # repeated, a NaN of every float type, and no size or index that anyone expects
+GUARD = 1 << 16  # bytes behind what was asked for, which nobody may write
+UNGUARDED = _workspace.borrow
 
 
 @contextmanager
@@ -18,8 +20,9 @@ def poisoned() -> Iterator[None]:
 
     @contextmanager
     def borrow_poisoned(nbytes: int, device: torch.device) -> Iterator[torch.Tensor]:
-        with borrow(nbytes, device) as buffer:
-            yield buffer.fill_(BYTE)
+        with borrow(nbytes + GUARD, device) as buffer:
+            yield buffer.fill_(BYTE)[:-GUARD]
+            assert (buffer[nbytes : nbytes + GUARD] == BYTE).all(), "written behind the workspace"
 
     before = (
         torch.are_deterministic_algorithms_enabled(),
