@@ -97,8 +97,14 @@ def common_flags(root: Path, folder: Path, compiler: Compiler, torch: Torch) -> 
 
 
 def host_flags() -> list[str]:
-    """Never -march=native: what is built here may run elsewhere."""
-    return ["-Wall", "-fPIC", "-fvisibility=hidden", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    """Never -march=native: what is built here may run elsewhere. A switch has a case for each enumerator."""
+    return [
+        "-Wall",
+        "-Werror=switch",
+        "-fPIC",
+        "-fvisibility=hidden",
+        *shlex.split(os.environ.get("CXXFLAGS", "")),
+    ]
 
 
 def cuda_flags(cuda: Cuda, compiler: Compiler) -> list[str]:

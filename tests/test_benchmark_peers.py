@@ -15,7 +15,7 @@ from kl_loss_rows import cases as _cases
 from kl_loss_rows.peers import IMPLEMENTATIONS, step
 
 DEFINITIONS = """
-import torch  # noqa: E402
+import torch
 import torch.nn.functional as F
 
 def forward_kl(student_logits, teacher_logits, rows):

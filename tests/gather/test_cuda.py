@@ -255,7 +255,7 @@ def test_planted_fault_is_found(shim, name):
 
 SANITIZED = "bits or layouts or strides or empty or bad_input"
 HEAP_OVERRUN = """
-import torch  # noqa: E402
+import torch
 from tools.host_shim import load
 from tools.faults import Fault
 overrun = Fault(

@@ -66,7 +66,7 @@ def assert_loss(loss, truth, rtol=3e-6):
 def rows(kernels, student, teacher, *, beta=0.0, options=PLAIN, mask=None, vocab_size=None, weight=None):
     """Loss, stats, and gradient of sum(weight * loss)."""
     V = min(student.shape[1], teacher.shape[1]) if vocab_size is None else vocab_size
-    rest = (V, beta, *options)
+    rest = (V, (beta, *options))
     loss, stats = kernels.forward(student, teacher, mask, *rest)
     weight = torch.ones_like(loss) if weight is None else weight
     return loss, stats, kernels.backward(weight, stats, student, teacher, mask, *rest)

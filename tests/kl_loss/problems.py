@@ -94,10 +94,10 @@ def force_plan(monkeypatch, **numbers):
         p = dataclasses.replace(own, **forced)
         wide = options["dtype"] == torch.float64
         *parts, _ = torch.ops.minitron_kernels.linear_kl_loss_layout(
-            N, V, H, Ht, plan._OPERAND_BYTES[p.engine], 8 if wide else 4,
+            N, V, H, Ht, 8 if wide else 4,
             options["grad_hidden"], options["grad_head"],
             options["grad_head_accumulator"] or options["dtype"] in (torch.float32, torch.float64),
-            p.schedule, p.chunk_rows, p.tile, p.super_tiles, p.stored_tiles, torch.get_num_threads(),
+            p.numbers(), torch.get_num_threads(),
         )  # fmt: skip
         made.append(dataclasses.replace(p, part_bytes=tuple(parts)))
         return made[-1]

@@ -47,7 +47,7 @@ def run(
     """(loss, stats, gradient) of the shim's two ops."""
     V = min(student.shape[1], teacher.shape[1]) if vocab_size is None else vocab_size
     keys = ("student_scale", "student_softcap", "teacher_scale", "teacher_softcap")
-    rest = [V, beta, inv_tau, *(options.get(k, float(k.endswith("scale"))) for k in keys)]
+    rest = [V, [beta, inv_tau, *(options.get(k, float(k.endswith("scale"))) for k in keys)]]
     loss, stats = shim.ops.kl_loss_forward(student, teacher, mask, *rest)
     if grad_loss is None:
         grad_loss = torch.ones(student.shape[0])
@@ -171,7 +171,7 @@ def test_layouts(shim, student_dtype, teacher_dtype, beta):
         student[:, :V] = normal(3, V)
         teacher[:, :V] = normal(3, V, seed=7)
         with shim.trace(student=student[:, :V], teacher=teacher[:, :V]) as trace:
-            loss, stats = shim.ops.kl_loss_forward(student, teacher, None, V, beta, 1.0, 1.0, 0.0, 1.0, 0.0)
+            loss, stats = shim.ops.kl_loss_forward(student, teacher, None, V, [beta, 1.0, 1.0, 0.0, 1.0, 0.0])
             for output in (loss, stats):
                 stores = trace.take_stores(output)
                 assert stores.never == stores.twice == 0
@@ -179,7 +179,7 @@ def test_layouts(shim, student_dtype, teacher_dtype, beta):
         weight = torch.tensor([2.0])
         with shim.trace(student=student[:, :V], teacher=teacher[:, :V], stats=stats, weight=weight) as trace:
             grad = shim.ops.kl_loss_backward(
-                weight.expand(3), stats, student, teacher, None, V, beta, 1.0, 1.0, 0.0, 1.0, 0.0
+                weight.expand(3), stats, student, teacher, None, V, [beta, 1.0, 1.0, 0.0, 1.0, 0.0]
             )
             stores = trace.take_stores(grad)
             assert stores.never == stores.twice == stores.elsewhere == 0
@@ -241,7 +241,7 @@ def test_masked_rows_are_not_read(shim, beta):
     mask = torch.tensor([True, False, True, False])
     student[1], teacher[3] = math.nan, math.nan
     with shim.trace(student=student[::2], teacher=teacher[::2], mask=mask):
-        loss, stats = shim.ops.kl_loss_forward(student, teacher, mask, 130, beta, 1.0, 1.0, 0.0, 1.0, 0.0)
+        loss, stats = shim.ops.kl_loss_forward(student, teacher, mask, 130, [beta, 1.0, 1.0, 0.0, 1.0, 0.0])
     true_loss, _ = oracle_rows(student[::2].double().numpy(), teacher[::2].double().numpy(), beta=beta)
     np.testing.assert_allclose(loss[::2].numpy(), true_loss, rtol=3e-6)
     assert (loss[1::2] == 0).all() and (stats[1::2] == 0).all()
@@ -285,7 +285,9 @@ def test_one_row_split_over_blocks(shim):
     loss, stats, _ = run(shim, student, teacher, mask=mask, vocab_size=V)
     logits = {"student": student[:1, :V], "teacher": teacher[:1, :V]}
     with shim.trace(**logits, stats=stats, loss=loss, mask=mask) as trace:
-        grad = shim.ops.kl_loss_backward(loss, stats, student, teacher, mask, V, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0)
+        grad = shim.ops.kl_loss_backward(
+            loss, stats, student, teacher, mask, V, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0]
+        )
         stores = trace.take_stores(grad)
     assert stores.never == stores.twice == stores.elsewhere == 0
     assert (grad[0, V:] == 0).all() and (grad[1] == 0).all()
@@ -299,7 +301,7 @@ def test_traffic(shim, student_dtype, teacher_dtype, beta):
     N, V = 3, 4096
     student, teacher = normal(N, V, dtype=student_dtype), normal(N, V, dtype=teacher_dtype, seed=14)
     S, T = N * V * student.element_size(), N * V * teacher.element_size()
-    rest = (None, V, beta, 1.0, 1.0, 0.0, 1.0, 0.0)
+    rest = (None, V, [beta, 1.0, 1.0, 0.0, 1.0, 0.0])
     passes = 2 if beta == 0.5 else 1
     with shim.trace(student=student, teacher=teacher) as trace:
         loss, stats = shim.ops.kl_loss_forward(student, teacher, *rest)
@@ -321,7 +323,7 @@ def test_bad_input(shim):
     good = torch.zeros(2, 8)
 
     def forward(student=good, teacher=good, mask=None, vocab_size=8):
-        return shim.ops.kl_loss_forward(student, teacher, mask, vocab_size, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0)
+        return shim.ops.kl_loss_forward(student, teacher, mask, vocab_size, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
 
     for arguments, message in [
         ({"student": torch.zeros(8)}, r"student_logits must be \[N, V\]"),
@@ -356,7 +358,7 @@ def check_bounds(shim):
     store = torch.zeros(2, 64)
     view = store[:, :40]
     with shim.trace(student=view, teacher=view):
-        shim.ops.kl_loss_forward(view, view, None, 40, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0)
+        shim.ops.kl_loss_forward(view, view, None, 40, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
 
 
 def check_alignment(shim):
@@ -373,7 +375,7 @@ def check_padding(shim):
     loss, stats, _ = run(shim, student, teacher, vocab_size=64)
     with shim.trace(student=student, teacher=teacher, stats=stats, loss=loss) as trace:
         grad = shim.ops.kl_loss_backward(
-            loss, stats, student, teacher, None, 64, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0
+            loss, stats, student, teacher, None, 64, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0]
         )
         assert trace.take_stores(grad).never == 0
 
@@ -436,11 +438,11 @@ def test_planted_fault_is_found(shim, name):
 
 SANITIZED = "layouts or impossible or masked or bad_input or hand"
 HEAP_OVERRUN = """
-import torch  # noqa: E402
+import torch
 from tools.host_shim import *
 overrun = Fault("common/cuda/vec.cuh", "rest = n - runs * kRun;", "rest = n - runs * kRun + 1;")
 shim = load("kl_loss", overrun, WITHOUT_HALF, WITHOUT_BFLOAT16, sanitize=True)
-shim.ops.kl_loss_forward(torch.zeros(1, 40), torch.zeros(1, 40), None, 40, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0)
+shim.ops.kl_loss_forward(torch.zeros(1, 40), torch.zeros(1, 40), None, 40, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
 """
 
 

@@ -71,7 +71,7 @@ def test_every_engine(monkeypatch, engine):
             ]
             first = next(i for i, dtype in enumerate(dtypes) if dtype != torch.bfloat16)
             name = ("student_hidden", "student_head", "teacher_hidden", "teacher_head")[first]
-            with pytest.raises(RuntimeError, match=f"engine {engine} cannot take {name}"):
+            with pytest.raises(RuntimeError, match=f"operands cannot take {name}"):
                 mk.linear_kl_loss(*tensors, schedule=schedule)
 
 

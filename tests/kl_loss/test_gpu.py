@@ -97,8 +97,8 @@ def test_more_than_2_to_the_31_logits(kernels, full_blocks):
     student = torch.zeros(rows, vocab, dtype=torch.bfloat16, device="cuda")
     student[-1] = torch.randn(vocab, device="cuda")
     teacher = student.flip(1)
-    loss, stats = kernels.forward(student, teacher, None, vocab, 0.0, *OPTIONS)
-    grad = kernels.backward(torch.ones_like(loss), stats, student, teacher, None, vocab, 0.0, *OPTIONS)
+    loss, stats = kernels.forward(student, teacher, None, vocab, (0.0, *OPTIONS))
+    grad = kernels.backward(torch.ones_like(loss), stats, student, teacher, None, vocab, (0.0, *OPTIONS))
     assert (loss[:-1] == 0).all() and loss[-1] > 0.1
     assert (grad[:-1] == 0).all() and (grad[-1] != 0).any()
 
@@ -189,7 +189,7 @@ def test_other_streams(kernels, full_blocks, schedule, wants):
     tensors = problem(kernels, torch.bfloat16)
     expected = linear(kernels, tensors, wants=wants, schedule=schedule)
     logits = torch.randn(2, 64, 4096, device="cuda").unbind(0)
-    expected_rows = kernels.forward(*logits, None, 4096, 0.0, *OPTIONS)
+    expected_rows = kernels.forward(*logits, None, 4096, (0.0, *OPTIONS))
     late, late_logits = ([torch.zeros_like(x) for x in group] for group in (tensors, logits))
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
@@ -198,7 +198,7 @@ def test_other_streams(kernels, full_blocks, schedule, wants):
         for target, source in zip((*late, *late_logits), (*tensors, *logits), strict=True):
             target.copy_(source)
         outputs = linear(kernels, late, wants=wants, schedule=schedule)
-        rows = kernels.forward(*late_logits, None, 4096, 0.0, *OPTIONS)
+        rows = kernels.forward(*late_logits, None, 4096, (0.0, *OPTIONS))
     side.synchronize()
     assert all_equal(outputs, expected) and all_equal(rows, expected_rows)
 
@@ -216,8 +216,8 @@ def test_no_recompilation(full_blocks):
     counts = []
     for rows, vocab in sizes:
         x = torch.randn(rows, vocab, device="cuda")
-        loss, stats = kernel_triton.kl_loss_forward(x, x, None, vocab, 0.0, *OPTIONS)
-        kernel_triton.kl_loss_backward(loss, stats, x, x, None, vocab, 0.0, *OPTIONS)
+        loss, stats = kernel_triton.kl_loss_forward(x, x, None, vocab, (0.0, *OPTIONS))
+        kernel_triton.kl_loss_backward(loss, stats, x, x, None, vocab, (0.0, *OPTIONS))
         tensors = real_problem(rows, vocab, 64, 96)
         for wants in (NOTHING, EVERYTHING):
             linear(triton_kernels(), tensors, wants=wants, schedule="recompute")
@@ -299,7 +299,7 @@ def test_second_gpu(kernels, full_blocks):
         assert all_equal([x.cpu() for x in found], [x.cpu() for x in expected])
     student, teacher = torch.randn(2, 8, 512, device="cuda:1").unbind(0)
     with torch.cuda.device(0):
-        loss, _ = kernels.forward(student, teacher, None, 512, 0.0, *OPTIONS)
+        loss, _ = kernels.forward(student, teacher, None, 512, (0.0, *OPTIONS))
         assert loss.device == student.device and (loss > 0).all()
         with torch.no_grad():
             mk.linear_kl_loss(*there, backend=kernels.backend)

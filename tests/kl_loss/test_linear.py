@@ -121,7 +121,7 @@ def test_chunks_of_rows_and_stretches_of_the_vocabulary(monkeypatch, operands, s
     force_operands(monkeypatch, operands)
     N, H, V = 700, 48, 2500
     tensors = make_linear(N, H, 56, V, torch.bfloat16)
-    made = force_plan(monkeypatch, chunk_rows=192, super_tiles=3)
+    made = force_plan(monkeypatch, chunk_rows=192, tile_group=3)
     for divergence in ("forward_kl", "reverse_kl", "jsd"):
         loss, *grads = truth_of(tensors, beta=BETA[divergence], row_weight=np.full(N, 1 / N))
         options = {"divergence": divergence, "schedule": schedule}

@@ -330,7 +330,7 @@ def test_rows_beyond_32_bit_offsets(kernels, beta):
     options = (beta, *PLAIN)
     true_loss_, true_grad = oracle_rows(*map(numpy_of, near), beta=beta)
     for loss, stats in (
-        kernels.forward(*far[:2], None, columns, *options),
+        kernels.forward(*far[:2], None, columns, options),
         run_tiles(kernels.epilogues, (*far[:2], None, None), None, beta, columns),
     ):
         np.testing.assert_allclose(numpy_of(loss), true_loss_, rtol=4e-6)
@@ -629,12 +629,12 @@ SANITIZED = (
     "any_tiles or splits or rising_tiles or forward_only or bounds or bad_input or (test_linear and 0.3)"
 )
 HEAP_OVERRUN = """
-import torch  # noqa: E402
+import torch
 from tools.host_shim import *
 overrun = Fault("kl_loss/cuda/row_pairs.cuh", "if (run < split.runs) {", "if (run <= split.runs) {")
 shim = load("kl_loss", overrun, WITHOUT_HALF, WITHOUT_BFLOAT16, sanitize=True)
 state, logits = torch.zeros(5, 1), torch.zeros(1, 160)
-shim.ops.kl_tile_stats_(logits, logits, None, None, None, state, True, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0)
+shim.ops.kl_tile_stats_(logits, logits, None, None, None, state, True, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
 """
 
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 import minitron_kernels as mk
 from kl_loss.oracle import oracle_linear, oracle_rows
 from kl_loss.problems import BETA, make_linear, to_numpy
+from minitron_kernels.ops.kl_loss import plan
+from minitron_kernels.ops.kl_loss.rows import NUM_STATS
 
 pytestmark = pytest.mark.native
 LOSS_BOUND = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-5}
@@ -209,3 +211,12 @@ def test_logits(case, backend, strided):
         assert torch.equal(mk.kl_loss(*arguments, backend=backend, **case.options), loss)
     loss.backward(case.factor)
     check(case, loss, rows, [learning.grad], [dz * incoming_weight(case)[:, None]], 4.0)
+
+
+def test_numbers_that_both_languages_know():
+    """Columns of stats, schedules and operands' types are counted alike in Python and in C++."""
+    constant = torch.ops.minitron_kernels.kl_loss_constant
+    assert constant("num_stats") == NUM_STATS
+    assert all(constant(name) == code for name, code in plan._SCHEDULE_CODES.items())
+    codes = {str(dtype).removeprefix("torch."): code for dtype, code in plan._OPERAND_CODES.items()}
+    assert all(constant(name) == code for name, code in codes.items())

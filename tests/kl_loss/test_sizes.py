@@ -101,7 +101,7 @@ def test_a_real_shape(monkeypatch, dtype, engine, schedule, H, Ht, V):
 PLANS = {
     "tile": st.sampled_from([2, 4, 62, 64, 66, 128]),
     "chunk_rows": st.sampled_from([1, 63, 64, 65, 128, 192, 512, 576]),
-    "super_tiles": st.integers(1, 5),
+    "tile_group": st.integers(1, 5),
     "stored_tiles": st.integers(0, 9),
 }
 
@@ -125,7 +125,7 @@ PLANS = {
     masked=False, count=1, numbers={"tile": 64, "chunk_rows": 192, "super_tiles": 4, "stored_tiles": 2},
 )  # fmt: skip
 def test_any_plan(N, H, Ht, V, case, schedule, divergence, masked, count, numbers):
-    """Chunks, tiles, stretches and stored tiles of every kind, also such as the planner never chooses."""
+    """Chunks, tiles, groups and stored tiles of every kind, also such as the planner never chooses."""
     mask = torch.arange(N) % 3 != 1 if masked else None
     with pytest.MonkeyPatch.context() as patch, threads(count):
         force_operands(patch, case[1])

@@ -77,7 +77,7 @@ def test_opcheck():
     torch.library.opcheck(_labels_to_mask, (torch.tensor([1, -100, 3]), -100, 5))
     student, teacher = make_rows(6, 50, torch.float32)
     ops = torch.ops.minitron_kernels
-    options = (50, 0.5, 1.0, 1.0, 0.0, 1.0, 0.0)
+    options = (50, [0.5, 1.0, 1.0, 0.0, 1.0, 0.0])
     torch.library.opcheck(ops.kl_loss_forward.default, (student, teacher, mask[:6].contiguous(), *options))
     loss, stats = ops.kl_loss_forward(student, teacher, None, *options)
     torch.library.opcheck(ops.kl_loss_backward.default, (loss, stats, student, teacher, None, *options))

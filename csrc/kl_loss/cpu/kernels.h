@@ -1,4 +1,4 @@
-// Between the launchers (which know torch) and the kernels (which know a SIMD level): plain structs and one
+// Between the launchers, which know torch, and the kernels, which know a SIMD level: plain structs, and one
 // table of function pointers per level.
 #pragma once
 
@@ -9,39 +9,28 @@
 #include "common/cpu/gemm.h"
 #include "common/cpu/simd.h"
 #include "common/types.h"
+#include "kl_loss/loss_options.h"
 
 namespace minitron {
 
-enum class Divergence { kForward, kReverse, kJsd };
+// What one tile of the vocabulary says of a row, in a form that merges with that of other tiles: maxima, sums
+// of exp, and the KL divergence (in the direction asked for) given that the token is in the tile. By the
+// chain rule, KL = KL of the tiles' probabilities + the sum over tiles of P(tile) KL(in the tile).
+enum Partial { kPartMaxS, kPartSumS, kPartMaxT, kPartSumT, kPartKL, kNumPartials };
 
-struct LossOptions {
-  double beta = 0, inv_tau = 1;
-  double student_scale = 1, student_softcap = 0, teacher_scale = 1, teacher_softcap = 0;
-  Divergence kind() const {
-    return beta == 0 ? Divergence::kForward : beta == 1 ? Divergence::kReverse : Divergence::kJsd;
-  }
-};
-
-// Columns of `stats`, [rows, kStats]: what the gradient needs of a row.
-enum Stat { kMaxS, kInvSumS, kMaxT, kInvSumT, kDelta, kKl, kStats };
-// What a tile of the vocabulary leaves of a row, mergeable: maxima and sums of exp, and the KL divergence (in
-// the direction asked for) given that the token is in the tile. By the chain rule KL = KL(tile) + sum P(tile)
-// KL(in tile).
-enum Partial { kPartMaxS, kPartSumS, kPartMaxT, kPartSumT, kPartKl, kPartials };
-
-// A row's log-ratio is ls - lt = (s - t) - (lse_s - lse_t), with the shift, a whole number, taken off both
-// brackets: logits of two models may lie far apart, and their difference would lose its digits. Where the
-// maxima agree the shift is 0, and s - t of a student close to its teacher stays exact. Of two maxima of type
-// A, or of vectors of them; always inlined, since the files that include this are compiled for different
-// CPUs.
+// The log-ratio of a token is d = (t - s) + (lse_s - lse_t). The logits of two models may lie far apart, and
+// their difference would then lose its digits. So a shift, which is a whole number, is taken off both
+// brackets. Where the maxima agree it is 0, and t - s of a student close to its teacher stays exact.
+// The arguments are of type A, or vectors of it. Always inlined, since the files that include this are
+// compiled for different CPUs.
 template <typename A, typename V>
 [[gnu::always_inline]] inline V shift_between(V max_s, V max_t) {
-  constexpr A kRounds = std::is_same_v<A, float> ? A(0x1.8p23) : A(0x1.8p52);  // to a whole number
+  constexpr A kRounds = std::is_same_v<A, float> ? A(0x1.8p23) : A(0x1.8p52);  // adding it rounds
   return ((max_s - max_t) + kRounds) - kRounds;
 }
-// lse_s - lse_t - shift from maxima and sums of exp.
+// lse_s - lse_t less the shift, from maxima and sums of exp: what Stat::kLseDiff holds.
 template <typename A>
-[[gnu::always_inline]] inline A delta_between(A max_s, double sum_s, A max_t, double sum_t) {
+[[gnu::always_inline]] inline A lse_diff_between(A max_s, double sum_s, A max_t, double sum_t) {
   const double shift = shift_between<A>(max_s, max_t);
   return A((double(max_s) - double(max_t) - shift) + (std::log(sum_s) - std::log(sum_t)));
 }
@@ -57,26 +46,26 @@ struct LogitsRow {
 // A = float or double: the type in which logits are held and summed.
 template <typename A>
 struct KlKernels {
-  // kl_loss: a row's loss and stats (kStats values of A); a row's gradient, [vocab_size] in the student's
-  // dtype.
+  // kl_loss. Forward: a row's loss and its kNumStats stats. Backward: its gradient, [vocab_size] in the
+  // student's dtype.
   void (*row_forward)(const LogitsRow&, const LossOptions&, A* loss, A* stats);
   void (*row_backward)(const LogitsRow&, const LossOptions&, const A* stats, A grad_loss, void* grad);
 
-  // linear_kl_loss, on panels [rows of the vocabulary, kPanel tokens]; per-token values are rows of kPanel,
-  // `stride` apart. `stats` transforms the panels in place (bias per vocabulary row, or nullptr); the others
-  // read them.
-  void (*panel_stats)(A* student, A* teacher, int64_t rows, const A* student_bias, const A* teacher_bias,
-                      const LossOptions&, bool want_kl, A* partials, int64_t stride);
-  void (*panel_kl)(const A* student, const A* teacher, int64_t rows, const LossOptions&, const A* stats,
+  // linear_kl_loss, on panels [entries of the vocabulary, kPanel tokens]. Values per token, such as stats and
+  // loss, are runs of kPanel, `stride` apart where there are several. panel_stats transforms the panels in
+  // place (with a bias per entry, or nullptr); the others read what it left.
+  void (*panel_stats)(A* student, A* teacher, int64_t entries, const A* student_bias, const A* teacher_bias,
+                      const LossOptions&, bool needs_kl, A* partials, int64_t stride);
+  void (*panel_kl)(const A* student, const A* teacher, int64_t entries, const LossOptions&, const A* stats,
                    int64_t stride, A* kl, A* loss);
-  void (*panel_grad)(const A* student, const A* teacher, int64_t rows, const LossOptions&, const A* stats,
+  void (*panel_grad)(const A* student, const A* teacher, int64_t entries, const LossOptions&, const A* stats,
                      int64_t stride, const A* row_weight, A* dz, A* loss);
-  // row_sums[v] += the sum of the panel's row v.
-  void (*panel_row_sums)(const A* panel, int64_t rows, A* row_sums);
+  // sums[v] += the sum over tokens of the panel's entry v.
+  void (*panel_entry_sums)(const A* panel, int64_t entries, A* sums);
   Gemm<A, A> gemm;
 };
 
-// Packing of operands of type Op (see pack.h) from storage of any dtype that widens to it.
+// Packing of operands of type Op (see pack.h) from any dtype that Op can hold without loss.
 template <typename A, typename Op>
 struct PackKernels {
   void (*transposed)(const void* src, DType, int64_t ld, const int64_t* index, int64_t rows, int64_t cols,
@@ -87,7 +76,7 @@ struct PackKernels {
                   Op* dst);
   void (*cast_panel)(const A* panel, int64_t rows, Op* dst, int64_t ld);
   void (*transpose_panel)(const A* panel, int64_t rows, Op* dst, int64_t ld);
-  // [rows, cols] of A to storage of a dtype.
+  // [rows, cols] of type A, rounded to a tensor's dtype.
   void (*narrow)(const A* src, int64_t lds, int64_t rows, int64_t cols, void* dst, DType, int64_t ldd);
 };
 

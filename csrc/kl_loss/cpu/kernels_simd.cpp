@@ -7,7 +7,7 @@
 namespace minitron::MINITRON_SIMD {
 namespace {
 
-// Turns the DType into a typed pointer and calls f with it.
+// Calls f with src as a pointer to elements of its dtype.
 template <typename Op, typename F>
 void with_source(const void* src, DType dtype, F&& f) {
   dispatch_readable<Op>(dtype, [&](auto element) { f(static_cast<const decltype(element)*>(src)); });
@@ -48,8 +48,8 @@ constexpr PackKernels<A, Op> pack_kernels() {
 
 template <typename A>
 constexpr KlKernels<A> kl_kernels() {
-  return {&row_forward<A>, &row_backward<A>,   &panel_stats<A>,     &panel_kl<A>,
-          &panel_grad<A>,  &panel_row_sums<A>, &portable_gemm<A, A>};
+  return {&row_forward<A>, &row_backward<A>,     &panel_stats<A>,     &panel_kl<A>,
+          &panel_grad<A>,  &panel_entry_sums<A>, &portable_gemm<A, A>};
 }
 
 }  // namespace

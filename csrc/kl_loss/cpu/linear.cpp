@@ -1,4 +1,4 @@
-// Registration of linear_kl_loss on CPU: checks, the choice of operand type, and the call.
+// linear_kl_loss on CPU as torch sees it: checks, the choice of the operands' type, and the call.
 #include "kl_loss/cpu/linear.h"
 
 #include <torch/csrc/stable/library.h>
@@ -8,35 +8,32 @@
 namespace minitron {
 namespace {
 
-Schedule schedule_of(const std::string& name) {
-  if (name == "store") return Schedule::kStore;
-  if (name == "recompute") return Schedule::kRecompute;
-  STD_TORCH_CHECK(name == "forward", "schedule must be store, recompute or forward, got ", name);
-  return Schedule::kForward;
-}
-
-std::vector<int64_t> linear_kl_loss_layout(int64_t rows, int64_t vocab_size, int64_t student_width,
-                                           int64_t teacher_width, int64_t operand_bytes,
-                                           int64_t accumulate_bytes, bool grad_hidden, bool grad_head,
-                                           bool head_in_place, std::string schedule, int64_t chunk_rows,
-                                           int64_t tile, int64_t super_tiles, int64_t stored_tiles,
-                                           int64_t threads) {
-  return make_layout({.rows = rows,
+std::vector<int64_t> linear_kl_loss_layout(int64_t tokens, int64_t vocab_size, int64_t student_hidden_size,
+                                           int64_t teacher_hidden_size, int64_t accumulate_bytes,
+                                           bool grad_hidden, bool grad_head, bool head_in_place,
+                                           std::vector<int64_t> plan, int64_t threads) {
+  return make_layout({.tokens = tokens,
                       .vocab_size = vocab_size,
-                      .student_width = student_width,
-                      .teacher_width = teacher_width,
-                      .op_bytes = operand_bytes,
-                      .acc_bytes = accumulate_bytes,
+                      .student_hidden_size = student_hidden_size,
+                      .teacher_hidden_size = teacher_hidden_size,
+                      .accumulate_bytes = accumulate_bytes,
                       .grad_hidden = grad_hidden,
                       .grad_head = grad_head,
                       .head_in_place = head_in_place,
-                      .schedule = schedule_of(schedule),
-                      .chunk_rows = chunk_rows,
-                      .tile = tile,
-                      .super_tiles = super_tiles,
-                      .stored_tiles = stored_tiles,
+                      .plan = LinearPlan::of(plan),
                       .threads = threads})
       .bytes();
+}
+
+int64_t kl_loss_constant(std::string name) {
+  if (name == "num_stats") return kNumStats;
+  if (name == "store") return int64_t(Schedule::kStore);
+  if (name == "recompute") return int64_t(Schedule::kRecompute);
+  if (name == "forward") return int64_t(Schedule::kForward);
+  for (DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16}) {
+    if (name == dtype_name(dtype)) return int64_t(dtype);
+  }
+  STD_TORCH_CHECK(false, "kl_loss has no constant ", name);
 }
 
 std::string bf16_operands() { return bf16_operand_type(); }
@@ -54,46 +51,32 @@ void zero_rows(const Matrix& m, int64_t first, int64_t last) {
   }
 }
 
-std::vector<int64_t> active_rows(const uint8_t* mask, int64_t n) {
-  std::vector<int64_t> rows;
-  rows.reserve(n);
+std::vector<int64_t> valid_tokens_of(const uint8_t* mask, int64_t n) {
+  std::vector<int64_t> tokens;
+  tokens.reserve(n);
   for (int64_t i = 0; i < n; ++i) {
-    if (!mask || mask[i]) rows.push_back(i);
+    if (!mask || mask[i]) tokens.push_back(i);
   }
-  return rows;
-}
-
-// What `engine` names: the operands' type and who multiplies them.
-struct Engine {
-  DType operands;
-  bool portable;
-};
-
-Engine engine_of(const std::string& name) {
-  if (name == "bf16") return {DType::kBFloat16, false};
-  if (name == "portable_bf16") return {DType::kBFloat16, true};
-  if (name == "f32") return {DType::kFloat32, !brgemm_f32()};
-  if (name == "portable") return {DType::kFloat32, true};
-  STD_TORCH_CHECK(name == "f64", "engine must be bf16, f32, f64, portable or portable_bf16, got ", name);
-  return {DType::kFloat64, true};
+  return tokens;
 }
 
 // Operands of a type that cannot hold the tensor's values would be rounded, or not be there at all.
-void check_readable(const Matrix& x, DType operands, const char* name, const std::string& engine) {
+void check_readable(const Matrix& x, DType operands, const char* name) {
   bool readable = false;
   dispatch(x.dtype, [&](auto storage) {
     dispatch(operands, [&](auto operand) { readable = kReadableAs<decltype(storage), decltype(operand)>; });
   });
-  STD_TORCH_CHECK(readable, "engine ", engine, " cannot take ", name, ", which is ", dtype_name(x.dtype));
+  STD_TORCH_CHECK(readable, dtype_name(operands), " operands cannot take ", name, ", which is ",
+                  dtype_name(x.dtype));
 }
 
 template <typename Op, typename A>
 void run(const LinearProblem& problem, const LinearShape& shape, Gemm<Op, A> gemm, const Tensor& workspace) {
-  const int64_t need = make_layout(shape).total;
-  STD_TORCH_CHECK(workspace.numel() >= need, "workspace must have at least ", need, " bytes, got ",
+  const int64_t bytes = make_layout(shape).total;
+  STD_TORCH_CHECK(workspace.numel() >= bytes, "workspace must have at least ", bytes, " bytes, got ",
                   workspace.numel());
-  advise_huge_pages(workspace.data_ptr(), need);
-  LinearKl<Op, A>(problem, shape, counted(gemm), static_cast<char*>(workspace.data_ptr())).run();
+  advise_huge_pages(workspace.data_ptr(), bytes);
+  LinearKL<Op, A>(problem, shape, counted(gemm), static_cast<char*>(workspace.data_ptr())).run();
 }
 
 void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teacher_hidden,
@@ -101,11 +84,9 @@ void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teac
                          std::optional<Tensor> teacher_bias, std::optional<Tensor> mask,
                          std::optional<Tensor> row_weight, Tensor loss, Tensor stats, bool stats_given,
                          std::optional<Tensor> grad_hidden, std::optional<Tensor> grad_head,
-                         std::optional<Tensor> grad_bias, std::optional<Tensor> head_accumulator,
-                         Tensor workspace, int64_t vocab_size, double beta, double inv_tau,
-                         double student_scale, double student_softcap, double teacher_scale,
-                         double teacher_softcap, std::string schedule, int64_t chunk_rows, int64_t tile,
-                         int64_t super_tiles, int64_t stored_tiles, std::string engine) {
+                         std::optional<Tensor> grad_bias, std::optional<Tensor> grad_head_accumulator,
+                         Tensor workspace, int64_t vocab_size, std::vector<double> options,
+                         std::vector<int64_t> plan_numbers) {
   LinearProblem p{};
   p.student_hidden = matrix_of(student_hidden, "student_hidden");
   p.student_head = matrix_of(student_head, "student_head");
@@ -116,30 +97,27 @@ void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teac
                       p.teacher_head.cols == p.teacher_hidden.cols && V <= p.student_head.rows &&
                       V <= p.teacher_head.rows,
                   "shapes of hidden states, heads and vocab_size do not fit each other");
-  const Schedule plan = schedule_of(schedule);
-  STD_TORCH_CHECK(tile > 0 && tile % 2 == 0 && chunk_rows > 0 && super_tiles > 0 && stored_tiles >= 0 &&
-                      stored_tiles <= (plan == Schedule::kStore ? ceil_div(V, tile) : 0),
-                  "plan out of range");
-  p.options = {beta, inv_tau, student_scale, student_softcap, teacher_scale, teacher_softcap};
+  const LinearPlan plan = LinearPlan::of(plan_numbers);
+  STD_TORCH_CHECK(plan.stored_tiles <= ceil_div(V, plan.tile), "plan out of range");
+  p.options = LossOptions::of(options);
   p.stats_given = stats_given;
-  p.rows = active_rows(mask_of(mask, N), N);
+  p.valid_tokens = valid_tokens_of(mask_of(mask, N), N);
   p.grad_hidden = output_of(grad_hidden, N, H, "grad_hidden");
   p.grad_head = output_of(grad_head, V, H, "grad_head");
-  p.head_accumulator = output_of(head_accumulator, V, H, "grad_head_accumulator");
+  p.grad_head_accumulator = output_of(grad_head_accumulator, V, H, "grad_head_accumulator");
 
-  const Engine chosen = engine_of(engine);
-  check_readable(p.student_hidden, chosen.operands, "student_hidden", engine);
-  check_readable(p.student_head, chosen.operands, "student_head", engine);
-  check_readable(p.teacher_hidden, chosen.operands, "teacher_hidden", engine);
-  check_readable(p.teacher_head, chosen.operands, "teacher_head", engine);
-  const bool wide = chosen.operands == DType::kFloat64;
+  check_readable(p.student_hidden, plan.operands, "student_hidden");
+  check_readable(p.student_head, plan.operands, "student_head");
+  check_readable(p.teacher_hidden, plan.operands, "teacher_hidden");
+  check_readable(p.teacher_head, plan.operands, "teacher_head");
+  const bool wide = plan.operands == DType::kFloat64;
   const DType accumulate = wide ? DType::kFloat64 : DType::kFloat32;
-  STD_TORCH_CHECK(!p.head_accumulator.data || p.head_accumulator.dtype == accumulate,
+  STD_TORCH_CHECK(!p.grad_head_accumulator.data || p.grad_head_accumulator.dtype == accumulate,
                   "grad_head_accumulator must be ", dtype_name(accumulate), ", got ",
-                  dtype_name(p.head_accumulator.dtype));
-  const bool any_row = !p.rows.empty() && V > 0;
-  if (int64_t(p.rows.size()) < N || !any_row) zero_rows(p.grad_hidden, 0, N);
-  zero_rows(p.grad_head, any_row ? V : 0, p.grad_head.rows);  // rows beyond vocab_size are padding
+                  dtype_name(p.grad_head_accumulator.dtype));
+  const bool any_token = !p.valid_tokens.empty() && V > 0;
+  if (int64_t(p.valid_tokens.size()) < N || !any_token) zero_rows(p.grad_hidden, 0, N);
+  zero_rows(p.grad_head, any_token ? V : 0, p.grad_head.rows);  // those beyond vocab_size are padding
 
   const auto vectors = [&](auto element) {
     using A = decltype(element);
@@ -147,13 +125,13 @@ void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teac
     p.teacher_bias = vector_of<A>(teacher_bias, V, "teacher_bias");
     p.row_weight = vector_of<A>(row_weight, N, "row_weight");
     p.loss = vector_of<A>(loss, N, "loss");
-    p.stats = vector_of<A>(stats, N * kStats, "stats");
+    p.stats = vector_of<A>(stats, N * kNumStats, "stats");
     A* bias = vector_of<A>(grad_bias, V, "grad_bias");
     p.grad_bias = bias;
-    if (bias && !any_row) std::fill_n(bias, V, A(0));
-    if (int64_t(p.rows.size()) < N || !any_row) {
+    if (bias && !any_token) std::fill_n(bias, V, A(0));
+    if (int64_t(p.valid_tokens.size()) < N || !any_token) {
       std::fill_n(static_cast<A*>(p.loss), N, A(0));
-      if (!stats_given) std::fill_n(static_cast<A*>(p.stats), N * kStats, A(0));
+      if (!stats_given) std::fill_n(static_cast<A*>(p.stats), N * kNumStats, A(0));
     }
   };
   if (wide) {
@@ -161,33 +139,28 @@ void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teac
   } else {
     vectors(float{});
   }
-  if (!any_row) return;
+  if (!any_token) return;
 
-  const bool lent = p.head_accumulator.data != nullptr;
-  const LinearShape shape{.rows = int64_t(p.rows.size()),
+  const bool accumulator_given = p.grad_head_accumulator.data != nullptr;
+  const LinearShape shape{.tokens = int64_t(p.valid_tokens.size()),
                           .vocab_size = V,
-                          .student_width = H,
-                          .teacher_width = p.teacher_hidden.cols,
-                          .op_bytes = bytes_of(chosen.operands),
-                          .acc_bytes = bytes_of(accumulate),
+                          .student_hidden_size = H,
+                          .teacher_hidden_size = p.teacher_hidden.cols,
+                          .accumulate_bytes = bytes_of(accumulate),
                           .grad_hidden = p.grad_hidden.data != nullptr,
-                          .grad_head = p.grad_head.data != nullptr || lent,
-                          .head_in_place = lent || p.grad_head.dtype == accumulate,
-                          .schedule = plan,
-                          .chunk_rows = chunk_rows,
-                          .tile = tile,
-                          .super_tiles = super_tiles,
-                          .stored_tiles = stored_tiles,
+                          .grad_head = p.grad_head.data != nullptr || accumulator_given,
+                          .head_in_place = accumulator_given || p.grad_head.dtype == accumulate,
+                          .plan = plan,
                           .threads = max_threads()};
   const CpuKernels& kernels = cpu_kernels();
   if (wide) {
     run<double, double>(p, shape, kernels.f64.gemm, workspace);
-  } else if (chosen.operands == DType::kBFloat16) {
-    STD_TORCH_CHECK(chosen.portable || brgemm_bf16(),
-                    "engine bf16: this CPU or this libtorch has no bf16 microkernel");
-    run<bf16, float>(p, shape, chosen.portable ? kernels.gemm_bf16 : brgemm_bf16(), workspace);
+  } else if (plan.operands == DType::kBFloat16) {
+    STD_TORCH_CHECK(plan.portable || brgemm_bf16(), "this CPU or this libtorch has no bf16 microkernel");
+    run<bf16, float>(p, shape, plan.portable ? kernels.gemm_bf16 : brgemm_bf16(), workspace);
   } else {
-    run<float, float>(p, shape, chosen.portable ? kernels.f32.gemm : brgemm_f32(), workspace);
+    const bool portable = plan.portable || !brgemm_f32();
+    run<float, float>(p, shape, portable ? kernels.f32.gemm : brgemm_f32(), workspace);
   }
 }
 
@@ -200,5 +173,6 @@ STABLE_TORCH_LIBRARY_IMPL(minitron_kernels, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(minitron_kernels, CompositeExplicitAutograd, m) {
   m.impl("linear_kl_loss_layout", TORCH_BOX(&minitron::linear_kl_loss_layout));
+  m.impl("kl_loss_constant", TORCH_BOX(&minitron::kl_loss_constant));
   m.impl("bf16_operands", TORCH_BOX(&minitron::bf16_operands));
 }

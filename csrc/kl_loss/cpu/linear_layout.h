@@ -2,41 +2,54 @@
 // before a call that the kernel asks during it, so what explain() says is what is used.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "common/cpu/gemm.h"
-#include "common/types.h"
 #include "kl_loss/cpu/kernels.h"
+#include "kl_loss/cpu/linear_plan.h"
 
 namespace minitron {
 
-// store works through the vocabulary for a chunk of rows and keeps the logits of its first stored_tiles (4
-// GEMMs; the rest is made twice); recompute keeps none and works through the rows for a stretch of the
-// vocabulary (6 GEMMs), so that no head gradient waits for further rows; forward only reduces logits (2
-// GEMMs).
-enum class Schedule { kStore, kRecompute, kForward };
+// Some of the valid tokens, worked on together. padded: their number rounded up to whole panels.
+struct Chunk {
+  int64_t index, begin, tokens, padded;
+};
+// Some entries of the vocabulary, the work of one task.
+struct Tile {
+  int64_t index, begin, entries;
+};
 
+// The sizes of a call, and how its plan divides them.
 struct LinearShape {
-  int64_t rows, vocab_size, student_width, teacher_width;
-  int64_t op_bytes, acc_bytes;  // of a GEMM operand, and of what it accumulates in
-  bool grad_hidden, grad_head;  // which gradients are wanted (the bias' needs no space)
-  bool head_in_place;  // grad_head grows in the output (of the accumulator's dtype) or in a lent buffer
-  Schedule schedule;
-  int64_t chunk_rows;    // rows whose operands are packed at a time
-  int64_t tile;          // vocabulary rows of one task
-  int64_t super_tiles;   // tiles of a stretch, whose dz is made before dX takes it in
-  int64_t stored_tiles;  // store: tiles whose logits are kept from the sums to the gradient
+  int64_t tokens;  // valid ones: masked tokens are left out before anything is computed
+  int64_t vocab_size, student_hidden_size, teacher_hidden_size;
+  int64_t accumulate_bytes;     // of a number that a GEMM adds up in
+  bool grad_hidden, grad_head;  // which gradients are needed (the bias' takes no space)
+  bool head_in_place;  // the head's gradient adds up in the output or in the caller's grad_head_accumulator
+  LinearPlan plan;
   int64_t threads;
 
-  int64_t chunk() const { return std::min(chunk_rows, rows); }
-  int64_t padded_chunk() const { return round_up(chunk(), kPanel); }
-  int64_t chunks() const { return chunk() ? ceil_div(rows, chunk()) : 0; }
-  int64_t tiles() const { return ceil_div(vocab_size, tile); }
-  // Tiles whose dz is held at the same time in a place of its own; a stored tile's takes that of its logits.
-  int64_t held_tiles() const { return std::min(super_tiles, tiles() - stored_tiles); }
+  int64_t operand_bytes() const { return bytes_of(plan.operands); }
+  int64_t chunk_size() const { return std::min(plan.chunk_tokens, tokens); }
+  int64_t padded_chunk() const { return round_up(chunk_size(), kPanel); }
+  int64_t chunks() const { return chunk_size() ? ceil_div(tokens, chunk_size()) : 0; }
+  int64_t tiles() const { return ceil_div(vocab_size, plan.tile); }
+  // Tiles whose dz is held at the same time in memory of its own; a stored tile's takes that of its logits.
+  int64_t held_tiles() const { return std::min(plan.tile_group, tiles() - plan.stored_tiles); }
+  bool is_stored(int64_t tile) const { return tile < plan.stored_tiles; }
   // K of a GEMM over hidden columns: 16-bit operands come in pairs.
-  int64_t depth(int64_t width) const { return op_bytes == 2 ? round_up(width, 2) : width; }
-  bool has_grad() const { return schedule != Schedule::kForward; }
+  int64_t depth(int64_t columns) const { return operand_bytes() == 2 ? round_up(columns, 2) : columns; }
+  bool has_grad() const { return plan.schedule != Schedule::kForward; }
+
+  Chunk chunk(int64_t index) const {
+    const int64_t begin = index * chunk_size(), size = std::min(chunk_size(), tokens - begin);
+    return {index, begin, size, round_up(size, kPanel)};
+  }
+  Tile tile(int64_t index) const {
+    const int64_t begin = index * plan.tile;
+    return {index, begin, std::min(plan.tile, vocab_size - begin)};
+  }
 };
 
 struct Part {
@@ -44,15 +57,15 @@ struct Part {
 };
 
 struct LinearLayout {
-  // Per thread, inside `scratch`.
-  Part a_block, logits_block, dz_transposed, head_panels, panel, row_sums;
+  // One of each per thread, inside `scratch`.
+  Part a_block, logits_block, dz_transposed, head_panels, panel, entry_sums;
   int64_t scratch_stride = 0;
 
   // In the order of LinearKLPlan.PARTS.
-  Part logits, dz, packed, partials, rows, scratch, hidden_accumulator, head_accumulator;
+  Part logits, dz, packed, partials, row_stats, scratch, hidden_accumulator, head_accumulator;
   int64_t total = 0;
 
-  // Inside `packed`.
+  // Offsets inside `packed`.
   int64_t student_packed = 0, teacher_packed = 0, hidden_packed = 0;
 
   std::vector<int64_t> bytes() const {
@@ -60,7 +73,7 @@ struct LinearLayout {
             dz.bytes,
             packed.bytes,
             partials.bytes,
-            rows.bytes,
+            row_stats.bytes,
             scratch.bytes,
             hidden_accumulator.bytes,
             head_accumulator.bytes,
@@ -68,57 +81,60 @@ struct LinearLayout {
   }
 };
 
-// Rows for which one pass over a tile of a head is made: each pass widens or fetches the tile again.
-constexpr int64_t kRowBlock = 512;
+// Tokens for which one pass over a tile of a head is made: each pass widens or fetches the tile again.
+constexpr int64_t kTokenBlock = 512;
 // Columns of dX that one task of the dX pass makes.
 constexpr int64_t kHiddenBlock = 2 * kPanel;
 
-inline LinearLayout make_layout(const LinearShape& s) {
+inline LinearLayout make_layout(const LinearShape& shape) {
   constexpr int64_t kAlign = 256;
-  LinearLayout l{};
+  LinearLayout layout{};
   int64_t cursor = 0;
   const auto take = [&cursor](int64_t bytes) {
     const Part part{cursor, round_up(bytes, kAlign)};
     cursor += part.bytes;
     return part;
   };
-  const int64_t rows = s.padded_chunk(), block = std::min(rows, kRowBlock), tile = s.tile;
-  const int64_t padded_width = round_up(s.student_width, kPanel);
-  const bool store = s.schedule == Schedule::kStore;
+  const LinearPlan& plan = shape.plan;
+  const int64_t tokens = shape.padded_chunk(), block = std::min(tokens, kTokenBlock), tile = plan.tile;
+  const int64_t padded_hidden = round_up(shape.student_hidden_size, kPanel);
+  const int64_t operand = shape.operand_bytes(), accumulate = shape.accumulate_bytes;
+  const bool store = plan.schedule == Schedule::kStore;
 
-  l.logits = take(2 * s.stored_tiles * tile * rows * s.acc_bytes);
-  l.dz = take(s.grad_hidden ? s.held_tiles() * tile * rows * s.op_bytes : 0);
+  layout.logits = take(2 * plan.stored_tiles * tile * tokens * accumulate);
+  layout.dz = take(shape.grad_hidden ? shape.held_tiles() * tile * tokens * operand : 0);
 
   const int64_t begin = cursor;
-  l.student_packed = take(s.depth(s.student_width) * rows * s.op_bytes).offset;
-  l.teacher_packed = take(s.depth(s.teacher_width) * rows * s.op_bytes).offset;
-  l.hidden_packed = take(s.grad_head ? padded_width * rows * s.op_bytes : 0).offset;
-  l.packed = {begin, cursor - begin};
+  layout.student_packed = take(shape.depth(shape.student_hidden_size) * tokens * operand).offset;
+  layout.teacher_packed = take(shape.depth(shape.teacher_hidden_size) * tokens * operand).offset;
+  layout.hidden_packed = take(shape.grad_head ? padded_hidden * tokens * operand : 0).offset;
+  layout.packed = {begin, cursor - begin};
 
-  l.partials = take(s.tiles() * (kPartials + 2) * rows * s.acc_bytes);
-  l.rows = take(s.chunks() * rows * ((kStats + 1) * s.acc_bytes + int64_t(sizeof(double))));
+  layout.partials = take(shape.tiles() * (kNumPartials + 2) * tokens * accumulate);
+  layout.row_stats = take(shape.chunks() * tokens * ((kNumStats + 1) * accumulate + int64_t(sizeof(double))));
 
   const int64_t shared = cursor;
   cursor = 0;
-  l.a_block = take(tile * kMaxChain * s.op_bytes);
-  l.logits_block = take(s.stored_tiles < s.tiles() ? 2 * tile * block * s.acc_bytes : 0);
-  l.dz_transposed = take(s.grad_head ? tile * rows * s.op_bytes : 0);
-  l.head_panels = take(s.grad_hidden ? s.depth(tile) * kHiddenBlock * s.op_bytes : 0);
-  l.panel = take(s.has_grad() ? tile * kPanel * s.acc_bytes : 0);
-  l.row_sums = take(tile * s.acc_bytes);
-  l.scratch_stride = cursor;
+  layout.a_block = take(tile * kMaxChain * operand);
+  layout.logits_block = take(plan.stored_tiles < shape.tiles() ? 2 * tile * block * accumulate : 0);
+  layout.dz_transposed = take(shape.grad_head ? tile * tokens * operand : 0);
+  layout.head_panels = take(shape.grad_hidden ? shape.depth(tile) * kHiddenBlock * operand : 0);
+  layout.panel = take(shape.has_grad() ? tile * kPanel * accumulate : 0);
+  layout.entry_sums = take(tile * accumulate);
+  layout.scratch_stride = cursor;
   cursor = shared;
-  l.scratch = take(l.scratch_stride * s.threads);
+  layout.scratch = take(layout.scratch_stride * shape.threads);
 
-  // recompute finishes the head gradient of a stretch before the next one; dX of all rows grows until the end
-  l.hidden_accumulator =
-      take(s.grad_hidden ? (store ? 1 : s.chunks()) * rows * padded_width * s.acc_bytes : 0);
-  l.head_accumulator =
-      take(s.grad_head && !s.head_in_place && s.chunks() > 1
-               ? (store ? s.vocab_size : s.held_tiles() * tile) * s.student_width * s.acc_bytes
-               : 0);
-  l.total = cursor;
-  return l;
+  // recompute finishes the head gradient of a tile group before the next one; dX of all tokens grows until
+  // the end
+  layout.hidden_accumulator =
+      take(shape.grad_hidden ? (store ? 1 : shape.chunks()) * tokens * padded_hidden * accumulate : 0);
+  layout.head_accumulator = take(shape.grad_head && !shape.head_in_place && shape.chunks() > 1
+                                     ? (store ? shape.vocab_size : shape.held_tiles() * tile) *
+                                           shape.student_hidden_size * accumulate
+                                     : 0);
+  layout.total = cursor;
+  return layout;
 }
 
 }  // namespace minitron

@@ -1,7 +1,5 @@
-// Where the parts of one linear_kl_loss call lie: chunks of rows, tiles of the vocabulary, and the workspace.
+// What a call of linear_kl_loss reads and writes: its tensors, and the parts of its workspace.
 #pragma once
-
-#include <algorithm>
 
 #include "common/cpu/parallel.h"
 #include "common/cpu/tensors.h"
@@ -9,95 +7,107 @@
 
 namespace minitron {
 
-// All that one call reads and writes; absent outputs are null. `rows` are the indices of the rows that count.
+// The tensors of a call; absent ones are null. "Accumulate type" is fp32, for fp64 problems fp64.
 struct LinearProblem {
   Matrix student_hidden, student_head, teacher_hidden, teacher_head;
   const void *student_bias, *teacher_bias;  // [V], accumulate type, or null
-  std::vector<int64_t> rows;
-  const void* row_weight;  // [N], accumulate type, or null for 1
+  std::vector<int64_t> valid_tokens;        // their indices among the rows of the tensors
+  const void* row_weight;                   // [N], accumulate type, or null for 1
   LossOptions options;
 
-  void *loss, *stats;             // [N], [N, kStats], accumulate type
-  bool stats_given;               // stats hold the result of an earlier forward: skip to the gradient
-  Matrix grad_hidden, grad_head;  // data null where not wanted
+  void *loss, *stats;             // [N], [N, kNumStats], accumulate type
+  bool stats_given;               // stats hold the result of an earlier forward: only gradients are made
+  Matrix grad_hidden, grad_head;  // data null where not needed
   void* grad_bias;                // [V], accumulate type
-  Matrix head_accumulator;        // grad_head is added to it, instead of written
+  Matrix grad_head_accumulator;   // the head's gradient is added to it, and grad_head is not written
 };
 
+// The parts of the workspace, with their types.
 template <typename Op, typename A>
-class LinearBuffers {
- protected:
-  LinearBuffers(const LinearProblem& problem, const LinearShape& shape, char* workspace)
-      : p_(problem), s_(shape), layout_(make_layout(shape)), base_(workspace) {}
+class Workspace {
+ public:
+  Workspace(const LinearShape& shape, char* memory)
+      : shape_(shape), layout_(make_layout(shape)), memory_(memory) {}
 
-  struct Chunk {
-    int64_t index, begin, rows, padded;
-  };
-  struct Tile {
-    int64_t index, begin, rows;
-  };
+  // Packed hidden states of the current chunk: B operands of the logits, and of dW.
+  Op* student_packed() const { return at<Op>(layout_.student_packed); }
+  Op* teacher_packed() const { return at<Op>(layout_.teacher_packed); }
+  Op* hidden_packed() const { return at<Op>(layout_.hidden_packed); }
 
-  Chunk chunk(int64_t c) const {
-    const int64_t begin = c * s_.chunk(), rows = std::min(s_.chunk(), s_.rows - begin);
-    return {c, begin, rows, round_up(rows, kPanel)};
+  // Scratch of one thread.
+  Op* a_block(int64_t slot) const { return scratch<Op>(layout_.a_block, slot); }
+  A* logits_block(int64_t slot) const { return scratch<A>(layout_.logits_block, slot); }
+  Op* dz_transposed(int64_t slot) const { return scratch<Op>(layout_.dz_transposed, slot); }
+  Op* head_panels(int64_t slot) const { return scratch<Op>(layout_.head_panels, slot); }
+  A* panel(int64_t slot) const { return scratch<A>(layout_.panel, slot); }
+  A* entry_sums(int64_t slot) const { return scratch<A>(layout_.entry_sums, slot); }
+
+  // Panels of a stored tile; those of the teacher follow the student's. After the gradient, the teacher's
+  // hold dz.
+  A* stored_logits(const Chunk& chunk, int64_t tile, bool teacher) const {
+    const int64_t index = (teacher ? shape_.plan.stored_tiles : 0) + tile;
+    return at<A>(layout_.logits.offset) + index * shape_.plan.tile * chunk.padded;
   }
-  Tile tile(int64_t t) const {
-    const int64_t begin = t * s_.tile;
-    return {t, begin, std::min(s_.tile, s_.vocab_size - begin)};
+
+  // What a tile says of each token: [kNumPartials][padded], then its part of the loss, then of JSD's KL.
+  A* partials(const Chunk& chunk, int64_t tile) const {
+    return at<A>(layout_.partials.offset) + tile * (kNumPartials + 2) * chunk.padded;
+  }
+  A* tile_loss(const Chunk& chunk, int64_t tile) const {
+    return partials(chunk, tile) + kNumPartials * chunk.padded;
+  }
+  A* tile_kl(const Chunk& chunk, int64_t tile) const { return tile_loss(chunk, tile) + chunk.padded; }
+
+  // [kNumStats][padded]: the stats of a chunk's tokens; [padded]: their weights. And the losses, in double.
+  A* row_stats(const Chunk& chunk) const {
+    return at<A>(layout_.row_stats.offset) + chunk.index * (kNumStats + 1) * shape_.padded_chunk();
+  }
+  A* row_weights(const Chunk& chunk) const { return row_stats(chunk) + kNumStats * chunk.padded; }
+  double* row_losses(const Chunk& chunk) const {
+    const int64_t before = shape_.chunks() * (kNumStats + 1) * shape_.padded_chunk() * int64_t(sizeof(A));
+    return at<double>(layout_.row_stats.offset + before) + chunk.index * shape_.padded_chunk();
   }
 
+  // kPanel columns of a chunk's dX from `column` on: [padded][kPanel], so that a GEMM's C is one piece.
+  A* hidden_panel(const Chunk& chunk, int64_t column) const {
+    const int64_t chunk_size = round_up(shape_.student_hidden_size, kPanel) * shape_.padded_chunk();
+    const int64_t index = shape_.plan.schedule == Schedule::kStore ? 0 : chunk.index;
+    return at<A>(layout_.hidden_accumulator.offset) + index * chunk_size + column * chunk.padded;
+  }
+
+  // Where the head's gradient adds up over chunks; null if it does so elsewhere, or there is one chunk.
+  A* head_accumulator() const {
+    return layout_.head_accumulator.bytes ? at<A>(layout_.head_accumulator.offset) : nullptr;
+  }
+
+  // dz of a tile as the A operand of dX: [tokens, ld]. first_tile: of the tile group.
+  struct Dz {
+    Op* data;
+    int64_t ld;
+  };
+  Dz dz(const Chunk& chunk, int64_t tile, int64_t first_tile) const {
+    const int64_t size = shape_.plan.tile;
+    if (shape_.is_stored(tile)) {
+      return {reinterpret_cast<Op*>(stored_logits(chunk, tile, true)),
+              size * int64_t(sizeof(A) / sizeof(Op))};
+    }
+    const int64_t index = tile - std::max(first_tile, shape_.plan.stored_tiles);
+    return {at<Op>(layout_.dz.offset) + index * size * chunk.padded, size};
+  }
+
+ private:
   template <typename T>
   T* at(int64_t offset) const {
-    return reinterpret_cast<T*>(base_ + offset);
+    return reinterpret_cast<T*>(memory_ + offset);
   }
   template <typename T>
   T* scratch(const Part& part, int64_t slot) const {
     return at<T>(layout_.scratch.offset + slot * layout_.scratch_stride + part.offset);
   }
-  bool is_stored(int64_t t) const { return t < s_.stored_tiles; }
-  // Panel of a stored tile; teacher panels follow the student's. After `grad`, dz lies in the teacher's.
-  A* stored_logits(const Chunk& c, int64_t t, int side) const {
-    return at<A>(layout_.logits.offset) + (side * s_.stored_tiles + t) * s_.tile * c.padded;
-  }
-  A* partials(const Chunk& c, int64_t t) const {
-    return at<A>(layout_.partials.offset) + t * (kPartials + 2) * c.padded;
-  }
-  A* tile_loss(const Chunk& c, int64_t t) const { return partials(c, t) + kPartials * c.padded; }
-  A* tile_kl(const Chunk& c, int64_t t) const { return tile_loss(c, t) + c.padded; }
-  // [kStats + 1][padded]: the stats of a chunk's rows, then their weights.
-  A* row_stats(const Chunk& c) const {
-    return at<A>(layout_.rows.offset) + c.index * (kStats + 1) * s_.padded_chunk();
-  }
-  A* row_weights(const Chunk& c) const { return row_stats(c) + kStats * c.padded; }
-  double* row_losses(const Chunk& c) const {
-    const int64_t before = s_.chunks() * (kStats + 1) * s_.padded_chunk() * int64_t(sizeof(A));
-    return at<double>(layout_.rows.offset + before) + c.index * s_.padded_chunk();
-  }
 
-  // dX of a chunk in fp32, 64 columns from h on: [padded][kPanel], so that a GEMM's C lies in one piece.
-  A* hidden_panel(const Chunk& c, int64_t h) const {
-    const int64_t chunk_size = round_up(s_.student_width, kPanel) * s_.padded_chunk();
-    const int64_t index = s_.schedule == Schedule::kStore ? 0 : c.index;
-    return at<A>(layout_.hidden_accumulator.offset) + index * chunk_size + h * c.padded;
-  }
-
-  // dz of a tile as the A operand of dX: [tokens, ld].
-  struct Dz {
-    Op* data;
-    int64_t ld;
-  };
-  Dz dz(const Chunk& c, int64_t t, int64_t first_tile) const {
-    if (is_stored(t)) {
-      return {reinterpret_cast<Op*>(stored_logits(c, t, 1)), s_.tile * int64_t(sizeof(A) / sizeof(Op))};
-    }
-    const int64_t place = t - std::max(first_tile, s_.stored_tiles);
-    return {at<Op>(layout_.dz.offset) + place * s_.tile * c.padded, s_.tile};
-  }
-
-  const LinearProblem& p_;
-  const LinearShape s_;
+  const LinearShape shape_;
   const LinearLayout layout_;
-  char* const base_;
+  char* const memory_;
 };
 
 }  // namespace minitron

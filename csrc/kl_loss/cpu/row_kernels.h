@@ -1,6 +1,6 @@
-// kl_loss on rows of logits that already exist. A row is read in blocks that stay in L1: once for its
-// normalisers, once for the loss (from cache), and once more in the backward. Nothing of size [N, V] is
-// written but the gradient.
+// kl_loss on rows of logits. A row is read in blocks that stay in the L1 cache: once for its normalisers,
+// once for the loss (out of the caches), and once more in the backward. The only result of size [N, V] is the
+// gradient.
 #pragma once
 
 #include <cmath>
@@ -11,19 +11,19 @@ namespace minitron::MINITRON_SIMD {
 
 constexpr int64_t kBlock = 1024;  // logits of one side per block; a multiple of every kLanes
 
-// A block of a row, transformed, as A; padded with impossible tokens to whole vectors.
+// A block of a row, transformed, as A; filled up to whole vectors with masked-out tokens.
 template <typename A>
 inline void read_block(const void* row, DType dtype, int64_t begin, int64_t n, A scale, A softcap, A inv_tau,
                        A* out) {
   constexpr int L = kLanes<A>;
-  constexpr A impossible = -std::numeric_limits<A>::infinity();
+  constexpr A masked_out = -std::numeric_limits<A>::infinity();
   dispatch_readable<A>(dtype, [&](auto element) {
     const auto* p = static_cast<const decltype(element)*>(row) + begin;
     for (int64_t i = 0; i < n; i += L) {
-      const Vec<A> z = n - i >= L ? load<A>(p + i) : load_partial<A>(p + i, n - i, impossible);
+      const Vec<A> z = n - i >= L ? load<A>(p + i) : load_partial<A>(p + i, n - i, masked_out);
       Vec<A> y = transform_logit<A>(z, scale, softcap, inv_tau);
       if (n - i < L) {
-        for (int64_t j = n - i; j < L; ++j) y[j] = impossible;
+        for (int64_t j = n - i; j < L; ++j) y[j] = masked_out;
       }
       store(out + i, y);
     }
@@ -54,7 +54,7 @@ class RowReader {
   alignas(64) A s_[kBlock], t_[kBlock];
 };
 
-// Online max and sum of exp; the sums of a block are short, those of the row are kept in double.
+// Running maximum and sum of exp. Sums of a block are short and stay in A; that of the row is kept in double.
 template <typename A>
 struct RunningSum {
   A max = -std::numeric_limits<A>::infinity();
@@ -69,7 +69,7 @@ struct RunningSum {
       sum *= std::exp(double(max) - double(block_max));
       max = block_max;
     }
-    // a row that is all -inf so far has no maximum to subtract
+    // of a row that is all -inf so far no maximum can be subtracted
     const A base = max == -std::numeric_limits<A>::infinity() ? A(0) : max;
     Vec<A> total{};
     for (int64_t i = 0; i < n; i += L) total += exp_nonpositive<A>(load<A>(x + i) - base);
@@ -80,10 +80,10 @@ struct RunningSum {
 template <typename A>
 inline RowStats<A> broadcast_stats(const A* stats) {
   return {splat(stats[kMaxS]),    splat(stats[kInvSumS]), splat(stats[kMaxT]),
-          splat(stats[kInvSumT]), splat(stats[kDelta]),   splat(stats[kKl])};
+          splat(stats[kInvSumT]), splat(stats[kLseDiff]), splat(stats[kKL])};
 }
 
-template <typename A, Divergence kind>
+template <typename A, Divergence kDivergence>
 void row_forward_of(const LogitsRow& row, const LossOptions& options, A* loss, A* stats) {
   constexpr int L = kLanes<A>;
   RowReader<A> reader(row, options);
@@ -96,17 +96,17 @@ void row_forward_of(const LogitsRow& row, const LossOptions& options, A* loss, A
   stats[kInvSumS] = A(1.0 / student.sum);
   stats[kMaxT] = teacher.max;
   stats[kInvSumT] = A(1.0 / teacher.sum);
-  stats[kDelta] = delta_between<A>(student.max, student.sum, teacher.max, teacher.sum);
-  stats[kKl] = 0;
+  stats[kLseDiff] = lse_diff_between<A>(student.max, student.sum, teacher.max, teacher.sum);
+  stats[kKL] = 0;
 
   double total = 0, kl = 0;
   const RowStats<A> row_stats = broadcast_stats(stats);
   reader.each_block([&](const A* s, const A* t, int64_t n, int64_t) {
-    // four chains: equal terms all round the same way, and a long chain of them adds that up
+    // four chains: equal terms all round the same way, which adds up along a single long chain
     Vec<A> block_loss[4] = {}, block_kl[4] = {};
     const auto add = [&](int64_t i, int chain) {
-      const auto terms =
-          divergence_terms<A, kind>(load<A>(s + i), load<A>(t + i), row_stats, Shares<A>(options.beta));
+      const auto terms = divergence_terms<A, kDivergence>(load<A>(s + i), load<A>(t + i), row_stats,
+                                                          Shares<A>(options.beta));
       block_loss[chain] += terms.loss;
       block_kl[chain] += terms.kl;
     };
@@ -120,11 +120,11 @@ void row_forward_of(const LogitsRow& row, const LossOptions& options, A* loss, A
     kl += sum_lanes<A>((block_kl[0] + block_kl[1]) + (block_kl[2] + block_kl[3]));
   });
   *loss = A(total);
-  if (kind == Divergence::kReverse) stats[kKl] = A(total);
-  if (kind == Divergence::kJsd) stats[kKl] = A(kl);
+  if (kDivergence == Divergence::kReverseKL) stats[kKL] = A(total);
+  if (kDivergence == Divergence::kJSD) stats[kKL] = A(kl);
 }
 
-template <typename A, Divergence kind>
+template <typename A, Divergence kDivergence>
 void row_backward_of(const LogitsRow& row, const LossOptions& options, const A* stats, A grad_loss,
                      void* grad) {
   constexpr int L = kLanes<A>;
@@ -135,7 +135,8 @@ void row_backward_of(const LogitsRow& row, const LossOptions& options, const A* 
       auto* out = static_cast<decltype(element)*>(grad) + begin;
       for (int64_t i = 0; i < n; i += L) {
         const Vec<A> x = load<A>(s + i);
-        const auto terms = divergence_terms<A, kind>(x, load<A>(t + i), row_stats, Shares<A>(options.beta));
+        const auto terms =
+            divergence_terms<A, kDivergence>(x, load<A>(t + i), row_stats, Shares<A>(options.beta));
         const Vec<A> g = grad_of_logit<A>(x, terms.grad, splat(grad_loss), A(options.student_scale),
                                           A(options.student_softcap), A(options.inv_tau));
         if (n - i >= L) {
@@ -150,13 +151,15 @@ void row_backward_of(const LogitsRow& row, const LossOptions& options, const A* 
 
 template <typename A>
 void row_forward(const LogitsRow& row, const LossOptions& options, A* loss, A* stats) {
-  with_divergence(options.kind(), [&](auto kind) { row_forward_of<A, kind()>(row, options, loss, stats); });
+  with_divergence(options.divergence(),
+                  [&](auto constant) { row_forward_of<A, constant()>(row, options, loss, stats); });
 }
 
 template <typename A>
 void row_backward(const LogitsRow& row, const LossOptions& options, const A* stats, A grad_loss, void* grad) {
-  with_divergence(options.kind(),
-                  [&](auto kind) { row_backward_of<A, kind()>(row, options, stats, grad_loss, grad); });
+  with_divergence(options.divergence(), [&](auto constant) {
+    row_backward_of<A, constant()>(row, options, stats, grad_loss, grad);
+  });
 }
 
 }  // namespace minitron::MINITRON_SIMD

@@ -1,4 +1,4 @@
-// kl_loss on CPU: rows are independent, one task is a run of rows.
+// kl_loss on CPU. Rows are independent: a task is a run of them.
 #include <torch/csrc/stable/library.h>
 
 #include "common/cpu/parallel.h"
@@ -30,9 +30,9 @@ struct Rows {
 };
 
 Rows rows_of(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
-             int64_t vocab_size, const LossOptions& options) {
+             int64_t vocab_size, const std::vector<double>& options) {
   const Rows rows{matrix_of(student, "student_logits"), matrix_of(teacher, "teacher_logits"),
-                  mask_of(mask, student.size(0)), vocab_size, options};
+                  mask_of(mask, student.size(0)), vocab_size, LossOptions::of(options)};
   STD_TORCH_CHECK(rows.student.rows == rows.teacher.rows,
                   "student_logits and teacher_logits must have as many rows");
   STD_TORCH_CHECK(vocab_size >= 0 && vocab_size <= std::min(rows.student.cols, rows.teacher.cols),
@@ -48,24 +48,21 @@ void forward_rows(const Rows& rows, A* loss, A* stats) {
   rows.each([&](int64_t n) {
     if (rows.mask && !rows.mask[n]) {
       loss[n] = 0;
-      std::fill_n(stats + n * kStats, int(kStats), A(0));
+      std::fill_n(stats + n * kNumStats, int(kNumStats), A(0));
     } else {
-      kernel(rows.at(n), rows.options, loss + n, stats + n * kStats);
+      kernel(rows.at(n), rows.options, loss + n, stats + n * kNumStats);
     }
   });
 }
 
 std::tuple<Tensor, Tensor> kl_loss_forward(Tensor student, Tensor teacher, std::optional<Tensor> mask,
-                                           int64_t vocab_size, double beta, double inv_tau,
-                                           double student_scale, double student_softcap, double teacher_scale,
-                                           double teacher_softcap) {
-  const Rows rows = rows_of(student, teacher, mask, vocab_size,
-                            {beta, inv_tau, student_scale, student_softcap, teacher_scale, teacher_softcap});
+                                           int64_t vocab_size, const std::vector<double>& options) {
+  const Rows rows = rows_of(student, teacher, mask, vocab_size, options);
   const bool wide = rows.student.dtype == DType::kFloat64;
   const auto dtype = wide ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
   const int64_t N = rows.student.rows;
   Tensor loss = torch::stable::new_empty(student, {N}, dtype);
-  Tensor stats = torch::stable::new_empty(student, {N, int64_t(kStats)}, dtype);
+  Tensor stats = torch::stable::new_empty(student, {N, int64_t(kNumStats)}, dtype);
   if (wide) {
     forward_rows(rows, static_cast<double*>(loss.data_ptr()), static_cast<double*>(stats.data_ptr()));
   } else {
@@ -77,34 +74,31 @@ std::tuple<Tensor, Tensor> kl_loss_forward(Tensor student, Tensor teacher, std::
 template <typename A>
 void backward_rows(const Rows& rows, const A* grad_loss, const A* stats, char* grad) {
   const auto kernel = cpu_kernels().kl<A>().row_backward;
-  const int64_t width = bytes_of(rows.student.dtype);
-  const int64_t row_bytes = rows.student.cols * width, used_bytes = rows.vocab_size * width;
+  const int64_t element_size = bytes_of(rows.student.dtype);
+  const int64_t row_bytes = rows.student.cols * element_size, used_bytes = rows.vocab_size * element_size;
   rows.each([&](int64_t n) {
     char* out = grad + n * row_bytes;
     if (rows.mask && !rows.mask[n]) {
       std::fill_n(out, row_bytes, char(0));
     } else {
-      kernel(rows.at(n), rows.options, stats + n * kStats, grad_loss[n], out);
+      kernel(rows.at(n), rows.options, stats + n * kNumStats, grad_loss[n], out);
       std::fill_n(out + used_bytes, row_bytes - used_bytes, char(0));
     }
   });
 }
 
 Tensor kl_loss_backward(Tensor grad_loss, Tensor stats, Tensor student, Tensor teacher,
-                        std::optional<Tensor> mask, int64_t vocab_size, double beta, double inv_tau,
-                        double student_scale, double student_softcap, double teacher_scale,
-                        double teacher_softcap) {
-  const Rows rows = rows_of(student, teacher, mask, vocab_size,
-                            {beta, inv_tau, student_scale, student_softcap, teacher_scale, teacher_softcap});
+                        std::optional<Tensor> mask, int64_t vocab_size, const std::vector<double>& options) {
+  const Rows rows = rows_of(student, teacher, mask, vocab_size, options);
   const int64_t N = rows.student.rows;
   Tensor grad = torch::stable::new_empty(student, {N, rows.student.cols});
   char* out = static_cast<char*>(grad.data_ptr());
   if (rows.student.dtype == DType::kFloat64) {
     backward_rows<double>(rows, vector_of<double>(grad_loss, N, "grad_loss"),
-                          vector_of<double>(stats, N * kStats, "stats"), out);
+                          vector_of<double>(stats, N * kNumStats, "stats"), out);
   } else {
     backward_rows<float>(rows, vector_of<float>(grad_loss, N, "grad_loss"),
-                         vector_of<float>(stats, N * kStats, "stats"), out);
+                         vector_of<float>(stats, N * kNumStats, "stats"), out);
   }
   return grad;
 }

@@ -1,5 +1,5 @@
-// What the launchers of kl_loss and linear_kl_loss share: checks of their tensors, arguments of the kernels,
-// and how many threads and blocks.
+// What the launchers of kl_loss and linear_kl_loss share: checks of their tensors, the arguments of the
+// kernels, and the numbers of threads and blocks.
 #pragma once
 
 #include <algorithm>
@@ -36,15 +36,15 @@ inline void check_floats(const char* name, const Tensor& x, std::initializer_lis
   for (const int64_t size : shape) fits = fits && x.size(dim++) == size;
   STD_TORCH_CHECK(
       fits && (x.size(dim - 1) <= 1 || x.stride(dim - 1) == 1), name,
-      " must be float32 on the device of student_logits, of the shape wanted and with stride 1 in "
+      " must be float32 on the device of student_logits, of the expected shape and with stride 1 in "
       "its last dimension");
 }
 
 inline void check_stats(const Tensor& stats, const Tensor& student) {
-  STD_TORCH_CHECK(stats.dim() == 2 && stats.size(0) == student.size(0) &&
-                      stats.size(1) == RowStats::kFields && stats.scalar_type() == ScalarType::Float &&
-                      stats.is_contiguous() && stats.device() == student.device(),
-                  "stats must be the contiguous float32 [N, 6] that the forward wrote");
+  STD_TORCH_CHECK(stats.dim() == 2 && stats.size(0) == student.size(0) && stats.size(1) == kNumStats &&
+                      stats.scalar_type() == ScalarType::Float && stats.is_contiguous() &&
+                      stats.device() == student.device(),
+                  "stats must be the contiguous float32 [N, ", kNumStats, "] that the forward wrote");
 }
 
 inline void check_mask(const std::optional<Tensor>& mask, const Tensor& student) {
@@ -57,25 +57,6 @@ inline void check_mask(const std::optional<Tensor>& mask, const Tensor& student)
 inline const bool* mask_pointer(const std::optional<Tensor>& mask) {
   return mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
 }
-
-// As the ops take them.
-struct LossArguments {
-  int64_t vocab_size;
-  double beta, inv_tau, student_scale, student_softcap, teacher_scale, teacher_softcap;
-
-  KlOptions options() const {
-    return {static_cast<int>(vocab_size), Shares(beta),
-            LogitTransform(student_scale, student_softcap, inv_tau),
-            LogitTransform(teacher_scale, teacher_softcap, inv_tau)};
-  }
-  // Calls f with the divergence as a compile-time constant.
-  template <typename F>
-  void with_kind(F&& f) const {
-    if (beta <= 0.0) return f(std::integral_constant<KlKind, KlKind::kForward>{});
-    if (beta >= 1.0) return f(std::integral_constant<KlKind, KlKind::kReverse>{});
-    f(std::integral_constant<KlKind, KlKind::kJsd>{});
-  }
-};
 
 // The tensors that every kernel on logits reads.
 struct LogitTensors {
@@ -115,7 +96,7 @@ struct LogitTensors {
 inline float* floats(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 inline const float* const_floats(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
 
-// A thread for each piece of work, up to `most`; a power of two, so that there are few distinct launches.
+// A thread for each piece of work, at most `most`: a power of two, so that there are few distinct launches.
 inline int threads_for(int64_t pieces, int most) {
   int threads = kWarpSize;
   while (threads < most && threads < pieces) threads *= 2;
@@ -123,7 +104,7 @@ inline int threads_for(int64_t pieces, int most) {
 }
 inline int state_threads(int64_t vocab_size) { return threads_for(vocab_size / kPairsAtOnce, kStateThreads); }
 
-// Blocks that share a row of the backward, for when the rows alone do not fill the device.
+// Blocks that share a row of the backward, where the rows alone would not fill the device.
 inline int parts_for(int64_t rows, int64_t runs, int threads) {
   constexpr int64_t kEnoughBlocks = 2048;
   constexpr int64_t kRunsPerThread = 4;  // at least
@@ -131,22 +112,22 @@ inline int parts_for(int64_t rows, int64_t runs, int threads) {
   return static_cast<int>(std::clamp<int64_t>(kEnoughBlocks / rows, 1, most));
 }
 
-template <KlKind kKind, typename S, typename T>
-void launch_forward(const LaunchScope& scope, const LogitTensors& logits, const LossArguments& arguments,
+template <Divergence kDivergence, typename S, typename T>
+void launch_forward(const LaunchScope& scope, const LogitTensors& logits, const DeviceOptions& options,
                     float* loss, float* stats) {
-  const auto kernel = &kl_forward_kernel<kKind, S, T>;
-  MINITRON_LAUNCH(kernel, dim3(logits.student.size(0)), dim3(state_threads(arguments.vocab_size)),
-                  scope.stream(), logits.rows<S, T>(), arguments.options(), loss, stats);
+  const auto kernel = &kl_forward_kernel<kDivergence, S, T>;
+  MINITRON_LAUNCH(kernel, dim3(logits.student.size(0)), dim3(state_threads(options.vocab_size)),
+                  scope.stream(), logits.rows<S, T>(), options, loss, stats);
 }
 
-template <KlKind kKind, typename S, typename T, typename G>
-void launch_backward(const LaunchScope& scope, const LogitTensors& logits, const LossArguments& arguments,
+template <Divergence kDivergence, typename S, typename T, typename G>
+void launch_backward(const LaunchScope& scope, const LogitTensors& logits, const DeviceOptions& options,
                      const Tensor& weight, const float* stats, Tensor& grad) {
-  const auto kernel = &kl_backward_kernel<kKind, S, T, G>;
-  const int64_t rows = grad.size(0), runs = arguments.vocab_size / kRunOf<S, T, G>;
+  const auto kernel = &kl_backward_kernel<kDivergence, S, T, G>;
+  const int64_t rows = grad.size(0), runs = options.vocab_size / kRunOf<S, T, G>;
   const int threads = threads_for(runs, kGradThreads);
   MINITRON_LAUNCH(kernel, dim3(rows, parts_for(rows, runs, threads)), dim3(threads), scope.stream(),
-                  logits.rows<S, T>(), arguments.options(), const_floats(weight), weight.stride(0), stats,
+                  logits.rows<S, T>(), options, const_floats(weight), weight.stride(0), stats,
                   static_cast<G*>(grad.mutable_data_ptr()), grad.stride(0), static_cast<int>(grad.size(1)));
 }
 

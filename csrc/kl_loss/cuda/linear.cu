@@ -1,5 +1,5 @@
-// Launchers of the epilogues of linear_kl_loss on fp32 logits. They write into tensors of the caller and
-// allocate nothing. No host sync.
+// Launchers of the epilogues of linear_kl_loss on fp32 logits. They write into the caller's tensors, allocate
+// nothing, and do not wait for the GPU.
 #include <optional>
 
 #include "kl_loss/cuda/launch_torch.cuh"
@@ -21,29 +21,25 @@ int64_t check_tile(const LogitTensors& logits, int64_t vocab_size) {
 
 void kl_tile_forward(const Tensor& student_logits, const Tensor& teacher_logits,
                      const MaybeTensor& student_bias, const MaybeTensor& teacher_bias,
-                     const MaybeTensor& mask, Tensor loss, Tensor stats, int64_t vocab_size, double beta,
-                     double inv_tau, double student_scale, double student_softcap, double teacher_scale,
-                     double teacher_softcap) {
+                     const MaybeTensor& mask, Tensor loss, Tensor stats, int64_t vocab_size,
+                     const std::vector<double>& options) {
   const LogitTensors logits = {student_logits, teacher_logits, student_bias, teacher_bias, mask};
   const int64_t rows = check_tile(logits, vocab_size);
   check_floats("loss", loss, {rows}, student_logits);
   check_stats(stats, student_logits);
   if (rows == 0) return;
   const LaunchScope scope(student_logits);
-  const LossArguments arguments = {vocab_size,      beta,          inv_tau,        student_scale,
-                                   student_softcap, teacher_scale, teacher_softcap};
-  arguments.with_kind([&](auto kind) {
-    launch_forward<decltype(kind)::value, float, float>(scope, logits, arguments, floats(loss),
-                                                        floats(stats));
+  const LossOptions loss_options = LossOptions::of(options);
+  const DeviceOptions device_options(loss_options, vocab_size);
+  with_divergence(loss_options.divergence(), [&](auto constant) {
+    launch_forward<constant(), float, float>(scope, logits, device_options, floats(loss), floats(stats));
   });
   scope.check("kl_tile_forward_");
 }
 
 void kl_tile_grad(const Tensor& student_logits, const Tensor& teacher_logits, const MaybeTensor& student_bias,
                   const MaybeTensor& teacher_bias, const MaybeTensor& mask, const Tensor& weight,
-                  const Tensor& stats, Tensor grad, int64_t vocab_size, double beta, double inv_tau,
-                  double student_scale, double student_softcap, double teacher_scale,
-                  double teacher_softcap) {
+                  const Tensor& stats, Tensor grad, int64_t vocab_size, const std::vector<double>& options) {
   const LogitTensors logits = {student_logits, teacher_logits, student_bias, teacher_bias, mask};
   const int64_t rows = check_tile(logits, vocab_size);
   STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == rows && weight.scalar_type() == ScalarType::Float &&
@@ -55,12 +51,12 @@ void kl_tile_grad(const Tensor& student_logits, const Tensor& teacher_logits, co
                   vocab_size);
   if (rows == 0) return;
   const LaunchScope scope(student_logits);
-  const LossArguments arguments = {vocab_size,      beta,          inv_tau,        student_scale,
-                                   student_softcap, teacher_scale, teacher_softcap};
+  const LossOptions loss_options = LossOptions::of(options);
+  const DeviceOptions device_options(loss_options, vocab_size);
   dispatch_float(grad.scalar_type(), "grad", [&](auto g) {
-    arguments.with_kind([&](auto kind) {
-      launch_backward<decltype(kind)::value, float, float, decltype(g)>(scope, logits, arguments, weight,
-                                                                        const_floats(stats), grad);
+    with_divergence(loss_options.divergence(), [&](auto constant) {
+      launch_backward<constant(), float, float, decltype(g)>(scope, logits, device_options, weight,
+                                                             const_floats(stats), grad);
     });
   });
   scope.check("kl_tile_grad_");
@@ -68,45 +64,42 @@ void kl_tile_grad(const Tensor& student_logits, const Tensor& teacher_logits, co
 
 void kl_tile_stats(const Tensor& student_logits, const Tensor& teacher_logits,
                    const MaybeTensor& student_bias, const MaybeTensor& teacher_bias, const MaybeTensor& mask,
-                   Tensor state, bool first, double beta, double inv_tau, double student_scale,
-                   double student_softcap, double teacher_scale, double teacher_softcap) {
+                   Tensor state, bool first, const std::vector<double>& options) {
   const LogitTensors logits = {student_logits, teacher_logits, student_bias, teacher_bias, mask};
   const int64_t columns = student_logits.size(1), rows = check_tile(logits, columns);
-  check_floats("state", state, {RowState<KlKind::kForward>::kFields, rows}, student_logits);
+  check_floats("state", state, {RowState<Divergence::kForwardKL>::kFields, rows}, student_logits);
   if (rows == 0) return;
   const LaunchScope scope(student_logits);
-  const LossArguments arguments = {columns,         beta,          inv_tau,        student_scale,
-                                   student_softcap, teacher_scale, teacher_softcap};
-  arguments.with_kind([&](auto kind) {
-    const auto kernel = &kl_tile_stats_kernel<decltype(kind)::value>;
+  const LossOptions loss_options = LossOptions::of(options);
+  const DeviceOptions device_options(loss_options, columns);
+  with_divergence(loss_options.divergence(), [&](auto constant) {
+    const auto kernel = &kl_tile_stats_kernel<constant()>;
     MINITRON_LAUNCH(kernel, dim3(rows), dim3(state_threads(columns)), scope.stream(),
-                    (logits.rows<float, float>()), arguments.options(), floats(state), state.stride(0),
-                    first);
+                    (logits.rows<float, float>()), device_options, floats(state), state.stride(0), first);
   });
   scope.check("kl_tile_stats_");
 }
 
 void kl_tile_mixture(const Tensor& student_logits, const Tensor& teacher_logits,
                      const MaybeTensor& student_bias, const MaybeTensor& teacher_bias,
-                     const MaybeTensor& mask, const Tensor& stats, Tensor sums, bool first, double beta,
-                     double inv_tau, double student_scale, double student_softcap, double teacher_scale,
-                     double teacher_softcap) {
+                     const MaybeTensor& mask, const Tensor& stats, Tensor sums, bool first,
+                     const std::vector<double>& options) {
   const LogitTensors logits = {student_logits, teacher_logits, student_bias, teacher_bias, mask};
   const int64_t columns = student_logits.size(1), rows = check_tile(logits, columns);
   check_stats(stats, student_logits);
   check_floats("sums", sums, {MixtureSums::kFields, rows}, student_logits);
   if (rows == 0) return;
   const LaunchScope scope(student_logits);
-  const LossArguments arguments = {columns,         beta,          inv_tau,        student_scale,
-                                   student_softcap, teacher_scale, teacher_softcap};
+  const LossOptions loss_options = LossOptions::of(options);
+  const DeviceOptions device_options(loss_options, columns);
   const auto kernel = &kl_tile_mixture_kernel;
   MINITRON_LAUNCH(kernel, dim3(rows), dim3(state_threads(columns)), scope.stream(),
-                  (logits.rows<float, float>()), arguments.options(), const_floats(stats), floats(sums),
+                  (logits.rows<float, float>()), device_options, const_floats(stats), floats(sums),
                   sums.stride(0), first);
   scope.check("kl_tile_mixture_");
 }
 
-// parts: (splits, fields, N), contiguous.
+// parts: contiguous, (splits, fields, N).
 FinishRows check_finish(const char* name, const Tensor& parts, int64_t fields, const MaybeTensor& mask,
                         const Tensor& loss, const Tensor& stats) {
   STD_TORCH_CHECK(parts.dim() == 3 && parts.size(1) == fields && parts.size(2) == loss.size(0) &&
@@ -120,26 +113,28 @@ FinishRows check_finish(const char* name, const Tensor& parts, int64_t fields, c
 
 dim3 finish_grid(int64_t rows) { return dim3((rows + kFinishThreads - 1) / kFinishThreads); }
 
-void kl_finish_stats(const Tensor& states, const MaybeTensor& mask, Tensor loss, Tensor stats, double beta) {
+void kl_finish_stats(const Tensor& states, const MaybeTensor& mask, Tensor loss, Tensor stats,
+                     const std::vector<double>& options) {
   const FinishRows rows =
-      check_finish("states", states, RowState<KlKind::kForward>::kFields, mask, loss, stats);
+      check_finish("states", states, RowState<Divergence::kForwardKL>::kFields, mask, loss, stats);
   if (rows.rows == 0) return;
   const LaunchScope scope(states);
-  LossArguments{.beta = beta}.with_kind([&](auto kind) {
-    const auto kernel = &kl_finish_stats_kernel<decltype(kind)::value>;
+  with_divergence(LossOptions::of(options).divergence(), [&](auto constant) {
+    const auto kernel = &kl_finish_stats_kernel<constant()>;
     MINITRON_LAUNCH(kernel, finish_grid(rows.rows), dim3(kFinishThreads), scope.stream(), rows,
                     const_floats(states), floats(loss), floats(stats));
   });
   scope.check("kl_finish_stats_");
 }
 
-void kl_finish_mixture(const Tensor& sums, const MaybeTensor& mask, Tensor loss, Tensor stats, double beta) {
+void kl_finish_mixture(const Tensor& sums, const MaybeTensor& mask, Tensor loss, Tensor stats,
+                       const std::vector<double>& options) {
   const FinishRows rows = check_finish("sums", sums, MixtureSums::kFields, mask, loss, stats);
   if (rows.rows == 0) return;
   const LaunchScope scope(sums);
   const auto kernel = &kl_finish_mixture_kernel;
   MINITRON_LAUNCH(kernel, finish_grid(rows.rows), dim3(kFinishThreads), scope.stream(), rows,
-                  const_floats(sums), Shares(beta), floats(loss), floats(stats));
+                  const_floats(sums), Shares(LossOptions::of(options).beta), floats(loss), floats(stats));
   scope.check("kl_finish_mixture_");
 }
 

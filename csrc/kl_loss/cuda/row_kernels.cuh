@@ -1,9 +1,9 @@
-// Row divergences of two matrices of logits, and their gradient to the student's.
+// Row divergences of two matrices of logits, and their gradient to the student's logits.
 //
-//   forward   grid (N), one block a row. Reads each logit once. For JSD twice, as M is known only after the
-//             sums; then backwards, to meet first what the caches still hold. Writes O(1).
+//   forward   grid (N), one block a row. Reads each logit once. For JSD a second time, since M is known only
+//             after the sums; then from the end, which the caches still hold. Writes O(1) numbers a row.
 //   backward  grid (N, parts of a row). Reads each logit once, writes each gradient once, padding included.
-//             Also dz of linear_kl_loss, in the dtype of its GEMMs.
+//             Also makes dz of linear_kl_loss, in the dtype of its GEMMs.
 //
 // Nothing depends on the order in which threads run: results are bitwise equal from run to run.
 #pragma once
@@ -16,31 +16,32 @@
 
 namespace minitron::cuda {
 
-constexpr int kStateThreads = 256;    // most in a block that makes states
+constexpr int kStateThreads = 256;    // the most in a block that makes states
 constexpr int kStateBlocksPerSM = 2;  // at most 128 registers a thread: 16 logits a side stay in them
-constexpr int kPairsAtOnce = 16;      // a thread merges so many tokens at a time
+constexpr int kPairsAtOnce = 16;      // entries that a thread merges at a time
 constexpr int kGradThreads = 512;
 constexpr int kGradBlocksPerSM = 3;  // at most 40 registers a thread
 
-// The state of a whole row, in every thread; begun, in thread 0, with that of earlier tokens. partial: shared
-// memory for kMaxWarps states.
-template <KlKind kKind, typename S, typename T>
-__device__ __forceinline__ RowState<kKind> row_state(const PairRow<S, T>& pairs, RowState<kKind> begun,
-                                                     RowState<kKind>* partial) {
+// The state of a whole row, in every thread. begun: empty, but in thread 0 that of earlier tiles. partial:
+// shared memory for kMaxWarps states.
+template <Divergence kDivergence, typename S, typename T>
+__device__ __forceinline__ RowState<kDivergence> row_state(const PairRow<S, T>& pairs,
+                                                           RowState<kDivergence> begun,
+                                                           RowState<kDivergence>* partial) {
   pairs.template for_each_several<kPairsAtOnce / kRunOf<S, T>>(
       threadIdx.x, blockDim.x, [&](const auto& s, const auto& t) { begun.add(s, t); });
-  return block_reduce(begun, RowState<kKind>::empty(), partial,
+  return block_reduce(begun, RowState<kDivergence>::empty(), partial,
                       [](const auto& a, const auto& b) { return a.merged(b); });
 }
 
-// Likewise the sums of JSD's terms.
+// The same for the sums of JSD's terms.
 template <typename S, typename T>
 __device__ __forceinline__ MixtureSums row_mixture(const PairRow<S, T>& pairs, const RowStats& stats,
                                                    MixtureSums begun, MixtureSums* partial) {
   pairs.template for_each<true>(threadIdx.x, blockDim.x, [&](int, const auto& s, const auto& t) {
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(s) / sizeof(float)); ++i) {
-      begun = begun.merged(PairTerms<KlKind::kJsd>::loss(s[i], t[i], stats, pairs.options.shares));
+      begun = begun.merged(PairTerms<Divergence::kJSD>::loss(s[i], t[i], stats, pairs.options.shares));
     }
   });
   return block_reduce(begun, MixtureSums::empty(), partial,
@@ -48,23 +49,26 @@ __device__ __forceinline__ MixtureSums row_mixture(const PairRow<S, T>& pairs, c
 }
 
 __device__ __forceinline__ RowStats load_stats(const float* in) {
-  return {load_scalar<true>(in),     load_scalar<true>(in + 1), load_scalar<true>(in + 2),
-          load_scalar<true>(in + 3), load_scalar<true>(in + 4), load_scalar<true>(in + 5)};
+  return {load_scalar<true>(in + kMaxS),    load_scalar<true>(in + kInvSumS), load_scalar<true>(in + kMaxT),
+          load_scalar<true>(in + kInvSumT), load_scalar<true>(in + kLseDiff), load_scalar<true>(in + kKL)};
 }
 __device__ __forceinline__ void store_stats(float* out, const RowStats& stats) {
-  const float fields[] = {stats.max_s,     stats.inv_sum_s, stats.max_t,
-                          stats.inv_sum_t, stats.log_sums,  stats.kl};
-  for (int i = 0; i < RowStats::kFields; ++i) store_scalar(out + i, fields[i]);
+  store_scalar(out + kMaxS, stats.max_s);
+  store_scalar(out + kInvSumS, stats.inv_sum_s);
+  store_scalar(out + kMaxT, stats.max_t);
+  store_scalar(out + kInvSumT, stats.inv_sum_t);
+  store_scalar(out + kLseDiff, stats.lse_diff);
+  store_scalar(out + kKL, stats.kl);
 }
 
-template <KlKind kKind, typename S, typename T>
+template <Divergence kDivergence, typename S, typename T>
 __global__ void __launch_bounds__(kStateThreads, kStateBlocksPerSM)
-    kl_forward_kernel(KlRows<S, T> rows, KlOptions options, float* __restrict__ loss,  // (N)
-                      float* __restrict__ stats) {  // (N, RowStats::kFields)
-  MINITRON_SHARED(RowState<kKind>, partial_states, kMaxWarps);
+    kl_forward_kernel(KlRows<S, T> rows, DeviceOptions options, float* __restrict__ loss,  // (N)
+                      float* __restrict__ stats) {                                         // (N, kNumStats)
+  MINITRON_SHARED(RowState<kDivergence>, partial_states, kMaxWarps);
   const int64_t row = blockIdx.x;
-  float* out = stats + row * RowStats::kFields;
-  if (!rows.counts(row)) {
+  float* out = stats + row * kNumStats;
+  if (!rows.is_valid(row)) {
     if (threadIdx.x == 0) {
       store_scalar(loss + row, 0.0f);
       store_stats(out, RowStats{});
@@ -72,10 +76,10 @@ __global__ void __launch_bounds__(kStateThreads, kStateBlocksPerSM)
     return;
   }
   const PairRow<S, T> pairs(rows, row, options);
-  const RowState<kKind> state = row_state(pairs, RowState<kKind>::empty(), partial_states);
+  const RowState<kDivergence> state = row_state(pairs, RowState<kDivergence>::empty(), partial_states);
   RowStats stat = state.stats();
   float value = state.loss();
-  if constexpr (kKind == KlKind::kJsd) {
+  if constexpr (kDivergence == Divergence::kJSD) {
     MINITRON_SHARED(MixtureSums, partial_sums, kMaxWarps);
     const MixtureSums sums = row_mixture(pairs, stat, MixtureSums::empty(), partial_sums);
     stat.kl = sums.student;
@@ -87,17 +91,17 @@ __global__ void __launch_bounds__(kStateThreads, kStateBlocksPerSM)
   }
 }
 
-template <KlKind kKind, typename S, typename T, typename G>
+template <Divergence kDivergence, typename S, typename T, typename G>
 __global__ void __launch_bounds__(kGradThreads, kGradBlocksPerSM)
-    kl_backward_kernel(KlRows<S, T> rows, KlOptions options, const float* __restrict__ grad_loss,  // (N)
-                       int64_t grad_loss_stride, const float* __restrict__ stats,  // (N, RowStats::kFields)
+    kl_backward_kernel(KlRows<S, T> rows, DeviceOptions options, const float* __restrict__ grad_loss,  // (N)
+                       int64_t grad_loss_stride, const float* __restrict__ stats,         // (N, kNumStats)
                        G* __restrict__ grad_student, int64_t grad_stride, int columns) {  // (N, columns)
   const int64_t row = blockIdx.x;
   const int begin = blockIdx.y * blockDim.x + threadIdx.x, step = gridDim.y * blockDim.x;
   G* grad = grad_student + row * grad_stride;
-  if (!rows.counts(row)) return fill_zero(grad, columns, begin, step);
+  if (!rows.is_valid(row)) return fill_zero(grad, columns, begin, step);
 
-  const RowStats stat = load_stats(stats + row * RowStats::kFields);
+  const RowStats stat = load_stats(stats + row * kNumStats);
   const float weight = load_scalar<true>(grad_loss + row * grad_loss_stride);
   PairRow<S, T, kRunOf<S, T, G>>(rows, row, options)
       .template for_each<false>(begin, step, [&](int column, const auto& s, const auto& t) {
@@ -105,9 +109,9 @@ __global__ void __launch_bounds__(kGradThreads, kGradBlocksPerSM)
         float g[kCount];
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-          g[i] = PairTerms<kKind>::grad(s[i], t[i], stat, options.shares) *
-                 (weight * options.student.slope(s[i]));
-          if (impossible(s[i])) g[i] = 0.0f;
+          g[i] = PairTerms<kDivergence>::grad(s[i], t[i], stat, options.shares) *
+                 (weight * options.student.softcap_grad(s[i]));
+          if (masked_out(s[i])) g[i] = 0.0f;
         }
         if constexpr (kCount == 1) {
           store_scalar(grad + column, from_float<G>(g[0]));

@@ -1,5 +1,5 @@
-// A row of student and teacher logits as a kernel walks over it: runs of 16-byte accesses, transformed, in
-// fp32 registers.
+// A row of student and teacher logits as a kernel reads it: runs of 16-byte accesses, transformed, in fp32
+// registers.
 #pragma once
 
 #include <algorithm>
@@ -10,17 +10,24 @@
 
 namespace minitron::cuda {
 
-struct KlOptions {
+// LossOptions in the form that kernels use.
+struct DeviceOptions {
   int vocab_size;  // columns from here on are padding
   Shares shares;   // JSD's
   LogitTransform student, teacher;
+
+  DeviceOptions(const LossOptions& options, int64_t vocab_size)
+      : vocab_size(static_cast<int>(vocab_size)),
+        shares(options.beta),
+        student(options.student_scale, options.student_softcap, options.inv_tau),
+        teacher(options.teacher_scale, options.teacher_softcap, options.inv_tau) {}
 };
 
 // One matrix of logits.
 template <typename T>
 struct LogitRows {
   const T* logits;    // (N, >= vocab_size), stride 1 in the vocabulary
-  const float* bias;  // (vocab_size), added to each row before the transform; or null
+  const float* bias;  // (vocab_size), added to each row before the transform, or null
   int64_t stride;     // elements from row to row
 
   __device__ __forceinline__ LogitRows at(int64_t row) const { return {logits + row * stride, bias, stride}; }
@@ -48,29 +55,29 @@ template <typename S, typename T>
 struct KlRows {
   LogitRows<S> student;
   LogitRows<T> teacher;
-  const bool* mask;  // (N) or null; false: the row's logits are not read
+  const bool* mask;  // (N) or null: false where the token is not valid, and its logits are not read
   int64_t mask_stride;
 
-  __device__ __forceinline__ bool counts(int64_t row) const {
+  __device__ __forceinline__ bool is_valid(int64_t row) const {
     return mask == nullptr || load_scalar<true>(mask + row * mask_stride);
   }
 };
 
-// Elements that fill 16-byte accesses of all these types.
+// The number of elements that fills whole 16-byte accesses of each of these types.
 template <typename... Elements>
 constexpr int kRunOf = 16 / std::min({sizeof(Elements)...});
 
-// The runs of a pair of rows, one after the other. The student's are aligned; the teacher's are read one by
-// one where they are not aligned alike.
+// The runs of a pair of rows, one after the other. Runs of the student are aligned; where those of the
+// teacher are not, they are read element by element.
 template <typename S, typename T, int kRun = kRunOf<S, T>>
 struct PairRow {
   const LogitRows<S> student;
   const LogitRows<T> teacher;
-  const KlOptions& options;
+  const DeviceOptions& options;
   const RowSplit<kRun, S> split;
   const bool teacher_aligned;
 
-  __device__ __forceinline__ PairRow(const KlRows<S, T>& rows, int64_t row, const KlOptions& options)
+  __device__ __forceinline__ PairRow(const KlRows<S, T>& rows, int64_t row, const DeviceOptions& options)
       : student(rows.student.at(row)),
         teacher(rows.teacher.at(row)),
         options(options),
@@ -106,8 +113,7 @@ struct PairRow {
     for_each_rest(begin, step, visit);
   }
 
-  // Calls visit(s, t) with kRuns runs at a time, step apart; in place of runs beyond the last, impossible
-  // tokens.
+  // Calls visit(s, t) with kRuns runs at a time, step apart; runs beyond the last are masked-out tokens.
   template <int kRuns, typename Visit>
   __device__ __forceinline__ void for_each_several(int begin, int step, Visit visit) const {
     for (int first = begin; first < split.runs; first += kRuns * step) {

@@ -49,22 +49,22 @@ def native_epilogues(ops: Any = None) -> Epilogues:
     k = torch.ops.minitron_kernels if ops is None else ops
     return Epilogues(
         forward=lambda logits, mask, loss, stats, vocab_size, options: k.kl_tile_forward_(
-            *logits, mask, loss, stats, vocab_size, *options
+            *logits, mask, loss, stats, vocab_size, options
         ),
         grad=lambda logits, mask, weight, stats, out, vocab_size, options: k.kl_tile_grad_(
-            *logits, mask, weight, stats, out, vocab_size, *options
+            *logits, mask, weight, stats, out, vocab_size, options
         ),
         tile_stats=lambda logits, mask, state, first, options: k.kl_tile_stats_(
-            *logits, mask, state, first, *options
+            *logits, mask, state, first, options
         ),
         tile_mixture=lambda logits, mask, stats, sums, first, options: k.kl_tile_mixture_(
-            *logits, mask, stats, sums, first, *options
+            *logits, mask, stats, sums, first, options
         ),
         finish_stats=lambda states, mask, loss, stats, options: k.kl_finish_stats_(
-            states, mask, loss, stats, options[0]
+            states, mask, loss, stats, options
         ),
         finish_mixture=lambda sums, mask, loss, stats, options: k.kl_finish_mixture_(
-            sums, mask, loss, stats, options[0]
+            sums, mask, loss, stats, options
         ),
     )
 

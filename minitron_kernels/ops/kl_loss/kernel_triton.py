@@ -288,7 +288,11 @@ def _linear(
 
 
 def kl_loss_forward(
-    student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, vocab_size: int, *options: float
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None,
+    vocab_size: int,
+    options: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """The op kl_loss_forward: loss [N] and stats [N, 6]."""
     check_dtypes(student_logits=student_logits, teacher_logits=teacher_logits)
@@ -307,7 +311,7 @@ def kl_loss_backward(
     teacher_logits: Tensor,
     mask: Tensor | None,
     vocab_size: int,
-    *options: float,
+    options: Sequence[float],
 ) -> Tensor:
     """The op kl_loss_backward: the gradient to student_logits."""
     out = student_logits.new_empty(student_logits.shape)

@@ -124,13 +124,8 @@ def _linear_kl_loss(
             head_accumulator,
             workspace,
             vocab_size,
-            *options,
-            plan.schedule,
-            plan.chunk_rows,
-            plan.tile,
-            plan.super_tiles,
-            plan.stored_tiles,
-            plan.engine,
+            options,
+            plan.numbers(),
         )
     if want_bias:
         grad_bias[vocab_size:] = 0

@@ -15,7 +15,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class LossOptions(NamedTuple):
-    """The options of the row divergence, in the order of the ops' schemas."""
+    """The options of the row divergence: `float[] options` of the ops, LossOptions in csrc."""
 
     beta: float
     inv_tau: float

@@ -3,7 +3,7 @@
     store      for a chunk of rows: both logits of the whole vocabulary are kept, then turned into gradients.
                4 GEMMs. Where the budget ends, the last tiles of the vocabulary are made twice instead.
                Several chunks add their head gradients in fp32.
-    recompute  a stretch of the vocabulary at a time: logits once for the sums, again for the gradient.
+    recompute  a group of vocabulary tiles at a time: logits once for the sums, again for the gradient.
                6 GEMMs (8 for JSD), memory that does not grow with the vocabulary.
     forward    no gradient wanted: logits are reduced and dropped. 2 GEMMs (4 for JSD).
 
@@ -12,6 +12,7 @@ The bytes come from the kernel's own layout function, so a plan says what a call
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -22,7 +23,17 @@ from minitron_kernels import _native
 
 DEFAULT_WORKSPACE_BYTES = 512 << 20
 SCHEDULES = ("auto", "store", "recompute")
-_OPERAND_BYTES = {"bf16": 2, "portable_bf16": 2, "f32": 4, "portable": 4, "f64": 8}
+# by name: the operands' type, and whether this library's own GEMM multiplies them on any CPU
+_ENGINES = {
+    "bf16": (torch.bfloat16, False),
+    "portable_bf16": (torch.bfloat16, True),
+    "f32": (torch.float32, False),
+    "portable": (torch.float32, True),
+    "f64": (torch.float64, True),
+}
+# the numbers of LinearPlan in csrc/kl_loss/cpu/linear_plan.h, which a test compares
+_SCHEDULE_CODES = {"store": 0, "recompute": 1, "forward": 2}
+_OPERAND_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2}
 _PANEL = 64  # rows come in panels of 64, kPanel in csrc/common/cpu/gemm.h
 _MAX_CHUNK = 4096  # more rows at a time gain nothing
 # smaller chunks multiply slowly, and a tight budget is not meant to buy an fp32 head gradient
@@ -44,7 +55,7 @@ class LinearKLPlan:
     flops: int
     chunk_rows: int
     tile: int
-    super_tiles: int
+    tile_group: int
     stored_tiles: int
     budget_bytes: int
     part_bytes: tuple[int, ...]
@@ -60,6 +71,19 @@ class LinearKLPlan:
         "hidden gradient, accumulated",
         "head gradient, accumulated",
     )
+
+    def numbers(self) -> list[int]:
+        """`int[] plan` of the ops."""
+        operands, portable = _ENGINES[self.engine]
+        return [
+            _SCHEDULE_CODES[self.schedule],
+            self.chunk_rows,
+            self.tile,
+            self.tile_group,
+            self.stored_tiles,
+            _OPERAND_CODES[operands],
+            portable,
+        ]
 
     @property
     def num_chunks(self) -> int:
@@ -181,8 +205,8 @@ def plan_linear_kl_loss(
         )
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
-    if engine is not None and engine not in _OPERAND_BYTES:
-        raise ValueError(f"engine must be one of {', '.join(_OPERAND_BYTES)}; got {engine!r}")
+    if engine is not None and engine not in _ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(_ENGINES)}; got {engine!r}")
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     planner = _Planner(
         num_tokens,
@@ -252,14 +276,14 @@ class _Planner:
         """For each size of chunk, with as many tiles stored as the budget has room for."""
         plans = []
         for rows in self.chunk_sizes(_MAX_CHUNK):
-            for super_tiles in sorted({min(16, self.num_tiles), 1}, reverse=True):
-                none, one = (self.candidate("store", rows, super_tiles, n) for n in (0, 1))
-                every = self.candidate("store", rows, super_tiles, self.num_tiles)
+            for tile_group in sorted({min(16, self.num_tiles), 1}, reverse=True):
+                none, one = (self.candidate("store", rows, tile_group, n) for n in (0, 1))
+                every = self.candidate("store", rows, tile_group, self.num_tiles)
                 room = self.budget - none.workspace_bytes
                 tiles = max(
                     0, min(room // max(1, one.workspace_bytes - none.workspace_bytes), self.num_tiles)
                 )
-                plan = every if self.fits(every) else self.candidate("store", rows, super_tiles, tiles)
+                plan = every if self.fits(every) else self.candidate("store", rows, tile_group, tiles)
                 if self.fits(plan) and plan.stored_share >= least_share:
                     plans.append(plan)
                     break
@@ -268,12 +292,12 @@ class _Planner:
         return plans
 
     def recomputed(self) -> list[LinearKLPlan]:
-        stretches = {max(1, min(n, self.num_tiles)) for n in (max(16, 2 * self.threads), 8, 4, 2, 1)}
+        groups = {max(1, min(n, self.num_tiles)) for n in (max(16, 2 * self.threads), 8, 4, 2, 1)}
         return [
             plan
             for rows in self.chunk_sizes(_MAX_CHUNK)
-            for super_tiles in stretches
-            if self.fits(plan := self.candidate("recompute", rows, super_tiles))
+            for tile_group in groups
+            if self.fits(plan := self.candidate("recompute", rows, tile_group))
         ]
 
     def chunk_sizes(self, most: int) -> list[int]:
@@ -294,9 +318,9 @@ class _Planner:
         again = (plan.num_chunks - 1) * self.vocab_size * self.student_hidden_size * self.grad_head
         packs = 1
         if plan.schedule == "recompute" and plan.num_chunks > 1:
-            packs = -(-self.num_tiles // plan.super_tiles)
+            packs = -(-self.num_tiles // plan.tile_group)
         packed = packs * self.num_tokens * (heads + self.student_hidden_size)
-        barriers = -(-self.num_tiles // plan.super_tiles) * plan.num_chunks * 1e6 * self.threads
+        barriers = -(-self.num_tiles // plan.tile_group) * plan.num_chunks * 1e6 * self.threads
         return plan.flops + 50 * fetched + 100 * again + 100 * packed + barriers
 
     def fits(self, plan: LinearKLPlan) -> bool:
@@ -311,26 +335,9 @@ class _Planner:
         return -(-self.vocab_size // self.tile)
 
     def candidate(
-        self, schedule: str, chunk_rows: int, super_tiles: int, stored_tiles: int = 0
+        self, schedule: str, chunk_rows: int, tile_group: int, stored_tiles: int = 0
     ) -> LinearKLPlan:
         """The plan with these numbers, fitting or not."""
-        *parts, _ = torch.ops.minitron_kernels.linear_kl_loss_layout(
-            self.num_tokens,
-            self.vocab_size,
-            self.student_hidden_size,
-            self.teacher_hidden_size,
-            _OPERAND_BYTES[self.engine],
-            self.accumulate_bytes,
-            self.grad_hidden,
-            self.grad_head,
-            self.head_in_place,
-            schedule,
-            chunk_rows,
-            self.tile,
-            super_tiles,
-            stored_tiles,
-            self.threads,
-        )
         looks = 1 + self.divergence_needs_kl  # at each logit, for sums
         # with a lent buffer the backward makes them once more, see linear.py
         logits = {"store": 1 + looks * self.lent, "forward": looks, "recompute": looks + 1}[schedule]
@@ -340,7 +347,7 @@ class _Planner:
         )
         again = max(0, self.vocab_size - stored_tiles * self.tile) if schedule == "store" else 0
         again *= (1 if self.lent else looks) * (self.student_hidden_size + self.teacher_hidden_size)
-        return LinearKLPlan(
+        plan = LinearKLPlan(
             schedule,
             self.engine,
             self.num_tokens,
@@ -351,11 +358,24 @@ class _Planner:
             flops=2 * self.num_tokens * (self.vocab_size * widths + again),
             chunk_rows=chunk_rows,
             tile=self.tile,
-            super_tiles=super_tiles,
+            tile_group=tile_group,
             stored_tiles=stored_tiles,
             budget_bytes=self.budget,
-            part_bytes=tuple(parts),
+            part_bytes=(),
         )
+        *parts, _ = torch.ops.minitron_kernels.linear_kl_loss_layout(
+            self.num_tokens,
+            self.vocab_size,
+            self.student_hidden_size,
+            self.teacher_hidden_size,
+            self.accumulate_bytes,
+            self.grad_hidden,
+            self.grad_head,
+            self.head_in_place,
+            plan.numbers(),
+            self.threads,
+        )
+        return dataclasses.replace(plan, part_bytes=tuple(parts))
 
 
 @functools.lru_cache(maxsize=256)

@@ -17,7 +17,7 @@ from minitron_kernels import _native
 from minitron_kernels.ops.kl_loss.checks import as_saved
 from minitron_kernels.ops.kl_loss.options import LossOptions
 
-NUM_STATS = 6  # Stat in csrc/kl_loss/cpu/kernels.h
+NUM_STATS = 6  # Stat in csrc/kl_loss/loss_options.h, which a test compares
 
 
 def kl_rows(
@@ -87,7 +87,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     vocab_size, numbers, values, backend = arguments
     if backend == "native" and values is None:  # an op in C++ costs a tenth of one in Python
-        return torch.ops.minitron_kernels.kl_loss_forward(student, teacher, mask, vocab_size, *numbers)
+        return torch.ops.minitron_kernels.kl_loss_forward(student, teacher, mask, vocab_size, numbers)
     return _forward_op(student, teacher, mask, *arguments)
 
 
@@ -102,7 +102,7 @@ def _backward(
     vocab_size, numbers, values, backend = arguments
     if backend == "native" and values is None:
         return torch.ops.minitron_kernels.kl_loss_backward(
-            weight, stats, student, teacher, mask, vocab_size, *numbers
+            weight, stats, student, teacher, mask, vocab_size, numbers
         )
     return _backward_op(weight, stats, student, teacher, mask, *arguments)
 
@@ -118,7 +118,7 @@ def _forward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     options = LossOptions.from_arguments(numbers, values)
-    return _kernels(backend)[0](student, teacher, mask, vocab_size, *options)
+    return _kernels(backend)[0](student, teacher, mask, vocab_size, options)
 
 
 @torch.library.custom_op("minitron_kernels::kl_rows_backward", mutates_args=())
@@ -134,7 +134,7 @@ def _backward_op(
     backend: str,
 ) -> Tensor:
     options = LossOptions.from_arguments(numbers, values)
-    return _kernels(backend)[1](weight, stats, student, teacher, mask, vocab_size, *options)
+    return _kernels(backend)[1](weight, stats, student, teacher, mask, vocab_size, options)
 
 
 def _kernels(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -1,0 +1,45 @@
+// How a call of linear_kl_loss on CPU goes over tokens and vocabulary, and what multiplies.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <vector>
+
+#include "common/types.h"
+
+namespace minitron {
+
+// store       for a chunk of tokens: the logits of the first stored_tiles are kept from the sums to the
+//             gradient (4 GEMMs), those of the other tiles are made twice
+// recompute   for a tile group: all chunks, no logits kept (6 GEMMs), so that a group's part of the head's
+//             gradient is finished before the next group begins
+// forward     logits are only reduced to the loss (2 GEMMs)
+enum class Schedule { kStore, kRecompute, kForward };
+
+struct LinearPlan {
+  Schedule schedule;
+  int64_t chunk_tokens;  // whose operands are packed at a time
+  int64_t tile;          // entries of the vocabulary that are one task
+  int64_t tile_group;    // tiles whose dz is made before dX takes it in
+  int64_t stored_tiles;  // store: tiles whose logits are kept
+  DType operands;        // what the GEMMs multiply
+  bool portable;         // by this library's own GEMM, not by torch's
+
+  // From `int[] plan` of the ops: these fields in this order, Schedule and DType as their numbers.
+  static LinearPlan of(const std::vector<int64_t>& numbers) {
+    if (numbers.size() != 7) throw std::invalid_argument("plan must be the 7 numbers of LinearPlan");
+    const int64_t schedule = numbers[0], operands = numbers[5];
+    const LinearPlan plan{Schedule(schedule), numbers[1],      numbers[2],     numbers[3],
+                          numbers[4],         DType(operands), numbers[6] != 0};
+    const bool known = schedule >= 0 && schedule <= int64_t(Schedule::kForward) && operands >= 0 &&
+                       operands <= int64_t(DType::kBFloat16);
+    const bool sizes = plan.chunk_tokens > 0 && plan.tile > 0 && plan.tile % 2 == 0 && plan.tile_group > 0 &&
+                       plan.stored_tiles >= 0;
+    if (!known || !sizes || (plan.schedule != Schedule::kStore && plan.stored_tiles > 0)) {
+      throw std::invalid_argument("plan out of range");
+    }
+    return plan;
+  }
+};
+
+}  // namespace minitron

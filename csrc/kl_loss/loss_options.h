@@ -1,0 +1,53 @@
+// What kl_loss and linear_kl_loss compute, said once for CPU and CUDA: the divergence, the options of the
+// logits, and what a row's statistics are. No torch header: kernels see this file.
+#pragma once
+
+#include <stdexcept>
+#include <type_traits>
+#include <vector>
+
+namespace minitron {
+
+enum class Divergence { kForwardKL, kReverseKL, kJSD };
+
+// Always inlined: some of the files that include this are compiled for other CPUs than the rest.
+struct LossOptions {
+  double beta = 0;  // 0: forward KL, 1: reverse KL, between them the weight of the teacher in JSD's mixture
+  double inv_tau = 1;
+  double student_scale = 1, student_softcap = 0, teacher_scale = 1, teacher_softcap = 0;  // softcap 0: none
+
+  // From `float[] options` of the ops: these fields in this order.
+  static LossOptions of(const std::vector<double>& numbers) {
+    if (numbers.size() != 6) throw std::invalid_argument("options must be the 6 numbers of LossOptions");
+    return {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]};
+  }
+
+  [[gnu::always_inline]] Divergence divergence() const {
+    if (beta <= 0) return Divergence::kForwardKL;
+    if (beta >= 1) return Divergence::kReverseKL;
+    return Divergence::kJSD;
+  }
+};
+
+// Calls f with the divergence as a compile-time constant. Without a default case, so that a further
+// divergence does not compile before it is handled here.
+template <typename F>
+decltype(auto) with_divergence(Divergence divergence, F&& f) {
+  switch (divergence) {
+    case Divergence::kForwardKL:
+      return f(std::integral_constant<Divergence, Divergence::kForwardKL>{});
+    case Divergence::kReverseKL:
+      return f(std::integral_constant<Divergence, Divergence::kReverseKL>{});
+    case Divergence::kJSD:
+      return f(std::integral_constant<Divergence, Divergence::kJSD>{});
+  }
+  __builtin_unreachable();
+}
+
+// Columns of `stats`, [N, kNumStats]: what the gradient needs to know of a row.
+//   kLseDiff  lse_s - lse_t, less the part that a kernel can take off the logits without rounding: on the CPU
+//             shift_between() the maxima, on CUDA max_s - max_t itself
+//   kKL       KL(S || T) for reverse KL, KL(S || M) for JSD, else 0
+enum Stat { kMaxS, kInvSumS, kMaxT, kInvSumT, kLseDiff, kKL, kNumStats };
+
+}  // namespace minitron
