@@ -101,6 +101,7 @@ def test_empty_and_one():
     for w, rows, cols in ((weight, none, one), (weight, one, none), (weight[:0], one, one)):
         check(w, rows, cols)
     check(weight[:1, :1, :1], one, one)
+    check(make_weight(240).as_strided((1, 10, 24), (241, 24, 1)))  # a dimension of 1, with whatever stride
 
 
 def test_indices_on_the_device():

@@ -124,7 +124,8 @@ def test_rows_close_to_the_teacher(kernels, beta, distance):
 def test_rows_options_and_padding(kernels, beta):
     """Mixed dtypes, softcaps, odd rows, NaN in padding columns; gradients there are 0."""
     student, teacher = make_rows(3, 290, torch.float32, distance=2.0)
-    wide_s = torch.full((3, 301), math.nan, dtype=torch.bfloat16, device=kernels.device)
+    # a block of padding alone
+    wide_s = torch.full((3, 431), math.nan, dtype=torch.bfloat16, device=kernels.device)
     wide_t = torch.full((3, 295), math.nan, device=kernels.device)
     wide_s[:, 1:291], wide_t[:, :290] = student.to(kernels.device), teacher.to(kernels.device)
     view = wide_s[:, 1:]
@@ -135,6 +136,45 @@ def test_rows_options_and_padding(kernels, beta):
     assert_loss(loss, true_loss)
     assert_near(grad[:, :290], true_grad, 4e-3)
     assert (grad[:, 290:] == 0).all()
+
+
+@pytest.mark.parametrize("capped", ["student", "teacher"])
+def test_options_of_one_side(kernels, capped):
+    """Scales that differ, softcap and bias of one side alone: neither gets what is the other's."""
+    options = (0.5, 1.2, 6.0, 0.8, 0.0) if capped == "student" else (0.5, 1.2, 0.0, 0.8, 6.0)
+    student, teacher = (x.to(kernels.device) for x in make_rows(2, 150, torch.float32))
+    check(kernels, student, teacher, beta=0.3, options=options)
+    tensors = [x.to(kernels.device) for x in make_linear(5, H, HT, 150, torch.bfloat16)]
+    bias = torch.linspace(-9, 9, 150, device=kernels.device)
+    setup = {"beta": 0.3, "options": options, "biases": (None, bias) if capped == "student" else (bias, None)}
+    truth = truth_of(tensors, vocab_size=150, **setup)
+    if capped == "student":
+        assert_linear(linear(kernels, tensors, schedule="recompute", **setup), truth, torch.bfloat16)
+    loss = linear(kernels, tensors, wants=(False, False, False), **setup)[0]
+    np.testing.assert_allclose(numpy_of(loss), truth[0], rtol=1e-5)
+
+
+def test_rows_within_a_softcap(kernels):
+    """Logits far below the cap, close to the teacher's: tanh keeps their digits."""
+    g = torch.Generator().manual_seed(3)
+    teacher = torch.randn(2, 150, generator=g) * 0.3
+    student = teacher + torch.randn(2, 150, generator=g) * 1e-3
+    options = (1.0, 1.0, 50.0, 1.0, 50.0)
+    _, _, grad = rows(kernels, student.to(kernels.device), teacher.to(kernels.device), options=options)
+    true_grad = oracle_rows(numpy_of(student), numpy_of(teacher), **named(options))[1]
+    assert_near(grad, true_grad, 2e-4)
+
+
+def test_rows_of_small_shares(kernels):
+    """JSD at a small beta: a gradient far below the probabilities keeps its digits; below the smallest fp32
+    nothing is infinite, though the teacher's share is next to 0.
+    """
+    student, teacher = (x.to(kernels.device) for x in make_rows(2, 150, torch.float32))
+    _, _, grad = rows(kernels, student, teacher, beta=1e-4)
+    assert_near(grad, oracle_rows(numpy_of(student), numpy_of(teacher), beta=1e-4)[1], 1e-5)
+    student[0, 3:9], teacher[1, 3:9] = -INF, -INF
+    loss, _, grad = rows(kernels, student, teacher, beta=1e-46)
+    assert (loss.abs() < 1e-30).all() and (grad.abs() < 1e-30).all()
 
 
 @pytest.mark.parametrize("beta", BETAS)

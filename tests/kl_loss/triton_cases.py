@@ -71,6 +71,10 @@ def small_blocks(monkeypatch):
 def test_no_float64(kernels):
     with pytest.raises((TypeError, RuntimeError), match="must be float32, bfloat16 or float16"):
         rows(kernels, torch.zeros(1, 4).double(), torch.zeros(1, 4).double())
+    with pytest.raises(
+        (TypeError, RuntimeError), match="teacher_logits must be float32, bfloat16 or float16"
+    ):
+        rows(kernels, torch.zeros(1, 4), torch.zeros(1, 4).double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
@@ -81,10 +85,10 @@ def test_linear_fused_statistics(kernels, beta, dtype):
     tensors[1][V:], tensors[3][V:] = math.nan, math.nan
     bias = torch.linspace(-9, 9, PADDED, device=kernels.device)
     bias[:64] = -INF  # the first split's tiles are empty
-    mask = torch.ones(N, dtype=torch.bool, device=kernels.device)
+    mask = torch.tensor([True, False], device=kernels.device).repeat(N, 1)[:, 0]  # with a stride
     mask[3] = False
     tensors[0][3], tensors[2][3] = math.nan, math.nan
-    setup = {"beta": beta, "options": CAPPED, "biases": (bias, bias), "vocab_size": V}
+    setup = {"beta": beta, "options": CAPPED, "biases": (bias, bias * 0.5), "vocab_size": V}
     nothing = {"wants": (False, False, False), "mask": mask}
     assert kernel_triton.splits_for(N, V, kernel_triton.linear_blocks(False), 12) == 2
     fused = linear(kernels, tensors, **setup, **nothing)
@@ -98,10 +102,14 @@ def test_linear_fused_statistics(kernels, beta, dtype):
     torch.testing.assert_close(fused[1], tiled[1], rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("beta", BETAS)
-def test_linear_fused_even_widths(kernels, beta):
-    """Widths that are multiples of the block: no mask along them."""
-    tensors = [x.to(kernels.device) for x in make_linear(33, 64, 96, 200, torch.bfloat16, distance=0.2)]
+@pytest.mark.parametrize(("beta", "width", "teacher_width"), [(0.0, 64, 96), (1.0, 64, 72), (0.3, 72, 64)])
+def test_linear_fused_widths(kernels, beta, width, teacher_width):
+    """Widths that are multiples of the block, on both sides or on one; each tensor a part of a wider one."""
+    tensors = []
+    for x in make_linear(33, width, teacher_width, 200, torch.bfloat16, distance=0.2):
+        wide = torch.full((len(x), x.shape[1] + 8 * len(tensors) + 8), math.nan, dtype=x.dtype)
+        wide[:, : x.shape[1]] = x
+        tensors.append(wide.to(kernels.device)[:, : x.shape[1]])
     loss = linear(kernels, tensors, beta=beta, wants=(False, False, False))[0]
     truth = oracle_linear(*map(numpy_of, tensors), beta=beta)[0]
     np.testing.assert_allclose(numpy_of(loss), truth, rtol=1e-5)
