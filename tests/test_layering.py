@@ -31,8 +31,10 @@ def part_of(module: str) -> str:
     assert parts[0] == "ops", f"{module} has no place in the layers of {__file__}: give it one"
     if len(parts) == 3 and parts[2] == "reference":
         return "reference"
-    if len(parts) == 3 and parts[2].startswith("kernel_triton"):
-        return "kernel_triton"  # and the files it is split into
+    if len(parts) == 3 and parts[2] == "divergence":
+        return "divergence"  # the numbers that kernels and op share
+    if parts[2:3] == ["kernel_triton"]:
+        return "kernel_triton"
     return "op"  # op.py and the files it is split into
 
 
@@ -45,8 +47,9 @@ MAY_IMPORT = {
     "_backend": {"_native"},
     "ops": set(),
     "reference": set(),
-    "kernel_triton": {"kernel_triton"},
-    "op": {"op", "reference", "kernel_triton", "_backend", "_workspace", "_native", "_tensors"},
+    "divergence": set(),
+    "kernel_triton": {"kernel_triton", "divergence"},
+    "op": {"op", "divergence", "reference", "kernel_triton", "_backend", "_workspace", "_native", "_tensors"},
     "pruning.families": {"pruning.families"},
     "pruning.score": {"pruning.score", "pruning.families", "op"},
     "pruning.plan": {"pruning.plan", "pruning.families"},

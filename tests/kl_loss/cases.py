@@ -150,7 +150,7 @@ def test_options_of_one_side(kernels, capped):
     truth = truth_of(tensors, vocab_size=150, **setup)
     if capped == "student":
         assert_linear(linear(kernels, tensors, schedule="recompute", **setup), truth, torch.bfloat16)
-    loss = linear(kernels, tensors, wants=(False, False, False), **setup)[0]
+    loss = linear(kernels, tensors, needs_grad=(False, False, False), **setup)[0]
     np.testing.assert_allclose(numpy_of(loss), truth[0], rtol=1e-5)
 
 
@@ -178,7 +178,7 @@ def test_rows_of_small_shares(kernels):
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_rows_impossible_tokens(kernels, beta):
+def test_rows_masked_out_tokens(kernels, beta):
     student, teacher = (x.to(kernels.device) for x in make_rows(6, 400, torch.float32))
     student[0, 3:9] = teacher[0, 3:9] = -INF  # in both: adds nothing
     teacher[1, 40:] = -INF  # whole blocks without a teacher
@@ -240,7 +240,7 @@ def linear(
     row_weight=None,
     stats=None,
     accumulator=None,
-    wants=(True, True, True),
+    needs_grad=(True, True, True),
     vocab_size=None,
     schedule="auto",
     budget=1 << 29,
@@ -257,9 +257,9 @@ def linear(
     outputs = (
         output(True, rows_),
         output(stats is None, rows_, 6),
-        output(wants[0], rows_, width, dtype=dtype),
-        output(wants[1] and accumulator is None, head.shape[0], width, dtype=dtype),
-        output(wants[2], head.shape[0]),
+        output(needs_grad[0], rows_, width, dtype=dtype),
+        output(needs_grad[1] and accumulator is None, head.shape[0], width, dtype=dtype),
+        output(needs_grad[2], head.shape[0]),
     )
     linear_gpu.linear_kl_loss_(
         outputs,
@@ -269,7 +269,7 @@ def linear(
         row_weight,
         stats,
         accumulator,
-        wants,
+        needs_grad,
         head.shape[0] if vocab_size is None else vocab_size,
         (beta, *options),
         schedule,
@@ -298,9 +298,9 @@ def truth_of(tensors, *, beta, options=PLAIN, biases=(None, None), row_weight=No
     )
 
 
-def assert_linear(outputs, truth, dtype, wants=(True, True, True), rtol=1e-5):
+def assert_linear(outputs, truth, dtype, needs_grad=(True, True, True), rtol=1e-5):
     np.testing.assert_allclose(numpy_of(outputs[0]), truth[0], rtol=rtol)
-    for wanted, grad, expected in zip(wants, outputs[2:], truth[1:], strict=True):
+    for wanted, grad, expected in zip(needs_grad, outputs[2:], truth[1:], strict=True):
         if wanted:
             assert_near(grad[: len(expected)], expected, 1e-5 if dtype == torch.float32 else 3e-3)
             assert (grad[len(expected) :] == 0).all()
@@ -338,7 +338,7 @@ def test_linear_mask_stats_and_lent_accumulator(kernels, schedule, dtype):
     weight = torch.linspace(0.5, 1.5, N, device=kernels.device) / N
     counted = numpy_of(weight) * numpy_of(mask)
     setup = {"mask": mask, "beta": 0.3, "schedule": schedule, "budget": BUDGET[schedule]}
-    _, stats, *_ = linear(kernels, tensors, wants=(False, False, False), mask=mask, beta=0.3)
+    _, stats, *_ = linear(kernels, tensors, needs_grad=(False, False, False), mask=mask, beta=0.3)
     accumulator = torch.full((V, H), 2.0, device=kernels.device)
     outputs = linear(kernels, tensors, row_weight=weight, stats=stats, accumulator=accumulator, **setup)
     truth = truth_of(clean, beta=0.3, row_weight=counted)
@@ -349,7 +349,9 @@ def test_linear_mask_stats_and_lent_accumulator(kernels, schedule, dtype):
         (outputs[4], truth[3]),
     ):
         assert_near(actual, expected, 3e-3, 1e-5)
-    loss, _, hidden, _, _ = linear(kernels, tensors, row_weight=weight, wants=(True, False, False), **setup)
+    loss, _, hidden, _, _ = linear(
+        kernels, tensors, row_weight=weight, needs_grad=(True, False, False), **setup
+    )
     np.testing.assert_allclose(numpy_of(loss), truth[0] * numpy_of(mask), rtol=1e-5)
     assert_near(hidden, truth[1], 3e-3)
 
@@ -364,7 +366,7 @@ def test_linear_close_to_the_teacher(kernels):
         assert actual.double().mean().item() == pytest.approx(loss.mean(), rel=1e-5)
         for grad, truth in zip(made, grads, strict=True):
             assert_near(grad, truth, 3e-3)
-    fused = linear(kernels, tensors, wants=(False, False, False))[0]
+    fused = linear(kernels, tensors, needs_grad=(False, False, False))[0]
     assert fused.double().mean().item() == pytest.approx(loss.mean(), rel=1e-5)
 
 
@@ -373,7 +375,7 @@ def test_linear_mixed_dtypes_and_no_rows(kernels):
     tensors[1] = tensors[1].float()
     tensors[3] = tensors[3].float()
     assert_linear(linear(kernels, tensors), truth_of(tensors, beta=0.0), torch.bfloat16)
-    loss = linear(kernels, tensors, wants=(False, False, False))[0]
+    loss = linear(kernels, tensors, needs_grad=(False, False, False))[0]
     np.testing.assert_allclose(numpy_of(loss), truth_of(tensors, beta=0.0)[0], rtol=1e-5)
     empty = linear(kernels, [tensors[0][:0], tensors[1], tensors[2][:0], tensors[3]])
     assert empty[0].shape == (0,) and (empty[3] == 0).all() and (empty[4] == 0).all()
@@ -381,6 +383,6 @@ def test_linear_mixed_dtypes_and_no_rows(kernels):
 
 def test_repeats_bit_for_bit(kernels):
     tensors = problem(kernels, torch.bfloat16)
-    for wants in ((True, True, True), (False, False, False)):
-        first, second = (linear(kernels, tensors, wants=wants) for _ in range(2))
+    for needs_grad in ((True, True, True), (False, False, False)):
+        first, second = (linear(kernels, tensors, needs_grad=needs_grad) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

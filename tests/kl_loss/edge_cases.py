@@ -24,7 +24,7 @@ def at(temperature):
 
 
 def check_rows_at_edges(kernels, edges, beta, temperature):
-    """Stretches that underflow or are impossible in either model: losses and gradients of rows of logits."""
+    """Parts of the vocabulary that underflow or are masked out in either model: losses and gradients of rows of logits."""
     student, teacher = edges.student.to(kernels.device), edges.teacher.to(kernels.device)
     loss, _, grad = rows(kernels, student, teacher, beta=beta, options=at(temperature))
     expected = truth(student, teacher, beta=beta, temperature=temperature)
@@ -36,7 +36,7 @@ def check_evaluation_at_edges(kernels, edges, beta, temperature, dtype):
     tensors = [x.to(kernels.device) for x in linear_of(edges, dtype)]
     expected = truth(edges.student, edges.teacher, beta=beta, temperature=temperature)
     setup = {"beta": beta, "options": at(temperature), "budget": 1 << 18}
-    loss, stats, *_ = linear(kernels, tensors, wants=(False, False, False), **setup)
+    loss, stats, *_ = linear(kernels, tensors, needs_grad=(False, False, False), **setup)
     assert_losses(edges.names, loss, expected)
     return stats
 
@@ -69,7 +69,7 @@ def check_biases_at_edges(kernels, vocab, tile, beta, temperature):
         names, ulp = [name] * 3, 2e-6 / temperature  # logits are sums in fp32, rounded at 1e4
         loss, *_, grad_bias = linear(kernels, tensors, biases=biases, **setup)
         assert_losses(names, loss, expected, ulp=ulp)
-        evaluated = linear(kernels, tensors, biases=biases, wants=(False, False, False), **setup)[0]
+        evaluated = linear(kernels, tensors, biases=biases, needs_grad=(False, False, False), **setup)[0]
         assert_losses(names, evaluated, expected, ulp=ulp)
         if np.isfinite(expected.loss).all():
             reach = 1e-5 * (1.0 + expected.loss.max()) / temperature

@@ -3,7 +3,7 @@
 What floats make of them is exact: finite logits are multiples of 1/16 with 8 bits at most, the same in fp32,
 bf16 and fp16, and stay exact at temperatures of 0.005 and 1.
 
-    finite_rows, impossible_rows   rows of logits, each with a name; the latter hold −inf
+    finite_rows, masked_out_rows   rows of logits, each with a name; the latter hold −inf
     linear_of                      hidden states and heads whose logits those are: hidden states are the unit
                                    vectors, so that the head's gradient is that of the logits, transposed
     bias_edges                     the same blocks in a bias, −inf too, which no head can hold beside 0s
@@ -88,7 +88,7 @@ def finite_rows(V, tile, spread=2.0):
     return _stacked(rows)
 
 
-def impossible_rows(V, tile, spread=2.0):
+def masked_out_rows(V, tile, spread=2.0):
     """−inf in one model, where the other has mass or has none, or in both; at last in a whole row."""
     rows = {}
     for first, last in blocks(V, tile):

@@ -47,19 +47,19 @@ TRITON_ARTIFACTS = {  # name: launches, faults, what the gate says
     "none": ("rows forward bf16", (), None),
     "spills": (
         "linear forward bf16",
-        (Fault("kl_loss/kernel_triton_linear.py", "KEEP_EXP=False", "KEEP_EXP=True"),),
+        (Fault("kl_loss/kernel_triton/linear.py", "KEEP_EXP=False", "KEEP_EXP=True"),),
         "spilled registers",
     ),
     "no tensor cores": (
         "linear forward bf16",
         (
             Fault(
-                "kl_loss/kernel_triton_linear.py",
+                "kl_loss/kernel_triton/linear.py",
                 "tl.dot(x, tl.trans(w), z)",
                 'tl.dot(x.to(tl.float32), tl.trans(w).to(tl.float32), z, input_precision="ieee")',
             ),
             Fault(
-                "kl_loss/kernel_triton.py",
+                "kl_loss/kernel_triton/launch.py",
                 "return LinearBlocks(128, 128) if generation in (9, 10)",
                 "return LinearBlocks(32, 32) if generation in (9, 10)",
             ),
@@ -68,23 +68,23 @@ TRITON_ARTIFACTS = {  # name: launches, faults, what the gate says
     ),
     "scalar accesses": (
         "grad forward bf16",
-        (Fault("kl_loss/kernel_triton_rows.py", '["stride_mn", "stride_wn"]', '["stride_mn", "stride_sn"]'),),
+        (Fault("kl_loss/kernel_triton/rows.py", '["stride_mn", "stride_wn"]', '["stride_mn", "stride_sn"]'),),
         "wide_loads 2, at least",
     ),
     "registers": (
         "rows forward bf16",
-        (Fault("kl_loss/kernel_triton.py", "block // 512", "block // 2048"),),
+        (Fault("kl_loss/kernel_triton/launch.py", "block // 512", "block // 2048"),),
         "registers",
     ),
 }
 
 TRITON_RECOMPILES = [  # fault, the kernels that are then compiled anew
     (
-        Fault("kl_loss/kernel_triton_rows.py", '["stride_mn", "stride_state"]', '["stride_mn"]'),
+        Fault("kl_loss/kernel_triton/rows.py", '["stride_mn", "stride_state"]', '["stride_mn"]'),
         {"tile_stats_kernel"},
     ),
     (
-        Fault("kl_loss/kernel_triton_rows.py", 'PER_ROW = ("mask_ptr", ', "PER_ROW = ("),
+        Fault("kl_loss/kernel_triton/rows.py", 'PER_ROW = ("mask_ptr", ', "PER_ROW = ("),
         {"forward_kernel", "grad_kernel"},
     ),
 ]

@@ -7,9 +7,9 @@ tools/triton_recompiles.py sees whether another size compiles anew.
 import torch
 
 from kl_loss.cases import PLAIN, Kernels, linear, matmul_fp32
-from minitron_kernels.ops.kl_loss import kernel_triton as k
 from minitron_kernels.ops.kl_loss import linear_gpu
 from minitron_kernels.ops.kl_loss.epilogues import triton_epilogues
+from minitron_kernels.ops.kl_loss.kernel_triton import launch as k
 
 
 def to_compile(target_name):
@@ -127,7 +127,7 @@ def launch(rows):
             linear(
                 kernels, tensors, beta=beta, mask=mask, row_weight=weight, schedule=schedule, budget=budget
             )
-        linear(kernels, tensors, beta=beta, mask=mask, wants=(False, False, False))
+        linear(kernels, tensors, beta=beta, mask=mask, needs_grad=(False, False, False))
         logits = [torch.zeros(rows, VOCAB, dtype=torch.bfloat16) for _ in range(2)]
         loss, stats = kernels.forward(*logits, mask, VOCAB, beta, *PLAIN)
         kernels.backward(loss, stats, *logits, mask, VOCAB, beta, *PLAIN)

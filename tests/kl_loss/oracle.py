@@ -1,7 +1,7 @@
 """The truth in float64 NumPy, written from the formulas; shares no code with the library.
 
 log p_S, log p_T are log-softmaxes of s = f(z_S)/tau and t = f(z_T)/tau, f(z) = cap * tanh(scale * z / cap).
-A logit of -inf is an impossible token: p = 0, and 0 * log 0 = 0.
+A logit of -inf is a masked-out token: p = 0, and 0 * log 0 = 0.
 """
 
 import numpy as np

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minitron_kernels import _native
-from minitron_kernels.ops.kl_loss import linear, plan
+from minitron_kernels.ops.kl_loss import linear, plan_cpu
 
 # Whether this CPU and libtorch multiply bf16 operands as they are (AVX512_BF16, AMX).
 HAS_BF16 = bool(_native.build_info().get("bf16_microkernel"))
@@ -73,7 +73,7 @@ def force_operands(monkeypatch, kind):
     if kind == "bf16" and not HAS_BF16:
         pytest.skip("the bf16 microkernel needs a CPU with AVX512_BF16 or AMX")
     if kind is not None:
-        for module in (linear, plan):
+        for module in (linear, plan_cpu):
             monkeypatch.setattr(module, "operand_type", lambda *dtypes: kind)
 
 
@@ -83,7 +83,7 @@ def force_plan(monkeypatch, **numbers):
     `stored_tiles` only with schedule "store", and no more tiles than there are.
     """
     made = []
-    real = plan.plan_linear_kl_loss
+    real = plan_cpu.plan_linear_kl_loss
 
     def planned(N, V, H, Ht, **options):
         own = real(N, V, H, Ht, **options)

@@ -193,7 +193,7 @@ def test_layouts(shim, student_dtype, teacher_dtype, beta):
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("softcap", [0.0, 4.0])
-def test_impossible_tokens(shim, beta, softcap):
+def test_masked_out_tokens(shim, beta, softcap):
     V = 300
     student, teacher = normal(4, V), normal(4, V, seed=8)
     student[0, 3:9] = teacher[0, 3:9] = -math.inf  # in both: adds nothing
@@ -436,7 +436,7 @@ def test_planted_fault_is_found(shim, name):
 
 # ---- the same tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a process that preloads these
 
-SANITIZED = "layouts or impossible or masked or bad_input or hand"
+SANITIZED = "layouts or masked_out or masked or bad_input or hand"
 HEAP_OVERRUN = """
 import torch
 from tools.host_shim import *

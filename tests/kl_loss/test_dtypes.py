@@ -9,7 +9,7 @@ import torch
 import minitron_kernels as mk
 from kl_loss.oracle import oracle_linear, oracle_rows
 from kl_loss.problems import GRADIENT_BOUND, force_operands, make_linear, make_rows, relative, to_numpy
-from minitron_kernels.ops.kl_loss.plan import operand_type
+from minitron_kernels.ops.kl_loss.plan_cpu import operand_type
 
 pytestmark = pytest.mark.native
 NARROW = (torch.float32, torch.bfloat16, torch.float16)

@@ -14,7 +14,7 @@ from kl_loss.edges import (
     finite_rows,
     grad_bound,
     grad_is_defined,
-    impossible_rows,
+    masked_out_rows,
     linear_of,
     truth,
 )
@@ -45,7 +45,7 @@ def test_rows(kind, divergence, temperature):
     dtype = torch.float64 if "float64" in kind else torch.float32
     options = {"beta": DIVERGENCES[divergence], "temperature": temperature}
     for V, block in ((1, 64), (2, 1), (300, 64), (2100, 1024)):
-        for rows in (finite_rows(V, block), impossible_rows(V, block)):
+        for rows in (finite_rows(V, block), masked_out_rows(V, block)):
             student = rows.student.to(dtype).requires_grad_()
             loss = mk.kl_loss(
                 student,
@@ -61,7 +61,7 @@ def test_rows(kind, divergence, temperature):
 
 
 def test_the_reference_in_fp32_has_the_same_infinities():
-    for make in (finite_rows, impossible_rows):
+    for make in (finite_rows, masked_out_rows):
         rows = make(300, 64)
         for divergence in DIVERGENCES:
             losses = [
@@ -85,7 +85,7 @@ def test_rows_at_every_simd_level(simd_level):
 @pytest.mark.parametrize("beta", [1e-9, 1e-4, 1 - 1e-4, 1 - 1e-9])
 def test_mixtures_of_almost_one_model(beta):
     """1 - beta in fp32 has few digits or none, and no log-ratio to a mixture that lost a model is finite."""
-    for rows in (finite_rows(300, 64), impossible_rows(300, 64)):
+    for rows in (finite_rows(300, 64), masked_out_rows(300, 64)):
         student = rows.student.clone().requires_grad_()
         loss = mk.kl_loss(student, rows.teacher, divergence=beta, reduction="none")
         loss.sum().backward()
@@ -171,7 +171,7 @@ def test_linear_at_the_borders_of_other_tiles(V, tile):
 @pytest.mark.parametrize("V,tile", [(300, 64), (64, 64), (129, 64)])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_biases(divergence, V, tile):
-    """Whole tiles and parts of them impossible, or almost, in one model or both."""
+    """Whole tiles and parts of them masked out, or almost, in one model or both."""
     tensors = make_linear(5, 24, 32, V, torch.float32)
     zs, zt = (x.double() @ w.double().T for x, w in (tensors[:2], tensors[2:]))
     options = {"beta": DIVERGENCES[divergence], "temperature": 1.0}
@@ -198,9 +198,9 @@ def test_biases(divergence, V, tile):
                     (head.grad, expected.grad.T @ tensors[0].double().numpy()),
                 ):
                     assert np.linalg.norm(grad.double().numpy() - true) <= 1e-5 * np.linalg.norm(true) + 1e-6
-                impossible = None if student_bias is None else student_bias == -INF
-                if impossible is not None:
-                    assert (head.grad[impossible] == 0).all()
+                masked_out = None if student_bias is None else student_bias == -INF
+                if masked_out is not None:
+                    assert (head.grad[masked_out] == 0).all()
 
 
 def test_no_possible_token():

@@ -12,8 +12,8 @@ from kl_loss.cases import Kernels, linear, numpy_of, problem
 from kl_loss.triton_cases import *  # noqa: F403
 from kl_loss.triton_cases import triton_kernels
 from minitron_kernels import _backend
-from minitron_kernels.ops.kl_loss import kernel_triton
 from minitron_kernels.ops.kl_loss.epilogues import native_epilogues
+from minitron_kernels.ops.kl_loss.kernel_triton import launch
 from minitron_kernels.ops.kl_loss.reference import kl_divergence_rows
 
 pytestmark = [
@@ -81,7 +81,7 @@ def test_real_sizes(kernels, full_blocks, beta):
     """Shipped tile sizes: no gradient, both schedules; the schedules' gradients agree."""
     tensors = real_problem()
     truth = numpy_of(reference(tensors, beta, slice(128)))
-    evaluated = linear(kernels, tensors, beta=beta, wants=NOTHING)
+    evaluated = linear(kernels, tensors, beta=beta, needs_grad=NOTHING)
     store = linear(kernels, tensors, beta=beta, schedule="store", budget=GIB)
     recompute = linear(kernels, tensors, beta=beta, schedule="recompute", budget=1 << 26)
     for outputs in (evaluated, store, recompute):
@@ -119,16 +119,16 @@ def test_linear_more_than_2_to_the_31_logits(kernels, full_blocks, schedule, bud
 
 
 @pytest.mark.parametrize("schedule", ["store", "recompute"])
-@pytest.mark.parametrize("wants", [NOTHING, EVERYTHING])
+@pytest.mark.parametrize("needs_grad", [NOTHING, EVERYTHING])
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_no_host_sync_and_cuda_graph(kernels, full_blocks, schedule, wants, beta):
+def test_no_host_sync_and_cuda_graph(kernels, full_blocks, schedule, needs_grad, beta):
     """The call runs under set_sync_debug_mode("error"), is captured and replayed on new data."""
     tensors = problem(kernels, torch.bfloat16)
     mask = torch.ones(len(tensors[0]), dtype=torch.bool, device="cuda")
     mask[::3] = False
 
     def call():
-        return linear(kernels, tensors, mask=mask, wants=wants, beta=beta, schedule=schedule)
+        return linear(kernels, tensors, mask=mask, needs_grad=needs_grad, beta=beta, schedule=schedule)
 
     expected = call()
     torch.cuda.synchronize()
@@ -183,11 +183,11 @@ def test_public_functions_in_a_cuda_graph(kernels, full_blocks):
 
 
 @pytest.mark.parametrize("schedule", ["store", "recompute"])
-@pytest.mark.parametrize("wants", [NOTHING, EVERYTHING])
-def test_other_streams(kernels, full_blocks, schedule, wants):
+@pytest.mark.parametrize("needs_grad", [NOTHING, EVERYTHING])
+def test_other_streams(kernels, full_blocks, schedule, needs_grad):
     """Everything goes to the current stream: the operands arrive there late, after a long wait."""
     tensors = problem(kernels, torch.bfloat16)
-    expected = linear(kernels, tensors, wants=wants, schedule=schedule)
+    expected = linear(kernels, tensors, needs_grad=needs_grad, schedule=schedule)
     logits = torch.randn(2, 64, 4096, device="cuda").unbind(0)
     expected_rows = kernels.forward(*logits, None, 4096, (0.0, *OPTIONS))
     late, late_logits = ([torch.zeros_like(x) for x in group] for group in (tensors, logits))
@@ -197,7 +197,7 @@ def test_other_streams(kernels, full_blocks, schedule, wants):
         torch.cuda._sleep(100_000_000)  # cycles
         for target, source in zip((*late, *late_logits), (*tensors, *logits), strict=True):
             target.copy_(source)
-        outputs = linear(kernels, late, wants=wants, schedule=schedule)
+        outputs = linear(kernels, late, needs_grad=needs_grad, schedule=schedule)
         rows = kernels.forward(*late_logits, None, 4096, (0.0, *OPTIONS))
     side.synchronize()
     assert all_equal(outputs, expected) and all_equal(rows, expected_rows)
@@ -208,19 +208,19 @@ def test_no_recompilation(full_blocks):
     """New N and V, of the same divisibility, launch what is there."""
     sizes = [(64, 4096), (33, 4096 + 16), (128, 8192 - 16), (1, 4096)]
     launched = (
-        kernel_triton.forward_kernel,
-        kernel_triton.grad_kernel,
-        kernel_triton.tile_stats_kernel,
-        kernel_triton.linear_kernel,
+        launch.forward_kernel,
+        launch.grad_kernel,
+        launch.tile_stats_kernel,
+        launch.linear_kernel,
     )
     counts = []
     for rows, vocab in sizes:
         x = torch.randn(rows, vocab, device="cuda")
-        loss, stats = kernel_triton.kl_loss_forward(x, x, None, vocab, (0.0, *OPTIONS))
-        kernel_triton.kl_loss_backward(loss, stats, x, x, None, vocab, (0.0, *OPTIONS))
+        loss, stats = launch.kl_loss_forward(x, x, None, vocab, (0.0, *OPTIONS))
+        launch.kl_loss_backward(loss, stats, x, x, None, vocab, (0.0, *OPTIONS))
         tensors = real_problem(rows, vocab, 64, 96)
-        for wants in (NOTHING, EVERYTHING):
-            linear(triton_kernels(), tensors, wants=wants, schedule="recompute")
+        for needs_grad in (NOTHING, EVERYTHING):
+            linear(triton_kernels(), tensors, needs_grad=needs_grad, schedule="recompute")
         counts.append([sum(len(c[0]) for c in kernel.device_caches.values()) for kernel in launched])
     assert all(count == counts[0] for count in counts[1:])
 

@@ -126,7 +126,7 @@ def test_identities(divergence):
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_impossible_tokens(backend):
+def test_masked_out_tokens(backend):
     inf = float("inf")
     student = torch.tensor([[0.0, 1.0, -inf, 2.0], [0.0, 1.0, -inf, 2.0]])
     teacher = torch.tensor([[1.0, -inf, -inf, 0.5], [1.0, 0.0, 0.5, 0.0]])

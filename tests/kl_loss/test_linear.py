@@ -135,7 +135,7 @@ def test_chunks_of_rows_and_stretches_of_the_vocabulary(monkeypatch, operands, s
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
-def test_softcap_scale_padding_and_impossible_tokens(schedule, divergence):
+def test_softcap_scale_padding_and_masked_out_tokens(schedule, divergence):
     N, V, vocab_size = 40, 400, 389
     tensors = make_linear(N, 32, 48, V, torch.float32)
     bias = torch.randn(V, generator=torch.Generator().manual_seed(1))

@@ -36,7 +36,7 @@ from kl_loss.edge_cases import (
     check_rows_at_edges,
     check_training_at_edges,
 )
-from kl_loss.edges import TEMPERATURES, finite_rows, impossible_rows
+from kl_loss.edges import TEMPERATURES, finite_rows, masked_out_rows
 from kl_loss.oracle import oracle_rows
 from kl_loss.problems import make_rows
 from minitron_kernels import _native
@@ -194,7 +194,7 @@ def test_forward_only_schedule(kernels, beta):
     mask[3] = False
     tensors[0][3], tensors[2][3] = math.nan, math.nan
     setup = {"beta": beta, "options": CAPPED, "biases": (bias, bias)}
-    nothing = {"wants": (False, False, False), "mask": mask, "budget": BUDGET["recompute"]}
+    nothing = {"needs_grad": (False, False, False), "mask": mask, "budget": BUDGET["recompute"]}
     loss, stats, *_ = linear(kernels, tensors, **setup, **nothing)
     assert loss[3] == 0 and (stats[3] == 0).all()
     truth = truth_of(tensors, **setup)[0]
@@ -357,7 +357,7 @@ def test_scratch_is_what_is_planned(kernels, monkeypatch, schedule, dtype):
     monkeypatch.setattr(linear_gpu._Call, "__init__", begin)
     monkeypatch.setattr(linear_gpu._Sum, "add", added)
     tensors, budget = problem(kernels, dtype), BUDGET[schedule]
-    linear(kernels, tensors, wants=(False, True, False), schedule=schedule, budget=budget)
+    linear(kernels, tensors, needs_grad=(False, True, False), schedule=schedule, budget=budget)
     (rows_, width), vocab = tensors[0].shape, len(tensors[1])
     planned = linear_gpu.plan(
         rows_, vocab, width, operand_bytes=tensors[0].itemsize, schedule=schedule, budget=budget
@@ -376,8 +376,13 @@ def test_half_precision_rows_do_not_share_their_fate(kernels, schedule):
     hidden gradients of the others as they are.
     """
     tensors = problem(kernels, torch.float16)
-    setup = {"beta": 1.0, "schedule": schedule, "budget": BUDGET[schedule], "wants": (True, False, False)}
-    stats = linear(kernels, tensors, wants=(False, False, False), beta=1.0)[1]
+    setup = {
+        "beta": 1.0,
+        "schedule": schedule,
+        "budget": BUDGET[schedule],
+        "needs_grad": (True, False, False),
+    }
+    stats = linear(kernels, tensors, needs_grad=(False, False, False), beta=1.0)[1]
     expected = linear(kernels, tensors, stats=stats, **setup)[2]
     infinite = stats.clone()
     infinite[3, 5] = math.inf
@@ -394,7 +399,7 @@ def test_half_precision_rows_do_not_share_their_fate(kernels, schedule):
 @pytest.mark.parametrize("beta", [1e-40, 1e-320, 1 - 2**-53])
 def test_the_smallest_shares(kernels, beta):
     """Shares that fp32 does not hold: as good as 0, not NaN or infinite."""
-    for edges in (finite_rows(37, 16), impossible_rows(37, 16)):
+    for edges in (finite_rows(37, 16), masked_out_rows(37, 16)):
         loss, _, grad = rows(kernels, edges.student, edges.teacher, beta=beta)
         none = torch.isneginf(edges.student).all(1) | torch.isneginf(edges.teacher).all(1)
         assert loss[none].isnan().all() and grad[~none].isfinite().all()
@@ -410,7 +415,7 @@ def test_rows_at_edges(kernels, beta, temperature):
         check_rows_at_edges(kernels, edges, beta, temperature)
 
 
-BOTH_KINDS = (finite_rows, impossible_rows)
+BOTH_KINDS = (finite_rows, masked_out_rows)
 
 
 @pytest.mark.parametrize(
@@ -442,7 +447,9 @@ def test_dtypes_of_rows(kernels, beta):
 def test_dtypes_of_linear(kernels, schedule, beta):
     """All 81 of four operands; gradients, and where it differs no gradient."""
     training = {"beta": beta, "schedule": schedule, "budget": 3 << 14}
-    setups = [training] if schedule == "store" else [training, training | {"wants": (False, False, False)}]
+    setups = (
+        [training] if schedule == "store" else [training, training | {"needs_grad": (False, False, False)}]
+    )
     check_dtypes_of_linear(kernels, itertools.product(DTYPES, repeat=4), setups)
 
 
@@ -456,13 +463,19 @@ class NoReadBack(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("wants", [(True, True, True), (False, False, False)])
-def test_nothing_is_read_back(kernels, wants, dtype):
+@pytest.mark.parametrize("needs_grad", [(True, True, True), (False, False, False)])
+def test_nothing_is_read_back(kernels, needs_grad, dtype):
     """Shapes alone decide what is launched: nothing of a tensor's contents comes back to the host."""
     tensors, mask = problem(kernels, dtype), torch.arange(N) % 3 > 0
     weight = torch.full((), 1 / N)
     for schedule in ("store", "recompute"):
-        setup = {"wants": wants, "mask": mask, "row_weight": weight, "beta": 0.3, "schedule": schedule}
+        setup = {
+            "needs_grad": needs_grad,
+            "mask": mask,
+            "row_weight": weight,
+            "beta": 0.3,
+            "schedule": schedule,
+        }
         with NoReadBack():
             linear(kernels, tensors, budget=BUDGET[schedule], **setup)
     with pytest.raises(RuntimeError, match="waits"), NoReadBack():
@@ -539,7 +552,7 @@ def check_traffic(shim):
 
 def check_edges(shim):
     check_rows_at_edges(kernels_of(shim), finite_rows(37, 16), 0.0, 1.0)
-    check_rows_at_edges(kernels_of(shim), impossible_rows(37, 16), 0.0, 0.005)
+    check_rows_at_edges(kernels_of(shim), masked_out_rows(37, 16), 0.0, 0.005)
 
 
 def check_finish(shim):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import minitron_kernels as mk
 from kl_loss.oracle import oracle_linear, oracle_rows
 from kl_loss.problems import BETA, make_linear, to_numpy
-from minitron_kernels.ops.kl_loss import plan
+from minitron_kernels.ops.kl_loss import plan_cpu
 from minitron_kernels.ops.kl_loss.rows import NUM_STATS
 
 pytestmark = pytest.mark.native
@@ -103,15 +103,15 @@ def cases(draw):
         if items is not None:
             options["num_items"] = items
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    impossible = torch.rand(V, generator=g) < 0.2
-    impossible[draw(st.integers(0, V - 1))] = False  # one token at least is possible
+    masked_out = torch.rand(V, generator=g) < 0.2
+    masked_out[draw(st.integers(0, V - 1))] = False  # one token at least is possible
     for side, more in zip(("student", "teacher"), padding, strict=True):
         if draw(st.booleans()):
             bias = torch.randn(V + more, generator=g).to(draw(SOME([wide, dtype])))
             case.biases[f"{side}_bias"] = bias
     if len(case.biases) == 2 and draw(st.booleans()):
         for bias in case.biases.values():
-            bias[:V][impossible] = -float("inf")
+            bias[:V][masked_out] = -float("inf")
     loss_shape = shape if options.get("reduction") == "none" else ()
     case.factor = torch.ones(loss_shape, dtype=wide) * draw(SOME([1.0, 0.3]))
     if draw(st.booleans()):
@@ -217,6 +217,6 @@ def test_numbers_that_both_languages_know():
     """Columns of stats, schedules and operands' types are counted alike in Python and in C++."""
     constant = torch.ops.minitron_kernels.kl_loss_constant
     assert constant("num_stats") == NUM_STATS
-    assert all(constant(name) == code for name, code in plan._SCHEDULE_CODES.items())
-    codes = {str(dtype).removeprefix("torch."): code for dtype, code in plan._OPERAND_CODES.items()}
+    assert all(constant(name) == code for name, code in plan_cpu._SCHEDULE_CODES.items())
+    codes = {str(dtype).removeprefix("torch."): code for dtype, code in plan_cpu._OPERAND_CODES.items()}
     assert all(constant(name) == code for name, code in codes.items())

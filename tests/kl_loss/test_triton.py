@@ -32,7 +32,7 @@ def test_cases_under_ttsem(tmp_path):
     assert total >= 60
 
 
-ROWS, MATH, LINEAR = (f"kl_loss/kernel_triton_{name}.py" for name in ("rows", "math", "linear"))
+ROWS, MATH, LINEAR = (f"kl_loss/kernel_triton/{name}.py" for name in ("rows", "divergence", "linear"))
 FAULTS = {  # name: cases, fault, what the output says
     "no rescale between blocks": (
         "rows_rising and 0.0",

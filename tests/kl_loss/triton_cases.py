@@ -39,15 +39,16 @@ from kl_loss.edge_cases import (
     check_rows_at_edges,
     some,
 )
-from kl_loss.edges import finite_rows, impossible_rows
+from kl_loss.edges import finite_rows, masked_out_rows
 from kl_loss.oracle import oracle_linear, oracle_rows
 from kl_loss.problems import make_linear, make_rows
-from minitron_kernels.ops.kl_loss import kernel_triton, linear_gpu
+from minitron_kernels.ops.kl_loss import linear_gpu
 from minitron_kernels.ops.kl_loss.epilogues import triton_epilogues
+from minitron_kernels.ops.kl_loss.kernel_triton import launch
 
 
 def triton_kernels():
-    forward, backward = kernel_triton.kl_loss_forward, kernel_triton.kl_loss_backward
+    forward, backward = launch.kl_loss_forward, launch.kl_loss_backward
     return Kernels("triton", "cuda", forward, backward, triton_epilogues())
 
 
@@ -58,12 +59,12 @@ def kernels():
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(kernel_triton, "FORWARD_BLOCK", 128)
-    monkeypatch.setattr(kernel_triton, "GRAD_BLOCK", 128)
-    monkeypatch.setattr(kernel_triton, "FINISH_BLOCK", 32)
-    blocks = kernel_triton.LinearBlocks(16, 32, 32, 4, 2)
-    monkeypatch.setattr(kernel_triton, "linear_blocks", lambda mixture: blocks)
-    monkeypatch.setattr(kernel_triton, "processors", lambda device: 12)
+    monkeypatch.setattr(launch, "FORWARD_BLOCK", 128)
+    monkeypatch.setattr(launch, "GRAD_BLOCK", 128)
+    monkeypatch.setattr(launch, "FINISH_BLOCK", 32)
+    blocks = launch.LinearBlocks(16, 32, 32, 4, 2)
+    monkeypatch.setattr(launch, "linear_blocks", lambda mixture: blocks)
+    monkeypatch.setattr(launch, "processors", lambda device: 12)
     if torch.version.cuda is None and torch.version.hip is None:
         monkeypatch.setattr(linear_gpu, "matmul", matmul_fp32)
 
@@ -89,8 +90,8 @@ def test_linear_fused_statistics(kernels, beta, dtype):
     mask[3] = False
     tensors[0][3], tensors[2][3] = math.nan, math.nan
     setup = {"beta": beta, "options": CAPPED, "biases": (bias, bias * 0.5), "vocab_size": V}
-    nothing = {"wants": (False, False, False), "mask": mask}
-    assert kernel_triton.splits_for(N, V, kernel_triton.linear_blocks(False), 12) == 2
+    nothing = {"needs_grad": (False, False, False), "mask": mask}
+    assert launch.splits_for(N, V, launch.linear_blocks(False), 12) == 2
     fused = linear(kernels, tensors, **setup, **nothing)
     unfused = replace(kernels.epilogues, linear_stats=None)
     tiled = linear(kernels, tensors, budget=BUDGET["recompute"], epilogues=unfused, **setup, **nothing)
@@ -110,7 +111,7 @@ def test_linear_fused_widths(kernels, beta, width, teacher_width):
         wide = torch.full((len(x), x.shape[1] + 8 * len(tensors) + 8), math.nan, dtype=x.dtype)
         wide[:, : x.shape[1]] = x
         tensors.append(wide.to(kernels.device)[:, : x.shape[1]])
-    loss = linear(kernels, tensors, beta=beta, wants=(False, False, False))[0]
+    loss = linear(kernels, tensors, beta=beta, needs_grad=(False, False, False))[0]
     truth = oracle_linear(*map(numpy_of, tensors), beta=beta)[0]
     np.testing.assert_allclose(numpy_of(loss), truth, rtol=1e-5)
 
@@ -140,7 +141,7 @@ EDGES = [(0.0, 1.0), (1.0, 0.005), (0.3, 1.0), (1e-9, 0.005), (1 - 1e-9, 100.0)]
 def test_rows_at_edges(kernels, beta, temperature):
     first = EDGES.index((beta, temperature))
     few = some(finite_rows(200, 128), first, len(EDGES))
-    for edges in (finite_rows(1, 1), few, impossible_rows(200, 128)):
+    for edges in (finite_rows(1, 1), few, masked_out_rows(200, 128)):
         check_rows_at_edges(kernels, edges, beta, temperature)
 
 
@@ -161,6 +162,6 @@ def test_dtypes_of_linear(kernels):
     """The fused kernel where both sides are of 16 bit, else tiles; all dtypes in every place."""
     a, b, c = DTYPES
     quadruples = [(b, b, c, c), (c, c, b, b), (b, c, b, b), (a, a, c, c), (c, b, a, a), (b, a, c, b)]
-    evaluation = {"beta": 0.0, "wants": (False, False, False), "budget": 3 << 14}
+    evaluation = {"beta": 0.0, "needs_grad": (False, False, False), "budget": 3 << 14}
     check_dtypes_of_linear(kernels, quadruples, [evaluation])
     check_dtypes_of_linear(kernels, quadruples[2:3], [{"beta": 0.3, "schedule": "store", "budget": 3 << 14}])

@@ -27,7 +27,7 @@ class Epilogues:
 
 def triton_epilogues() -> Epilogues:
     """The Triton kernels."""
-    from minitron_kernels.ops.kl_loss import kernel_triton as k
+    from minitron_kernels.ops.kl_loss.kernel_triton import launch as k
 
     return Epilogues(
         k.forward,

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from minitron_kernels import _workspace
 from minitron_kernels.ops.kl_loss.checks import as_saved
+from minitron_kernels.ops.kl_loss.divergence import NUM_STATS
 from minitron_kernels.ops.kl_loss.epilogues import EPILOGUES
 from minitron_kernels.ops.kl_loss.linear_gpu import linear_kl_loss_
 from minitron_kernels.ops.kl_loss.options import LossOptions
-from minitron_kernels.ops.kl_loss.plan import operand_type, plan_linear_kl_loss
-from minitron_kernels.ops.kl_loss.rows import NUM_STATS, no_second_derivative
+from minitron_kernels.ops.kl_loss.plan_cpu import operand_type, plan_linear_kl_loss
+from minitron_kernels.ops.kl_loss.rows import no_second_derivative
 from minitron_kernels.ops.kl_loss.sums import sum_rows
 
 
@@ -33,7 +34,7 @@ def _grad_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
-@torch.library.custom_op("minitron_kernels::linear_kl_loss", mutates_args=("head_accumulator",))
+@torch.library.custom_op("minitron_kernels::linear_kl_loss", mutates_args=("grad_head_accumulator",))
 def _linear_kl_loss(
     student_hidden: Tensor,
     student_head: Tensor,
@@ -44,10 +45,10 @@ def _linear_kl_loss(
     mask: Tensor | None,
     row_weight: Tensor | None,
     stats: Tensor | None,
-    head_accumulator: Tensor | None,
-    want_hidden: bool,
-    want_head: bool,
-    want_bias: bool,
+    grad_head_accumulator: Tensor | None,
+    needs_hidden: bool,
+    needs_head: bool,
+    needs_bias: bool,
     vocab_size: int,
     numbers: Sequence[float],
     values: Tensor | None,
@@ -56,7 +57,7 @@ def _linear_kl_loss(
     workspace_bytes: int,
     engine: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Row losses [N], stats [N, 6], and the gradients of sum(row_weight * loss) that are wanted, else empty.
+    """Row losses [N], stats [N, 6], and the gradients of sum(row_weight * loss) that are needed, else empty.
 
     With `stats` of an earlier call, only the gradients are made. row_weight: [N] or 0-dim, or None for 1.
     `numbers` and `values` are those of LossOptions.as_arguments().
@@ -64,7 +65,7 @@ def _linear_kl_loss(
     options = LossOptions.from_arguments(numbers, values)
     N, loss_dtype = student_hidden.shape[0], _loss_dtype(student_hidden)
     loss, new_stats, grad_hidden, grad_head, grad_bias = _fake(
-        student_hidden, student_head, stats, head_accumulator, want_hidden, want_head, want_bias
+        student_hidden, student_head, stats, grad_head_accumulator, needs_hidden, needs_head, needs_bias
     )
     if student_hidden.device.type != "cpu":
         linear_kl_loss_(
@@ -74,8 +75,8 @@ def _linear_kl_loss(
             mask,
             row_weight,
             stats,
-            head_accumulator,
-            (want_hidden, want_head, want_bias),
+            grad_head_accumulator,
+            (needs_hidden, needs_head, needs_bias),
             vocab_size,
             options,
             schedule,
@@ -90,11 +91,11 @@ def _linear_kl_loss(
         student_hidden.shape[1],
         teacher_hidden.shape[1],
         dtype=_grad_dtype(student_head),
-        grad_hidden=want_hidden,
-        grad_head=want_head,
-        grad_bias=want_bias,
-        grad_head_accumulator=head_accumulator is not None,
-        divergence_needs_kl=0 < options.beta < 1,
+        grad_hidden=needs_hidden,
+        grad_head=needs_head,
+        grad_bias=needs_bias,
+        grad_head_accumulator=grad_head_accumulator is not None,
+        divergence_needs_kl=options.divergence.needs_second_look,
         schedule=schedule,
         workspace_bytes=workspace_bytes,
         engine=engine
@@ -118,16 +119,16 @@ def _linear_kl_loss(
             loss,
             new_stats if stats is None else stats.contiguous(),
             stats is not None,
-            grad_hidden if want_hidden else None,
+            grad_hidden if needs_hidden else None,
             grad_head if grad_head.numel() else None,
-            grad_bias[:vocab_size] if want_bias else None,
-            head_accumulator,
+            grad_bias[:vocab_size] if needs_bias else None,
+            grad_head_accumulator,
             workspace,
             vocab_size,
             options,
             plan.numbers(),
         )
-    if want_bias:
+    if needs_bias:
         grad_bias[vocab_size:] = 0
     return loss, new_stats, grad_hidden, grad_head, grad_bias
 
@@ -140,10 +141,10 @@ def _fake(
     student_hidden: Tensor,
     student_head: Tensor,
     stats: Tensor | None,
-    head_accumulator: Tensor | None,
-    want_hidden: bool,
-    want_head: bool,
-    want_bias: bool,
+    grad_head_accumulator: Tensor | None,
+    needs_hidden: bool,
+    needs_head: bool,
+    needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (N, H), rows = student_hidden.shape, student_head.shape[0]
     loss_dtype = _loss_dtype(student_hidden)
@@ -154,9 +155,9 @@ def _fake(
     return (
         student_hidden.new_empty(N, dtype=loss_dtype),
         student_hidden.new_empty((N, NUM_STATS) if stats is None else (0,), dtype=loss_dtype),
-        grad(student_hidden, (N, H), want_hidden),
-        grad(student_head, (rows, H), want_head and head_accumulator is None),
-        student_hidden.new_empty(rows if want_bias else 0, dtype=loss_dtype),
+        grad(student_hidden, (N, H), needs_hidden),
+        grad(student_head, (rows, H), needs_head and grad_head_accumulator is None),
+        student_hidden.new_empty(rows if needs_bias else 0, dtype=loss_dtype),
     )
 
 
@@ -171,13 +172,15 @@ def _(
     mask: Tensor | None,
     row_weight: Tensor | None,
     stats: Tensor | None,
-    head_accumulator: Tensor | None,
-    want_hidden: bool,
-    want_head: bool,
-    want_bias: bool,
+    grad_head_accumulator: Tensor | None,
+    needs_hidden: bool,
+    needs_head: bool,
+    needs_bias: bool,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _fake(student_hidden, student_head, stats, head_accumulator, want_hidden, want_head, want_bias)
+    return _fake(
+        student_hidden, student_head, stats, grad_head_accumulator, needs_hidden, needs_head, needs_bias
+    )
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -217,7 +220,7 @@ class _Reduced(torch.autograd.Function):
         teacher_bias: Tensor | None,
         mask: Tensor | None,
         row_weight: Tensor,
-        wants: tuple[bool, bool, bool],
+        needs_grad: tuple[bool, bool, bool],
         rest: tuple[Any, ...],
     ) -> Tensor:
         loss, _, *grads = _linear_kl_loss(
@@ -231,11 +234,11 @@ class _Reduced(torch.autograd.Function):
             row_weight,
             None,
             None,
-            *wants,
+            *needs_grad,
             *rest,
         )
         ctx.save_for_backward(*grads)
-        ctx.wants = wants
+        ctx.needs_grad = needs_grad
         ctx.dtypes = _dtypes(student_hidden, student_head, student_bias)
         return sum_rows(loss * row_weight.to(loss.dtype))
 
@@ -244,7 +247,7 @@ class _Reduced(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grads = [
             _scaled(grad, grad_loss, dtype) if wanted else None
-            for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True)
+            for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_grad, strict=True)
         ]
         return (*grads, *(None,) * 7)
 
@@ -262,8 +265,8 @@ class _PerToken(torch.autograd.Function):
         teacher_head: Tensor,
         teacher_bias: Tensor | None,
         mask: Tensor | None,
-        head_accumulator: Tensor | None,
-        wants: tuple[bool, bool, bool],
+        grad_head_accumulator: Tensor | None,
+        needs_grad: tuple[bool, bool, bool],
         rest: tuple[Any, ...],
     ) -> Tensor:
         inputs = (
@@ -278,17 +281,17 @@ class _PerToken(torch.autograd.Function):
         loss, stats, *_ = _linear_kl_loss(*inputs, None, None, None, False, False, False, *rest)
         ctx.save_for_backward(*map(as_saved, inputs), stats)
         # not saved: other micro-batches may add to it before this one's backward does
-        ctx.head_accumulator = head_accumulator
-        ctx.wants, ctx.rest = wants, rest
+        ctx.grad_head_accumulator = grad_head_accumulator
+        ctx.needs_grad, ctx.rest = needs_grad, rest
         return loss
 
     @staticmethod
     @no_second_derivative("linear_kl_loss")
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, stats = ctx.saved_tensors
-        lent = ctx.head_accumulator
-        _, _, *grads = _linear_kl_loss(*inputs, grad_loss, stats, lent, *ctx.wants, *ctx.rest)
-        returned = (ctx.wants[0], ctx.wants[1] and lent is None, ctx.wants[2])
+        accumulator = ctx.grad_head_accumulator
+        _, _, *grads = _linear_kl_loss(*inputs, grad_loss, stats, accumulator, *ctx.needs_grad, *ctx.rest)
+        returned = (ctx.needs_grad[0], ctx.needs_grad[1] and accumulator is None, ctx.needs_grad[2])
         dtypes = _dtypes(inputs[0], inputs[1], inputs[4])
         grads = [
             grad.to(dtype) if keep else None
@@ -302,7 +305,7 @@ def linear_kl_rows(
     teacher: tuple[Tensor, Tensor, Tensor | None],
     mask: Tensor | None,
     row_weight: Tensor | None,
-    head_accumulator: Tensor | None,
+    grad_head_accumulator: Tensor | None,
     vocab_size: int,
     options: LossOptions,
     backend: str,
@@ -316,16 +319,16 @@ def linear_kl_rows(
     """
     grad_mode = torch.is_grad_enabled()
     hidden, head, bias = student
-    wants = (
+    needs_grad = (
         grad_mode and hidden.requires_grad,
-        grad_mode and (head.requires_grad or head_accumulator is not None),
+        grad_mode and (head.requires_grad or grad_head_accumulator is not None),
         grad_mode and bias is not None and bias.requires_grad,
     )
     rest = (vocab_size, *options.as_arguments(), backend, schedule, workspace_bytes, engine)
-    if any(wants) and row_weight is not None and head_accumulator is None:
-        return _Reduced.apply(hidden, head, bias, *teacher, mask, row_weight, wants, rest)
-    if any(wants):
-        loss = _PerToken.apply(hidden, head, bias, *teacher, mask, head_accumulator, wants, rest)
+    if any(needs_grad) and row_weight is not None and grad_head_accumulator is None:
+        return _Reduced.apply(hidden, head, bias, *teacher, mask, row_weight, needs_grad, rest)
+    if any(needs_grad):
+        loss = _PerToken.apply(hidden, head, bias, *teacher, mask, grad_head_accumulator, needs_grad, rest)
     else:
         loss = _linear_kl_loss(
             hidden, head, *teacher[:2], bias, teacher[2], mask, None, None, None, False, False, False, *rest

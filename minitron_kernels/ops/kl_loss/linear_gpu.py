@@ -4,7 +4,7 @@
                4 GEMMs; several chunks add their head gradients in fp32.
     recompute  for a tile of the vocabulary and all rows: logits, merged into the stats. Then tile by tile
                logits again, dz, GEMMs. 6 GEMMs (8 for JSD); each tile of the head's gradient is made once.
-    forward    no gradient wanted: operands of 16 bit go through Triton's fused kernel, O(N) memory; fp32, and
+    forward    no gradient needed: operands of 16 bit go through Triton's fused kernel, O(N) memory; fp32, and
                all of the native backend, which has no such kernel, as the first half of recompute.
 
 Nothing waits for the GPU: masked rows are computed with zeros for hidden states and a zero dz, not left out.
@@ -14,77 +14,17 @@ All memory is torch's, on the current stream, so that a call can be captured in 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minitron_kernels.ops.kl_loss.divergence import NUM_STATE, NUM_SUMS, STAT_KL, Divergence
 from minitron_kernels.ops.kl_loss.epilogues import Epilogues
+from minitron_kernels.ops.kl_loss.options import LossOptions
+from minitron_kernels.ops.kl_loss.plan_gpu import ALIGN, Plan, plan
 
 Side = tuple[Tensor, Tensor, Tensor | None]  # hidden states, head, bias
-GPU_WORKSPACE_BYTES = 2 << 30  # by default: chunks of 1600 rows at a vocabulary of 131072
-_ALIGN = 64  # columns; rows of logits start at 128-byte borders
-_MIN_STORE_ROWS = 512  # with fewer, adding to the fp32 head gradient costs more than two more GEMMs
-_MOST_TILE, _LEAST_TILE = 8192, 128
 _HALF_REACH = 2.0**15  # the largest |dz| in fp16
-
-
-class Plan(NamedTuple):
-    """How a call goes over rows and vocabulary."""
-
-    schedule: str
-    chunk_rows: int
-    tile: int
-    workspace_bytes: int
-
-
-def plan(
-    num_tokens: int, vocab_size: int, hidden_size: int, *, operand_bytes: int, schedule: str, budget: int
-) -> Plan:
-    """The largest chunks and tiles within the budget, which bounds logits, dz and a tile's head gradient.
-
-    fp32 sums of whole gradients, O(N H) and O(V H), are the problem's and not the budget's.
-
-    Raises:
-        ValueError: the budget is too small; says the least that would do.
-    """
-    pair = 8 + operand_bytes  # of both fp32 logits and dz
-    columns = -(-vocab_size // _ALIGN) * _ALIGN
-    rows = min(num_tokens, budget // (pair * columns))
-    if schedule == "store" or (schedule == "auto" and rows >= min(num_tokens, _MIN_STORE_ROWS)):
-        if rows < 1:
-            raise ValueError(_too_small(budget, pair * columns, "store", vocab_size))
-        rows = _even(num_tokens, rows)
-        return Plan("store", rows, vocab_size, pair * rows * columns)
-    sum_row = 4 * hidden_size  # of a tile's head gradient while chunks of rows add to it
-
-    def most_rows(tile: int) -> int:
-        return min(num_tokens, (budget - tile * sum_row) // (pair * tile))
-
-    tiles = [min(columns, _MOST_TILE)]
-    while tiles[-1] // 2 >= _LEAST_TILE:
-        tiles.append(tiles[-1] // 2 // _ALIGN * _ALIGN)
-    # all rows at once if tiles stay wide; else many rows; else whatever fits
-    for wanted, least in ((num_tokens, 1024), (min(num_tokens, 2048), 0), (1, 0)):
-        for tile in tiles:
-            if most_rows(tile) >= wanted and tile >= min(least, columns):
-                rows = _even(num_tokens, most_rows(tile))
-                return Plan("recompute", rows, min(tile, vocab_size), tile * (pair * rows + sum_row))
-    raise ValueError(_too_small(budget, tiles[-1] * (pair + sum_row), "recompute", vocab_size))
-
-
-def _too_small(budget: int, least: int, schedule: str, vocab_size: int) -> str:
-    return (
-        f"workspace_bytes={budget} is too small: the least that would do is {least} (schedule={schedule!r}, "
-        f"vocabulary {vocab_size})"
-    )
-
-
-def _even(total: int, most: int) -> int:
-    """The size of equal chunks of at most `most`, in whole panels of 128 rows where that fits."""
-    chunks = -(-total // most)
-    size = -(-total // chunks)
-    return min(-(-size // 128) * 128, most)
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:
@@ -105,20 +45,20 @@ class _Sum:
     """A gradient that is the sum of several GEMMs: added up in fp32, then written in its own dtype.
 
     Args:
-        out: what to write; what to add to if `lent`.
+        out: what to write; what to add to if `adds`.
         kind: dtype of the products' operands.
         parts: how many products are added.
         unscale: 0-dim, to be multiplied by at the end; None for 1.
     """
 
     def __init__(
-        self, out: Tensor, kind: torch.dtype, parts: int, unscale: Tensor | None, lent: bool = False
+        self, out: Tensor, kind: torch.dtype, parts: int, unscale: Tensor | None, adds: bool = False
     ) -> None:
-        rounded_once = out.dtype == kind and parts == 1 and not lent  # by the GEMM
+        rounded_once = out.dtype == kind and parts == 1 and not adds  # by the GEMM
         in_place = unscale is None and (out.dtype == torch.float32 or rounded_once)
-        self.out, self.unscale, self.lent = out, unscale, lent
+        self.out, self.unscale, self.adds = out, unscale, adds
         self.sum = out if in_place else None
-        self.started = in_place and lent
+        self.started = in_place and adds
 
     def add(self, a: Tensor, b: Tensor) -> None:
         if self.sum is None:
@@ -130,7 +70,7 @@ class _Sum:
         if self.sum is None or self.sum is self.out:
             return
         total = self.sum if self.unscale is None else self.sum.mul_(self.unscale)
-        self.out.add_(total) if self.lent else self.out.copy_(total)
+        self.out.add_(total) if self.adds else self.out.copy_(total)
 
 
 class _Call:
@@ -142,7 +82,7 @@ class _Call:
         teacher: Side,
         mask: Tensor | None,
         vocab_size: int,
-        options: tuple[float, ...],
+        options: LossOptions,
         epilogues: Epilogues,
     ) -> None:
         self.student, self.teacher = (_operands(side, vocab_size) for side in (student, teacher))
@@ -151,7 +91,7 @@ class _Call:
 
     def buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Scratch [rows, columns], the same memory whenever the name is the same; the largest comes first."""
-        padded = -(-columns // _ALIGN) * _ALIGN
+        padded = -(-columns // ALIGN) * ALIGN
         if name not in self.buffers:
             size = rows * padded
             self.buffers[name] = torch.empty(size, dtype=dtype, device=self.student[0].device)
@@ -189,7 +129,7 @@ class _Call:
     def statistics(self, loss: Tensor, stats: Tensor, chunk_rows: int, tile: int) -> None:
         """Loss and stats from tiles of logits."""
         N, arguments = loss.shape[0], (self.mask, loss, stats)
-        state, sums = (loss.new_empty((1, fields, N)) for fields in (5, 2))
+        state, sums = (loss.new_empty((1, fields, N)) for fields in (NUM_STATE, NUM_SUMS))
         for columns in _slices(self.vocab_size, tile):
             for rows in _slices(N, chunk_rows):
                 self.epilogues.tile_stats(
@@ -200,7 +140,7 @@ class _Call:
                     self.options,
                 )
         self.epilogues.finish_stats(state, *arguments, self.options)
-        if not 0 < self.options[0] < 1:
+        if not self.options.divergence.needs_second_look:
             return
         for columns in _slices(self.vocab_size, tile):
             for rows in _slices(N, chunk_rows):
@@ -228,27 +168,27 @@ def linear_kl_loss_(
     mask: Tensor | None,
     row_weight: Tensor | None,
     stats: Tensor | None,
-    head_accumulator: Tensor | None,
-    wants: tuple[bool, bool, bool],
+    grad_head_accumulator: Tensor | None,
+    needs_grad: tuple[bool, bool, bool],
     vocab_size: int,
-    options: tuple[float, ...],
+    options: LossOptions,
     schedule: str,
     workspace_bytes: int,
     epilogues: Epilogues,
 ) -> None:
-    """Fills the outputs of the op linear_kl_loss: loss, stats and the gradients that are wanted.
+    """Fills the outputs of the op linear_kl_loss: loss, stats and the gradients that are needed.
 
     Args:
         outputs: loss [N], stats [N, 6] ([0] if given), and the gradients to hidden states, head and bias.
         student: hidden states [N, H], head [>= V, H], bias [>= V] or None.
         teacher: the same with Ht.
-        mask: [N] bool of the rows that count.
+        mask: [N] bool of the valid tokens.
         row_weight: [N] or 0-dim, factors of the rows' losses; None for 1.
         stats: [N, 6] of an earlier call; then only gradients are made.
-        head_accumulator: [>= V, H] fp32, to which the head's gradient is added.
-        wants: gradients to hidden states, head and bias.
+        grad_head_accumulator: [>= V, H] fp32, to which the head's gradient is added.
+        needs_grad: gradients to hidden states, head and bias.
         vocab_size: rows of the heads beyond it are padding.
-        options: beta, inv_tau, and scale and softcap of either side.
+        options: of the loss.
         schedule: "auto", "store" or "recompute".
         workspace_bytes: budget of the scratch memory.
         epilogues: kernels to use.
@@ -263,10 +203,10 @@ def linear_kl_loss_(
     kind = torch.promote_types(student[0].dtype, student[1].dtype)
 
     def planned(schedule: str) -> Plan:
-        operand = kind.itemsize if any(wants) else 0
+        operand = kind.itemsize if any(needs_grad) else 0
         return plan(N, vocab_size, H, operand_bytes=operand, schedule=schedule, budget=workspace_bytes)
 
-    if not any(wants):
+    if not any(needs_grad):
         if call.fused:
             call.fused_statistics(loss, new_stats)
         else:
@@ -277,20 +217,22 @@ def linear_kl_loss_(
     if stats is None:
         stats = new_stats
         # in fp16, how far the gradients of reverse KL reach is to be known before the first is stored
-        if chosen.schedule == "recompute" or (kind == torch.float16 and options[0] >= 1):
+        if chosen.schedule == "recompute" or (
+            kind == torch.float16 and options.divergence is Divergence.REVERSE_KL
+        ):
             call.statistics(loss, stats, *chosen[1:3])
             known = True
 
     weight, unscale = _weights(row_weight, mask, kind, options, stats)
-    if mask is not None and wants[1]:  # 0 * NaN of a row that does not count would spread
+    if mask is not None and needs_grad[1]:  # 0 * NaN of a row that is not valid would spread
         call.student = (call.student[0].masked_fill(~mask[:, None], 0), *call.student[1:])
-    head_out = grad_head if head_accumulator is None else head_accumulator
+    head_out = grad_head if grad_head_accumulator is None else grad_head_accumulator
     chunks, tiles = list(_slices(N, chosen.chunk_rows)), list(_slices(vocab_size, chosen.tile))
-    hidden_sums = [_Sum(grad_hidden[rows], kind, len(tiles), unscale) for rows in chunks if wants[0]]
+    hidden_sums = [_Sum(grad_hidden[rows], kind, len(tiles), unscale) for rows in chunks if needs_grad[0]]
     for columns in tiles:
         head_sum = None
-        if wants[1]:
-            head_sum = _Sum(head_out[columns], kind, len(chunks), unscale, head_accumulator is not None)
+        if needs_grad[1]:
+            head_sum = _Sum(head_out[columns], kind, len(chunks), unscale, grad_head_accumulator is not None)
         for i, rows in enumerate(chunks):
             logits, mask_rows = call.logits(rows, columns), call.mask_of(rows)
             if not known:
@@ -299,17 +241,17 @@ def linear_kl_loss_(
             dz = call.buffer("dz", rows.stop - rows.start, width, kind)
             call.epilogues.grad(logits, mask_rows, weight[rows], stats[rows], dz, width, options)
             hidden, head, _ = call.student
-            if wants[0]:
+            if needs_grad[0]:
                 hidden_sums[i].add(dz, head[columns].to(kind))
             if head_sum is not None:
                 head_sum.add(dz.t(), hidden[rows].to(kind))
-            if wants[2]:
+            if needs_grad[2]:
                 _add_rows(dz, grad_bias[columns], i == 0)
         if head_sum is not None:
             head_sum.finish()
     for hidden_sum in hidden_sums:
         hidden_sum.finish()
-    if wants[2] and unscale is not None:
+    if needs_grad[2] and unscale is not None:
         grad_bias[:vocab_size] *= unscale
 
 
@@ -322,7 +264,7 @@ def _weights(
     row_weight: Tensor | None,
     mask: Tensor | None,
     kind: torch.dtype,
-    options: tuple[float, ...],
+    options: LossOptions,
     stats: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """Factors of the rows' gradients, [N] fp32, and what the GEMMs' results are multiplied by.
@@ -335,11 +277,10 @@ def _weights(
     weight = stats.new_ones(()) if row_weight is None else row_weight.to(torch.float32)
     if kind != torch.float16:
         return weight.expand(rows), None
-    beta, inv_tau, student_scale = options[:3]
-    reach = weight.abs() * (inv_tau * student_scale)
-    if beta >= 1:
+    reach = weight.abs() * (options.inv_tau * options.student_scale)
+    if options.divergence is Divergence.REVERSE_KL:
         # a row whose loss is infinite has no gradient, the others keep theirs
-        reach = reach * (1.0 + torch.nan_to_num(stats[:, 5], nan=0.0, posinf=0.0))
-    counted = reach if mask is None else torch.where(mask, reach, 0.0)
-    top = counted.amax().clamp_min(torch.finfo(torch.float32).tiny)
+        reach = reach * (1.0 + torch.nan_to_num(stats[:, STAT_KL], nan=0.0, posinf=0.0))
+    valid = reach if mask is None else torch.where(mask, reach, 0.0)
+    top = valid.amax().clamp_min(torch.finfo(torch.float32).tiny)
     return (weight / top * _HALF_REACH).expand(rows), top / _HALF_REACH

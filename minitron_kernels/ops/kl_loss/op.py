@@ -7,6 +7,7 @@ from torch import Tensor
 
 from minitron_kernels._backend import pick
 from minitron_kernels.ops.kl_loss import reference
+from minitron_kernels.ops.kl_loss.budget import CPU_WORKSPACE_BYTES, GPU_WORKSPACE_BYTES, SCHEDULES
 from minitron_kernels.ops.kl_loss.checks import (
     as_saved,
     byte_count,
@@ -17,7 +18,6 @@ from minitron_kernels.ops.kl_loss.checks import (
     positive,
 )
 from minitron_kernels.ops.kl_loss.linear import linear_kl_rows
-from minitron_kernels.ops.kl_loss.linear_gpu import GPU_WORKSPACE_BYTES
 from minitron_kernels.ops.kl_loss.options import (
     as_scalar,
     check_vocab_size,
@@ -25,7 +25,6 @@ from minitron_kernels.ops.kl_loss.options import (
     row_factor,
     rows_mask,
 )
-from minitron_kernels.ops.kl_loss.plan import DEFAULT_WORKSPACE_BYTES, SCHEDULES
 from minitron_kernels.ops.kl_loss.rows import kl_rows
 from minitron_kernels.ops.kl_loss.sums import sum_rows
 
@@ -73,7 +72,7 @@ def kl_loss(
         temperature_squared: multiply the loss by τ², which keeps the gradient's size when τ changes (Hinton
             et al., arXiv 1503.02531). Off by default, as in Liger, TRL and Megatron; NeMo and ModelOpt have
             it on.
-        reduction: "mean" over the tokens that count (0 if none does), "sum", or "none" for [...] with 0 at
+        reduction: "mean" over the valid tokens (0 if there are none), "sum", or "none" for [...] with 0 at
             masked tokens.
         num_items: with "mean", what to divide by instead, such as the tokens of all micro-batches of a step.
             Where no token counts the loss is 0 whatever it is. 0 while tokens count is an error; in a tensor
@@ -89,7 +88,7 @@ def kl_loss(
 
     Returns:
         The loss in nats, float32 (float64 for float64): 0-dim, or [...] for "none". A logit of −inf is an
-        impossible token: impossible in both adds 0; possible for the teacher alone makes forward KL +inf.
+        masked-out token: masked out in both it adds 0; in the student alone it makes forward KL +inf.
         NaN propagates.
 
     Raises:
@@ -188,7 +187,7 @@ def linear_kl_loss(
         reduction: see kl_loss().
         num_items: see kl_loss().
         student_bias: [V], added to the student's logits before scale and softcap; −inf makes a token
-            impossible.
+            masked out.
         teacher_bias: [V], likewise.
         divergence: see kl_loss().
         vocab_size: see kl_loss(); rows of the heads beyond it are padding.
@@ -200,7 +199,7 @@ def linear_kl_loss(
             gradient to student_head to it, with the factor that comes in, and student_head gets none: once
             per backward, whether or not a checkpoint runs the forward again.
         schedule: "auto", "store" (4 GEMMs, keeps the logits of a chunk of tokens), or "recompute" (6 GEMMs,
-            keeps a stretch of the vocabulary); see plan_linear_kl_loss().
+            keeps a part of the vocabulary); see plan_linear_kl_loss().
         workspace_bytes: budget in bytes for scratch memory, by default 512 MiB on the CPU, where it is kept
             between calls (see release_workspaces()), and 2 GiB of torch's own on a GPU.
         backend: see kl_loss().
@@ -277,7 +276,7 @@ def linear_kl_loss(
         rows = reference.linear_rows(s, t, as_saved(rows_mask_), V, **options._asdict())
         result = rows if row_weight is None else sum_rows(rows * row_weight.to(rows.dtype))
     else:
-        default = DEFAULT_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
+        default = CPU_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
         budget = default if workspace_bytes is None else byte_count("workspace_bytes", workspace_bytes)
         result = linear_kl_rows(
             student,

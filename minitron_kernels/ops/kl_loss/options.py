@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minitron_kernels.ops.kl_loss.checks import check_tensor, integer, number, positive, refuse
+from minitron_kernels.ops.kl_loss.divergence import Divergence
 
 _DIVERGENCES = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 REDUCTIONS = ("mean", "sum", "none")
@@ -23,6 +24,11 @@ class LossOptions(NamedTuple):
     student_softcap: float  # 0.0 = none
     teacher_scale: float
     teacher_softcap: float
+
+    @property
+    def divergence(self) -> Divergence:
+        """Which of the divergences beta names."""
+        return Divergence.of(self.beta)
 
     def as_arguments(self) -> tuple[list[float], Tensor | None]:
         """For an op: the numbers; or, inside torch.compile, none, and a tensor [6] of them.
@@ -103,8 +109,8 @@ def check_vocab_size(vocab_size: int | None, student: int, teacher: int) -> int:
 @torch.library.custom_op("minitron_kernels::labels_to_mask", mutates_args=())
 def _labels_to_mask(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
     """[N] bool: labels other than ignore_index; an error if one of those is no token."""
-    counted = labels != ignore_index
-    wrong = counted & ((labels < 0) | (labels >= vocab_size))
+    valid = labels != ignore_index
+    wrong = valid & ((labels < 0) | (labels >= vocab_size))
     if labels.device.type == "cpu":
         if wrong.any():
             position = int(wrong.nonzero()[0, 0])
@@ -114,7 +120,7 @@ def _labels_to_mask(labels: Tensor, ignore_index: int, vocab_size: int) -> Tenso
             )
     else:  # no synchronisation: the error comes from the device
         torch._assert_async(~wrong.any())
-    return counted
+    return valid
 
 
 @_labels_to_mask.register_fake
@@ -130,7 +136,7 @@ def rows_mask(
     vocab_size: int,
     device: torch.device,
 ) -> Tensor | None:
-    """[N] bool of the rows that count, or None for all of them."""
+    """[N] bool of the valid tokens, or None if all are valid."""
     rows = None
     if mask is not None:
         _check_per_token("mask", mask, shape, device)
@@ -142,8 +148,8 @@ def rows_mask(
         if labels.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
         ignore_index = integer("ignore_index", ignore_index)
-        counted = _labels_to_mask(labels.reshape(-1), ignore_index, vocab_size)
-        rows = counted if rows is None else rows & counted
+        valid = _labels_to_mask(labels.reshape(-1), ignore_index, vocab_size)
+        rows = valid if rows is None else rows & valid
     return None if rows is None else rows.contiguous()
 
 
@@ -164,8 +170,8 @@ def row_factor(
 ) -> tuple[float, Tensor | None]:
     """What each row's loss is multiplied by before it is summed: a number times a 0-dim tensor (or None).
 
-    `temperature` is given where the loss carries the temperature-squared factor. Where no row counts the
-    factor is finite, whatever num_items is, so that the loss is 0.
+    `temperature` is given where the loss carries the temperature-squared factor. Where no token is
+    valid the factor is finite, whatever num_items is, so that the loss is 0.
     """
     if reduction not in REDUCTIONS:
         hint = _BATCHMEAN if reduction == "batchmean" else ""
@@ -194,7 +200,7 @@ def row_factor(
 
 _BATCHMEAN = (
     '. F.kl_div\'s "batchmean" divides by the size of the batch: for that pass num_items=batch_size; '
-    'here "mean" divides by the tokens that count'
+    'here "mean" divides by the valid tokens'
 )
 
 
@@ -211,7 +217,7 @@ def _items_tensor(num_items: Tensor, mask: Tensor | None) -> Tensor | float:
 
 
 def _reciprocal(count: Tensor, mask: Tensor | None) -> Tensor:
-    """1 / count, and 0 where no row counts. Of 0 where some do: inf, or on the CPU at once an error."""
+    """1 / count; 0 where no token is valid. Of 0 where some are: inf, or on the CPU at once an error."""
     if mask is None:
         return count.reciprocal()
     any_row = mask.any()

@@ -16,16 +16,16 @@ def transform_logits(logits: Tensor, *, scale: float, softcap: float, inv_tau: f
     """cap * tanh(scale * z / cap) * inv_tau; softcap 0 means none, and -inf stays -inf."""
     y = logits * scale
     if softcap:
-        impossible = y == -math.inf
-        y = softcap * torch.tanh(y.masked_fill(impossible, 0.0) / softcap)
-        y = y.masked_fill(impossible, -math.inf)
+        masked_out = y == -math.inf
+        y = softcap * torch.tanh(y.masked_fill(masked_out, 0.0) / softcap)
+        y = y.masked_fill(masked_out, -math.inf)
     return y * inv_tau
 
 
 def _expectation(p: Tensor, values: Tensor) -> Tensor:
     """sum p * values over the vocabulary, where p = 0 wins over an infinite or undefined value."""
-    impossible = p == 0
-    return (p * values.masked_fill(impossible, 0.0)).sum(-1)
+    without_mass = p == 0
+    return (p * values.masked_fill(without_mass, 0.0)).sum(-1)
 
 
 def kl_divergence_rows(
@@ -48,7 +48,7 @@ def kl_divergence_rows(
     t = transform_logits(
         teacher_logits[..., :V], scale=teacher_scale, softcap=teacher_softcap, inv_tau=inv_tau
     )
-    # an impossible student token gets no gradient: -inf enters as a constant
+    # a token that the student masks out gets no gradient: -inf enters as a constant
     s = torch.where(s == -math.inf, s.detach(), s)
     log_s, log_t = torch.log_softmax(s, -1), torch.log_softmax(t, -1)
     p_s, p_t = log_s.exp(), log_t.exp()

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from minitron_kernels import _native
 from minitron_kernels.ops.kl_loss.checks import as_saved
+from minitron_kernels.ops.kl_loss.divergence import NUM_STATS
 from minitron_kernels.ops.kl_loss.options import LossOptions
-
-NUM_STATS = 6  # Stat in csrc/kl_loss/loss_options.h, which a test compares
 
 
 def kl_rows(
@@ -141,9 +140,9 @@ def _kernels(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     if backend == "native":
         ops = torch.ops.minitron_kernels
         return ops.kl_loss_forward, ops.kl_loss_backward
-    from minitron_kernels.ops.kl_loss import kernel_triton
+    from minitron_kernels.ops.kl_loss.kernel_triton import launch
 
-    return kernel_triton.kl_loss_forward, kernel_triton.kl_loss_backward
+    return launch.kl_loss_forward, launch.kl_loss_backward
 
 
 def _fake_forward(student: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

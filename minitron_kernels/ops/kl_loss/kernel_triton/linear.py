@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from minitron_kernels.ops.kl_loss.kernel_triton_math import (
+from minitron_kernels.ops.kl_loss.kernel_triton.divergence import (
     INF,
     block_state,
     empty_state,
@@ -26,7 +26,7 @@ from minitron_kernels.ops.kl_loss.kernel_triton_math import (
     row_stats,
     transform,
 )
-from minitron_kernels.ops.kl_loss.kernel_triton_rows import store_stats
+from minitron_kernels.ops.kl_loss.kernel_triton.rows import store_stats
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def linear_kernel(
     out_ptr,  # (splits, 5, N) fp32; (splits, 2, N) with stats
     N, V, H, Ht, stride_sn, stride_swv, stride_tn, stride_twv, tiles_per_split,
     s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, share_s, share_t,
-    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
+    DIVERGENCE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
     EVEN_S: tl.constexpr, EVEN_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +82,7 @@ def linear_kernel(
         row_ptr = stats_ptr + rows.to(tl.int64) * 6
         max_s, inv_sum_s = tl.load(row_ptr, mask=inside), tl.load(row_ptr + 1, mask=inside)
         max_t, inv_sum_t = tl.load(row_ptr + 2, mask=inside), tl.load(row_ptr + 3, mask=inside)
-        log_sums = tl.load(row_ptr + 4, mask=inside)
+        lse_diff = tl.load(row_ptr + 4, mask=inside)
         of_teacher = tl.zeros((BLOCK_N,), tl.float32)
         of_student = tl.zeros((BLOCK_N,), tl.float32)
     for tile in range(first, last):
@@ -96,13 +96,13 @@ def linear_kernel(
             t_factor, t_over_cap, t_cap, CAP_T, EVEN_T, BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
         if stats_ptr is None:
-            b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl = block_state(s, t, KIND, KEEP_EXP=False)
+            b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl = block_state(s, t, DIVERGENCE, KEEP_EXP=False)
             max_s, sum_s, max_t, sum_t, kl = merge_states(
-                max_s, sum_s, max_t, sum_t, kl, b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl, KIND
+                max_s, sum_s, max_t, sum_t, kl, b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl, DIVERGENCE
             )
         else:
             s, t = s - max_s[:, None], t - max_t[:, None]
-            d = (t - s) + log_sums[:, None]
+            d = (t - s) + lse_diff[:, None]
             a, b = mixture_terms(s, t, d, inv_sum_s[:, None], inv_sum_t[:, None], share_s, share_t)
             in_vocab = (offs_v < V)[None, :]
             of_teacher += tl.sum(tl.where(in_vocab, a, 0.0), 1)
@@ -127,7 +127,7 @@ def finish_stats_kernel(
     mask_ptr,  # (N) uint8 or None
     loss_ptr,  # (N) fp32
     stats_ptr,  # (N, 6) fp32
-    N, splits, stride_mn, KIND: tl.constexpr, BLOCK_N: tl.constexpr,
+    N, splits, stride_mn, DIVERGENCE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Merges the splits of states into loss and stats."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -141,14 +141,14 @@ def finish_stats_kernel(
             tl.load(part, mask=inside, other=0.0), tl.load(part + stride, mask=inside, other=0.0),
             tl.load(part + 2 * stride, mask=inside, other=0.0),
             tl.load(part + 3 * stride, mask=inside, other=0.0),
-            tl.load(part + 4 * stride, mask=inside, other=0.0), KIND,
+            tl.load(part + 4 * stride, mask=inside, other=0.0), DIVERGENCE,
         )  # fmt: skip
-    inv_sum_s, inv_sum_t, log_sums, loss, kl = row_stats(max_s, sum_s, max_t, sum_t, kl, KIND)
+    inv_sum_s, inv_sum_t, lse_diff, loss, kl = row_stats(max_s, sum_s, max_t, sum_t, kl, DIVERGENCE)
     counts = inside
     if mask_ptr is not None:
         counts = tl.load(mask_ptr + rows * stride_mn, mask=inside, other=0) != 0
     tl.store(loss_ptr + rows, tl.where(counts, loss, 0.0), mask=inside)
-    store_stats(stats_ptr, rows, inside, counts, max_s, inv_sum_s, max_t, inv_sum_t, log_sums, kl)
+    store_stats(stats_ptr, rows, inside, counts, max_s, inv_sum_s, max_t, inv_sum_t, lse_diff, kl)
 
 
 @triton.jit(do_not_specialize=["N", "splits", "stride_mn"])

@@ -1,6 +1,8 @@
 """The formulas of the divergences on blocks of logits in registers, shared by every Triton kernel of kl_loss.
 
     s, t: transformed logits [rows, vocabulary], -inf beyond the vocabulary
+    d = log p_t - log p_s: the log-ratio of a token, teacher over student, as in CUDA and on the CPU
+    lse_diff = log (sum_s / sum_t): log-sum-exp of s less that of t, without the maxima
     state of some tokens of a row: max_s, sum_s, max_t, sum_t, kl, each [rows]
 
 A state holds the maximum and the sum of exp of either side and KL(X || Y) of the two distributions given that
@@ -17,9 +19,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FORWARD: tl.constexpr = tl.constexpr(0)
-REVERSE: tl.constexpr = tl.constexpr(1)
-JSD: tl.constexpr = tl.constexpr(2)
+from minitron_kernels.ops.kl_loss.divergence import Divergence
+
+FORWARD_KL: tl.constexpr = tl.constexpr(Divergence.FORWARD_KL.value)
+REVERSE_KL: tl.constexpr = tl.constexpr(Divergence.REVERSE_KL.value)
+JSD: tl.constexpr = tl.constexpr(Divergence.JSD.value)
 
 NEAR: tl.constexpr = tl.constexpr(0.5)  # |d| below which the series holds to 1e-7
 APART: tl.constexpr = tl.constexpr(16.0)  # maxima further apart are taken off before logits are subtracted
@@ -38,7 +42,7 @@ def tanh(y):
 
 @triton.jit
 def transform(z, factor, scale_over_cap, cap_over_tau, CAP: tl.constexpr):
-    """cap * tanh(scale * z / cap) / tau, or scale * z / tau. -inf, an impossible token, stays -inf."""
+    """cap * tanh(scale * z / cap) / tau, or scale * z / tau. -inf, a masked-out token, stays -inf."""
     if CAP:
         y = z * scale_over_cap
         return tl.where(y == -INF, y, tanh(y) * cap_over_tau)
@@ -47,8 +51,8 @@ def transform(z, factor, scale_over_cap, cap_over_tau, CAP: tl.constexpr):
 
 
 @triton.jit
-def slope(s, factor, cap_over_tau, CAP: tl.constexpr):
-    """d s / d z at the transformed logit s."""
+def softcap_grad(s, factor, cap_over_tau, CAP: tl.constexpr):
+    """The derivative of transform(), d s / d z, at the transformed logit s: the softcap's, and the scale."""
     if CAP:
         ratio = s / cap_over_tau
         return factor * ((1.0 - ratio) * (1.0 + ratio))
@@ -57,49 +61,52 @@ def slope(s, factor, cap_over_tau, CAP: tl.constexpr):
 
 
 @triton.jit
-def bregman_near(d):
-    """d + exp(-d) - 1 >= 0 for |d| < NEAR, by its series."""
-    y = -1.0 / 40320.0 * d + 1.0 / 5040.0
-    y = y * -d + 1.0 / 720.0
-    y = y * -d + 1.0 / 120.0
-    y = y * -d + 1.0 / 24.0
-    y = y * -d + 1.0 / 6.0
-    y = y * -d + 0.5
-    return y * d * d
+def expm1_minus_x(x):
+    """e^x - 1 - x >= 0 for |x| < NEAR, by its series.
+
+    With x = log q - log p it is a token's term of KL(P || Q) over p: p (log p - log q) + q - p.
+    """
+    y = 1.0 / 40320.0 * x + 1.0 / 5040.0
+    y = y * x + 1.0 / 720.0
+    y = y * x + 1.0 / 120.0
+    y = y * x + 1.0 / 24.0
+    y = y * x + 1.0 / 6.0
+    y = y * x + 0.5
+    return y * x * x
 
 
 @triton.jit
-def log1p_gap_near(a):
-    """a - log1p(a) >= 0 for -0.4 < a < 0.7, from log1p(a) = 2 atanh(a / (2 + a))."""
-    y = a / (2.0 + a)
+def x_minus_log1p(x):
+    """x - log1p(x) >= 0 for -0.4 < x < 0.7, from log1p(x) = 2 atanh(x / (2 + x))."""
+    y = x / (2.0 + x)
     y2 = y * y
     z = 1.0 / 13.0 * y2 + 1.0 / 11.0
     z = z * y2 + 1.0 / 9.0
     z = z * y2 + 1.0 / 7.0
     z = z * y2 + 0.2
     z = z * y2 + 1.0 / 3.0
-    return y * (a - 2.0 * y2 * z)
+    return y * (x - 2.0 * y2 * z)
 
 
 @triton.jit
 def zeros_of(max_s, max_t):
-    """Where either side's logits are measured from before they are subtracted.
+    """What is taken off each side's logits before they are subtracted.
 
-    From 0 where the maxima lie close: the difference of two like numbers is exact, and a small log-ratio
-    keeps all its digits. From each side's own maximum where they lie far apart, as after -1e4 in a whole
-    stretch of one model's logits: t - s would be rounded to the digits of 1e4. Where a side has no possible
-    token there is no log-ratio.
+    Nothing where the two maxima are close: the difference of two similar numbers is exact, and a small
+    log-ratio keeps all its digits. Each side's own maximum where they are far apart, as where one model's
+    logits have -1e4 added to them: t - s would be rounded to the digits of 1e4. If a side's tokens are all
+    masked out there is no log-ratio.
     """
     apart = tl.abs(max_s - max_t) > APART
     return tl.where(apart, max_s, 0.0), tl.where(apart, max_t, 0.0)
 
 
 @triton.jit
-def log_ratio(s, t, max_s, max_t, log_sums):
-    """d = lt - ls of tokens, with log_sums = log (sum_s / sum_t)."""
+def log_ratio(s, t, max_s, max_t, lse_diff):
+    """d = log p_t - log p_s of tokens."""
     zero_s, zero_t = zeros_of(max_s, max_t)
-    gap = log_sums - ((max_t - zero_t) - (max_s - zero_s))
-    return ((t - zero_t) - (s - zero_s)) + gap
+    of_row = lse_diff - ((max_t - zero_t) - (max_s - zero_s))
+    return ((t - zero_t) - (s - zero_s)) + of_row
 
 
 @triton.jit
@@ -109,7 +116,7 @@ def kl_term(p_x, p_y, d):
     p_x = 0 wins over an infinite or undefined d; a NaN in p_x or p_y survives.
     """
     far = tl.where(p_x == 0.0, 0.0, p_x * d) + (p_y - p_x)
-    return tl.where(tl.abs(d) < NEAR, p_x * bregman_near(d), far)
+    return tl.where(tl.abs(d) < NEAR, p_x * expm1_minus_x(-d), far)
 
 
 @triton.jit
@@ -132,29 +139,30 @@ def _block_kl(x, e_x, max_x, sum_x, y, e_y, max_y, sum_y, KEEP_EXP: tl.constexpr
 
 
 @triton.jit
-def block_state(s, t, KIND: tl.constexpr, KEEP_EXP: tl.constexpr):
+def block_state(s, t, DIVERGENCE: tl.constexpr, KEEP_EXP: tl.constexpr):
     """The state of the tokens of one block; JSD has no kl before the whole row is known: 0.
 
-    KEEP_EXP: exponentials stay in registers for the kl, beside the logits. Not so where registers are short:
-    they are made twice, and log-ratios always from each side's own maximum.
+    KEEP_EXP: the exponentials stay in registers for the kl, beside the logits. Without it, where registers
+    are short, they are computed twice, and log-ratios always from each side's own maximum.
     """
-    max_s, max_t = tl.max(s, 1), tl.max(t, 1)  # passes over NaN, which the sums then keep
-    # never -inf is subtracted: exp(-inf - it) is to be 0 and not NaN
+    max_s, max_t = tl.max(s, 1), tl.max(t, 1)  # skips a NaN, which the sums then keep
+    # subtract a finite maximum, so that exp(-inf - max) is 0 and not NaN
     e_s = tl.exp(s - tl.maximum(max_s, LOWEST)[:, None])
     e_t = tl.exp(t - tl.maximum(max_t, LOWEST)[:, None])
     sum_s, sum_t = tl.sum(e_s, 1), tl.sum(e_t, 1)
-    if KIND == FORWARD:
+    if DIVERGENCE == FORWARD_KL:
         kl = _block_kl(t, e_t, max_t, sum_t, s, e_s, max_s, sum_s, KEEP_EXP)
-    elif KIND == REVERSE:
+    elif DIVERGENCE == REVERSE_KL:
         kl = _block_kl(s, e_s, max_s, sum_s, t, e_t, max_t, sum_t, KEEP_EXP)
     else:
+        tl.static_assert(DIVERGENCE == JSD)
         kl = tl.zeros_like(max_s)
     return max_s, sum_s, max_t, sum_t, kl
 
 
 @triton.jit
 def empty_state(ROWS: tl.constexpr):
-    """The state of no token; merging with it changes nothing."""
+    """The state of no tokens; merging with it changes nothing."""
     none = tl.full((ROWS,), -float("inf"), tl.float32)
     zero = tl.zeros((ROWS,), tl.float32)
     return none, zero, none, zero, zero
@@ -183,34 +191,36 @@ def _merged_kl(
 
 @triton.jit
 def merge_states(
-    a_max_s, a_sum_s, a_max_t, a_sum_t, a_kl, b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl, KIND: tl.constexpr
-):
+    a_max_s, a_sum_s, a_max_t, a_sum_t, a_kl, b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl,
+    DIVERGENCE: tl.constexpr,
+):  # fmt: skip
     """The state of the tokens of both."""
     max_s, max_t = tl.maximum(a_max_s, b_max_s), tl.maximum(a_max_t, b_max_t)
     base_s, base_t = tl.maximum(max_s, LOWEST), tl.maximum(max_t, LOWEST)
     a_mass_s, b_mass_s = a_sum_s * tl.exp(a_max_s - base_s), b_sum_s * tl.exp(b_max_s - base_s)
     a_mass_t, b_mass_t = a_sum_t * tl.exp(a_max_t - base_t), b_sum_t * tl.exp(b_max_t - base_t)
     sum_s, sum_t = a_mass_s + b_mass_s, a_mass_t + b_mass_t
-    if KIND == FORWARD:
+    if DIVERGENCE == FORWARD_KL:
         kl = _merged_kl(
             max_t, sum_t, a_max_t, a_sum_t, a_mass_t, b_max_t, b_sum_t, b_mass_t,
             max_s, sum_s, a_max_s, a_sum_s, a_mass_s, b_max_s, b_sum_s, b_mass_s, a_kl, b_kl,
         )  # fmt: skip
-    elif KIND == REVERSE:
+    elif DIVERGENCE == REVERSE_KL:
         kl = _merged_kl(
             max_s, sum_s, a_max_s, a_sum_s, a_mass_s, b_max_s, b_sum_s, b_mass_s,
             max_t, sum_t, a_max_t, a_sum_t, a_mass_t, b_max_t, b_sum_t, b_mass_t, a_kl, b_kl,
         )  # fmt: skip
     else:
+        tl.static_assert(DIVERGENCE == JSD)
         kl = a_kl
     return max_s, sum_s, max_t, sum_t, kl
 
 
 @triton.jit
-def row_stats(max_s, sum_s, max_t, sum_t, kl, KIND: tl.constexpr):
-    """inv_sum_s, inv_sum_t, log_sums = log (sum_s / sum_t), the loss, and the kl that the gradient needs.
+def row_stats(max_s, sum_s, max_t, sum_t, kl, DIVERGENCE: tl.constexpr):
+    """inv_sum_s, inv_sum_t, lse_diff = log (sum_s / sum_t), the loss, and the kl that the gradient needs.
 
-    A row impossible throughout has sum 0 and becomes NaN, as a softmax of it is.
+    A row whose tokens are all masked out has sum 0 and becomes NaN, as its softmax does.
     """
     loss = tl.where((sum_s == 0.0) | (sum_t == 0.0), float("nan"), kl)
     return (
@@ -218,7 +228,7 @@ def row_stats(max_s, sum_s, max_t, sum_t, kl, KIND: tl.constexpr):
         1.0 / sum_t,
         tl.log(sum_s / sum_t),
         loss,
-        loss if KIND == REVERSE else tl.zeros_like(loss),
+        loss if DIVERGENCE == REVERSE_KL else tl.zeros_like(loss),
     )
 
 
@@ -229,11 +239,11 @@ def _mixed(below_s, below_t, d, share_s, share_t):
         smaller = larger e = larger (1 + u)    m = larger (1 + a), a = other u    m = smaller (1 + b)
 
     with `own` and `other`, the shares in M of the larger and of the other. Nothing overflows but b, and that
-    to infinity. below: s - max_s, t - max_t; a token impossible in both has d = 0.
+    to infinity. below: s - max_s, t - max_t; a token that both mask out has d = 0.
     """
     d = tl.where((below_s == -INF) & (below_t == -INF), 0.0, d)
     size, teacher_larger = tl.abs(d), d > 0.0
-    near, far = bregman_near(size) - size, tl.exp(-size)
+    near, far = expm1_minus_x(-size) - size, tl.exp(-size)
     u = tl.where(size < NEAR, near, far - 1.0)
     e = tl.where(size < NEAR, 1.0 + near, far)
     own = tl.where(teacher_larger, share_t, share_s)
@@ -251,29 +261,30 @@ def mixture_terms(below_s, below_t, d, inv_sum_s, inv_sum_t, share_s, share_t):
     inv_sum = tl.where(teacher_larger, inv_sum_t, inv_sum_s)
     p = tl.exp(tl.where(teacher_larger, below_t, below_s)) * inv_sum
     log_m = tl.log(own + other * e)  # log (m / larger)
-    larger = p * tl.where(a > -0.4, log1p_gap_near(a), a - log_m)
+    larger = p * tl.where(a > -0.4, x_minus_log1p(a), a - log_m)
     far = tl.where(e == 0.0, 0.0, e * (-size - log_m)) - own * u
-    smaller = p * tl.where(b < 0.7, e * log1p_gap_near(b), far)
+    smaller = p * tl.where(b < 0.7, e * x_minus_log1p(b), far)
     return tl.where(teacher_larger, larger, smaller), tl.where(teacher_larger, smaller, larger)
 
 
 @triton.jit
 def grad_of_s(
-    s, t, max_s, inv_sum_s, max_t, inv_sum_t, log_sums, kl, share_s, share_t, KIND: tl.constexpr
+    s, t, max_s, inv_sum_s, max_t, inv_sum_t, lse_diff, kl, share_s, share_t, DIVERGENCE: tl.constexpr
 ):  # fmt: skip
-    """d loss / d s of a possible token."""
+    """d loss / d s of a token that is not masked out."""
     p_s = tl.exp(s - max_s) * inv_sum_s
-    d = log_ratio(s, t, max_s, max_t, log_sums)
-    if KIND == FORWARD:
+    d = log_ratio(s, t, max_s, max_t, lse_diff)
+    if DIVERGENCE == FORWARD_KL:
         p_t = tl.exp(t - max_t) * inv_sum_t
         # p_t expm1(-d): close to each other, p_s - p_t is no more than their last bits
-        return tl.where(tl.abs(d) < NEAR, p_t * (bregman_near(d) - d), p_s - p_t)
-    elif KIND == REVERSE:
+        return tl.where(tl.abs(d) < NEAR, p_t * (expm1_minus_x(-d) - d), p_s - p_t)
+    elif DIVERGENCE == REVERSE_KL:
         return tl.where(p_s == 0.0, 0.0, p_s * (-d - kl))
     else:
+        tl.static_assert(DIVERGENCE == JSD)
         teacher_larger, size, e, _, own, other, a, b = _mixed(s - max_s, t - max_t, d, share_s, share_t)
         log_m = tl.log(own + other * e)
-        larger = tl.where(a > -0.4, log1p_gap_near(a) - a, -log_m)  # log (larger / m)
-        smaller = tl.where(b < 0.7, log1p_gap_near(b) - b, -size - log_m)
-        ls_minus_lm = tl.where(teacher_larger, smaller, larger)
-        return tl.where(p_s == 0.0, 0.0, share_s * p_s * (ls_minus_lm - kl))
+        larger = tl.where(a > -0.4, x_minus_log1p(a) - a, -log_m)  # log (larger / m)
+        smaller = tl.where(b < 0.7, x_minus_log1p(b) - b, -size - log_m)
+        log_s_over_m = tl.where(teacher_larger, smaller, larger)
+        return tl.where(p_s == 0.0, 0.0, share_s * p_s * (log_s_over_m - kl))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from minitron_kernels.ops.kl_loss.kernel_triton_math import (
+from minitron_kernels.ops.kl_loss.kernel_triton.divergence import (
     INF,
     JSD,
     block_state,
@@ -28,7 +28,7 @@ from minitron_kernels.ops.kl_loss.kernel_triton_math import (
     merge_states,
     mixture_terms,
     row_stats,
-    slope,
+    softcap_grad,
     transform,
 )
 
@@ -46,7 +46,7 @@ def _load(ptr, bias_ptr, columns, inside, factor, over_cap, cap, CAP: tl.constex
 
 @triton.jit
 def _counts(mask_ptr, row, stride_mn):
-    """Whether the row is one that counts; its logits are not read otherwise."""
+    """Whether the row is a valid token's; its logits are not read otherwise."""
     counts = True
     if mask_ptr is not None:
         counts = tl.load(mask_ptr + row * stride_mn) != 0
@@ -58,16 +58,16 @@ def _merge_row(
     student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr, end,
     max_s, sum_s, max_t, sum_t, kl,
     s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap,
-    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
+    DIVERGENCE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The state after the tokens 0 .. end of one row."""
     for begin in range(0, end, BLOCK_V):
         offs_v = begin + tl.arange(0, BLOCK_V)[None, :]
         s = _load(student_ptr, student_bias_ptr, offs_v, offs_v < end, s_factor, s_over_cap, s_cap, CAP_S)
         t = _load(teacher_ptr, teacher_bias_ptr, offs_v, offs_v < end, t_factor, t_over_cap, t_cap, CAP_T)
-        b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl = block_state(s, t, KIND, KEEP_EXP=True)
+        b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl = block_state(s, t, DIVERGENCE, KEEP_EXP=True)
         max_s, sum_s, max_t, sum_t, kl = merge_states(
-            max_s, sum_s, max_t, sum_t, kl, b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl, KIND
+            max_s, sum_s, max_t, sum_t, kl, b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl, DIVERGENCE
         )
     return max_s, sum_s, max_t, sum_t, kl
 
@@ -75,7 +75,7 @@ def _merge_row(
 @triton.jit
 def _mixture_row(
     student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr, end,
-    max_s, inv_sum_s, max_t, inv_sum_t, log_sums, share_s, share_t,
+    max_s, inv_sum_s, max_t, inv_sum_t, lse_diff, share_s, share_t,
     s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +88,7 @@ def _mixture_row(
         inside = offs_v < end
         s = _load(student_ptr, student_bias_ptr, offs_v, inside, s_factor, s_over_cap, s_cap, CAP_S)
         t = _load(teacher_ptr, teacher_bias_ptr, offs_v, inside, t_factor, t_over_cap, t_cap, CAP_T)
-        d = log_ratio(s, t, max_s, max_t, log_sums)
+        d = log_ratio(s, t, max_s, max_t, lse_diff)
         a, b = mixture_terms(s - max_s, t - max_t, d, inv_sum_s, inv_sum_t, share_s, share_t)
         of_teacher += tl.sum(tl.where(inside, a, 0.0), 1)
         of_student += tl.sum(tl.where(inside, b, 0.0), 1)
@@ -96,14 +96,14 @@ def _mixture_row(
 
 
 @triton.jit
-def store_stats(stats_ptr, rows, inside, counts, max_s, inv_sum_s, max_t, inv_sum_t, log_sums, kl):
+def store_stats(stats_ptr, rows, inside, counts, max_s, inv_sum_s, max_t, inv_sum_t, lse_diff, kl):
     """Writes stats [N, 6] of some rows; zeros where they do not count."""
     out = stats_ptr + rows * 6
     tl.store(out, tl.where(counts, max_s, 0.0), mask=inside)
     tl.store(out + 1, tl.where(counts, inv_sum_s, 0.0), mask=inside)
     tl.store(out + 2, tl.where(counts, max_t, 0.0), mask=inside)
     tl.store(out + 3, tl.where(counts, inv_sum_t, 0.0), mask=inside)
-    tl.store(out + 4, tl.where(counts, log_sums, 0.0), mask=inside)
+    tl.store(out + 4, tl.where(counts, lse_diff, 0.0), mask=inside)
     tl.store(out + 5, tl.where(counts, kl, 0.0), mask=inside)
 
 
@@ -118,7 +118,7 @@ def forward_kernel(
     stats_ptr,  # (N, 6) fp32
     V, stride_sn, stride_tn, stride_mn,
     s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, share_s, share_t,
-    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
+    DIVERGENCE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Loss and stats of whole rows."""
     row = tl.program_id(0).to(tl.int64)
@@ -130,20 +130,20 @@ def forward_kernel(
     max_s, sum_s, max_t, sum_t, kl = _merge_row(
         student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr, end,
         max_s, sum_s, max_t, sum_t, kl,
-        s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, KIND, CAP_S, CAP_T, BLOCK_V,
+        s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, DIVERGENCE, CAP_S, CAP_T, BLOCK_V,
     )  # fmt: skip
-    inv_sum_s, inv_sum_t, log_sums, loss, kl = row_stats(max_s, sum_s, max_t, sum_t, kl, KIND)
-    if KIND == JSD:
+    inv_sum_s, inv_sum_t, lse_diff, loss, kl = row_stats(max_s, sum_s, max_t, sum_t, kl, DIVERGENCE)
+    if DIVERGENCE == JSD:
         of_teacher, kl = _mixture_row(
             student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr, end,
-            max_s[:, None], inv_sum_s[:, None], max_t[:, None], inv_sum_t[:, None], log_sums[:, None],
+            max_s[:, None], inv_sum_s[:, None], max_t[:, None], inv_sum_t[:, None], lse_diff[:, None],
             share_s, share_t,
             s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, CAP_S, CAP_T, BLOCK_V,
         )  # fmt: skip
         loss = share_t * of_teacher + share_s * kl
     rows = row + tl.arange(0, 1)
     tl.store(loss_ptr + rows, tl.where(counts, loss, 0.0))
-    store_stats(stats_ptr, rows, rows >= 0, counts, max_s, inv_sum_s, max_t, inv_sum_t, log_sums, kl)
+    store_stats(stats_ptr, rows, rows >= 0, counts, max_s, inv_sum_s, max_t, inv_sum_t, lse_diff, kl)
 
 
 @triton.jit(do_not_specialize=["stride_mn", "stride_wn"], do_not_specialize_on_alignment=PER_ROW)
@@ -158,7 +158,7 @@ def grad_kernel(
     grad_ptr,  # (N, columns), of any dtype
     V, columns, stride_sn, stride_tn, stride_mn, stride_wn, stride_gn,
     s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, share_s, share_t,
-    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
+    DIVERGENCE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The gradient of sum(weight * loss) to the raw student logits."""
     row = tl.program_id(0).to(tl.int64)
@@ -172,11 +172,11 @@ def grad_kernel(
     stats_ptr += row * 6
     max_s, inv_sum_s = tl.load(stats_ptr), tl.load(stats_ptr + 1)
     max_t, inv_sum_t = tl.load(stats_ptr + 2), tl.load(stats_ptr + 3)
-    log_sums, kl = tl.load(stats_ptr + 4), tl.load(stats_ptr + 5)
+    lse_diff, kl = tl.load(stats_ptr + 4), tl.load(stats_ptr + 5)
     weight = tl.load(weight_ptr + row * stride_wn)
-    grad = grad_of_s(s, t, max_s, inv_sum_s, max_t, inv_sum_t, log_sums, kl, share_s, share_t, KIND)
-    grad *= weight * slope(s, s_factor, s_cap, CAP_S)
-    # an impossible token gets none, and s is -inf in padding too
+    grad = grad_of_s(s, t, max_s, inv_sum_s, max_t, inv_sum_t, lse_diff, kl, share_s, share_t, DIVERGENCE)
+    grad *= weight * softcap_grad(s, s_factor, s_cap, CAP_S)
+    # a masked-out token gets none, and s is -inf in padding too
     grad = tl.where(s == -INF, 0.0, grad)
     tl.store(grad_ptr + row * stride_gn + offs_v, grad.to(grad_ptr.dtype.element_ty), mask=offs_v < columns)
 
@@ -192,7 +192,7 @@ def tile_stats_kernel(
     V, stride_sn, stride_tn, stride_mn, stride_state,
     s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap,
     FIRST: tl.constexpr,
-    KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
+    DIVERGENCE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Merges a tile into the states of its rows."""
     row = tl.program_id(0).to(tl.int64)
@@ -206,7 +206,7 @@ def tile_stats_kernel(
     max_s, sum_s, max_t, sum_t, kl = _merge_row(
         student_ptr + row * stride_sn, teacher_ptr + row * stride_tn,
         student_bias_ptr, teacher_bias_ptr, end, max_s, sum_s, max_t, sum_t, kl,
-        s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, KIND, CAP_S, CAP_T, BLOCK_V,
+        s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, DIVERGENCE, CAP_S, CAP_T, BLOCK_V,
     )  # fmt: skip
     tl.store(state_ptr, max_s)
     tl.store(state_ptr + stride_state, sum_s)

@@ -1,11 +1,11 @@
 """Plans linear_kl_loss on the CPU: which schedule, how many rows at a time, and what memory that takes.
 
-    store      for a chunk of rows: both logits of the whole vocabulary are kept, then turned into gradients.
+    store      for a chunk of tokens: all logits of both models are kept, then turned into gradients.
                4 GEMMs. Where the budget ends, the last tiles of the vocabulary are made twice instead.
                Several chunks add their head gradients in fp32.
     recompute  a group of vocabulary tiles at a time: logits once for the sums, again for the gradient.
                6 GEMMs (8 for JSD), memory that does not grow with the vocabulary.
-    forward    no gradient wanted: logits are reduced and dropped. 2 GEMMs (4 for JSD).
+    forward    no gradient needed: logits are reduced and dropped. 2 GEMMs (4 for JSD).
 
 The bytes come from the kernel's own layout function, so a plan says what a call will use.
 """
@@ -20,9 +20,8 @@ from dataclasses import dataclass
 import torch
 
 from minitron_kernels import _native
+from minitron_kernels.ops.kl_loss.budget import CPU_WORKSPACE_BYTES, SCHEDULES, too_small
 
-DEFAULT_WORKSPACE_BYTES = 512 << 20
-SCHEDULES = ("auto", "store", "recompute")
 # by name: the operands' type, and whether this library's own GEMM multiplies them on any CPU
 _ENGINES = {
     "bf16": (torch.bfloat16, False),
@@ -43,7 +42,7 @@ _MIN_STORED_SHARE = 0.75  # with schedule="store"
 
 @dataclass(frozen=True)
 class LinearKLPlan:
-    """What linear_kl_loss does with a problem; made by plan_linear_kl_loss, told by explain()."""
+    """What linear_kl_loss does with a problem; made by plan_linear_kl_loss, shown by explain()."""
 
     schedule: str
     engine: str
@@ -173,17 +172,17 @@ def plan_linear_kl_loss(
     """Plans a CPU call of linear_kl_loss without making it; print(plan.explain()) shows schedule and memory.
 
     Args:
-        num_tokens: rows that count (unmasked).
+        num_tokens: valid tokens, those that no mask leaves out.
         vocab_size: columns of the logits.
         student_hidden_size: width of the student's hidden states.
         teacher_hidden_size: width of the teacher's.
         dtype: of the student's hidden states and head; bf16 operands are planned where the teacher's are
             bf16 too.
         teacher_dtype: of the teacher's; the student's by default.
-        grad_hidden: whether the gradient to the student's hidden states is wanted.
-        grad_head: whether the gradient to the student's head is wanted.
-        grad_bias: whether the gradient to the student's bias is wanted.
-        grad_head_accumulator: whether a buffer for it is lent; gradients are then made in the backward, and
+        grad_hidden: whether the gradient to the student's hidden states is needed.
+        grad_head: whether the gradient to the student's head is needed.
+        grad_bias: whether the gradient to the student's bias is needed.
+        grad_head_accumulator: whether a buffer for it is given; gradients are then made in the backward, and
             the GEMMs and flops are those of forward and backward.
         divergence_needs_kl: JSD with 0 < beta < 1, which looks at the logits once more.
         schedule: "auto", "store" or "recompute".
@@ -218,9 +217,9 @@ def plan_linear_kl_loss(
         grad_hidden=grad_hidden,
         grad_head=grad_head,
         head_in_place=grad_head_accumulator or dtype == accumulate,
-        lent=grad_head_accumulator,
+        adds_to_buffer=grad_head_accumulator,
         divergence_needs_kl=divergence_needs_kl,
-        budget=DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
+        budget=CPU_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
         threads=torch.get_num_threads(),
     )
     return _plan(planner, schedule if grad_hidden or grad_head or grad_bias else "forward")
@@ -239,7 +238,7 @@ class _Planner:
     grad_hidden: bool
     grad_head: bool
     head_in_place: bool
-    lent: bool
+    adds_to_buffer: bool
     divergence_needs_kl: bool
     budget: int
     threads: int
@@ -256,11 +255,8 @@ class _Planner:
             return min(plans, key=self.cost)
         names = ("store", "recompute") if schedule == "auto" else (schedule,)
         least = min((self.smallest(name) for name in names), key=lambda p: p.workspace_bytes)
-        raise ValueError(
-            f"workspace_bytes={self.budget} is too small: the least that would do is "
-            f"{least.workspace_bytes} (schedule={least.schedule!r}, {self.num_tokens} tokens, vocabulary "
-            f"{self.vocab_size}, {self.threads} threads)"
-        )
+        more = f"{self.num_tokens} tokens, {self.threads} threads, "
+        raise too_small(self.budget, least.workspace_bytes, least.schedule, self.vocab_size, more)
 
     def smallest(self, schedule: str) -> LinearKLPlan:
         share = _MIN_STORED_SHARE if schedule == "store" else 0.0
@@ -339,14 +335,16 @@ class _Planner:
     ) -> LinearKLPlan:
         """The plan with these numbers, fitting or not."""
         looks = 1 + self.divergence_needs_kl  # at each logit, for sums
-        # with a lent buffer the backward makes them once more, see linear.py
-        logits = {"store": 1 + looks * self.lent, "forward": looks, "recompute": looks + 1}[schedule]
+        # with a grad_head_accumulator the backward makes them once more, see linear.py
+        logits = {"store": 1 + looks * self.adds_to_buffer, "forward": looks, "recompute": looks + 1}[
+            schedule
+        ]
         grads = self.grad_hidden + self.grad_head
         widths = (
             logits * (self.student_hidden_size + self.teacher_hidden_size) + grads * self.student_hidden_size
         )
         again = max(0, self.vocab_size - stored_tiles * self.tile) if schedule == "store" else 0
-        again *= (1 if self.lent else looks) * (self.student_hidden_size + self.teacher_hidden_size)
+        again *= (1 if self.adds_to_buffer else looks) * (self.student_hidden_size + self.teacher_hidden_size)
         plan = LinearKLPlan(
             schedule,
             self.engine,

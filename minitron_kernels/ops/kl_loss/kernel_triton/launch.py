@@ -14,23 +14,20 @@ import triton
 from torch import Tensor
 from triton.runtime.driver import driver
 
-from minitron_kernels.ops.kl_loss.kernel_triton_linear import (
+from minitron_kernels.ops.kl_loss.divergence import NUM_STATE, NUM_STATS, NUM_SUMS, Divergence
+from minitron_kernels.ops.kl_loss.kernel_triton.linear import (
     finish_mixture_kernel,
     finish_stats_kernel,
     linear_kernel,
 )
-from minitron_kernels.ops.kl_loss.kernel_triton_rows import (
+from minitron_kernels.ops.kl_loss.kernel_triton.rows import (
     forward_kernel,
     grad_kernel,
     tile_mixture_kernel,
     tile_stats_kernel,
 )
 
-NUM_STATS = 6  # max_s, 1 / sum_s, max_t, 1 / sum_t, log (sum_s / sum_t), kl
-NUM_STATE = 5  # max_s, sum_s, max_t, sum_t, kl
-NUM_SUMS = 2  # terms of KL(T || M) and of KL(S || M)
 FORWARD_BLOCK, GRAD_BLOCK, FINISH_BLOCK = 4096, 2048, 128
-_FORWARD, _REVERSE, _JSD = 0, 1, 2
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Logits = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # student, teacher, and the bias of each
@@ -61,7 +58,7 @@ def linear_blocks(mixture: bool) -> LinearBlocks:
 class _Options(NamedTuple):
     """The ops' options as the kernels take them."""
 
-    kind: int
+    divergence: int
     shares: tuple[float, float]  # of student and teacher in JSD's M: 1 - beta in fp32 would be 0 next to 1
     floats: tuple[float, ...]  # factor, scale / cap and cap / tau of the student, then of the teacher
     caps: dict[str, bool]
@@ -78,10 +75,9 @@ def _kernel_options(
     floats: list[float] = []
     for scale, cap in ((student_scale, student_softcap), (teacher_scale, teacher_softcap)):
         floats += [scale * inv_tau, scale / cap if cap else 0.0, cap * inv_tau]
-    kind = _FORWARD if beta <= 0 else _REVERSE if beta >= 1 else _JSD
     caps = {"CAP_S": student_softcap != 0, "CAP_T": teacher_softcap != 0}
     shares = (1.0 - beta, max(beta, torch.finfo(torch.float32).tiny))
-    return _Options(kind, shares, tuple(map(float, floats)), caps)
+    return _Options(Divergence.of(beta).value, shares, tuple(map(float, floats)), caps)
 
 
 def _block(columns: int, most: int) -> dict[str, int]:
@@ -124,7 +120,7 @@ def forward(
             student, teacher, *biases, mask_bytes, loss, stats,
             vocab_size, student.stride(0), teacher.stride(0), mask_stride,
             *o.floats, *o.shares,
-            KIND=o.kind, **o.caps, **_block(vocab_size, FORWARD_BLOCK),
+            DIVERGENCE=o.divergence, **o.caps, **_block(vocab_size, FORWARD_BLOCK),
         )  # fmt: skip
 
 
@@ -150,7 +146,7 @@ def grad(
             student, teacher, *biases, mask_bytes, weight, stats, out,
             vocab_size, columns, student.stride(0), teacher.stride(0), mask_stride, weight.stride(0),
             out.stride(0), *o.floats, *o.shares,
-            KIND=o.kind, **o.caps, **block,
+            DIVERGENCE=o.divergence, **o.caps, **block,
         )  # fmt: skip
 
 
@@ -168,7 +164,7 @@ def tile_stats(
         tile_stats_kernel[(rows,)](
             student, teacher, *biases, mask_bytes, state,
             columns, student.stride(0), teacher.stride(0), mask_stride, state.stride(0), *o.floats,
-            FIRST=first, KIND=o.kind, **o.caps, **_block(columns, FORWARD_BLOCK),
+            FIRST=first, DIVERGENCE=o.divergence, **o.caps, **_block(columns, FORWARD_BLOCK),
         )  # fmt: skip
 
 
@@ -203,7 +199,7 @@ def finish_stats(
     with torch.cuda.device_of(states):
         finish_stats_kernel[(triton.cdiv(rows, FINISH_BLOCK),)](
             states, mask_bytes, loss, stats, rows, splits, mask_stride,
-            KIND=o.kind, BLOCK_N=FINISH_BLOCK, num_warps=FINISH_BLOCK // 32,
+            DIVERGENCE=o.divergence, BLOCK_N=FINISH_BLOCK, num_warps=FINISH_BLOCK // 32,
         )  # fmt: skip
 
 
@@ -258,7 +254,7 @@ def linear_stats(
         return
     states = _linear(student, teacher, None, vocab_size, options)
     finish_stats(states, mask, loss, stats, options)
-    if 0 < options[0] < 1:
+    if Divergence.of(options[0]).needs_second_look:
         sums = _linear(student, teacher, stats, vocab_size, options)
         finish_mixture(sums, mask, loss, stats, options)
 
@@ -280,7 +276,7 @@ def _linear(
             *student, *teacher, stats, out, rows, vocab_size, H, Ht,
             hidden.stride(0), head.stride(0), teacher_hidden.stride(0), teacher_head.stride(0),
             per_split, *o.floats, *o.shares,
-            KIND=o.kind, **o.caps, EVEN_S=H % blocks.hidden == 0, EVEN_T=Ht % blocks.hidden == 0,
+            DIVERGENCE=o.divergence, **o.caps, EVEN_S=H % blocks.hidden == 0, EVEN_T=Ht % blocks.hidden == 0,
             BLOCK_N=blocks.rows, BLOCK_V=blocks.vocab, BLOCK_H=blocks.hidden,
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip

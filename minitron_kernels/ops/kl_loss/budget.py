@@ -1,0 +1,15 @@
+"""The scratch memory of a call: schedules, default sizes, and what is said of a budget that is too small."""
+
+from __future__ import annotations
+
+SCHEDULES = ("auto", "store", "recompute")
+CPU_WORKSPACE_BYTES = 512 << 20  # by default
+GPU_WORKSPACE_BYTES = 2 << 30  # by default: chunks of 1600 rows at a vocabulary of 131072
+
+
+def too_small(budget: int, least: int, schedule: str, vocab_size: int, more: str = "") -> ValueError:
+    """The error for a budget with which no plan fits; `least` would do."""
+    return ValueError(
+        f"workspace_bytes={budget} is too small: the least that would do is {least} (schedule={schedule!r}, "
+        f"{more}vocabulary {vocab_size})"
+    )

@@ -1,0 +1,1 @@
+"""The Triton kernels of kl_loss and linear_kl_loss, and their launchers."""
