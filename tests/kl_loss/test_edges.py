@@ -14,8 +14,8 @@ from kl_loss.edges import (
     finite_rows,
     grad_bound,
     grad_is_defined,
-    masked_out_rows,
     linear_of,
+    masked_out_rows,
     truth,
 )
 from kl_loss.problems import BETA, force_operands, make_linear
