@@ -24,7 +24,7 @@ def at(temperature):
 
 
 def check_rows_at_edges(kernels, edges, beta, temperature):
-    """Parts of the vocabulary that underflow or are masked out in either model: losses and gradients of rows of logits."""
+    """Parts of the vocabulary that underflow or are masked out: losses and gradients of rows of logits."""
     student, teacher = edges.student.to(kernels.device), edges.teacher.to(kernels.device)
     loss, _, grad = rows(kernels, student, teacher, beta=beta, options=at(temperature))
     expected = truth(student, teacher, beta=beta, temperature=temperature)
