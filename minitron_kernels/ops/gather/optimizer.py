@@ -72,7 +72,7 @@ def gather_optimizer_state_(
             done.append((one, {}))
             continue
         if one.new in taken:
-            raise ValueError(f"{name}.new is already a parameter of the optimizer")
+            raise ValueError(f"{name}.new is a parameter of the optimizer already")
         taken.add(one.new)
         shape = _gathered_shape(one, name)
         if one.new.shape != shape:
