@@ -306,7 +306,7 @@ def importance_moments(
     if B == 0:
         return moments, counts
     block = min(PIECE_BYTES // x.element_size(), max(64, triton.next_power_of_2(M)))
-    blocks = max(1, triton.cdiv(M, block))  # tokens are valid also where there are no channels
+    blocks = max(1, triton.cdiv(M, block))  # tokens are counted also where there are no channels
     pieces = pieces_of(B, S, packed, blocks)
     partial = x.new_empty((num_moments, pieces.slots, M), dtype=torch.float32)
     piece_counts = x.new_empty(pieces.slots, dtype=torch.int32)

@@ -37,7 +37,7 @@ class Recorder:
     nothing. `position` below is that of a layer or norm in the axis's `modules`.
 
     Args:
-        scores: changed in position.
+        scores: changed in place.
         group: context-parallel ranks, which hold pieces of the same sequences.
         backend: see accumulate_importance_().
     """
