@@ -1,6 +1,6 @@
-"""Builds minitron_kernels._C where it can be built; everything else is in pyproject.toml.
+"""Builds minitron_kernels._C where that is possible; all other settings are in pyproject.toml.
 
-MINITRON_BUILD=auto    (default) C++ where a compiler is, CUDA where nvcc is
+MINITRON_BUILD=auto    (default) C++ if there is a compiler, CUDA if there is nvcc
 MINITRON_BUILD=python  no extension
 MINITRON_BUILD=cpu     C++ without CUDA, or an error
 MINITRON_BUILD=cuda    C++ and CUDA, or an error
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))  # for `python setup.py ...` from elsewhere
 from build_backend import compile, tools  # noqa: E402
 
 PLAN = tools.make_plan(tools.requested_mode())
-NOTE = "_not_built.txt"  # why there is no extension; read by minitron_kernels/_native.py
+NOTE = "_not_built.txt"  # says why there is no extension; minitron_kernels/_native.py reads it
 
 
 class Build(build):
@@ -34,9 +34,8 @@ class Build(build):
             line = "*" * 100
             text = f"WARNING: building minitron-kernels WITHOUT its C++ kernels: {PLAN.no_native}"
             print(line, text, line, sep="\n", file=sys.stderr)
-        shutil.rmtree(
-            self.build_lib, ignore_errors=True
-        )  # else modules deleted since the last build would be packed
+        # else modules that were deleted since the last build would be packed
+        shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
 
 
@@ -55,7 +54,7 @@ class BuildExt(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if PLAN.error:
             raise SystemExit(PLAN.error)
-        # a folder of our own: editable installs give a temporary build_temp, and nothing would be incremental
+        # not build_temp, which is temporary in editable installs: builds would not be incremental
         folder = ROOT / "build" / f"native-{self.plat_name}-{sys.implementation.cache_tag}"
         built = compile.build_extension(ROOT, folder, PLAN, self.distribution.get_version())
         target = Path(self.get_ext_fullpath(ext.name))

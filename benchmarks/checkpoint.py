@@ -1,15 +1,15 @@
-"""Pruning of a checkpoint on disk against copying the bytes that stay: time, MB/s, peak memory.
+"""Pruning a checkpoint on disk, compared with copying the kept bytes: time, MB/s, peak memory.
 
     python benchmarks/checkpoint.py                    # a 4 GB checkpoint; needs 11 GB of disk
     python benchmarks/checkpoint.py --quick            # 0.1 GB, seconds
     python benchmarks/checkpoint.py --folder /mnt/x --cache warm cold --threads 1,2 --json out.json
     python benchmarks/checkpoint.py --from out.json --markdown out.md           # measures nothing
 
-Makes a Mistral-shaped bf16 checkpoint of random numbers (hidden 5120, MLP 14336, fewer layers and tokens) in
-a temporary folder and prunes it to hidden 4096, MLP 11520 with random sorted channels. The floor is `cp` of
-the pruned weights, file by file, each followed by fsync: the same bytes, on the disk likewise. All in
-turns, each call in a fresh process. "warm": what is read lies in the page cache; "cold": it was dropped from
-it. A gate comes first: the result must be that of plain indexing.
+Makes a Mistral-shaped bf16 checkpoint of random numbers (hidden 5120, MLP 14336, fewer layers, a smaller
+vocabulary) in a temporary folder and prunes it to hidden 4096, MLP 11520 with random sorted channels. The
+floor is `cp` of the pruned weights, file by file, each followed by fsync: it also leaves the same bytes on
+the disk. All take turns, each call in a fresh process. "warm": the files that are read are in the page cache;
+"cold": they were dropped from it. A gate comes first: the result must be what plain indexing gives.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cache", nargs="+", default=["warm"], choices=["warm", "cold"])
     parser.add_argument("--threads", default=str(cores()), help="as 1,2; default: all cores")
     parser.add_argument("--reps", type=int, default=5, help="repetitions of each (default 5)")
-    parser.add_argument("--quick", action="store_true", help="0.1 GB, 2 repetitions: a smoke test")
+    parser.add_argument("--quick", action="store_true", help="0.1 GB, 2 repetitions, as a smoke test")
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--markdown", type=Path, help="write the table here")
     parser.add_argument("--from", dest="source", type=Path, help="read a result instead of measuring")
@@ -70,7 +70,7 @@ def run_row(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def gate(work: Path, row: str, plan: PruningPlan) -> int:
-    """Bytes that a row writes, whose result must be that of plain indexing. Keeps prune's, for cp."""
+    """Checks a row's result against plain indexing; returns the bytes written. Keeps prune's, for cp."""
     got = run_row({"work": row, "folder": str(work), "threads": 1})
     target = work / WORK[row][2]
     if wrong := right_tensors(work / "src", target, plan):
@@ -152,7 +152,7 @@ def table(result: dict[str, Any], run: dict[str, Any], draw: Any) -> str:
 
 
 def check_disk(folder: Path, gb: float) -> None:
-    needed = int(gb * 1e9 * 2.8)  # source, kept, one row's result
+    needed = int(gb * 1e9 * 2.8)  # the source, the kept weights and one row's result
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise SystemExit(

@@ -1,12 +1,12 @@
-"""Kept rows and columns of a weight: gather_channels against what else one would use, beside copying.
+"""Kept rows and columns of a weight: gather_channels and its alternatives, compared with copying.
 
     python benchmarks/gather.py                     # the weights of Mistral-NeMo 12B -> Minitron 8B
     python benchmarks/gather.py --quick
     python benchmarks/gather.py --case mlp runs --threads 1,2 --json out.json --markdown out.md
 
-The floor copies as many bytes as are kept, which lie side by side: no gather can be as fast, since it has to
-read what lies between them too. Each row writes to a tensor that has been written to before, where the
-implementation lets it. The result must be that of numpy's take, bit for bit.
+The floor copies as many contiguous bytes as are kept. No gather can be as fast, since it also has to read the
+bytes between them. Each row writes to an existing tensor if the implementation allows it. The result must be
+that of numpy's take, bit for bit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from common.bandwidth import Bench, Case, Row, main
 from common.dtypes import DTYPES
 
-# numpy has no bfloat16; every row but numpy's moves the dtype itself
+# numpy has no bfloat16, so its row moves integers; the other rows move the dtype itself
 INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
@@ -31,9 +31,9 @@ class Inputs:
     weight: Tensor
     rows: Tensor | None
     cols: Tensor | None
-    out: Tensor  # written by the rows
-    kept: Tensor  # copied from, by the floor
-    copy: Tensor  # copied to
+    out: Tensor  # the rows write to it
+    kept: Tensor  # the floor copies from it
+    copy: Tensor  # the floor copies to it
 
 
 def keep_some(size: int, count: int, run: int, generator: torch.Generator) -> Tensor | None:
@@ -88,7 +88,7 @@ def _advanced(x: Inputs) -> Callable[[], Tensor]:
 
 
 def _take(x: Inputs) -> Callable[[], Tensor]:
-    """Of a view as integers. mode="clip": with the default, numpy buffers what it writes to `out`."""
+    """numpy's take of a view as integers. mode="clip", since by default numpy buffers its writes to `out`."""
     integer = INTEGERS[x.weight.element_size()]
     weight, out = x.weight.view(integer).numpy(), x.out.view(integer).numpy()
     rows, cols = (None if keep is None else keep.numpy() for keep in (x.rows, x.cols))
@@ -117,7 +117,7 @@ def floor(x: Inputs) -> Callable[[], Any]:
 
 
 def poison(x: Inputs) -> None:
-    """Bits that no weight has: make_inputs() draws below 100."""
+    """Fills `out` with bits that no weight has: make_inputs() draws integers below 100."""
     x.out.view(INTEGERS[x.out.element_size()]).fill_(101)
 
 

@@ -1,12 +1,12 @@
-"""Importance of channels: fused accumulation against what else one would write, beside reading the memory.
+"""Importance of channels: fused accumulation and its alternatives, compared with reading the memory.
 
     python benchmarks/importance.py                     # [4, 2048, 14336] in bf16: a layer's MLP activations
     python benchmarks/importance.py --quick
     python benchmarks/importance.py --threads 1,2 --json out.json --markdown out.md
-    python benchmarks/importance.py --impl mean         # of the tables only what is new; then the collector
+    python benchmarks/importance.py --impl mean         # only one row of the tables; then the collector
 
-Score (batch L2, sequence mean): the mean of |x| over each sequence, then the L2 norm over the sequences.
-After the tables: what collecting all axes adds to the forward pass of a real model, SmolLM2-135M.
+The score (batch L2, sequence mean) is the mean of |x| over each sequence, then the L2 norm over sequences.
+After the tables comes what collecting all axes adds to the forward pass of a real model, SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _compiled(x: torch.Tensor) -> Call:
 
 
 def _modelopt(x: torch.Tensor) -> Call:
-    """NVIDIA ModelOpt's hook on Megatron activations, [S, B, C]: a copy in fp32, then mean and squares."""
+    """NVIDIA ModelOpt's hook on Megatron activations [S, B, C]: a copy in fp32, then mean and squares."""
     sequence_first = x.transpose(0, 1)
 
     def call() -> torch.Tensor:
@@ -94,14 +94,14 @@ def floor(x: torch.Tensor) -> Callable[[], Any]:
 
 
 def error(x: torch.Tensor, result: torch.Tensor) -> float:
-    """Relative, the worst channel, against float64 in NumPy."""
+    """The worst channel's relative error against float64 in NumPy."""
     means = np.stack([np.abs(sequence.cpu().double().numpy()).mean(0) for sequence in x])
     exact = np.sqrt((means**2).sum(0))
     return float(np.abs(result.double().cpu().numpy() / exact - 1).max())
 
 
 def poison(x: torch.Tensor) -> None:
-    """Other activations: a score that was kept from an earlier call is then wrong."""
+    """Changes the activations, so that a score from an earlier call is wrong."""
     x.mul_(0.5)
 
 

@@ -1,4 +1,4 @@
-"""The distillation loss against what else one would use: time, memory and error, beside the bare GEMMs.
+"""The distillation loss and its alternatives: time, memory and error, compared with the bare GEMMs.
 
     python benchmarks/kl_loss.py                  # a few minutes: real hidden states, then S and M
     python benchmarks/kl_loss.py --quick          # tens of seconds, a tiny shape
@@ -6,9 +6,10 @@
     python benchmarks/kl_loss.py --shape S L --threads 1,2 --dtype bf16 fp32 --full --json out.json
     python benchmarks/kl_loss.py --from out.json --plot out.png --markdown out.md     # measures nothing
 
-Forward KL from hidden states and heads, mean over the rows, forward and backward. Each implementation runs in
-a fresh process: memory first, then time in turns with the floor. Errors are against float64 on the same
-inputs. A gate comes first: at a small shape the library's own results must be right, or nothing is measured.
+Measured is forward KL from hidden states and heads, mean over the rows, forward and backward. Each
+implementation runs in a fresh process: memory first, then time in turns with the floor. Errors are against
+float64 on the same inputs. A gate comes first: nothing is measured unless the library's results are right at
+a small shape.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from kl_loss_rows.worker import FLOOR_FP32
 WORKER = Path(__file__).parent / "kl_loss_rows/worker.py"
 QUICK = ("naive", "naive-float", "liger", "torchtune", *OURS)
 DEFAULT_SHAPES = {"cpu": ["real", "S", "M"], "cuda": ["S", "M", "XL"]}
-# the default run's at its largest shape, where a small machine needs half a minute for one call and one floor
+# rows of the default run at its largest shape, where one call and one floor take half a minute
 AT_M = ("naive", *OURS, FLOOR_FP32)
 BUDGET_M_S = 30.0
-# the gate's bounds on (loss, dX, dW); 16-bit gradients are at best dz and the result, rounded once each
+# the gate's bounds on errors of (loss, dX, dW); in 16 bits, dz and the result are rounded once each
 BOUNDS = {"fp32": (1e-5, 5e-5, 5e-5), "bf16": (1e-5, 3e-3, 3e-3), "fp16": (1e-5, 2e-3, 2e-3)}
 
 
@@ -73,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--full", action="store_true", help="every row at every shape, at least 5 repetitions"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a tiny shape, nothing that compiles: a smoke test"
+        "--quick", action="store_true", help="a tiny shape, nothing that compiles, as a smoke test"
     )
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
@@ -106,7 +107,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def gate(keys: list[str], dtype: str, device: str, threads: int) -> None:
-    """Refuses to go on unless the library agrees with float64, far from the teacher and close to it."""
+    """Ends the run unless the library agrees with float64, both far from the teacher and close to it."""
     for kind in ("far", "close"):
         spec = {
             "work": "errors",
@@ -133,7 +134,7 @@ def gate(keys: list[str], dtype: str, device: str, threads: int) -> None:
 
 
 def take_errors(case: Case, dtype: str, device: str, threads: int, keys: list[str]) -> dict[str, Any]:
-    """Per kind of input: its KL, its size, and each implementation's errors."""
+    """{kind of input: its KL, its size, and each implementation's errors}."""
     small = error_case(case)
     result = {}
     for kind in ("real",) if case.file else ("far", "close"):
@@ -224,7 +225,7 @@ def measure(
 
 
 def backend_note(device: str) -> dict[str, Any]:
-    """Which backend of the library serves the loss here; {} where the library is absent."""
+    """The backend of the library that serves the loss here; {} if the library is absent."""
     try:
         from minitron_kernels import _backend
     except ImportError:

@@ -1,7 +1,7 @@
 """The same cases under pytest-benchmark, at a tiny shape: `pytest benchmarks --benchmark-only`.
 
-For comparing two versions of the library on one machine, with --benchmark-autosave and --benchmark-compare;
-kl_loss.py is for comparing it with others.
+Use it to compare two versions of the library on one machine, with --benchmark-autosave and
+--benchmark-compare; kl_loss.py compares it with other libraries.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""How minitron-kernels is built: PEP 517 hooks, the search for tools, the ninja file."""
+"""Builds minitron-kernels: PEP 517 hooks, the search for tools, the ninja file."""

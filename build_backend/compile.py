@@ -1,7 +1,7 @@
-"""From csrc/ to one shared object: one command per object file, run by ninja.
+"""Compiles csrc/ to one shared object: one command per object file, run by ninja.
 
-What a source file is compiled with follows from its name:
-  *.cu         nvcc, for every CUDA arch of the plan; only where there is CUDA
+How a source file is compiled follows from its name:
+  *.cu         by nvcc, for every CUDA arch of the plan; only where there is CUDA
   *_simd.cpp   once per SIMD level, with the level's -m flags and -DMINITRON_SIMD=<level>
   *.cpp        once
 """
@@ -19,13 +19,13 @@ from pathlib import Path
 
 from build_backend.tools import SIMD_FLAGS, Compiler, Cuda, Plan, Torch, find_ninja
 
-# the oldest libtorch whose stable ABI the sources may use: 2.13.0, whatever the headers' own version is
+# 2.13.0, the oldest libtorch whose stable ABI the sources may use, whatever the version of the headers
 TORCH_TARGET_VERSION = "0x020d000000000000"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command; `depfile` where the compiler lists the headers it read."""
+    """One command. `depfile` is where the compiler lists the headers that it read; None for a link."""
 
     output: Path
     inputs: list[Path]
@@ -34,7 +34,7 @@ class Step:
 
 
 def build_extension(root: Path, folder: Path, plan: Plan, version: str) -> Path:
-    """Compile and link what the plan says into `folder`; return the shared object's path."""
+    """Compiles and links what the plan says into `folder`; returns the path of the shared object."""
     folder.mkdir(parents=True, exist_ok=True)
     sources = sorted((root / "csrc").rglob("*.cpp")) + sorted((root / "csrc").rglob("*.cu"))
     _write_if_changed(folder / "build_config.h", config_header(plan, version))
@@ -81,7 +81,7 @@ def compile_steps(root: Path, folder: Path, plan: Plan, sources: list[Path]) -> 
 
 
 def common_flags(root: Path, folder: Path, compiler: Compiler, torch: Torch) -> list[str]:
-    """Optimisation, macros and include folders of every file."""
+    """The flags of every file: optimisation, macros and include folders."""
     include = torch.folder / "include"
     systems = [include, include / "torch/csrc/api/include", Path(sysconfig.get_path("include"))]
     return [
@@ -97,7 +97,9 @@ def common_flags(root: Path, folder: Path, compiler: Compiler, torch: Torch) -> 
 
 
 def host_flags() -> list[str]:
-    """Never -march=native: what is built here may run elsewhere. A switch has a case for each enumerator."""
+    """The C++ compiler's flags. Without -march=native, since the result may run on another machine; a switch
+    without a case for each enumerator is an error.
+    """
     return [
         "-Wall",
         "-Werror=switch",
@@ -108,7 +110,7 @@ def host_flags() -> list[str]:
 
 
 def cuda_flags(cuda: Cuda, compiler: Compiler) -> list[str]:
-    """Machine code for each arch and PTX of the newest."""
+    """nvcc's flags: machine code for each arch, and PTX of the newest."""
     newest = cuda.archs[-1]
     return [
         *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda.archs),
@@ -121,7 +123,7 @@ def cuda_flags(cuda: Cuda, compiler: Compiler) -> list[str]:
 
 
 def link_step(output: Path, objects: list[Path], plan: Plan) -> Step:
-    """No rpath: `import torch` comes first and has loaded the libraries by then."""
+    """The link command. It sets no rpath: `import torch` comes first and loads the libraries."""
     assert plan.compiler is not None and plan.torch is not None
     mac = sys.platform == "darwin"
     command = [
@@ -135,14 +137,14 @@ def link_step(output: Path, objects: list[Path], plan: Plan) -> Step:
         "-lc10",
     ]
     if plan.cuda:
-        # static and not exported, so that it cannot get in the way of the runtime that a CUDA torch brings
+        # static and not exported, so that it does not clash with the runtime that a CUDA torch brings
         command += [f"-L{folder}" for folder in plan.cuda.library_folders]
         command += ["-lcudart_static", "-ldl", "-lpthread", "-lrt", "-Wl,--exclude-libs,libcudart_static.a"]
     return Step(output, objects, command + shlex.split(os.environ.get("LDFLAGS", "")))
 
 
 def config_header(plan: Plan, version: str) -> str:
-    """The facts that module.cpp reports; strings in a file need no quoting for a shell."""
+    """A header with the facts that module.cpp reports: as -D flags, they would need quoting for a shell."""
     assert plan.compiler is not None and plan.torch is not None
     archs = (
         [f"sm_{arch}" for arch in plan.cuda.archs] + [f"compute_{plan.cuda.archs[-1]}"] if plan.cuda else []
@@ -160,8 +162,8 @@ def config_header(plan: Plan, version: str) -> str:
 
 
 def ninja_file(steps: list[Step], folder: Path) -> str:
-    """One rule for all, each step with its own command: a step whose command changed is run again."""
-    # builddir: where ninja keeps its logs, by default the folder it runs in, here the checkout
+    """The ninja file. Each step has its own command, so that it is run again when the command changes."""
+    # builddir: the folder of ninja's logs, by default the one it runs in, which is the checkout
     lines = ["ninja_required_version = 1.5", f"builddir = {_ninja_path(folder)}", ""]
     for kind, extra in (("compile", ["  deps = gcc", "  depfile = $out.d"]), ("link", [])):
         lines += [f"rule {kind}", "  command = $command", f"  description = {kind} $out", *extra, ""]
@@ -173,7 +175,7 @@ def ninja_file(steps: list[Step], folder: Path) -> str:
 
 
 def run_all(steps: list[Step]) -> bool:
-    """Without ninja: the same commands, all of them; the last one, the link, after the others."""
+    """Runs all commands, for lack of ninja: the last one, the link, after the others."""
 
     def run(step: Step) -> bool:
         step.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""PEP 517 hooks: setuptools' own, except that torch is asked for only where there is none to compile against.
+"""PEP 517 hooks: those of setuptools, except that torch is required only if none is there to compile against.
 
-The extension is compiled against torch's headers and linked against its libraries; nothing here imports
-torch. So a torch that is installed in the environment pip installs *into* serves as well as one inside pip's
-isolated build environment, and a second copy (up to several GB) is not downloaded. Built against the stable
-ABI of 2.13, the extension loads under that torch and under every later one.
+The extension is compiled against torch's headers and linked against its libraries; the build does not import
+torch. So a torch in the environment that pip installs *into* serves as well as one in pip's isolated build
+environment, and a second copy (up to several GB) is not downloaded. The extension is built against the stable
+ABI of 2.13 and loads under that torch and every later one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ __all__ = [
     "prepare_metadata_for_build_wheel",
 ]
 
-OLDEST_SETUPTOOLS = 77  # license expressions (PEP 639), and a bdist_wheel of its own
-TORCH_TO_BUILD_WITH = "torch==2.13.0"  # the oldest one supported, hence the headers that suit every later one
+OLDEST_SETUPTOOLS = 77  # the first with license expressions (PEP 639); it also has its own bdist_wheel
+TORCH_TO_BUILD_WITH = "torch==2.13.0"  # the oldest supported: built against it, every later one works
 
 Config = dict[str, Any] | None
 
@@ -36,7 +36,7 @@ Config = dict[str, Any] | None
 def get_requires_for_build_wheel(config_settings: Config = None) -> list[str]:
     mode = tools.requested_mode()
     if mode == "python" or isinstance(tools.find_compiler(), tools.Absent):
-        return []  # no compilation; in mode cpu or cuda the build itself says what is missing
+        return []  # nothing is compiled; in modes cpu and cuda the build itself says what is missing
     if mode == "cuda" and isinstance(cuda := tools.find_cuda(), tools.Absent):
         raise SystemExit(tools.cuda_required(cuda))  # before anything is downloaded
     return ["ninja"] if tools.find_torch() else ["ninja", TORCH_TO_BUILD_WITH]

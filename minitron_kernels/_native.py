@@ -1,4 +1,4 @@
-"""Loads the compiled extension once, on import, and remembers why where it could not be loaded."""
+"""Loads the compiled extension once, on import; if it cannot be loaded, keeps the reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# First: it loads libtorch, which the extension is linked against without saying where it lies.
+# Imported first, since it loads libtorch: the extension is linked against it without a path.
 import torch
 
 _HERE = Path(__file__).resolve().parent
@@ -17,7 +17,7 @@ _IS_CHECKOUT = (_HERE.parent / "setup.py").is_file()
 
 
 def _folders() -> list[str]:
-    """This folder; and, for Python started in a checkout, whose folder hides the installed one, that one."""
+    """This folder; in a checkout, which hides an installed package, also the folders of that on sys.path."""
     others = [str(Path(entry, _HERE.name)) for entry in sys.path] if _IS_CHECKOUT else []
     return [str(_HERE), *others]
 
@@ -30,7 +30,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    except (ImportError, OSError) as error:  # of another Python, or against a libtorch that lacks a symbol
+    except (ImportError, OSError) as error:  # built for another Python, or a libtorch that lacks a symbol
         return None, f"{spec.origin} does not load under torch {torch.__version__}: {error}"
     sys.modules[name] = module
     return module, None
@@ -65,5 +65,5 @@ def build_info() -> dict[str, Any]:
 
 
 def location() -> str | None:
-    """The extension's file."""
+    """The path of the extension's file; None where it is not loaded."""
     return _MODULE.__file__ if _MODULE is not None else None

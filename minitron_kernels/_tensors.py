@@ -1,4 +1,4 @@
-"""What every op wants of a tensor before a kernel sees it."""
+"""Checks that every op makes of its tensors, before a kernel sees them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def check_tensor(name: str, x: Any) -> None:
-    """A plain dense tensor whose memory is there.
+    """Checks that `x` is a plain dense tensor that has memory.
 
     Raises:
-        TypeError: no tensor, a DTensor, or one that is not dense.
+        TypeError: `x` is not a tensor, is a DTensor, or is not dense.
         ValueError: its storage was freed.
     """
     if not isinstance(x, Tensor):
@@ -26,7 +26,7 @@ def check_tensor(name: str, x: Any) -> None:
     if x.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {x.layout}: pass {name}.to_dense()")
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return  # no memory to look at; the kernels see the real tensors
+        return  # these tensors have no memory; the kernels see the real ones
     if x.untyped_storage().nbytes() == 0 and x.numel():
         raise ValueError(
             f"{name} has no memory: its storage was freed, as ZeRO-3 and FSDP do outside of the module's own "
@@ -35,7 +35,7 @@ def check_tensor(name: str, x: Any) -> None:
 
 
 def check_no_tangent(op: str, **tensors: Tensor) -> None:
-    """For an op without derivative: forward-mode AD would be zero in silence.
+    """Checks that no tensor carries a tangent, for ops without a derivative: AD would silently give zero.
 
     Raises:
         ValueError: one of the tensors carries a tangent.
@@ -48,5 +48,5 @@ def check_no_tangent(op: str, **tensors: Tensor) -> None:
 
 
 def _is_dtensor(x: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # there is no DTensor before it is imported
+    module = sys.modules.get("torch.distributed.tensor")  # no tensor is a DTensor before this is imported
     return module is not None and isinstance(x, module.DTensor)

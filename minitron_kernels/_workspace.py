@@ -1,7 +1,7 @@
-"""Scratch memory that is kept between calls: fresh pages cost more than the work done in them.
+"""Scratch memory that is kept between calls, since fresh pages cost more time than the work done in them.
 
-One buffer per device is kept, the largest that was asked for; calls at the same time on several threads get
-buffers of their own.
+For each device one buffer is kept, the largest that was asked for. Simultaneous calls on several threads get
+separate buffers.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _kept: dict[torch.device, Tensor] = {}
 
 @contextmanager
 def borrow(nbytes: int, device: torch.device) -> Iterator[Tensor]:
-    """A uint8 buffer of at least `nbytes` bytes, handed back at the end of the block."""
+    """Gives a uint8 buffer of at least `nbytes` bytes, and takes it back at the end of the block."""
     with _lock:
         buffer = _kept.pop(device, None)
     if buffer is None or buffer.numel() < nbytes:
-        del buffer  # before the larger one is made
+        del buffer  # frees it before the larger one is made
         buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
     try:
         yield buffer
@@ -35,12 +35,12 @@ def borrow(nbytes: int, device: torch.device) -> Iterator[Tensor]:
 
 
 def release_workspaces() -> None:
-    """Frees the scratch memory kept between calls; the next call allocates anew."""
+    """Frees the scratch memory that is kept between calls. The next call allocates it anew."""
     with _lock:
         _kept.clear()
 
 
 def workspace_bytes_held() -> int:
-    """Bytes of scratch memory kept between calls, all devices together."""
+    """Bytes of scratch memory that are kept between calls, on all devices together."""
     with _lock:
         return sum(buffer.numel() for buffer in _kept.values())

@@ -1,4 +1,4 @@
-"""A fresh process for one pruning of a checkpoint, or one copy; and what makes the checkpoint, and checks."""
+"""Prunes or copies a checkpoint once, in a fresh process; also makes the checkpoint and checks results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHARD_BYTES = 1_000_000_000
 
 
 def make_checkpoint(folder: Path, shape: dict[str, int], gb: float) -> tuple[dict[str, Any], int]:
-    """A Mistral-shaped checkpoint of about `gb`: its config and the bytes of its tensors."""
+    """Makes a Mistral-shaped checkpoint of about `gb`; returns its config and the bytes of its tensors."""
     config = {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
@@ -54,7 +54,8 @@ def make_checkpoint(folder: Path, shape: dict[str, int], gb: float) -> tuple[dic
     sizes, shards, filled = family.sizes(config), [{}], 0
     for index, parameter in enumerate(family.parameters(config)):
         tensor = torch.empty(parameter.shape(sizes), dtype=torch.bfloat16)
-        # 4e9 fresh numbers would take minutes. Starts differ, since equal embeddings and heads are tied
+        # numbers are reused, since drawing 4e9 takes minutes; from another start each time, since a head
+        # with the bytes of the embedding would be tied
         own = numbers[index:]
         for part in tensor.view(-1).split(len(own)):
             part.copy_(own[: len(part)])
@@ -66,8 +67,8 @@ def make_checkpoint(folder: Path, shape: dict[str, int], gb: float) -> tuple[dic
         shards[-1][parameter.name] = tensor
         filled += tensor.nbytes
     _save(shards[-1], folder / f"{len(shards)}.safetensors")
-    places = {name: f"{number}.safetensors" for number, shard in enumerate(shards, 1) for name in shard}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    files = {name: f"{number}.safetensors" for number, shard in enumerate(shards, 1) for name in shard}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     return config, 2 * family.count_parameters(config)
 
 
@@ -98,7 +99,7 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def _plain(plan: PruningPlan, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor pruned by torch's own indexing (norms by the library: they are rescaled)."""
+    """A tensor pruned by torch's indexing (norms by the library, since they are rescaled)."""
     if tensor.dim() == 1:
         return Cuts(plan).of(name, stored=True).apply(tensor)
     hidden = torch.tensor(plan.hidden)
@@ -112,15 +113,15 @@ def _plain(plan: PruningPlan, name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def right_tensors(source: Path, pruned: Path, plan: PruningPlan) -> str | None:
-    """None where the pruned checkpoint is that of plain indexing, else what differs."""
-    names, places = _index(source), {}
+    """None if the pruned checkpoint is what plain indexing gives, else what differs."""
+    names, files = _index(source), {}
     for path in sorted(pruned.glob("*.safetensors")):
         with safe_open(path, "pt") as stream:
-            places |= dict.fromkeys(stream.keys(), path.name)
-    if names.keys() != places.keys():
-        return f"tensors differ: {sorted(names.keys() ^ places.keys())[:3]}"
+            files |= dict.fromkeys(stream.keys(), path.name)
+    if names.keys() != files.keys():
+        return f"tensors differ: {sorted(names.keys() ^ files.keys())[:3]}"
     for name, file in names.items():
-        with safe_open(source / file, "pt") as before, safe_open(pruned / places[name], "pt") as after:
+        with safe_open(source / file, "pt") as before, safe_open(pruned / files[name], "pt") as after:
             if not torch.equal(_plain(plan, name, before.get_tensor(name)), after.get_tensor(name)):
                 return f"{name} is not what indexing gives"
     return None
@@ -145,7 +146,7 @@ def prune(folder: Path, threads: int) -> None:
 
 
 def load(folder: Path, threads: int) -> None:
-    """What one would write in ten lines: a shard at a time in memory."""
+    """What a user would write in ten lines: one shard in memory at a time."""
     plan = PruningPlan.load(folder / "plan.json")
     target = folder / "loaded"
     target.mkdir()
@@ -175,7 +176,7 @@ WORK: dict[str, tuple[Callable[[Path, int], None], str, str]] = {
 
 
 def _set_cache(files: list[Path], cache: str) -> None:
-    """Reads the files, so that they are in the page cache; or drops them from it."""
+    """Reads the files, so that they are in the page cache ("warm"); or drops them from it ("cold")."""
     buffer = bytearray(4 << 20)
     for path in files:
         with path.open("rb", buffering=0) as stream:

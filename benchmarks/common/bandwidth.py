@@ -1,7 +1,7 @@
-"""Benchmarks of ops that are bound by memory: each row in a fresh process, in turns with a floor that only
-reads or copies the bytes that no implementation can leave alone.
+"""Benchmarks of ops that are bound by memory. Each row is timed in a fresh process, in turns with a floor
+that only reads or copies the bytes that every implementation has to.
 
-A benchmark is a script that makes a `Bench` named BENCH and calls main(BENCH); workers import it by its name.
+A benchmark is a script that defines a `Bench` named BENCH and calls main(BENCH); workers import the script.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from common.harness import WorkerError, run_worker, summarize
 from common.machine import describe, facts
 
 WORKER = Path(__file__).with_name("bandwidth_worker.py")
-Case = Mapping[str, Any]  # of numbers and strings: goes to the worker as JSON
+Case = Mapping[str, Any]  # of numbers and strings, since it goes to the worker as JSON
 
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation. `build(inputs)` imports what it needs; what it returns is called and timed."""
+    """One implementation. `build(inputs)` imports what it needs and returns the call that is timed."""
 
     key: str
     label: str
     build: Callable[[Any], Callable[[], Any]]
-    package: str | None = None  # the distribution that brings it
-    pip: str | None = None  # how to get that
+    package: str | None = None  # the distribution that contains it
+    pip: str | None = None  # the command that installs it
     devices: tuple[str, ...] = ("cpu", "cuda")
-    ours: bool = False  # a failure ends the run
+    ours: bool = False  # whether it is the library's: then a failure ends the run
 
     def absent(self, device: str) -> str | None:
-        """Why it cannot be measured here, or None."""
+        """Why it cannot be measured here; None if it can."""
         if torch.device(device).type not in self.devices:
             return f"not on {device}"
         if self.package is None:
@@ -51,31 +51,32 @@ class Row:
 
 
 class Beside(Protocol):
-    """A module with what else a benchmark measures, after its tables."""
+    """A module that measures something more, after the tables of a benchmark."""
 
     def measure(self, say: Callable[[str], None], args: argparse.Namespace) -> dict[str, Any]:
-        """What goes into the result under the module's name."""
+        """Measures; returns the entry of the result under the module's name."""
 
     def lines(self, result: dict[str, Any]) -> list[str]:
-        """The same for a human; each line is a paragraph of the Markdown file."""
+        """The entry as text; each line is a paragraph of the Markdown file."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured.
+    """The description of a benchmark.
 
     Args:
         name: of the script, without .py.
         rows: the implementations.
-        cases: name -> case; the first is `quick`'s.
+        cases: name -> case; the first is that of --quick.
         default: names of the cases of a run without --case.
-        make_inputs: (case, device) -> whatever rows and floor take.
+        make_inputs: (case, device) -> inputs of the rows and of the floor.
         floor: inputs -> the call that only moves the bytes.
         floor_label: what the floor does.
         floor_bytes: inputs -> bytes read plus bytes written by the floor.
-        error: (inputs, result of a call) -> relative error against the truth; `bound` is what is allowed.
-        poison: inputs -> nothing; spoils what an earlier call may have left for a row to return.
-        beside: name -> what is measured besides; --only-tables leaves it out.
+        error: (inputs, result of a call) -> relative error against the truth.
+        bound: the largest error that is allowed.
+        poison: inputs -> None; changes them so that a result of an earlier call would be wrong.
+        beside: name -> what else is measured; --only-tables leaves it out.
     """
 
     name: str
@@ -113,7 +114,7 @@ def parse_args(bench: Bench, argv: list[str] | None, doc: str | None) -> argpars
     parser.add_argument(
         "--budget", type=float, default=4.0, help="seconds of timing for each row (default 4)"
     )
-    parser.add_argument("--quick", action="store_true", help="a small case: a smoke test")
+    parser.add_argument("--quick", action="store_true", help="a small case, as a smoke test")
     parser.set_defaults(only_tables=False)
     if bench.beside:
         parser.add_argument("--only-tables", action="store_true", help=f"without {', '.join(bench.beside)}")
@@ -131,7 +132,7 @@ def parse_args(bench: Bench, argv: list[str] | None, doc: str | None) -> argpars
 
 
 def measure(bench: Bench, name: str, threads: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One table. A row whose result is wrong is not timed: one of the library's own ends the run."""
+    """One table. A row whose result is wrong is not timed; if it is the library's, the run ends."""
     run: dict[str, Any] = {"case": name, **bench.cases[name], "threads": threads, "device": args.device}
     run |= {"floor_label": bench.floor_label, "rows": []}
     say(f"{bench.name}, {name}, {threads} thread(s)")
@@ -176,7 +177,7 @@ def _spread(summary: dict[str, float], show: Callable[[float], str]) -> str:
 
 
 def head(run: dict[str, Any]) -> str:
-    """What the table is of."""
+    """The heading of a table."""
     known = {"case", "threads", "device", "rows", "floor_label", "bytes", "floor_busy_s"}
     shape = ", ".join(f"{key} {value}" for key, value in run.items() if key not in known)
     where = (
@@ -220,7 +221,7 @@ def as_markdown(bench: Bench, result: dict[str, Any]) -> str:
 
 
 def main(bench: Bench, argv: list[str] | None = None, doc: str | None = None) -> dict[str, Any]:
-    """Parses the command line, measures, prints and writes. Returns the result; see results/README.md."""
+    """Parses the command line, measures, prints and writes. Returns the result (see results/README.md)."""
     args = parse_args(bench, argv, doc)
     packages = ["minitron-kernels", *(row.package for row in bench.rows if row.package)]
     result: dict[str, Any] = {"format": 1, "benchmark": bench.name, "machine": facts(args.device, packages)}

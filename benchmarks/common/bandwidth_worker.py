@@ -1,4 +1,4 @@
-"""A fresh process for one row of a benchmark of common/bandwidth.py."""
+"""Measures one row of a benchmark of common/bandwidth.py, in a fresh process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from common.harness import FOLDER, answer, extra_peak_bytes, interleave
 
 
 def gate(bench: Bench, inputs: Any, call: Callable[[], Any]) -> float:
-    """The relative error of a call that finds nothing of an earlier one; too large, it ends the process."""
+    """The relative error of a call on poisoned inputs; ends the process if it is too large."""
     bench.poison(inputs)
     error = bench.error(inputs, call())
     if not error <= bench.bound:  # NaN too
@@ -31,7 +31,7 @@ def bench_of(name: str) -> Bench:
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Whether the result is right; memory of one call; time in turns with the floor; whether it still is."""
+    """Checks the result, measures the memory of a call and its time in turns with the floor, checks again."""
     bench, device = bench_of(spec["bench"]), spec["device"]
     inputs = bench.make_inputs(spec["case"], device)
     call, floor = bench.row(spec["key"]).build(inputs), bench.floor(inputs)
@@ -42,7 +42,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     pairs = interleave(floor, call, device, budget_s=spec["budget_s"], reps=tuple(spec["reps"]))
     for name, samples in (("floor", pairs.floor), ("call", pairs.call)):
         result[name] = [[sample.wall_s, sample.busy_s] for sample in samples]
-    gate(bench, inputs, call)  # what was timed did the work, the last time as the first
+    gate(bench, inputs, call)  # the timed call must still do the work
     return result
 
 

@@ -1,8 +1,8 @@
-"""Measuring: time side by side with a floor, peak memory of one call, work in a fresh process.
+"""Measures time in turns with a floor, and the peak memory of a call; runs work in a fresh process.
 
-Machines are shared and drift, so a time alone says little. What is trusted is the ratio to the floor, taken
-in turns with it in one process, of *busy seconds*: on the CPU user + system seconds of the process, on CUDA
-the time between two events on the stream.
+Machines are shared and drift, so an absolute time says little. The figure to trust is the ratio to the floor,
+timed in turns with it in one process, in *busy seconds*: on the CPU the user + system seconds of the process,
+on CUDA the time between two events on the stream.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ def interleave(
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """Linear between the order statistics, as NumPy's default."""
+    """The q-quantile, linear between the order statistics, as NumPy's default."""
     if not values:
         raise ValueError("quantile of no values")
     ordered = sorted(values)
-    place = q * (len(ordered) - 1)
-    low = int(place)
+    position = q * (len(ordered) - 1)
+    low = int(position)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
 def summarize(values: Sequence[float]) -> dict[str, float]:
@@ -108,10 +108,10 @@ def status_bytes(field: str) -> int:
 
 
 def extra_peak_bytes(call: Callable[[], object], device: str) -> int | None:
-    """How far one call raises the memory of the process above where it stood; None where that cannot be told.
+    """The most bytes that one call adds to the memory of the process; None where that cannot be measured.
 
-    On the CPU: the kernel's high-water mark of resident pages, reset before the call. To be used once in a
-    fresh process, after a warm-up that loads what is loaded once: memory kept from earlier work goes unseen.
+    On the CPU it is the kernel's high-water mark of resident pages, which is reset before the call. Use it
+    once in a fresh process, after a warm-up that loads libraries: memory that earlier work kept is not seen.
     """
     gc.collect()
     if torch.device(device).type == "cuda":
@@ -122,10 +122,10 @@ def extra_peak_bytes(call: Callable[[], object], device: str) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # gives freed pages back, so that using them again counts
+        ctypes.CDLL(None).malloc_trim(0)  # returns freed pages, so that using them again is seen
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
         before = status_bytes("VmRSS")
-    except (OSError, AttributeError):  # not Linux with glibc, or no right to
+    except (OSError, AttributeError):  # not Linux with glibc, or not permitted
         call()
         return None
     call()
@@ -133,13 +133,13 @@ def extra_peak_bytes(call: Callable[[], object], device: str) -> int | None:
 
 
 class WorkerError(RuntimeError):
-    """A worker ended without a result; the message is its reason."""
+    """A worker ended without a result; the message says why."""
 
 
 def run_worker(
     script: Path, spec: dict[str, Any], *, threads: int, timeout_s: float = 3600
 ) -> dict[str, Any]:
-    """Runs `script` in a fresh process with `spec` as JSON on standard input; returns the JSON it answers."""
+    """Runs `script` in a fresh process with `spec` as JSON on its standard input; returns its JSON answer."""
     env = os.environ | {
         name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     }
@@ -168,7 +168,7 @@ def run_worker(
 
 
 def answer(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """The other end of run_worker(): keeps standard output for the answer, whatever libraries print."""
+    """The worker's side of run_worker(): only the answer goes to standard output, not libraries' prints."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     json.dump(work(json.load(sys.stdin)), out)

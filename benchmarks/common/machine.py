@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""Describes the machine that figures were measured on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-# vector and matrix units that decide how fast a GEMM or an exp can be
+# flags of vector and matrix units, which decide how fast a GEMM or an exp can be
 FLAGS = (
     "avx2",
     "fma",
@@ -28,7 +28,7 @@ FLAGS = (
 
 
 def cores() -> int:
-    """That this process may run on."""
+    """The number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -43,7 +43,7 @@ def _cpu() -> tuple[str, list[str]]:
 
 
 def facts(device: str, packages: Iterable[str] = ()) -> dict[str, Any]:
-    """Processor, software and date; the versions of those `packages` that are installed."""
+    """Processor, memory, software and date, with the versions of those `packages` that are installed."""
     cpu, flags = _cpu()
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     versions = {"torch": torch.__version__}
@@ -70,7 +70,7 @@ def facts(device: str, packages: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def _family() -> str | None:
-    """Family, model and stepping: virtual machines often hide the model's name."""
+    """The CPU's family, model and stepping, since virtual machines often hide its name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -81,7 +81,7 @@ def _family() -> str | None:
 
 
 def describe(machine: dict[str, Any]) -> str:
-    """One line for a human."""
+    """The facts in one line."""
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     where = machine.get("gpu") or f"{machine['cpu']} ({' '.join(machine['flags'])}), {machine['cores']} cores"
     return f"{where}; {packages}; {machine['date']}"

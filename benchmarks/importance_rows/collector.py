@@ -1,12 +1,12 @@
 """What collect_importance() adds to a forward pass of SmolLM2-135M.
 
-Steps of the collector and plain forward passes of the same weights take turns, now one first, now the other,
-so that the drift of the machine falls on both. A step is all that a batch costs: reading it, the forward pass
-with all axes' hooks, and putting the moments into the states. Both call the decoder without the LM head.
+Steps of the collector and plain forward passes with the same weights take turns, in alternating order, so
+that drift of the machine affects both. A step is all that a batch costs: reading it, the forward pass with
+the hooks of all axes, and adding the moments to the states. Both call the decoder without the LM head.
 
-On a shared machine passes differ by 5 to 10 %, always upward from what they take undisturbed, and in one
-process all lean the same way by a per cent or two, by where its memory lies. So several processes compare
-their fastest step with their fastest pass; the pairs are told too.
+On a shared machine passes take up to 10 % more time than undisturbed, and all those of a process are faster
+or slower by a per cent or two, depending on where its memory lies. So in each of several processes the
+fastest step is compared with the fastest pass; ratios of neighbouring pairs are reported too.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ PROCESSES, PAIRS = 6, 10
 
 
 def measure(say: Say, args: argparse.Namespace) -> dict[str, Any]:
-    """What scoring costs beside the forward pass, for some numbers of threads.
+    """Measures what scoring adds to a forward pass, for each number of threads.
 
     Returns:
-        {"model", "tokens", "dtype", "rows": [summary()]}; an overhead is step / forward pass - 1, of
+        {"model", "tokens", "dtype", "rows": [summary()]}. An overhead is step / forward pass - 1, of
         neighbours or of the fastest of each process.
     """
     if args.device != "cpu":
@@ -45,7 +45,7 @@ def measure(say: Say, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary(threads: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What `runs`, the samples of each process, say."""
+    """Summarises `runs`, the samples of each process."""
     turns = [turn for run in runs for turn in zip(run["forward"], run["step"], strict=True)]
     fastest = [min(wall for wall, _ in run["step"]) / min(wall for wall, _ in run["forward"]) for run in runs]
     return {

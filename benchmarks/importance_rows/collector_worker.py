@@ -1,4 +1,4 @@
-"""A fresh process of importance_rows/collector.py: forward passes and steps of the collector in turns."""
+"""Times forward passes and steps of the collector in turns, in a fresh process, for collector.py."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def _say(text: str) -> None:
 
 
 def _twin(model: torch.nn.Module) -> torch.nn.Module:
-    """A second model of the same weights, on which nobody hangs hooks."""
+    """A second model with the same weights, which gets no hooks."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
 
 def _check(model: Any, ids: torch.Tensor) -> None:
-    """The collector's neuron scores against those of a plain hook."""
+    """Checks the collector's neuron scores against those of a plain hook."""
     got = collect_importance(model, [ids], axes=("mlp",), progress=False).tables()["mlp"]
     for layer, wanted in enumerate(mlp_scores(model, ids)):
         torch.testing.assert_close(got[layer].float(), wanted, rtol=1e-4, atol=1e-6)
 
 
 def _turns(model: Any, ids: torch.Tensor, reps: int) -> tuple[list, list]:
-    """Samples (plain forward passes, the collector's steps), two of each less, for warming up."""
+    """(samples of plain forward passes, of the collector's steps), without two of each as a warm-up."""
     plain: list[Sample] = []
     steps: list[Sample] = []
     twin = _twin(model)

@@ -1,4 +1,4 @@
-"""What is measured: shapes, their inputs (far from the teacher, close to it, real), the truth in float64.
+"""The cases of kl_loss.py: shapes, inputs (far from the teacher, close to it, real), and float64 truth.
 
 N rows (tokens), H and Ht the hidden sizes of student and teacher, V the vocabulary.
 """
@@ -13,13 +13,13 @@ import torch
 
 from common.dtypes import DTYPES
 
-LOGIT_STD = 2.0  # two independent draws are then a KL of about 4 apart
-CLOSE_STD = 0.085  # of the difference of the logits: a KL of CLOSE_STD**2 / 2 = 0.0036
+LOGIT_STD = 2.0  # of the logits: the KL of two independent draws is then about 4
+CLOSE_STD = 0.085  # of the logits' difference: a KL of CLOSE_STD**2 / 2 = 0.0036
 
 
 @dataclass(frozen=True)
 class Case:
-    """A shape; `file` holds its inputs, else they are drawn."""
+    """A shape. `file` holds its inputs; None: they are random."""
 
     name: str
     N: int
@@ -92,7 +92,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, dtype: str, kind: str = "far", device: str = "cpu", seed: int = 0) -> Inputs:
-    """Draws the operands of `case`, "far" or "close"; a case with a file loads them, whatever `kind` is."""
+    """The operands of `case`: random, of the kind "far" or "close"; or those in its file, for any `kind`."""
     wanted = DTYPES[dtype]
     if case.file is not None:
         stored = torch.load(case.file, weights_only=True)
@@ -109,7 +109,7 @@ def make_inputs(case: Case, dtype: str, kind: str = "far", device: str = "cpu", 
     if kind == "far":
         operands = [draw(N, H), draw(V, H, LOGIT_STD / H**0.5), draw(N, Ht), draw(V, Ht, LOGIT_STD / Ht**0.5)]
         return Inputs.of(operands, wanted, device)
-    # Close: both share the first k channels; the wider one has others that add little to the logits.
+    # "close": both share the first k channels; the wider one has more, which add little to the logits
     k = min(H, Ht)
     hidden, head = draw(N, k), draw(V, k, LOGIT_STD / k**0.5)
 
@@ -129,7 +129,7 @@ def make_inputs(case: Case, dtype: str, kind: str = "far", device: str = "cpu", 
 
 
 def error_case(case: Case) -> Case:
-    """The part of `case` on which errors are taken: what float64 in NumPy can afford."""
+    """The part of `case` for which errors are computed: small enough for float64 in NumPy."""
     return replace(case, N=min(case.N, 256), V=case.V if case.file else min(case.V, 16384))
 
 
@@ -143,7 +143,7 @@ class Truth:
 
 
 def truth(inputs: Inputs) -> Truth:
-    """KL(teacher ‖ student), mean over the rows, from the very operands given, in float64 NumPy."""
+    """KL(teacher ‖ student), mean over the rows, of exactly these operands, in float64 NumPy."""
     X, W, Y, U = (operand.detach().cpu().double().numpy() for operand in inputs.operands)
 
     def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -159,6 +159,6 @@ def truth(inputs: Inputs) -> Truth:
 
 
 def relative_error(value: torch.Tensor, reference: np.ndarray) -> float:
-    """‖value − reference‖ / ‖reference‖, Frobenius, in float64."""
+    """‖value − reference‖ / ‖reference‖ in the Frobenius norm, in float64."""
     difference = value.detach().cpu().double().numpy() - reference
     return float(np.linalg.norm(difference) / np.linalg.norm(reference))

@@ -1,7 +1,7 @@
-"""The floor: the GEMMs that no implementation can do without, by torch.mm and nothing else.
+"""The floor: only the GEMMs that every implementation needs, by torch.mm.
 
-Teacher logits, student logits, gradient of the hidden states, gradient of the head, in blocks of rows and of
-tokens of the vocabulary, into buffers allocated before.
+These are the teacher's logits, the student's logits, the gradient of the hidden states and the gradient of
+the head, in blocks of rows and of vocabulary entries, into buffers that are allocated beforehand.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import torch
 
 from kl_loss_rows.cases import Case, Inputs
 
-# rows and tokens: blocks that stay near a CPU's caches, and that fill a GPU
+# rows and vocabulary entries of a block: small enough for a CPU's caches, large enough to fill a GPU
 BLOCKS = {"cpu": (512, 4096), "cuda": (8192, 16384)}
 
 
 def gemm_flops(case: Case) -> int:
-    """Of the four GEMMs: 2 N V (3 H + Ht)."""
+    """The flops of the four GEMMs: 2 N V (3 H + Ht)."""
     return 2 * case.N * case.V * (3 * case.H + case.Ht)
 
 
@@ -41,7 +41,7 @@ class Floor:
             for v in range(0, len(W), block_v):
                 cols = slice(v, min(v + block_v, len(W)))
                 size = (slice(0, rows.stop - rows.start), slice(0, cols.stop - cols.start))
-                dz = self.student_logits[size]  # any numbers will do: the time is that of dense operands
+                dz = self.student_logits[size]  # the values do not matter for the time of dense GEMMs
                 torch.mm(Y[rows], U[cols].t(), out=self.teacher_logits[size])
                 torch.mm(X[rows], W[cols].t(), out=dz)
                 torch.mm(dz, W[cols], out=self.dX[rows])

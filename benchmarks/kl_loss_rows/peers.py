@@ -1,6 +1,6 @@
-"""The implementations measured, each as a function from inputs to the mean forward KL.
+"""The implementations that are compared, each as a function from inputs to the mean forward KL.
 
-Every one is called as its own documentation says: no label masked, temperature 1, no cross-entropy mixed in.
+Each is called as its documentation says: no label is masked, temperature is 1, no cross-entropy is mixed in.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ class Implementation:
 
     key: str
     label: str
-    family: str  # shares a colour in the picture
+    family: str  # implementations of a family have one colour in the picture
     build: Callable[[], Loss]
-    package: str | None = None  # the distribution that brings it
-    pip: str | None = None  # how to get that
+    package: str | None = None  # the distribution that contains it
+    pip: str | None = None  # the command that installs it
     gives_kl: bool = True  # False: the value differs from the KL by a constant; the gradient is the same
-    compiles: bool = False  # compiled for each shape: warmed up on the very shape
+    compiles: bool = False  # whether it is compiled for each shape: then the warm-up has the same shape
     devices: tuple[str, ...] = ("cpu", "cuda")
-    backend: str | None = None  # of the library
+    backend: str | None = None  # of the library's own rows
 
     def serves(self, device: str) -> bool:
-        """Whether this row is one for the kind of device at all."""
+        """Whether this row exists for the kind of device."""
         return torch.device(device).type in self.devices
 
     def absent(self, device: str) -> str | None:
-        """Why it cannot be measured here, or None."""
+        """Why it cannot be measured here; None if it can."""
         if not self.serves(device):
             return f"not on {torch.device(device).type}"
         if self.version() is None:
@@ -52,7 +52,7 @@ class Implementation:
         return _backend.why_not("linear_kl_loss", self.backend, torch.device(device))
 
     def version(self) -> str | None:
-        """Of the package, or None where it is absent; torch's own need none."""
+        """The version of its package, or of torch if it needs none; None if the package is absent."""
         if self.package is None:
             return torch.__version__
         try:
@@ -79,7 +79,7 @@ def _naive_float(inputs: Inputs) -> torch.Tensor:
 
 
 def _compiled() -> Loss:
-    # tensors one by one: the compiler guards on them, not on our class
+    # separate tensors, so that the compiler guards on them and not on the class Inputs
     def loss(X: torch.Tensor, W: torch.Tensor, Y: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             teacher_logits = F.linear(Y, U).float()
@@ -122,7 +122,7 @@ def _liger_kl() -> Loss:
 
 
 def _torchtune() -> Loss:
-    # its __init__ wants torchao and more, none of which the loss uses: load the file alone
+    # the package's __init__ needs torchao and more, which the loss does not use: load this file only
     package = importlib.util.find_spec("torchtune")
     path = Path(package.submodule_search_locations[0]) / "modules" / "loss" / "kd_losses.py"
     spec = importlib.util.spec_from_file_location("torchtune_kd_losses", path)
@@ -170,7 +170,7 @@ def _trl_gkd() -> Loss:
 
 
 def _ours(backend: str, device: str, schedule: str) -> Implementation:
-    """A row of the library's: named after the backend where a device has several."""
+    """A row of the library, named after its backend where a device has several."""
 
     def build() -> Loss:
         from minitron_kernels import linear_kl_loss

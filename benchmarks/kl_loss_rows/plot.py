@@ -1,4 +1,4 @@
-"""The frontier as a picture: time against error, memory as the size of a dot, a panel for each table."""
+"""Draws time against error, with memory as the size of a dot, in one panel for each table."""
 
 from __future__ import annotations
 
@@ -46,33 +46,33 @@ SHORT = {
     "triton-store": "minitron Triton store",
     "triton-recompute": "minitron Triton recompute",
 }
-POINTS_PER_ROOT_MIB = 0.62  # radius of a dot: its area is proportional to the memory
+POINTS_PER_ROOT_MIB = 0.62  # radius of a dot per √MiB: its area is proportional to the memory
 
 
 def _radius(row: dict[str, Any]) -> float:
-    """In points; a small dot where memory is unknown."""
+    """The radius of a dot in points; small where memory is unknown."""
     return max(3.0, POINTS_PER_ROOT_MIB * math.sqrt((row["extra_peak_bytes"] or 0) / MIB))
 
 
 def _points(run: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    """The kind of input shown, close to the teacher where it can be, and the rows with all three figures."""
+    """(the kind of input shown, if possible "close"; the rows that have all three figures)."""
     kind = next((kind for kind in ("close", "real", "far") if kind in run["errors"]), "far")
     points = []
     for row in run["rows"]:
         if row["status"] == "ok" and row["key"] in SHORT and row["errors"].get(kind):
-            place = {"x": row["ratio"]["median"], "y": row["errors"][kind]["dW"], "radius": _radius(row)}
-            points.append(row | place)
+            point = {"x": row["ratio"]["median"], "y": row["errors"][kind]["dW"], "radius": _radius(row)}
+            points.append(row | point)
     return kind, points
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
-    """Common area of two boxes (x0, y0, x1, y1), as a share of the smaller one."""
+    """The common area of two boxes (x0, y0, x1, y1), as a share of the smaller one."""
     common = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     return common / min((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
 
 
 def _label(axes: Axes, rows: list[dict[str, Any]], size: float = 8.0) -> None:
-    """Writes each name beside its dot, where it covers least. The layout must be final."""
+    """Writes each name beside its dot, where it covers the least. The layout must be final."""
     renderer = axes.figure.canvas.get_renderer()
     point = axes.figure.dpi / 72
     frame = tuple(axes.get_window_extent().extents)
@@ -119,7 +119,7 @@ def _percent(value: float, _position: int | None = None) -> str:
 
 
 def _panel(axes: Axes, run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Everything but the names; returns the points to be named."""
+    """Draws everything but the names of points; returns the points."""
     kind, rows = _points(run)
     axes.set_title(title(run).replace(": ", "\n", 1), fontsize=9, color=INK, loc="left")
     if not rows:
@@ -132,12 +132,14 @@ def _panel(axes: Axes, run: dict[str, Any]) -> list[dict[str, Any]]:
     axes.set_ylim(min(ys) / 3.5, max(ys) * 4)
     axes.axvline(1.0, color=INK, lw=1, ls=(0, (4, 3)), zorder=1)
     for row in run["rows"]:
-        if row["key"] == "floor-fp32" and row["status"] == "ok":  # can be the faster one without bf16 units
+        if row["key"] == "floor-fp32" and row["status"] == "ok":  # faster than bf16 on some CPUs
             at = row["ratio"]["median"]
             axes.axvline(at, color=INK, lw=0.8, ls=":", zorder=1)
             axes.set_xlim(left=min(axes.get_xlim()[0], at * 0.85))
-            place = axes.get_xaxis_transform()
-            axes.text(at, 0.5, " in fp32", transform=place, fontsize=7, color=INK, rotation=90, ha="right")
+            transform = axes.get_xaxis_transform()
+            axes.text(
+                at, 0.5, " in fp32", transform=transform, fontsize=7, color=INK, rotation=90, ha="right"
+            )
     for row in sorted(rows, key=lambda row: -row["radius"]):
         colour = COLOURS[row["family"]]
         axes.plot(
@@ -167,7 +169,7 @@ def _panel(axes: Axes, run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _legend(figure: Any) -> None:
-    """Dots of known memory on a strip of its own below the panels."""
+    """Draws the legend, dots of known memory, on a strip below the panels."""
     strip = figure.add_axes((0, 0, 1, 1), zorder=-1)
     strip.set_axis_off()
     width, height = figure.get_size_inches()
@@ -191,7 +193,7 @@ def _legend(figure: Any) -> None:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Writes the picture of all tables of `result`, three to a line."""
+    """Writes the picture of all tables of `result`, three in a line."""
     runs = result["runs"]
     columns = min(3, max(1, len(runs)))
     lines = max(1, math.ceil(len(runs) / columns))
@@ -204,7 +206,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for axes in grid.flat[len(runs) :]:
         axes.set_visible(False)
     figure.canvas.draw()
-    figure.set_layout_engine("none")  # keeps the layout: names are placed by where things are now
+    figure.set_layout_engine("none")  # freezes the layout, which the positions of the names depend on
     for (axes, _), rows in zip(panels, points, strict=True):
         _label(axes, rows)
     _legend(figure)

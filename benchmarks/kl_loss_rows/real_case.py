@@ -1,7 +1,7 @@
 """Hidden states of a real pair: SmolLM2-135M, and as student a copy with a quarter of its MLP neurons cut.
 
-The neurons cut are those with the least mean |x| at down_proj's input on a calibration text; there is no
-training. All is cached.
+The cut neurons are those with the least mean |x| at down_proj's input on a calibration text; nothing is
+trained. All results are cached.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from common.models import (
 )
 from kl_loss_rows.cases import Case
 
-WINDOW = 512  # tokens the models see at once
+WINDOW = 512  # tokens in a sequence
 CALIBRATION_WINDOWS = 4
-KEEP = 0.75  # of the MLP neurons
+KEEP = 0.75  # share of the MLP neurons that stay
 
 
 @torch.no_grad()
 def cut_mlp(model: Any, scores: list[torch.Tensor], keep: float) -> Any:
-    """A copy of `model` in which each MLP keeps the share `keep` of its neurons, those that score most."""
+    """A copy of `model` in which each MLP keeps the share `keep` of its neurons, with the best scores."""
     small = copy.deepcopy(model)
     for layer, score in zip(small.model.layers, scores, strict=True):
         kept = score.topk(round(keep * len(score))).indices.sort().values
@@ -48,7 +48,7 @@ def cut_mlp(model: Any, scores: list[torch.Tensor], keep: float) -> Any:
 
 @torch.no_grad()
 def _hidden(model: Any, windows: torch.Tensor) -> torch.Tensor:
-    """What goes into the head, [tokens, H]: the last hidden states, after the final norm."""
+    """The head's inputs [tokens, H]: the last hidden states, after the final norm."""
     return torch.cat([model.model(window[None]).last_hidden_state[0] for window in windows])
 
 
@@ -58,7 +58,7 @@ def _perplexity(hidden: torch.Tensor, head: torch.Tensor, windows: torch.Tensor)
 
 
 def real_case(say: Say, tokens: int = 2 * WINDOW) -> tuple[Case, str]:
-    """The case "real" with its inputs in a file, and a sentence about it."""
+    """(the case "real", with its inputs in a file; a sentence about it)."""
     from transformers import __version__ as version
 
     folder = (

@@ -1,4 +1,4 @@
-"""The result of a benchmark of the KL loss as tables; results/README.md describes the dictionary it reads."""
+"""Results of kl_loss.py as tables. results/README.md describes the dictionary that they are made from."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def floor_line(run: dict[str, Any]) -> str:
 
 
 def roofline_line(run: dict[str, Any]) -> str | None:
-    """Where it was measured, on a GPU."""
+    """The roofline, which is measured on a GPU only."""
     if "roofline" not in run:
         return None
     best = run["roofline"]
@@ -63,7 +63,7 @@ def _time_columns(run: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
     extra, grads = row["extra_peak_bytes"], row["gradient_bytes"]
     beyond = None if extra is None else max(0, extra - grads)
     share = {}
-    if "roofline" in row:  # by the rates of the row's own process
+    if "roofline" in row:  # from the rates that the row's own process measured
         share["of roofline"] = f"{100 * row['roofline']['seconds'] / row['busy_s']['median']:.0f} %"
     return {
         LABEL: row["label"],
@@ -104,7 +104,7 @@ def _head(run: dict[str, Any]) -> list[str | None]:
 
 
 def as_text(run: dict[str, Any], width: int = 200) -> str:
-    """For a terminal of `width` columns: the errors in a table of their own where one would be too wide."""
+    """Text for a terminal of `width` columns; errors get a separate table if one table would be too wide."""
     rows = _measured(run)
     whole = _table_of([_time_columns(run, row) | _error_columns(run, row) for row in rows], tables.aligned)
     if len(whole.split("\n")[0]) <= width:

@@ -1,7 +1,7 @@
-"""A fresh process for one measurement of the KL loss; common.harness.run_worker() starts it.
+"""One measurement of the KL loss in a fresh process, started by common.harness.run_worker().
 
-The specification it reads says what to do: "measure" (memory of the first call, then time in turns with the
-floor) or "errors" (each implementation against float64 on one draw of inputs).
+The specification that it reads asks for "measure" (the memory of the first call, then time in turns with the
+floor) or "errors" (of each implementation against float64, on the same random inputs).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FLOOR_FP32 = "floor-fp32"
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Memory of one call and time in turns with the floor, of one implementation at one shape."""
+    """The memory of one call, and time in turns with the floor, of one implementation at one shape."""
     case, dtype, device = Case(**spec["case"]), spec["dtype"], spec["device"]
     inputs = make_inputs(case, dtype, device=device)
     values: list[torch.Tensor] = []
@@ -52,7 +52,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_work(inputs: Inputs, values: list[torch.Tensor], calls: int) -> None:
-    """Ends the process unless each of the `calls` gave a loss, the same one, and the last one gradients."""
+    """Ends the process unless each of the `calls` gave the same loss, and the last one gradients."""
     gradients = [inputs.student_hidden.grad, inputs.student_head.grad]
     found = [*values, *(gradient for gradient in gradients if gradient is not None)]
     whole = len(values) == calls and len(found) == calls + 2
@@ -63,7 +63,7 @@ def check_work(inputs: Inputs, values: list[torch.Tensor], calls: int) -> None:
 
 
 def errors(spec: dict[str, Any]) -> dict[str, Any]:
-    """Of the loss, dX and dW against float64, of several implementations on the same inputs."""
+    """Errors of loss, dX and dW against float64, of several implementations on the same inputs."""
     inputs = make_inputs(Case(**spec["case"]), spec["dtype"], spec["kind"], spec["device"], seed=1)
     exact = truth(inputs)
     rows: dict[str, Any] = {}
@@ -77,7 +77,7 @@ def errors(spec: dict[str, Any]) -> dict[str, Any]:
                 "dX": relative_error(inputs.student_hidden.grad, exact.dX),
                 "dW": relative_error(inputs.student_head.grad, exact.dW),
             }
-        except Exception as error:  # one that cannot run must not hide the others; its row says why
+        except Exception as error:  # one that cannot run must not stop the others; its row says why
             rows[key] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
     return {"kl": exact.loss, "rows": rows}
 

@@ -1,4 +1,4 @@
-"""ChannelIndex: the channels of one axis that are kept, checked once for any number of weights."""
+"""ChannelIndex: the kept channels of one axis, checked once for any number of weights."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _BLOCKS = (16, 8, 4, 2)
 class ChannelIndex:
     """Channels kept of an axis of `size`, checked once on the host.
 
-    A model's weights share a few of these (every layer's norms, rows and columns keep the same hidden
-    channels): made once, an index is neither checked nor copied to a device again.
+    The weights of a model share a few of these: every layer's norms, rows and columns keep the same hidden
+    channels. An index is checked, and copied to a device, only once.
 
     Args:
-        keep: [K] int64 or int32, on any device (on a GPU: one host sync, here and at no later use); in
-            [0, size), in any order, repeated or not.
+        keep: [K] int64 or int32 in [0, size), in any order, repeated or not; on any device. On a GPU this
+            costs one host sync here, and none at later uses.
         size: C, how many channels the axis has.
-        name: what errors call it.
+        name: what error messages call it.
 
     Attributes:
         values: [K] int64 on the CPU.
         size: C.
-        block: the largest b in 1, 2, 4, 8, 16 for which `keep` is made of whole blocks b·j ... b·j + b − 1: a
-            wider element can be moved in place of b narrow ones.
+        block: the largest b of 1, 2, 4, 8, 16 for which `keep` consists of whole blocks b·j ... b·j + b − 1.
+            Kernels can then move one wide element instead of b narrow ones.
 
     Raises:
-        TypeError: `keep` is no tensor of integers.
-        ValueError: `keep` is not one-dimensional, or an index is out of range; names the first one.
+        TypeError: `keep` is not a tensor of integers.
+        ValueError: `keep` is not one-dimensional, or an index is out of range; the message names the first.
     """
 
     def __init__(self, keep: Tensor, size: int, *, name: str = "keep") -> None:
@@ -40,8 +40,8 @@ class ChannelIndex:
             raise TypeError(f"size must be an int, got {type(size).__name__}")
         if size < 0:
             raise ValueError(f"size must not be negative, got {size}")
-        check_kind(name, keep)
-        # a copy: what was checked must not change with the caller's tensor
+        check_index_tensor(name, keep)
+        # a copy, so that the checked values do not change with the caller's tensor
         values = keep.detach().to("cpu", torch.int64, copy=True).contiguous()
         bad = (values < 0) | (values >= size)
         if bool(bad.any()):
@@ -65,12 +65,12 @@ class ChannelIndex:
 
     @property
     def block(self) -> int:
-        """See the class."""
+        """The largest block size that `keep` consists of; see the class."""
         if self._block is None:
-            self._block = next((b for b in _BLOCKS if self._is_made_of(b)), 1)
+            self._block = next((b for b in _BLOCKS if self._consists_of(b)), 1)
         return self._block
 
-    def _is_made_of(self, block: int) -> bool:
+    def _consists_of(self, block: int) -> bool:
         if len(self) == 0 or len(self) % block or self.size % block:
             return False
         groups = self.values.view(-1, block)
@@ -78,7 +78,7 @@ class ChannelIndex:
         return not bool((first % block).any() | (groups - first != torch.arange(block)).any())
 
     def on(self, device: torch.device, block: int = 1) -> Tensor:
-        """[K / block] int64 on `device`: the indices of the blocks; kept for the next call."""
+        """[K / block] int64 on `device`: the indices of the blocks. They are cached for later calls."""
         if device.type == "cpu" and block == 1:
             return self.values
         if (device, block) not in self._on:
@@ -87,8 +87,8 @@ class ChannelIndex:
         return self._on[device, block]
 
 
-def check_kind(name: str, keep: Any) -> None:
-    """`keep` is a one-dimensional tensor of int64 or int32."""
+def check_index_tensor(name: str, keep: Any) -> None:
+    """Checks that `keep` is a one-dimensional tensor of int64 or int32."""
     if not isinstance(keep, Tensor) or keep.dtype not in (torch.int64, torch.int32):
         got = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
         raise TypeError(f"{name} must be an int64 or int32 tensor, got {got}")

@@ -11,7 +11,7 @@ from minitron_kernels import _native
 from minitron_kernels._backend import pick
 from minitron_kernels._tensors import check_no_tangent, check_tensor
 from minitron_kernels.ops.gather import reference
-from minitron_kernels.ops.gather.index import ChannelIndex, check_kind
+from minitron_kernels.ops.gather.index import ChannelIndex, check_index_tensor
 
 # dtypes whose elements hold several channels each
 _PACKED = tuple(getattr(torch, name) for name in ("float4_e2m1fn_x2", "bits1x8", "bits2x4", "bits4x2"))
@@ -25,11 +25,11 @@ def gather_channels(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """weight[..., rows, :][..., cols]: one read of what is kept, one write, bit for bit.
+    """weight[..., rows, :][..., cols]: reads what is kept once, writes it once, bit for bit.
 
-    `cols` are of the last dimension, `rows` of the one before it; dimensions before these are kept whole
-    (experts [E, out, in]). A vector (a bias, a norm's gain) has `cols` only. An axis without indices is kept
-    whole; without any the weight is copied.
+    `cols` index the last dimension, `rows` the one before it; dimensions before these are kept whole (experts
+    [E, out, in]). A vector (a bias, a norm's gain) has `cols` only. An axis without indices is kept whole;
+    without any indices the weight is copied.
 
     Args:
         weight: [..., R, C] or [C], any dtype of 1, 2, 4, 8 or 16 bytes, any strides, any device.
@@ -39,8 +39,8 @@ def gather_channels(
             not overlap weight. Default: a new contiguous tensor.
         backend: "auto", "native", "triton" or "reference"; a named one never falls back.
 
-    Indices are checked on the host before anything is written, which for indices on a GPU is one sync each. A
-    ChannelIndex has been checked: make one of each set of channels that many weights share. Under
+    Indices are checked on the host before anything is written; for indices on a GPU that costs one sync each.
+    A ChannelIndex has been checked already: make one for each set of channels that many weights share. Under
     torch.compile, tensors of indices are checked where the op runs: a RuntimeError on the CPU, a device-side
     assertion on a GPU.
 
@@ -49,10 +49,10 @@ def gather_channels(
 
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape or device; an index out of range (names
-            the first); out overlaps itself or weight; `out` is unchanged. A dtype that packs several channels
-            into one element, or is quantized, is of the wrong kind. Also where grad mode is on and weight or
-            out requires grad, or where either carries a forward-mode tangent: there is no derivative, and
-            none is lost in silence; call it under torch.no_grad(), or detach.
+            the first); out overlaps itself or weight. `out` is then unchanged. Dtypes that pack several
+            channels into one element and quantized dtypes are refused. So are, since the op has no
+            derivative, a weight or out that requires grad while grad mode is on, or that carries a
+            forward-mode tangent: call it under torch.no_grad(), or detach.
         RuntimeError: the named backend cannot run here, and why.
 
     Source: structured pruning of Minitron (arXiv 2407.14679) section 2.3.
@@ -95,12 +95,12 @@ def gather_channels(
 
 
 def _index(name: str, keep: Any, size: int, device: torch.device) -> ChannelIndex | Tensor:
-    """What `keep` names, checked; under torch.compile the tensor itself, whose values are not known yet."""
+    """`keep` as a checked index; under torch.compile a tensor, whose values are not known yet."""
     if isinstance(keep, ChannelIndex):
         if keep.size != size:
             raise ValueError(f"{name} must be for weight's {size} channels, got one for {keep.size}")
         return keep
-    check_kind(name, keep)
+    check_index_tensor(name, keep)
     if not torch.compiler.is_compiling():
         return ChannelIndex(keep, size, name=name)
     values = keep.to(device, torch.int64).contiguous()
@@ -163,7 +163,7 @@ def _overlaps_itself(x: Tensor) -> bool:
     reach = 0  # elements between the first and the last that the smaller strides reach
     while left:
         at = 0
-        for i, (stride, _) in enumerate(left):  # torch.compile traces no sort of symbolic strides
+        for i, (stride, _) in enumerate(left):  # torch.compile cannot trace a sort of symbolic strides
             if stride < left[at][0]:
                 at = i
         stride, size = left.pop(at)
@@ -174,13 +174,13 @@ def _overlaps_itself(x: Tensor) -> bool:
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte and past the last one."""
+    """The addresses of the first byte and of the one after the last."""
     reach = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
     return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
 
 
-# custom_op reads the schema off the signature: the native op's arguments, and how many neighbours each of
-# cols stands for
+# custom_op reads the schema off the signature: the arguments of the native op, and col_block, the number of
+# neighbouring columns that each index of `cols` stands for
 @torch.library.custom_op("minitron_kernels::gather_channels_triton_", mutates_args=("out",))
 def _gather_triton_(
     out: Tensor, weight: Tensor, rows: Tensor | None, cols: Tensor | None, col_block: int

@@ -1,4 +1,4 @@
-"""An optimizer goes on with smaller parameters: its state is gathered as the parameters were."""
+"""gather_optimizer_state_(): cuts an optimizer's state as the parameters were cut, so that it can go on."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Index = Tensor | ChannelIndex | None
 
 
 class ParameterReplacement(NamedTuple):
-    """`new` takes the place of `old`, of which it keeps `rows` and `cols` (see gather_channels).
+    """`new` replaces `old`, of which it keeps `rows` and `cols` (see gather_channels).
 
-    new None: the parameter goes without a successor, as those of a layer that is dropped.
-    experts: of a stack of experts' weights [experts, rows, cols], (expert, rows, cols) for each that stays,
-        in their new order, instead of rows and cols; as Cut.experts of minitron_kernels.pruning.
+    new: None for a parameter that is removed, such as those of a dropped layer.
+    experts: for stacked weights of experts [experts, rows, cols], instead of rows and cols: (expert, rows,
+        cols) for each expert that stays, in their new order, as Cut.experts of minitron_kernels.pruning.
     """
 
     old: Tensor
@@ -36,35 +36,35 @@ def gather_optimizer_state_(
     """Replaces parameters of an optimizer by pruned ones, so that a training loop can prune and go on.
 
     In the state of each parameter, a tensor of the parameter's shape (Adam's moments, an fp32 master copy) is
-    gathered by the same rows and cols. One that is of size 1 along an axis (the factors of torch's
-    Adafactor), or lacks the axis (those of transformers' Adafactor), is gathered by those of the other; where
-    both axes are of one size, "row" or "col" in its name tells which it has. Numbers and tensors of one
-    element (`step`) are kept. The new parameter has the old one's place in its group, so that state_dict()
-    keeps its order. Old and new state of all the replacements of one call are held at the same time; several
-    calls need less.
+    gathered by the same rows and cols. A tensor that has size 1 along one of the two axes (the factors of
+    torch's Adafactor), or lacks it (those of transformers' Adafactor), is gathered along the other axis only;
+    where it lacks an axis of a square parameter, "row" or "col" in its name says which axis it has. Numbers
+    and tensors of one element (`step`) are kept. The new parameter takes the old one's position in its group,
+    so that state_dict() keeps its order. The old and the new state of all replacements of a call are in
+    memory at the same time; several calls need less.
 
     Args:
-        optimizer: any whose state is kept for each parameter and element by element; changed in place.
-        replacements: ParameterReplacement or plain tuples (old, new, rows, cols, experts). `new` is made by
-            the caller, as torch.nn.Parameter(gather_channels(old, rows, cols)); its dtype and device may
-            differ.
+        optimizer: any whose state is per parameter and element by element; changed in place.
+        replacements: ParameterReplacement or plain tuples (old, new, rows, cols, experts). The caller makes
+            `new`, as torch.nn.Parameter(gather_channels(old, rows, cols)); its dtype and device may differ.
 
     Raises:
-        TypeError: no optimizer, or state that is neither a tensor nor a number (LBFGS keeps lists).
-        ValueError: `old` is not the optimizer's or comes twice, `new` is there already or has another shape,
-            a state tensor has a shape that the parameter's does not explain, an index is out of range. The
-            optimizer is then unchanged.
+        TypeError: `optimizer` is not an optimizer, or its state is neither a tensor nor a number (LBFGS keeps
+            lists).
+        ValueError: `old` is not a parameter of the optimizer or comes twice; `new` is one already, or has
+            another shape; a state tensor has a shape that does not follow from the parameter's; an index is
+            out of range. The optimizer is then unchanged.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    places = {
+    positions = {
         param: (group, i) for group in optimizer.param_groups for i, param in enumerate(group["params"])
     }
-    taken = set(places)
+    taken = set(positions)
     done: list[tuple[ParameterReplacement, dict[str, Any]]] = []
     for number, given in enumerate(replacements):
         one, name = ParameterReplacement(*given), f"replacements[{number}]"
-        if one.old not in places:
+        if one.old not in positions:
             raise ValueError(f"{name}.old must be a parameter of the optimizer, got another tensor")
         if any(one.old is other.old for other, _ in done):
             raise ValueError(f"{name}.old comes a second time")
@@ -84,8 +84,8 @@ def gather_optimizer_state_(
     for one, state in done:
         had_state = optimizer.state.pop(one.old, None) is not None
         if one.new is not None:
-            group, place = places[one.old]
-            group["params"][place] = one.new
+            group, i = positions[one.old]
+            group["params"][i] = one.new
             if had_state:
                 optimizer.state[one.new] = state
     gone = {one.old for one, _ in done if one.new is None}
@@ -97,13 +97,13 @@ def gather_optimizer_state_(
 
 
 def _gathered_shape(one: ParameterReplacement, name: str) -> torch.Size:
-    """Of `old` after the cut, found and checked without touching its values."""
+    """The shape of `old` after the cut, computed and checked without reading its values."""
     if one.experts is not None:
         count = one.old.shape[0] if one.old.dim() == 3 else 0
         if not count or one.rows is not None or one.cols is not None:
             raise ValueError(
-                f"{name}: experts are of a stack [experts, rows, cols], and tell the rows and cols of each; "
-                f"got {tuple(one.old.shape)}"
+                f"{name}: experts needs an old of [experts, rows, cols], and rows and cols left out, since "
+                f"experts gives those of each; got {tuple(one.old.shape)}"
             )
         chosen = [expert for expert, _, _ in one.experts]
         if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= expert < count for expert in chosen):
@@ -129,10 +129,10 @@ def _gathered(value: Any, one: ParameterReplacement, name: str) -> Any:
         return value
     if len(old) > 1:
         rows, cols = shape == old[:-1], shape == (*old[:-2], old[-1])
-        if rows and cols:  # a square: its name tells
+        if rows and cols:  # a square parameter: the name decides
             rows, cols = "row" in name, "col" in name
         if rows != cols:
-            # as the factor with an axis of one element where it lacks one
+            # add the axis that it lacks, with one element, and cut it like a factor that has both
             return _cut(value.unsqueeze(-1 if rows else -2), one, rows=rows, cols=cols).squeeze(
                 -1 if rows else -2
             )
@@ -140,13 +140,13 @@ def _gathered(value: Any, one: ParameterReplacement, name: str) -> Any:
 
 
 def _fits(shape: torch.Size, old: torch.Size) -> bool:
-    """Whether a tensor has a parameter's shape, but for one element along some of the last two axes."""
+    """Whether `shape` is a parameter's shape `old`, except that the last two axes may have size 1."""
     along = zip(shape[-2:], old[-2:], strict=True)
     return shape[:-2] == old[:-2] and all(have in (size, 1) for have, size in along)
 
 
 def _cut(value: Tensor, one: ParameterReplacement, *, rows: bool, cols: bool) -> Tensor:
-    """`value` after the cut, of those of its last two axes that are the parameter's."""
+    """`value` after the cut, along those of its last two axes that are the parameter's."""
 
     def gathered(part: Tensor, row_index: Index, col_index: Index) -> Tensor:
         row_index, col_index = row_index if rows else None, col_index if cols else None

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# what torch's own indexing does not know (float8, ...) is moved as integers of the same width
+# dtypes that torch's indexing does not support (float8, ...) are moved as integers of the same size
 _INTEGER_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def gather_channels(weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
     """weight[..., rows, :][..., cols], a new tensor; an axis without indices is kept whole."""
     dtype = weight.dtype
-    integer = _INTEGER_OF.get(weight.element_size())  # none for complex128, which torch indexes
+    integer = _INTEGER_OF.get(weight.element_size())  # None for complex128, which torch's indexing supports
     out = weight if integer is None else weight.view(integer)
     if rows is not None:
         out = out.index_select(-2, rows)

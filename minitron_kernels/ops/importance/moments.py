@@ -1,4 +1,4 @@
-"""From activations to the moments of each sequence, by a backend's kernels; over ranks too."""
+"""The moments of each sequence from activations, by a backend's kernels; also over ranks."""
 
 from __future__ import annotations
 
@@ -13,36 +13,41 @@ from minitron_kernels._backend import pick
 from minitron_kernels.ops.importance import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# sequence aggregation -> what to add up for it
-KIND_OF = {"mean": reference.ABS, "L2": reference.SQUARE, "var": reference.CENTRED}
+# sequence aggregation -> the flag of the moments that it needs
+MOMENT_OF = {"mean": reference.ABS, "L2": reference.SQUARE, "var": reference.CENTRED}
 
 
-def planes_of(kinds: int) -> int:
-    """How many sums `kinds` asks for: |v|; v²; v and (v − v̄)²."""
-    return bool(kinds & reference.ABS) + bool(kinds & reference.SQUARE) + 2 * bool(kinds & reference.CENTRED)
+def num_moments(moment_flags: int) -> int:
+    """How many moments `moment_flags` asks for: Σ|v|; Σv²; Σv and Σ(v − v̄)²."""
+    absolute = bool(moment_flags & reference.ABS)
+    square = bool(moment_flags & reference.SQUARE)
+    return absolute + square + 2 * bool(moment_flags & reference.CENTRED)
 
 
 class Moments(NamedTuple):
-    """Sums over each sequence's tokens: `values` [planes, B, M], planes as `kinds` asks; `counts` [B].
+    """Sums over the tokens of each sequence.
 
-    Where G equal groups of the values see different tokens of a sequence, as experts do, `counts` is [B, G].
+    Attributes:
+        values: [moments, B, M], those that `flags` asks for.
+        counts: [B] tokens; [B, G] where G equal groups of the M values see different tokens, as experts do.
+        flags: ABS | SQUARE | CENTRED of reference.py.
     """
 
     values: Tensor
     counts: Tensor
-    kinds: int
+    flags: int
 
     def aggregate(self, seq: str) -> Tensor:
         """[B, M] float64: (1/n)Σ|v|, √Σv² or (1/n)Σ(v−v̄)² of each sequence; 0 for one without tokens."""
-        plane = {"mean": 0, "L2": int(bool(self.kinds & reference.ABS)), "var": -1}[seq]
-        value = self.values[plane].to(torch.float64, copy=True)
+        at = {"mean": 0, "L2": int(bool(self.flags & reference.ABS)), "var": -1}[seq]
+        value = self.values[at].to(torch.float64, copy=True)
         if seq == "L2":
             return value.sqrt_()
         return value.div_(_per_value(self.counts, value.shape[-1]).clamp(min=1))
 
 
 def check_activations(name: str, x: Any, dims: tuple[int, ...]) -> None:
-    """`x` is a float tensor of one of the numbers of dimensions."""
+    """Checks that `x` is a float tensor whose number of dimensions is one of `dims`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
@@ -53,7 +58,7 @@ def check_activations(name: str, x: Any, dims: tuple[int, ...]) -> None:
 
 
 def backend_for(x: Tensor, backend: str) -> str:
-    """The backend that serves importance for `x`: kernels read float32 and narrower."""
+    """The backend that serves importance for `x`: only the reference takes float64."""
     if x.dtype == torch.float64:
         if backend not in ("auto", "reference"):
             raise ValueError(f'x in float64 is served by backend="reference" only, got backend={backend!r}')
@@ -62,29 +67,29 @@ def backend_for(x: Tensor, backend: str) -> str:
 
 
 def moments_of(
-    x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, kinds: int, backend: str
+    x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, moment_flags: int, backend: str
 ) -> Moments:
-    """Checked arguments (op.py) to the moments of this rank's tokens. No host sync."""
-    return moments_by(backend_for(x, backend), x, mask, cu_seqlens, num_heads, kinds)
+    """The moments of this rank's tokens, from arguments that op.py has checked. No host sync."""
+    return moments_by(backend_for(x, backend), x, mask, cu_seqlens, num_heads, moment_flags)
 
 
 def moments_by(
-    chosen: str, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, kinds: int
+    chosen: str, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, moment_flags: int
 ) -> Moments:
-    """moments_of() by the backend that backend_for() gave, for whoever asks it once for many tensors."""
+    """moments_of() by the backend `chosen`, for callers that ask backend_for() once for many tensors."""
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         x = x.contiguous()
     if mask is not None:
         mask = mask.contiguous()
     if chosen == "native":
         values, counts = torch.ops.minitron_kernels.importance_moments.default(
-            x, mask, cu_seqlens, num_heads, kinds
+            x, mask, cu_seqlens, num_heads, moment_flags
         )
     elif chosen == "triton":
-        values, counts = _moments_triton(x, mask, cu_seqlens, num_heads, kinds)
+        values, counts = _moments_triton(x, mask, cu_seqlens, num_heads, moment_flags)
     else:
-        values, counts = reference.importance_moments(x, mask, cu_seqlens, num_heads, kinds)
-    return Moments(values, counts, kinds)
+        values, counts = reference.importance_moments(x, mask, cu_seqlens, num_heads, moment_flags)
+    return Moments(values, counts, moment_flags)
 
 
 def rows_of(x: Tensor, y: Tensor | None, backend: str) -> Tensor:
@@ -93,7 +98,7 @@ def rows_of(x: Tensor, y: Tensor | None, backend: str) -> Tensor:
 
 
 def rows_by(chosen: str, x: Tensor, y: Tensor | None) -> Tensor:
-    """rows_of() by the backend that backend_for() gave."""
+    """rows_of() by the backend `chosen`, as backend_for() gives it."""
     if x.shape[-1] > 1:
         x = x if x.stride(-1) == 1 else x.contiguous()
         y = y if y is None or y.stride(-1) == 1 else y.contiguous()
@@ -105,40 +110,41 @@ def rows_by(chosen: str, x: Tensor, y: Tensor | None) -> Tensor:
 
 
 def _per_value(counts: Tensor, values: int) -> Tensor:
-    """[B] or [B, G] counts -> float64 that goes with [B, values]."""
+    """[B] or [B, G] counts -> float64 that broadcasts against [B, values]."""
     if counts.dim() == 1:
         return counts.double()[:, None]
     return counts.double().repeat_interleave(values // max(counts.shape[1], 1), dim=1)
 
 
 def combine(moments: Moments, group: ProcessGroup | None) -> Moments:
-    """The moments of sequences that are cut over the ranks of a context-parallel group, in float64."""
+    """The moments of whole sequences, in float64, where each rank of a context-parallel group has pieces."""
     values, counts = moments.values.double(), moments.counts.clone()
     local = _per_value(moments.counts, values.shape[-1])
     torch.distributed.all_reduce(counts, group=group)
     centred = None
-    if moments.kinds & reference.CENTRED:
+    if moments.flags & reference.CENTRED:
         local_mean = values[-2] / local.clamp(min=1)
         centred = values[-1]
         values = values[:-1].contiguous()
     torch.distributed.all_reduce(values, group=group)
     if centred is not None:
-        # Chan et al. 1979: M2 of the union, from each part's own and its mean's distance from the union's
+        # Chan et al. 1979: Σ(v − v̄)² of the union is the parts' own, plus each part's count times the square
+        # of its mean's distance from the union's mean
         mean = values[-1] / _per_value(counts, values.shape[-1]).clamp(min=1)
         centred = centred + local * (local_mean - mean).square()
         torch.distributed.all_reduce(centred, group=group)
         values = torch.cat([values, centred[None]])
-    return Moments(values, counts, moments.kinds)
+    return Moments(values, counts, moments.flags)
 
 
-# custom_op reads the schema off the signature: these are the native ops' arguments
+# custom_op reads the schema off the signature: the arguments are those of the native ops, in their order
 @torch.library.custom_op("minitron_kernels::importance_moments_triton", mutates_args=())
 def _moments_triton(
-    x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, kinds: int
+    x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, moment_flags: int
 ) -> tuple[Tensor, Tensor]:
     from minitron_kernels.ops.importance.kernel_triton import importance_moments
 
-    return importance_moments(x, mask, cu_seqlens, num_heads, kinds)
+    return importance_moments(x, mask, cu_seqlens, num_heads, moment_flags)
 
 
 @torch.library.custom_op("minitron_kernels::importance_rows_triton", mutates_args=())
@@ -149,10 +155,10 @@ def _rows_triton(x: Tensor, y: Tensor | None) -> Tensor:
 
 
 def _fake_moments(
-    x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, kinds: int
+    x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, moment_flags: int
 ) -> tuple[Tensor, Tensor]:
     B = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    values = x.new_empty((planes_of(kinds), B, num_heads or x.shape[-1]), dtype=torch.float32)
+    values = x.new_empty((num_moments(moment_flags), B, num_heads or x.shape[-1]), dtype=torch.float32)
     return values, x.new_empty((B,), dtype=torch.int64)
 
 

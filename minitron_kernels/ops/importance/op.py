@@ -1,4 +1,4 @@
-"""Activation importance: accumulate_importance_() and its relatives for layers and experts."""
+"""Activation importance: accumulate_importance_(), and the same for layers and experts."""
 
 from __future__ import annotations
 
@@ -26,29 +26,30 @@ def accumulate_importance_(
 ) -> ImportanceState:
     """Adds the activations of some sequences to an importance state: one read of `x`, no host sync.
 
-    With v the channels of a token (or, with `num_heads`, the L2 norms of its heads) and n the tokens of
-    sequence b that count, the sequence aggregations a[b] that the state collects are
+    With v the channels of a token (or, with `num_heads`, the L2 norms of its heads) and n the number of valid
+    tokens of sequence b, the sequence aggregations a[b] that the state collects are
 
         mean  (1/n) Σ_t |v_t|        L2  √(Σ_t v_t²)        var  (1/n) Σ_t (v_t − v̄)²
 
     and Σ_b a[b], Σ_b a[b]² and the counts are added to the state. x is read in its own dtype; a sequence is
-    summed in fp32 and double, to about 1e-6, and on the CPU to the same bits for any number of threads.
+    summed in fp32 and fp64, with a relative error of about 1e-6. On the CPU the bits do not depend on the
+    number of threads.
 
     Args:
-        state: of C channels (or `num_heads`), on x's device; changed in place.
+        state: for C channels (or `num_heads` heads), on x's device; changed in place.
         x: [B, S, C], one sequence [S, C], or with `cu_seqlens` packed sequences [T, C]; float32, bfloat16,
             float16, or float64 (by the reference). Any strides; a stride other than 1 along C costs a copy.
             A sequence must not be cut in two along S, except over the ranks of `group`.
-        num_heads: x is the attention output [..., num_heads · head_dim] and what is scored are heads, by the
-            L2 norm over head_dim of each token (the paper's definition). ModelOpt's, from channels:
-            head_scores_from_channels().
-        mask: [B, S] ([S], [T]) bool or 0/1 integers, nonzero where a token counts. What the others hold is
-            not read.
-        cu_seqlens: [B + 1] int32 or int64, borders of the packed sequences, from 0 to T. Checked on the CPU
-            only, for that would be a host sync.
-        group: context-parallel ranks, which hold pieces of the same sequences: their sums and counts are
-            put together before a[b] is made, so that the result is that of the whole sequences, the same on
-            all ranks. Data-parallel ranks need none: see ImportanceState.all_reduce_().
+        num_heads: given where x is the attention output [..., num_heads · head_dim] and heads are scored, by
+            the L2 norm over head_dim of each token (the paper's definition). For NVIDIA ModelOpt's definition
+            collect channels and call head_scores_from_channels().
+        mask: [B, S] ([S], [T]) bool or 0/1 integers, nonzero where a token is valid. Other tokens are not
+            read.
+        cu_seqlens: [B + 1] int32 or int64, borders of the packed sequences, from 0 to T. Their values are
+            checked on the CPU only: on a GPU a check would be a host sync.
+        group: context-parallel ranks, which hold pieces of the same sequences. Their sums and counts are
+            added before a[b] is computed, so that the result is that of the whole sequences, and the same on
+            all ranks. Data-parallel ranks need no group: see ImportanceState.all_reduce_().
         backend: "auto", "native", "triton" or "reference"; a named one never falls back.
 
     Returns:
@@ -57,7 +58,7 @@ def accumulate_importance_(
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape or device; the state is unchanged. Also
             where x carries a forward-mode tangent: scores have no derivative. An x that requires grad is
-            fine, and the state records nothing of it.
+            allowed; no gradient is recorded.
         RuntimeError: the named backend cannot run here, and why.
 
     Source: Minitron (arXiv 2407.14679) section 2.2.
@@ -66,7 +67,7 @@ def accumulate_importance_(
         raise TypeError(f"state must be an ImportanceState, got {type(state).__name__}")
     check_activations("x", x, (2,) if cu_seqlens is not None else (2, 3))
     _check_plain(x=x)
-    whole = x.shape[:-1]
+    batch_shape = x.shape[:-1]
     if cu_seqlens is not None:
         cu_seqlens = _check_cu_seqlens(cu_seqlens, x)
     elif x.dim() == 2:
@@ -80,11 +81,11 @@ def accumulate_importance_(
         channels = num_heads
     if state.num_channels != channels:
         what = "heads" if num_heads else "channels"
-        raise ValueError(f"state must be of x's {channels} {what}, got one of {state.num_channels}")
+        raise ValueError(f"state must be for x's {channels} {what}, got one for {state.num_channels}")
     if state.sums.device != x.device:
         raise ValueError(f"state must be on x's device {x.device}, got {state.sums.device}: state.to(device)")
-    counted = None if mask is None else _check_mask(mask, whole, x.device)
-    moments = moments_of(x.detach(), counted, cu_seqlens, num_heads or 0, state.kinds, backend)
+    valid = None if mask is None else _check_mask(mask, batch_shape, x.device)
+    moments = moments_of(x.detach(), valid, cu_seqlens, num_heads or 0, state.moment_flags, backend)
     return state.add_(moments if group is None else combine(moments, group))
 
 
@@ -99,7 +100,8 @@ def head_scores_from_channels(scores: Tensor, num_heads: int) -> Tensor:
         [..., H], the dtype of `scores`.
 
     Raises:
-        TypeError, ValueError: no tensor, or heads that do not divide it.
+        TypeError, ValueError: `scores` is not a float tensor, or num_heads does not divide its last
+            dimension.
 
     Source: NVIDIA ModelOpt, torch.prune (Minitron); the paper takes the norm per token instead.
     """
@@ -121,17 +123,17 @@ def accumulate_block_importance_(
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> TokenMeanState:
-    """Adds a layer's block importance, 1 − cos(x_in, x_out) of each token that counts. No host sync.
+    """Adds a layer's block importance, 1 − cos(x_in, x_out) of each valid token. No host sync.
 
-    state.scores() is then BI = 1 − E[cos(x_in, x_out)] per layer: how much a layer turns its input. A token
-    whose input or output is zero counts as 1.
+    state.scores() is then BI = 1 − E[cos(x_in, x_out)] per layer: how far a layer changes the direction of
+    its input. A token whose input or output is zero adds 1.
 
     Args:
         state: of as many items as the model has layers; changed in place.
-        layer: which, from 0.
+        layer: its number, from 0.
         block_input: [..., D], the residual stream before the block; float32, bfloat16, float16, float64.
         block_output: [..., D], after it; same dtype.
-        mask: [...] bool or 0/1 integers, nonzero where a token counts.
+        mask: [...] bool or 0/1 integers, nonzero where a token is valid.
         backend: see accumulate_importance_().
 
     Returns:
@@ -157,14 +159,14 @@ def accumulate_block_importance_(
     if not 0 <= layer < state.num_items:
         raise ValueError(f"layer must be in [0, {state.num_items}), got {layer}")
     shape = block_input.shape[:-1]
-    counted = None if mask is None else _check_mask(mask, shape, block_input.device).reshape(-1)
+    valid = None if mask is None else _check_mask(mask, shape, block_input.device).reshape(-1)
     distance = rows_of(_rows(block_input), _rows(block_output), backend).double()
-    if counted is None:
+    if valid is None:
         state.sums[layer] += distance.sum()
         state.counts[layer] += distance.numel()
     else:
-        state.sums[layer] += torch.where(counted, distance, 0.0).sum()
-        state.counts[layer] += counted.sum()
+        state.sums[layer] += torch.where(valid, distance, 0.0).sum()
+        state.counts[layer] += valid.sum()
     return state
 
 
@@ -177,26 +179,27 @@ def accumulate_expert_importance_(
     gate: Tensor | None = None,
     backend: str = "auto",
 ) -> TokenMeanState:
-    """Adds ‖expert output‖₂ of each routed token to its expert; with `gate`, gate · ‖expert output‖₂ (REAP).
+    """Adds ‖expert output‖₂ of each routed token to its expert; with `gate`, gate · ‖expert output‖₂.
 
+    The latter is the score of REAP (router-weighted expert activation pruning, arXiv 2510.13999).
     state.scores() is then the mean over the tokens routed to each expert, 0 for an expert that saw none.
 
     Args:
         state: of as many items as there are experts; changed in place.
         expert_output: [T, H], one row per (token, expert) that was routed, before the gate is applied;
             float32, bfloat16, float16, float64.
-        expert_index: [T] int64 or int32, the expert that made each row; a negative one does not count.
-        gate: [T], the router's weight of each row. Source: REAP (arXiv 2510.13999).
+        expert_index: [T] int64 or int32, the expert that made each row; rows of a negative one are left out.
+        gate: [T], the router's weight of each row, for REAP.
         backend: see accumulate_importance_().
 
     Returns:
         state.
 
     Raises:
-        As accumulate_importance_(). An index beyond the experts is an error on the CPU; on a GPU it is
-        undefined, for a check would be a host sync.
+        As accumulate_importance_(). An index beyond the experts is an error on the CPU; on a GPU the result
+        is undefined, since a check would be a host sync.
 
-    Source: Minitron (arXiv 2407.14679) section 2.2, for experts as ModelOpt does.
+    Source: Minitron (arXiv 2407.14679) section 2.2, applied to experts as NVIDIA ModelOpt does.
     """
     _check_token_state(state)
     check_activations("expert_output", expert_output, (2,))
@@ -216,17 +219,17 @@ def accumulate_expert_importance_(
     _check_plain(expert_output=expert_output)
     _check_devices(state, expert_output=expert_output, expert_index=expert_index)
     experts = state.num_items
-    # under torch.compile index_add_ finds it
+    # under torch.compile, index_add_ raises the error
     on_host = expert_index.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_host and tokens and int(expert_index.max()) >= experts:
         raise ValueError(f"expert_index must be below {experts}, got {int(expert_index.max())}")
     norms = rows_of(_rows(expert_output), None, backend).double()
     if gate is not None:
         norms = norms * gate
-    counted = expert_index >= 0
+    valid = expert_index >= 0
     index = expert_index.clamp(min=0).long()
-    state.sums.index_add_(0, index, torch.where(counted, norms, 0.0))
-    state.counts.index_add_(0, index, counted.long())
+    state.sums.index_add_(0, index, torch.where(valid, norms, 0.0))
+    state.counts.index_add_(0, index, valid.long())
     return state
 
 
@@ -241,7 +244,7 @@ def _check_token_state(state: Any) -> None:
 
 
 def _check_plain(**tensors: Tensor) -> None:
-    """Tensors of activations, of which nothing is lost: no shards, no freed memory, no tangent."""
+    """Checks that the tensors are neither sharded nor freed, and that no tangent would be lost."""
     for name, x in tensors.items():
         check_tensor(name, x)
     check_no_tangent("importance", **tensors)
@@ -254,7 +257,7 @@ def _check_devices(state: TokenMeanState, **tensors: Tensor) -> None:
 
 
 def _check_mask(mask: Any, shape: torch.Size, device: torch.device) -> Tensor:
-    """The mask as bool, of the tokens' shape."""
+    """The mask as bool; checks that it has the tokens' shape."""
     if not isinstance(mask, Tensor) or mask.dtype.is_floating_point or mask.dtype.is_complex:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor or one of 0/1 integers, got {got}")
@@ -268,7 +271,7 @@ def _check_mask(mask: Any, shape: torch.Size, device: torch.device) -> Tensor:
 
 
 def _check_cu_seqlens(cu_seqlens: Any, x: Tensor) -> Tensor:
-    """The borders as int64, and on the CPU whether they rise from 0 to T."""
+    """The borders as int64; on the CPU, checks that they rise from 0 to T."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {got}")

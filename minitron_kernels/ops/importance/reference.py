@@ -5,36 +5,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ABS, SQUARE, CENTRED = 1, 2, 4  # what `kinds` adds up: |v|; v²; v and (v − mean)²
+ABS, SQUARE, CENTRED = 1, 2, 4  # flags of the moments to add up: |v|; v²; v and (v − mean)²
 
 
 def importance_moments(
-    x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, kinds: int
+    x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, moment_flags: int
 ) -> tuple[Tensor, Tensor]:
-    """[B, S, C] or [T, C] -> ([planes, B, M] float32 (float64 for float64), [B] int64); as the native op."""
+    """x [B, S, C] or [T, C] -> moments [moments, B, M] and counts [B] int64, as the native op.
+
+    Moments are float32, of float64 activations float64.
+    """
     tokens, owner, B = _flat(x, cu_seqlens)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     v = tokens.to(wide)
     if num_heads:
         v = torch.linalg.vector_norm(v.unflatten(-1, (num_heads, -1)), dim=-1)
-    counted = torch.ones_like(owner) if mask is None else mask.reshape(-1).long()
-    v = v.masked_fill(counted[:, None] == 0, 0.0)  # what padding holds may be NaN
-    counts = torch.zeros(B, dtype=torch.int64, device=x.device).index_add_(0, owner, counted)
+    valid = torch.ones_like(owner) if mask is None else mask.reshape(-1).long()
+    v = v.masked_fill(valid[:, None] == 0, 0.0)  # masked tokens may hold NaN
+    counts = torch.zeros(B, dtype=torch.int64, device=x.device).index_add_(0, owner, valid)
 
     def total(values: Tensor) -> Tensor:
         zeros = torch.zeros(B, v.shape[1], dtype=torch.float64, device=x.device)
         return zeros.index_add_(0, owner, values.double())
 
-    planes = []
-    if kinds & ABS:
-        planes.append(total(v.abs()))
-    if kinds & SQUARE:
-        planes.append(total(v.double().square()))
-    if kinds & CENTRED:
-        planes.append(total(v))
-        mean = planes[-1] / counts.clamp(min=1)[:, None]
-        planes.append(total((v.double() - mean[owner]).square() * counted[:, None]))
-    return torch.stack(planes).to(wide), counts
+    moments = []
+    if moment_flags & ABS:
+        moments.append(total(v.abs()))
+    if moment_flags & SQUARE:
+        moments.append(total(v.double().square()))
+    if moment_flags & CENTRED:
+        moments.append(total(v))
+        mean = moments[-1] / counts.clamp(min=1)[:, None]
+        moments.append(total((v.double() - mean[owner]).square() * valid[:, None]))
+    return torch.stack(moments).to(wide), counts
 
 
 def importance_rows(x: Tensor, y: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What calibration has gathered so far: small sums that add over batches and ranks."""
+"""What calibration has gathered so far: small sums, which can be added over batches and ranks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from minitron_kernels.ops.importance.moments import KIND_OF, Moments
+from minitron_kernels.ops.importance.moments import MOMENT_OF, Moments
 
 BATCH_AGGREGATIONS = ("L2", "mean", "var")
 
 
 class _Sums:
-    """Named tensors that add: over batches, data-parallel ranks and after a resume."""
+    """Named tensors that can be added: over batches, over data-parallel ranks, and after a resume."""
 
     _names: tuple[str, ...] = ()
 
@@ -30,7 +30,7 @@ class _Sums:
             y = getattr(other, name)
             if x.shape != y.shape:
                 raise ValueError(
-                    f"other must be of the same channels and aggregations: its {name} is {tuple(y.shape)}, "
+                    f"other must have the same channels and aggregations: its {name} is {tuple(y.shape)}, "
                     f"this one's {tuple(x.shape)}"
                 )
 
@@ -48,7 +48,7 @@ class _Sums:
         return {name: x.detach().clone() for name, x in self._tensors().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes over what state_dict() gave; scores are then bitwise the same as if never interrupted.
+        """Copies in what state_dict() gave. Scores are then bitwise the same as without an interruption.
 
         Raises:
             ValueError: a tensor is missing, or has another shape; nothing is changed then.
@@ -58,7 +58,7 @@ class _Sums:
                 raise ValueError(f"state must have {', '.join(self._names)}; {name} is missing")
             if state[name].shape != x.shape:
                 raise ValueError(
-                    f"state's {name} must be {tuple(x.shape)}, got {tuple(state[name].shape)}: it is of "
+                    f"state's {name} must be {tuple(x.shape)}, got {tuple(state[name].shape)}: it has "
                     "other channels or aggregations"
                 )
         for name, x in self._tensors().items():
@@ -70,7 +70,7 @@ class _Sums:
 
 
 class ImportanceState(_Sums):
-    """Moments over the calibration sequences of one axis's activations: C channels (or heads).
+    """Moments, over the calibration sequences, of the activations of one axis: C channels (or heads).
 
     With a[b, c] the sequence aggregation of sequence b, (1/n)Σ|x|, √Σx² or (1/n)Σ(x−x̄)² over its n tokens:
 
@@ -82,8 +82,8 @@ class ImportanceState(_Sums):
     Args:
         num_channels: C.
         seq: the sequence aggregations to collect, of "mean", "L2" and "var".
-        groups: G, for one state of many layers or experts, C / G channels each: they are counted apart.
-        device: where the sums live; that of the activations.
+        groups: G, for one state of many layers or experts, C / G channels each; tokens are counted for each.
+        device: where the sums are kept: the device of the activations.
 
     Attributes:
         sums: float64 [len(seq), C].
@@ -92,8 +92,8 @@ class ImportanceState(_Sums):
         tokens: int64 [], or [G].
 
     Raises:
-        TypeError, ValueError: num_channels is no number of channels, seq no such names, groups do not
-            divide the channels.
+        TypeError, ValueError: num_channels is not an int of at least 0, seq holds other names, or groups does
+            not divide num_channels.
 
     Source: Minitron (arXiv 2407.14679) section 2.2.
     """
@@ -114,8 +114,8 @@ class ImportanceState(_Sums):
             if num_channels % groups if groups else num_channels:
                 raise ValueError(f"groups must divide the {num_channels} channels, got {groups}")
         seq = (seq,) if isinstance(seq, str) else tuple(seq)
-        if not seq or len(set(seq)) != len(seq) or not set(seq) <= set(KIND_OF):
-            raise ValueError(f"seq must be different names out of {', '.join(KIND_OF)}, got {seq!r}")
+        if not seq or len(set(seq)) != len(seq) or not set(seq) <= set(MOMENT_OF):
+            raise ValueError(f"seq must be different names out of {', '.join(MOMENT_OF)}, got {seq!r}")
         self.seq = seq
         shape = (len(seq), num_channels)
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -135,12 +135,12 @@ class ImportanceState(_Sums):
         return self.tokens.shape[0] if self.tokens.dim() else None
 
     @property
-    def kinds(self) -> int:
-        """What the kernels have to add up, as the bits of reference.py."""
-        return sum(KIND_OF[name] for name in self.seq)
+    def moment_flags(self) -> int:
+        """The moments that the kernels have to add up: flags of reference.py."""
+        return sum(MOMENT_OF[name] for name in self.seq)
 
     def add_(self, moments: Moments) -> ImportanceState:
-        """Adds sequences by their moments (moments_of() of this state's `kinds`). Returns itself."""
+        """Adds sequences by their moments (moments_of() with this state's `moment_flags`). Returns itself."""
         for k, name in enumerate(self.seq):
             value = moments.aggregate(name)
             self.sums[k] += value.sum(0)
@@ -150,31 +150,32 @@ class ImportanceState(_Sums):
         return self
 
     def part(self, begin: int, end: int) -> ImportanceState:
-        """The groups from `begin` to `end` as a state of its own that shares memory: what is added to it is
-        added here.
+        """The groups from `begin` to `end` as a state that shares memory with this one: what is added to it
+        is added here.
 
         Raises:
-            ValueError: a state without groups, or there are no such groups.
+            ValueError: the state has no groups, or not these.
         """
         if self.groups is None:
             raise ValueError("part() needs a state of groups: ImportanceState(..., groups=)")
         _check_part(begin, end, self.groups)
-        width = self.num_channels // max(self.groups, 1)
+        size = self.num_channels // max(self.groups, 1)
         view = copy.copy(self)
-        view.sums = self.sums[:, begin * width : end * width]
-        view.squares = self.squares[:, begin * width : end * width]
+        view.sums = self.sums[:, begin * size : end * size]
+        view.squares = self.squares[:, begin * size : end * size]
         view.sequences, view.tokens = self.sequences[begin:end], self.tokens[begin:end]
         return view
 
     def scores(self, *, batch: str = "L2", seq: str = "mean") -> Tensor:
-        """The importance of each channel, float64 [C]; zeros while there are no sequences.
+        """The importance of each channel, float64 [C]; zeros before any sequence was added.
 
         Args:
-            batch: how sequences are put together: "L2" √Σa², "mean" (1/n)Σ|a|, "var" (1/n)Σ(a−ā)².
-            seq: how tokens were; one of this state's. ("L2", "mean") is the paper's best for width.
+            batch: how sequences are aggregated: "L2" √Σa², "mean" (1/n)Σ|a|, "var" (1/n)Σ(a−ā)².
+            seq: how tokens were aggregated; one of this state's. ("L2", "mean") is the paper's best for the
+                width of a model.
 
         Raises:
-            ValueError: no such aggregation, or it was not collected.
+            ValueError: `batch` or `seq` is not an aggregation, or `seq` was not collected.
         """
         if batch not in BATCH_AGGREGATIONS:
             raise ValueError(f"batch must be one of {', '.join(BATCH_AGGREGATIONS)}; got {batch!r}")
@@ -195,7 +196,7 @@ class ImportanceState(_Sums):
         return (self.squares[k] / n - mean.square()).clamp(min=0)
 
     def merge_(self, other: ImportanceState) -> ImportanceState:
-        """Adds the sequences of another state of the same channels and aggregations. Returns itself."""
+        """Adds the sequences of another state with the same channels and aggregations. Returns itself."""
         if isinstance(other, ImportanceState) and other.seq != self.seq:
             raise ValueError(f"other must have collected {self.seq}, got {other.seq}")
         self._merge(other)
@@ -207,9 +208,9 @@ class ImportanceState(_Sums):
         return self
 
     def all_gather(self, group: ProcessGroup | None = None) -> ImportanceState:
-        """The state of all channels, where tensor- or expert-parallel ranks hold some each, in rank order.
+        """The state of all channels, in rank order, where each tensor- or expert-parallel rank holds some.
 
-        Every rank must have as many channels and have seen the same sequences.
+        All ranks must have equally many channels and have seen the same sequences.
         """
         states = []
         gathered = {name: _gather(x, group) for name, x in self._tensors().items()}
@@ -222,9 +223,9 @@ class ImportanceState(_Sums):
 
     @classmethod
     def cat(cls, states: Iterable[ImportanceState]) -> ImportanceState:
-        """One state of the channels of all, in order.
+        """One state with the channels of all, in order.
 
-        Without groups they are of the same sequences, and the counts are the first's.
+        States without groups must be of the same sequences; the counts are taken from the first.
         """
         states = list(states)
         if not states:
@@ -256,18 +257,18 @@ class ImportanceState(_Sums):
 
 
 class TokenMeanState(_Sums):
-    """Means over tokens, of one number per token: for layers (block importance) and experts.
+    """Means over tokens of one number per token: for layers (block importance) and experts.
 
     Args:
-        num_items: M layers or experts.
-        device: where the sums live.
+        num_items: M, the number of layers or experts.
+        device: where the sums are kept.
 
     Attributes:
         sums: float64 [M].
         counts: int64 [M], tokens that were added to each.
 
     Raises:
-        TypeError, ValueError: num_items is no number of items.
+        TypeError, ValueError: num_items is not an int of at least 0.
     """
 
     _names = ("sums", "counts")
@@ -287,7 +288,7 @@ class TokenMeanState(_Sums):
         return self.sums / self.counts.clamp(min=1)
 
     def part(self, begin: int, end: int) -> TokenMeanState:
-        """The items from `begin` to `end` as a state of its own that shares memory."""
+        """The items from `begin` to `end` as a state that shares memory with this one."""
         _check_part(begin, end, self.num_items)
         view = copy.copy(self)
         view.sums, view.counts = self.sums[begin:end], self.counts[begin:end]
@@ -304,7 +305,7 @@ class TokenMeanState(_Sums):
         return self
 
     def all_gather(self, group: ProcessGroup | None = None) -> TokenMeanState:
-        """The state of all items, where expert-parallel ranks hold as many each, in rank order."""
+        """The state of all items, in rank order, where each expert-parallel rank holds equally many."""
         whole = TokenMeanState(0, device=self.sums.device)
         whole.sums = torch.cat(_gather(self.sums, group))
         whole.counts = torch.cat(_gather(self.counts, group))
@@ -312,7 +313,7 @@ class TokenMeanState(_Sums):
 
     @classmethod
     def cat(cls, states: Iterable[TokenMeanState]) -> TokenMeanState:
-        """One state of the items of all, in order."""
+        """One state with the items of all, in order."""
         states = list(states)
         whole = cls(0)
         if states:

@@ -1,1 +1,1 @@
-"""Cutting a checkpoint on disk, safely: whole or not at all."""
+"""Cuts a checkpoint on disk. The result appears complete, or not at all."""

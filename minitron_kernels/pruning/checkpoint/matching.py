@@ -1,6 +1,7 @@
-"""Which stored tensor is which parameter: wrappers' prefixes, heads tied or not, tensors that are more.
+"""Finds the parameter of each stored tensor: prefixes of wrappers, tied heads, tensors that are left out.
 
-Whether the head is tied, and what names begin with, is taken from the files themselves: they are loaded.
+Whether the head is tied, and which prefix names have, is decided by the files, not by config.json: the files
+are what transformers loads.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from minitron_kernels.pruning.families.names import family_names
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 
-# buffers that old checkpoints hold and transformers makes itself
+# buffers that old checkpoints hold, and that transformers computes
 _NOT_PARAMETERS = ".rotary_emb.inv_freq"
-# layers that guess tokens further ahead (multi-token prediction): transformers does not load them either
+# layers for multi-token prediction (MTP), which transformers does not load either
 _MTP_NAMES = ("mtp.", "mtp_layers.")
 MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers", "mtp_num_layers")
 _COMPARED_BYTES = 1 << 20
@@ -35,13 +36,13 @@ class Matched:
     """What becomes of the tensors of a checkpoint.
 
     Args:
-        plan: the plan, with the true tie_word_embeddings in both of its configs.
-        pairs: each tensor that stays with its cut, in the order of the model.
-        stored: whether experts are stored one by one, as checkpoints have them.
-        headless: whether it is a base model's, without a head.
-        root: what its names lack in front, and are to lack again: "model." of a base model's.
-        parameters: those of the source, a tied head once.
-        left_out: names of tensors that are not the model's: those asked for, and MTP layers.
+        plan: the plan, with tie_word_embeddings in both configs as the files have it.
+        pairs: (cut, tensor) for each tensor that stays, in the order of the model.
+        stored: whether experts are stored one by one, as is usual in checkpoints.
+        headless: whether the checkpoint is of a base model, without a head.
+        root: the prefix that its names lack, and that the result's names lack too: "model." for a base model.
+        parameters: their number in the source; a tied head counts once.
+        left_out: names of tensors that are not part of the model: those in leave_out, and MTP layers.
     """
 
     plan: PruningPlan
@@ -54,7 +55,7 @@ class Matched:
 
     @property
     def shapes(self) -> Shapes:
-        """Of the tensors to be written."""
+        """The names and shapes of the tensors to be written."""
         return {cut.name: cut.shape for cut, _ in self.pairs}
 
 
@@ -66,18 +67,18 @@ def match(
     rescale_norms: bool,
     leave_out: Sequence[str],
 ) -> Matched:
-    """Every tensor that stays with its cut.
+    """Finds every tensor that stays, and its cut.
 
     Args:
         source: the checkpoint's weights.
         config: its config.json.
         plan: what stays.
         rescale_norms: see Cuts.
-        leave_out: patterns (*, ?, [...]) of stored names that are no part of the model.
+        leave_out: patterns (*, ?, [...]) of stored names that are not part of the model.
 
     Raises:
-        ValueError: a parameter is not there, or in another shape; a tensor is no parameter; a pattern fits
-            none.
+        ValueError: a parameter is missing or has another shape; a tensor is not a parameter; a pattern
+            matches no tensor.
     """
     cuts = Cuts(plan, rescale_norms=rescale_norms)
     family, asked = cuts.family, _asked_for(source, leave_out)
@@ -101,7 +102,7 @@ def match(
     plan = _with_tied(plan, tied, family)
     cuts = Cuts(plan, rescale_norms=rescale_norms)
     without = {head} if headless else set()
-    # experts may be stored one by one, as transformers does, or stacked as they are in the model
+    # experts are stored one by one, as transformers does, or stacked, as they are in the model
     one_by_one = not set(cuts.names(stored=False)) - without <= set(tensors)
     wanted = [name for name in cuts.names(stored=one_by_one) if name not in without]
     _check_names(source, tensors, wanted, plan)
@@ -115,12 +116,12 @@ def match(
 
 
 def _asked_for(source: SourceFolder, patterns: Sequence[str]) -> set[str]:
-    """The stored names that the patterns fit."""
+    """The stored names that match a pattern."""
     asked: set[str] = set()
     for pattern in patterns:
         found = fnmatch.filter(source.tensors, pattern)
         if not found:
-            raise ValueError(f"{source.path}: leave_out has {pattern!r}, which fits no tensor there")
+            raise ValueError(f"{source.path}: leave_out has {pattern!r}, which matches no tensor there")
         asked.update(found)
     return asked
 
@@ -135,7 +136,7 @@ def _is_mtp(name: str, config: Mapping[str, Any], cuts: Cuts) -> bool:
 
 
 def _lacking_root(tensors: Mapping[str, StoredTensor], family: Family) -> str:
-    """What a base model's names lack in front of them ("model."); "" where they have it."""
+    """The prefix that a base model's names lack ("model."); "" where they have it."""
     root, _, leaf = family.embedding.rpartition(".")
     embedding = tensors.get(f"{root}.{leaf}.weight")
     lacking = root and embedding is not None and root.split(".")[-1] not in embedding.name.split(".")
@@ -148,9 +149,9 @@ def _is_class_of_base(config: Mapping[str, Any]) -> bool:
 
 
 def _is_tied(tensors: Mapping[str, StoredTensor], family: Family) -> bool:
-    """Whether the head is the embedding: it has the same bytes, or it is not there.
+    """Whether the head is tied to the embedding: it has the same bytes, or is missing.
 
-    Of two tensors that share memory save_pretrained() stores one, whatever the config says of them.
+    Of two tensors that share memory, save_pretrained() stores one, whatever the config says.
     """
     head, embedding = (tensors.get(f"{name}.weight") for name in (family.head, family.embedding))
     return head is None or (embedding is not None and _same_bytes(head, embedding))
@@ -170,7 +171,7 @@ def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _with_tied(plan: PruningPlan, tied: bool, family: Family) -> PruningPlan:
-    """The plan for a model whose head is tied or is not."""
+    """The plan with this tie_word_embeddings in its configs."""
     configs: dict[str, Any] = {
         name: {**entries, TIE_KEY: tied}
         for name in ("source_config", "target_config")
@@ -185,20 +186,20 @@ def _check_names(
     model = f"a {plan.source_config['model_type']} model of the plan's sizes"
     if missing := [name for name in wanted if name not in tensors]:
         raise ValueError(
-            f"{source.path}: lacks {_listed(missing)}, which {model} has; is it the whole of the checkpoint?"
+            f"{source.path}: lacks {_listed(missing)}, which {model} has; is the checkpoint complete?"
         )
     known = set(wanted)
     if extra := [tensor for name, tensor in tensors.items() if name not in known]:
         raise ValueError(
             f"{extra[0].file.path}: {_listed([tensor.name for tensor in extra])}: no parameter of {model}. "
-            "What the model works without can be named in leave_out, by a pattern as '*.k_scale'"
+            "Name what the model works without in leave_out, by a pattern such as '*.k_scale'"
         )
 
 
 def _pairs(
     tensors: Mapping[str, StoredTensor], wanted: Sequence[str], cuts: Cuts, stored: bool
 ) -> Iterator[tuple[Cut, StoredTensor]]:
-    """Every tensor that stays with its cut, in the order of the model; ValueError unless shapes fit."""
+    """(cut, tensor) for each tensor that stays, in the order of the model; ValueError unless shapes fit."""
     for name in wanted:
         tensor, cut = tensors[name], cuts.of(name, stored=stored)
         if cut is None:
@@ -217,7 +218,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def check_result(matched: Matched, config: Mapping[str, Any], where: object) -> None:
-    """Checks names and shapes of what is to be written against the config to be written beside it.
+    """Checks the names and shapes of the result against the config that is written beside it.
 
     Raises:
         ValueError: transformers would not load it; names the first difference.
@@ -226,7 +227,7 @@ def check_result(matched: Matched, config: Mapping[str, Any], where: object) -> 
     try:
         if family.refuses(config) is None:
             expected = expected_shapes(config, stored=matched.stored, headless=matched.headless)
-        else:  # a plan that was asked for although transformers does not load it
+        else:  # the plan was made with loadable=False
             sizes = family.sizes(config)
             params = family.parameters(config, stored=matched.stored)
             expected = {param.name: param.shape(sizes) for param in params}

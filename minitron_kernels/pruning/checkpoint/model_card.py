@@ -1,4 +1,4 @@
-"""README.md of a pruned checkpoint: the source's card, with a note of what was done."""
+"""The README.md of a pruned checkpoint: the source's model card, with a note on the pruning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PLAN_FILE = "minitron_plan.json"
 
 
 def source_name(folder: Path) -> str:
-    """What to call a checkpoint: its folder's name, or owner/name of one in the hub's cache."""
+    """The name of a checkpoint: that of its folder, or owner/name for one in the hub's cache."""
     for part in folder.resolve().parts:
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/")
@@ -21,7 +21,7 @@ def source_name(folder: Path) -> str:
 
 
 def changed_sizes(before: Config, after: Config) -> dict[str, tuple[int, int]]:
-    """Sizes that differ between two configs of a family, by axis."""
+    """{axis: (before, after)} for sizes that differ between two configs of a family."""
     family = family_of(before)
     old, new = family.sizes(before), family.sizes(after)
     return {axis: (old[axis], new[axis]) for axis in old if new.get(axis, old[axis]) != old[axis]}
@@ -32,7 +32,7 @@ def model_card(source: str, source_card: str, before: Config, after: Config) -> 
 
     Args:
         source: the source's name.
-        source_card: its README.md, "" where there is none. Its front matter (license, ...) stays first,
+        source_card: its README.md; "" where there is none. Its front matter (license, ...) stays at the top,
             without the results of evaluations.
         before, after: configs of the source and of the pruned model.
     """
@@ -56,7 +56,7 @@ What was kept is recorded index by index in `{PLAN_FILE}`.
 
 
 def _without_results(front: str) -> str:
-    """Front matter without model-index: evaluations of the old weights, shown by hubs as the new one's."""
+    """Front matter without model-index: hubs would show these results of the old weights as the new ones'."""
     kept, inside = [], False
     for line in front.splitlines(keepends=True):
         continued = inside and line[0] in " \t\r\n-" and not line.startswith("---")

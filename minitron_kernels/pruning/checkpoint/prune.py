@@ -1,8 +1,9 @@
-"""Pruning of a checkpoint on disk: a folder of safetensors in, a smaller one out, without a model in memory.
+"""prune_checkpoint(): a folder of safetensors in, a smaller one out, without a model in memory.
 
-The new checkpoint holds, tensor by tensor, the bits of `prune_model(model, plan).save_pretrained()`: both get
-them from `cuts.Cuts`. The parts: `safetensors_files` reads and checks, `shards` streams, `staging` makes the
-folder appear whole or not at all, `model_card` writes the note.
+The new checkpoint holds, tensor by tensor, the same bits as `prune_model(model, plan).save_pretrained()`:
+both get them from `cuts.Cuts`. The parts: `safetensors_files` reads and checks files, `matching` finds the
+parameter of each tensor, `shards` streams, `staging` makes the folder appear complete or not at all,
+`side_files` chooses the other files to copy, `model_card` writes the README.
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 
 _OURS = ("config.json", "README.md", PLAN_FILE, INDEX_FILE)
-_SPARE_BYTES = 16 << 20  # beyond the files themselves, for folders and what else is being written
+_SPARE_BYTES = 16 << 20  # disk space beyond that of the files, for folders, the config and others' writes
 
 
 @dataclass(frozen=True)
 class PrunedCheckpoint:
-    """What `prune_checkpoint` made.
+    """The result of `prune_checkpoint`.
 
     Args:
         path: the folder.
         files: names of its safetensors files.
-        parameters_before, parameters_after: counted in the tensors of both.
-        nbytes: of the new tensors.
+        parameters_before, parameters_after: numbers of parameters, counted in the tensors.
+        nbytes: bytes of the new tensors.
         resumed_files: those of `files` that an earlier call had finished.
-        left_out_files: what lies beside the weights of the source, and was not copied.
-        left_out_tensors: of the source: those asked for by leave_out, and MTP layers.
+        left_out_files: files beside the source's weights that were not copied.
+        left_out_tensors: tensors of the source that were left out: those in leave_out, and MTP layers.
     """
 
     path: Path
@@ -78,36 +79,37 @@ def prune_checkpoint(
 
     Tensors are streamed block by block: memory does not grow with the model. Headers, index, names, shapes
     and config of `src` are checked before anything is written. `dst` appears at the end by one rename, when
-    all of it is on the disk: killed at any moment there is either no `dst` or a complete one (with
+    all of it is on the disk. If the process is killed, there is either no `dst` or a complete one (with
     `overwrite` the old or the new one, on file systems that can exchange two names). Finished files stay in a
-    hidden folder beside it, and the same call goes on from there. `src` is only read.
+    hidden folder beside it, and the same call continues from there. `src` is only read.
 
-    Names of `src` may begin as wrappers make them (module., _orig_mod., language_model. ...), or lack
-    "model.", as a base model's do; wrappers' prefixes are taken off. Whether the head is the embedding is
-    seen in the files, and config.json says what is true. What is written is compared with the model that
-    transformers makes of the config beside it.
+    Names in `src` may have prefixes of wrappers (module., _orig_mod., language_model. ...), which are
+    removed, or lack "model.", as a base model's do. Whether the head is tied to the embedding is decided by
+    the files, and config.json is corrected. The result is compared with the model that transformers makes of
+    its config.
 
-    Beside the weights: config.json (the plan's target), tokenizer, templates, generation settings, code and
-    licence of `src`, minitron_plan.json, and README.md, the source's card with a note of what was done. Other
-    files of `src` are left out, for they may describe the old weights; the result lists them.
+    Beside the weights, `dst` gets config.json (the plan's target), the tokenizer, templates, generation
+    settings, code and licence of `src`, minitron_plan.json, and README.md: the source's model card with a
+    note on the pruning. Other files of `src` are left out, since they may describe the old weights; the
+    return value lists them.
 
     Args:
         src: folder with config.json and safetensors, in one file or sharded with an index.
-        dst: folder to be made.
-        plan: from make_plan, for a model of src's sizes.
-        max_shard_bytes: of tensors in one file of `dst`; a tensor is never split.
-        threads: that read, cut and write; default: one for each core, at most 8.
+        dst: folder to create.
+        plan: from make_plan(), for a model of src's sizes.
+        max_shard_bytes: bytes of tensors in one file of `dst`; a tensor is never split.
+        threads: how many read, cut and write; default: one for each core, at most 8.
         rescale_norms: multiply norms' gains by the plan's factors; see make_plan().
-        leave_out: names of tensors of `src` that are no part of the model, or patterns ("*.k_scale"). MTP
-            layers and RoPE's inv_freq are left out without being named.
-        overwrite: whether a checkpoint in `dst` is replaced.
+        leave_out: names of tensors of `src` that are not part of the model, or patterns ("*.k_scale"). Layers
+            for multi-token prediction (MTP) and RoPE's inv_freq are left out without being named.
+        overwrite: whether a checkpoint at `dst` is replaced.
         progress: whether tqdm shows a bar, in bytes; None: where standard error is a terminal.
 
     Raises:
-        ValueError: `src` is damaged, quantised, has an adapter or unknown tensors, or is not what the plan
-            was made for; names the file.
-        FileNotFoundError, FileExistsError: there is no `src`; there is a `dst`.
-        OSError: `dst` cannot be written, or the disk is or becomes too full; names the file.
+        ValueError: `src` is damaged or quantised, has an adapter or unknown tensors, or is not the model that
+            the plan was made for; names the file.
+        FileNotFoundError, FileExistsError: `src` does not exist; `dst` does.
+        OSError: `dst` cannot be written, or the disk is too full; names the file.
     """
     if not isinstance(plan, PruningPlan):
         raise TypeError(f"plan must be a PruningPlan, got {type(plan).__name__}")
@@ -172,9 +174,9 @@ def _check_numbers(max_shard_bytes: int, threads: int | None) -> int:
 
 
 def _check_config(folder: Path, plan: PruningPlan) -> dict[str, Any]:
-    """The source's config, once it is one that the plan was made for.
+    """The source's config; checks that it is the one that the plan was made for.
 
-    Whether its head is tied is seen in the files, not here.
+    Whether its head is tied is decided by the files, not here.
     """
     path = folder / "config.json"
     config = read_json(path)
@@ -183,7 +185,7 @@ def _check_config(folder: Path, plan: PruningPlan) -> dict[str, Any]:
     try:
         family = family_of(config)
         found, wanted = family.sizes(config), family_of(planned).sizes(planned)
-    except (ValueError, TypeError, ArithmeticError) as error:  # sizes that are no numbers, no heads
+    except (ValueError, TypeError, ArithmeticError) as error:  # sizes that are not numbers, or are 0
         raise ValueError(f"{path}: {error}") from None
     if config["model_type"] != planned["model_type"]:
         raise ValueError(
@@ -203,7 +205,7 @@ def _job(
     rescale_norms: bool,
     max_shard_bytes: int,
 ) -> str:
-    """Tells this work from any other: a change of the plan, a source file or the shards makes another one."""
+    """An identifier of this work. It changes with the plan, the source files and the size of shards."""
     copied = [(name, (source.path / name).stat()) for name in others]
     facts = {
         "format": 1,
@@ -217,7 +219,7 @@ def _job(
 
 
 def _resume(shards: list[Shard], staging: Staging) -> tuple[str, ...]:
-    """The files that an earlier call of the same job finished and that are still as it left them."""
+    """The files that an earlier call of the same job finished, and that have not changed since."""
     whole = []
     for shard in shards:
         entry = staging.finished.get(shard.name)
@@ -257,13 +259,13 @@ def _bar(progress: bool | None, name: str, total: int, done: int) -> Iterator[Ca
 
 
 def target_config(source: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
-    """The source's own config.json, with what the plan changes in it, and with every size written out."""
+    """The source's config.json with the plan's changes, and with every size written out."""
     family = family_of(source)
     sizes = {key for axis in family.sizes(source) for key in family.keys_of(axis)}
     config = dict(source)
     for key, value in plan.target_config.items():
         changed = key not in plan.source_config or plan.source_config[key] != value
-        # head_dim follows from other sizes where it is left out or null, and these have changed
+        # where head_dim is absent or null it follows from other sizes, which have changed
         if changed or (key in sizes and source.get(key) is None):
             config[key] = value
     if family.tied(config) != family.tied(plan.target_config):
@@ -286,7 +288,7 @@ def _made(
     new_config: Mapping[str, Any],
     shards: Sequence[Shard],
 ) -> dict[str, bytes]:
-    """What is written anew beside the tensors, by name."""
+    """{name: content} of the files that are written anew beside the tensors."""
     made = {"config.json": _json(new_config, sort_keys=True), PLAN_FILE: _json(plan.to_dict())}
     if len(shards) > 1:
         names = {output.cut.name: shard.name for shard in shards for output in shard.outputs}
@@ -296,7 +298,7 @@ def _made(
         }
         made[INDEX_FILE] = _json({"metadata": metadata, "weight_map": names}, sort_keys=True)
     card = src / "README.md"
-    # bytes that are no UTF-8 come out as they went in
+    # surrogateescape keeps bytes that are not UTF-8
     text = _read(card).decode(errors="surrogateescape") if card.is_file() else ""
     note = model_card(source_name(src), text, config, plan.target_config)
     return made | {"README.md": note.encode(errors="surrogateescape")}
@@ -307,7 +309,7 @@ def _json(value: Mapping[str, Any], **options: Any) -> bytes:
 
 
 def _check_written(folder: Path, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:
-    """Reads again what a loader will read, before it gets its name."""
+    """Reads the result back, as a loader will, and compares it, before it is published."""
     try:
         with open_folder(folder) as written:
             found = {name: tensor.shape for name, tensor in written.tensors.items()}

@@ -1,9 +1,9 @@
-"""Safetensors files and folders of them: headers read and checked, headers made.
+"""Safetensors files and folders of them: reads, checks and makes headers.
 
-A file is 8 bytes of header length (little-endian), a JSON header {name: {dtype, shape, data_offsets}}, and
-the tensors' bytes, without gaps. The header says where everything is before any byte of a tensor is read or
-written. What a header or an index says comes from elsewhere and is checked: what is wrong is a ValueError
-that names the file. Format: https://huggingface.co/docs/safetensors
+A file has 8 bytes of header length (little-endian), a JSON header {name: {dtype, shape, data_offsets}}, and
+the tensors' bytes, without gaps. So the header gives the position of every tensor before any is read or
+written. Headers and indices are untrusted input and are checked: an error is a ValueError that names the
+file. Format: https://huggingface.co/docs/safetensors
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ DTYPES = {
 
 
 def read_at(fd: int, buffer: memoryview, begin: int) -> int:
-    """Fills `buffer` (bytes) from the place `begin`; returns the number of bytes there were."""
+    """Fills `buffer` (bytes) from byte `begin` on; returns how many were read: fewer at the file's end."""
     done = 0
     while done < len(buffer):
         count = os.preadv(fd, [buffer[done:]], begin + done)
@@ -62,9 +62,9 @@ def read_at(fd: int, buffer: memoryview, begin: int) -> int:
 
 
 def _open_regular(path: Path) -> tuple[int, os.stat_result]:
-    """A descriptor to read from, and what is known of the file; ValueError unless it is a regular one."""
+    """(file descriptor for reading, status of the file); ValueError unless it is a regular file."""
     try:
-        # non-blocking, or opening a named pipe would wait for its other end
+        # non-blocking: opening a named pipe would wait for its other end
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = error.strerror if isinstance(error, OSError) else error
@@ -78,7 +78,7 @@ def _open_regular(path: Path) -> tuple[int, os.stat_result]:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file: `begin` is the place of its first byte in the file."""
+    """One tensor of a file; `begin` is the position of its first byte in the file."""
 
     name: str
     file: SafetensorsFile
@@ -88,7 +88,7 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """As torch calls it."""
+        """Its dtype in torch."""
         return DTYPES[self.dtype_name]
 
     @property
@@ -101,10 +101,10 @@ class SafetensorsFile:
     """An open file whose header has been checked; `tensors` by name, in the order of their bytes.
 
     Args:
-        path: the file. A symbolic link is followed: the hub's cache is made of them.
+        path: the file. Symbolic links are followed, since the hub's cache consists of them.
 
     Raises:
-        ValueError: the file is not there, cannot be read, is no regular file, or its header is wrong.
+        ValueError: the file does not exist, cannot be read, is not a regular file, or has a wrong header.
     """
 
     def __init__(self, path: Path) -> None:
@@ -123,25 +123,25 @@ class SafetensorsFile:
             raise
 
     def close(self) -> None:
-        """Closes the file. It was only read: what fails here loses nothing."""
+        """Closes the file. Errors are ignored, since it was only read."""
         with contextlib.suppress(OSError):
             os.close(self.fd)
 
     def fingerprint(self) -> list[Any]:
-        """What tells this file from another, or from itself after a change."""
+        """A description of the file that changes with its content: name, size, time, hash of the header."""
         return [self.path.name, self.size, self._mtime_ns, self.header_sha256]
 
     def check_unchanged(self) -> None:
-        """Raises ValueError where the file was written to, or another took its place, since it was opened."""
+        """Raises ValueError if the file was written to or replaced since it was opened."""
         for status in (os.fstat(self.fd), os.stat(self.path)):
             if (status.st_size, status.st_mtime_ns) != (self.size, self._mtime_ns):
                 raise ValueError(f"{self.path}: changed while it was read; let nothing write to it and retry")
 
     def read_into(self, buffer: memoryview, begin: int) -> None:
-        """Fills `buffer` (bytes) from the place `begin` in the file.
+        """Fills `buffer` (bytes) from byte `begin` of the file on.
 
         Raises:
-            ValueError: the file ends before.
+            ValueError: the file ends before `buffer` is full.
         """
         try:
             count = read_at(self.fd, buffer, begin)
@@ -159,7 +159,7 @@ class SafetensorsFile:
         (length,) = struct.unpack("<Q", first)
         if length > size - 8:
             raise ValueError(
-                f"{path}: says that its header has {length} bytes, and has {size} itself; {AGAIN}"
+                f"{path}: says that its header has {length} bytes, but has {size} in all; {AGAIN}"
             )
         if length > LONGEST_HEADER:
             raise ValueError(
@@ -171,14 +171,14 @@ class SafetensorsFile:
 
 
 def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
-    """A JSON object without doubled keys."""
+    """Parses a JSON object; a key that appears twice is an error."""
 
     def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) < len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ValueError(f"{shown(twice)} stands there twice")
+            raise ValueError(f"{shown(twice)} is in it twice")
         return result
 
     try:
@@ -186,12 +186,12 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, a number too long
         raise ValueError(f"{path}: is not proper JSON where it must be ({error}); {AGAIN}") from None
     if not isinstance(parsed, dict):
-        raise ValueError(f"{path}: holds JSON, but no object {{name: ...}}; {AGAIN}")
+        raise ValueError(f"{path}: holds JSON, but not an object {{name: ...}}; {AGAIN}")
     return parsed
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError naming the file where there is none."""
+    """The JSON object in a file; a ValueError names the file if there is none."""
     try:
         fd, status = _open_regular(path)
         try:
@@ -202,12 +202,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     if count > LONGEST_HEADER:
-        raise ValueError(f"{path}: has {status.st_size} bytes, and is read up to {LONGEST_HEADER}")
+        raise ValueError(f"{path}: has {status.st_size} bytes; at most {LONGEST_HEADER} are read")
     return _parse_json(path, bytes(text[:count]))
 
 
 def shown(name: object) -> str:
-    """A name from a file, fit for a message: on one line, of bounded length."""
+    """A name from a file, made fit for a message: on one line and not too long."""
     text = repr(name)
     return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
@@ -217,7 +217,7 @@ def _is_count(value: object) -> bool:
 
 
 def _entries(file: SafetensorsFile, header: dict[str, Any], data_begin: int) -> list[StoredTensor]:
-    """The tensors of a header, in the order of their bytes; ValueError unless these fill the file exactly."""
+    """The tensors of a header, in the order of their bytes; ValueError unless they fill the file exactly."""
     path = file.path
     metadata = header.pop("__metadata__", {})
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
@@ -226,19 +226,19 @@ def _entries(file: SafetensorsFile, header: dict[str, Any], data_begin: int) -> 
     for name, entry in header.items():
         what = f"{path}: tensor {shown(name)}"
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise ValueError(f"{what} must be described by dtype, shape and data_offsets alone; {AGAIN}")
+            raise ValueError(f"{what} must be described by dtype, shape and data_offsets only; {AGAIN}")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"{what} has dtype {shown(dtype)}; known are {', '.join(DTYPES)}")
         if not isinstance(shape, list) or len(shape) > 64 or not all(map(_is_count, shape)):
-            raise ValueError(f"{what} has shape {shown(shape)}, which is no list of lengths; {AGAIN}")
+            raise ValueError(f"{what} has shape {shown(shape)}, which is not a list of lengths; {AGAIN}")
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-            raise ValueError(f"{what} has data_offsets {shown(offsets)}, which are no two places; {AGAIN}")
+            raise ValueError(f"{what} has data_offsets {shown(offsets)}, not two positions; {AGAIN}")
         tensor = StoredTensor(name, file, dtype, tuple(shape), data_begin + offsets[0])
         if offsets[1] - offsets[0] != tensor.nbytes:
             raise ValueError(
-                f"{what}, {dtype} {shown(shape)}, needs other than the "
-                f"{shown(offsets[1] - offsets[0])} bytes it has; {AGAIN}"
+                f"{what}, {dtype} {shown(shape)}, needs another number of bytes than the "
+                f"{shown(offsets[1] - offsets[0])} it has; {AGAIN}"
             )
         found.append(tensor)
     found.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
@@ -257,25 +257,25 @@ def _entries(file: SafetensorsFile, header: dict[str, Any], data_begin: int) -> 
 
 @dataclass(frozen=True)
 class SourceFolder:
-    """The weights of a checkpoint folder, all headers checked and all files open."""
+    """The weights of a checkpoint folder; all files are open and their headers checked."""
 
     path: Path
     files: tuple[SafetensorsFile, ...]
     tensors: dict[str, StoredTensor]
 
     def check_unchanged(self) -> None:
-        """Raises ValueError where a file changed since it was opened."""
+        """Raises ValueError if a file has changed since it was opened."""
         for file in self.files:
             file.check_unchanged()
 
 
 @contextlib.contextmanager
 def open_folder(path: Path) -> Iterator[SourceFolder]:
-    """Opens the weights of a checkpoint folder: model.safetensors, or the files its index lists.
+    """Opens the weights of a checkpoint folder: model.safetensors, or the files that its index lists.
 
     Raises:
-        ValueError: there are none, both, or wrong ones; a tensor is missing or doubled; the index names
-            anything but files of its folder.
+        ValueError: there is neither, or both; a file is wrong; a tensor is missing or in two files; the index
+            names anything but files in its folder.
     """
     with contextlib.ExitStack() as stack:
         files: list[SafetensorsFile] = []
@@ -299,10 +299,10 @@ def open_folder(path: Path) -> Iterator[SourceFolder]:
 
 
 def _read_index(index: Path, opened: Any) -> dict[str, StoredTensor]:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: has no weight_map {{tensor: file}}; {AGAIN}")
-    for name, file in places.items():
+    for name, file in weight_map.items():
         plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0")
         if not plain:
             raise ValueError(
@@ -310,22 +310,22 @@ def _read_index(index: Path, opened: Any) -> dict[str, StoredTensor]:
                 "the index's own folder are read, named without a path"
             )
     tensors: dict[str, StoredTensor] = {}
-    for file_name in sorted(set(places.values())):
+    for file_name in sorted(set(weight_map.values())):
         file = opened(file_name)
         for name, tensor in file.tensors.items():
             if name in tensors:
                 other = tensors[name].file.path.name
                 raise ValueError(f"{file.path}: holds {shown(name)}, and so does {other}; keep one of them")
-            if places.get(name) != file_name:
-                told = f"in {shown(places[name])}" if name in places else "nowhere"
-                raise ValueError(f"{file.path}: holds {shown(name)}, which {index.name} says is {told}")
+            if weight_map.get(name) != file_name:
+                where = f"in {shown(weight_map[name])}" if name in weight_map else "nowhere"
+                raise ValueError(f"{file.path}: holds {shown(name)}, which {index.name} says is {where}")
             tensors[name] = tensor
-    for name, file_name in places.items():
+    for name, file_name in weight_map.items():
         if name not in tensors:
             raise ValueError(
                 f"{index.parent / file_name}: lacks {shown(name)}, which {index.name} puts there"
             )
-    return {name: tensors[name] for name in places}
+    return {name: tensors[name] for name in weight_map}
 
 
 def _no_weights(path: Path) -> str:
@@ -340,9 +340,9 @@ def _no_weights(path: Path) -> str:
 
 
 def make_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[int]]:
-    """The first bytes of a file of these tensors (name, dtype, shape), and where in it each begins.
+    """(first bytes of a file with these tensors, position of each) for (name, dtype, shape) of each tensor.
 
-    The tensors lie in the order given. As transformers wants it, the metadata says that they come from torch.
+    The tensors are in the given order. The metadata says that they come from torch, as transformers requires.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begins = []
@@ -353,6 +353,6 @@ def make_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[by
         begins.append(at)
         at += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors then begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # so that tensors begin at a multiple of 8 bytes
     first = struct.pack("<Q", len(text)) + text
     return first, [len(first) + begin for begin in begins]

@@ -1,8 +1,9 @@
-"""Cuts of stored tensors streamed into new safetensors files by several threads.
+"""Streams cut tensors into new safetensors files, with several threads.
 
-Every output tensor has its place in its file before any is read. Threads take blocks of rows, in the order of
-the places: read the block, cut it, write it where it belongs. A block fits into a core's cache. What is held
-at any time is a block for each thread, or a whole tensor where its rows cannot be told apart.
+The position of every output tensor in its file is known before any is read. Threads take blocks of rows, in
+the order of the positions: they read a block, cut it, and write it to its position. A block fits into a
+core's cache. In memory at any time is one block for each thread, or a whole tensor where its rows cannot be
+cut separately.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from minitron_kernels.pruning.checkpoint.safetensors_files import (
 from minitron_kernels.pruning.checkpoint.staging import write_all, write_error
 from minitron_kernels.pruning.cut.cuts import Cut
 
-BLOCK_BYTES = 2 << 20  # of source rows, a piece of work
+BLOCK_BYTES = 2 << 20  # bytes of source rows in one piece of work
 
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor to be made, and the place of its first byte in its file."""
+    """One tensor to write; `begin` is the position of its first byte in its file."""
 
     cut: Cut
     source: StoredTensor
@@ -51,7 +52,10 @@ class Output:
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of an output: its source bytes begin at `source_begin`, its own at `begin`; no cut: copied."""
+    """A block of an output: its bytes begin at `source_begin` in the source, at `begin` in the output file.
+
+    cut: None where bytes are copied.
+    """
 
     source: StoredTensor
     cut: Cut | None
@@ -62,7 +66,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file to be written."""
+    """One file to write."""
 
     name: str
     header: bytes
@@ -70,22 +74,22 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
+        """The bytes of its tensors."""
         return sum(output.nbytes for output in self.outputs)
 
     @property
     def size(self) -> int:
-        """Bytes of the whole file."""
+        """The bytes of the whole file."""
         return len(self.header) + self.nbytes
 
     def pieces(self) -> Iterator[Piece]:
-        """Its work, in the order of the bytes."""
+        """The pieces of work that write it, in the order of their bytes."""
         for output in self.outputs:
             yield from _pieces(output)
 
 
 def plan_shards(cuts: Iterable[tuple[Cut, StoredTensor]], max_shard_bytes: int) -> list[Shard]:
-    """Fills files up to `max_shard_bytes` of tensors in the order given; one tensor may be larger."""
+    """Assigns tensors to files of up to `max_shard_bytes`, in the given order; one tensor may be larger."""
     groups: list[list[tuple[Cut, StoredTensor]]] = [[]]
     filled = 0
     for cut, source in cuts:
@@ -116,14 +120,14 @@ def _pieces(output: Output) -> Iterator[Piece]:
         inside = math.prod(cut.source_shape[1:]) * itemsize
         for new, (old, rows, cols) in enumerate(cut.experts):
             expert = Cut(cut.name, cut.source_shape[1:], cut.shape[1:], rows, cols)
-            place = begin + new * math.prod(expert.shape) * itemsize
-            yield from _row_blocks(expert, source, source.begin + old * inside, place)
+            expert_begin = begin + new * math.prod(expert.shape) * itemsize
+            yield from _row_blocks(expert, source, source.begin + old * inside, expert_begin)
     elif output.nbytes:
         yield from _row_blocks(cut, source, source.begin, begin)
 
 
 def _row_blocks(cut: Cut, source: StoredTensor, source_begin: int, begin: int) -> Iterator[Piece]:
-    """Stretches of rows that a block of the source holds; all where rows are blended or not in order."""
+    """Pieces of the rows that one block of the source holds; all rows if they are blended or not in order."""
     itemsize = source.dtype.itemsize
     rows = None if cut.rows is None else cut.rows.values
     if len(cut.shape) != 2 or cut.blends or (rows is not None and bool((rows[1:] <= rows[:-1]).any())):
@@ -150,7 +154,7 @@ def _row_blocks(cut: Cut, source: StoredTensor, source_begin: int, begin: int) -
 
 
 def checksum(data: memoryview) -> int:
-    """The sum of the 8-byte words, modulo 2^64: at the speed of memory, and any single damaged byte shows."""
+    """The sum of the 8-byte words, modulo 2^64: as fast as memory, and any single damaged byte changes it."""
     words = torch.from_numpy(np.frombuffer(data, np.int64, len(data) // 8))
     rest = int.from_bytes(data[len(data) // 8 * 8 :], "little")
     return (int(words.sum()) + rest) % 2**64
@@ -161,13 +165,13 @@ def _digest(sums: Sequence[int]) -> str:
 
 
 def _bytes_of(fd: int, begin: int, nbytes: int) -> memoryview:
-    """What lies there; shorter where the file ends."""
+    """The bytes at this position of a file; fewer where the file ends."""
     data = np.empty(nbytes, np.uint8).data
     return data[: read_at(fd, data, begin)]
 
 
 def is_whole(shard: Shard, folder: Path, digest: str) -> bool:
-    """Whether the shard lies in `folder` as `write_shards` wrote it."""
+    """Whether the shard in `folder` is as write_shards() wrote it."""
     try:
         fd = os.open(folder / shard.name, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -182,7 +186,7 @@ def is_whole(shard: Shard, folder: Path, digest: str) -> bool:
 
 
 class _OpenShard:
-    """A shard while it is written."""
+    """A shard that is being written."""
 
     def __init__(self, shard: Shard, folder: Path) -> None:
         self.shard, self.path = shard, folder / shard.name
@@ -199,7 +203,7 @@ class _OpenShard:
 
 
 def _allocate(fd: int, size: int) -> None:
-    """Asks for all of the space at once: a disk too full is known now, and the file lies in one stretch."""
+    """Reserves the whole file on the disk: a full disk is noticed early, and the file is contiguous."""
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:
@@ -208,23 +212,23 @@ def _allocate(fd: int, size: int) -> None:
 
 
 class _Buffer:
-    """Memory of one thread, kept from piece to piece: a fresh page costs more than the copy into it."""
+    """Memory of one thread, reused for each piece: a fresh page costs more time than the copy into it."""
 
     def __init__(self) -> None:
         self._bytes = np.empty(0, np.uint8)
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, memoryview]:
-        """A tensor that is not initialised, and its bytes."""
+        """An uninitialised tensor, and its bytes."""
         nbytes = math.prod(shape) * dtype.itemsize
         if len(self._bytes) < nbytes:
-            self._bytes = np.empty(0, np.uint8)  # the old one goes before the new one comes
+            self._bytes = np.empty(0, np.uint8)  # frees the old one first
             self._bytes = np.empty(nbytes, np.uint8)
         used = self._bytes[:nbytes]
         return torch.from_numpy(used).view(dtype).view(tuple(shape)), used.data
 
 
 class _Work:
-    """The pieces of all shards, taken one by one by several threads."""
+    """The pieces of all shards, which several threads take one by one."""
 
     def __init__(
         self,
@@ -241,8 +245,8 @@ class _Work:
         self.stop = threading.Event()
 
     def run(self) -> None:
-        """What each thread does, until there is no more, or another one failed."""
-        torch.set_num_threads(1)  # these threads are all that there are to be
+        """The work of each thread, until nothing is left to do or another thread has failed."""
+        torch.set_num_threads(1)  # torch must not start threads of its own in each of these threads
         source, out = _Buffer(), _Buffer()
         try:
             while not self.stop.is_set():
@@ -257,7 +261,7 @@ class _Work:
             raise
 
     def close(self) -> None:
-        """After the threads: closes what a failure left open."""
+        """Call after the threads have ended: closes the files that a failure left open."""
         for shard in self._open:
             os.close(shard.fd)
 
@@ -315,10 +319,10 @@ def write_shards(
     on_bytes: Callable[[int], object],
     on_shard: Callable[[Shard, str], None],
 ) -> None:
-    """Writes the shards into `folder`, each on the disk when on_shard(shard, digest) is called.
+    """Writes the shards into `folder`.
 
-    on_bytes(count) is called as tensors' bytes are written. The calls come from the threads; those of
-    on_bytes one at a time. The first error of a thread ends the others after the piece they are at.
+    Threads call on_shard(shard, digest) when a shard is on the disk, and on_bytes(count), one at a time, as
+    they write bytes of tensors. After the first error of a thread the others finish their piece and end.
 
     Raises:
         OSError: a file could not be written; names it.
@@ -333,7 +337,7 @@ def write_shards(
                 for future in as_completed(futures):
                     future.result()
             finally:
-                work.stop.set()  # an interrupt from the keyboard comes here, not into the threads
+                work.stop.set()  # a keyboard interrupt is raised here, not in the threads
     finally:
         work.close()
         torch.set_num_threads(threads_of_torch)

@@ -1,9 +1,9 @@
-"""What lies beside the weights of a checkpoint: what is copied, what is left out, what is refused.
+"""The files beside the weights of a checkpoint: which are copied, left out, or refused.
 
-Copied is what is known to hold true of the smaller model as well: tokenizer, templates, generation settings,
-code, licences. All else is left out, and said: it may describe the old weights (training state, evaluations,
-another format's parameters), and a wrong file beside right weights is found late. Files that change what the
-weights mean (adapters, quantisation) are refused.
+Files that are valid for the smaller model too are copied: tokenizer, templates, generation settings, code,
+licences. All others are left out and reported: they may describe the old weights (training state,
+evaluations, another format's parameters), and a wrong file beside right weights is noticed late. Files that
+change the meaning of the weights (adapters, quantisation) are refused.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ _COPIED = (
 )
 _COPIED_FOLDERS = {"additional_chat_templates": ("*.jinja",)}
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-# of ModelOpt, AutoGPTQ, AutoAWQ
+# files of ModelOpt, AutoGPTQ and AutoAWQ
 _QUANTISED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-# of transformers, compressed-tensors, MLX
+# config keys of transformers, compressed-tensors and MLX
 _QUANTISED_KEYS = ("quantization_config", "compression_config", "quantization")
 
 
 @dataclass(frozen=True)
 class SideFiles:
-    """Paths inside a checkpoint's folder; a folder's name ends in "/"."""
+    """Paths inside a checkpoint's folder; those of folders end in "/"."""
 
     copied: tuple[str, ...]
     left_out: tuple[str, ...]
 
 
 def side_files(folder: Path, made: Set[str]) -> SideFiles:
-    """Sorts what lies in `folder` beside what is `made` anew (weights, config, model card).
+    """Sorts the files in `folder`, except those that are `made` anew (weights, config, model card).
 
-    Hidden files and folders (.git, .cache) are not spoken of.
+    Hidden files and folders (.git, .cache) are ignored.
     """
     copied, left_out = [], []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -53,7 +53,7 @@ def side_files(folder: Path, made: Set[str]) -> SideFiles:
             inside, rest = _sort_folder(Path(entry.path), _COPIED_FOLDERS.get(name, ()))
             copied += [f"{name}/{file}" for file in inside]
             left_out += [f"{name}/{file}" for file in rest] if inside else [f"{name}/"]
-        elif entry.is_file() and _fits(name, _COPIED):
+        elif entry.is_file() and _matches(name, _COPIED):
             copied.append(name)
         else:
             left_out.append(name)
@@ -61,19 +61,19 @@ def side_files(folder: Path, made: Set[str]) -> SideFiles:
 
 
 def _sort_folder(folder: Path, patterns: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """What of a folder fits the patterns, and what does not."""
+    """The names in a folder that match the patterns, and those that do not."""
     inside: tuple[list[str], list[str]] = ([], [])
     for path in sorted(folder.iterdir()) if patterns else ():
-        inside[not (path.is_file() and _fits(path.name, patterns))].append(path.name)
+        inside[not (path.is_file() and _matches(path.name, patterns))].append(path.name)
     return inside
 
 
-def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def check_plain(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises ValueError where something in `folder` changes what its weights mean; says what to do."""
+    """Raises ValueError if something in `folder` changes the meaning of its weights; says what to do."""
     check_no_adapter(folder)
     quantised = [folder / name for name in _QUANTISED if os.path.lexists(folder / name)]
     keys = [key for key in _QUANTISED_KEYS if config.get(key) is not None]
@@ -86,7 +86,7 @@ def check_plain(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_no_adapter(folder: Path) -> None:
-    """Raises ValueError where there is an adapter beside the weights."""
+    """Raises ValueError if there is an adapter beside the weights."""
     for name in _ADAPTERS:
         if os.path.lexists(folder / name):
             raise ValueError(

@@ -1,13 +1,14 @@
-"""A folder that appears whole or not at all, and whose making can be taken up again after a crash.
+"""Staging: creates a folder that appears complete or not at all; after a crash the work can be resumed.
 
-Beside the folder `dst` to be, a hidden one:
+It works in a hidden folder beside the target `dst`:
 
     .dst.partial/lock            held while a process works here
     .dst.partial/journal.jsonl   what is being made, and which files of it are finished
     .dst.partial/checkpoint/     becomes dst by one rename
-    .dst.partial/replaced/       an old dst, where the file system cannot exchange two names
+    .dst.partial/replaced/       the old dst, where the file system cannot exchange two names
 
-A file is listed in the journal only after it, and its name, are on the disk. The rename comes when all are.
+A file is listed in the journal only after its bytes and its name are on the disk. The rename comes after all
+files are.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-ASIDE = "replaced"  # where a checkpoint lies that is being replaced
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
+ASIDE = "replaced"  # folder of a checkpoint that is being replaced
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # arguments of renameat2 on Linux
 
 
 def fsync_path(path: Path) -> None:
@@ -39,14 +40,14 @@ def fsync_path(path: Path) -> None:
 
 
 def write_all(fd: int, data: bytes | memoryview, begin: int) -> None:
-    """Writes all of `data` (bytes) at the place `begin`."""
+    """Writes all of `data` (bytes) from byte `begin` of the file on."""
     done, view = 0, memoryview(data)
     while done < len(view):
         done += os.pwrite(fd, view[done:], begin + done)
 
 
 def partial_path(dst: Path) -> Path:
-    """Where `dst` is made."""
+    """The hidden folder in which `dst` is made."""
     return dst.parent / f".{dst.name}.partial"
 
 
@@ -59,14 +60,16 @@ def write_error(error: OSError, path: Path) -> OSError:
 
 
 def check_target(dst: Path, overwrite: bool) -> None:
-    """Raises FileExistsError unless `dst` is free, or is a checkpoint's folder that may be replaced."""
+    """Raises FileExistsError unless `dst` does not exist, or is a checkpoint that may be replaced."""
     if not os.path.lexists(dst):
         return
     if not overwrite:
         raise FileExistsError(errno.EEXIST, "is there already: choose another dst, or overwrite it", str(dst))
     if dst.is_symlink() or not (dst / "config.json").is_file():
         raise FileExistsError(
-            errno.EEXIST, "is no checkpoint's folder, which alone overwrite replaces; move it away", str(dst)
+            errno.EEXIST,
+            "is not the folder of a checkpoint, and overwrite replaces nothing else: move it away",
+            str(dst),
         )
 
 
@@ -74,8 +77,8 @@ class Staging:
     """Makes `dst`; `with Staging.open(dst, job) as staging`, then write into `staging.folder`.
 
     Args:
-        dst: the folder to be.
-        job: tells this work from any other; finished files of the same job are kept, of another cleared.
+        dst: the folder to create.
+        job: an identifier of this work. Finished files of the same job are kept, those of another removed.
     """
 
     def __init__(self, dst: Path, job: str) -> None:
@@ -94,11 +97,11 @@ class Staging:
     @classmethod
     @contextmanager
     def open(cls, dst: Path, job: str, *, overwrite: bool) -> Iterator[Staging]:
-        """Locks the place, and leaves there after a failure only what a second call can go on from.
+        """Locks the hidden folder. After a failure it keeps only what a second call can continue from.
 
         Raises:
-            OSError: it cannot be written to; another process works there.
-            FileExistsError: there is a `dst` that may not be replaced.
+            OSError: the folder cannot be written to; another process is working there.
+            FileExistsError: `dst` exists and may not be replaced.
         """
         path = partial_path(dst)
         if path.is_dir() and any(path.iterdir()) and not (path / "lock").exists():
@@ -120,13 +123,13 @@ class Staging:
         finally:
             if staging is not None:
                 staging._leave()
-            with suppress(OSError):  # nothing was written to it
+            with suppress(OSError):  # nothing was written to the lock file
                 os.close(lock)
 
     def _read_journal(self, job: str) -> dict[str, dict[str, Any]]:
-        """The finished files of this job, by name; clears what another job left."""
+        """{name: entry} of the finished files of this job; empty if the journal is another job's."""
         text = self._journal.read_text(errors="replace") if self._journal.is_file() else ""
-        self._torn = not text.endswith("\n")  # the line that was being written when the process was killed
+        self._torn = not text.endswith("\n")  # the process was killed while it wrote the last line
         entries = []
         for line in text.splitlines():
             with suppress(ValueError):
@@ -156,25 +159,25 @@ class Staging:
             fsync_path(self.path)
         except OSError as error:
             raise write_error(error, self._journal) from None
-        self._torn = False  # if it was, the line before is closed now
+        self._torn = False  # an incomplete last line has been ended
 
     def forget(self, name: str) -> None:
-        """Takes a file that turned out damaged off the finished ones of this run."""
+        """Removes a file that turned out to be damaged from the finished ones of this run."""
         del self.finished[name]
 
     def finish(self, name: str, **facts: Any) -> None:
-        """Notes that a file of `folder` is whole; its bytes must be on the disk already."""
+        """Records that a file of `folder` is complete; its bytes must be on the disk already."""
         try:
             fsync_path(self.folder)
         except OSError as error:
             raise write_error(error, self.folder) from None
         entry = {"file": name, **facts}
-        with self._journal_lock:  # several threads may finish a file each
+        with self._journal_lock:  # several threads may finish files at the same time
             self._append(entry)
             self.finished[name] = entry
 
     def write(self, contents: Mapping[str, bytes]) -> None:
-        """Writes small files into `folder`, by their paths there."""
+        """Writes small files into `folder`: {path in it: content}."""
         for name, content in contents.items():
             path = self.folder / name
             try:
@@ -184,11 +187,11 @@ class Staging:
                 raise write_error(error, path) from None
 
     def publish(self, overwrite: bool) -> None:
-        """Gives the folder its name, once all its files are on the disk.
+        """Renames the folder to `dst`, once all its files are on the disk.
 
         Raises:
-            FileExistsError: there is a `dst` now that may not be replaced.
-            OSError: the disk fails; says whether `dst` is there.
+            FileExistsError: `dst` has appeared meanwhile and may not be replaced.
+            OSError: the disk fails; says whether `dst` is complete.
         """
         for path in [*self.folder.rglob("*"), self.folder]:
             if path.parent != self.folder or path.name not in self.finished:
@@ -233,15 +236,15 @@ def _take_lock(lock: int, path: Path) -> None:
         same = os.path.samestat(os.fstat(lock), os.stat(path / "lock"))
     except FileNotFoundError:
         same = False
-    if not same:  # the other process has just finished and taken its folder away
+    if not same:  # the other process has just finished and removed the folder
         raise busy
 
 
 def _swap(new: Path, old: Path, aside: Path) -> Path:
-    """Puts `new` in the place of `old`, if there is one; returns where the old one is then.
+    """Renames `new` to `old`; returns where the old folder is then.
 
-    In one step where the kernel and the file system can. Elsewhere in two, between which there is no `old`:
-    after a failure it is put back at once, after a kill by the next call.
+    This is one step where the kernel and the file system can exchange names. Elsewhere there are two, between
+    which `old` does not exist: after an error it is put back at once, after a kill by the next call.
     """
     if not os.path.lexists(old):
         os.rename(new, old)
@@ -260,7 +263,7 @@ def _swap(new: Path, old: Path, aside: Path) -> Path:
 
 
 def _put_back(aside: Path, dst: Path) -> None:
-    """Gives a checkpoint that was being replaced its name again, where a kill left none of that name."""
+    """Moves a checkpoint that was being replaced back to `dst`, if a kill left no `dst`."""
     if os.path.lexists(dst):
         shutil.rmtree(aside, ignore_errors=True)
     elif os.path.lexists(aside):
@@ -268,7 +271,7 @@ def _put_back(aside: Path, dst: Path) -> None:
 
 
 def _write_file(path: Path, content: bytes, *, anew: bool) -> None:
-    """Writes `content` at the end of a file, or as all of it."""
+    """Appends `content` to a file; with `anew`, replaces what the file held."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if anew else 0)
     fd = os.open(path, flags, 0o666)
     try:

@@ -1,4 +1,4 @@
-"""The arguments of minitron-prune: what each command takes, and how what is typed is read."""
+"""The arguments of minitron-prune: the options of each command, and how their values are parsed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from a checkpoint and text to a smaller checkpoint:
   minitron-prune prune Mistral-NeMo-12B Minitron-8B plan.json
   minitron-prune info Minitron-8B
 
-The result is to be distilled from its source. Another plan needs no other scores.
+Distil the result from its source before use. Another plan can be made from the same scores.
 """
 PLAN_EXAMPLES = """\
 examples:
@@ -30,7 +30,7 @@ PRUNE_EXAMPLES = """\
 example:
   minitron-prune prune Mistral-NeMo-12B Minitron-8B plan.json --max-shard-size 2GB
 
-Killed or out of disk: run the same command again, it goes on from the files that were finished.
+If it was killed or ran out of disk, run the same command again: it goes on from the finished files.
 """
 SCORE_EXAMPLES = """\
 examples:
@@ -38,7 +38,7 @@ examples:
   minitron-prune score Mistral-NeMo-12B tokens.npy -o scores --device cuda --dtype bfloat16
 """
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-# option -> the names of that size in configs
+# option -> names of that size in configs
 SIZES = {
     "hidden-size": ("hidden_size",),
     "intermediate-size": ("intermediate_size",),
@@ -51,7 +51,7 @@ SIZES = {
 
 
 def _count(text: str) -> float:
-    """8.4e9, 8.4B, 500M."""
+    """A number such as 8.4e9, 8.4B or 500M."""
     units = {"K": 1e3, "M": 1e6, "B": 1e9}
     count = float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
     if not 0 < count < math.inf:
@@ -60,7 +60,7 @@ def _count(text: str) -> float:
 
 
 def _byte_count(text: str) -> int:
-    """2GB, 500MB, 1GiB, or bytes."""
+    """A size such as 2GB, 500MB or 1GiB, or a number of bytes."""
     units = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "KB": 10**3}
     for unit, size in units.items():
         if text.endswith(unit):
@@ -79,12 +79,12 @@ def _layers(text: str) -> list[int]:
     from minitron_kernels.pruning.plan.selection import parse_runs
 
     if any(len(number) > 6 for number in text.replace(",", "-").split("-")):
-        raise ValueError(text)  # before a range is spelled out that no model has
+        raise ValueError(text)  # before a range with billions of entries is made a list
     return list(parse_runs(text))
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Reads a number that must not be less."""
+    """A parser of whole numbers that must not be less."""
 
     def read(text: str) -> int:
         try:
@@ -99,7 +99,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def _typed(name: str, parse: Any) -> Any:
-    """`parse` under the name that argparse shows in errors."""
+    """`parse`, with the name that argparse shows in error messages."""
 
     def typed(text: str) -> Any:
         return parse(text)
@@ -112,7 +112,7 @@ def parser_of(runs: Mapping[str, Callable[[argparse.Namespace], None]]) -> argpa
     """The parser of all commands.
 
     Args:
-        runs: what each command calls, by its name.
+        runs: {command: the function to call with its arguments}.
     """
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -133,7 +133,7 @@ def parser_of(runs: Mapping[str, Callable[[argparse.Namespace], None]]) -> argpa
     _add_score(command("score", "Score a model's channels on calibration text.", SCORE_EXAMPLES))
     _add_plan(command("plan", "Choose what stays, from scores and a target.", PLAN_EXAMPLES))
     _add_prune(command("prune", "Cut a checkpoint on disk by a plan.", PRUNE_EXAMPLES))
-    sub = command("info", "Tell what a checkpoint, a plan or scores hold.")
+    sub = command("info", "Show what a checkpoint, a plan or scores hold.")
     sub.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="folder, or plan.json")
     return parser
 
@@ -147,7 +147,7 @@ def _add_score(sub: argparse.ArgumentParser) -> None:
         help='text in UTF-8; .jsonl with a "text" on each line; or .npy with token ids',
     )
     sub.add_argument("-o", "--output", type=Path, required=True, help="folder for the scores")
-    sub.add_argument("--overwrite", action="store_true", help="replace scores that are there")
+    sub.add_argument("--overwrite", action="store_true", help="replace scores that exist")
     sub.add_argument(
         "--samples", type=at_least(1), default=1024, help="windows, drawn at random (default 1024)"
     )
@@ -155,7 +155,7 @@ def _add_score(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--batch-size", type=at_least(1), default=1, help="windows of a forward pass (default 1)"
     )
-    sub.add_argument("--seed", type=int, default=0, help="of the drawing (default 0)")
+    sub.add_argument("--seed", type=int, default=0, help="of the random choice (default 0)")
     sub.add_argument("--axes", nargs="+", help="hidden, mlp, heads, ...; default: all that the model has")
     sub.add_argument(
         "--seq", nargs="+", default=["mean"], help="sums over tokens: mean, L2, var (default mean)"
@@ -173,8 +173,8 @@ def _add_score(sub: argparse.ArgumentParser) -> None:
 def _add_plan(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("scores", type=Path, help="folder of scores")
     sub.add_argument("-o", "--output", type=Path, required=True, help="the plan's JSON file")
-    sub.add_argument("--overwrite", action="store_true", help="replace a plan that is there")
-    target = sub.add_argument_group("target", "what is not told keeps its size")
+    sub.add_argument("--overwrite", action="store_true", help="replace a plan that exists")
+    target = sub.add_argument_group("target", "sizes that are not given stay as they are")
     for option in SIZES:
         target.add_argument(f"--{option}", type=at_least(1), metavar="N")
     target.add_argument("--ratio", nargs="+", metavar="[NAME=]X", help="of hidden and MLP sizes, or by name")
@@ -182,13 +182,13 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
         "--params", type=_typed("number", _count), metavar="N", help="parameter budget: 8.4e9 or 8.4B"
     )
     target.add_argument(
-        "--drop-layers", type=_typed("layers", _layers), metavar="LAYERS", help="these go, as 16-20,23"
+        "--drop-layers", type=_typed("layers", _layers), metavar="LAYERS", help="layers to drop, as 16-20,23"
     )
     target.add_argument("--num-experts-per-tok", type=at_least(1), metavar="N", help="for the new config")
     how = sub.add_argument_group("how")
     how.add_argument("--kv-heads", default="prune", choices=["prune", "merge"], help="how they become fewer")
     how.add_argument(
-        "--merge-heads", action="store_true", help="kept query heads take over what dropped lack"
+        "--merge-heads", action="store_true", help="let kept query heads stand for dropped ones too"
     )
     how.add_argument("--order", default="original", choices=["original", "importance"])
     how.add_argument(
@@ -204,7 +204,7 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
         "--allow-unloadable",
         dest="loadable",
         action="store_false",
-        help="take sizes that transformers refuses to load",
+        help="allow sizes that transformers refuses to load",
     )
     how.add_argument("--batch", default="L2", help="aggregation over sequences (default L2)")
     how.add_argument("--seq", default="mean", help="aggregation over tokens (default mean)")
@@ -212,7 +212,7 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
 
 def _add_prune(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("src", type=Path, help="folder of the checkpoint")
-    sub.add_argument("dst", type=Path, help="folder to be made")
+    sub.add_argument("dst", type=Path, help="folder to create")
     sub.add_argument("plan", type=Path, help="plan.json")
     sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is at dst")
     sub.add_argument(
@@ -228,7 +228,7 @@ def _add_prune(sub: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PATTERN",
-        help="tensors of src that are no part of the model, as '*.k_scale'",
+        help="tensors of src that are not part of the model, as '*.k_scale'",
     )
     sub.add_argument(
         "--no-rescale-norms",

@@ -1,4 +1,4 @@
-"""What lies at a path: a checkpoint, a plan, scores; for `minitron-prune info`."""
+"""Describes the checkpoint, plan or scores at a path, for `minitron-prune info`."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from minitron_kernels.pruning.score.scores import ImportanceScores
 
 
 def describe(path: Path) -> str:
-    """A few lines on what is there.
+    """A few lines about the checkpoint, plan or scores at `path`.
 
     Raises:
-        FileNotFoundError, ValueError: nothing is there, or nothing that is known; a damaged file.
+        FileNotFoundError, ValueError: there is nothing, something else, or a damaged file.
     """
     if path.is_file():
         with path.open("rb") as stream:
             if not stream.read(64).lstrip().startswith(b"{"):
-                raise ValueError(f"{path}: is no plan (JSON); of a checkpoint or scores name the folder")
+                raise ValueError(f"{path}: is not a plan (JSON); for a checkpoint or scores give the folder")
         return f"{path}: {PruningPlan.load(path).summary()}"
     if (path / ABOUT).is_file():
         return _about_scores(path)
     if (path / "config.json").is_file():
         return _about_checkpoint(path)
     if path.exists():
-        raise ValueError(f"{path}: has neither config.json nor {ABOUT}: no checkpoint and no scores")
+        raise ValueError(f"{path}: has neither config.json nor {ABOUT}: it is not a checkpoint, nor scores")
     raise FileNotFoundError(2, "No such file or folder", str(path))
 
 

@@ -13,16 +13,16 @@ from typing import Any
 
 from minitron_kernels.pruning.cli.arguments import SIZES, parser_of
 
-WHY_FILES = "they may describe the old weights; copy what you know to hold still"
-WHY_TENSORS = "tensors that are no part of the model"
+WHY_FILES = "they may describe the old weights; copy those that you know to be valid still"
+WHY_TENSORS = "tensors that are not part of the model"
 ARGUMENTS = ("params", "divisor", "drop_layers", "seq", "batch", "ratio", "num_experts_per_tok")
-# what wrappers put into names, which pruning takes off as well
+# what wrappers add to names (pruning removes it too) -> what it is replaced by
 PREFIXES = {
     r"_orig_mod\.": "",
     r"^(module\.|language_model\.)+": "",
     r"^model\.language_model\.": "model.",
 }
-# what the library says -> the same in words of the command line
+# patterns in the library's messages -> options of the command line; None: see _as_option()
 WORDS = (
     (r"(,? or )loadable=False", r"\1--allow-unloadable"),
     (r'kv_heads="merge"', "--kv-heads merge"),
@@ -30,12 +30,12 @@ WORDS = (
     (r"ImportanceScores\.save\(\) writes", "minitron-prune score writes"),
     (r"\bleave_out\b", "--leave-out"),
     (r"choose another dst, or overwrite it", "choose another dst, or --overwrite"),
-    (r"which alone overwrite replaces", "which alone --overwrite replaces"),
+    (r"and overwrite replaces nothing else", "and --overwrite replaces nothing else"),
     (r"\banother divisor\b", "another --divisor"),
     (r"\bgreater divisor\b", "greater --divisor"),
     (r"^axes must", "--axes must"),
-    (r"^(params|divisor|drop_layers|seq|batch|ratio|num_experts_per_tok) (must|of|drops|tells|has)\b", None),
-    (r"^(\w+)(?= (?:must be|tells the size|is no size))", None),
+    (r"^(params|divisor|drop_layers|seq|batch|ratio|num_experts_per_tok) (must|of|drops|gives|has)\b", None),
+    (r"^(\w+)(?= (?:must be|gives the size|is not a size))", None),
 )
 
 
@@ -67,18 +67,18 @@ def _message(error: Exception) -> str:
         return _in_words(f"{error.filename}: {error.strerror}")
     if isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError) and str(error):
         return _in_words(str(error))
-    return f"{type(error).__name__}: {error} (--debug shows where)"  # one that nobody thought of
+    return f"{type(error).__name__}: {error} (--debug shows where)"  # an unexpected error
 
 
 def _in_words(message: str) -> str:
-    """An error of the library, naming options instead of arguments."""
+    """A message of the library, with options instead of arguments."""
     for pattern, words in WORDS:
         message = re.sub(pattern, _as_option if words is None else words, message)
     return message
 
 
 def _as_option(found: re.Match[str]) -> str:
-    """The option of an argument that a message begins with, if there is one."""
+    """The match, with the argument that it begins with replaced by its option, if it has one."""
     names = {name: option for option, keys in SIZES.items() for name in keys}
     option = names.get(found[1], found[1].replace("_", "-"))
     known = found[1] in names or found[1] in ARGUMENTS
@@ -86,7 +86,7 @@ def _as_option(found: re.Match[str]) -> str:
 
 
 def _print(text: str) -> None:
-    """To standard output, in what its encoding has: work that is done does not fail for an arrow."""
+    """Prints with substitutes for characters that standard output cannot encode, so that it never fails."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     for sign, plain in (("→", "->"), ("·", "*"), ("√", "root of ")):
         if sign.encode(encoding, errors="ignore") == b"":
@@ -158,7 +158,7 @@ def plan(args: argparse.Namespace) -> None:
         name: getattr(args, name) for name in ("params", "drop_layers", "num_experts_per_tok", "divisor")
     }
     if not sizes and not args.ratio and args.params is None and args.drop_layers is None:
-        raise ValueError("tell a target: sizes (--hidden-size ...), --ratio, --params or --drop-layers")
+        raise ValueError("give a target: sizes (--hidden-size ...), --ratio, --params or --drop-layers")
     made = make_plan(
         scores,
         ratio=_ratio(args.ratio),
@@ -211,14 +211,14 @@ def info(args: argparse.Namespace) -> None:
 
 
 def _check_free(path: Path, overwrite: bool, *, folder: bool) -> None:
-    """That `path` can be written: before hours of work, not after."""
+    """Checks that `path` can be written, before hours of work."""
     if path.exists() and not overwrite:
         raise FileExistsError(17, "is there already; take another --output, or --overwrite", str(path))
     if path.exists() and path.is_dir() != folder:
         kind = "a folder" if folder else "a file"
         raise FileExistsError(17, f"is not {kind}, and is not replaced: take another --output", str(path))
     parent = next(
-        place for place in (path if folder else path.parent, *path.absolute().parents) if place.exists()
+        above for above in (path if folder else path.parent, *path.absolute().parents) if above.exists()
     )
     if not folder and not path.parent.exists():
         raise FileNotFoundError(2, "there is no such folder to write --output to", str(path.parent))
@@ -238,7 +238,7 @@ def _check_model(path: Path) -> None:
 
 
 def _device(name: str) -> Any:
-    """The device, once something can be put there."""
+    """The device; checks that a tensor can be put on it."""
     import torch
 
     try:
@@ -255,7 +255,7 @@ def _tokenizer(path: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # what it raises where files are missing differs from tokenizer to tokenizer
+    except Exception as error:  # tokenizers raise different errors for missing files
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"{path}: has no tokenizer that transformers loads ({reason}): put its files there, or give "
@@ -264,7 +264,7 @@ def _tokenizer(path: Path) -> Any:
 
 
 def _load(path: Path, dtype: str) -> Any:
-    """The model, once all weights but a head's were found: transformers makes up those that are missing."""
+    """The model; checks that at most the head's weights are missing: transformers makes up missing ones."""
     from transformers import AutoModelForCausalLM
 
     from minitron_kernels.pruning.checkpoint.side_files import check_no_adapter
@@ -278,7 +278,7 @@ def _load(path: Path, dtype: str) -> Any:
     if lacking or report["mismatched_keys"]:
         wrong = lacking or sorted(str(entry[0]) for entry in report["mismatched_keys"])
         raise ValueError(
-            f"{path}: does not hold {_few(wrong)} as config.json tells: scores would be of noise"
+            f"{path}: does not hold {_few(wrong)} as config.json says: random weights would be scored"
         )
     return model
 

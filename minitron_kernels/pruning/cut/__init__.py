@@ -1,1 +1,1 @@
-"""Cutting weights after a plan, and whole models in memory."""
+"""Cuts single weights and whole models in memory, as a plan says."""

@@ -1,9 +1,9 @@
-"""What becomes of each parameter under a plan: the one place that knows, for models in memory and on disk.
+"""Cuts: what becomes of each parameter under a plan. Models in memory and checkpoints on disk both use it.
 
-A cut gathers rows and columns. Beyond that, heads may be blended (KV heads that become their mean, query
-heads that take over what dropped ones lack), and gains of norms be scaled. Experts are one stacked tensor in
-a model and one tensor each in a checkpoint; either way the same elements go through the same steps, to the
-same bits.
+A cut gathers rows and columns. In addition, heads may be blended (KV heads that become their mean, query
+heads that stand for dropped ones too), and the gains of norms may be scaled. Experts are one stacked tensor
+in a model and one tensor each in a checkpoint; either way the same elements go through the same steps, with
+the same bits as result.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Index = ChannelIndex | None
 
 @dataclass(frozen=True)
 class Blend:
-    """`length` rows from `start` on, in the new tensor, as a weighted sum of rows of the old one.
+    """A head whose rows in the new tensor are a weighted sum of rows of the old one.
 
     Args:
-        start: first row in the new tensor.
-        length: rows of a head.
+        start: the head's first row in the new tensor.
+        length: the number of its rows.
         terms: (weight, first row in the old tensor).
     """
 
@@ -46,11 +46,11 @@ class Cut:
     """What becomes of one parameter.
 
     Args:
-        name: in the smaller model: layers and experts are renumbered.
+        name: in the smaller model, where layers and experts are renumbered.
         source_shape, shape: before and after.
-        rows, cols: what is gathered of the last two dimensions; of a vector `cols` only; None: all.
-        experts: of a stack of experts' weights, (expert, rows, cols) for those that stay; else None.
-        blends: heads that are more than a copy; they take their place after the gather.
+        rows, cols: what is kept of the last two dimensions (of a vector: `cols` only); None: all.
+        experts: for stacked weights of experts, (expert, rows, cols) of each that stays; else None.
+        blends: heads that are not plain copies; they are written over the gathered rows.
         factor, offset: the gain of a norm, offset + weight, is multiplied by factor.
     """
 
@@ -76,10 +76,10 @@ class Cut:
 
         Args:
             tensor: of source_shape; any dtype that gather_channels takes.
-            out: of shape, tensor's dtype and device; may be a view. Default: a new tensor.
+            out: of the new shape, with tensor's dtype and device; may be a view. Default: a new tensor.
 
         Raises:
-            ValueError: a tensor of another shape; names the parameter.
+            ValueError: `tensor` has another shape; names the parameter.
         """
         if tuple(tensor.shape) != self.source_shape:
             raise ValueError(
@@ -115,14 +115,14 @@ class Cuts:
     Args:
         plan: what stays.
         rescale_norms: apply the plan's norm factors.
-        tied: whether the source's head is its embedding, which its tensors tell; None: as its config says.
+        tied: whether the source's head is tied to its embedding; None: as its config says.
 
-    A family that multiplies its embeddings by √hidden_size multiplies them by less once channels have gone,
-    while what the layers add stays as it is. So what the layers add is scaled by √(new / old size) too: every
-    norm that reads the residual stream takes that off again. Where layers write through norms (Gemma 2 and 3)
-    the gains of these carry the factor, and no element of the embedding or the head is rounded anew. Where
-    they do not, the embedding carries the inverse, and the final norm's gain takes it off again if the head
-    is tied.
+    A family that multiplies its embeddings by √hidden_size multiplies them by less when channels are removed,
+    while what the layers add stays the same. So what the layers add is scaled by √(new / old size) too; every
+    norm that reads the residual stream divides by it again. If layers write through norms (Gemma 2 and 3),
+    the factor goes into the gains of these, and no element of the embedding or the head is rounded anew. If
+    they do not, the embedding is multiplied by the inverse instead, and, if the head is tied, the final
+    norm's gain by the factor.
     """
 
     def __init__(self, plan: PruningPlan, *, rescale_norms: bool = True, tied: bool | None = None) -> None:
@@ -138,14 +138,14 @@ class Cuts:
         self._known = functools.lru_cache(maxsize=None)(self._list_known)
 
     def names(self, stored: bool = False) -> list[str]:
-        """All parameters of the source, by their names in the model or in checkpoints, but a tied head."""
+        """The source's parameters, by their names in the model or in checkpoints, without a tied head."""
         return list(self._known(stored))
 
     def of(self, name: str, stored: bool = False) -> Cut | None:
         """What becomes of the parameter `name` of the model (`stored`: of the checkpoint).
 
         Returns:
-            Its cut; None where it goes, with its layer or its expert.
+            Its cut; None if it is removed with its layer or its expert.
 
         Raises:
             ValueError: the source has no such parameter.
@@ -155,7 +155,7 @@ class Cuts:
             located = self.family.locate(name, self.plan.source_config)
         if located is None:
             raise ValueError(
-                f"{name!r} is no parameter of the plan's source, a "
+                f"{name!r} is not a parameter of the plan's source, a "
                 f"{self.plan.source_config['model_type']} model"
             )
         new, entry = None, None
@@ -187,7 +187,7 @@ class Cuts:
         )
 
     def _stack(self, located: Located, entry: LayerPlan) -> tuple[tuple[int, Index, Index], ...] | None:
-        """What is kept of the stacked weights of experts; None: all of it."""
+        """What is kept of the stacked weights of experts; None: everything."""
         assert entry.experts is not None, "stacked weights in a dense layer"
         _, rows, cols = located.dims
         stack = tuple(
@@ -198,7 +198,7 @@ class Cuts:
         return None if whole and all(row is col is None for _, row, col in stack) else stack
 
     def source_module(self, name: str) -> str:
-        """What a module, or a buffer, of the smaller model is called in the source."""
+        """The name in the source of a module or buffer of the smaller model."""
         inside = re.fullmatch(rf"{re.escape(self.family.layers)}\.(\d+)\.(.+)", name)
         if not inside:
             return name
@@ -209,7 +209,7 @@ class Cuts:
         return {param.name: param for param in params}
 
     def _make_index(self, parts: tuple[str, ...], layer: int | None, expert: int | None) -> Index:
-        """What is kept of a dimension of these axes; None: all of it. `expert` is the new number."""
+        """What is kept of a dimension with these axes; None: everything. `expert` is the new number."""
         kept, start = [], 0
         for axis in parts:
             indices = torch.tensor(self._kept(axis, layer, expert), dtype=torch.int64)
@@ -238,7 +238,7 @@ class Cuts:
         return kept
 
     def _blends(self, located: Located, entry: LayerPlan | None) -> tuple[Blend, ...]:
-        """Where rows of a projection to heads are sums of several heads'."""
+        """The heads of a projection that are sums of several old ones."""
         if entry is None or not located.dims or located.dims[0][0] not in PER_HEAD:
             return ()
         dim = self.source["head_dim"]
@@ -249,16 +249,16 @@ class Cuts:
                     start = new + entry.heads.query.index(kept) * dim
                     blends.append(Blend(start, dim, ((2.0, old + kept * dim), (-1.0, old + dropped * dim))))
             elif axis == "kv_heads":
-                for place, sources in enumerate(entry.heads.kv):
+                for head, sources in enumerate(entry.heads.kv):
                     if len(sources) > 1:
                         terms = tuple((1 / len(sources), old + source * dim) for source in sources)
-                        blends.append(Blend(new + place * dim, dim, terms))
+                        blends.append(Blend(new + head * dim, dim, terms))
             old += self.source[axis] * dim
             new += self.target[axis] * dim
         return tuple(blends)
 
     def _gain(self, name: str) -> tuple[float, float]:
-        """By what a parameter is multiplied, and what is added to it before and taken off after."""
+        """(factor, offset) of a parameter: offset + parameter is multiplied by the factor."""
         module, _, kind = name.rpartition(".")
         scale = self._scales.get(module, 1.0)
         inside = module.removeprefix(f"{self.family.layers}.").partition(".")[2]
@@ -267,7 +267,7 @@ class Cuts:
         return scale, 0.0
 
     def _residual_scales(self) -> dict[str, float]:
-        """Module -> by what it is multiplied so that the embedding keeps its part in the residual stream."""
+        """{module: factor of its weight} that keeps the embedding's share of the residual stream."""
         scale = math.sqrt(self.target["hidden"] / self.source["hidden"])
         family, taps = self.family, self.family.taps
         writers = [norm for norm in taps.norms if norm not in taps.scored_norms]

@@ -26,35 +26,35 @@ def prune_model(
 ) -> Model:
     """The smaller model of a plan, of the same class, with a config that transformers loads.
 
-    Sizes, head_dim and what the config tells of each layer are written to the config; layers are numbered
-    anew, for the KV cache as well. Whether the head is tied to the embedding is what the model's tensors say,
-    and is written to the config where that says otherwise. Each parameter keeps its dtype, device and
-    requires_grad, the model its mode (training or not) and its generation config; hooks are left behind.
+    Sizes, head_dim and the entries of each layer are written to the config; layers are renumbered, also for
+    the KV cache. Whether the head is tied to the embedding is decided by the model's tensors, and the config
+    is corrected where it says otherwise. Each parameter keeps its dtype, device and requires_grad; the model
+    keeps its mode (training or not) and its generation config, but no hooks.
 
-    Under a plan that keeps everything each parameter is the same to the bit. Where neurons go whose down
-    projection is zero, logits stay the same but for the rounding of sums that are taken in other steps. So
-    they do where channels of the residual stream go that are zero for all tokens, if gains are rescaled, but
-    for the norms' epsilon as well.
+    Under a plan that keeps everything, each parameter is the same to the bit. If the dropped neurons have a
+    down projection of zero, logits are the same up to rounding. If the dropped channels of the residual
+    stream are zero for all tokens, and gains are rescaled, they are the same up to rounding and the norms'
+    epsilon.
 
     Args:
-        model: a causal language model of transformers, of a known family, or its decoder alone; of one in
-            DistributedDataParallel or torch.compile the model inside is pruned. Unchanged unless in_place.
+        model: a causal language model of transformers, of a known family, or its decoder alone. If it is in
+            DistributedDataParallel or torch.compile, the model inside is pruned. Unchanged unless in_place.
         plan: made for this model's config.
         rescale_norms: multiply norms' gains by the plan's factors; see make_plan().
-        in_place: turn `model` itself into the smaller one, and free the weights that it had, whoever else
-            holds them: an optimizer of them must be made anew. Both are in memory until all is cut, so that
-            nothing has changed where anything fails; prune_checkpoint() takes no model in memory at all.
+        in_place: turn `model` itself into the smaller one and free its old weights, even if others refer to
+            them: an optimizer must be created anew. Both models are in memory until everything is cut, so
+            that an error leaves `model` unchanged. prune_checkpoint() needs no model in memory.
 
     Returns:
         The smaller model; with in_place, `model`.
 
     Raises:
-        TypeError, ValueError: the plan is for another model; the model is quantised, adapted, offloaded,
-            sharded, or has parameters or learned buffers that its family does not; transformers makes
-            another model of the pruned config. Names the first, and says what to do.
+        TypeError, ValueError: the plan is for another model; the model is quantised, has adapters, is
+            offloaded or sharded, or has parameters or learned buffers that its family does not declare;
+            transformers makes another model of the pruned config. Names the first, and says what to do.
 
     Warns:
-        UserWarning: every parameter of the model is frozen, and so those of the smaller one are.
+        UserWarning: all parameters of the model are frozen, and so are those of the smaller one.
 
     Example:
         >>> plan = make_plan(scores, hidden_size=480, intermediate_size=1152, divisor=32)   # doctest: +SKIP
@@ -68,8 +68,8 @@ def prune_model(
     cuts = Cuts(plan, rescale_norms=rescale_norms, tied=source.tied)
     smaller = skeleton(type(source.model), _target_config(source, cuts))
     todo = source.checked_cuts(cuts)
-    places = {called: name for called, (name, _) in _named_tensors(smaller, cuts.family).items()}
-    _check_result(smaller, places, todo)
+    names = {called: name for called, (name, _) in _named_tensors(smaller, cuts.family).items()}
+    _check_result(smaller, names, todo)
     made = _buffers(source, smaller, cuts)
     for name, cut in todo:
         tensor = source.tensors[name]
@@ -78,7 +78,7 @@ def prune_model(
             value = nn.Parameter(value, requires_grad=tensor.requires_grad)
         made[cut.name] = value
     for called, tensor in made.items():
-        name = places[called]
+        name = names[called]
         owner = _owner(smaller, name)
         inside: Any = owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers
         inside[_leaf(name)] = tensor
@@ -107,9 +107,9 @@ class _Source:
     """The model to be pruned.
 
     Args:
-        model: of transformers, out of torch's wrappers.
-        tensors: its parameters and buffers, by the names that its family gives them.
-        tied: whether its head is its embedding; in a decoder alone, as its config says.
+        model: of transformers, without torch's wrappers.
+        tensors: its parameters and buffers, by their names in the family's table.
+        tied: whether its head is tied to its embedding; for a decoder alone, as its config says.
     """
 
     model: Any
@@ -118,14 +118,14 @@ class _Source:
 
     @classmethod
     def of(cls, model: Any, in_place: bool) -> _Source:
-        """The model that was given, once it is one whose tensors can be cut."""
+        """From the model that was given; checks that its tensors can be cut."""
         inner = unwrapped(model)
         if not hasattr(inner, "initialize_weights"):
             raise TypeError(f"model must be a model of transformers 5, got {type(model).__name__}")
         if in_place and inner is not model:
             raise ValueError(
-                f"in_place changes the model itself, which a {type(model).__name__} has prepared for: give "
-                "the model inside, and wrap what comes back anew"
+                f"in_place cannot change a model inside a {type(model).__name__}, which holds its old "
+                "parameters: give the model inside, and wrap the result anew"
             )
         family = family_of(inner.config)
         named = _named_tensors(inner, family)
@@ -138,7 +138,7 @@ class _Source:
         return cls(inner, tensors, tied)
 
     def check_plan(self, plan: PruningPlan) -> None:
-        """Checks that the plan is for this model; ValueError."""
+        """Checks that the plan is for this model; raises ValueError."""
         planned, config = plan.source_config, self.model.config
         family = family_of(config)
         if config.model_type != planned["model_type"]:
@@ -154,7 +154,7 @@ class _Source:
                 raise ValueError(f"plan is for a model of {size} {axis}, got one of {sizes.get(axis)}")
 
     def checked_cuts(self, cuts: Cuts) -> list[tuple[str, Cut]]:
-        """The cuts of what stays, each with the name of what is cut; ValueError unless all fit."""
+        """(name of the tensor, its cut) for each that stays; raises ValueError unless all fit."""
         names, head = cuts.names(), f"{cuts.family.head}.weight"
         if head not in self.tensors:
             names = [name for name in names if name != head]
@@ -181,10 +181,10 @@ class _Source:
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
-    """Checks that a tensor of the model has its elements at hand, and that they are numbers; ValueError."""
+    """Checks that a tensor's values are in memory and are plain numbers; raises ValueError."""
     instead = "load the whole model on one device, or prune its checkpoint by prune_checkpoint()"
     if tensor.is_meta:
-        raise ValueError(f"{name} is offloaded: its values are not in memory. Take what is not: {instead}")
+        raise ValueError(f"{name} is offloaded: its values are not in memory: {instead}")
     if type(tensor.data) is not Tensor:
         raise ValueError(
             f"{name} is a {type(tensor.data).__name__}, sharded or quantised, which cannot be cut: {instead}"
@@ -211,7 +211,7 @@ def _is_same(one: Tensor, other: Tensor | None) -> bool:
 
 
 def _target_config(source: _Source, cuts: Cuts) -> Any:
-    """The model's own config, with what the plan changes in it, and the truth about its head."""
+    """The model's own config with the plan's changes, and with tie_word_embeddings as the tensors have it."""
     target, plan = copy.deepcopy(source.model.config), cuts.plan
     for key, value in plan.target_config.items():
         if key not in plan.source_config or plan.source_config[key] != value:
@@ -221,23 +221,26 @@ def _target_config(source: _Source, cuts: Cuts) -> Any:
     return target
 
 
-def _check_result(smaller: nn.Module, places: dict[str, str], todo: list[tuple[str, Cut]]) -> None:
-    """Checks that the cuts are what the smaller model's config asks for; ValueError."""
+def _check_result(smaller: nn.Module, names: dict[str, str], todo: list[tuple[str, Cut]]) -> None:
+    """Checks that the cuts give the tensors of the smaller model's config; raises ValueError.
+
+    names: {name in the family's table: name in the smaller model}.
+    """
     shapes = state_shapes(smaller)
-    state = {called: shapes[name] for called, name in places.items() if name in shapes}
+    state = {called: shapes[name] for called, name in names.items() if name in shapes}
     parameters = {name for name, _ in smaller.named_parameters()}
-    wanted = {called for called, name in places.items() if name in parameters}
+    wanted = {called for called, name in names.items() if name in parameters}
     check_shapes({cut.name: cut.shape for _, cut in todo}, state, wanted, "the pruned config")
 
 
 def _buffers(source: _Source, smaller: nn.Module, cuts: Cuts) -> dict[str, Tensor]:
-    """The smaller model's buffers that the family does not cut, by the family's names for them.
+    """The smaller model's buffers that the family does not cut, by their names in the family's table.
 
-    They are the model's own, unless their value follows from a size that changed.
+    They are copied from the model, unless their values follow from a size that has changed.
 
     Raises:
-        ValueError: a buffer that others of its class have is not there, or is stored with the weights but
-            neither stays nor follows from the config: it was learned, and would be lost.
+        ValueError: a buffer is missing that other models of this class have, or a buffer is stored with the
+            weights but can neither be copied nor follows from the config: its learned values would be lost.
     """
     kind, declared = type(source.model), set(cuts.names())
     old, new = (_fresh_buffers(kind, model.config, cuts.family) for model in (source.model, smaller))
@@ -268,16 +271,16 @@ def _buffers(source: _Source, smaller: nn.Module, cuts: Cuts) -> dict[str, Tenso
 
 
 def _same(mine: Tensor, fresh: Tensor | None) -> bool:
-    """Whether a buffer has the values of a fresh one, as its dtype and device hold them; NaN is NaN."""
+    """Whether a buffer has the values of a fresh one, in its own dtype; NaN equals NaN."""
     if fresh is None or mine.shape != fresh.shape:
         return False
     return torch.allclose(mine, fresh.to(mine), rtol=0, atol=0, equal_nan=True)
 
 
 def _fresh_buffers(kind: type[nn.Module], config: Any, family: Family) -> dict[str, tuple[str, Tensor]]:
-    """The buffers of a new model of this config, as from_pretrained() sets them; else NaN or 0.
+    """{name in the family's table: (name in the model, buffer)} of a new model with this config.
 
-    Each has its name in the model beside it, and the family's name as its key.
+    Buffers have the values that from_pretrained() sets; those that it does not set are NaN or 0.
     """
     made = skeleton(kind, config)
     for name, buffer in list(made.named_buffers()):
@@ -289,7 +292,7 @@ def _fresh_buffers(kind: type[nn.Module], config: Any, family: Family) -> dict[s
 
 
 def _named_tensors(model: nn.Module, family: Family) -> dict[str, tuple[str, Tensor]]:
-    """All parameters and buffers with their names, by the names that the family gives them."""
+    """{name in the family's table: (name in the model, tensor)} of all parameters and buffers."""
     there = dict(model.named_parameters(remove_duplicate=False))
     there |= dict(model.named_buffers(remove_duplicate=False))  # type: ignore[arg-type]
     return {called: (name, there[name]) for name, called in family_names(there, family).items()}

@@ -1,4 +1,4 @@
-"""What transformers makes of a config: a model without memory, its names and shapes."""
+"""The model that transformers makes of a config, without memory: its names and shapes."""
 
 from __future__ import annotations
 
@@ -18,33 +18,35 @@ def skeleton(kind: type[Model], config: Any) -> Model:
     """A model of this class and config of transformers, without memory for its parameters.
 
     Raises:
-        ValueError: transformers cannot make it; says what it came upon.
+        ValueError: transformers cannot make it; says why.
     """
     try:
         with torch.device("meta"):
             return kind(config)
-    except Exception as error:  # transformers raises what its checks or its arithmetic come upon
+    except Exception as error:  # its checks and its arithmetic raise various errors
         raise ValueError(f"transformers cannot make a {kind.__name__} of its config: {error}") from error
 
 
 def state_shapes(model: nn.Module) -> Shapes:
-    """Names and shapes of a model's parameters and persistent buffers, a tied head among them."""
+    """Names and shapes of a model's parameters and persistent buffers, including a tied head."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def expected_shapes(config: Config, *, stored: bool = False, headless: bool = False) -> Shapes:
-    """Names and shapes of the tensors of a model with this config, by its family's table.
+    """Names and shapes of the tensors of a model with this config, from its family's table.
 
-    The table is compared with the model that transformers makes of this config, so what fits these shapes is
-    what from_pretrained() looks for. A model type that transformers does not know is not compared.
+    The table is compared with the model that transformers makes of this config: tensors of these names and
+    shapes are those that from_pretrained() looks for. Model types that transformers does not know are not
+    compared.
 
     Args:
-        config: as it is, or is to be, in config.json; or a config of transformers.
-        stored: names as in checkpoints, which hold experts one by one; else as in the model.
-        headless: the decoder alone, as AutoModel makes it; the names are those of the whole model still.
+        config: the dict of a config.json, or a config of transformers.
+        stored: whether to give names as in checkpoints, which hold experts one by one.
+        headless: for the decoder alone, as AutoModel makes it; names are still those of the whole model.
 
     Raises:
-        ValueError: transformers refuses the config, or makes another model of it; names the first difference.
+        ValueError: transformers refuses the config, or its model differs from the table; names the first
+            difference.
     """
     family = family_of(config)
     head = f"{family.head}.weight"
@@ -64,26 +66,26 @@ def expected_shapes(config: Config, *, stored: bool = False, headless: bool = Fa
 
 
 def check_shapes(cut: Shapes, state: Shapes, parameters: set[str], what: str) -> None:
-    """Checks that the tensors of a smaller model are those that its config asks for.
+    """Checks that the tensors of a smaller model are those of its config.
 
     Args:
-        cut: of the tensors that there are, or are to be.
-        state: of the parameters and persistent buffers that transformers makes of the config.
-        parameters: names in `state` that are parameters: each must be in `cut`.
-        what: has this config, for the error.
+        cut: names and shapes of the smaller model's tensors.
+        state: those of the parameters and persistent buffers that transformers makes of the config.
+        parameters: names in `state` that are parameters, each of which must be in `cut`.
+        what: the config, for error messages.
 
     Raises:
-        ValueError: they are not; names the first difference.
+        ValueError: they differ; names the first difference.
     """
     for name, shape in cut.items():
         if name not in state:
-            raise ValueError(f"{name} has no place in the model that transformers makes of {what}")
+            raise ValueError(f"{name} is not in the model that transformers makes from {what}")
         if state[name] != shape:
             raise ValueError(
                 f"{name} would be {list(shape)}, but transformers makes it {list(state[name])} from {what}"
             )
     if missing := sorted(parameters - set(cut)):
-        raise ValueError(f"nothing becomes {missing[0]}, which transformers makes from {what}")
+        raise ValueError(f"{missing[0]}, which transformers makes from {what}, is missing")
 
 
 def _made_by_transformers(config: Config, headless: bool) -> nn.Module | None:

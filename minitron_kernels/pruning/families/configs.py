@@ -1,4 +1,4 @@
-"""Reading configs: of transformers, or the dict in a config.json, which may leave keys out or say null."""
+"""Reads configs: objects of transformers, or the dict in a config.json, where keys may be absent or null."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ Config = Any  # a transformers config, or the dict in a checkpoint's config.json
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """A config as config.json holds it: a copy that shares nothing."""
+    """A config as the dict that config.json holds; a deep copy."""
     return json.loads(_text(config))
 
 
 def completed(config: Config) -> dict[str, Any]:
-    """as_dict() of a config, with the keys that a config.json may leave out as transformers takes them."""
+    """as_dict() of a config, with transformers' values for the keys that a config.json may leave out."""
     try:
         full = full_config(config)
-    except (
-        ValueError
-    ):  # a model that runs in memory only: then what is missing cannot be told, when it is needed
+    except ValueError:  # transformers refuses it, but the model may exist in memory: use what is written
         full = None
     return as_dict(config if full is None else full)
 
@@ -29,8 +27,9 @@ def completed(config: Config) -> dict[str, Any]:
 def config_value(config: Config, key: str, default: Any = None) -> Any:
     """`key` of a config; `default` where there is no value. null is not a value.
 
-    A key that a config.json leaves out, or sets to null, is what transformers makes of that: its class's
-    default, or what its class infers from other keys. `default` is for what transformers does not know.
+    A key that a config.json leaves out, or sets to null, has the value that transformers gives it: the
+    default of its class, or what the class infers from other keys. `default` is used where transformers does
+    not know the model type or the key.
 
     Raises:
         ValueError: transformers refuses the config; says why.
@@ -48,10 +47,10 @@ def written_value(config: Config, key: str) -> Any:
 
 
 def full_config(config: Config) -> Config | None:
-    """The config that transformers makes of the dict in a config.json; None if it lacks the model type.
+    """The config that transformers makes of the dict in a config.json; None for unknown model types.
 
-    A null that transformers refuses counts as left out. A config of transformers is returned as it is; what
-    is returned for a dict is shared by all that ask: it must not be changed.
+    If transformers refuses a null, the key is treated as left out. A config of transformers is returned as it
+    is. The config that is returned for a dict is shared by all callers and must not be changed.
 
     Raises:
         ValueError: transformers refuses the config; says why.
@@ -64,7 +63,7 @@ def full_config(config: Config) -> Config | None:
 
 @functools.lru_cache(maxsize=64)
 def _parsed(model_type: str, text: str) -> Config | None:
-    from transformers import CONFIG_MAPPING  # only configs that leave out what is needed cost this import
+    from transformers import CONFIG_MAPPING  # slow; needed only for configs that leave keys out
 
     if model_type not in CONFIG_MAPPING:
         return None
@@ -77,7 +76,7 @@ def _parsed(model_type: str, text: str) -> Config | None:
             if there == entries:
                 raise
             return CONFIG_MAPPING[model_type].from_dict(there)
-    except Exception as error:  # transformers raises what its checks or its arithmetic come upon
+    except Exception as error:  # its checks and its arithmetic raise various errors
         reason = " ".join(str(error).split())
         raise ValueError(f"transformers refuses the config of this {model_type}: {reason}") from error
 

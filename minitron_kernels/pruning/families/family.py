@@ -1,7 +1,7 @@
-"""What a family of models is made of: its parameters, axis by axis, and where each axis is tapped.
+"""Family, the description of a model family: its parameters with their axes, and where each axis is tapped.
 
 One declarative table serves scoring, planning, pruning in memory and pruning of checkpoints. A parameter is
-written as the axes of its dimensions, "heads+kv_heads+kv_heads, hidden" for a fused projection to queries,
+described by the axes of its dimensions: "heads+kv_heads+kv_heads, hidden" for a fused projection to queries,
 keys and values. The axes:
 
     vocab, hidden       tokens; channels of the residual stream
@@ -9,12 +9,12 @@ keys and values. The axes:
     head_dim            elements of a head: never pruned
     mlp                 neurons of a layer's MLP
     experts             experts of a layer
-    expert_mlp          neurons of an expert; ranked inside each expert
+    expert_mlp          neurons of an expert; ranked within each expert
     layers              whole layers
     one                 a dimension of one element
 
-Any other name that `Family.size_keys` gives a config key is an axis that is never pruned, as the neurons of
-shared experts.
+Any other name to which `Family.size_keys` gives a config key is an axis that is never pruned, such as the
+neurons of shared experts.
 
 Names and shapes are those of the causal language models of Hugging Face transformers 5.
 """
@@ -30,7 +30,7 @@ from minitron_kernels.pruning.families.configs import Config, config_value, writ
 
 When = Callable[[Config, int], bool]
 
-# axis -> the keys that tell its size in a config; the first that is there counts
+# axis -> the config keys of its size; the first that is present is used
 SIZE_KEYS: dict[str, tuple[str, ...]] = {
     "vocab": ("vocab_size",),
     "hidden": ("hidden_size",),
@@ -41,21 +41,21 @@ SIZE_KEYS: dict[str, tuple[str, ...]] = {
     "mlp": ("intermediate_size",),
 }
 PER_HEAD = ("heads", "kv_heads")
-PRUNED = ("hidden", "heads", "kv_heads", "mlp", "experts", "expert_mlp")  # whose elements can go
+PRUNED = ("hidden", "heads", "kv_heads", "mlp", "experts", "expert_mlp")  # axes whose elements can be removed
 ONE = "one"
 TIE_KEY = "tie_word_embeddings"
 
 
 @dataclass(frozen=True)
 class Param:
-    """One parameter of a layer (or of the model around the layers), or one buffer that is learned.
+    """One parameter of a layer (or of the model around the layers), or one learned buffer.
 
     Args:
-        name: inside a layer, e.g. "self_attn.q_proj.weight"; "{expert}" where there is one for each expert.
-        axes: of its dimensions, separated by ", "; "a+b" for parts that follow each other; "" for a scalar.
-        when: (config, layer) -> whether there is such a parameter; None for always.
-        buffer: whether it is a persistent buffer of the model, as e_score_correction_bias: cut and stored as
-            parameters are, but not counted as one.
+        name: inside a layer, e.g. "self_attn.q_proj.weight"; with "{expert}" where each expert has one.
+        axes: of its dimensions, separated by ", "; "a+b" for concatenated parts; "" for a scalar.
+        when: (config, layer) -> whether the layer has this parameter; None for always.
+        buffer: whether it is a persistent buffer of the model, such as e_score_correction_bias: cut and
+            stored as parameters are, but not counted as one.
     """
 
     name: str
@@ -71,26 +71,26 @@ class Param:
 
 @dataclass(frozen=True)
 class Located:
-    """A parameter of one model: where it stands and what its dimensions are."""
+    """A parameter of one model: its layer and expert, if any, and its dimensions."""
 
     name: str
     dims: tuple[tuple[str, ...], ...]
     layer: int | None = None
     expert: int | None = None
-    pattern: str = ""  # its name with {layer} and {expert} in the places of their numbers
+    pattern: str = ""  # its name with {layer} and {expert} for their numbers
     buffer: bool = False
 
     def moved(self, layer: int | None, expert: int | None) -> str:
-        """Its name in a model where its layer and its expert have these numbers."""
+        """Its name in a model where its layer and expert have these numbers."""
         return (self.pattern or self.name).format(layer=layer, expert=expert)
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Its shape in a model of these sizes."""
+        """Its shape in a model with these sizes."""
         return tuple(sum(elements(axis, sizes) for axis in parts) for parts in self.dims)
 
 
 def elements(axis: str, sizes: Mapping[str, int]) -> int:
-    """How many elements of a dimension an axis takes: a head has head_dim of them."""
+    """The number of elements of an axis along a dimension: head_dim for each head."""
     if axis == ONE:
         return 1
     return sizes[axis] * (sizes["head_dim"] if axis in PER_HEAD else 1)
@@ -104,10 +104,11 @@ class Taps:
         attention_out: the linear layer whose input is the heads' output.
         mlp_down: the linear layer whose input is the activated neurons; None in a layer of experts only.
         mlp_up: the linear layer whose output is the neurons before gating.
-        mlp_up_part: which of the equal parts of mlp_up's output: (index, of).
+        mlp_up_part: (index, number of equal parts): the part of mlp_up's output that holds the neurons.
         scored_norms: norms whose output scores the residual channels: those that feed linear layers.
         norms: all norms over residual channels.
-        experts: the module forward(hidden, top_k_index, top_k_weights) that holds all experts' weights.
+        experts: the module that holds the weights of all experts, forward(hidden, top_k_index,
+            top_k_weights); None where there are none.
     """
 
     attention_out: str = "self_attn.o_proj"
@@ -121,26 +122,26 @@ class Taps:
 
 @dataclass(frozen=True)
 class Family:
-    """The table of one family; `register_family` (registry.py) makes it known.
+    """The description of one family; register_family() (registry.py) makes it known.
 
     Args:
-        model_types: what `config.model_type` may say.
+        model_types: the values of `config.model_type`.
         layer: the parameters of a layer.
         taps: where its axes are tapped.
-        stored_layer: the parameters of a layer in checkpoints, where they are named otherwise there.
-        outer: the parameters around the layers; the head's weight is left out where it is tied.
+        stored_layer: the parameters of a layer in checkpoints; None where they are the same as in the model.
+        outer: the parameters around the layers; the head's weight is left out of models where it is tied.
         layers, final_norm, embedding, head: names of these modules in the model.
-        size_keys: config keys of axes, beyond or instead of SIZE_KEYS.
+        size_keys: config keys of axes, in addition to SIZE_KEYS or instead of them.
         defaults: of config keys that a config.json may leave out; only for model types that transformers does
-            not know, whose own defaults count otherwise.
-        norm_offset: what a norm adds to its stored weight to make its gain: 1 where it stores gain - 1.
-        scales_embedding: whether embeddings are multiplied by the root of hidden_size.
-        is_sparse: (config, layer) -> whether that layer's MLP is experts.
+            not know: it has its own defaults for the others.
+        norm_offset: what a norm adds to its stored weight to get its gain: 1 where it stores gain - 1.
+        scales_embedding: whether embeddings are multiplied by √hidden_size.
+        is_sparse: (config, layer) -> whether that layer has experts instead of one MLP.
         per_layer_keys: config keys that hold one entry for each layer.
-        layer_index_keys: config keys that hold a list of layers' indices.
-        dense_layers: the config entries that say which layers are dense, from the list of these layers; for
-            families where that follows from a layer's index, which changes where layers are dropped.
-        refuses: why transformers would not load a config of this family; None where it loads it.
+        layer_index_keys: config keys that hold a list of layer indices.
+        dense_layers: (list of dense layers) -> the config entries that say so; for families where that
+            follows from a layer's index, which changes when layers are dropped.
+        refuses: (config) -> why transformers would not load it; None where it does.
     """
 
     model_types: tuple[str, ...]
@@ -171,11 +172,11 @@ class Family:
         return config_value(config, key, self.defaults.get(key, default))
 
     def tied(self, config: Config) -> bool:
-        """Whether lm_head is the embedding."""
+        """Whether the head is tied to the embedding."""
         return bool(self.value(config, TIE_KEY, False))
 
     def keys_of(self, axis: str) -> tuple[str, ...]:
-        """The config keys that may tell the size of an axis."""
+        """The config keys that may hold the size of an axis."""
         return self.size_keys.get(axis, SIZE_KEYS.get(axis, ()))
 
     def sizes(self, config: Config) -> dict[str, int]:
@@ -187,7 +188,7 @@ class Family:
         sizes: dict[str, int] = {}
         for axis in dict.fromkeys((*SIZE_KEYS, *self.size_keys)):
             keys = self.keys_of(axis)
-            # a key that is written counts before the default of one that is not
+            # a key that is written takes precedence over the default of another
             for read in (written_value, self.value):
                 found = [value for key in keys if (value := read(config, key)) is not None]
                 if found:
@@ -209,8 +210,8 @@ class Family:
 
         Args:
             config: of the model.
-            stored: by their names in a checkpoint; else in the model.
-            tied: whether the head is the embedding, and left out; None: as the config says.
+            stored: whether to give their names in a checkpoint, not those in the model.
+            tied: whether the head is tied to the embedding, and so left out; None: as the config says.
         """
         sizes = self.sizes(config)
         tied = self.tied(config) if tied is None else tied
@@ -229,7 +230,7 @@ class Family:
                     yield Located(name, param.dims, layer, expert, pattern, param.buffer)
 
     def locate(self, name: str, config: Config) -> Located | None:
-        """What a parameter's name, in the model or in a checkpoint, stands for; None if it is not known."""
+        """The parameter with this name in the model or in a checkpoint; None if there is none."""
         for param in self.outer:
             if name == param.name:
                 return Located(name, param.dims, buffer=param.buffer)
@@ -247,7 +248,7 @@ class Family:
         return None
 
     def count_parameters(self, config: Config, *, embeddings: bool = True) -> int:
-        """The number of parameters, a tied head once; `embeddings=False` leaves out vocabulary-sized ones."""
+        """The number of parameters, a tied head once; embeddings=False leaves out those with a vocab axis."""
         sizes = self.sizes(config)
         total = 0
         for param in self.parameters(config):

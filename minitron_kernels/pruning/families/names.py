@@ -1,4 +1,4 @@
-"""Names of parameters as they are found and as a family has them: prefixes, wrappers, decoders alone."""
+"""Maps the names of parameters, as models and checkpoints have them, to those in the family's table."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Iterable
 from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.families.wrappers import plain_name
 
-# what may stand in front of a decoder's parameters instead of, or beside, the family's own prefix
+# prefixes that a decoder's parameters may have instead of, or beside, the family's own
 PREFIXES = ("model", "language_model", "module")
 
 
 def family_names(names: Iterable[str], family: Family) -> dict[str, str]:
-    """Each of a model's or checkpoint's names, and what the family's table calls it.
+    """{name in a model or checkpoint: name in the family's table}.
 
-    Known are the family's own names; those of its decoder alone (AutoModel's, without "model." in front);
-    those with any of "model.", "language_model.", "module." in front, as larger models and training loops
-    store them; and those with the marks of torch.compile and of activation checkpointing. A name that is not
-    of the decoder or its head stays as it is.
+    The names may be the family's own; those of the decoder alone, as AutoModel gives it (without "model." in
+    front); those with any of "model.", "language_model.", "module." in front, as larger models and training
+    loops store them; and those that torch.compile or activation checkpointing has changed. A name that
+    belongs neither to the decoder nor to its head stays as it is.
 
     Raises:
-        ValueError: the decoder stands under a prefix that is not known, or under several; names them. Two
-            names are of one parameter.
+        ValueError: the decoder has an unknown prefix, or several prefixes; names them. Two names are of one
+            parameter.
 
     Example:
         >>> from minitron_kernels.pruning.families.registry import family_of
@@ -54,7 +54,7 @@ def _is_known(prefix: str) -> bool:
 
 
 def _decoder_prefix(names: Iterable[str], embedding: str, root: str) -> str:
-    """What stands in front of the decoder's names; the family's own `root` where there is no embedding."""
+    """The prefix of the decoder's names; the family's own `root` where there is no embedding."""
     end = f"{embedding}.weight"
     there = {name.removesuffix(end) for name in names if name == end or name.endswith(f".{end}")}
     known = {prefix for prefix in there if prefix == root or _is_known(prefix)}

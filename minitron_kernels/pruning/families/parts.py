@@ -1,4 +1,4 @@
-"""Groups of parameters that many families have, to write their tables with."""
+"""Groups of parameters that many families share, for use in their tables."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from minitron_kernels.pruning.families.family import Param, When
 
 
 def flag(key: str, default: bool = False) -> When:
-    """A parameter that is there where the config says so."""
+    """A `when` for a parameter that exists if the config sets `key`."""
     return lambda config, layer: bool(config_value(config, key, default))
 
 
 def linear(name: str, axes: str, bias: When | bool = False) -> tuple[Param, ...]:
-    """The weight "out, in" of a linear layer, and its bias where `bias` says that there is one."""
+    """The weight of a linear layer, with axes "out, in", and its bias if, or where, `bias` says so."""
     weight = Param(f"{name}.weight", axes)
     if bias is False:
         return (weight,)
@@ -24,7 +24,7 @@ def linear(name: str, axes: str, bias: When | bool = False) -> tuple[Param, ...]
 def attention(
     *, qkv_bias: When | bool = False, out_bias: When | bool = False, qk_norm: bool = False
 ) -> tuple[Param, ...]:
-    """Separate projections to queries, keys and values."""
+    """Attention with separate projections to queries, keys and values."""
     norms = tuple(Param(f"self_attn.{side}_norm.weight", "head_dim") for side in "qk") if qk_norm else ()
     return (
         *linear("self_attn.q_proj", "heads, hidden", qkv_bias),
@@ -36,7 +36,7 @@ def attention(
 
 
 def gated_mlp(bias: When | bool = False, when: When | None = None) -> tuple[Param, ...]:
-    """gate_proj, up_proj and down_proj."""
+    """An MLP of gate_proj, up_proj and down_proj."""
     params = (
         *linear("mlp.gate_proj", "mlp, hidden", bias),
         *linear("mlp.up_proj", "mlp, hidden", bias),

@@ -1,4 +1,4 @@
-"""Which families are known, by the model_type of their configs."""
+"""The known families, by the model_type of their configs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register_family(family: Family) -> None:
-    """Makes a family known to scoring, planning and pruning; a later one of the same type takes its place.
+    """Makes a family known to scoring, planning and pruning. It replaces earlier ones of its model types.
 
     Example:
         >>> import dataclasses
@@ -17,7 +17,8 @@ def register_family(family: Family) -> None:
         >>> register_family(dataclasses.replace(llama, model_types=("my_llama",)))
 
     Raises:
-        TypeError, ValueError: no Family, or a parameter with an axis of no known size; names it.
+        TypeError, ValueError: `family` is not a Family, or has a parameter with an axis of unknown size;
+            names it.
     """
     if not isinstance(family, Family):
         raise TypeError(f"family must be a Family, got {type(family).__name__}")
@@ -31,7 +32,7 @@ def register_family(family: Family) -> None:
         for axis in (axis for parts in param.dims for axis in parts):
             if axis not in known:
                 raise ValueError(
-                    f"family has {param.name} with an axis {axis!r}, which is none of "
+                    f"family has {param.name} with an axis {axis!r}, which is not one of "
                     f"{', '.join(sorted(known))}: give its config key in size_keys"
                 )
     for model_type in family.model_types:
@@ -39,7 +40,7 @@ def register_family(family: Family) -> None:
 
 
 def known_families() -> tuple[str, ...]:
-    """The model types that are known."""
+    """The known model types."""
     return tuple(sorted(_FAMILIES))
 
 

@@ -1,4 +1,4 @@
-"""The families that are known from the start; names as in transformers 5."""
+"""The families that the library knows; parameter names are those of transformers 5."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ATTENTION_BIAS, _MLP_BIAS = flag("attention_bias"), flag("mlp_bias")
 
 
 def _is_sparse(config: Config, layer: int) -> bool:
-    """Qwen3-MoE: every decoder_sparse_step-th layer, but for those that are listed."""
+    """Qwen3-MoE: every decoder_sparse_step-th layer, except those in mlp_only_layers."""
     step = config_value(config, "decoder_sparse_step", 1)
     dense = config_value(config, "mlp_only_layers", ())
     return layer not in dense and (layer + 1) % step == 0
@@ -29,7 +29,7 @@ def _always(config: Config, layer: int) -> bool:
 
 
 def _experts(block: str, when: When | None = None) -> tuple[Param, ...]:
-    """The router, and the experts' weights stacked in three dimensions."""
+    """The router, and the weights of all experts, stacked in three-dimensional tensors."""
     return (
         Param(f"{block}.gate.weight", "experts, hidden", when),
         Param(f"{block}.experts.gate_up_proj", "experts, expert_mlp+expert_mlp, hidden", when),

@@ -1,6 +1,6 @@
-"""The model inside what others wrap around it, or why it must be taken out first.
+"""Takes a model out of its wrappers, or says why the caller must do so first.
 
-Scoring and pruning both begin here, so that a model which one of them takes the other takes as well.
+Scoring and pruning both begin here, so that they accept the same models.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-COMPILED = "_orig_mod"  # where torch.compile() keeps the module that it wraps
-# modules around a module that change nothing but its name: of torch.compile(), of activation checkpointing
+COMPILED = "_orig_mod"  # the name under which torch.compile() keeps the module that it wraps
+# names that wrappers add to a parameter's: torch.compile(), activation checkpointing
 _TRANSPARENT = (COMPILED, "_checkpoint_wrapped_module")
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The transformers model in torch.compile(), DistributedDataParallel or DataParallel, in any order.
+    """The transformers model inside torch.compile(), DistributedDataParallel or DataParallel, in any order.
 
-    A model of fully_shard() (FSDP2) is its own wrapper and comes back as it is: see is_fsdp().
+    fully_shard() (FSDP2) does not wrap a model but changes it; it is returned as it is: see is_fsdp().
 
     Raises:
         TypeError: it is not a model of transformers.
-        ValueError: adapters are attached to it, or its parameters lie in an FSDP1 wrapper; says what to do.
+        ValueError: adapters are attached to it, or it is in an FSDP1 wrapper; says what to do.
     """
     given = model
     while True:
@@ -43,9 +43,10 @@ def unwrapped(model: Any) -> nn.Module:
 
 
 def _refuse_wrapped_inside(model: nn.Module) -> None:
-    """Wrappers whose weights are not those that the model's own names promise."""
+    """Raises ValueError for wrappers under which the model's parameters are not its weights."""
     for name, module in model.named_modules():
-        kinds = {kind.__name__ for kind in type(module).__mro__}  # by name: neither package need be there
+        # compared by name, since neither package need be installed
+        kinds = {kind.__name__ for kind in type(module).__mro__}
         where = f"its module {name!r}" if name else "it"
         if kinds & {"PeftModel", "BaseTuner", "BaseTunerLayer"}:
             raise ValueError(
@@ -60,12 +61,12 @@ def _refuse_wrapped_inside(model: nn.Module) -> None:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's or module's name without the marks of torch.compile() and of activation checkpointing."""
+    """A parameter's or module's name without what torch.compile() and activation checkpointing add to it."""
     return ".".join(part for part in name.split(".") if part not in _TRANSPARENT)
 
 
 def is_fsdp(module: Any) -> bool:
-    """Whether fully_shard() (FSDP2) was applied to this very module."""
+    """Whether fully_shard() (FSDP2) was applied to this module itself."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False
     from torch.distributed.fsdp import FSDPModule
@@ -79,7 +80,7 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate's hook on this very module fetches its parameters (device_map: "cpu", "disk")."""
+    """Whether a hook of accelerate fetches this module's own parameters (device_map: "cpu", "disk")."""
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", (hook,))  # a SequentialHook holds several
     return any(bool(getattr(each, "offload", False)) for each in hooks)
@@ -87,7 +88,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def fetched(module: nn.Module) -> Iterator[None]:
-    """With the parameters of this very module where it computes, if they are offloaded."""
+    """Fetches this module's own parameters to its device while the block runs, if they are offloaded."""
     if not is_offloaded(module):
         yield
         return
@@ -100,5 +101,5 @@ def fetched(module: nn.Module) -> Iterator[None]:
 
 
 def parameters_without_data(model: nn.Module) -> list[str]:
-    """Names of the parameters on the meta device, be they offloaded or never loaded."""
+    """Names of the parameters on the meta device, whether offloaded or never loaded."""
     return [plain_name(name) for name, parameter in model.named_parameters() if parameter.is_meta]

@@ -1,1 +1,1 @@
-"""From scores to a plan: how much goes, and which channels, heads, experts and layers stay."""
+"""From scores to a plan: the sizes of the smaller model, and the channels, heads, experts and layers kept."""

@@ -1,4 +1,4 @@
-"""Whether a pruning plan agrees with itself and with its configs."""
+"""Checks that a pruning plan agrees with itself and with its configs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def check_plan(
         where = f"layers[{new}]"
         sparse = family.is_sparse(source_config, entry.layer)
         if sparse != family.is_sparse(target_config, new):
-            raise ValueError(f"target_config says otherwise than source_config whether {where} has experts")
+            raise ValueError(f"target_config and source_config must agree whether {where} has experts")
         for name, there in (("mlp", not sparse), ("experts", sparse), ("expert_mlp", sparse)):
             if (getattr(entry, name) is not None) != there:
                 raise ValueError(
@@ -89,7 +89,7 @@ def check_plan(
     }
     for name, factor in norm_factors.items():
         if name not in norms:
-            raise ValueError(f"norm_factors has {name!r}, which is no norm of a kept layer")
+            raise ValueError(f"norm_factors has {name!r}, which is not a norm of a kept layer")
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
             raise ValueError(f"norm_factors[{name}] must be a positive number, got {factor!r}")
 
@@ -115,7 +115,7 @@ def _check_heads(
             for head in mine:
                 if head // group not in group_sources:
                     raise ValueError(
-                        f"must have {kept} heads of KV group {format_runs(group_sources)} from place "
+                        f"must have {kept} heads of KV group {format_runs(group_sources)} from position "
                         f"{new * kept} on, got {head}"
                     )
             check_keep(mine, kept, before["heads"], order)
@@ -125,7 +125,7 @@ def _check_heads(
             if stays not in heads.query or goes in heads.query:
                 raise ValueError(f"cannot merge {goes} into {stays}: the first must go, the second stay")
             if groups.get(stays // group) != groups.get(goes // group):
-                raise ValueError(f"cannot merge {goes} into {stays}: they have other keys")
+                raise ValueError(f"cannot merge {goes} into {stays}: they have different KV heads")
         if len(set(pairs)) != len(pairs):
             raise ValueError("cannot merge a head twice")
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What stays of one layer, and how a plan's JSON file says it."""
+"""LayerPlan: what stays of one layer, and its form in a plan's JSON file."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class LayerPlan:
 
     Args:
         layer: its index in the source.
-        heads: its heads.
-        mlp: kept neurons; None in a layer of experts.
+        heads: kept heads.
+        mlp: kept neurons; None in a layer with experts.
         experts: kept experts; None in a dense layer.
         expert_mlp: kept neurons of each kept expert; None in a dense layer.
     """
@@ -28,14 +28,14 @@ class LayerPlan:
 
 
 def typed(value: Any, kind: type, where: str) -> Any:
-    """`value`, if it is of this kind."""
+    """`value`, checked to be of this type."""
     if not isinstance(value, kind):
         raise ValueError(f"{where} must be a {kind.__name__}, got {value!r:.80}")
     return value
 
 
 def fields_of(data: Any, where: str, names: set[str], optional: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]
-    """`data`, if it is a dict with these keys and at most the optional ones."""
+    """`data`, checked to be a dict with these keys and no others than the optional ones."""
     typed(data, dict, where)
     if missing := names - set(data):
         raise ValueError(f"{where} lacks {', '.join(sorted(missing))}")
@@ -45,7 +45,7 @@ def fields_of(data: Any, where: str, names: set[str], optional: set[str] = froze
 
 
 def runs_of(text: Any, where: str) -> Keep:
-    """parse_runs(), with the place in its error."""
+    """parse_runs() with `where` in its error message."""
     try:
         return parse_runs(text)
     except ValueError as error:
@@ -53,7 +53,7 @@ def runs_of(text: Any, where: str) -> Keep:
 
 
 def layer_to_dict(entry: LayerPlan) -> dict[str, Any]:
-    """What a plan\'s JSON file holds of a layer."""
+    """A layer as a plan's JSON file holds it."""
     kv = entry.heads.kv
     single = all(len(sources) == 1 for sources in kv)
     data: dict[str, Any] = {
@@ -73,7 +73,7 @@ def layer_to_dict(entry: LayerPlan) -> dict[str, Any]:
 
 
 def layer_from_dict(data: Any, where: str) -> LayerPlan:
-    """The layer that layer_to_dict() wrote; ValueError names the field that is wrong."""
+    """The layer that layer_to_dict() wrote; a ValueError names the wrong field."""
     optional = {"merged_heads", "mlp", "experts", "expert_mlp"}
     data = fields_of(data, where, {"layer", "heads", "kv_heads"}, optional)
     if isinstance(data["kv_heads"], list):

@@ -1,4 +1,4 @@
-"""From scores and a target to a pruning plan; no model is needed, so another target costs nothing."""
+"""make_plan(): a pruning plan from scores and a target; needs no model, so another target costs nothing."""
 
 from __future__ import annotations
 
@@ -60,61 +60,64 @@ def make_plan(
     seq: str = "mean",
     **sizes: int,
 ) -> PruningPlan:
-    """What to keep of a model so that it becomes as small as told.
+    """What to keep of a model so that it gets the given size.
 
-    Of each axis the channels of highest score stay: hidden channels alike in all layers, MLP neurons, heads,
-    experts and the neurons of an expert in each layer for itself. What is not told keeps its size. Of equal
-    scores the channel, head or expert with the lower number stays; of equal blocks of layers the first goes.
+    On each axis the channels with the highest scores stay: the same hidden channels in all layers; MLP
+    neurons, heads, experts and the neurons of an expert in each layer separately. Axes without a target keep
+    their size. Of equal scores the channel, head or expert with the lower number stays; of equal blocks of
+    layers the first goes.
 
     Args:
         scores: ImportanceScores, or a mapping with the tables of the axes to prune: "hidden" [hidden], "mlp"
             {layer: [mlp]}, "heads" {layer: [heads]}, "experts" {layer: [experts]}, "expert_mlp" {layer:
-            [experts, expert_mlp]}, "layers" [layers], and for rescaling "energy" {norm's name: [hidden]}.
+            [experts, expert_mlp]}, "layers" [layers], and, to rescale norms, "energy" {norm: [hidden]}.
         config: a transformers config, or the dict in config.json; default: that of the scores.
         **sizes: by their names in the config: hidden_size, intermediate_size, num_hidden_layers,
             num_attention_heads, num_key_value_heads, num_experts or num_local_experts,
-            moe_intermediate_size. KV heads follow the query heads where each has its own.
+            moe_intermediate_size. Where each query head has its own KV head, KV heads follow the query heads.
             Hidden and MLP sizes must be multiples of the divisor.
-        ratio: of hidden and MLP sizes to those of the source, or by name, {"intermediate_size": 0.75};
-            rounded to the nearest multiple of the divisor.
-        params: a budget of parameters, embeddings included; find_sizes() tells how the sizes are picked. The
-            plan lists the best candidates.
-        search: the sizes that `params` may choose; default: the hidden and MLP sizes that are not told.
+        ratio: of hidden and MLP sizes to those of the source, or by name, {"intermediate_size": 0.75}; sizes
+            are rounded to the nearest multiple of the divisor.
+        params: a budget of parameters, embeddings included; find_sizes() describes how the sizes are chosen.
+            The plan lists the best candidates.
+        search: the sizes that `params` may choose; default: the hidden and MLP sizes that are not given.
         num_experts_per_tok: for the new config; needed where fewer experts stay than serve a token.
-        drop_layers: these layers go. Else, with num_hidden_layers, the block of neighbouring layers goes
+        drop_layers: the layers to drop. Without it, num_hidden_layers drops the block of neighbouring layers
             whose measured loss, or summed score in the table "layers", is least.
-        block_losses: the loss of the model without the block, by the block's first layer. Importance is a
-            weak guide to depth: the block that it names can cost ten times the perplexity of the best one.
-        kv_heads: how KV heads become fewer. "prune": KV groups go, with their query heads. "merge": as many
-            neighbouring ones each time become one with the mean of their key and value weights (GQA, arXiv
-            2305.13245); their query heads all attend to it, the best of them where heads go as well.
-        merge_heads: make the kept query heads of a group stand for the dropped ones too (P1 §2.3): head_i <-
-            2 head_i - head_{2K-i+1} for i from 2K-L+1 to K, with the L ≤ 2K heads of a KV group by falling
-            score and K of them kept. The query projection only: keys and values are the group's. Off by
-            default: before any retraining it does harm (SmolLM2-135M, 9 to 6 heads: perplexity 101
-            without it, 551 with it).
-        order: of what is kept on an axis: "original", or "importance" (falling; heads inside their KV group).
-            A model in order of importance can be cut again by slicing.
-        divisor: what hidden and MLP sizes must be multiples of, for all or by name; default 64, and 128 where
-            sizes are searched for a budget.
+        block_losses: {first layer of a block: loss of the model without that block}. Importance is a weak
+            guide to depth: dropping the block that it chooses can give ten times the perplexity of the best.
+        kv_heads: how KV heads become fewer. "prune": KV groups are dropped, with their query heads. "merge":
+            equally many neighbouring KV heads are replaced by one with the mean of their key and value
+            weights (GQA, arXiv 2305.13245). All their query heads attend to it, or the best of them where
+            query heads are dropped as well.
+        merge_heads: let the kept query heads of a group stand for the dropped ones too (Minitron, section
+            2.3): head_i <- 2 head_i - head_{2K-i+1} for i from 2K-L+1 to K, with the L ≤ 2K heads of a KV
+            group in order of falling score, K of which are kept. It changes the query projection only: keys
+            and values are the group's. Off by default, since it does harm before any retraining
+            (SmolLM2-135M, 9 to 6 heads: perplexity 101 without it, 551 with it).
+        order: of the kept channels of an axis: "original", or "importance" (falling; heads inside their KV
+            group). A model in order of importance can be cut again by slicing.
+        divisor: the number that hidden and MLP sizes must be multiples of, for all or by name; default 64, or
+            128 where sizes are searched for a budget.
         rescale_norms: multiply the gain of each norm by √(share of the energy of its input that the kept
-            channels hold · old size / new size), so that kept channels leave it as large as before though the
-            norm divides by the root mean square of fewer. Needs the table "energy". A LayerNorm is treated
-            alike: the mean that it takes off is small beside the root mean square.
-        loadable: refuse sizes that transformers would not load, though the model would run.
-        batch, seq: how ImportanceScores aggregate; see ImportanceScores.tables().
+            channels hold · old size / new size). The kept channels then leave the norm as large as before,
+            although it divides by the root mean square of fewer channels. Needs the table "energy". A
+            LayerNorm is treated the same way: the mean that it subtracts is small beside the root mean
+            square.
+        loadable: refuse sizes that transformers would not load, although the model would run.
+        batch, seq: the aggregations of ImportanceScores; see ImportanceScores.tables().
 
     Returns:
         The plan; print(plan.summary()).
 
     Raises:
-        TypeError, ValueError: a target that cannot be, a budget that leaves all as it is, a missing or
-            misshapen table, NaN in it; says what is possible.
+        TypeError, ValueError: an impossible target, a budget that nothing has to be cut for, or a table that
+            is missing, has another shape or holds NaN; says what is possible.
 
     Warns:
-        UserWarning: no target was told: the plan keeps everything.
+        UserWarning: no target was given; the plan keeps everything.
 
-    Source: P1 (arXiv 2407.14679) §2, P2 (arXiv 2408.11796) §3.
+    Source: Minitron (arXiv 2407.14679) section 2; its sequel (arXiv 2408.11796) section 3.
 
     Example:
         >>> plan = make_plan(scores, hidden_size=4096, intermediate_size=11520)        # doctest: +SKIP
@@ -138,7 +141,7 @@ def make_plan(
     given = given_sizes(family, config, sizes, ratio, divisor)
     if not sizes and ratio is params is drop_layers is num_experts_per_tok is None:
         warnings.warn(
-            f"the plan keeps everything: tell it sizes ({', '.join(names)}), ratio=, params= or drop_layers=",
+            f"the plan keeps everything: give sizes ({', '.join(names)}), ratio=, params= or drop_layers=",
             stacklevel=2,
         )
     table = _Tables(tables, before)
@@ -195,7 +198,7 @@ def make_plan(
             entries.append(LayerPlan(layer, heads, mlp=table.keep("mlp", layer, after["mlp"], order)))
     made_with = {
         **sizes,
-        **_said(ratio=ratio, params=params, search=search, divisor=divisor),
+        **_given_options(ratio=ratio, params=params, search=search, divisor=divisor),
         "kv_heads": kv_heads,
         "merge_heads": merge_heads,
         "rescale_norms": rescale_norms,
@@ -203,8 +206,8 @@ def make_plan(
     if hasattr(scores, "tables"):
         made_with |= {"batch": batch, "seq": seq}
     if len(layers) < before["layers"]:
-        told_by = "importance" if block_losses is None else "loss"
-        made_with["layers_by"] = "name" if drop_layers is not None else told_by
+        chosen_by = "importance" if block_losses is None else "loss"
+        made_with["layers_by"] = "name" if drop_layers is not None else chosen_by
     return PruningPlan(
         source_config=config,
         target_config=target,
@@ -217,15 +220,15 @@ def make_plan(
     )
 
 
-def _said(**options: Any) -> dict[str, Any]:
-    """The options that were given, as JSON holds them."""
-    said: dict[str, Any] = {}
+def _given_options(**options: Any) -> dict[str, Any]:
+    """The options that are not None, as JSON types."""
+    given: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, Mapping):
-            said[name] = dict(value)
+            given[name] = dict(value)
         elif value is not None:
-            said[name] = value if isinstance(value, (int, float)) else list(value)
-    return said
+            given[name] = value if isinstance(value, (int, float)) else list(value)
+    return given
 
 
 class _Tables:
@@ -247,7 +250,7 @@ class _Tables:
         return checked_scores(table, shape, name)
 
     def keep(self, axis: str, layer: int | None, count: int, order: str) -> Keep:
-        """The best channels of an axis; no scores are needed where all stay."""
+        """The best channels of an axis. Needs no scores where all stay."""
         size = self.sizes[axis]
         if count == size:
             return tuple(range(size))
@@ -267,19 +270,19 @@ def _kept_layers(
     table: _Tables,
     before: int,
     after: int,
-    told: bool,
+    depth_is_given: bool,
     drop: Sequence[int] | None,
     losses: Mapping[int, float] | Sequence[float] | None,
 ) -> list[int]:
     if drop is not None:
-        gone = sorted(map(operator.index, drop))  # NumPy's integers as well
+        gone = sorted(map(operator.index, drop))  # accepts NumPy's integers
         if (
             any(not 0 <= layer < before for layer in gone)
             or len(set(gone)) < len(gone)
             or len(gone) >= before
         ):
             raise ValueError(f"drop_layers must name some of {before} layers, each once, got {list(drop)}")
-        if told and after != before - len(gone):
+        if depth_is_given and after != before - len(gone):
             raise ValueError(
                 f"num_hidden_layers {after} is not what drop_layers leaves of {before}: {before - len(gone)}"
             )
@@ -297,12 +300,12 @@ def _kept_layers(
 
 
 def _check_heads(before: Sizes, after: Sizes, kv_choice: str) -> None:
-    """That as many query heads can be kept for each KV head."""
+    """Checks that equally many query heads can be kept for each KV head."""
     old, new = before["heads"] // before["kv_heads"], after["heads"] // after["kv_heads"]
     if after["heads"] % after["kv_heads"]:
         raise ValueError(
             f"num_attention_heads must be a multiple of num_key_value_heads, {after['kv_heads']}, got "
-            f"{after['heads']}: every KV group keeps as many query heads"
+            f"{after['heads']}: every KV group keeps equally many query heads"
         )
     if kv_choice == "prune" and new > old:
         raise ValueError(
@@ -363,7 +366,7 @@ def _heads_of(
 
 
 def _norm_factors(family: Family, table: _Tables, hidden: Keep, layers: list[int]) -> dict[str, float]:
-    """√(share of energy kept · old size / new size) of each norm over hidden channels; {} where none goes."""
+    """√(share of energy kept · old size / new size) of each norm over hidden channels; {} if all stay."""
     size = table.sizes["hidden"]
     if len(hidden) == size:
         return {}
@@ -374,7 +377,7 @@ def _norm_factors(family: Family, table: _Tables, hidden: Keep, layers: list[int
         if bool((energy < 0).any()):
             raise ValueError(f"scores[energy][{norm}] must not be negative")
         share = float(energy[kept].sum() / energy.sum())
-        if not share > 0:  # nothing came in, or nothing stays: no factor makes up for it
+        if not share > 0:  # the norm's input was 0, or its kept channels were: leave the gain as it is
             share = len(hidden) / size
         factors[norm] = math.sqrt(share * size / len(hidden))
     return factors

@@ -1,4 +1,4 @@
-"""A pruning plan: which channels, heads, experts and layers stay; readable, checked, stored as JSON."""
+"""PruningPlan: which channels, heads, experts and layers stay; checked, printed, stored as JSON."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ FORMAT = 1
 
 @dataclass(frozen=True, repr=False)
 class PruningPlan:
-    """What stays of a model, and the config of what it becomes. make_plan() makes one.
+    """What stays of a model, and the config of the smaller one. make_plan() makes plans.
 
     Args:
         source_config, target_config: as in config.json.
         hidden: kept channels of the residual stream.
         layers: the layers that stay, in their order.
-        order: "original" or "importance": of what is kept on an axis.
-        norm_factors: by what each norm's gain is multiplied, by the norm's name in the source; {} for none.
+        order: of the kept channels of an axis: "original" or "importance".
+        norm_factors: {norm's name in the source: factor of its gain}; {} for none.
         made_with: the target and the options that make_plan() was called with.
         candidates: other sizes for the same parameter budget, best first.
 
     Raises:
-        ValueError: it contradicts itself; names the field.
+        ValueError: fields contradict each other; names one.
     """
 
     source_config: dict[str, Any]
@@ -64,14 +64,14 @@ class PruningPlan:
         )
 
     def __repr__(self) -> str:
-        """A line: what is kept is too long for a notebook's cell."""
+        """One line, since the lists of what is kept are too long for a notebook."""
         sizes = ", ".join(f"{name} {old} -> {new}" for name, old, new in self._sizes() if old != new)
         counts = f"{self.parameters_before:,} -> {self.parameters_after:,} parameters"
         kind = type(self).__name__
         return f"<{kind} for {self.source_config['model_type']}: {sizes or 'nothing is cut'}; {counts}>"
 
     def _sizes(self) -> list[tuple[str, int, int]]:
-        """(name in the config, before, after) of the sizes that can be pruned."""
+        """(name in the config, before, after) of each size that can be pruned."""
         family = family_of(self.source_config)
         before, after = family.sizes(self.source_config), family.sizes(self.target_config)
         names = size_names(family, self.source_config)
@@ -80,16 +80,16 @@ class PruningPlan:
 
     @property
     def parameters_before(self) -> int:
-        """Parameters of the source, a tied head once."""
+        """The number of parameters of the source; a tied head counts once."""
         return family_of(self.source_config).count_parameters(self.source_config)
 
     @property
     def parameters_after(self) -> int:
-        """Parameters of the smaller model, a tied head once."""
+        """The number of parameters of the smaller model; a tied head counts once."""
         return family_of(self.target_config).count_parameters(self.target_config)
 
     def summary(self) -> str:
-        """A table of sizes and parameters before and after, and what else the plan does."""
+        """A table of sizes and parameters before and after, with warnings and notes on what else is done."""
         family = family_of(self.source_config)
         rows = [(name, f"{old:,}", f"{new:,}", f"{new / old:.1%}") for name, old, new in self._sizes()]
         counts = []
@@ -168,7 +168,7 @@ class PruningPlan:
         """The plan that to_dict() wrote.
 
         Raises:
-            ValueError: it lacks a field, has an unknown one, or contradicts itself; names the field.
+            ValueError: a field is missing or unknown, or fields contradict each other; names one.
         """
         top = fields_of(
             data,
@@ -198,12 +198,12 @@ class PruningPlan:
         counted = {"before": plan.parameters_before, "after": plan.parameters_after}
         if top["parameters"] != counted:
             raise ValueError(
-                f"parameters must be {counted}, what the configs count to, got {top['parameters']}"
+                f"parameters must be {counted}, as counted from the configs, got {top['parameters']}"
             )
         return plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as JSON. What was at `path` stays until the new file is complete."""
+        """Writes the plan as JSON. A file that was at `path` stays until the new one is complete."""
         path = Path(path)
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -218,10 +218,10 @@ class PruningPlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
-        """Read what save() wrote, and check it.
+        """Reads what save() wrote, and checks it.
 
         Raises:
-            ValueError: it is no plan; names the file and the field.
+            ValueError: the file is not a plan; names the file and the field.
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""Which channels, heads and layers stay: choosing them by their scores, and writing them down.
+"""Chooses the channels, heads and layers that stay, by their scores; reads and writes lists of them.
 
 A list of kept indices is written as runs, "0-63,70,72-80", in the order of the new model.
 """
@@ -57,10 +57,10 @@ def parse_runs(text: Any) -> Keep:
 
 
 def check_keep(keep: Keep, count: int, size: int, order: str) -> None:
-    """That `keep` names `count` of `size` indices, each once, rising where the order is the original one.
+    """Checks that `keep` has `count` different indices below `size`, which rise if `order` is "original".
 
     Raises:
-        ValueError: it does not; says how.
+        ValueError: it has not; says why.
     """
     if len(keep) != count:
         raise ValueError(f"must keep {count} of {size}, got {len(keep)} indices")
@@ -79,7 +79,7 @@ def checked_scores(table: Any, shape: tuple[int, ...], name: str) -> Tensor:
     """A table of scores as float64 on the CPU.
 
     Raises:
-        TypeError, ValueError: no tensor, of another shape, NaN or infinite; names the table.
+        TypeError, ValueError: not a tensor, another shape, NaN or infinite; names the table.
     """
     try:
         scores = torch.as_tensor(table).detach().to("cpu", torch.float64)
@@ -89,16 +89,16 @@ def checked_scores(table: Any, shape: tuple[int, ...], name: str) -> Tensor:
         raise ValueError(f"scores[{name}] must have the shape {shape}, got {tuple(scores.shape)}")
     wrong = (~torch.isfinite(scores)).nonzero().tolist()
     if wrong:
-        place = ", ".join(map(str, wrong[0]))
+        index = ", ".join(map(str, wrong[0]))
         raise ValueError(
-            f"scores[{name}] must be finite, got {scores[tuple(wrong[0])].item()} at [{place}], the first of "
+            f"scores[{name}] must be finite, got {scores[tuple(wrong[0])].item()} at [{index}], the first of "
             f"{len(wrong)} such: does the model overflow in its dtype?"
         )
     return scores
 
 
 def top(scores: Tensor, count: int, order: str) -> Keep:
-    """The `count` highest scores' indices; of equals the lower index first. All of them stay as they are."""
+    """The indices of the `count` highest scores; of equal ones the lower index. All stay in their order."""
     if count == scores.numel():
         return tuple(range(count))
     best = torch.sort(scores, descending=True, stable=True).indices[:count].tolist()
@@ -111,7 +111,7 @@ class KeptHeads:
 
     Args:
         query: kept query heads, KV group after KV group.
-        kv: for each new KV head the old ones whose mean it is.
+        kv: for each new KV head, the old ones whose mean it is.
         merged: (kept, dropped) pairs of query heads: the kept one becomes 2 · kept - dropped.
     """
 
@@ -129,16 +129,16 @@ def choose_heads(
     merge_query: bool,
     order: str,
 ) -> KeptHeads:
-    """As many query heads from every KV group, the best of each; of equals the lower number first.
+    """The best query heads of each KV group, equally many of each; of equal ones the lower number.
 
     Args:
-        scores: of the query heads; None where no head goes.
-        before, after: (query heads, KV heads). A plan has checked that they can be.
-        merge_kv: neighbouring KV groups become one of the mean key and value, which serves the best query
-            heads of all of them. Else the best groups stay, by the summed scores of the heads they keep.
-        merge_query: add what the dropped heads lack to the kept ones (P1 §2.3): with the L heads of a group
-            by falling score, K of which stay, head_i <- 2 head_i - head_{2K-i+1} for i from 2K-L+1 to K,
-            counted from 1.
+        scores: of the query heads; None where all stay.
+        before, after: (query heads, KV heads), which the caller has checked.
+        merge_kv: whether neighbouring KV groups become one, with their mean keys and values, which serves the
+            best query heads of all of them. Else the groups stay whose kept heads have the highest sums.
+        merge_query: whether kept query heads stand for the dropped ones too (Minitron, arXiv 2407.14679,
+            section 2.3): with the L heads of a group in order of falling score, K of which stay, head_i <- 2
+            head_i - head_{2K-i+1} for i from 2K-L+1 to K, counted from 1.
         order: of the heads in a group, and of kept groups.
     """
     group, kept_per_group = before[0] // before[1], after[0] // after[1]
@@ -167,9 +167,9 @@ def choose_heads(
 
 
 def best_block(importance: Tensor, count: int) -> int:
-    """Where the first block of `count` neighbouring layers starts whose summed importance is least.
+    """The start of the block of `count` neighbouring layers with the least summed importance.
 
-    Sums are exact, so that blocks of equal layers are equal wherever they stand.
+    Of equal blocks the first. Sums are exact, so that blocks of equal layers have equal sums.
     """
     sums = [math.fsum(block) for block in importance.unfold(0, count, 1).tolist()]
     return sums.index(min(sums))
@@ -179,7 +179,7 @@ def least_loss(losses: Mapping[int, float] | Sequence[float], layers: int, count
     """The start of the block of `count` layers whose loss when dropped is least; of equals the first.
 
     Raises:
-        ValueError: a start that is no layer's, or no finite loss.
+        ValueError: a start is not the first layer of such a block, or a loss is not finite.
     """
     measured = dict(losses) if isinstance(losses, Mapping) else dict(enumerate(losses))
     last = layers - count

@@ -1,4 +1,4 @@
-"""How big the smaller model is to be: sizes by name, ratios, or a parameter budget."""
+"""The sizes of the smaller model: from names, ratios, or a parameter budget."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from minitron_kernels.pruning.families.configs import Config, as_dict, completed
 from minitron_kernels.pruning.families.family import Family, elements
 from minitron_kernels.pruning.families.registry import family_of
 
-DIVISOR = 64  # of sizes that are given: rows of 128 bytes in bf16, tiles of tensor cores
-SEARCH_DIVISOR = 128  # of sizes that are searched for a budget: what GEMM libraries tile by
-WIDTH = ("hidden", "mlp", "expert_mlp")  # axes of channels, which the divisor is for
-NEARLY = 0.97  # of the largest that fits: near enough to prefer the better shape
+DIVISOR = 64  # of given sizes: rows are then multiples of 128 bytes in bf16, and of tensor cores' tiles
+SEARCH_DIVISOR = 128  # of sizes that are searched for a budget: a tile of GEMM libraries
+WIDTH = ("hidden", "mlp", "expert_mlp")  # axes of channels, whose sizes must be multiples of the divisor
+NEARLY = 0.97  # share of the largest fitting parameter count above which the better shape is preferred
 MOST_CANDIDATES = 200_000
 
 Sizes = dict[str, int]
 
 
 class ParameterCount:
-    """Counts the parameters of a model for many sizes, exactly: a sum over kinds of parameters."""
+    """Counts a model's parameters for many choices of sizes: they are grouped by their axes once."""
 
     def __init__(self, family: Family, config: Config) -> None:
         self.kinds: dict[int | None, Counter[tuple[tuple[str, ...], ...]]] = {}
@@ -33,7 +33,7 @@ class ParameterCount:
             self.kinds.setdefault(param.layer, Counter())[param.dims] += 1
 
     def axes(self) -> set[str]:
-        """The axes that the parameters have."""
+        """The axes of the parameters."""
         return {axis for kinds in self.kinds.values() for dims in kinds for parts in dims for axis in parts}
 
     def uniform(self) -> bool:
@@ -41,7 +41,7 @@ class ParameterCount:
         return all(kinds == self.kinds[0] for layer, kinds in self.kinds.items() if layer is not None)
 
     def of(self, layers: Sequence[int]) -> Counter[tuple[tuple[str, ...], ...]]:
-        """How many parameters of each kind a model of these layers has."""
+        """The number of parameters with each combination of axes, in a model of these layers."""
         total = Counter(self.kinds[None])
         for layer in layers:
             total.update(self.kinds[layer])
@@ -49,7 +49,7 @@ class ParameterCount:
 
 
 def count_of(kinds: Mapping[tuple[tuple[str, ...], ...], int], sizes: Sizes) -> int:
-    """The number of elements of parameters of these kinds."""
+    """The number of elements of parameters, given how many have each combination of axes."""
     return sum(
         number * math.prod(sum(elements(axis, sizes) for axis in parts) for parts in dims)
         for dims, number in kinds.items()
@@ -66,17 +66,17 @@ def size_names(family: Family, config: Config) -> dict[str, str]:
 def _axis(name: str, names: Mapping[str, str], config: Config) -> str:
     if name not in names:
         raise ValueError(
-            f"{name} is no size that can be pruned in {config_value(config, 'model_type')}: it can be "
+            f"{name} is not a size that can be pruned in {config_value(config, 'model_type')}: it can be "
             f"{', '.join(names)}"
         )
     return names[name]
 
 
 def divisor_of(divisor: int | Mapping[str, int] | None, name: str, axis: str, default: int) -> int:
-    """What the size `name` must be a multiple of.
+    """The number that the size `name` must be a multiple of.
 
     Raises:
-        TypeError, ValueError: `divisor` is no positive int.
+        TypeError, ValueError: `divisor` is not a positive int.
     """
     if axis not in WIDTH:
         return 1
@@ -96,14 +96,14 @@ def given_sizes(
     ratio: float | Mapping[str, float] | None,
     divisor: int | Mapping[str, int] | None,
 ) -> Sizes:
-    """The sizes of axes that are told, directly or by ratio.
+    """The sizes of axes that are given, directly or by ratio.
 
-    A size that is told must be a multiple of its divisor, or the model's own: rounding it would answer a
-    question that was not asked. A ratio is rounded to the nearest multiple, and to at least one.
+    A given size must be a multiple of its divisor, or the model's own size: it is never rounded silently. A
+    ratio is rounded to the nearest multiple, and to at least one.
 
     Raises:
-        TypeError, ValueError: an unknown name (names those there are), a size out of range or off its divisor
-            (names the next ones), one axis told twice.
+        TypeError, ValueError: an unknown name (names the known ones), a size out of range or not a multiple
+            of its divisor (names the nearest ones), an axis given twice.
     """
     before = family.sizes(config)
     names = size_names(family, config)
@@ -122,7 +122,7 @@ def given_sizes(
                 f"another divisor"
             )
         if axis in sizes:
-            raise ValueError(f"{name} tells the size of {axis} a second time")
+            raise ValueError(f"{name} gives the size of {axis} a second time")
         sizes[axis] = size
     if ratio is None:
         return sizes
@@ -135,7 +135,7 @@ def given_sizes(
         if not 0 < part <= 1:
             raise ValueError(f"ratio of {name} must be above 0 and at most 1, got {part}")
         if axis in sizes:
-            raise ValueError(f"ratio tells the size of {axis} a second time, by {name}")
+            raise ValueError(f"ratio gives the size of {axis} a second time, by {name}")
         step = divisor_of(divisor, name, axis, DIVISOR)
         rounded = max(1, round(part * before[axis] / step)) * step
         sizes[axis] = before[axis] if part == 1 else min(before[axis], rounded)
@@ -148,8 +148,8 @@ class Candidate:
 
     Args:
         sizes: by their names in the config.
-        parameters: of a model with these sizes, a tied head once.
-        spread: the greatest ratio between two sizes' shares of those of the source: 1 where all shrink alike.
+        parameters: of a model with these sizes; a tied head counts once.
+        spread: the largest share of the source's size divided by the smallest: 1 where all shrink alike.
     """
 
     sizes: dict[str, int]
@@ -168,25 +168,25 @@ def find_sizes(
     loadable: bool = True,
     limit: int = 20,
 ) -> list[Candidate]:
-    """The sizes of models of at most `params` parameters, best first.
+    """Sizes of models with at most `params` parameters, best first.
 
     All combinations of multiples of the divisor (128), from a quarter of the source's size up, are counted,
-    embeddings included. First come those that have at least 97 % of the parameters of the largest that fits:
-    of them the one first whose sizes shrink most alike. Then the others, the largest first.
+    embeddings included. First come those with at least 97 % of the parameters of the largest that fits, in
+    order of how evenly their sizes shrink. Then come the others, the largest first.
 
     Args:
         config: of the source.
         params: the budget, e.g. 8.4e9.
-        search: names of sizes to choose; default: hidden and MLP sizes. num_hidden_layers only where all
-            layers are made alike.
-        fixed: other sizes, by name; any divisor.
+        search: names of sizes to choose; default: hidden and MLP sizes. num_hidden_layers is possible only
+            where all layers have the same parameters.
+        fixed: other sizes, by name; they need not be multiples of the divisor.
         layers: the layers that stay; default: all, or as many as `search` chooses.
         divisor: of hidden and MLP sizes, one for all or by name.
         loadable: leave out sizes that transformers would not load.
         limit: how many to return.
 
     Raises:
-        ValueError: an unknown name, nothing fits (says how small the smallest is), too many combinations.
+        ValueError: an unknown name; nothing fits (says how small the smallest is); too many combinations.
 
     Example:
         >>> find_sizes(config, 8.5e9)[0].sizes                          # doctest: +SKIP
@@ -200,20 +200,22 @@ def find_sizes(
         raise TypeError(f"params must be a number, got {params!r}")
     if not params > 0:  # NaN as well
         raise ValueError(f"params must be above 0, got {params}")
-    told = given_sizes(family, config, fixed or {}, None, 1)
+    given = given_sizes(family, config, fixed or {}, None, 1)
     if search is None:
-        search = [name for name, axis in names.items() if axis in WIDTH and axis not in told]
+        search = [name for name, axis in names.items() if axis in WIDTH and axis not in given]
     axes = [_axis(name, names, config) for name in search]
-    if not axes or set(axes) & set(told) or len(set(axes)) < len(axes):
-        raise ValueError(f"search must hold sizes that are not told otherwise, each once, got {list(search)}")
-    count, depth = ParameterCount(family, config), told.get("layers", before["layers"])
+    if not axes or set(axes) & set(given) or len(set(axes)) < len(axes):
+        raise ValueError(
+            f"search must hold sizes that are not given otherwise, each once, got {list(search)}"
+        )
+    count, depth = ParameterCount(family, config), given.get("layers", before["layers"])
     kept = list(range(depth) if layers is None else layers)
-    if len(kept) != depth and "layers" in told:
-        raise ValueError(f"layers must be {depth} as fixed tells, got {len(kept)}")
+    if len(kept) != depth and "layers" in given:
+        raise ValueError(f"layers must be {depth} as fixed says, got {len(kept)}")
     if "layers" in axes and layers is not None:
-        raise ValueError("search cannot choose num_hidden_layers where layers are told")
+        raise ValueError("search cannot choose num_hidden_layers where layers are given")
     if ("layers" in axes or len(kept) < before["layers"]) and layers is None and not count.uniform():
-        raise ValueError("layers must tell which layers stay: they have not all the same parameters")
+        raise ValueError("layers must name the layers that stay, since not all have the same parameters")
     grids = [_grid(family, config, name, axis, divisor) for name, axis in zip(search, axes, strict=True)]
     if math.prod(map(len, grids)) > MOST_CANDIDATES:
         raise ValueError(
@@ -224,10 +226,10 @@ def find_sizes(
         n: count.of(kept[:n]) for n in (grids[axes.index("layers")] if "layers" in axes else [len(kept)])
     }
     group = before["heads"] // before["kv_heads"]
-    follow = group == 1 and "kv_heads" not in told and "kv_heads" not in axes
+    follow = group == 1 and "kv_heads" not in given and "kv_heads" not in axes
     found, least = [], math.inf
     for choice in itertools.product(*grids):
-        sizes = {**before, "layers": len(kept), **told, **dict(zip(axes, choice, strict=True))}
+        sizes = {**before, "layers": len(kept), **given, **dict(zip(axes, choice, strict=True))}
         if follow:
             sizes["kv_heads"] = sizes["heads"]
         per_group, rest = divmod(sizes["heads"], sizes["kv_heads"])
@@ -261,7 +263,7 @@ def find_sizes(
 def _grid(
     family: Family, config: Config, name: str, axis: str, divisor: int | Mapping[str, int] | None
 ) -> list[int]:
-    """The sizes to try: multiples of the divisor from a quarter of the source's on, and the source's own."""
+    """The sizes to try: multiples of the divisor from a quarter of the source's size up, and that size."""
     size = family.sizes(config)[axis]
     step = divisor_of(divisor, name, axis, SEARCH_DIVISOR)
     least = max(
@@ -271,7 +273,7 @@ def _grid(
 
 
 def write_sizes(family: Family, config: Config, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The config with these sizes in it, under the keys it has; the rest is shared, not copied."""
+    """The config with these sizes, under the keys that it has; other values are shared, not copied."""
     target = dict(config) if isinstance(config, Mapping) else config.to_dict()
     for axis in ("hidden", "heads", "kv_heads", "head_dim", "mlp", "expert_mlp", "experts", "layers"):
         if axis in sizes and (keys := family.keys_of(axis)):
@@ -281,14 +283,14 @@ def write_sizes(family: Family, config: Config, sizes: Mapping[str, int]) -> dic
 
 
 def target_config_of(config: Config, sizes: Mapping[str, int], layers: Sequence[int]) -> dict[str, Any]:
-    """The config of the smaller model: sizes and head_dim written, entries for each layer cut as well."""
+    """The config of the smaller model: with its sizes and head_dim, and the entries of its layers only."""
     family = family_of(config)
     before = family.sizes(config)["layers"]
     target = as_dict(write_sizes(family, config, sizes))
     if list(layers) == list(range(before)):
         return target
     for key in family.per_layer_keys:
-        # a pattern that follows from a layer's index would be another once layers have gone
+        # written out, since a pattern that follows from layer indices changes when layers are dropped
         entries = config_value(config, key)
         if entries is not None:
             target[key] = [entries[layer] for layer in layers]

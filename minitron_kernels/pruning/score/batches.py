@@ -1,4 +1,4 @@
-"""Calibration batches: what a model is called with, and which of its tokens count."""
+"""Calibration batches: the arguments that a model is called with, and which tokens are valid."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minitron_kernels.pruning.score.packing import WAYS, Layout, check_borders, lay_out, what
 
-# what is read of a batch; anything else in it (labels, texts) is not needed and left out
+# the entries of a batch that are used; others (labels, texts) are not needed and ignored
 INPUTS = (
     "input_ids",
     "inputs_embeds",
@@ -23,7 +23,7 @@ INPUTS = (
     "max_length_q",
     "max_length_k",
 )
-# what would change the forward pass, and is not read: to leave it out silently would score something else
+# entries that would change the forward pass, but are not supported: to ignore them would give wrong scores
 _REFUSED = (
     "past_key_values",
     "cache",
@@ -38,12 +38,12 @@ _FORMS = "a tensor of token ids or a mapping with input_ids (a dict, a tokenizer
 
 
 class Tokens:
-    """The tokens of a batch [B, S]: which count, and where sequences begin.
+    """The tokens of a batch [B, S]: which are valid, and where sequences begin.
 
     Args:
         shape: (B, S).
-        mask: [B, S] bool, true where a token counts; None for all.
-        cu_seqlens: int64 borders of packed sequences in the B·S tokens; None where each row is one.
+        mask: [B, S] bool, true where a token is valid; None for all.
+        cu_seqlens: int64 borders of packed sequences in the B·S tokens; None where each row is one sequence.
     """
 
     def __init__(self, shape: tuple[int, int], mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -56,7 +56,7 @@ class Tokens:
         self._on: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
 
     def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """(mask, cu_seqlens) as accumulate_importance_() takes them: copied once to each device."""
+        """(mask, cu_seqlens) as accumulate_importance_() takes them, copied to each device once."""
         if device not in self._on:
             mask, borders = self._mask, self._cu_seqlens
             self._on[device] = (
@@ -66,7 +66,7 @@ class Tokens:
         return self._on[device]
 
     def arrange(self, x: Tensor) -> Tensor:
-        """Activations [B, S, C] as they go with cu_seqlens: [B·S, C] where sequences are packed."""
+        """Activations [B, S, C] in the shape that cu_seqlens needs: [B·S, C] where sequences are packed."""
         return x.reshape(-1, x.shape[-1]) if self.packed else x
 
     def owners(self, device: torch.device) -> Tensor:
@@ -81,20 +81,20 @@ class Tokens:
 def read_batch(
     batch: Any, name: str, device: torch.device | None, *, whole: bool, vocab: int, one_row: bool = False
 ) -> tuple[dict[str, Any], Tokens]:
-    """A batch as the model's arguments and its tokens: both made from one layout (packing.py), so that what
-    counts as a sequence is what the model attends to.
+    """The model's arguments and the tokens of a batch, both from one layout (packing.py): the sequences that
+    are scored are those that the model attends to.
 
     Args:
         batch: see collect_importance().
-        name: of the batch, for errors.
+        name: of the batch, for error messages.
         device: where the model wants its inputs; None to leave them where they are.
-        whole: whether rows are whole sequences, so that they can be laid out anew; not so where
+        whole: whether rows are whole sequences, so that their layout may be changed. False where
             context-parallel ranks hold pieces, which go to the model as they are.
-        vocab: token ids must be below.
-        one_row: lay packed rows end to end in a single one.
+        vocab: the size of the vocabulary; token ids must be below.
+        one_row: join packed rows to a single one.
 
     Raises:
-        TypeError, ValueError: it is no such batch.
+        TypeError, ValueError: the batch is not one that collect_importance() takes.
     """
     inputs = _inputs(batch, name)
     tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
@@ -114,10 +114,10 @@ def read_batch(
 
 
 def _piece(inputs: dict[str, Any], mask: Tensor | None, numbers: Tensor | None, name: str) -> Layout:
-    """Of a context-parallel rank: the model, not the collector, knows how the ranks attend to each other."""
+    """A context-parallel rank's batch, as it is: only the model knows how ranks attend to each other."""
     if numbers is not None or "seq_idx" in inputs:
         raise ValueError(
-            f"{name}: context-parallel pieces of packed sequences must be told by cu_seq_lens_q, got "
+            f"{name}: context-parallel pieces of packed sequences must be given by cu_seq_lens_q, got "
             f"{'seq_idx' if numbers is None else 'sequence numbers in attention_mask'}"
         )
     shape = (inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]).shape
@@ -126,7 +126,7 @@ def _piece(inputs: dict[str, Any], mask: Tensor | None, numbers: Tensor | None, 
 
 
 def _inputs(batch: Any, name: str) -> dict[str, Any]:
-    """What is read of a batch, with a dimension for the batch."""
+    """The entries of a batch that are used, each with a batch dimension."""
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):
@@ -161,8 +161,8 @@ def _inputs(batch: Any, name: str) -> dict[str, Any]:
     types = inputs.pop("token_type_ids", None)
     if types is not None and (not isinstance(types, Tensor) or bool(types.any())):
         raise ValueError(
-            f"{name}: token_type_ids must be 0 everywhere, since causal language models know no types; got "
-            f"others in {what(types)}: leave them out. {WAYS}"
+            f"{name}: token_type_ids must be 0 everywhere, since causal language models have no token types; "
+            f"got others in {what(types)}: leave them out. {WAYS}"
         )
     return inputs
 
@@ -174,30 +174,30 @@ def _check_tokens(tokens: Tensor, name: str, vocab: int) -> None:
         return
     low, high = (int(end) for end in tokens.aminmax())
     if low < 0 or high >= vocab:
-        got = f"{low}; -100 belongs into labels alone" if low < 0 else f"{high}: another model's tokenizer?"
+        got = f"{low}; -100 belongs in labels only" if low < 0 else f"{high}: another model's tokenizer?"
         raise ValueError(f"{name}: input_ids must be in the model's vocabulary [0, {vocab}), got {got}")
 
 
 def _mask(
     inputs: Mapping[str, Any], name: str, shape: tuple[int, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(where a token counts, None where all do; numbers of packed sequences, None where there are none)."""
+    """(bool mask of valid tokens, None if all are; numbers of packed sequences, None if there are none)."""
     mask = inputs.get("attention_mask")
     if mask is None:
         return None, None
     wanted = (
-        f"{name}: attention_mask must be a tensor {list(shape)}, as input_ids, 1 where a token counts and 0"
+        f"{name}: attention_mask must be a tensor {list(shape)}, as input_ids, 1 where a token is valid and 0"
     )
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
         raise ValueError(f"{wanted} where it is padding; got {what(mask)}. {WAYS}")
-    counted = mask != 0
+    valid = mask != 0
     numbers = None
-    if mask.dtype != torch.bool and bool(((mask != 1) & counted).any()):
+    if mask.dtype != torch.bool and bool(((mask != 1) & valid).any()):
         if mask.is_floating_point() or mask.is_complex() or bool((mask < 0).any()):
             low, high = mask.aminmax()
             raise ValueError(
-                f"{wanted} where it is padding (nothing is added to scores by it); got values from "
+                f"{wanted} where it is padding (additive masks are not supported); got values from "
                 f"{low.item():g} to {high.item():g}"
             )
         numbers = mask
-    return (None if bool(counted.all()) else counted), numbers
+    return (None if bool(valid.all()) else valid), numbers

@@ -1,4 +1,4 @@
-"""Calibration text from files: windows of tokens, as many as wanted, drawn at random."""
+"""Calibration text from files: windows of tokens, drawn at random."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_PIECE_CHARACTERS = 1 << 20  # tokenised at once
-# what files that are not text begin with -> what to do
+_PIECE_CHARACTERS = 1 << 20  # tokenised in one call
+# first bytes of files that are not text -> what they are, and what to do
 _OTHER_FORMATS = {
     b"PAR1": 'is Parquet: make a .jsonl by pandas.read_parquet(..).to_json(.., orient="records", lines=True)',
     b"\x1f\x8b": "is compressed by gzip: unpack it by gunzip first",
@@ -27,20 +27,21 @@ _OTHER_FORMATS = {
 def calibration_windows(
     files: Sequence[Path], tokenizer: Any, *, length: int, samples: int, seed: int = 0
 ) -> Tensor:
-    """Windows of `length` tokens of all files, without overlap: `samples` of them, or all if there are fewer.
+    """`samples` windows of `length` tokens from the files, without overlap; all if there are fewer.
 
-    Where the tokenizer begins a text with a special token (BOS), so does each window.
+    Where the tokenizer begins a text with a special token (BOS), each window begins with it too.
 
     Args:
         files: text in UTF-8; .jsonl (.ndjson) with a "text" on each line; or .npy with token ids.
         tokenizer: of transformers; None where all files are .npy.
-        length, samples, seed: as above; windows are drawn with the seed, and stay in their order.
+        length, samples: as above.
+        seed: of the random choice of windows; they stay in the order of the text.
 
     Returns:
         [windows, length] int64.
 
     Raises:
-        ValueError: a file that cannot be read as what it is; fewer tokens than one window.
+        ValueError: a file cannot be read as its suffix says; there are fewer tokens than one window.
     """
     if length < 2 or samples < 1:
         raise ValueError(f"seq-len must be at least 2 and samples at least 1, got {length} and {samples}")
@@ -63,7 +64,7 @@ def calibration_windows(
 
 
 def _first_tokens(tokenizer: Any) -> list[int]:
-    """[BOS] where the tokenizer puts it before a text."""
+    """[BOS] if the tokenizer puts it before a text."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
@@ -98,10 +99,10 @@ def _texts(file: Path) -> Iterator[str]:
     if file.suffix == ".json":
         raise ValueError(
             f'{file}: a .json is not read: write a .jsonl, with an object {{"text": ...}} on each line '
-            "(where it has these already, rename it)"
+            "(if it has these lines already, rename it)"
         )
     try:
-        text = file.read_text(encoding="utf-8-sig")  # a byte order mark is no text
+        text = file.read_text(encoding="utf-8-sig")  # drops a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: must be text in UTF-8, but byte {error.start} is not") from None
     if file.suffix not in (".jsonl", ".ndjson"):
@@ -116,7 +117,7 @@ def _text_of(line: str, where: str) -> str:
     try:
         text = json.loads(line)["text"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{where} is no JSON object with a "text"') from None
+        raise ValueError(f'{where} is not a JSON object with a "text"') from None
     if not isinstance(text, str):
         raise ValueError(f'{where} must have a string as its "text", got {type(text).__name__}')
     return text

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from minitron_kernels.ops.importance.moments import KIND_OF
+from minitron_kernels.ops.importance.moments import MOMENT_OF
 from minitron_kernels.pruning.families.wrappers import is_fsdp
 from minitron_kernels.pruning.score.batches import Tokens, read_batch
 from minitron_kernels.pruning.score.hooks import HookedModel
@@ -37,10 +37,10 @@ def collect_importance(
 ) -> ImportanceScores:
     """Scores a model's channels, neurons, heads, experts and layers by forward passes over `batches`.
 
-    One forward pass serves all axes. No activation is kept: each is reduced to sums as it is made. Gradients
-    are off, the model is in eval mode, no key/value cache is made, and the LM head does not run, for the
-    model's decoder is called (under FSDP2 the whole model, for the last token's logits). Afterwards the model
-    is as it was, also when something raised.
+    One forward pass serves all axes. No activation is kept: each is reduced to sums at once. Gradients are
+    off, the model is in eval mode and makes no key/value cache. The LM head does not run, since the model's
+    decoder is called (under FSDP2 the whole model, for the logits of the last token only). Afterwards the
+    model is as it was, also after an error.
 
     | axis | tapped at | score of one token |
     |---|---|---|
@@ -52,19 +52,19 @@ def collect_importance(
     | expert_mlp | input of each expert's down projection | each neuron |
 
     "layers" and "experts" are means over tokens; the others are aggregated over tokens by `seq`, then over
-    sequences when scores are read. With "hidden", the energy Σx² of each norm's input is collected too, to
-    rescale norm gains by. Experts that live in one module are run a second time: scoring them costs as much
-    as the experts themselves, the neurons alone two thirds of that.
+    sequences when scores are read. With "hidden", the energy Σx² of each norm's input is collected too, by
+    which the gains of norms are rescaled. Experts whose weights are stacked in one module are run a second
+    time: scoring them costs as much as the experts themselves, their neurons alone two thirds of that.
 
     Args:
-        model: a causal language model of a known family (families.known_families(); register_family() adds
-            one), or its decoder alone; plain, compiled, in DistributedDataParallel, under FSDP2, or offloaded
-            by device_map. Not with PEFT's adapters: merge them first.
+        model: a causal language model of a known family (see known_families(); register_family() adds one),
+            or its decoder alone; plain, compiled, in DistributedDataParallel, under FSDP2, or offloaded by
+            device_map. Adapters of PEFT must be merged first.
         batches: token ids, int64 or int32 [B, S] or [S]; or mappings with "input_ids" or "inputs_embeds"
-            [B, S, hidden]. A row is a sequence; what attention_mask [B, S] (1 and 0) leaves out counts
-            nowhere. Packed sequences are given by position_ids that begin anew, by the numbers 1, 2, ... of
-            the sequences in attention_mask, by seq_idx or by cu_seq_lens_q: scores are those of the sequences
-            one by one, or the batch is refused. Batches are not changed.
+            [B, S, hidden]. A row is a sequence; tokens where attention_mask [B, S] is 0 have no effect on any
+            score. Packed sequences are given by position_ids that restart, by the numbers 1, 2, ... of the
+            sequences in attention_mask, by seq_idx or by cu_seq_lens_q: scores are those of the sequences one
+            by one, or the batch is refused. Batches are not changed.
         axes: of "hidden", "mlp", "heads", "layers", "experts", "expert_mlp"; None for all that the model has.
         seq: sequence aggregations to collect, of "mean", "L2", "var".
         mlp_tap: "down_proj_input", after activation and gate (as ModelOpt), or "up_proj_output" (the paper's,
@@ -72,14 +72,14 @@ def collect_importance(
         head_score: "norm", the paper's L2 norm of each token's head; or "channels", ModelOpt's L2 over the
             scores of a head's channels.
         expert_score: "norm", or "reap" (arXiv 2510.13999): the norm times the router's weight.
-        resume_from: scores to go on from, of this rank where there are several; not changed. Scores are
-            bitwise those of a run that was not interrupted (between batches).
+        resume_from: scores to continue from, of this rank where there are several; not changed. The result is
+            bitwise that of a run that was not interrupted (between batches).
         data_parallel_group: ranks that see different batches; their scores are added at the end, and all get
-            the sum. torch.distributed.group.WORLD for all ranks. To resume, save each rank's scores before
-            they are added, that is without this argument, and give it in the last call.
-        context_parallel_group: ranks that hold pieces of the same sequences, in the same batches; what the
-            pieces sum to is put together before it is squared. Batches then need position_ids, and packed
-            sequences cu_seq_lens_q, the borders in this rank's piece, as many on each rank.
+            the sum. torch.distributed.group.WORLD for all ranks. To be able to resume, leave this argument
+            out and save each rank's scores; give it in the last call.
+        context_parallel_group: ranks that hold pieces of the same sequences, in the same batches. The sums of
+            the pieces are added before they are squared. Batches then need position_ids, and packed sequences
+            cu_seq_lens_q: the borders in this rank's piece, equally many on each rank.
         progress: whether tqdm shows a bar; None: where standard error is a terminal.
         backend: of the kernels, see accumulate_importance_().
 
@@ -102,8 +102,8 @@ def collect_importance(
             f"batches must be an iterable of batches, got {type(batches).__name__}; one batch goes in a list"
         )
     seq = (seq,) if isinstance(seq, str) else tuple(seq)
-    if not seq or len(set(seq)) != len(seq) or not set(seq) <= set(KIND_OF):
-        raise ValueError(f"seq must be different names out of {', '.join(KIND_OF)}, got {seq!r}")
+    if not seq or len(set(seq)) != len(seq) or not set(seq) <= set(MOMENT_OF):
+        raise ValueError(f"seq must be different names out of {', '.join(MOMENT_OF)}, got {seq!r}")
     options = Options(seq, mlp_tap, head_score, expert_score)
     hooked = HookedModel(model)
     scores = hooked.empty_scores(_chosen(axes, hooked), options)
@@ -126,7 +126,7 @@ def collect_importance(
             recorder.start(tokens)
             read.call(**inputs, use_cache=False)
             recorder.flush()
-            # Looked at one batch later, when a GPU has long been done: so it need not be waited for
+            # checked one batch later, when a GPU has finished it, so that the host does not wait
             if before is not None:
                 _check_finite(*before)
             before = name, recorder.totals()
@@ -158,11 +158,11 @@ def _chosen(axes: Sequence[str] | None, hooked: HookedModel) -> tuple[str, ...]:
 
 
 class _Reader:
-    """From batches to the arguments of the model's forward pass, and to their tokens.
+    """Turns batches into the arguments of the model's forward pass, and their tokens.
 
     Attributes:
         call: what to call for a forward pass through all layers without the LM head.
-        device: where the model wants its tokens; None where that cannot be told.
+        device: where the model wants its tokens; None where that is not known.
     """
 
     def __init__(self, hooked: HookedModel, *, whole: bool) -> None:
@@ -170,10 +170,11 @@ class _Reader:
         self.call, self._collective = _forward(hooked), is_fsdp(hooked.root)
         self._config, self._vocab, self._whole = hooked.config, hooked.sizes["vocab"], whole
         self._one_row, self._routed = reads_one_row(hooked.config), bool(hooked.sparse)
-        self._apart = not whole  # whether it is known; ranks' pieces are the model's own affair
+        # whether it is known that the model keeps packed sequences apart; not checked for ranks' pieces
+        self._apart = not whole
 
     def __call__(self, batch: Any, name: str) -> tuple[dict[str, Any], Tokens]:
-        """The arguments and the tokens of a batch; the first packed one is refused if the model leaks."""
+        """The arguments and the tokens of a batch. Refuses a packed one if the model mixes its sequences."""
         inputs, tokens = read_batch(
             batch, name, self.device, whole=self._whole, vocab=self._vocab, one_row=self._one_row
         )
@@ -198,22 +199,22 @@ def _forward(hooked: HookedModel) -> Any:
     root = hooked.root
     if not is_fsdp(root):
         return hooked.decoder
-    # FSDP2 gathers the embedding where the module is called that fully_shard() was given last
+    # FSDP2 gathers the embedding only when the outermost sharded module is called
     if "logits_to_keep" not in inspect.signature(root.forward).parameters:
         return root
     return lambda **inputs: root(**inputs, logits_to_keep=1)
 
 
 def _check_finite(name: str, totals: Mapping[str, tuple[tuple[Any, ...], Tensor]]) -> None:
-    """Scores that are NaN or infinite are found with the batch that made them so."""
+    """Raises a ValueError that names the batch if its activations were NaN or infinite."""
     if not totals:
         return
     device = next(iter(totals.values()))[1].device
     if bool(torch.cat([total.to(device) for _, total in totals.values()]).isfinite().all()):
         return
     found = [
-        f"{axis} at {places[int((~total.isfinite()).nonzero()[0])]}"
-        for axis, (places, total) in totals.items()
+        f"{axis} at {modules[int((~total.isfinite()).nonzero()[0])]}"
+        for axis, (modules, total) in totals.items()
         if not bool(total.isfinite().all())
     ]
     raise ValueError(
@@ -223,10 +224,10 @@ def _check_finite(name: str, totals: Mapping[str, tuple[tuple[Any, ...], Tensor]
 
 
 def _input_device(hooked: HookedModel) -> torch.device | None:
-    """Where the model wants its tokens; None where that cannot be told."""
+    """Where the model wants its tokens; None where that is not known."""
     weight = hooked.module(hooked.family.embedding, "hidden").weight
     mesh = getattr(weight, "device_mesh", None)
-    if mesh is not None:  # sharded: of the device it is gathered on, which offloaded parameters do not tell
+    if mesh is not None:  # sharded: the device it is gathered on; offloaded shards are on another
         name = mesh.device_type
         return (
             torch.device(name)
@@ -237,7 +238,7 @@ def _input_device(hooked: HookedModel) -> torch.device | None:
 
 
 class _Plain:
-    """Batches without a bar."""
+    """Batches without a progress bar."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self.batches = batches

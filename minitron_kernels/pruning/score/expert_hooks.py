@@ -1,8 +1,8 @@
-"""Experts whose weights are stacked in one module, forward(hidden, top_k_index, top_k_weights).
+"""Scores experts whose weights are stacked in one module, forward(hidden, top_k_index, top_k_weights).
 
-Such a module (MixtralExperts, Qwen3MoeExperts) calls no nn.Linear that could be hooked, and its ways of
-computing, "eager", "grouped_mm", "batched_mm", keep their intermediates to themselves. So a hook on the
-module runs the experts a second time on the same tokens, expert by expert, and leaves the model's own result
+Such a module (MixtralExperts, Qwen3MoeExperts) calls no nn.Linear that could be hooked, and none of its
+implementations, "eager", "grouped_mm" and "batched_mm", shows its intermediate results. So a hook on the
+module runs the experts a second time on the same tokens, expert by expert, and leaves the model's own output
 as it is.
 """
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitron_kernels.ops.importance.moments import Moments, moments_of, planes_of, rows_of
+from minitron_kernels.ops.importance.moments import Moments, moments_of, num_moments, rows_of
 from minitron_kernels.pruning.families.wrappers import fetched
 from minitron_kernels.pruning.score.recorder import Recorder
 
@@ -23,14 +23,18 @@ _ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
 
 
 class ExpertsHook:
-    """A forward hook on the experts module of the layer at `place` of the scores.
+    """A forward hook on the module of a layer's experts.
 
-    The cost is that of the experts' own forward: gate_up_proj for "expert_mlp" alone (two thirds), and
-    down_proj where the experts are scored too. Memory: one expert's tokens at a time. One host sync a layer.
+    It costs as much as the experts' own forward pass; two thirds of that (gate_up_proj without down_proj)
+    where only "expert_mlp" is scored. One expert's tokens are in memory at a time. One host sync per layer.
+
+    Args:
+        recorder: what the scores are added to.
+        position: of the layer among those that have experts.
     """
 
-    def __init__(self, recorder: Recorder, place: int) -> None:
-        self.recorder, self.place = recorder, place
+    def __init__(self, recorder: Recorder, position: int) -> None:
+        self.recorder, self.position = recorder, position
         self.scores_experts = "experts" in recorder.scores.axes
         self.scores_neurons = "expert_mlp" in recorder.scores.axes
         self.uses_gates = recorder.scores.options.expert_score == "reap"
@@ -46,11 +50,11 @@ class ExpertsHook:
         hidden, index, gates = (x.detach() for x in given[:3])
         hidden = hidden.reshape(-1, hidden.shape[-1])
         routed = _Routed(hidden, index, self.recorder.tokens, module.gate_up_proj.shape[0])
-        kinds = self.recorder.kinds("expert_mlp") if self.scores_neurons else 0
+        moment_flags = self.recorder.moment_flags("expert_mlp") if self.scores_neurons else 0
         gate_of = gates.reshape(-1)[routed.order].double() if self.uses_gates else None
         values: list[Tensor | None] = []
         sums: list[Tensor] = []
-        for expert, (begin, end) in enumerate(routed.stretches):
+        for expert, (begin, end) in enumerate(routed.spans):
             if begin == end:
                 values.append(None)
                 sums.append(hidden.new_zeros((), dtype=torch.float64))
@@ -59,50 +63,55 @@ class ExpertsHook:
             neurons = _gated(module, F.linear(rows, module.gate_up_proj[expert]))
             if self.scores_neurons:
                 borders = F.pad(routed.counts[expert].cumsum(0), (1, 0))
-                values.append(moments_of(neurons, None, borders, 0, kinds, self.recorder.backend).values)
+                moments = moments_of(neurons, None, borders, 0, moment_flags, self.recorder.backend)
+                values.append(moments.values)
             if self.scores_experts:
                 output = F.linear(neurons, module.down_proj[expert])
                 norms = rows_of(output, None, self.recorder.backend).double()
                 sums.append((norms if gate_of is None else norms * gate_of[begin:end]).sum())
         if self.scores_experts:
-            self.recorder.experts(self.place, torch.stack(sums), routed.counts.sum(1))
+            self.recorder.experts(self.position, torch.stack(sums), routed.counts.sum(1))
         if self.scores_neurons:
             wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-            shape = (planes_of(kinds), self.recorder.tokens.num_sequences, module.down_proj.shape[-1])
+            shape = (
+                num_moments(moment_flags),
+                self.recorder.tokens.num_sequences,
+                module.down_proj.shape[-1],
+            )
             none = hidden.new_zeros(shape, dtype=wide)
             whole = torch.stack([none if part is None else part for part in values], dim=2)
-            moments = Moments(whole.flatten(2), routed.counts.T.contiguous(), kinds)
-            self.recorder.neurons(self.place, moments)
+            moments = Moments(whole.flatten(2), routed.counts.T.contiguous(), moment_flags)
+            self.recorder.neurons(self.position, moments)
 
 
 class _Routed:
-    """Pairs of token and expert, ordered by expert, then by sequence.
+    """The (token, expert) pairs of a layer, ordered by expert, then by sequence.
 
     Attributes:
-        order: [T·K], pairs as they lie in top_k_index; those that do not count come last.
+        order: [T·K], indices into the flattened top_k_index; those of invalid pairs come last.
         counts: int64 [experts, sequences].
-        stretches: (begin, end) in `order` of each expert.
+        spans: (begin, end) in `order` of each expert.
     """
 
     def __init__(self, hidden: Tensor, index: Tensor, tokens: Any, experts: int) -> None:
         device, sequences = hidden.device, tokens.num_sequences
         expert = index.reshape(-1).long()
         pair_owner = tokens.owners(device).repeat_interleave(index.shape[-1])
-        counted = (expert >= 0) & (expert < experts)  # others: of another expert-parallel rank
+        valid = (expert >= 0) & (expert < experts)  # others are of another expert-parallel rank
         mask, _ = tokens.on(device)
         if mask is not None:
-            counted &= mask.reshape(-1).repeat_interleave(index.shape[-1])
+            valid &= mask.reshape(-1).repeat_interleave(index.shape[-1])
         bins = experts * sequences
-        key = torch.where(counted, expert * sequences + pair_owner, bins)
+        key = torch.where(valid, expert * sequences + pair_owner, bins)
         self.order = key.argsort(stable=True)
         self.counts = torch.bincount(key, minlength=bins + 1)[:bins].view(experts, sequences)
         ends = [0, *self.counts.sum(1).cumsum(0).tolist()]
-        self.stretches = list(itertools.pairwise(ends))
+        self.spans = list(itertools.pairwise(ends))
 
 
 def _gated(module: Any, gate_up: Tensor) -> Tensor:
-    """The activated neurons, as the module makes them."""
-    if hasattr(module, "_apply_gate"):  # what transformers' grouped and batched ways call
+    """The activated neurons, computed as the module does."""
+    if hasattr(module, "_apply_gate"):  # which transformers' grouped_mm and batched_mm call
         return module._apply_gate(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return module.act_fn(gate) * up

@@ -1,4 +1,4 @@
-"""plot_importance(): a picture for each axis, to see how much there is to cut and where."""
+"""plot_importance(): a picture for each axis, which shows how much can be cut, and where."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TITLES = {
     "expert_mlp": ("Neurons of experts", "neuron"),
 }
 MOST_LINES = 400  # curves in one frame
-MOST_SAMPLES = 1_000_000  # scores that a scale of colours is made from
+MOST_SAMPLES = 1_000_000  # scores from which the colour scale is computed
 
 
 def plot_importance(
@@ -30,7 +30,7 @@ def plot_importance(
 
     Channels and neurons: sorted scores, a line for each layer, with the share of the total that the best ones
     hold; and a heatmap of the sorted scores by layer, relative to the layer's mean. Heads and experts: a
-    heatmap in their own order. Layers: bars of block importance.
+    heatmap in the model's order. Layers: bars of block importance.
 
     Args:
         scores: of collect_importance().
@@ -42,7 +42,7 @@ def plot_importance(
 
     Raises:
         TypeError: scores are not ImportanceScores.
-        ValueError: no such aggregation.
+        ValueError: `batch` or `seq` is not an aggregation, or was not collected.
         ImportError: matplotlib is not installed.
     """
     if not isinstance(scores, ImportanceScores):
@@ -63,7 +63,7 @@ def plot_importance(
 def _figure(
     axis: str, scores: ImportanceScores, table: Any, about: str, how: str, batch: str, seq: str
 ) -> Any:
-    # a Figure without pyplot: no global state of the caller's is touched, no window is opened
+    # a Figure without pyplot leaves the caller's global state alone, and opens no window
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -86,26 +86,27 @@ def _figure(
             _heatmap(figure, right, _matrix(by_norm), short, item, sort=False, order=table)
             right.set_ylabel("norm, from first to last", fontsize=9, color=INK)
         else:
-            rows, places = _matrix(table), list(table)
+            rows, row_names = _matrix(table), list(table)
             if axis == "expert_mlp":
                 experts = next(iter(table.values())).shape[0]
-                places = [f"{layer}.{expert}" for layer in places for expert in range(experts)]
-            labels = {f"layer {places[i]}" if axis == "mlp" else f"expert {places[i]}": i for i in _few(rows)}
+                row_names = [f"{layer}.{expert}" for layer in row_names for expert in range(experts)]
+            kind = "layer" if axis == "mlp" else "expert"
+            labels = {f"{kind} {row_names[i]}": i for i in _few(rows)}
             _curves(left, rows, item, labels)
-            _heatmap(figure, right, rows, places, item, sort=True)
+            _heatmap(figure, right, rows, row_names, item, sort=True)
             if axis == "expert_mlp":
                 right.set_ylabel("layer.expert", fontsize=9, color=INK)
     return figure
 
 
 def _matrix(table: dict[Any, Tensor]) -> Tensor:
-    """[places, items]; experts' neurons, a row for each expert of each layer."""
+    """[layers or norms, items]; for the neurons of experts, a row for each expert of each layer."""
     rows = torch.stack(list(table.values()))
     return rows.reshape(-1, rows.shape[-1])
 
 
 def _few(rows: Tensor) -> list[int]:
-    """First, middle and last row, for a legend."""
+    """The first, middle and last row, for the legend."""
     return sorted({0, rows.shape[0] // 2, rows.shape[0] - 1})
 
 
@@ -172,7 +173,7 @@ def _heatmap(
     figure: Any,
     axes: Any,
     rows: Tensor,
-    places: list[Any],
+    row_names: list[Any],
     item: str,
     *,
     sort: bool,
@@ -194,8 +195,8 @@ def _heatmap(
     best_first = ", best first" if sort or order is not None else ""
     axes.set_xlabel(f"{item}{best_first}", fontsize=9, color=INK)
     axes.set_ylabel("layer", fontsize=9, color=INK)
-    step = max(1, -(-len(places) // 12))
-    axes.set_yticks(range(0, len(places), step), [str(place) for place in places[::step]])
+    step = max(1, -(-len(row_names) // 12))
+    axes.set_yticks(range(0, len(row_names), step), [str(name) for name in row_names[::step]])
     _tidy(axes)
     bar = figure.colorbar(image, ax=axes, pad=0.02, extend="both")
     if log:
@@ -209,7 +210,7 @@ def _bars(axes: Any, values: Tensor) -> None:
     least = set(values.argsort()[: max(1, len(values) // 4)].tolist())
     colours = [WARM if i in least else LINE for i in range(len(values))]
     axes.bar(range(len(values)), values.numpy(), color=colours, width=0.8)
-    axes.set_xlabel("layer (the quarter that turns its input least: red)", fontsize=9, color=INK)
+    axes.set_xlabel("layer (red: the quarter that changes its input least)", fontsize=9, color=INK)
     axes.set_ylabel("1 − E[cos(input, output)]", fontsize=9, color=INK)
     axes.grid(axis="y", color=FAINT, lw=0.5, alpha=0.7)
     axes.set_axisbelow(True)

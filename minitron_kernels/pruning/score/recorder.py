@@ -1,9 +1,9 @@
-"""From activations to the states of ImportanceScores, many layers at a time.
+"""Recorder: adds activations to the states of ImportanceScores, many layers at a time.
 
-What a hook does must be quick, for a layer has many: it makes the moments of its activations (one kernel) and
-keeps them. At the end of a forward pass, or when enough are held, the moments of all layers go into the
-axis's state together, by as many small tensor operations as one layer would take. Over context-parallel ranks
-that is also one exchange for all layers.
+Hooks must be fast, since each layer has several. A hook only computes the moments of its activations (one
+kernel) and keeps them. At the end of a forward pass, or when enough have been kept, the moments of all layers
+are added to the axis's state together, by as many small tensor operations as one layer would take. With
+context parallelism that is also one all-reduce for all layers.
 """
 
 from __future__ import annotations
@@ -17,20 +17,24 @@ from torch.distributed import ProcessGroup
 from minitron_kernels.ops.importance.moments import Moments, backend_for, combine, moments_by, rows_by
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
 from minitron_kernels.pruning.score.batches import Tokens
-from minitron_kernels.pruning.score.scores import ImportanceScores, Place
+from minitron_kernels.pruning.score.scores import ImportanceScores, ModuleKey
 
-HELD_BYTES = 32 << 20  # of an axis, before they go into its state in the middle of a forward pass
+HELD_BYTES = 32 << 20  # kept moments of an axis, above which they are added before the pass has ended
 
 
 class _Held(NamedTuple):
-    begin: int  # the first place
-    parts: list[Tensor]
-    counts: Tensor | None  # of sequences, alike for all parts; None where parts have a value per token
+    """What hooks have computed for neighbouring layers or norms of an axis."""
+
+    begin: int  # the position of the first
+    parts: list[Tensor]  # moments of each, or a value per token
+    counts: Tensor | None  # tokens of the sequences, the same for all parts; None with values per token
 
 
 class Recorder:
-    """Adds activations to scores, without gradients. Call start() before a forward pass and flush() after it;
-    at other times it does not listen.
+    """Adds activations to scores, without gradients.
+
+    Call start() before a forward pass and flush() after it; at other times `listens` is false, and hooks do
+    nothing. `position` below is that of a layer or norm in the axis's `modules`.
 
     Args:
         scores: changed in place.
@@ -41,10 +45,10 @@ class Recorder:
     def __init__(self, scores: ImportanceScores, group: ProcessGroup | None, backend: str) -> None:
         self.scores, self.group, self.backend = scores, group, backend
         self.tokens = Tokens((0, 0), None, None)
-        # Looked up once, not in every hook: between a model's layers Python's own data has left the caches,
-        # and each object that is touched costs more than the kernel's dispatch.
-        self._kinds = {
-            name: axis.state.kinds
+        # Looked up once, not in every hook: a layer's data drives Python's own objects out of the caches, and
+        # each object that a hook touches costs more than the kernel's dispatch.
+        self._moment_flags = {
+            name: axis.state.moment_flags
             for name, axis in scores.axes.items()
             if isinstance(axis.state, ImportanceState)
         }
@@ -55,13 +59,13 @@ class Recorder:
         self._seen: dict[str, list[int]] = {}
 
     def start(self, tokens: Tokens) -> None:
-        """A forward pass over these tokens begins."""
+        """Call before a forward pass over these tokens."""
         self.tokens = tokens
         self._seen = {axis: [] for axis in self.scores.axes}
         self.listens = True
 
     def flush(self) -> None:
-        """Puts everything that is held into the states.
+        """Call after a forward pass: adds everything that was kept to the states.
 
         Raises:
             ValueError: a layer did not run in the forward pass, or ran more than once.
@@ -70,36 +74,38 @@ class Recorder:
         for axis in list(self._held):
             self._flush(axis)
         for axis, seen in self._seen.items():
-            places = self.scores.axes[axis].places
-            if sorted(seen) != list(range(len(places))):
-                off = next(at for at in range(len(places)) if seen.count(at) != 1)
+            modules = self.scores.axes[axis].modules
+            if sorted(seen) != list(range(len(modules))):
+                off = next(at for at in range(len(modules)) if seen.count(at) != 1)
                 raise ValueError(
-                    f"the model must run each layer once in a forward pass, but {axis} at {places[off]} was "
+                    f"the model must run each layer once in a forward pass, but {axis} at {modules[off]} was "
                     f"seen {seen.count(off)} times: is it skipped, shared or compiled? Score the plain model"
                 )
 
-    def totals(self) -> dict[str, tuple[tuple[Place, ...], Tensor]]:
-        """{axis: (places, [places] float64)}, not finite where any activation so far was not; no sync."""
+    def totals(self) -> dict[str, tuple[tuple[ModuleKey, ...], Tensor]]:
+        """{axis: (layers or norms, [layers or norms] float64)}: a sum of each one's scores, which is finite
+        only if all its activations so far were. No host sync.
+        """
         made = {}
         for name, axis in self.scores.axes.items():
-            if axis.places:
-                sums = axis.state.sums.unflatten(-1, (len(axis.places), -1)).sum(-1)
-                made[name] = axis.places, sums.view(-1, len(axis.places)).sum(0)
+            if axis.modules:
+                sums = axis.state.sums.unflatten(-1, (len(axis.modules), -1)).sum(-1)
+                made[name] = axis.modules, sums.view(-1, len(axis.modules)).sum(0)
         return made
 
-    def channels(self, axis: str, place: int, x: Tensor, num_heads: int = 0) -> None:
-        """The channels (or with `num_heads` the heads) of x [B, S, C]."""
+    def channels(self, axis: str, position: int, x: Tensor, num_heads: int = 0) -> None:
+        """Takes the channels (or, with `num_heads`, the heads) of x [B, S, C]."""
         mask, cu_seqlens = self.tokens.on(x.device)
         x = self.tokens.arrange(x)
-        moments = moments_by(self._chosen(x), x, mask, cu_seqlens, num_heads, self._kinds[axis])
-        self._hold(axis, place, moments.values, moments.counts)
+        moments = moments_by(self._chosen(x), x, mask, cu_seqlens, num_heads, self._moment_flags[axis])
+        self._hold(axis, position, moments.values, moments.counts)
 
-    def blocks(self, place: int, block_input: Tensor, block_output: Tensor) -> None:
-        """The block importance of each token of a layer, from its input and output [B, S, H]."""
+    def blocks(self, position: int, block_input: Tensor, block_output: Tensor) -> None:
+        """Takes a layer's input and output [B, S, H], for its block importance."""
         x, y = block_input.flatten(0, 1), block_output.flatten(0, 1)
         if x.dtype != y.dtype:
             x, y = x.float(), y.float()
-        self._hold("layers", place, rows_by(self._chosen(x), x, y), None)
+        self._hold("layers", position, rows_by(self._chosen(x), x, y), None)
 
     def _chosen(self, x: Tensor) -> str:
         where = x.device, x.dtype
@@ -108,22 +114,22 @@ class Recorder:
             chosen = self._backends[where] = backend_for(x, self.backend)
         return chosen
 
-    def experts(self, place: int, sums: Tensor, counts: Tensor) -> None:
-        """Sums and counts [experts] over the tokens that were routed to each expert of a layer."""
-        self._seen["experts"].append(place)
+    def experts(self, position: int, sums: Tensor, counts: Tensor) -> None:
+        """Takes a layer's sums and counts [experts], over the tokens that were routed to each expert."""
+        self._seen["experts"].append(position)
         axis = self.scores.axes["experts"]
-        self._add_means(axis.state, place * len(sums), sums, counts)
+        self._add_means(axis.state, position * len(sums), sums, counts)
 
-    def neurons(self, place: int, moments: Moments) -> None:
-        """The moments of all experts' neurons of a layer: values [planes, B, E·F], counts [B, E]."""
-        self._seen["expert_mlp"].append(place)
+    def neurons(self, position: int, moments: Moments) -> None:
+        """Takes the moments of all experts' neurons of a layer: values [moments, B, E·F], counts [B, E]."""
+        self._seen["expert_mlp"].append(position)
         state, experts = self._state("expert_mlp"), moments.counts.shape[1]
         self._move(state, moments.values)
-        self._add(state, place * experts, (place + 1) * experts, moments)
+        self._add(state, position * experts, (position + 1) * experts, moments)
 
-    def kinds(self, axis: str) -> int:
-        """What the kernels have to add up for an axis."""
-        return self._kinds[axis]
+    def moment_flags(self, axis: str) -> int:
+        """The moments that an axis needs: flags of ops/importance/reference.py."""
+        return self._moment_flags[axis]
 
     def _state(self, axis: str) -> ImportanceState:
         state = self.scores.axes[axis].state
@@ -131,18 +137,18 @@ class Recorder:
         return state
 
     def _move(self, state: ImportanceState | TokenMeanState, like: Tensor) -> None:
-        """States follow the activations: where those of the first layer are, sums are kept."""
+        """Moves a state to the kind of device that its activations are on."""
         if state.sums.device.type != like.device.type:
             state.to(like.device)
 
-    def _hold(self, axis: str, place: int, part: Tensor, counts: Tensor | None) -> None:
-        self._seen[axis].append(place)
+    def _hold(self, axis: str, position: int, part: Tensor, counts: Tensor | None) -> None:
+        self._seen[axis].append(position)
         held = self._held.get(axis)
-        if held is not None and held.begin + len(held.parts) != place:
+        if held is not None and held.begin + len(held.parts) != position:
             self._flush(axis)
             held = None
         if held is None:
-            held = self._held[axis] = _Held(place, [], counts)
+            held = self._held[axis] = _Held(position, [], counts)
             self._held_bytes[axis] = 0
         held.parts.append(part)
         self._held_bytes[axis] += part.nbytes
@@ -154,19 +160,19 @@ class Recorder:
         state = self.scores.axes[axis].state
         self._move(state, held.parts[0])
         device = held.parts[0].device
-        parts = [part.to(device) for part in held.parts]  # layers may lie on several devices
+        parts = [part.to(device) for part in held.parts]  # layers may be on several devices
         if isinstance(state, TokenMeanState):
             rows = torch.stack(parts).double()
             mask, _ = self.tokens.on(device)
             if mask is None:
                 counts = rows.new_full((), rows.shape[1], dtype=torch.int64)
             else:
-                rows = torch.where(mask.reshape(-1), rows, 0.0)  # what padding holds may be NaN
+                rows = torch.where(mask.reshape(-1), rows, 0.0)  # padding may hold NaN
                 counts = mask.sum()
             self._add_means(state, held.begin, rows.sum(1), counts.expand(len(parts)))
             return
         assert held.counts is not None
-        moments = Moments(torch.cat(parts, dim=2), held.counts.to(device), self._kinds[axis])
+        moments = Moments(torch.cat(parts, dim=2), held.counts.to(device), self._moment_flags[axis])
         self._add(state, held.begin, held.begin + len(parts), moments)
 
     def _add(self, state: ImportanceState, begin: int, end: int, moments: Moments) -> None:

@@ -1,7 +1,7 @@
 """Scores on disk: importance.json names the file of tensors that belongs to it.
 
-A new file of tensors gets a name of its own; then the JSON takes the place of the old one, in one step; then
-older tensors are deleted. So a writer that is killed leaves a whole pair, the old one or the new one.
+The new tensors go to a file with a new name. Then the JSON is replaced, in one step, and older tensors are
+deleted. So a writer that is killed at any moment leaves a complete pair of files, the old or the new one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def write(folder: Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor])
 
 
 def read(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
-    """The JSON's path, what it says, and the tensors."""
+    """The path of the JSON, its content, and the tensors."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -64,7 +64,7 @@ def read(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Writes a file beside `path`, then gives it that name."""
+    """Writes a file beside `path`, then renames it to `path`."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with part.open("wb") as file:

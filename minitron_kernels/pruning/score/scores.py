@@ -1,4 +1,4 @@
-"""ImportanceScores: what calibration found out about a model, and the tables that a plan is made from."""
+"""ImportanceScores: the result of calibration, and the tables that a plan is made from."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanStat
 from minitron_kernels.pruning.score import score_files
 
 AXES = ("hidden", "mlp", "heads", "layers", "experts", "expert_mlp")
-ENERGY = "energy"  # beside the axes: collected with "hidden"
+ENERGY = "energy"  # collected with "hidden"; not one of the axes that a caller names
 MLP_TAPS = ("down_proj_input", "up_proj_output")
 HEAD_SCORES = ("norm", "channels")
 EXPERT_SCORES = ("norm", "reap")
 
-Place = int | str  # a layer, or the name of a norm
+ModuleKey = int | str  # a layer's number, or a norm's name
 State = ImportanceState | TokenMeanState
 
 
 @dataclass(frozen=True)
 class Options:
-    """What was collected, and how: see collect_importance()."""
+    """How scores were collected; the options of collect_importance()."""
 
     seq: tuple[str, ...] = ("mean",)
     mlp_tap: str = "down_proj_input"
@@ -49,41 +49,41 @@ class Options:
 
 @dataclass
 class Axis:
-    """The state of one axis: equal stretches of it belong to the places, in order.
+    """The state of one axis: an equal part of it for each layer or norm, in order.
 
     Args:
-        state: of all places together.
-        places: layers, or names of norms.
-        experts: how many there are in each place, where the axis has experts.
+        state: of all modules together.
+        modules: numbers of layers, or names of norms.
+        experts: how many each layer has, where the axis has experts.
     """
 
     state: State
-    places: tuple[Place, ...]
+    modules: tuple[ModuleKey, ...]
     experts: int | None = None
 
-    def by_place(self, scores: Tensor) -> dict[Any, Tensor]:
-        """Scores of the whole state -> those of each place: [..], or [experts, ..] of neurons."""
-        shape: tuple[int, ...] = (len(self.places), -1)
+    def by_module(self, scores: Tensor) -> dict[Any, Tensor]:
+        """{layer or norm: its scores}, [items], or [experts, neurons] for the neurons of experts."""
+        shape: tuple[int, ...] = (len(self.modules), -1)
         if self.experts and isinstance(self.state, ImportanceState):
-            shape = (len(self.places), self.experts, -1)
-        rows = scores.cpu().reshape(shape) if self.places else ()
-        return dict(zip(self.places, rows, strict=True))
+            shape = (len(self.modules), self.experts, -1)
+        rows = scores.cpu().reshape(shape) if self.modules else ()
+        return dict(zip(self.modules, rows, strict=True))
 
 
 class ImportanceScores:
     """Scores of a model's channels, heads, neurons, experts and layers; made by collect_importance().
 
-    They are kept as sums (ImportanceState, TokenMeanState), so that scores of different calibration data add,
-    and calibration can go on where it stopped.
+    They are kept as sums (ImportanceState, TokenMeanState), so that scores of different calibration data can
+    be added, and calibration can go on where it stopped.
 
     Args:
-        config: the model's configuration, as `config.to_dict()` gives it; JSON's types.
+        config: the model's configuration, as `config.to_dict()` gives it: a dict of JSON types.
         axes: the states, by name: some of AXES, and ENERGY.
-        options: what was collected, and how.
-        head_count: heads of a layer.
+        options: how they were collected.
+        head_count: attention heads of a layer.
 
     Raises:
-        ValueError: no such axis.
+        ValueError: `axes` has another name.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class ImportanceScores:
     def tables(self, batch: str = "L2", seq: str = "mean") -> dict[str, Any]:
         """The scores of each axis that was collected, float64 on the CPU.
 
-            hidden      [hidden]                      each norm's scores, summed over all scored norms
+            hidden      [hidden]                      the scores of all scored norms, summed
             mlp         {layer: [mlp]}                dense layers
             heads       {layer: [heads]}
             layers      [layers]                      block importance, 1 − E[cos(input, output)]
@@ -114,31 +114,31 @@ class ImportanceScores:
             energy      {norm: [hidden]}              Σ over tokens of the square of the norm's input
 
         Args:
-            batch, seq: how sequences and tokens are put together, see ImportanceState.scores(). ("L2",
-                "mean") is the paper's best. "layers", "experts" and "energy" do not depend on them.
+            batch, seq: how sequences and tokens are aggregated, see ImportanceState.scores(). ("L2", "mean")
+                is the paper's best. "layers", "experts" and "energy" do not depend on them.
 
         Raises:
-            ValueError: no such aggregation, or it was not collected.
+            ValueError: `batch` or `seq` is not an aggregation, or was not collected.
 
         Source: Minitron (arXiv 2407.14679) section 2.2.
         """
         result: dict[str, Any] = {}
         for name, axis in self.axes.items():
-            by_place = axis.by_place(self._scores(name, axis.state, batch, seq))
+            by_module = axis.by_module(self._scores(name, axis.state, batch, seq))
             if name == "hidden":
-                result[name] = torch.stack(list(by_place.values())).sum(0)
+                result[name] = torch.stack(list(by_module.values())).sum(0)
             elif name == "layers":
-                result[name] = torch.cat(list(by_place.values()))
+                result[name] = torch.cat(list(by_module.values()))
             else:
-                result[name] = by_place
+                result[name] = by_module
         return result
 
     def norms(self, batch: str = "L2", seq: str = "mean") -> dict[str, Tensor]:
-        """{norm: [hidden]}, what "hidden" in tables() is the sum of; empty where it was not collected."""
+        """{norm: [hidden]}, whose sum is "hidden" in tables(); empty where "hidden" was not collected."""
         if "hidden" not in self.axes:
             return {}
         axis = self.axes["hidden"]
-        return axis.by_place(self._scores("hidden", axis.state, batch, seq))
+        return axis.by_module(self._scores("hidden", axis.state, batch, seq))
 
     def _scores(self, name: str, state: State, batch: str, seq: str) -> Tensor:
         if isinstance(state, TokenMeanState):
@@ -147,13 +147,13 @@ class ImportanceScores:
             return state.squares[0].clone()  # of √Σx² per sequence
         scores = state.scores(batch=batch, seq=seq)
         if name == "heads" and self.options.head_score == "channels":
-            places = len(self.axes[name].places)
-            return head_scores_from_channels(scores, places * self.head_count)
+            layers = len(self.axes[name].modules)
+            return head_scores_from_channels(scores, layers * self.head_count)
         return scores
 
     @property
     def tokens(self) -> int:
-        """Calibration tokens that were counted."""
+        """The number of valid calibration tokens."""
         counts = [
             axis.state.counts if isinstance(axis.state, TokenMeanState) else axis.state.tokens
             for name, axis in self.axes.items()
@@ -165,7 +165,8 @@ class ImportanceScores:
         """Adds the scores of other calibration data for the same model. Returns itself.
 
         Raises:
-            TypeError, ValueError: `other` is of another model, or was collected otherwise; nothing changes.
+            TypeError, ValueError: `other` is of another model, or was collected with other options; nothing
+                changes.
         """
         self.check_alike(other)
         for name, axis in self.axes.items():
@@ -179,11 +180,11 @@ class ImportanceScores:
         The states must be on a device that the group's backend serves: `scores.to("cuda")` for NCCL.
 
         Raises:
-            ValueError: it has been done: tokens would count as often as there are ranks.
+            ValueError: they have been added already; tokens would be counted once for each rank.
         """
         if self.reduced:
             raise ValueError(
-                "these scores are of all ranks already; collect new ones, all_reduce_() them, merge_() them"
+                "these scores are already of all ranks; collect new ones, all_reduce_() them, merge_() them"
             )
         for axis in self.axes.values():
             axis.state.all_reduce_(group)
@@ -191,10 +192,10 @@ class ImportanceScores:
         return self
 
     def check_alike(self, other: Any, name: str = "other") -> None:
-        """Whether `other` is of the same model, axes and options, so that it can be added to this.
+        """Checks that `other` has the same model, axes and options, so that it can be added to this.
 
         Raises:
-            TypeError, ValueError: it is not; says what differs.
+            TypeError, ValueError: it has not; says what differs.
         """
         if not isinstance(other, ImportanceScores):
             raise TypeError(f"{name} must be ImportanceScores, got {type(other).__name__}")
@@ -204,7 +205,7 @@ class ImportanceScores:
             raise ValueError(f"{name} must be collected with {self.options}, got {other.options}")
         for axis, mine in self.axes.items():
             theirs = other.axes[axis]
-            if mine.places != theirs.places or mine.experts != theirs.experts:
+            if mine.modules != theirs.modules or mine.experts != theirs.experts:
                 raise ValueError(f"{name} must be of the same model: its {axis} has other layers or experts")
             for key, tensor in mine.state.state_dict().items():
                 shape = tuple(theirs.state.state_dict()[key].shape)
@@ -215,7 +216,7 @@ class ImportanceScores:
                     )
 
     def clone(self) -> ImportanceScores:
-        """A copy that shares nothing."""
+        """A deep copy."""
         return copy.deepcopy(self)
 
     def to(self, device: torch.device | str) -> ImportanceScores:
@@ -227,8 +228,8 @@ class ImportanceScores:
     def save(self, folder: str | Path) -> None:
         """Writes the scores to a folder: safetensors for the sums, JSON for the rest; no pickle.
 
-        What was in the folder before is replaced at once, when the new files are whole: a run that is killed
-        while it saves leaves the old scores or the new ones.
+        Scores that are already in the folder are replaced in one step, when the new files are complete: a run
+        that is killed while it saves leaves either the old scores or the new ones.
 
         Raises:
             OSError: the folder cannot be made or written.
@@ -240,7 +241,7 @@ class ImportanceScores:
             "axes": {
                 name: {
                     "kind": type(axis.state).__name__,
-                    "places": list(axis.places),
+                    "places": list(axis.modules),
                     "experts": axis.experts,
                     "seq": list(axis.state.seq) if isinstance(axis.state, ImportanceState) else None,
                 }
@@ -260,8 +261,8 @@ class ImportanceScores:
         """The scores that save() wrote, on the CPU, bit for bit.
 
         Raises:
-            FileNotFoundError: there are none in the folder.
-            ValueError: a file is damaged or not of scores; names it and what is wrong.
+            FileNotFoundError: the folder holds no scores.
+            ValueError: a file is damaged or holds something else; names the file and what is wrong.
         """
         path, about, tensors = score_files.read(Path(folder))
         try:
@@ -284,7 +285,7 @@ class ImportanceScores:
 
 
 def _axis_of(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Axis:
-    """An axis out of its JSON entry and the file's tensors."""
+    """An axis from its JSON entry and the file's tensors."""
     stored = {
         key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")
     }
@@ -298,7 +299,7 @@ def _axis_of(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor])
     else:
         raise ValueError(f"{name} is of an unknown kind {entry['kind']!r}")
     state.load_state_dict(stored)
-    places = tuple(entry["places"])
-    if places and sums.shape[-1] % len(places):
-        raise ValueError(f"{name} has {sums.shape[-1]} sums for {len(places)} places")
-    return Axis(state, places, entry["experts"])
+    modules = tuple(entry["places"])
+    if modules and sums.shape[-1] % len(modules):
+        raise ValueError(f"{name} has {sums.shape[-1]} sums for {len(modules)} places")
+    return Axis(state, modules, entry["experts"])
