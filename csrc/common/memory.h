@@ -7,7 +7,7 @@
 
 namespace minitron {
 
-// A tensor whose storage was freed, as ZeRO-3 and FSDP do, keeps its shape: reading it would be a crash.
+// A tensor whose storage was freed, as ZeRO-3 and FSDP do, keeps its shape. Reading it would crash.
 inline void check_memory(const torch::stable::Tensor& x, const char* name) {
   int64_t bytes = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x.get(), &bytes));

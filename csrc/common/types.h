@@ -1,4 +1,4 @@
-// Storage types of tensors, and a run-time code for them. No torch header: kernels see only these.
+// The element types of tensors, and a run-time code for them. No torch header: kernels see this file.
 #pragma once
 
 #include <cstdint>
@@ -17,11 +17,10 @@ struct f16 {
 enum class DType { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
 const char* dtype_name(DType dtype);
-// Throws std::invalid_argument: there is no kernel from storage of `dtype` to numbers of `as`.
+// Throws std::invalid_argument: no kernel reads elements of `dtype` as numbers of `as`.
 [[noreturn]] void throw_unreadable(DType dtype, DType as);
 
-// Calls f with a value-initialised element of the dtype: dispatch(dtype, [&](auto e) { using T = decltype(e);
-// }).
+// Calls f with a value-initialised element of the dtype: dispatch(dtype, [&](auto element) { ... }).
 template <typename F>
 decltype(auto) dispatch(DType dtype, F&& f) {
   switch (dtype) {
@@ -43,12 +42,12 @@ constexpr DType kDTypeOf = std::is_same_v<T, double>  ? DType::kFloat64
                            : std::is_same_v<T, bf16>  ? DType::kBFloat16
                                                       : DType::kFloat16;
 
-// Whether storage of type T can be read as numbers of type As without loss: as itself, or 16 bits as fp32.
+// Whether elements of type T can be read as type As without loss: as themselves, or 16 bits as fp32.
 template <typename T, typename As>
 constexpr bool kReadableAs = std::is_same_v<T, As> || (std::is_same_v<As, float> && sizeof(T) == 2);
 
-// dispatch() over the storage types that As can read. Any other throws: a kernel that did nothing for it
-// would leave in its output whatever the memory held.
+// dispatch() over the dtypes that can be read as As. Others throw: a kernel that did nothing for them would
+// leave its output uninitialised.
 template <typename As, typename F>
 void dispatch_readable(DType dtype, F&& f) {
   dispatch(dtype, [&](auto element) {

@@ -8,9 +8,9 @@ struct PairSums {
   double xx, xy, yy, xd, dd;
 };
 
-// norms: |x| |y|. A block turns its input little, and of 1 - xy / norms fp32 leaves no digit below 1e-7.
-// Where y is nearer to x than to 0 take sin^2 / (1 + cos): sin^2 = (xx dd - xd^2) / (xx yy) keeps its digits,
-// relative to dd / yy.
+// norms: |x| |y|. A block turns its input only a little, and 1 - xy / norms in fp32 has no digits below 1e-7.
+// So where y is nearer to x than to 0, this is sin^2 / (1 + cos): sin^2 = (xx dd - xd^2) / (xx yy) keeps its
+// digits, relative to dd / yy.
 constexpr double cosine_distance(const PairSums& sums, double norms) {
   if (norms == 0) return 1;
   const double distance = sums.dd < sums.yy

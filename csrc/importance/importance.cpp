@@ -2,13 +2,13 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
-  // x [B, S, C], or [T, C] with the borders cu_seqlens [B + 1] of its sequences; mask [B, S] or [T], true
-  // where a token counts. With num_heads, the M = num_heads values of a token are the L2 norms of its heads;
-  // else they are its M = C channels. Per sequence and value: sums over its tokens, the planes that `kinds`
-  // asks for (1: the sum of |v|; 2: of v^2; 4: of v, and of (v - mean)^2), and the number of tokens.
+  // x [B, S, C], or [T, C] with the borders cu_seqlens [B + 1] of its sequences; mask [B, S] or [T], true for
+  // valid tokens. With num_heads, the M = num_heads values of a token are the L2 norms of its heads; without
+  // (0), its M = C channels. Gives sums over the valid tokens of each sequence, [num_sums, B, M], of which
+  // `moments` says which (1: of |v|; 2: of v^2; 4: of v, and of (v - mean)^2), and the number of tokens [B].
   m.def(
-      "importance_moments(Tensor x, Tensor? mask, Tensor? cu_seqlens, int num_heads, int kinds) -> "
-      "(Tensor moments, Tensor counts)");
-  // Per row: its L2 norm; with y, 1 - the cosine of the two rows.
+      "importance_moments(Tensor x, Tensor? mask, Tensor? cu_seqlens, int num_heads, int moments) -> "
+      "(Tensor sums, Tensor counts)");
+  // Of each row of x its L2 norm, or with y 1 - the cosine of the two rows.
   m.def("importance_rows(Tensor x, Tensor? y) -> Tensor");
 }

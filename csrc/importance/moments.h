@@ -1,4 +1,5 @@
-// What importance_moments adds up, by the bits of its argument `kinds`.
+// What importance_moments adds up of a value v, by the bits of its argument `moments`: |v|; v^2; v, and
+// (v - mean)^2.
 #pragma once
 
 #include <cstdint>
@@ -7,16 +8,17 @@
 
 namespace minitron {
 
-enum Kind : int64_t { kAbs = 1, kSquare = 2, kCentred = 4 };
+enum Moment : int64_t { kAbs = 1, kSquare = 2, kCentred = 4 };
 
-constexpr int64_t planes_of(int64_t kinds) {
-  return (kinds & kAbs ? 1 : 0) + (kinds & kSquare ? 1 : 0) + (kinds & kCentred ? 2 : 0);
+// How many sums that makes for each value.
+constexpr int64_t num_sums(int64_t moments) {
+  return (moments & kAbs ? 1 : 0) + (moments & kSquare ? 1 : 0) + (moments & kCentred ? 2 : 0);
 }
 
-// f(kinds as a compile-time constant), for kinds in 1..7.
+// Calls f with moments, in 1..7, as a compile-time constant.
 template <typename F>
-auto dispatch_kinds(int64_t kinds, F&& f) {
-  switch (kinds) {
+auto dispatch_moments(int64_t moments, F&& f) {
+  switch (moments) {
     case 1:
       return f(std::integral_constant<int64_t, 1>{});
     case 2:
@@ -32,7 +34,7 @@ auto dispatch_kinds(int64_t kinds, F&& f) {
     case 7:
       return f(std::integral_constant<int64_t, 7>{});
     default:
-      throw std::logic_error("kinds must be in 1..7");
+      throw std::logic_error("moments must be in 1..7");
   }
 }
 

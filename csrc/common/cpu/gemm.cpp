@@ -6,8 +6,8 @@
 #include <exception>
 #include <vector>
 
-// libtorch's microkernels (torch >= 2.6). They are not part of its stable ABI, so they are referenced weakly:
-// a libtorch without them leaves null pointers here, and the portable GEMM serves.
+// libtorch's microkernels (torch >= 2.6). They are not part of its stable ABI, so the references are weak:
+// with a libtorch that lacks them they are null pointers, and the portable GEMM is used.
 namespace c10 {
 struct BFloat16;
 }
@@ -43,7 +43,8 @@ void call_f32(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t
   at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, a, b, c, false);
 }
 
-// One small product with a known answer: an unsupported CPU throws, a changed contract gives other numbers.
+// Computes one small product with a known result: an unsupported CPU throws, and a microkernel that means
+// something else by its arguments gives other numbers.
 template <typename Op>
 bool works(Gemm<Op, float> gemm, Op one, Op two) {
   constexpr int64_t M = 3, K = 4;
@@ -117,9 +118,9 @@ void brgemm_release() {
   if (&at::native::cpublas::brgemm_release) at::native::cpublas::brgemm_release(true);
 }
 
-// A rule, not a timing, so that one machine gives the same bits every time. AMX and AMD's AVX512_BF16 (Zen 4
-// on) multiply bf16 at twice the rate of fp32 or better. Intel's VDPBF16PS without AMX runs at half the rate
-// of its fp32 FMA (measured on Emerald Rapids: 87 against 165 GFLOP/s a core), and bf16 widens to fp32
+// A rule and not a measurement, so that a machine gives the same bits every time. AMX, and AVX512_BF16 on AMD
+// (from Zen 4 on), multiply bf16 at least twice as fast as fp32. Without AMX, Intel's VDPBF16PS is half as
+// fast as its fp32 FMA (measured on Emerald Rapids: 87 against 165 GFLOP/s per core), and bf16 widens to fp32
 // without rounding.
 const char* bf16_operand_type() {
   if (!engines().bf16_engine) return "f32";
@@ -144,8 +145,8 @@ std::string gemm_engine_report() {
 }  // namespace minitron
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
-  // For tests: begins to count what the GEMMs multiply, or ends it; returns the count until now, -1 where
-  // there was none.
+  // For tests: starts or stops counting the GEMMs' flops. Returns the count so far, -1 if it was not
+  // counting.
   m.def("count_gemm_flops(bool on) -> int");
 }
 

@@ -1,4 +1,4 @@
-// The matrix multiplications of the CPU kernels: one call signature, several engines.
+// The matrix multiplications of the CPU kernels: one signature, several implementations.
 #pragma once
 
 #include <atomic>
@@ -11,12 +11,12 @@ namespace minitron {
 
 // Columns of a packed B panel (see pack.h). 64 keeps four AVX-512 accumulators per row of A.
 constexpr int kPanel = 64;
-// Longest chain of products summed in one accumulator; longer K is split (one long chain doubles the fp32
-// error).
+// Most products that are summed in one accumulator. A longer K is split: one long chain has twice the fp32
+// error.
 constexpr int64_t kMaxChain = 256;
 
-// C[M, N] = A[M, K] B[K, N], or += with add; N <= kPanel, ldb = kPanel; Op = float, double or bf16 (B in
-// pairs).
+// C[M, N] = A[M, K] B[K, N], or += with add. N <= kPanel, ldb = kPanel. Op is float, double or bf16 (B in
+// pairs of rows).
 template <typename Op, typename A>
 using Gemm = void (*)(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add,
                       const Op* a, const Op* b, A* c);
@@ -24,10 +24,10 @@ using Gemm = void (*)(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb,
 // torch's brgemm microkernels, or nullptr where libtorch does not export them or this CPU cannot run them.
 Gemm<bf16, float> brgemm_bf16();
 Gemm<float, float> brgemm_f32();
-// Hands back the tile registers that brgemm_bf16 may have configured on this thread (AMX).
+// Releases the tile registers (AMX) that brgemm_bf16 may have configured on this thread.
 void brgemm_release();
 
-// For tests: counted(gemm) adds 2 M N K to a count while it is on, and is `gemm` itself while it is not.
+// For tests. While flops are being counted, counted(gemm) adds each call's 2 M N K; else it is `gemm` itself.
 bool counting_flops();
 void add_flops(int64_t flops);
 template <typename Op, typename A>
@@ -44,7 +44,7 @@ Gemm<Op, A> counted(Gemm<Op, A> gemm) {
 
 // The operand type in which bf16 x bf16 -> fp32 runs fastest here: "bf16" or "f32" (bf16 widens exactly).
 const char* bf16_operand_type();
-// One line for people: which engine serves which dtype, and why.
+// One line for people: which implementation serves which dtype, and why.
 std::string gemm_engine_report();
 
 }  // namespace minitron

@@ -1,5 +1,4 @@
-// What benchmarks compare memory-bound kernels with: only reading memory, only copying it, on the same
-// threads.
+// What benchmarks compare memory-bound kernels with: reading memory and copying memory, on the same threads.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -18,7 +17,7 @@ int64_t bytes_in(const Tensor& x, const char* name) {
   return x.numel() * x.element_size();
 }
 
-// The exclusive or of all 64-bit words, so that no read can be left out.
+// The exclusive or of all 64-bit words, so that the compiler can leave out no read.
 int64_t read_floor(Tensor x) {
   const int64_t bytes = bytes_in(x, "x");
   const char* data = static_cast<const char*>(x.const_data_ptr());

@@ -1,7 +1,7 @@
-// Repacking of GEMM operands. A GEMM here is C[M, N] (+)= A[M, K] B[K, N] with A in plain rows and B in
-// panels of kPanel columns, [K, kPanel] each and zero-padded; 16-bit panels hold pairs of rows interleaved
-// ([K/2, kPanel, 2], "VNNI"), K rounded up to even. `Op` is the operands' type, `index` an optional list of
-// source rows.
+// Repacking of GEMM operands. A GEMM here is C[M, N] (+)= A[M, K] B[K, N]. A has plain rows; B has panels of
+// kPanel columns, [K, kPanel] each and padded with zeros. Panels of 16-bit operands interleave pairs of rows
+// ([K/2, kPanel, 2], "VNNI"), with K rounded up to even. `Op` is the operands' type; `index`, if not null,
+// lists the source rows.
 #pragma once
 
 #include <utility>
@@ -18,7 +18,7 @@ inline V interleave(V a, V b, std::integer_sequence<int, j...>) {
   return __builtin_shufflevector(a, b, ((j & kStep) ? n + j : j + kStep)...);
 }
 
-// In-register transposition of kLanes x kLanes elements: log2(kLanes) rounds of block swaps.
+// Transposes kLanes x kLanes elements in registers, in log2(kLanes) rounds of block swaps.
 template <typename A, int kStep = kLanes<A> / 2>
 inline void transpose_square(Vec<A>* v) {
   if constexpr (kStep > 0) {
@@ -39,8 +39,8 @@ inline const T* source_row(const T* src, int64_t ld, const int64_t* index, int64
   return src + (index ? index[row] : row) * ld;
 }
 
-// Rows of a head are far apart, and only a few cache lines of each are read: no hardware prefetcher sees them
-// coming.
+// Rows of a head are far apart, and only a few cache lines of each are read: hardware prefetchers do not
+// predict them.
 constexpr int64_t kPrefetchRows = 8;
 template <typename T>
 inline void prefetch_row(const T* src, int64_t ld, const int64_t* index, int64_t row, int64_t rows,
@@ -50,7 +50,7 @@ inline void prefetch_row(const T* src, int64_t ld, const int64_t* index, int64_t
   for (int64_t byte = 0; byte < cols * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(p + byte);
 }
 
-// B[K = cols, N = rows] from rows of src: transposes. dst: ceil(rows / kPanel) panels of [cols, kPanel].
+// B[K = cols, N = rows]: the transpose of rows of src. dst: ceil(rows / kPanel) panels of [cols, kPanel].
 template <typename A, typename T>
 void pack_transposed(const T* src, int64_t ld, const int64_t* index, int64_t rows, int64_t cols, A* dst) {
   constexpr int L = kLanes<A>;
@@ -95,8 +95,8 @@ inline void pack_transposed(const bf16* src, int64_t ld, const int64_t* index, i
   }
 }
 
-// B[K = rows, N = cols] from rows of src, for columns [0, cols) of it. dst: ceil(cols / kPanel) panels of
-// [padded_rows, kPanel]; rows beyond `rows` are zero.
+// B[K = rows, N = cols]: columns [0, cols) of rows of src. dst: ceil(cols / kPanel) panels of
+// [padded_rows, kPanel]; those beyond `rows` are zero.
 template <typename A, typename T>
 void pack_rows(const T* src, int64_t ld, const int64_t* index, int64_t rows, int64_t padded_rows,
                int64_t cols, A* dst) {
@@ -115,7 +115,7 @@ void pack_rows(const T* src, int64_t ld, const int64_t* index, int64_t rows, int
   }
 }
 
-// Zips 16-bit elements of two vectors: a0 b0 a1 b1 ...
+// Interleaves the elements of two vectors: a0 b0 a1 b1 ...
 template <typename V, int... j>
 inline void zip(V a, V b, V* low, V* high, std::integer_sequence<int, j...>) {
   constexpr int n = sizeof...(j);
@@ -148,7 +148,7 @@ inline void pack_rows(const bf16* src, int64_t ld, const int64_t* index, int64_t
   }
 }
 
-// Rows of src as rows of A operand, [rows, padded_cols], zero beyond `cols`.
+// Rows of src as an A operand, [rows, padded_cols], zero beyond `cols`.
 template <typename A, typename T>
 void convert_rows(const T* src, int64_t ld, int64_t rows, int64_t cols, int64_t padded_cols, A* dst) {
   constexpr int L = kLanes<A>;
@@ -168,7 +168,7 @@ inline void convert_rows(const bf16* src, int64_t ld, int64_t rows, int64_t cols
   }
 }
 
-// [rows, kPanel] -> the same elements as Op with leading dimension ld.
+// [rows, kPanel] -> the same as Op, with leading dimension ld.
 template <typename A, typename Op>
 void cast_panel(const A* panel, int64_t rows, Op* dst, int64_t ld) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -176,8 +176,8 @@ void cast_panel(const A* panel, int64_t rows, Op* dst, int64_t ld) {
   }
 }
 
-// [rows, kPanel] -> its transpose [kPanel, rows] as Op with leading dimension ld >= rows; ld's rest is not
-// touched.
+// [rows, kPanel] -> its transpose [kPanel, rows] as Op, with leading dimension ld >= rows. What lies beyond
+// `rows` is not written.
 template <typename A, typename Op>
 void transpose_panel(const A* panel, int64_t rows, Op* dst, int64_t ld) {
   constexpr int L = kLanes<A>;

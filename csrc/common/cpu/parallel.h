@@ -1,4 +1,4 @@
-// Tasks on torch's own threads, so that torch.set_num_threads() rules.
+// Tasks on torch's own threads, so that torch.set_num_threads() decides.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,8 +11,8 @@ namespace minitron {
 
 inline int64_t max_threads() { return torch::stable::get_num_threads(); }
 
-// f(task, slot) for task in [0, n), taken in order by whichever of at most `most` threads is free; slot <
-// max_threads() names the thread's scratch space. Tasks must not depend on which slot runs them.
+// Calls f(task, slot) for each task in [0, n). At most `most` threads take the tasks in order, whichever is
+// free. slot < max_threads() is the number of the thread's scratch memory; a result must not depend on it.
 template <typename F>
 void parallel_tasks(int64_t n, int64_t most, F&& f) {
   const int64_t threads = std::min({n, max_threads(), most});

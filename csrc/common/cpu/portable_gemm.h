@@ -1,6 +1,6 @@
-// C[M, N] (+)= A[M, K] B[K, N] for one panel of B (N <= kPanel), in plain vector code of this SIMD level:
-// what runs where no vendor microkernel is to be had, and for float64. bf16 operands only where a test asks
-// for them: fp32 ones are as fast here and need no rounding.
+// C[M, N] (+)= A[M, K] B[K, N] for one panel of B (N <= kPanel), in plain vector code of this SIMD level. It
+// is used for float64, and where libtorch has no microkernel; for bf16 operands only in tests, since fp32
+// operands are as fast here and need no rounding.
 #pragma once
 
 #include "common/cpu/gemm.h"
@@ -8,7 +8,7 @@
 
 namespace minitron::MINITRON_SIMD {
 
-// L columns of B's row k from a column j on; plain rows, or pairs of bf16 rows interleaved.
+// A vector of B's row k from column j on. Rows are plain, or bf16 ones interleaved in pairs.
 template <typename A>
 inline Vec<A> load_b(const A* b, int64_t ldb, int64_t k, int64_t j) {
   return load<A>(b + k * ldb + j);
@@ -25,7 +25,7 @@ inline A element(const A* a) {
 }
 inline float element(const bf16* a) { return bit_cast<float>(uint32_t(a->bits) << 16); }
 
-// kRows x kVecs accumulators stay in registers; K in order, so that C does not depend on the blocking.
+// kRows x kVecs accumulators stay in registers. K is summed in order, so C does not depend on the blocking.
 template <typename A, int kRows, int kVecs, typename Op>
 inline void gemm_block(int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const Op* a,
                        const Op* b, A* c) {

@@ -1,12 +1,12 @@
-// Which copy of the *_simd.cpp files serves this CPU. One source file is compiled once per level, each copy
-// in a namespace named by MINITRON_SIMD; the choice is made once, at run time.
+// Which copy of the *_simd.cpp files is used on this CPU. Each such file is compiled once per level, in the
+// namespace that MINITRON_SIMD names; the choice is made once, at run time.
 #pragma once
 
 #include <string>
 
 namespace minitron {
 
-// kWide is AVX2 code with vectors of 64 bytes, for tests alone: what AVX-512 computes, on CPUs without it.
+// kWide is for tests only: AVX2 code with vectors of 64 bytes, which computes what AVX-512 code does.
 enum class SimdLevel { kBaseline, kWide, kAvx2, kAvx512 };
 
 // The level in use: the best that was compiled and that the CPU has, unless a test forced another.

@@ -1,4 +1,4 @@
-// Copies that go around the caches: for results too large to be found there later.
+// Copies that go around the caches, for results that are too large to stay there.
 #pragma once
 
 #include <algorithm>
@@ -13,10 +13,11 @@ namespace minitron {
 
 constexpr int64_t kStreamLine = 64;
 
-// Whole lines to a multiple of kStreamLine. stream_fence() must follow before another thread may read.
+// Copies whole lines to a multiple of kStreamLine. stream_fence() must follow before another thread reads
+// them.
 inline void stream_lines(char* to, const char* from, int64_t bytes) {
 #if defined(__SSE2__)
-  for (int64_t i = 0; i < bytes; i += kStreamLine) {  // line by line, or the processor writes parts of lines
+  for (int64_t i = 0; i < bytes; i += kStreamLine) {  // a line at once, or the CPU writes parts of lines
     __m128i line[4];
     for (int j = 0; j < 4; ++j)
       line[j] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i + 16 * j));
@@ -27,7 +28,7 @@ inline void stream_lines(char* to, const char* from, int64_t bytes) {
 #endif
 }
 
-// The same from and to anywhere; what fills no line goes through the caches.
+// The same from and to any address. Partial lines go through the caches.
 inline void stream_copy(char* to, const char* from, int64_t bytes) {
   const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<uintptr_t>(to) % kStreamLine);
   const int64_t lines = (bytes - head) / kStreamLine * kStreamLine;

@@ -72,9 +72,9 @@ inline const uint8_t* mask_of(const std::optional<Tensor>& x, int64_t length) {
   return static_cast<const uint8_t*>(x->const_data_ptr());
 }
 
-// For memory that is kept and used again: 2 MiB pages spare the TLB. Not for outputs, which are fresh at
-// every call: on virtual machines that hand free huge pages back to the host, a fresh one can cost ten times
-// a small one.
+// For memory that is kept and used again: pages of 2 MiB cause fewer TLB misses. Not for outputs, which are
+// new in every call: on virtual machines that return free huge pages to the host, a new one can cost ten
+// times as much as a small one.
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = 2u << 20;

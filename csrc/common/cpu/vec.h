@@ -1,5 +1,5 @@
-// Vectors of this SIMD level as GCC/Clang vector types: plain operators, one source for every level.
-// Include only from *_simd.cpp files, which are compiled once per level.
+// Vectors of this SIMD level as GCC/Clang vector types: plain operators, one source for every level. Only for
+// *_simd.cpp files, which are compiled once per level.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 #include <immintrin.h>
 #endif
 
-// A build may ask for longer vectors than the level has registers for: the compiler makes them of several.
+// A build may ask for longer vectors than the level's registers: the compiler uses several registers for one.
 #if defined(MINITRON_VECTOR_BYTES)
 #elif defined(__AVX512F__)
 #define MINITRON_VECTOR_BYTES 64
@@ -151,7 +151,7 @@ inline void store(f16* p, Vec<float> v) {
 #endif
 }
 
-// The first n lanes; the others are `fill` on load and untouched in memory on store.
+// The first n lanes. On load the others are `fill`; on store their memory is not written.
 template <typename A, typename T>
 inline Vec<A> load_partial(const T* p, int64_t n, A fill) {
   Vec<A> v = splat(fill);
@@ -170,7 +170,7 @@ inline void store_partial(T* p, V v, int64_t n) {
   std::memcpy(p, buffer, n * sizeof(T));
 }
 
-// NaN-keeping selections: the compiler may not turn `a > b ? a : b` into an instruction that drops a NaN.
+// Written so that the compiler cannot use an instruction that drops a NaN.
 template <typename V>
 inline V max_of(V a, V b) {
   return a > b ? a : b;

@@ -1,5 +1,5 @@
-// exp, expm1, log1p and tanh on vectors of float or double; a NaN comes out as NaN.
-// Taylor series after range reduction: |error| below 1 ulp of the polynomial part in either precision.
+// exp, expm1, log1p and tanh on vectors of float or double; of NaN they are NaN. Taylor series after range
+// reduction: the polynomial part has an error below 1 ulp in both precisions.
 #pragma once
 
 #include "common/cpu/vec.h"
@@ -58,7 +58,7 @@ inline Vec<A> expm1_nonpositive(Vec<A> x) {
   return x < ExpConstants<A>::lowest ? splat(A(-1)) : y;
 }
 
-// log(1 + u) for -1 <= u <= 0, with w = 1 + u given too: near w = 0 it has digits that u has lost.
+// log(1 + u) for -1 <= u <= 0. w = 1 + u is given too: near w = 0 it has digits that u has lost.
 template <typename A>
 inline Vec<A> log1p_nonpositive(Vec<A> u, Vec<A> w) {
   using C = ExpConstants<A>;
@@ -69,7 +69,7 @@ inline Vec<A> log1p_nonpositive(Vec<A> u, Vec<A> w) {
   const auto k_bits = offset >> C::mantissa;  // arithmetic shift
   const Vec<A> k = __builtin_convertvector(k_bits, Vec<A>);
   const Vec<A> f = bit_cast<Vec<A>>(bits - (k_bits << C::mantissa));
-  // near 0 the rounding of 1 + u would be the error, so u itself enters there
+  // near u = 0 the rounding of 1 + u would be an error, so u itself is used
   const Vec<A> top = k == A(0) ? u : f - A(1);
   const Vec<A> s = top / (top + A(2)), s2 = s * s;
   // s2 < 0.0295: the last term adds less than a tenth of half an ulp, which no test can see

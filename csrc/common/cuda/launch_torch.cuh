@@ -1,5 +1,5 @@
-// What every launcher needs of torch: the stable ABI alone, so that one build loads under a CPU and a CUDA
-// torch.
+// What every launcher needs of torch. Only the stable ABI is used, so that one build loads under a CPU and a
+// CUDA torch.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -11,7 +11,7 @@
 
 #include "common/cuda/platform.cuh"
 
-// Where the *.cu files register their ops; the tests build them under another name, for CPU tensors.
+// Where the *.cu files register their ops. The tests build them under another name, for CPU tensors.
 #ifndef MINITRON_CUDA_LIBRARY
 #define MINITRON_CUDA_LIBRARY minitron_kernels
 #define MINITRON_CUDA_KEY CUDA
@@ -29,7 +29,7 @@ struct LaunchScope {
 
 #else
 
-// Makes the tensor's device current while it lives; launches go to torch's current stream there.
+// While it exists the tensor's device is the current one; launches go to torch's current stream there.
 class LaunchScope {
  public:
   explicit LaunchScope(const torch::stable::Tensor& tensor)
@@ -41,7 +41,7 @@ class LaunchScope {
 
   cudaStream_t stream() const { return stream_; }
 
-  // After every launch: a refused launch is reported here, not by some later call.
+  // To be called after every launch, so that a refused one is reported here and not by a later call.
   void check(const char* op) const {
     const cudaError_t error = cudaGetLastError();
     STD_TORCH_CHECK(error == cudaSuccess, op, ": launch failed on device ", device_, ": ",

@@ -20,7 +20,7 @@
 
 namespace minitron::cuda {
 
-// 16 bytes at a 16-byte aligned address. kConstant: nobody writes there while the kernel runs.
+// 16 bytes at a 16-byte aligned address. kConstant: nothing writes there while the kernel runs.
 template <bool kConstant>
 __device__ __forceinline__ uint4 load16(const void* p) {
   if constexpr (kConstant) return __ldg(static_cast<const uint4*>(p));
@@ -29,7 +29,7 @@ __device__ __forceinline__ uint4 load16(const void* p) {
 
 template <bool kConstant, typename T>
 __device__ __forceinline__ T load_scalar(const T* p) {
-  return *p;  // a scalar __ldg buys nothing, and __nv_bfloat16's needs sm_80 intrinsics
+  return *p;  // a scalar __ldg is no faster, and __nv_bfloat16's needs sm_80 intrinsics
 }
 
 __device__ __forceinline__ void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
@@ -39,7 +39,7 @@ __device__ __forceinline__ void store_scalar(T* p, T v) {
   *p = v;
 }
 
-// 2^x to 2 ulp, one instruction; 2^-inf = 0, NaN stays NaN, results below 2^-126 become 0.
+// 2^x to 2 ulp in one instruction. 2^-inf is 0, NaN stays NaN, results below 2^-126 become 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

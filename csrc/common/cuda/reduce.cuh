@@ -24,8 +24,9 @@ __device__ __forceinline__ V shuffle_words(const V& v, Shuffle shuffle) {
   return out;
 }
 
-// merge(a, b) in a fixed order of all lanes, or of each `lanes` neighbours (a power of two); the first one's
-// result is the one to use, others may round differently. All lanes of the warp take part.
+// Merges the values of all lanes, or of each group of `lanes` neighbours (a power of two), in a fixed order.
+// Only the first lane's result is to be used; the others may round differently. All lanes of the warp must
+// take part.
 template <typename V, typename Merge>
 __device__ __forceinline__ V warp_reduce(V v, Merge merge, int lanes = kWarpSize) {
 #pragma unroll
@@ -35,8 +36,8 @@ __device__ __forceinline__ V warp_reduce(V v, Merge merge, int lanes = kWarpSize
   return v;
 }
 
-// The same result in every thread. partial: shared memory for kMaxWarps values that this call alone uses,
-// which saves a second barrier. identity: merge(v, identity) == v.
+// Gives the same result to every thread. partial: shared memory for kMaxWarps values, which no other call
+// uses; that saves a second barrier. identity: merge(v, identity) == v.
 template <typename V, typename Merge>
 __device__ __forceinline__ V block_reduce(V v, V identity, V* partial, Merge merge) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;

@@ -1,5 +1,5 @@
-// Runs of elements between memory and fp32 registers: 16-byte accesses where the address allows it, else one
-// by one.
+// Moves runs of elements between memory and fp32 registers: by 16-byte accesses where the address allows it,
+// else element by element.
 #pragma once
 
 #include <cstdint>
@@ -99,8 +99,8 @@ __device__ __forceinline__ void store_run(T* p, bool aligned, const float (&in)[
   }
 }
 
-// Splits a row of n elements into whole runs of kRun elements that start at a multiple of 16 bytes, and the
-// rest before and after them, fewer than kRun + 16 / sizeof(T) elements.
+// Splits a row of n elements into whole runs of kRun elements, which start at a multiple of 16 bytes, and the
+// rest before and after the runs: fewer than kRun + 16 / sizeof(T) elements.
 template <int kRun, typename T>
 struct RowSplit {
   int head, runs, rest;
@@ -116,7 +116,7 @@ struct RowSplit {
   __device__ __forceinline__ int rest_index(int i) const { return i < head ? i : i + runs * kRun; }
 };
 
-// Zeros n elements by the threads begin, begin + step, ...
+// Sets n elements to zero: the work of a thread that begins at `begin`, of `step` threads.
 template <typename T>
 __device__ __forceinline__ void fill_zero(T* row, int n, int begin, int step) {
   constexpr int kRun = 16 / sizeof(T);

@@ -1,4 +1,4 @@
-// gather on CPU: a task is a run of output rows of one matrix, or a tile where elements are not side by side.
+// gather on CPU. A task is a run of output rows of one matrix, or a tile where columns are not side by side.
 #include <torch/csrc/stable/library.h>
 
 #include <memory>
@@ -13,24 +13,24 @@ namespace {
 
 constexpr int64_t kBytesPerTask = 1 << 18;
 constexpr int64_t kTile = 64;
-// A result this large will not be found in the caches: its stores need not read the lines first.
+// A result this large will not be found in the caches later: streaming stores need not read its lines first.
 constexpr int64_t kStreamBytes = 4 << 20;
-constexpr int64_t kMaxScratch = 1 << 18;  // a row that is made there first still lies in the L2 cache
+constexpr int64_t kMaxScratch = 1 << 18;  // a row of this size, made in scratch first, stays in the L2 cache
 constexpr int64_t kPlanRows = 4;          // a plan costs as much as a few rows
 
 struct Job : GatherArguments {
-  int64_t leads;
+  int64_t matrices;
   bool stream;
 
-  int64_t row_bytes() const { return cols.count * width; }
+  int64_t row_bytes() const { return cols.count * element_size; }
   const char* source_row(const char* matrix, int64_t r) const { return matrix + rows[r] * source.row_stride; }
 };
 
-char* matrix_of(const View& view, int64_t lead) {
+char* matrix_of(const View& view, int64_t index) {
   char* at = view.data;
-  for (int64_t d = int64_t(view.lead_sizes.size()) - 1; d >= 0; --d) {
-    at += lead % view.lead_sizes[d] * view.lead_strides[d];
-    lead /= view.lead_sizes[d];
+  for (int64_t d = int64_t(view.batch_sizes.size()) - 1; d >= 0; --d) {
+    at += index % view.batch_sizes[d] * view.batch_strides[d];
+    index /= view.batch_sizes[d];
   }
   return at;
 }
@@ -39,20 +39,20 @@ void copy(const Job& job, char* to, const char* from, int64_t bytes) {
   job.stream ? stream_copy(to, from, bytes) : void(std::memcpy(to, from, bytes));
 }
 
-// f(source matrix, out matrix, first row, past the last row, slot) over all output rows.
+// Calls f(source matrix, out matrix, first row, past the last row, slot) for runs of all output rows.
 template <typename F>
 void for_row_runs(const Job& job, F&& f) {
   const int64_t per_task = std::max<int64_t>(1, kBytesPerTask / job.row_bytes());
   const int64_t tasks = ceil_div(job.rows.count, per_task);
-  parallel_tasks(job.leads * tasks, [&](int64_t task, int64_t slot) {
-    const int64_t lead = task / tasks, begin = task % tasks * per_task;
-    f(matrix_of(job.source, lead), matrix_of(job.out, lead), begin,
+  parallel_tasks(job.matrices * tasks, [&](int64_t task, int64_t slot) {
+    const int64_t matrix = task / tasks, begin = task % tasks * per_task;
+    f(matrix_of(job.source, matrix), matrix_of(job.out, matrix), begin,
       std::min(job.rows.count, begin + per_task), slot);
     if (job.stream) stream_fence();
   });
 }
 
-// Whole rows; those that follow each other in both matrices are one copy.
+// Whole rows. Rows that follow each other in both matrices are one copy.
 void gather_rows(const Job& job) {
   const int64_t bytes = job.row_bytes();
   const bool joins = job.source.row_stride == bytes && job.out.row_stride == bytes;
@@ -67,8 +67,8 @@ void gather_rows(const Job& job) {
 
 void gather_by_plan(const Job& job) {
   const GatherKernels& kernels = gather_kernels();
-  const GatherPlan plan =
-      make_plan(kernels, job.cols.index, job.cols.count, job.width, job.source.cols * job.width);
+  const GatherPlan plan = make_plan(kernels, job.cols.index, job.cols.count, job.element_size,
+                                    job.source.cols * job.element_size);
   const int64_t bytes = job.row_bytes();
   const bool aligned = job.out.aligned(kLineBytes);
   const bool direct = aligned || !job.stream || bytes > kMaxScratch;
@@ -105,14 +105,15 @@ void gather_tile(const Job& job, const char* source, char* out, int64_t r0, int6
   }
 }
 
-// Any strides: tiles, so that lines of either matrix are used whole while they are in the cache.
+// For any strides. In tiles, so that all of a cache line is used while it is in the cache, in either matrix.
 template <typename T>
 void gather_elements(const Job& job) {
   const int64_t height = std::min(kTile, job.rows.count), wide = kTile * kTile / height;
   const int64_t down = ceil_div(job.rows.count, height), across = ceil_div(job.cols.count, wide);
-  parallel_tasks(job.leads * down * across, [&](int64_t task, int64_t) {
-    const int64_t lead = task / (down * across), r = task / across % down * height, c = task % across * wide;
-    gather_tile<T>(job, matrix_of(job.source, lead), matrix_of(job.out, lead), r,
+  parallel_tasks(job.matrices * down * across, [&](int64_t task, int64_t) {
+    const int64_t matrix = task / (down * across), r = task / across % down * height,
+                  c = task % across * wide;
+    gather_tile<T>(job, matrix_of(job.source, matrix), matrix_of(job.out, matrix), r,
                    std::min(job.rows.count, r + height), c, std::min(job.cols.count, c + wide));
   });
 }
@@ -122,8 +123,8 @@ struct Bytes16 {
 };
 
 template <typename F>
-void dispatch_width(int64_t width, F&& f) {
-  switch (width) {
+void dispatch_element_size(int64_t element_size, F&& f) {
+  switch (element_size) {
     case 1:
       return f(uint8_t{});
     case 2:
@@ -135,7 +136,7 @@ void dispatch_width(int64_t width, F&& f) {
     case 16:
       return f(Bytes16{});
     default:
-      STD_TORCH_CHECK(false, "weight's elements must have 1, 2, 4, 8 or 16 bytes, got ", width);
+      STD_TORCH_CHECK(false, "weight's elements must have 1, 2, 4, 8 or 16 bytes, got ", element_size);
   }
 }
 
@@ -145,13 +146,13 @@ void gather_channels(Tensor out, Tensor weight, std::optional<Tensor> rows, std:
   arguments.cols.check(arguments.source.cols, "cols");
   if (arguments.empty()) return;
   arguments.prefer_rows();
-  const Job job{arguments, arguments.out.leads(), out.numel() * arguments.width >= kStreamBytes};
+  const Job job{arguments, arguments.out.matrices(), out.numel() * arguments.element_size >= kStreamBytes};
   if (job.side_by_side() && !job.cols.index) return gather_rows(job);
-  if (job.side_by_side() && job.leads * job.rows.count >= kPlanRows &&
-      job.source.cols * job.width <= kMaxRowBytes) {
+  if (job.side_by_side() && job.matrices * job.rows.count >= kPlanRows &&
+      job.source.cols * job.element_size <= kMaxRowBytes) {
     return gather_by_plan(job);
   }
-  dispatch_width(job.width, [&](auto element) { gather_elements<decltype(element)>(job); });
+  dispatch_element_size(job.element_size, [&](auto element) { gather_elements<decltype(element)>(job); });
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// One row by its plan: runs copied, blocks shuffled out of windows of the row, the rest element by element.
+// Makes a row by its plan: runs are copied, blocks shuffled out of windows of the row, the rest is moved
+// element by element.
 #include <stdexcept>
 
 #include "common/cpu/stream.h"
@@ -9,7 +10,7 @@ namespace minitron::MINITRON_SIMD {
 namespace {
 
 #if defined(__AVX512BW__)
-// Words from any of 64, out of two vectors.
+// Words of 16 bits, each from any of 64 in two vectors.
 struct Words {
   static constexpr ShuffleShape kShape{64, 128, 2};
   using V = __m512i;
@@ -25,7 +26,7 @@ struct Words {
 };
 using Wide = Words;
 #elif MINITRON_VECTOR_BYTES == 64
-// The same word by word, so that its plans are tested on CPUs without AVX-512.
+// The same word by word, so that such plans can be tested on CPUs without AVX-512.
 struct Words {
   static constexpr ShuffleShape kShape{64, 128, 2};
   struct V {
@@ -56,7 +57,7 @@ using Wide = Bytes;
 #endif
 
 #if defined(__SSSE3__)
-// Bytes from any of 16; a lane of kNoByte becomes zero.
+// Bytes, each from any of 16; a lane of kNoByte becomes zero.
 struct Bytes {
   static constexpr ShuffleShape kShape{16, 16, 1};
   using V = __m128i;
@@ -69,7 +70,7 @@ struct Bytes {
   static void stream(char* p, V v) { _mm_stream_si128(reinterpret_cast<V*>(p), v); }
 };
 #else
-// No shuffle of variable lanes: runs and elements only.
+// Without a shuffle: runs and elements only.
 struct Bytes {
   static constexpr ShuffleShape kShape{16, 0, 1};
 };
@@ -115,17 +116,18 @@ void shuffle(const Step* step, const uint8_t* lanes, int64_t steps, const char* 
   }
 }
 
-template <int64_t kWidth, bool kStream>
+template <int64_t kElementSize, bool kStream>
 void elements(const int64_t* cols, int64_t n, const char* source, char* out) {
-  constexpr int64_t kPerLine = kLineBytes / kWidth;
+  constexpr int64_t kPerLine = kLineBytes / kElementSize;
   alignas(kLineBytes) char line[kLineBytes];
   for (; n >= kPerLine; n -= kPerLine, cols += kPerLine, out += kLineBytes) {
     for (int64_t i = 0; i < kPerLine; ++i) {
-      std::memcpy(line + i * kWidth, source + cols[i] * kWidth, kWidth);
+      std::memcpy(line + i * kElementSize, source + cols[i] * kElementSize, kElementSize);
     }
     copy_line<kStream>(out, line);
   }
-  for (int64_t i = 0; i < n; ++i) std::memcpy(out + i * kWidth, source + cols[i] * kWidth, kWidth);
+  for (int64_t i = 0; i < n; ++i)
+    std::memcpy(out + i * kElementSize, source + cols[i] * kElementSize, kElementSize);
 }
 
 template <typename Isa, bool kStream>
@@ -137,8 +139,8 @@ void make_row(const GatherPlan& plan, const char* source, char* out) {
       for (char* end = to + segment.bytes; to != end; to += kLineBytes)
         copy_line<kStream>(to, source + *from++);
     } else if (segment.kind == Segment::kElements) {
-      const int64_t *cols = plan.cols + segment.to / plan.width, n = segment.bytes / plan.width;
-      switch (plan.width) {
+      const int64_t *cols = plan.cols + segment.to / plan.element_size, n = segment.bytes / plan.element_size;
+      switch (plan.element_size) {
         case 1:
           elements<1, kStream>(cols, n, source, to);
           break;
@@ -155,7 +157,7 @@ void make_row(const GatherPlan& plan, const char* source, char* out) {
           elements<16, kStream>(cols, n, source, to);
           break;
         default:
-          throw std::logic_error("a plan is of elements of 1, 2, 4, 8 or 16 bytes");
+          throw std::logic_error("elements have 1, 2, 4, 8 or 16 bytes");
       }
     } else if constexpr (Isa::kShape.window > 0) {
       const Step* step = plan.steps.data() + segment.first;
@@ -182,7 +184,7 @@ void make_row(const GatherPlan& plan, const char* source, char* out) {
 
 template <bool kStream>
 void row(const GatherPlan& plan, const char* source, char* out) {
-  if (plan.width >= Wide::kShape.unit) {
+  if (plan.element_size >= Wide::kShape.unit) {
     make_row<Wide, kStream>(plan, source, out);
   } else {
     make_row<Bytes, kStream>(plan, source, out);

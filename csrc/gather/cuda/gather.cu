@@ -1,4 +1,5 @@
-// Launcher of gather: one kernel whatever the dtype, on the current stream. No host sync, no allocation.
+// Launcher of gather: one kernel per element size, on the current stream. It does not wait for the GPU, and
+// allocates nothing.
 #include "common/cuda/launch_torch.cuh"
 #include "gather/cuda/kernels.cuh"
 #include "gather/tensor_view.h"
@@ -6,15 +7,16 @@
 namespace minitron::cuda {
 namespace {
 
-struct Lead {
+struct BatchDim {
   int64_t size, source_stride, out_stride;
 };
 
-// The dimensions before the last two, the last of them first; neighbours that are one in both are joined.
-std::vector<Lead> leads_of(const GatherArguments& call) {
-  std::vector<Lead> out;
-  for (int64_t d = int64_t(call.out.lead_sizes.size()) - 1; d >= 0; --d) {
-    const Lead next{call.out.lead_sizes[d], call.source.lead_strides[d], call.out.lead_strides[d]};
+// The batch dimensions, the last one first. Neighbours are joined where they are one dimension in both
+// tensors.
+std::vector<BatchDim> batch_dims_of(const GatherArguments& call) {
+  std::vector<BatchDim> out;
+  for (int64_t d = int64_t(call.out.batch_sizes.size()) - 1; d >= 0; --d) {
+    const BatchDim next{call.out.batch_sizes[d], call.source.batch_strides[d], call.out.batch_strides[d]};
     if (next.size == 1) continue;
     if (!out.empty() && next.source_stride == out.back().size * out.back().source_stride &&
         next.out_stride == out.back().size * out.back().out_stride) {
@@ -23,28 +25,31 @@ std::vector<Lead> leads_of(const GatherArguments& call) {
       out.push_back(next);
     }
   }
-  STD_TORCH_CHECK(out.size() <= kMaxLeads, "weight and out have strides that leave ", out.size(),
-                  " dimensions before the last two, at most ", kMaxLeads, ": make them contiguous");
-  out.resize(kMaxLeads, {1, 0, 0});
+  STD_TORCH_CHECK(out.size() <= kMaxBatchDims, "weight and out have strides that leave ", out.size(),
+                  " dimensions before the last two, at most ", kMaxBatchDims, ": make them contiguous");
+  out.resize(kMaxBatchDims, {1, 0, 0});
   return out;
 }
 
-GatherSide side_of(const View& view, int64_t width) {
-  return {view.row_stride / width, view.col_stride / width, {}, view.col_stride == width && view.aligned(16)};
+GatherSide side_of(const View& view, int64_t element_size) {
+  return {view.row_stride / element_size,
+          view.col_stride / element_size,
+          {},
+          view.col_stride == element_size && view.aligned(16)};
 }
 
 template <typename T>
 void launch(const LaunchScope& scope, const GatherArguments& call) {
   constexpr int64_t kColsPerBlock = kGatherThreads * kGatherVec<T>;
-  const int64_t width = sizeof(T), matrices = call.out.leads();
+  const int64_t element_size = sizeof(T), matrices = call.out.matrices();
   GatherShape shape{call.rows.index, call.cols.index, call.rows.count, call.cols.count, 0, {}, {}, {}};
   shape.row_runs = (shape.row_count + kGatherRowsPerBlock - 1) / kGatherRowsPerBlock;
-  shape.source = side_of(call.source, width), shape.out = side_of(call.out, width);
-  const std::vector<Lead> leads = leads_of(call);
-  for (int d = 0; d < kMaxLeads; ++d) {
-    shape.lead_sizes[d] = leads[d].size;
-    shape.source.lead_strides[d] = leads[d].source_stride / width;
-    shape.out.lead_strides[d] = leads[d].out_stride / width;
+  shape.source = side_of(call.source, element_size), shape.out = side_of(call.out, element_size);
+  const std::vector<BatchDim> dims = batch_dims_of(call);
+  for (int d = 0; d < kMaxBatchDims; ++d) {
+    shape.batch_sizes[d] = dims[d].size;
+    shape.source.batch_strides[d] = dims[d].source_stride / element_size;
+    shape.out.batch_strides[d] = dims[d].out_stride / element_size;
   }
   const int64_t down = matrices * shape.row_runs;
   const int64_t across = (shape.col_count + kColsPerBlock - 1) / kColsPerBlock;
@@ -62,7 +67,7 @@ void gather_channels_cuda(Tensor out, Tensor weight, std::optional<Tensor> rows,
   if (call.empty()) return;
   call.prefer_rows();
   const LaunchScope scope(weight);
-  switch (call.width) {
+  switch (call.element_size) {
     case 1:
       launch<uint8_t>(scope, call);
       break;
@@ -79,7 +84,7 @@ void gather_channels_cuda(Tensor out, Tensor weight, std::optional<Tensor> rows,
       launch<uint4>(scope, call);
       break;
     default:
-      STD_TORCH_CHECK(false, "weight's elements must have 1, 2, 4, 8 or 16 bytes, got ", call.width);
+      STD_TORCH_CHECK(false, "weight's elements must have 1, 2, 4, 8 or 16 bytes, got ", call.element_size);
   }
   scope.check("gather_channels_");
 }

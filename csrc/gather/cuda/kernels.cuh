@@ -1,12 +1,12 @@
-// Kept rows and columns of matrices, both axes in one launch, by the width of an element alone.
+// Kept rows and columns of matrices, both axes in one launch; of a dtype only the element size matters.
 //
 //   grid (matrices x runs of kRowsPerBlock rows, ceil(K_c / (kThreads x kVec)))   block (kThreads)
 //
-// A thread makes kVec = 16 / width neighbouring columns of every row of its block: it looks their indices up
-// once, sees whether they are a run, and then moves each row with one 16-byte load and store, or gathers
-// element by element and stores 16 bytes. Sorted indices make a warp's loads fall into few lines, which the
-// L1 cache holds until all of their elements are taken. Bound by memory: reads the lines that hold what is
-// kept, writes each result once.
+// A thread makes kVec = 16 / element size neighbouring columns of every row of its block: it looks their
+// indices up once, sees whether they are a run, and then moves each row with one 16-byte load and store, or
+// gathers element by element and stores 16 bytes. Sorted indices make a warp's loads fall into few lines,
+// which the L1 cache holds until all of their elements are taken. Bound by memory: reads the lines that hold
+// what is kept, writes each result once.
 #pragma once
 
 #include <cstdint>
@@ -18,18 +18,18 @@ namespace minitron::cuda {
 
 constexpr int kGatherThreads = 128;
 constexpr int kGatherRowsPerBlock = 16;
-constexpr int kMaxLeads = 6;
+constexpr int kMaxBatchDims = 6;
 
 template <typename T>
 constexpr int kGatherVec = 16 / sizeof(T);
-// Rows whose loads are under way together: each element waits in a register of its own.
+// Rows whose loads are under way at the same time: each element waits in a register of its own.
 template <typename T>
 constexpr int kGatherRowsAtOnce = sizeof(T) >= 4 ? 4 : sizeof(T);
 
 // Strides in elements.
 struct GatherSide {
   int64_t row_stride, col_stride;
-  int64_t lead_strides[kMaxLeads];
+  int64_t batch_strides[kMaxBatchDims];
   bool aligned;  // columns lie side by side and every row begins at a multiple of 16 bytes
 };
 
@@ -37,18 +37,18 @@ struct GatherShape {
   const int64_t* rows;  // (row_count) or null
   const int64_t* cols;  // (col_count) or null
   int64_t row_count, col_count, row_runs;
-  int64_t lead_sizes[kMaxLeads];  // of the dimensions before the last two, the last of them first
+  int64_t batch_sizes[kMaxBatchDims];  // of the batch dimensions, the last one first
   GatherSide source, out;
 };
 
-// The first element of matrix `lead`.
+// The first element of a matrix, counted over the batch dimensions.
 template <typename T>
-__device__ __forceinline__ T* gather_matrix(T* data, int64_t lead, const GatherShape& shape,
+__device__ __forceinline__ T* gather_matrix(T* data, int64_t matrix, const GatherShape& shape,
                                             const GatherSide& side) {
 #pragma unroll
-  for (int d = 0; d < kMaxLeads; ++d) {
-    data += lead % shape.lead_sizes[d] * side.lead_strides[d];
-    lead /= shape.lead_sizes[d];
+  for (int d = 0; d < kMaxBatchDims; ++d) {
+    data += matrix % shape.batch_sizes[d] * side.batch_strides[d];
+    matrix /= shape.batch_sizes[d];
   }
   return data;
 }
@@ -73,9 +73,9 @@ __global__ void __launch_bounds__(kGatherThreads)
   for (int i = 0; i < kVec; ++i) offset[i] *= shape.source.col_stride;
   const bool whole = count == kVec && shape.out.aligned;
 
-  const int64_t lead = blockIdx.x / shape.row_runs, run = blockIdx.x % shape.row_runs;
-  source = gather_matrix(source, lead, shape, shape.source);
-  out = gather_matrix(out, lead, shape, shape.out) + col * shape.out.col_stride;
+  const int64_t matrix = blockIdx.x / shape.row_runs, run = blockIdx.x % shape.row_runs;
+  source = gather_matrix(source, matrix, shape, shape.source);
+  out = gather_matrix(out, matrix, shape, shape.out) + col * shape.out.col_stride;
   const int64_t end =
       (run + 1) * kGatherRowsPerBlock < shape.row_count ? (run + 1) * kGatherRowsPerBlock : shape.row_count;
   for (int64_t begin = run * kGatherRowsPerBlock; begin < end; begin += kRows) {

@@ -1,4 +1,4 @@
-// importance on CPU: a task is a block of values of one sequence, or a run of rows.
+// importance on CPU. A task is a block of values of one sequence, or a run of rows.
 #include <torch/csrc/stable/library.h>
 
 #include <memory>
@@ -15,7 +15,8 @@ using torch::headeronly::ScalarType;
 constexpr int64_t kElementsPerTask = 1 << 16;
 constexpr int64_t kBytesPerThread = 1 << 18;
 
-// Threads that `bytes` of activations are worth: to wake one costs as much as it reads meanwhile.
+// How many threads `bytes` of activations are worth: a thread takes as long to wake up as to read
+// kBytesPerThread.
 int64_t threads_for(int64_t bytes) { return std::clamp<int64_t>(bytes / kBytesPerThread, 1, max_threads()); }
 
 DType narrow_dtype(const Tensor& x, const char* name) {
@@ -51,9 +52,10 @@ Sequences sequences_of(const Tensor& x, const std::optional<Tensor>& cu_seqlens)
   return out;
 }
 
-// The widest blocks that keep the threads busy, but for an eighth, since long rows are read faster than short
-// ones. Channels begin at multiples of 64, so that each meets the same instructions whatever block it is in;
-// heads lie in whole vectors anyway. So the number of threads changes no bit.
+// The widest blocks that leave at most an eighth of the threads' time idle, since long rows are read faster
+// than short ones. Blocks of channels begin at multiples of 64, so that a channel is computed by the same
+// instructions whatever block it is in; heads lie in whole vectors anyway. So the number of threads changes
+// no bit.
 int64_t block_of(int64_t sequences, int64_t values, bool heads, int64_t head_dim, int64_t threads) {
   const int64_t most = heads ? kMaxHeads : kMaxBlock, unit = heads ? 1 : 64;
   const int64_t least = ceil_div(256, std::max<int64_t>(1, head_dim));
@@ -68,65 +70,65 @@ int64_t block_of(int64_t sequences, int64_t values, bool heads, int64_t head_dim
 
 std::tuple<Tensor, Tensor> importance_moments(Tensor x, std::optional<Tensor> mask,
                                               std::optional<Tensor> cu_seqlens, int64_t num_heads,
-                                              int64_t kinds) {
+                                              int64_t moments) {
   const DType dtype = narrow_dtype(x, "x");
   const Sequences sequences = sequences_of(x, cu_seqlens);
-  const int64_t C = x.size(-1), B = sequences.count, width = bytes_of(dtype);
-  STD_TORCH_CHECK(kinds >= 1 && kinds <= 7, "kinds must be in 1..7, got ", kinds);
+  const int64_t C = x.size(-1), B = sequences.count, element_size = bytes_of(dtype);
+  STD_TORCH_CHECK(moments >= 1 && moments <= 7, "moments must be in 1..7, got ", moments);
   STD_TORCH_CHECK(C <= 1 || x.stride(-1) == 1, "x must have stride 1 in its last dimension");
   STD_TORCH_CHECK(num_heads >= 0 && (num_heads == 0 || C % num_heads == 0), "num_heads must divide ", C);
   const bool heads = num_heads > 0;
   const int64_t head_dim = heads ? C / num_heads : 1, M = heads ? num_heads : C;
-  const uint8_t* counted = mask_of(mask, cu_seqlens ? x.size(0) : B * sequences.length);
+  const uint8_t* valid = mask_of(mask, cu_seqlens ? x.size(0) : B * sequences.length);
 
-  Tensor moments = torch::stable::new_empty(x, {planes_of(kinds), B, M}, ScalarType::Float);
+  Tensor sums = torch::stable::new_empty(x, {num_sums(moments), B, M}, ScalarType::Float);
   Tensor counts = torch::stable::new_empty(x, {B}, ScalarType::Long);
-  float* out = static_cast<float*>(moments.data_ptr());
+  float* out = static_cast<float*>(sums.data_ptr());
   int64_t* count = static_cast<int64_t*>(counts.data_ptr());
-  const int64_t token_stride = (cu_seqlens ? x.stride(0) : x.stride(1)) * width;
-  const int64_t sequence_stride = cu_seqlens ? 0 : x.stride(0) * width;
-  // without values there still are tokens to count
-  const int64_t threads = threads_for(x.numel() * width);
+  const int64_t token_stride = (cu_seqlens ? x.stride(0) : x.stride(1)) * element_size;
+  const int64_t sequence_stride = cu_seqlens ? 0 : x.stride(0) * element_size;
+  // even without values there are tokens to count
+  const int64_t threads = threads_for(x.numel() * element_size);
   const int64_t block = block_of(B, M, heads, head_dim, threads);
   const int64_t blocks = std::max<int64_t>(1, ceil_div(M, block));
-  const int64_t scratch_bytes = round_up(moments_scratch(kinds, block, heads), 64);
+  const int64_t scratch_bytes = round_up(moments_scratch(moments, block, heads), 64);
   const auto scratch = std::make_unique_for_overwrite<char[]>(threads * scratch_bytes);
   const auto kernel = importance_kernels().moments;
   parallel_tasks(B * blocks, threads, [&](int64_t task, int64_t slot) {
     const int64_t b = task / blocks, m = task % blocks * block, begin = sequences.begin(b);
     const char* first = static_cast<const char*>(x.const_data_ptr()) +
                         (cu_seqlens ? begin * token_stride : b * sequence_stride);
-    const int64_t tokens = kernel({.x = first + m * head_dim * width,
+    const int64_t tokens = kernel({.x = first + m * head_dim * element_size,
                                    .stride = token_stride,
-                                   .mask = counted ? counted + begin : nullptr,
+                                   .mask = valid ? valid + begin : nullptr,
                                    .tokens = sequences.tokens(b),
                                    .values = std::min(block, M - m),
                                    .heads = heads,
                                    .head_dim = head_dim,
-                                   .moments = out + b * M + m,
-                                   .plane_stride = B * M},
-                                  dtype, kinds, scratch.get() + slot * scratch_bytes);
+                                   .sums = out + b * M + m,
+                                   .sum_stride = B * M},
+                                  dtype, moments, scratch.get() + slot * scratch_bytes);
     if (m == 0) count[b] = tokens;
   });
-  return {moments, counts};
+  return {sums, counts};
 }
 
 Tensor importance_rows(Tensor x, std::optional<Tensor> y) {
-  const int64_t width = bytes_of(narrow_dtype(x, "x"));
+  const int64_t element_size = bytes_of(narrow_dtype(x, "x"));
   const Matrix a = matrix_of(x, "x"), b = y ? matrix_of(*y, "y") : a;
   STD_TORCH_CHECK(a.rows == b.rows && a.cols == b.cols && a.dtype == b.dtype, "y must match x");
   Tensor out = torch::stable::new_empty(x, {a.rows}, ScalarType::Float);
   float* result = static_cast<float*>(out.data_ptr());
   const auto kernel = importance_kernels().rows;
   const int64_t per_task = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, a.cols));
-  parallel_tasks(ceil_div(a.rows, per_task), threads_for((y ? 2 : 1) * x.numel() * width),
+  parallel_tasks(ceil_div(a.rows, per_task), threads_for((y ? 2 : 1) * x.numel() * element_size),
                  [&](int64_t task, int64_t) {
                    const int64_t first = task * per_task;
                    kernel({.pair = y.has_value(),
                            .x = a.row(first),
                            .y = b.row(first),
-                           .x_stride = a.ld * width,
-                           .y_stride = b.ld * width,
+                           .x_stride = a.ld * element_size,
+                           .y_stride = b.ld * element_size,
                            .rows = std::min(a.rows - first, per_task),
                            .n = a.cols,
                            .out = result + first},

@@ -17,19 +17,19 @@ constexpr int64_t kUnroll = 64 / (kL * 2);
 
 // The sums of a block of values, in fp32 over a chain of tokens, in double over the chains. `ahead`: how many
 // bytes ahead to prefetch.
-template <int64_t kKinds>
+template <int64_t kMoments>
 class Sums {
  public:
   Sums(void* scratch, int64_t values, int64_t ahead)
       : values_(values), ahead_(ahead), padded_(round_up(values, 16)) {
     total_ = static_cast<double*>(scratch);
-    chain_ = reinterpret_cast<float*>(total_ + kPlanes * padded_);
-    std::fill_n(total_, kPlanes * padded_, 0.0);
-    std::fill_n(chain_, kPlanes * padded_, 0.0f);
+    chain_ = reinterpret_cast<float*>(total_ + kNumSums * padded_);
+    std::fill_n(total_, kNumSums * padded_, 0.0);
+    std::fill_n(chain_, kNumSums * padded_, 0.0f);
   }
 
-  // Where the scratch memory goes on.
-  float* scratch_end() const { return chain_ + kPlanes * padded_; }
+  // The scratch memory behind that of this object.
+  float* scratch_end() const { return chain_ + kNumSums * padded_; }
 
   // Adds n <= kGroup tokens, row r of them at rows[r].
   template <typename T>
@@ -50,60 +50,60 @@ class Sums {
     if (in_chain_ >= kChain) flush();
   }
 
-  // Writes the planes; returns the number of tokens added.
-  int64_t finish(float* moments, int64_t values, int64_t plane_stride) {
+  // Writes the sums; returns the number of tokens added.
+  int64_t finish(float* sums, int64_t values, int64_t sum_stride) {
     flush();
-    for (int64_t plane = 0; plane < kPlanes; ++plane) {
-      // the mean was kept; its sum is what adds over ranks
-      const double scale = (kKinds & kCentred) && plane == kPlanes - 2 ? double(tokens_) : 1.0;
+    for (int64_t k = 0; k < kNumSums; ++k) {
+      // what was kept is the mean, but what adds up over ranks is the sum
+      const double scale = (kMoments & kCentred) && k == kNumSums - 2 ? double(tokens_) : 1.0;
       for (int64_t c = 0; c < values; ++c) {
-        moments[plane * plane_stride + c] = float(total_[plane * padded_ + c] * scale);
+        sums[k * sum_stride + c] = float(total_[k * padded_ + c] * scale);
       }
     }
     return tokens_;
   }
 
  private:
-  static constexpr int64_t kPlanes = planes_of(kKinds);
+  static constexpr int64_t kNumSums = num_sums(kMoments);
 
-  float* chain(int64_t plane) const { return chain_ + plane * padded_; }
+  float* chain(int64_t k) const { return chain_ + k * padded_; }
 
   template <int64_t kN, typename T, typename Load>
   void add_columns(const T* const* rows, int64_t n, int64_t c, float share, float weight, Load&& load_at) {
     V magnitude[kN] = {}, square[kN] = {}, pivot[kN] = {}, shift[kN] = {}, shift_square[kN] = {};
-    if constexpr (kKinds & kCentred) {
-      // around the mean so far, so that little is left to cancel; around the first token in a new chain
+    if constexpr (kMoments & kCentred) {
+      // around the mean so far, so that little cancels; in a new chain around the first token
       for (int64_t j = 0; j < kN; ++j) {
-        pivot[j] = in_chain_ ? load<float>(chain(kPlanes - 2) + c + j * kL) : load_at(rows[0] + c + j * kL);
+        pivot[j] = in_chain_ ? load<float>(chain(kNumSums - 2) + c + j * kL) : load_at(rows[0] + c + j * kL);
       }
     }
     for (int64_t r = 0; r < n; ++r) {
       __builtin_prefetch(reinterpret_cast<const char*>(rows[r] + c) + ahead_);
       for (int64_t j = 0; j < kN; ++j) {
         const V v = load_at(rows[r] + c + j * kL);
-        if constexpr (kKinds & kAbs) magnitude[j] += bit_cast<V>(bit_cast<U32>(v) & 0x7fffffffu);
-        if constexpr (kKinds & kSquare) square[j] += v * v;
-        if constexpr (kKinds & kCentred) {
+        if constexpr (kMoments & kAbs) magnitude[j] += bit_cast<V>(bit_cast<U32>(v) & 0x7fffffffu);
+        if constexpr (kMoments & kSquare) square[j] += v * v;
+        if constexpr (kMoments & kCentred) {
           const V d = v - pivot[j];
           shift[j] += d;
           shift_square[j] += d * d;
         }
       }
     }
-    int64_t plane = 0;
+    int64_t k = 0;
     const auto accumulate = [&](const V* part) {
       for (int64_t j = 0; j < kN; ++j) {
-        float* sum = chain(plane) + c + j * kL;
+        float* sum = chain(k) + c + j * kL;
         store(sum, load<float>(sum) + part[j]);
       }
-      ++plane;
+      ++k;
     };
-    if constexpr (kKinds & kAbs) accumulate(magnitude);
-    if constexpr (kKinds & kSquare) accumulate(square);
-    if constexpr (kKinds & kCentred) {
-      // Chan's rule for the chain's mean and M2 and the group's
+    if constexpr (kMoments & kAbs) accumulate(magnitude);
+    if constexpr (kMoments & kSquare) accumulate(square);
+    if constexpr (kMoments & kCentred) {
+      // Chan's rule merges mean and m2 of the chain with those of the group
       for (int64_t j = 0; j < kN; ++j) {
-        float *mean = chain(plane) + c + j * kL, *m2 = chain(plane + 1) + c + j * kL;
+        float *mean = chain(k) + c + j * kL, *m2 = chain(k + 1) + c + j * kL;
         const V offset = shift[j] / splat(float(n)), group_m2 = shift_square[j] - offset * shift[j];
         const V before = load<float>(mean);
         const V delta = in_chain_ ? offset : V{};
@@ -115,22 +115,22 @@ class Sums {
 
   void flush() {
     if (in_chain_ == 0) return;
-    for (int64_t plane = 0; plane < kPlanes - (kKinds & kCentred ? 2 : 0); ++plane) {
-      double* total = total_ + plane * padded_;
-      for (int64_t c = 0; c < padded_; ++c) total[c] += chain(plane)[c];
+    for (int64_t k = 0; k < kNumSums - (kMoments & kCentred ? 2 : 0); ++k) {
+      double* total = total_ + k * padded_;
+      for (int64_t c = 0; c < padded_; ++c) total[c] += chain(k)[c];
     }
-    if constexpr (kKinds & kCentred) {
-      double *mean = total_ + (kPlanes - 2) * padded_, *m2 = mean + padded_;
+    if constexpr (kMoments & kCentred) {
+      double *mean = total_ + (kNumSums - 2) * padded_, *m2 = mean + padded_;
       const double share = double(in_chain_) / double(tokens_ + in_chain_), weight = double(tokens_) * share;
       for (int64_t c = 0; c < padded_; ++c) {
-        const double delta = chain(kPlanes - 2)[c] - mean[c];
+        const double delta = chain(kNumSums - 2)[c] - mean[c];
         mean[c] += delta * share;
-        m2[c] += chain(kPlanes - 1)[c] + delta * delta * weight;
+        m2[c] += chain(kNumSums - 1)[c] + delta * delta * weight;
       }
     }
     tokens_ += in_chain_;
     in_chain_ = 0;
-    std::fill_n(chain_, kPlanes * padded_, 0.0f);
+    std::fill_n(chain_, kNumSums * padded_, 0.0f);
   }
 
   int64_t values_, ahead_, padded_, tokens_ = 0, in_chain_ = 0;
@@ -143,8 +143,8 @@ struct LanesOf {
   typedef float type __attribute__((vector_size(kBytes)));
 };
 
-// Halves of a vector in registers, not lane by lane: a head has as few as 64 elements, so what follows its
-// products counts as much as they do.
+// Adds up halves of a vector in registers, not lane by lane: a head may have only 64 elements, and then this
+// takes as long as its products.
 template <int kBytes>
 float tree(const typename LanesOf<kBytes>::type& v) {  // by reference: no ABI has vectors this long
   if constexpr (kBytes == 2 * sizeof(float)) {
@@ -163,8 +163,8 @@ float sum_of(const V (&parts)[kN]) {
   return tree<MINITRON_VECTOR_BYTES>(sum);
 }
 
-// f(vectors...) over the vectors of x (and y) [n], kN at a time so that as many chains hide the additions'
-// latency; the next `ahead` bytes of each are fetched.
+// Calls f(chain, vector of x, vector of y or 0) along x and y [n], in kN chains, which hide the additions'
+// latency; what lies `ahead` bytes further is prefetched.
 template <int64_t kN, typename T, typename F>
 void each_vector(const T* x, const T* y, int64_t n, int64_t ahead, F&& f) {
   int64_t c = 0;
@@ -183,7 +183,7 @@ void each_vector(const T* x, const T* y, int64_t n, int64_t ahead, F&& f) {
   }
 }
 
-// ||x||: nothing cancels, so that fp32 will do.
+// ||x||: nothing cancels, so fp32 is enough.
 template <typename T>
 float norm(const T* x, int64_t n, int64_t ahead) {
   V square[4] = {};
@@ -206,21 +206,21 @@ float distance(const T* x, const T* y, int64_t n, int64_t ahead) {
   return float(cosine_distance({sum_of(xx), sum_of(xy), sum_of(yy), sum_of(xd), sum_of(dd)}, norms));
 }
 
-// Hardware prefetchers stop at the end of a page. Long rows are read on beyond it; of short ones, or pieces
-// of rows, the tokens after the next are fetched.
+// Hardware prefetchers stop at the end of a page. So long rows are prefetched some bytes ahead, short ones
+// and pieces of rows some tokens ahead.
 constexpr int64_t kLongRow = 16 << 10, kAhead = 512;  // bytes
 
 int64_t bytes_ahead(int64_t row_bytes, int64_t stride) {
   return row_bytes >= kLongRow && row_bytes == stride ? kAhead : 2 * kGroup * stride;
 }
 
-template <int64_t kKinds, typename T>
+template <int64_t kMoments, typename T>
 int64_t moments(const MomentsTask& task, void* scratch) {
-  // norms of heads lie in whole vectors, for there are few of them
+  // norms of heads are padded to whole vectors: there are few of them
   const int64_t lanes = task.heads ? round_up(task.values, kL) : task.values;
   const int64_t row_bytes = task.values * task.head_dim * sizeof(T);
   const int64_t ahead = bytes_ahead(row_bytes, task.stride);
-  Sums<kKinds> sums(scratch, lanes, task.heads ? 0 : ahead);
+  Sums<kMoments> sums(scratch, lanes, task.heads ? 0 : ahead);
   float* norms = sums.scratch_end();
   if (task.heads) std::fill_n(norms, kGroup * lanes, 0.0f);
   const T* rows[kGroup];
@@ -243,7 +243,7 @@ int64_t moments(const MomentsTask& task, void* scratch) {
     if (n == kGroup) add(), n = 0;
   }
   if (n) add();
-  return sums.finish(task.moments, task.values, task.plane_stride);
+  return sums.finish(task.sums, task.values, task.sum_stride);
 }
 
 template <typename T>
@@ -262,11 +262,11 @@ void rows(const RowsTask& task) {
 
 const ImportanceKernels& importance_kernels() {
   static const ImportanceKernels table{
-      [](const MomentsTask& task, DType dtype, int64_t kinds, void* scratch) {
+      [](const MomentsTask& task, DType dtype, int64_t which, void* scratch) {
         int64_t tokens = 0;
         dispatch_readable<float>(dtype, [&](auto element) {
-          tokens = dispatch_kinds(
-              kinds, [&](auto constant) { return moments<constant(), decltype(element)>(task, scratch); });
+          tokens = dispatch_moments(
+              which, [&](auto constant) { return moments<constant(), decltype(element)>(task, scratch); });
         });
         return tokens;
       },

@@ -1,5 +1,5 @@
-// Launchers of the importance kernels. No host sync; the partial planes and the norms of heads are all that
-// is allocated besides the outputs.
+// Launchers of the importance kernels. They do not wait for the GPU; besides the outputs they allocate only
+// the partial sums and the norms of heads.
 #include <algorithm>
 #include <limits>
 #include <optional>
@@ -15,7 +15,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kMostBlocks = std::numeric_limits<int>::max();
-// Less what a block of channels reaches beyond the last: Lane counts in int.
+// Less what a block of channels reaches beyond the last one: Lane counts in int.
 constexpr int64_t kMostChannels = kMostBlocks - kPieceThreads * 16;
 constexpr int64_t kLeastTokens = 32;     // of a piece
 constexpr int64_t kEnoughBlocks = 1024;  // about two waves of an H100: pieces are as long as this allows
@@ -43,7 +43,7 @@ const T* const_data_of(const std::optional<Tensor>& x) {
   return x ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
 }
 
-// A stride that no element is reached by may be anything.
+// The stride of a dimension with one element may be anything.
 int64_t stride_of(const Tensor& x, int64_t dim) { return x.size(dim) > 1 ? x.stride(dim) : 0; }
 
 // x as (B, S, heads, D), out (B, S, heads).
@@ -81,7 +81,7 @@ Pieces pieces_of(int64_t sequences, int64_t length, const int64_t* cu_seqlens, i
 
 std::tuple<Tensor, Tensor> importance_moments_cuda(Tensor x, const std::optional<Tensor>& mask,
                                                    const std::optional<Tensor>& cu_seqlens, int64_t num_heads,
-                                                   int64_t kinds) {
+                                                   int64_t moments) {
   if (cu_seqlens) {
     STD_TORCH_CHECK(x.dim() == 2 && cu_seqlens->dim() == 1 && cu_seqlens->is_contiguous() &&
                         cu_seqlens->size(0) >= 1 && cu_seqlens->scalar_type() == ScalarType::Long &&
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor> importance_moments_cuda(Tensor x, const std::optional
     STD_TORCH_CHECK(x.dim() == 3, "x must be [B, S, C] without cu_seqlens");
   }
   const int64_t C = x.size(-1), S = x.size(-2), B = cu_seqlens ? cu_seqlens->size(0) - 1 : x.size(0);
-  STD_TORCH_CHECK(kinds >= 1 && kinds <= 7, "kinds must be in 1..7, got ", kinds);
+  STD_TORCH_CHECK(moments >= 1 && moments <= 7, "moments must be in 1..7, got ", moments);
   STD_TORCH_CHECK(C <= 1 || x.stride(-1) == 1, "x must have stride 1 in its last dimension");
   STD_TORCH_CHECK(C <= kMostChannels, "x must have at most ", kMostChannels, " channels, got ", C);
   STD_TORCH_CHECK(num_heads >= 0 && (num_heads == 0 || C % num_heads == 0), "num_heads must divide ", C);
@@ -107,18 +107,18 @@ std::tuple<Tensor, Tensor> importance_moments_cuda(Tensor x, const std::optional
     launch_rows(x, std::nullopt, mask, num_heads, norms, scope);
     x = norms;
   }
-  const int64_t M = x.size(-1), planes = planes_of(kinds);
-  Tensor moments = torch::stable::new_empty(x, {planes, B, M}, ScalarType::Float);
+  const int64_t M = x.size(-1), count = num_sums(moments);
+  Tensor sums = torch::stable::new_empty(x, {count, B, M}, ScalarType::Float);
   Tensor counts = torch::stable::new_empty(x, {B}, ScalarType::Long);
-  if (B == 0) return {moments, counts};
+  if (B == 0) return {sums, counts};
 
   dispatch_float(x.scalar_type(), "x", [&](auto element) {
     using T = decltype(element);
     constexpr int64_t kRun = 16 / sizeof(T);
-    // without channels there are tokens to count
+    // even without channels there are tokens to count
     const int64_t channel_blocks = std::max<int64_t>(1, ceil_div(M, kPieceThreads * kRun));
     const Pieces pieces = pieces_of(B, S, const_data_of<int64_t>(cu_seqlens), channel_blocks);
-    const Tensor partial = torch::stable::new_empty(x, {planes, pieces.slots, M}, ScalarType::Float);
+    const Tensor partial = torch::stable::new_empty(x, {count, pieces.slots, M}, ScalarType::Float);
     const Tensor piece_counts = torch::stable::new_empty(x, {pieces.slots}, ScalarType::Int);
     const int64_t batch_stride = cu_seqlens ? 0 : stride_of(x, 0);
     const int64_t token_stride = stride_of(x, x.dim() - 2);
@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor> importance_moments_cuda(Tensor x, const std::optional
                                   reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0};
     const int64_t blocks = pieces.per_sequence * (cu_seqlens ? 1 : B) * channel_blocks;
     if (blocks > 0) {
-      dispatch_kinds(kinds, [&](auto constant) {
+      dispatch_moments(moments, [&](auto constant) {
         const auto kernel = &importance_pieces_kernel<decltype(constant)::value, T>;
         MINITRON_LAUNCH(kernel, dim3(blocks_of(blocks, "importance_moments")), dim3(kPieceThreads),
                         scope.stream(), tokens, pieces, static_cast<int>(channel_blocks),
@@ -143,11 +143,11 @@ std::tuple<Tensor, Tensor> importance_moments_cuda(Tensor x, const std::optional
     const auto kernel = &importance_finish_kernel;
     MINITRON_LAUNCH(kernel, dim3(blocks_of(B * value_blocks, "importance_moments")), dim3(kFinishThreads),
                     scope.stream(), const_data_of<float>(partial), const_data_of<int>(piece_counts), pieces,
-                    kinds, M, static_cast<int>(value_blocks), data_of<float>(moments),
+                    moments, M, static_cast<int>(value_blocks), data_of<float>(sums),
                     data_of<int64_t>(counts));
     scope.check("importance_moments");
   });
-  return {moments, counts};
+  return {sums, counts};
 }
 
 Tensor importance_rows_cuda(const Tensor& x, const std::optional<Tensor>& y) {

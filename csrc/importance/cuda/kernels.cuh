@@ -3,13 +3,13 @@
 //   rows    a group of up to 32 lanes per row: its norm, or with y 1 - cosine. Reads each row once. Also the
 //           norms of heads, which are then summed like channels.
 //   pieces  grid (pieces of the tokens x blocks of channels): a thread holds the sums of one 16-byte run of
-//           channels over a piece's tokens, sequence by sequence. Reads x once; the pieces are so short that
+//           channels over a piece's tokens, sequence by sequence. Reads x once. The pieces are so short that
 //           one sequence fills the device, and that a sum in fp32 has at most 8 + kMostTokens / 8 roundings.
-//   finish  grid (sequences x blocks of values): a sequence's pieces in double, in an order that depends on
-//           the shape alone.
+//   finish  grid (sequences x blocks of values): adds up a sequence's pieces in double, in an order that
+//           depends only on the shape.
 //
-// Piece i of packed tokens may touch several sequences b; its share of b has the slot i + b, which no other
-// has, so that the grid depends on shapes alone and nobody waits for cu_seqlens.
+// Piece i of packed tokens may reach into several sequences. What it has of sequence b goes to the slot i +
+// b, which is no other piece's, so that the grid depends only on shapes and nobody waits for cu_seqlens.
 #pragma once
 
 #include <cstdint>
@@ -27,12 +27,12 @@ constexpr int kMostTokens = 512;      // of a piece
 constexpr int kGroup = 8;             // tokens whose loads a thread has in flight
 constexpr int kSlotLanes = kFinishThreads / kWarpSize;
 
-// How the tokens are cut.
+// How the tokens are cut into pieces.
 struct Pieces {
   int64_t sequences;          // B
   int64_t length;             // of a sequence; of all of them with cu_seqlens
   int64_t per_sequence;       // pieces, without cu_seqlens
-  int64_t slots;              // rows of the partial planes
+  int64_t slots;              // rows of the partial sums
   const int64_t* cu_seqlens;  // (B + 1) or null
   int tokens;                 // of a piece, at most kMostTokens
 };
@@ -40,7 +40,7 @@ struct Pieces {
 template <typename T>
 struct Tokens {
   const T* x;                  // (B, S, C), or (S, C) with B = 1; stride 1 in the channels
-  const bool* mask;            // (B, S) or null; false: the token is not read
+  const bool* mask;            // (B, S) or null: false where a token is not valid, and not read
   int64_t stride_b, stride_t;  // elements
   int channels;
   bool aligned;  // every token starts at a multiple of 16 bytes, and its channels are whole runs
@@ -55,14 +55,14 @@ __device__ __forceinline__ void merge_centred(F& mean, F& m2, F n, F new_mean, F
 }
 
 // The sums of one thread's channels, a run of 16 bytes.
-template <int64_t kKinds, typename T>
+template <int64_t kMoments, typename T>
 struct RunSums {
   static constexpr int kRun = 16 / sizeof(T), kPerWord = 4 / sizeof(T);
   float magnitude[kRun] = {}, square[kRun] = {}, mean[kRun] = {}, m2[kRun] = {};
   int count = 0;
 
-  // Runs of a group of tokens as they lie in memory, zeros where `in` is false; n of them are in. Unpacked
-  // word by word: the group as floats would take all registers.
+  // Adds runs of a group of tokens, as they are in memory. Of these n are valid, where `in` is true; the
+  // others are zeros. Unpacked word by word, since the whole group as floats would take all registers.
   __device__ __forceinline__ void add(const uint4 (&runs)[kGroup], const bool (&in)[kGroup], int n) {
     if (n == 0) return;
     const float inverse = 1.0f / static_cast<float>(n);
@@ -86,13 +86,13 @@ struct RunSums {
     float abs_sum = 0.0f, square_sum = 0.0f, sum = 0.0f;
 #pragma unroll
     for (int r = 0; r < kGroup; ++r) {
-      if constexpr (kKinds & kAbs) abs_sum += fabsf(v[r][i]);
-      if constexpr (kKinds & kSquare) square_sum = fmaf(v[r][i], v[r][i], square_sum);
-      if constexpr (kKinds & kCentred) sum += v[r][i];
+      if constexpr (kMoments & kAbs) abs_sum += fabsf(v[r][i]);
+      if constexpr (kMoments & kSquare) square_sum = fmaf(v[r][i], v[r][i], square_sum);
+      if constexpr (kMoments & kCentred) sum += v[r][i];
     }
-    if constexpr (kKinds & kAbs) magnitude[j] += abs_sum;
-    if constexpr (kKinds & kSquare) square[j] += square_sum;
-    if constexpr (kKinds & kCentred) {
+    if constexpr (kMoments & kAbs) magnitude[j] += abs_sum;
+    if constexpr (kMoments & kSquare) square[j] += square_sum;
+    if constexpr (kMoments & kCentred) {
       const float group_mean = sum * inverse;
       float group_m2 = 0.0f;
 #pragma unroll
@@ -162,13 +162,13 @@ struct Lane {
   }
 };
 
-template <int64_t kKinds, typename T>
+template <int64_t kMoments, typename T>
 __global__ void __launch_bounds__(kPieceThreads, kPieceBlocksPerSM)
     importance_pieces_kernel(Tokens<T> tokens, Pieces pieces, int channel_blocks,
-                             float* __restrict__ partial,       // (planes, slots, C)
+                             float* __restrict__ partial,       // (num_sums, slots, C)
                              int* __restrict__ piece_counts) {  // (slots)
   constexpr int kRun = 16 / sizeof(T);
-  MINITRON_SHARED(bool, counted, kMostTokens);
+  MINITRON_SHARED(bool, valid, kMostTokens);
   const int64_t piece = blockIdx.x / channel_blocks;
   const int block = blockIdx.x % channel_blocks;
   const bool packed = pieces.cu_seqlens != nullptr;
@@ -178,20 +178,20 @@ __global__ void __launch_bounds__(kPieceThreads, kPieceBlocksPerSM)
   const T* x = tokens.x + b * tokens.stride_b;
   if (tokens.mask != nullptr) {
     const bool* mask = tokens.mask + b * pieces.length + first;
-    for (int t = threadIdx.x; t < last - first; t += blockDim.x) counted[t] = load_scalar<true>(mask + t);
+    for (int t = threadIdx.x; t < last - first; t += blockDim.x) valid[t] = load_scalar<true>(mask + t);
     __syncthreads();
   }
   const Lane<T> lane(block, tokens.channels, tokens.aligned);
 
   if (packed) b = sequence_of(pieces.cu_seqlens, pieces.sequences, first);
-  // b < B: borders that do not reach the last token, which nobody checked, must not lead outside
+  // b < B: nobody has checked that the borders reach the last token; if not, nothing outside may be read
   for (int64_t begin = first; begin < last && b < pieces.sequences; ++b) {
     int64_t end = last;
     if (packed) {
       const int64_t border = load_scalar<true>(pieces.cu_seqlens + b + 1);
       if (border < end) end = border;
     }
-    RunSums<kKinds, T> sums;
+    RunSums<kMoments, T> sums;
     for (int64_t group = begin; group < end; group += kGroup) {
       uint4 runs[kGroup];
       bool in[kGroup];
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kPieceThreads, kPieceBlocksPerSM)
 #pragma unroll
       for (int r = 0; r < kGroup; ++r) {
         const int64_t t = group + r;
-        in[r] = t < end && (tokens.mask == nullptr || counted[t - first]);
+        in[r] = t < end && (tokens.mask == nullptr || valid[t - first]);
         n += in[r];
         runs[r] = lane.load(x + t * tokens.stride_t, in[r]);
       }
@@ -210,13 +210,13 @@ __global__ void __launch_bounds__(kPieceThreads, kPieceBlocksPerSM)
     const int64_t slot = packed ? piece + b : piece;
     if (block == 0 && threadIdx.x == 0) store_scalar(piece_counts + slot, sums.count);
     float* out = partial + slot * tokens.channels;
-    const auto store = [&](const float (&plane)[kRun]) {
-      lane.store(out, plane);
+    const auto store = [&](const float (&sum)[kRun]) {
+      lane.store(out, sum);
       out += pieces.slots * tokens.channels;
     };
-    if constexpr (kKinds & kAbs) store(sums.magnitude);
-    if constexpr (kKinds & kSquare) store(sums.square);
-    if constexpr (kKinds & kCentred) store(sums.mean), store(sums.m2);
+    if constexpr (kMoments & kAbs) store(sums.magnitude);
+    if constexpr (kMoments & kSquare) store(sums.square);
+    if constexpr (kMoments & kCentred) store(sums.mean), store(sums.m2);
   }
 }
 
@@ -236,10 +236,10 @@ struct Totals {
 };
 
 __global__ void __launch_bounds__(kFinishThreads)
-    importance_finish_kernel(const float* __restrict__ partial,     // (planes, slots, M)
+    importance_finish_kernel(const float* __restrict__ partial,     // (num_sums, slots, M)
                              const int* __restrict__ piece_counts,  // (slots)
-                             Pieces pieces, int64_t kinds, int64_t values, int value_blocks,
-                             float* __restrict__ moments,     // (planes, B, M)
+                             Pieces pieces, int64_t moments, int64_t values, int value_blocks,
+                             float* __restrict__ sums,        // (num_sums, B, M)
                              int64_t* __restrict__ counts) {  // (B)
   MINITRON_SHARED(Totals, shared, kFinishThreads);
   const int64_t b = blockIdx.x / value_blocks;
@@ -253,21 +253,21 @@ __global__ void __launch_bounds__(kFinishThreads)
     end = end_token > begin_token ? (end_token - 1) / pieces.tokens + b + 1 : first;
     if (end > pieces.slots) end = pieces.slots;
   }
-  const int64_t plane_size = pieces.slots * values;
+  const int64_t sum_size = pieces.slots * values;
   Totals total;
 #pragma unroll 4
   for (int64_t slot = first + warp; slot < end; slot += kSlotLanes) {
     Totals part;
     part.count = load_scalar<true>(piece_counts + slot);
     const float* p = partial + slot * values + m;
-    const auto next_plane = [&] {
+    const auto next_sum = [&] {
       const float v = m < values ? load_scalar<true>(p) : 0.0f;
-      p += plane_size;
+      p += sum_size;
       return static_cast<double>(v);
     };
-    if (kinds & kAbs) part.magnitude = next_plane();
-    if (kinds & kSquare) part.square = next_plane();
-    if (kinds & kCentred) part.mean = next_plane(), part.m2 = next_plane();
+    if (moments & kAbs) part.magnitude = next_sum();
+    if (moments & kSquare) part.square = next_sum();
+    if (moments & kCentred) part.mean = next_sum(), part.m2 = next_sum();
     total.add(part);
   }
   shared[threadIdx.x] = total;
@@ -276,22 +276,23 @@ __global__ void __launch_bounds__(kFinishThreads)
   for (int w = 1; w < kSlotLanes; ++w) total.add(shared[w * kWarpSize + lane]);
   if (m == 0) store_scalar(counts + b, total.count);
   if (m >= values) return;
-  float* out = moments + b * values + m;
+  float* out = sums + b * values + m;
   const auto store = [&](double v) {
     store_scalar(out, static_cast<float>(v));
     out += pieces.sequences * values;
   };
-  if (kinds & kAbs) store(total.magnitude);
-  if (kinds & kSquare) store(total.square);
-  // the sum is what adds over ranks
-  if (kinds & kCentred) store(total.mean * static_cast<double>(total.count)), store(total.m2);
+  if (moments & kAbs) store(total.magnitude);
+  if (moments & kSquare) store(total.square);
+  // what was kept is the mean, but what adds up over ranks is the sum
+  if (moments & kCentred) store(total.mean * static_cast<double>(total.count)), store(total.m2);
 }
 
 template <typename T>
 struct Rows {
-  const T* x;                            // (B, S, heads, D), stride 1 in D, stride D in heads
-  const T* y;                            // (N, D), stride 1 in D
-  const bool* mask;                      // (B, S) or null; false: the token's rows are not read, nor written
+  const T* x;  // (B, S, heads, D), stride 1 in D, stride D in heads
+  const T* y;  // (N, D), stride 1 in D
+  const bool*
+      mask;  // (B, S) or null: false where a token is not valid, and its rows are neither read nor written
   int64_t stride_b, stride_t, stride_y;  // elements
   unsigned rows, tokens, heads;          // N = B S heads; S
   int width;                             // D
@@ -321,7 +322,7 @@ template <bool kPair, typename T>
 __global__ void __launch_bounds__(kRowThreads)
     importance_rows_kernel(Rows<T> rows, int lanes, float* __restrict__ out) {  // (N)
   constexpr int kRun = 16 / sizeof(T);
-  // the threads of a warp stay together to the end, for they reduce together
+  // no thread returns early: the threads of a warp reduce together
   const unsigned row = blockIdx.x * (kRowThreads / lanes) + threadIdx.x / lanes;
   const int lane = threadIdx.x % lanes;
   const unsigned token = row / rows.heads, b = token / rows.tokens;

@@ -41,17 +41,17 @@ class RowReader {
     for (int64_t begin = 0; begin < row_.vocab_size; begin += kBlock) {
       const int64_t n = row_.vocab_size - begin < kBlock ? row_.vocab_size - begin : kBlock;
       read_block<A>(row_.student, row_.student_dtype, begin, n, A(options_.student_scale),
-                    A(options_.student_softcap), A(options_.inv_tau), s_);
+                    A(options_.student_softcap), A(options_.inv_tau), student_);
       read_block<A>(row_.teacher, row_.teacher_dtype, begin, n, A(options_.teacher_scale),
-                    A(options_.teacher_softcap), A(options_.inv_tau), t_);
-      f(s_, t_, n, begin);
+                    A(options_.teacher_softcap), A(options_.inv_tau), teacher_);
+      f(student_, teacher_, n, begin);
     }
   }
 
  private:
   const LogitsRow& row_;
   const LossOptions& options_;
-  alignas(64) A s_[kBlock], t_[kBlock];
+  alignas(64) A student_[kBlock], teacher_[kBlock];  // the current block
 };
 
 // Running maximum and sum of exp. Sums of a block are short and stay in A; that of the row is kept in double.

@@ -126,7 +126,7 @@ def _linear_kl_loss(
             workspace,
             vocab_size,
             options,
-            plan.numbers(),
+            plan.numbers,
         )
     if needs_bias:
         grad_bias[vocab_size:] = 0

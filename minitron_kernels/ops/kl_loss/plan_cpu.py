@@ -71,6 +71,7 @@ class LinearKLPlan:
         "head gradient, accumulated",
     )
 
+    @functools.cached_property
     def numbers(self) -> list[int]:
         """`int[] plan` of the ops."""
         operands, portable = _ENGINES[self.engine]
@@ -370,7 +371,7 @@ class _Planner:
             self.grad_hidden,
             self.grad_head,
             self.head_in_place,
-            plan.numbers(),
+            plan.numbers,
             self.threads,
         )
         return dataclasses.replace(plan, part_bytes=tuple(parts))
