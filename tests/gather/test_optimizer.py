@@ -154,7 +154,7 @@ def test_stacked_experts(name, width):
     with pytest.raises(ValueError, match="experts must name some of 2, each once, got \\[0, 0\\]"):
         twice = [(0, None, None), (0, None, None)]
         mk.gather_optimizer_state_(optimizer, [mk.ParameterReplacement(new, stack, experts=twice)])
-    with pytest.raises(ValueError, match="experts are of a stack"):
+    with pytest.raises(ValueError, match="experts needs an old of"):
         mk.gather_optimizer_state_(optimizer, [(new, stack, torch.tensor([0]), None, twice[:1])])
 
 

@@ -36,15 +36,15 @@ FAULTS = {  # name: cases, fault, what the output says
         Fault(FILE, "offs_r = (pid // blocks % runs)", "offs_r = (pid // blocks % runs // 2)"),
         "KernelFault.*race|KernelFault.*program|elements differ",
     ),
-    "leads in the wrong order": (
+    "batch dims in the wrong order": (
         "strides and dtype0",
-        Fault(FILE, "l1, l2 = lead // leads_2 // leads_1, lead // leads_2 % leads_1, lead % leads_2",
-              "l2, l1 = lead // leads_2 // leads_1, lead // leads_2 % leads_1, lead % leads_2"),
+        Fault(FILE, "b1, b2 = matrix // size_b2 // size_b1, matrix // size_b2 % size_b1, matrix % size_b2",
+              "b2, b1 = matrix // size_b2 // size_b1, matrix // size_b2 % size_b1, matrix % size_b2"),
         "elements differ|KernelFault",
     ),
     "blocks that are not narrowed": (
         "blocks and dtype7",
-        Fault(FILE, "cols = _narrowed(cols, block_bytes // wide)\n", "cols = _narrowed(cols, 1)\n"),
+        Fault(FILE, "cols = _narrowed(cols, block_bytes // group_bytes)\n", "cols = _narrowed(cols, 1)\n"),
         "elements differ|KernelFault",
     ),
     "words from anywhere": (

@@ -421,7 +421,7 @@ BAD = {
     "state": (TypeError, lambda a: a | {"state": torch.zeros(6)}),
     "x": (TypeError, lambda a: a | {"x": torch.zeros(2, 3, 6, dtype=torch.int32)}),
     "x must have 2 or 3": (ValueError, lambda a: a | {"x": torch.zeros(6)}),
-    "state must be of x's 7": (ValueError, lambda a: a | {"x": torch.zeros(2, 3, 7)}),
+    "state must be for x's 7": (ValueError, lambda a: a | {"x": torch.zeros(2, 3, 7)}),
     "num_heads must divide": (ValueError, lambda a: a | {"num_heads": 4}),
     "num_heads must be an int": (TypeError, lambda a: a | {"num_heads": 2.0}),
     "mask must be \\(2, 3\\)": (ValueError, lambda a: a | {"mask": torch.ones(2, 4, dtype=torch.bool)}),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import minitron_kernels as mk
-from minitron_kernels.ops.importance.moments import KIND_OF, Moments, moments_of
+from minitron_kernels.ops.importance.moments import MOMENT_OF, Moments, moments_of
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
 from minitron_kernels.pruning import ImportanceScores
 from minitron_kernels.pruning.score.batches import Tokens
@@ -126,7 +126,9 @@ def test_inputs_stay_and_results_share_no_memory(name):
 def test_moments_are_not_changed_by_what_reads_them(seq, dtype):
     x, mask = torch.randn(3, 5, 6, dtype=dtype), torch.rand(3, 5) < 0.7
     before = x.clone(), mask.clone()
-    moments = moments_of(x, mask, None, 0, KIND_OF["mean"] | KIND_OF["L2"] | KIND_OF["var"], "reference")
+    moments = moments_of(
+        x, mask, None, 0, MOMENT_OF["mean"] | MOMENT_OF["L2"] | MOMENT_OF["var"], "reference"
+    )
     values, counts = moments.values.clone(), moments.counts.clone()
     moments.aggregate(seq)
     ImportanceState(6, seq=SEQ).add_(moments)
@@ -195,12 +197,12 @@ def test_scores_of_all_ranks_stay_so(tmp_path):
 def test_groups_that_saw_different_tokens_are_divided_by_their_own():
     state = ImportanceState(4, seq=("mean", "L2", "var"), groups=2)
     values = torch.tensor([[[6.0, 6, 6, 6]], [[12.0, 12, 12, 12]], [[1.0, 1, 1, 1]], [[8.0, 8, 8, 8]]])
-    state.add_(Moments(values, torch.tensor([[2, 3]]), sum(KIND_OF.values())))
+    state.add_(Moments(values, torch.tensor([[2, 3]]), sum(MOMENT_OF.values())))
     assert state.sums[0].tolist() == [3, 3, 2, 2]
     assert state.sums[1].tolist() == [12**0.5] * 4
     torch.testing.assert_close(state.sums[2], torch.tensor([4, 4, 8 / 3, 8 / 3], dtype=torch.float64))
     assert state.tokens.tolist() == [2, 3] and state.sequences.tolist() == [1, 1]
-    state.add_(Moments(values, torch.tensor([[0, 3]]), sum(KIND_OF.values())))
+    state.add_(Moments(values, torch.tensor([[0, 3]]), sum(MOMENT_OF.values())))
     assert state.sequences.tolist() == [1, 2]  # a group without tokens saw no sequence
 
 

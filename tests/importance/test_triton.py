@@ -100,8 +100,8 @@ def test_traffic(tmp_path):
 def test_planted_extra_pass_is_found(tmp_path):
     again = Fault(
         FILE,
-        "        n = tl.sum(counted.to(tl.int32), 0)\n",
-        "        n = tl.sum(counted.to(tl.int32), 0)\n"
+        "        n = tl.sum(valid.to(tl.int32), 0)\n",
+        "        n = tl.sum(valid.to(tl.int32), 0)\n"
         "        at = x_ptr + offs_t[:, None] * stride_t + offs_c[None, :]\n"
         "        v += 0.0 * tl.load(at, mask=inside, other=0.0).to(tl.float32)\n",
     )

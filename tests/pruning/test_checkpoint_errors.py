@@ -156,7 +156,7 @@ def test_a_config_that_is_none(source, text):
     path.unlink()
     if text is not None:
         path.write_text(text)
-    refused(source, match=r"config\.json: (cannot be opened|is not proper JSON|holds JSON, but no object)")
+    refused(source, match=r"config\.json: (cannot be opened|is not proper JSON|holds JSON, but not)")
 
 
 def test_a_plan_of_another_kind(source):

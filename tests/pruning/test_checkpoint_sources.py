@@ -242,7 +242,7 @@ def test_tensors_that_are_more_are_named_and_can_be_left_out(tmp_path):
     named = r"'model\.layers\.0\.self_attn\.k_scale', '.*' and 3 more: no parameter .* leave_out"
     with pytest.raises(ValueError, match=named):
         pruned(tmp_path, plan)
-    with pytest.raises(ValueError, match=r"leave_out has '\*\.q_scale', which fits no tensor"):
+    with pytest.raises(ValueError, match=r"leave_out has '\*\.q_scale', which matches no tensor"):
         pruned(tmp_path, plan, leave_out=["*.k_scale", "*.q_scale"])
     with pytest.raises(ValueError, match=r"lacks 'model\.norm\.weight'"):
         pruned(tmp_path, plan, leave_out=["*.[kv]_scale", "model.norm.weight"])

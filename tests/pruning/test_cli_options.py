@@ -306,8 +306,8 @@ def test_interrupted_says_what_the_same_command_does(folder, tmp_path, capsys, m
 
 
 def test_info_of_what_is_no_plan(folder, capsys):
-    assert "is no plan" in fails(capsys, "info", folder / "llama" / "model.safetensors")
-    assert "is no plan" in fails(capsys, "info", folder / "tokens.npy")
+    assert "is not a plan" in fails(capsys, "info", folder / "llama" / "model.safetensors")
+    assert "is not a plan" in fails(capsys, "info", folder / "tokens.npy")
 
 
 def test_info_tells_what_config_and_files_say_otherwise(folder, tmp_path, capsys):

@@ -237,12 +237,12 @@ def test_sizes_by_ratio():
         (
             dict(hidden=64),
             ValueError,
-            "hidden is no size that can be pruned in mistral: it can be hidden_size, intermediate_size, "
+            "hidden is not a size that can be pruned in mistral: it can be hidden_size, intermediate_size, "
             "num_attention_heads, num_key_value_heads, num_hidden_layers",
         ),
-        (dict(vocab_size=8), ValueError, "vocab_size is no size that can be pruned"),
-        (dict(head_dim=4), ValueError, "head_dim is no size that can be pruned"),
-        (dict(num_experts=4), ValueError, "num_experts is no size that can be pruned"),
+        (dict(vocab_size=8), ValueError, "vocab_size is not a size that can be pruned"),
+        (dict(head_dim=4), ValueError, "head_dim is not a size that can be pruned"),
+        (dict(num_experts=4), ValueError, "num_experts is not a size that can be pruned"),
         (dict(hidden_size=65), ValueError, "hidden_size must be from 1 to 64, got 65"),
         (dict(hidden_size=0), ValueError, "hidden_size must be from 1 to 64, got 0"),
         (dict(hidden_size=32.0), TypeError, "hidden_size must be an int, got 32.0"),
@@ -262,7 +262,7 @@ def test_sizes_by_ratio():
             "divisor must be at least 1",
         ),
         (dict(intermediate_size=50, divisor=2.0), TypeError, "divisor must be an int"),
-        (dict(ratio={"mlp": 0.5}), ValueError, "mlp is no size that can be pruned"),
+        (dict(ratio={"mlp": 0.5}), ValueError, "mlp is not a size that can be pruned"),
         (dict(ratio=1.5), ValueError, "above 0 and at most 1, got 1.5"),
         (dict(ratio="half"), TypeError, "must be a number, got 'half'"),
         (
@@ -347,7 +347,7 @@ def test_impossible_budgets():
     least = min(c.parameters for c in find_sizes(GQA, 1e9, divisor=8, limit=10**6))
     with pytest.raises(ValueError, match=rf"params must be at least {least:,}.*got 9"):
         find_sizes(GQA, 9, divisor=8)
-    with pytest.raises(ValueError, match="search must hold sizes that are not told otherwise"):
+    with pytest.raises(ValueError, match="search must hold sizes that are not given otherwise"):
         find_sizes(GQA, 1e6, search=["hidden_size"], fixed={"hidden_size": 64})
     with pytest.raises(ValueError, match="hidden_size must be from 1 to 64, got 65"):
         find_sizes(GQA, 1e6, fixed={"hidden_size": 65})
@@ -359,9 +359,9 @@ def test_impossible_budgets():
         find_sizes(GQA, "8B")
     with pytest.raises(ValueError, match="combinations, at most 200000"):
         find_sizes(LLAMA, 1e9, divisor=1)
-    with pytest.raises(ValueError, match="layers must tell which layers stay"):
+    with pytest.raises(ValueError, match="layers must name the layers that stay"):
         find_sizes(tiny_config("qwen3_moe"), 1e9, search=["num_hidden_layers"])
-    with pytest.raises(ValueError, match="layers must be 4 as fixed tells, got 2"):
+    with pytest.raises(ValueError, match="layers must be 4 as fixed says, got 2"):
         find_sizes(GQA, 1e6, fixed={"num_hidden_layers": 4}, layers=[1, 2])
     with pytest.raises(ValueError, match="search cannot choose num_hidden_layers"):
         plan_of(GQA, params=100_000, search=["num_hidden_layers"], drop_layers=[1])
@@ -565,9 +565,13 @@ def edit(data, where, value):
         (
             "layers.1.heads",
             "0-3,6-9",
-            "layers[1].heads must have 2 heads of KV group 1 from place 2 on, got 2",
+            "layers[1].heads must have 2 heads of KV group 1 from position 2 on, got 2",
         ),
-        ("layers.1.heads", "0-7", "layers[1].heads must have 2 heads of KV group 1 from place 2 on, got 2"),
+        (
+            "layers.1.heads",
+            "0-7",
+            "layers[1].heads must have 2 heads of KV group 1 from position 2 on, got 2",
+        ),
         ("layers.1.heads", "1,0,3-4,6-7,9-10", "layers[1].heads must rise"),
         ("layers.1.kv_heads", "0-2", "layers[1].kv_heads must have 4 entries, got 3"),
         ("layers.1.kv_heads", "0-2,4", "layers[1].kv_heads must hold indices below 4, got 4"),
@@ -577,7 +581,7 @@ def edit(data, where, value):
         ("layers.1.experts", "0-3", "layers[1].experts must not be there"),
         ("layers.1.extra", 1, "layers[1] has an unknown field extra"),
         ("norm_factors.model.norm", 0.0, "norm_factors[model.norm] must be a positive number, got 0.0"),
-        ("norm_factors.lm_head", 1.0, "norm_factors has 'lm_head', which is no norm of a kept layer"),
+        ("norm_factors.lm_head", 1.0, "norm_factors has 'lm_head', which is not a norm of a kept layer"),
         ("target_config.hidden_size", 32, "hidden must keep 32 of 64, got 48 indices"),
         ("target_config.head_dim", 4, "target_config must have the head_dim of the source, 8, got 4"),
         ("target_config.model_type", "llama", "target_config.model_type must be 'mistral', got 'llama'"),
@@ -616,8 +620,8 @@ def test_merged_heads_that_cannot_be():
     stays, follows = plan.layers[1].heads.query[:2]
     goes, other = (min(set(range(i, i + 3)) - set(plan.layers[1].heads.query)) for i in (0, 3))
     for pairs, message in (
-        ([f"{stays},{other}"], f"cannot merge {other} into {stays}: they have other keys"),
-        ([f"{stays},99"], f"cannot merge 99 into {stays}: they have other keys"),
+        ([f"{stays},{other}"], f"cannot merge {other} into {stays}: they have different KV heads"),
+        ([f"{stays},99"], f"cannot merge 99 into {stays}: they have different KV heads"),
         ([f"{stays},{goes}", f"{follows},{goes}"], "cannot merge a head twice"),
     ):
         data["layers"][1]["merged_heads"] = pairs

@@ -271,9 +271,7 @@ def test_scores_that_are_not_finite_are_named():
 
 
 def test_a_plan_that_cuts_nothing_says_so():
-    with pytest.warns(
-        UserWarning, match=r"the plan keeps everything: tell it sizes \(hidden_size, .*params="
-    ):
+    with pytest.warns(UserWarning, match=r"the plan keeps everything: give sizes \(hidden_size, .*params="):
         plan = make_plan({}, GQA)
     assert "nothing is cut" in plan.summary()
     whole = family_of(GQA).count_parameters(GQA)

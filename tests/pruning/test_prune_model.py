@@ -497,7 +497,9 @@ def test_cuts_by_name():
         ("model.layers.3.input_layernorm.weight", False),
         ("visual.weight", False),
     ):
-        with pytest.raises(ValueError, match=f"'{name}' is no parameter of the plan's source, a qwen3_moe"):
+        with pytest.raises(
+            ValueError, match=f"'{name}' is not a parameter of the plan's source, a qwen3_moe"
+        ):
             cuts.of(name, stored=stored)
     with pytest.raises(ValueError, match=r"experts.gate_up_proj is cut from .* \(4, 48, 48\), got \(4, 48\)"):
         fused.apply(torch.zeros(4, 48))

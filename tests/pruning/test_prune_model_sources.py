@@ -219,8 +219,11 @@ def test_shapes_that_are_expected_are_checked_against_transformers(monkeypatch):
     assert stored["model.layers.0.block_sparse_moe.experts.3.w1.weight"] == (80, 48)
     llama = family_of(config)
     for layer, message in (
-        (llama.layer[1:], "nothing becomes model.layers.0.self_attn.q_proj.weight, which transformers makes"),
-        ((*llama.layer, Param("extra", "one")), "model.layers.0.extra has no place in the model"),
+        (
+            llama.layer[1:],
+            "model.layers.0.self_attn.q_proj.weight, which transformers makes from this llama config",
+        ),
+        ((*llama.layer, Param("extra", "one")), "model.layers.0.extra is not in the model"),
         (
             (Param("self_attn.q_proj.weight", "mlp, hidden"), *llama.layer[1:]),
             "q_proj.weight would be [80, 48], but transformers makes it [64, 48] from this llama config",
@@ -241,7 +244,7 @@ def test_a_config_object_that_says_otherwise_than_its_model():
     model = tiny_model("llama")
     plan = plan_for(model.config)
     model.config.mlp_bias = False  # the parameters are there
-    with pytest.raises(ValueError, match=r"gate_proj.bias has no place .* the pruned config"):
+    with pytest.raises(ValueError, match=r"gate_proj.bias is not in .* the pruned config"):
         prune_model(model, plan)
 
 
@@ -267,7 +270,7 @@ def test_wrapped_models_are_unwrapped():
     smaller = prune_model(wrapped, plan)
     assert type(smaller) is type(model)
     assert_unchanged(smaller, expected)
-    with pytest.raises(ValueError, match="in_place changes the model itself, which a OptimizedModule"):
+    with pytest.raises(ValueError, match="in_place cannot change a model inside a OptimizedModule"):
         prune_model(wrapped, plan, in_place=True)
     assert_unchanged(prune_model(torch.nn.DataParallel(model), plan), expected)
     for layer in range(3):  # compiled layer by layer

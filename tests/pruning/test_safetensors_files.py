@@ -88,10 +88,10 @@ WRONG = {
     "header of 2^64 - 1 bytes": (b"\xff" * 8 + b"{}", "18446744073709551615"),
     "no JSON": (first(b"{\0\0}"), "proper JSON"),
     "no UTF-8": (first(b'{"\xff":1}'), "proper JSON"),
-    "no object": (first(b"[]"), "no object"),
+    "no object": (first(b"[]"), "not an object"),
     "deep": (first(b"[" * 100_000), "proper JSON"),
     "long number": (first(b'{"a":' + b"1" * 5000 + b"}"), "proper JSON"),
-    "doubled name": (first(b'{"a":' + U8 + b',"a":' + U8 + b"}") + b"\0", "'a' stands there twice"),
+    "doubled name": (first(b'{"a":' + U8 + b',"a":' + U8 + b"}") + b"\0", "'a' is in it twice"),
 }
 
 
@@ -115,15 +115,15 @@ WRONG_HEADERS = {
     "dtype is a list": (changed(b={**B, "dtype": ["F16"]}), "dtype"),
     "shape does not match": (changed(b={**B, "shape": [4]}), "6 bytes"),
     "dtype does not match": (changed(b={**B, "dtype": "F32"}), "6 bytes"),
-    "shape is negative": (changed(b={**B, "shape": [-1, -3]}), "no list of lengths"),
-    "shape is a number": (changed(b={**B, "shape": 3}), "no list of lengths"),
-    "shape has a fraction": (changed(b={**B, "shape": [3.0]}), "no list of lengths"),
-    "shape is true": (changed(b={**B, "shape": [3, True]}), "no list of lengths"),
+    "shape is negative": (changed(b={**B, "shape": [-1, -3]}), "not a list of lengths"),
+    "shape is a number": (changed(b={**B, "shape": 3}), "not a list of lengths"),
+    "shape has a fraction": (changed(b={**B, "shape": [3.0]}), "not a list of lengths"),
+    "shape is true": (changed(b={**B, "shape": [3, True]}), "not a list of lengths"),
     "huge shape": (changed(b={**B, "shape": [2**63, 2**63]}), "6 bytes"),
     "offsets backwards": (changed(b={**B, "data_offsets": [22, 16]}), "-6 bytes"),
     "offsets beyond the file": (changed(b={**B, "data_offsets": [17, 23]}), "gap"),
     "overlap": (changed(b={**B, "data_offsets": [14, 20]}), "overlaps"),
-    "one offset": (changed(b={**B, "data_offsets": [16]}), "no two places"),
+    "one offset": (changed(b={**B, "data_offsets": [16]}), "not two positions"),
     "a tensor less": ({"a": HEADER["a"]}, "describes"),
     "a tensor more": (changed(c={"dtype": "U8", "shape": [1], "data_offsets": [22, 23]}), "describes"),
 }

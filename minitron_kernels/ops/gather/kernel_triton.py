@@ -166,7 +166,7 @@ def _batch_dims(out: Tensor, source: Tensor) -> list[_BatchDim]:
             dims.insert(0, dim)
     if len(dims) > MOST_BATCH_DIMS:
         raise ValueError(
-            f"weight and out must have at most {MOST_BATCH_DIMS} dimensions before the last two, once those "
-            f"are joined whose strides allow it, got {len(dims)}: make them contiguous"
+            f"weight and out have strides that leave {len(dims)} dimensions before the last two, at most "
+            f"{MOST_BATCH_DIMS}: make them contiguous"
         )
     return [_BatchDim(1, 0, 0)] * (MOST_BATCH_DIMS - len(dims)) + dims

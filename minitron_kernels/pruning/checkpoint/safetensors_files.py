@@ -237,8 +237,8 @@ def _entries(file: SafetensorsFile, header: dict[str, Any], data_begin: int) -> 
         tensor = StoredTensor(name, file, dtype, tuple(shape), data_begin + offsets[0])
         if offsets[1] - offsets[0] != tensor.nbytes:
             raise ValueError(
-                f"{what}, {dtype} {shown(shape)}, needs another number of bytes than the "
-                f"{shown(offsets[1] - offsets[0])} it has; {AGAIN}"
+                f"{what}, {dtype} {shown(shape)}, has {shown(offsets[1] - offsets[0])} bytes, but needs "
+                f"another number; {AGAIN}"
             )
         found.append(tensor)
     found.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))

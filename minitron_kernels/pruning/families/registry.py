@@ -32,7 +32,7 @@ def register_family(family: Family) -> None:
         for axis in (axis for parts in param.dims for axis in parts):
             if axis not in known:
                 raise ValueError(
-                    f"family has {param.name} with an axis {axis!r}, which is not one of "
+                    f"family has {param.name} with an axis {axis!r}, which is none of "
                     f"{', '.join(sorted(known))}: give its config key in size_keys"
                 )
     for model_type in family.model_types:
