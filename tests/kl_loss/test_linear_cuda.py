@@ -585,7 +585,7 @@ FAULTS = {  # name: the check, what is done to the source, what the failure must
     ),
     "masses of the parts left out": (
         check_tiles,
-        Fault(STATE, "return kl_term(p, q, d) + (p ==", "return (p =="),
+        Fault(STATE, "return kl_term(p, q, log_ratio) + (p ==", "return (p =="),
         DIFFERS,
     ),
     "a state that nobody wrote": (check_tiles, Fault(TILES, "&& !first" + BEGUN, BEGUN), DIFFERS),

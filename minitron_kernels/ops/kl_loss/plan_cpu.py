@@ -12,7 +12,6 @@ The bytes come from the kernel's own layout function, so a plan says what a call
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -74,16 +73,9 @@ class LinearKLPlan:
     @functools.cached_property
     def numbers(self) -> list[int]:
         """`int[] plan` of the ops."""
-        operands, portable = _ENGINES[self.engine]
-        return [
-            _SCHEDULE_CODES[self.schedule],
-            self.chunk_rows,
-            self.tile,
-            self.tile_group,
-            self.stored_tiles,
-            _OPERAND_CODES[operands],
-            portable,
-        ]
+        return _plan_numbers(
+            self.schedule, self.engine, self.chunk_rows, self.tile, self.tile_group, self.stored_tiles
+        )
 
     @property
     def num_chunks(self) -> int:
@@ -139,6 +131,14 @@ class LinearKLPlan:
         logits = self.num_tokens * self.vocab_size * 8
         lines.append(f"{mib(logits)}  is what both fp32 logits would take")
         return "\n".join(lines)
+
+
+def _plan_numbers(
+    schedule: str, engine: str, chunk_rows: int, tile: int, tile_group: int, stored_tiles: int
+) -> list[int]:
+    operands, portable = _ENGINES[engine]
+    codes = _SCHEDULE_CODES[schedule], _OPERAND_CODES[operands]
+    return [codes[0], chunk_rows, tile, tile_group, stored_tiles, codes[1], portable]
 
 
 def operand_type(*dtypes: torch.dtype) -> str:
@@ -335,6 +335,18 @@ class _Planner:
         self, schedule: str, chunk_rows: int, tile_group: int, stored_tiles: int = 0
     ) -> LinearKLPlan:
         """The plan with these numbers, fitting or not."""
+        *parts, _ = torch.ops.minitron_kernels.linear_kl_loss_layout(
+            self.num_tokens,
+            self.vocab_size,
+            self.student_hidden_size,
+            self.teacher_hidden_size,
+            self.accumulate_bytes,
+            self.grad_hidden,
+            self.grad_head,
+            self.head_in_place,
+            _plan_numbers(schedule, self.engine, chunk_rows, self.tile, tile_group, stored_tiles),
+            self.threads,
+        )
         looks = 1 + self.divergence_needs_kl  # at each logit, for sums
         # with a grad_head_accumulator the backward makes them once more, see linear.py
         logits = {"store": 1 + looks * self.adds_to_buffer, "forward": looks, "recompute": looks + 1}[
@@ -345,8 +357,13 @@ class _Planner:
             logits * (self.student_hidden_size + self.teacher_hidden_size) + grads * self.student_hidden_size
         )
         again = max(0, self.vocab_size - stored_tiles * self.tile) if schedule == "store" else 0
+<<<<<<< HEAD:minitron_kernels/ops/kl_loss/plan_cpu.py
         again *= (1 if self.adds_to_buffer else looks) * (self.student_hidden_size + self.teacher_hidden_size)
         plan = LinearKLPlan(
+=======
+        again *= (1 if self.lent else looks) * (self.student_hidden_size + self.teacher_hidden_size)
+        return LinearKLPlan(
+>>>>>>> refs/heads/csrc:minitron_kernels/ops/kl_loss/plan.py
             schedule,
             self.engine,
             self.num_tokens,
@@ -360,21 +377,8 @@ class _Planner:
             tile_group=tile_group,
             stored_tiles=stored_tiles,
             budget_bytes=self.budget,
-            part_bytes=(),
+            part_bytes=tuple(parts),
         )
-        *parts, _ = torch.ops.minitron_kernels.linear_kl_loss_layout(
-            self.num_tokens,
-            self.vocab_size,
-            self.student_hidden_size,
-            self.teacher_hidden_size,
-            self.accumulate_bytes,
-            self.grad_hidden,
-            self.grad_head,
-            self.head_in_place,
-            plan.numbers,
-            self.threads,
-        )
-        return dataclasses.replace(plan, part_bytes=tuple(parts))
 
 
 @functools.lru_cache(maxsize=256)
