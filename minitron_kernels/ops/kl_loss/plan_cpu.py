@@ -349,21 +349,15 @@ class _Planner:
         )
         looks = 1 + self.divergence_needs_kl  # at each logit, for sums
         # with a grad_head_accumulator the backward makes them once more, see linear.py
-        logits = {"store": 1 + looks * self.adds_to_buffer, "forward": looks, "recompute": looks + 1}[
-            schedule
-        ]
+        stored = 1 + looks * self.adds_to_buffer
+        logits = {"store": stored, "forward": looks, "recompute": looks + 1}[schedule]
         grads = self.grad_hidden + self.grad_head
         widths = (
             logits * (self.student_hidden_size + self.teacher_hidden_size) + grads * self.student_hidden_size
         )
         again = max(0, self.vocab_size - stored_tiles * self.tile) if schedule == "store" else 0
-<<<<<<< HEAD:minitron_kernels/ops/kl_loss/plan_cpu.py
         again *= (1 if self.adds_to_buffer else looks) * (self.student_hidden_size + self.teacher_hidden_size)
-        plan = LinearKLPlan(
-=======
-        again *= (1 if self.lent else looks) * (self.student_hidden_size + self.teacher_hidden_size)
         return LinearKLPlan(
->>>>>>> refs/heads/csrc:minitron_kernels/ops/kl_loss/plan.py
             schedule,
             self.engine,
             self.num_tokens,
