@@ -96,7 +96,7 @@ def context_parallel_states(rank, world):
             if batch == "var":  # a difference of squares of what lies in the state
                 bound = PIECES * 8 * state.squares.max()
             assert (state.scores(batch=batch, seq=seq) - wanted).abs().max() <= bound, (batch, seq)
-    moments = moments_of(x[:, begin:end], mask[:, begin:end], None, 0, state.moment_flags, "auto")
+    moments = moments_of(x[:, begin:end], mask[:, begin:end], None, 0, state.kinds, "auto")
     before = moments.values.clone(), moments.counts.clone()
     whole = combine(moments, group)
     assert torch.equal(moments.values, before[0]) and torch.equal(moments.counts, before[1])

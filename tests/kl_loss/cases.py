@@ -14,6 +14,7 @@ from kl_loss.oracle import oracle_linear, oracle_rows
 from kl_loss.problems import make_linear, make_rows
 from minitron_kernels.ops.kl_loss import linear_gpu
 from minitron_kernels.ops.kl_loss.epilogues import Epilogues
+from minitron_kernels.ops.kl_loss.options import LossOptions
 
 BETAS = (0.0, 1.0, 0.3)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -271,7 +272,7 @@ def linear(
         accumulator,
         needs_grad,
         head.shape[0] if vocab_size is None else vocab_size,
-        (beta, *options),
+        LossOptions(beta, *options),
         schedule,
         budget,
         epilogues or kernels.epilogues,

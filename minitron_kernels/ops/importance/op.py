@@ -85,7 +85,7 @@ def accumulate_importance_(
     if state.sums.device != x.device:
         raise ValueError(f"state must be on x's device {x.device}, got {state.sums.device}: state.to(device)")
     valid = None if mask is None else _check_mask(mask, batch_shape, x.device)
-    moments = moments_of(x.detach(), valid, cu_seqlens, num_heads or 0, state.moment_flags, backend)
+    moments = moments_of(x.detach(), valid, cu_seqlens, num_heads or 0, state.kinds, backend)
     return state.add_(moments if group is None else combine(moments, group))
 
 

@@ -135,12 +135,12 @@ class ImportanceState(_Sums):
         return self.tokens.shape[0] if self.tokens.dim() else None
 
     @property
-    def moment_flags(self) -> int:
+    def kinds(self) -> int:
         """The moments that the kernels have to add up: flags of reference.py."""
         return sum(MOMENT_OF[name] for name in self.seq)
 
     def add_(self, moments: Moments) -> ImportanceState:
-        """Adds sequences by their moments (moments_of() with this state's `moment_flags`). Returns itself."""
+        """Adds sequences by their moments (moments_of() with this state's `kinds`). Returns itself."""
         for k, name in enumerate(self.seq):
             value = moments.aggregate(name)
             self.sums[k] += value.sum(0)

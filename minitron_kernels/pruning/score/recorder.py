@@ -48,7 +48,7 @@ class Recorder:
         # Looked up once, not in every hook: a layer's data drives Python's own objects out of the caches, and
         # each object that a hook touches costs more than the kernel's dispatch.
         self._moment_flags = {
-            name: axis.state.moment_flags
+            name: axis.state.kinds
             for name, axis in scores.axes.items()
             if isinstance(axis.state, ImportanceState)
         }
