@@ -44,6 +44,45 @@ decltype(auto) with_divergence(Divergence divergence, F&& f) {
   __builtin_unreachable();
 }
 
+// What the schedules have to know of a divergence; like with_divergence(), without a default case.
+
+// Whether a row's loss and kl can only be summed once the row's normalisers are known, from a second look at
+// the logits. Otherwise parts of the vocabulary merge by the chain rule of KL, and one look is enough.
+constexpr bool needs_second_look(Divergence divergence) {
+  switch (divergence) {
+    case Divergence::kForwardKL:
+    case Divergence::kReverseKL:
+      return false;
+    case Divergence::kJSD:
+      return true;
+  }
+  __builtin_unreachable();
+}
+
+// Whether the gradient needs a KL of the whole row (kKL of its stats).
+constexpr bool grad_needs_kl(Divergence divergence) {
+  switch (divergence) {
+    case Divergence::kForwardKL:
+      return false;
+    case Divergence::kReverseKL:
+    case Divergence::kJSD:
+      return true;
+  }
+  __builtin_unreachable();
+}
+
+// Whether the KL of parts of the vocabulary is KL(S || T) and not KL(T || S).
+constexpr bool is_of_student(Divergence divergence) {
+  switch (divergence) {
+    case Divergence::kForwardKL:
+    case Divergence::kJSD:
+      return false;
+    case Divergence::kReverseKL:
+      return true;
+  }
+  __builtin_unreachable();
+}
+
 // Columns of `stats`, [N, kNumStats]: what the gradient needs to know of a row.
 //   kLseDiff  lse_s - lse_t, less the part that a kernel can take off the logits without rounding: on the CPU
 //             shift_between() the maxima, on CUDA max_s - max_t itself

@@ -9,43 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron_kernels.pruning import ImportanceScores, collect_importance, plot_importance
+from minitron_kernels.pruning import collect_importance
 from minitron_kernels.pruning.families.family import Taps
 from minitron_kernels.pruning.families.registry import family_of, register_family
 from minitron_kernels.pruning.score import recorder
 from pruning import oracle
+from pruning.collected import assert_same_bits, ids, padded
 from pruning.tiny_models import FAMILIES, tiny_model
 
 # A kernel's sum is within 16 roundings of fp32; a score is made of one or two, "hidden" adds up seven.
 KERNEL = 64 * 2.0**-24
 EXACT = 1e-12  # of float64
 MOE = ("mixtral", "qwen3_moe")
-
-
-def ids(rows, columns, seed=0):
-    return torch.randint(3, 96, (rows, columns), generator=torch.Generator().manual_seed(seed))
-
-
-def padded(rows, columns, seed=0):
-    """A batch of rows padded on the left, on the right and not at all; what pads is random."""
-    mask = torch.ones(rows, columns, dtype=torch.int64)
-    mask[0, :3] = 0
-    mask[1, columns - 5 :] = 0
-    return {"input_ids": ids(rows, columns, seed), "attention_mask": mask}
-
-
-def states(scores):
-    return {
-        f"{name}.{key}": value
-        for name, axis in scores.axes.items()
-        for key, value in axis.state.state_dict().items()
-    }
-
-
-def assert_same_bits(a, b):
-    a, b = states(a), states(b)
-    assert list(a) == list(b)
-    assert [key for key in a if not torch.equal(a[key], b[key])] == []
 
 
 def with_positions(batch):
@@ -158,23 +133,6 @@ def test_layers_in_pieces_give_the_same_bits(monkeypatch):
     whole = collect_importance(model, batches, progress=False)
     monkeypatch.setattr(recorder, "HELD_BYTES", 1)
     assert_same_bits(collect_importance(model, batches, progress=False), whole)
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
-def test_resume_is_bitwise(name, tmp_path):
-    model, batches = tiny_model(name), [padded(3, 17), ids(2, 5, 1), ids(1, 9, 2), ids(2, 4, 3)]
-    options = dict(seq=("mean", "var"), progress=False)
-    whole = collect_importance(model, batches, **options)
-    half = collect_importance(model, batches[:2], **options)
-    half.save(tmp_path / "half")
-    loaded = ImportanceScores.load(tmp_path / "half")
-    assert_same_bits(loaded, half)
-    assert (loaded.config, loaded.options) == (half.config, half.options)
-    assert_same_bits(collect_importance(model, batches[2:], resume_from=loaded, **options), whole)
-    assert_same_bits(loaded, half)
-    rest = collect_importance(model, batches[2:], **options)
-    for key, value in states(half.merge_(rest)).items():
-        torch.testing.assert_close(value, states(whole)[key], rtol=1e-14, atol=0)
 
 
 class Fault(Exception):
@@ -318,90 +276,6 @@ def test_wrong_batches(batches, error, message):
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         collect_importance(tiny_model("llama"), [ids(1, 4)], progress=False, **options)
-
-
-def test_resume_from_other_scores_is_refused():
-    model = tiny_model("llama")
-    scores = collect_importance(model, [ids(1, 4)], progress=False)
-    with pytest.raises(TypeError, match="resume_from must be ImportanceScores, got dict"):
-        collect_importance(model, [ids(1, 4)], resume_from={})
-    with pytest.raises(ValueError, match=r"resume_from must have the axes mlp; got hidden"):
-        collect_importance(model, [ids(1, 4)], axes="mlp", resume_from=scores)
-    with pytest.raises(ValueError, match=r"resume_from must be collected with Options.*'L2'"):
-        collect_importance(model, [ids(1, 4)], seq="L2", resume_from=scores)
-    with pytest.raises(
-        ValueError, match=r"resume_from must be of the same model: mlp\.sums must be \(1, 120\)"
-    ):
-        collect_importance(tiny_model("llama", intermediate_size=40), [ids(1, 4)], resume_from=scores)
-    with pytest.raises(ValueError, match="its hidden has other layers"):
-        collect_importance(tiny_model("llama", num_hidden_layers=2), [ids(1, 4)], resume_from=scores)
-    with pytest.raises(ValueError, match="seq must be one that was collected"):
-        scores.tables(seq="L2")
-
-
-def test_files_are_checked(tmp_path):
-    scores = collect_importance(tiny_model("llama"), [ids(1, 4)], progress=False)
-    with pytest.raises(FileNotFoundError, match=r"importance\.json"):
-        ImportanceScores.load(tmp_path)
-    scores.save(tmp_path)
-    about, (tensors,) = tmp_path / "importance.json", tmp_path.glob("*.safetensors")
-    good_about, good_tensors = about.read_text(), tensors.read_bytes()
-    for text, message in (
-        ("{", "is not JSON"),
-        ("[]", "must be minitron_kernels.importance version 1, got"),
-        (good_about.replace('"version": 1', '"version": 2'), "version 1, got"),
-        (good_about.replace(tensors.name, "../x"), "tensors must name a file beside it"),
-        (good_about.replace('"ImportanceState"', '"State"'), "unknown kind 'State'"),
-        (good_about.replace('"options"', '"opinions"'), "lacks 'options'"),
-        (good_about.replace('"norm"', '"max"'), "head_score must be"),
-    ):
-        about.write_text(text)
-        with pytest.raises(ValueError, match=rf"importance\.json.*{message}"):
-            ImportanceScores.load(tmp_path)
-    about.write_text(good_about)
-    tensors.write_bytes(good_tensors[:-8])
-    with pytest.raises(ValueError, match=rf"{tensors.name}: is not a whole safetensors file"):
-        ImportanceScores.load(tmp_path)
-    tensors.unlink()
-    with pytest.raises(FileNotFoundError, match=tensors.name):
-        ImportanceScores.load(tmp_path)
-
-
-@pytest.mark.parametrize("step", [0, 1])
-def test_a_save_that_fails_leaves_the_old_scores(tmp_path, monkeypatch, step):
-    model = tiny_model("llama")
-    old = collect_importance(model, [ids(1, 4)], progress=False)
-    new = collect_importance(model, [ids(1, 5)], progress=False)
-    old.save(tmp_path)
-    replace, calls = Path.replace, []
-
-    def failing(self, target):
-        calls.append(target)
-        if len(calls) == step + 1:
-            raise OSError("disk full")
-        return replace(self, target)
-
-    monkeypatch.setattr(Path, "replace", failing)
-    with pytest.raises(OSError, match="disk full"):
-        new.save(tmp_path)
-    monkeypatch.undo()
-    assert_same_bits(ImportanceScores.load(tmp_path), old)
-    new.save(tmp_path)
-    assert_same_bits(ImportanceScores.load(tmp_path), new)
-    assert len(list(tmp_path.iterdir())) == 2  # nothing old, nothing half-written
-
-
-def test_plots(tmp_path):
-    scores = collect_importance(tiny_model("qwen3_moe"), [ids(2, 9)], progress=False)
-    written = plot_importance(scores, tmp_path)
-    assert [path.name for path in written] == [
-        f"{axis}.png" for axis in ("hidden", "mlp", "heads", "layers", "experts", "expert_mlp")
-    ]
-    assert all(path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 10_000 for path in written)
-    one = collect_importance(tiny_model("llama"), [ids(2, 9)], axes="mlp", progress=False)
-    assert plot_importance(one, tmp_path / "of.png") == [tmp_path / "of_mlp.png"]
-    with pytest.raises(TypeError, match="scores must be ImportanceScores, got dict"):
-        plot_importance({}, tmp_path)
 
 
 def test_progress(capsys):

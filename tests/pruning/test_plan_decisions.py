@@ -11,9 +11,9 @@ import torch
 from minitron_kernels.pruning import PruningPlan, find_sizes, make_plan
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.selection import best_block, choose_heads, least_loss, top
+from pruning.paper_models import LLAMA
+from pruning.plans import GQA, plan_of
 from pruning.score_tables import random_tables
-from pruning.test_families import LLAMA
-from pruning.test_plan import GQA, plan_of
 from pruning.tiny_models import tiny_config
 
 # ---- ties

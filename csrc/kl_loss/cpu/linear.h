@@ -184,7 +184,7 @@ class LinearKL {
 
   void merge_stats(const Chunk& chunk) const {
     rows_.merge_stats(chunk);
-    if (problem_.options.divergence() == Divergence::kJSD) sum_kl(chunk);
+    if (needs_second_look(problem_.options.divergence())) sum_kl(chunk);
   }
 
   // JSD's loss, and KL(S || M) of each token, which its gradient needs: both take a second look at the

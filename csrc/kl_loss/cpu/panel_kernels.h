@@ -62,7 +62,7 @@ inline Vec<A> tile_kl(const A* s, const A* t, int64_t entries, Divergence diverg
           .loss;
     });
   };
-  if (divergence == Divergence::kReverseKL) {
+  if (is_of_student(divergence)) {
     return sum(std::integral_constant<Divergence, Divergence::kReverseKL>{});
   }
   return sum(std::integral_constant<Divergence, Divergence::kForwardKL>{});

@@ -120,8 +120,7 @@ void row_forward_of(const LogitsRow& row, const LossOptions& options, A* loss, A
     kl += sum_lanes<A>((block_kl[0] + block_kl[1]) + (block_kl[2] + block_kl[3]));
   });
   *loss = A(total);
-  if (kDivergence == Divergence::kReverseKL) stats[kKL] = A(total);
-  if (kDivergence == Divergence::kJSD) stats[kKL] = A(kl);
+  if (grad_needs_kl(kDivergence)) stats[kKL] = A(needs_second_look(kDivergence) ? kl : total);
 }
 
 template <typename A, Divergence kDivergence>

@@ -18,8 +18,8 @@ class RowMerger {
   // Whether the tiles' own KL is needed: for reverse KL, whose gradient needs that of the row first, and
   // where no gradient pass sums the loss.
   bool needs_tile_kl() const {
-    return divergence_ == Divergence::kReverseKL ||
-           (divergence_ == Divergence::kForwardKL && shape_.plan.schedule == Schedule::kForward);
+    return !needs_second_look(divergence_) &&
+           (grad_needs_kl(divergence_) || shape_.plan.schedule == Schedule::kForward);
   }
 
   // The stats of each token from the partials of its tiles, and its loss where the tiles have their KL.
@@ -36,7 +36,7 @@ class RowMerger {
         set(kMaxT, teacher.max);
         set(kInvSumT, 1 / teacher.sum);
         set(kLseDiff, lse_diff_between<A>(A(student.max), student.sum, A(teacher.max), teacher.sum));
-        set(kKL, divergence_ == Divergence::kReverseKL ? kl : 0.0);
+        set(kKL, grad_needs_kl(divergence_) ? kl : 0.0);
         if (n < chunk.tokens) set_loss(chunk, n, kl);
       }
     });
@@ -108,7 +108,7 @@ class RowMerger {
       const A* part = workspace_.partials(chunk, t) + n;
       TileMass x = tile_mass(teacher, part[kPartMaxT * chunk.padded], part[kPartSumT * chunk.padded]);
       TileMass y = tile_mass(student, part[kPartMaxS * chunk.padded], part[kPartSumS * chunk.padded]);
-      if (divergence_ == Divergence::kReverseKL) std::swap(x, y);
+      if (is_of_student(divergence_)) std::swap(x, y);
       if (x.mass < std::numeric_limits<A>::min()) {
         kl += y.mass;
       } else if (y.masked_out) {

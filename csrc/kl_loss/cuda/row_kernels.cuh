@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kStateThreads, kStateBlocksPerSM)
   const RowState<kDivergence> state = row_state(pairs, RowState<kDivergence>::empty(), partial_states);
   RowStats stat = state.stats();
   float value = state.loss();
-  if constexpr (kDivergence == Divergence::kJSD) {
+  if constexpr (needs_second_look(kDivergence)) {
     MINITRON_SHARED(MixtureSums, partial_sums, kMaxWarps);
     const MixtureSums sums = row_mixture(pairs, stat, MixtureSums::empty(), partial_sums);
     stat.kl = sums.student;

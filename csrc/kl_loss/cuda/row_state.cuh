@@ -25,7 +25,7 @@ struct RowState {
 
   template <int N>
   __device__ __forceinline__ void add(const float (&s)[N], const float (&t)[N]) {
-    if constexpr (kDivergence == Divergence::kJSD) {
+    if constexpr (needs_second_look(kDivergence)) {
       student.add(s);
       teacher.add(t);
     } else {
@@ -35,7 +35,7 @@ struct RowState {
 
   __device__ __forceinline__ RowState merged(const RowState& other) const {
     RowState all = {student.merged(other.student), teacher.merged(other.teacher), 0.0f};
-    if constexpr (kDivergence != Divergence::kJSD) {
+    if constexpr (!needs_second_look(kDivergence)) {
       all.kl = all.settled(all.part_kl(*this) + all.part_kl(other));
     }
     return all;
@@ -43,7 +43,7 @@ struct RowState {
 
   __device__ __forceinline__ RowStats stats() const {
     RowStats stats = RowStats::of(student, teacher);
-    if constexpr (kDivergence == Divergence::kReverseKL) stats.kl = loss();
+    if constexpr (grad_needs_kl(kDivergence) && !needs_second_look(kDivergence)) stats.kl = loss();
     return stats;
   }
   // Of forward and reverse KL. NaN for a row whose tokens are all masked out.
@@ -53,16 +53,14 @@ struct RowState {
 
  private:
   __device__ __forceinline__ const OnlineSum& x() const {
-    return kDivergence == Divergence::kReverseKL ? student : teacher;
+    return is_of_student(kDivergence) ? student : teacher;
   }
   __device__ __forceinline__ const OnlineSum& y() const {
-    return kDivergence == Divergence::kReverseKL ? teacher : student;
+    return is_of_student(kDivergence) ? teacher : student;
   }
 
   // log p_x - log p_y from d = log p_t - log p_s
-  static __device__ __forceinline__ float x_over_y(float d) {
-    return kDivergence == Divergence::kReverseKL ? -d : d;
-  }
+  static __device__ __forceinline__ float x_over_y(float d) { return is_of_student(kDivergence) ? -d : d; }
 
   // Of one run alone. Its probabilities are divided by sums of the same exponentials, so that the extra
   // parts of the terms sum to 0.
@@ -70,8 +68,8 @@ struct RowState {
   static __device__ __forceinline__ RowState of(const float (&s)[N], const float (&t)[N]) {
     float exp_s[N], exp_t[N];
     RowState run = {OnlineSum::of(s, exp_s), OnlineSum::of(t, exp_t), 0.0f};
-    const float (&exp_x)[N] = kDivergence == Divergence::kReverseKL ? exp_s : exp_t;
-    const float (&exp_y)[N] = kDivergence == Divergence::kReverseKL ? exp_t : exp_s;
+    const float (&exp_x)[N] = is_of_student(kDivergence) ? exp_s : exp_t;
+    const float (&exp_y)[N] = is_of_student(kDivergence) ? exp_t : exp_s;
     const RowStats stats = RowStats::of(run.student, run.teacher);
     const float scale_x = 1.0f / run.x().sum, scale_y = 1.0f / run.y().sum;
     float kl = 0.0f;
