@@ -1,5 +1,6 @@
 """What the build decides and the commands that it makes, with tools that stand in for compilers. No build."""
 
+import json
 import os
 import re
 import sys
@@ -77,6 +78,15 @@ def test_a_file_is_compiled_as_its_name_says(monkeypatch):
         "-gencode=arch=compute_90,code=compute_90",
     ]
     assert "-Xcompiler=-Wall,-fPIC,-fvisibility=hidden" in nvcc and "--expt-relaxed-constexpr" in nvcc
+
+
+def test_there_are_gates_for_every_arch():
+    """An architecture that is built has gates for the machine code of every kernel, CUDA's and Triton's."""
+    tests = Path(__file__).parent
+    cuda, triton = (json.loads((tests / f"{kind}_artifacts.json").read_text()) for kind in ("cuda", "triton"))
+    assert tuple(cuda["archs"]) == tools.CUDA_ARCHS
+    for kernel, gates in triton.items():
+        assert {f"sm_{arch}" for arch in tools.CUDA_ARCHS} <= set(gates), kernel
 
 
 def test_without_cuda_nothing_of_it_is_compiled_or_linked():

@@ -19,7 +19,8 @@ from tools.triton_runs import TESTS, faults_of, needs, ops_with, planted, python
 pytestmark = needs("triton")
 
 GATES = json.loads((TESTS / "triton_artifacts.json").read_text())
-TARGETS = ("sm_90", "sm_100", "sm_80", "gfx942")  # the longest first
+ARCHS = json.loads((TESTS / "cuda_artifacts.json").read_text())["archs"]
+TARGETS = sorted((*(f"sm_{arch}" for arch in ARCHS), "gfx942"), key="sm_90".__ne__)  # the longest first
 OPS = ops_with("TRITON_ARTIFACTS")
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import minitron_kernels as mk
 from kl_loss.oracle import oracle_linear, oracle_rows
 from kl_loss.problems import BETA, make_linear, to_numpy
-from minitron_kernels.ops.kl_loss import plan_cpu
+from minitron_kernels.ops.kl_loss import options, plan_cpu
+from minitron_kernels.ops.kl_loss.divergence import Divergence
 from minitron_kernels.ops.kl_loss.rows import NUM_STATS
 
 pytestmark = pytest.mark.native
@@ -220,3 +221,12 @@ def test_numbers_that_both_languages_know():
     assert all(constant(name) == code for name, code in plan_cpu._SCHEDULE_CODES.items())
     codes = {str(dtype).removeprefix("torch."): code for dtype, code in plan_cpu._OPERAND_CODES.items()}
     assert all(constant(name) == code for name, code in codes.items())
+    assert all(constant(divergence.name.lower()) == divergence.value for divergence in Divergence)
+
+
+def test_every_divergence_has_a_name_and_is_tested():
+    """BETA is what the tests of every backend go through."""
+    names = {divergence.name.lower(): divergence for divergence in Divergence}
+    assert set(names) == set(options._DIVERGENCES) == set(BETA)
+    for name, divergence in names.items():
+        assert Divergence.of(options._DIVERGENCES[name]) is divergence

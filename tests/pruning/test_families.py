@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -93,3 +95,10 @@ def test_unknown_names_are_not_located():
     family = family_of(config)
     assert family.locate("model.layers.0.self_attn.q_proj.weight_scale", config) is None
     assert family.locate("vision.weight", config) is None
+
+
+def test_every_family_has_a_tiny_model():
+    """By which it goes through every test of scoring, planning, cutting and checkpoints."""
+    code = "from minitron_kernels.pruning import known_families; print(*known_families())"
+    known = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert set(known.split()) == set(FAMILIES)

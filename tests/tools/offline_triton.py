@@ -26,14 +26,15 @@ from triton.backends.driver import GPUDriver
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 MATRIX = {"HGMMA": r"\bHGMMA\b", "HMMA": r"\bHMMA\b", "UTCMMA": r"\bUTC\w*MMA\b"}
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+def target_of(name: str) -> GPUTarget:
+    """sm_90 and the like, or gfx942 and the like."""
+    if name.startswith("gfx"):
+        return GPUTarget("hip", name, 64)
+    return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
 
 
 class Offline(GPUDriver):
@@ -161,7 +162,7 @@ def _amd(kernel) -> dict:
 
 def artifacts(target_name: str, op: str, only: str = "") -> list[Artifact]:
     """Of the cases of `op` whose name has `only` in it."""
-    target, found = TARGETS[target_name], {}
+    target, found = target_of(target_name), {}
     for name, call in importlib.import_module(f"{op}.launches").to_compile(target_name):
         if only not in name:
             continue

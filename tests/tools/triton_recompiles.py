@@ -8,13 +8,13 @@ import importlib
 import json
 import sys
 
-from tools.offline_triton import TARGETS, compiling_for
+from tools.offline_triton import compiling_for, target_of
 
 
 def main(op):
     found = []
     for size in op.SIZES:
-        with compiling_for(TARGETS["sm_90"]) as compiled:
+        with compiling_for(target_of("sm_90")) as compiled:
             op.launch(size)
         found.append(sorted({f"{kernel.metadata.name} {kernel.hash}" for kernel in compiled}))
     json.dump(found, sys.stdout)

@@ -30,6 +30,9 @@ int64_t kl_loss_constant(std::string name) {
   if (name == "store") return int64_t(Schedule::kStore);
   if (name == "recompute") return int64_t(Schedule::kRecompute);
   if (name == "forward") return int64_t(Schedule::kForward);
+  if (name == "forward_kl") return int64_t(Divergence::kForwardKL);
+  if (name == "reverse_kl") return int64_t(Divergence::kReverseKL);
+  if (name == "jsd") return int64_t(Divergence::kJSD);
   for (DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16}) {
     if (name == dtype_name(dtype)) return int64_t(dtype);
   }
