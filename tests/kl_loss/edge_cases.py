@@ -58,7 +58,7 @@ def check_training_at_edges(kernels, edges, beta, temperature, dtype, schedule, 
 
 
 def check_biases_at_edges(kernels, vocab, tile, beta, temperature):
-    """Biases of -1e4, -3e4 and -inf in stretches around the borders of tiles."""
+    """Biases of -1e4, -3e4 and -inf in blocks around the borders of tiles."""
     tensors = [x.to(kernels.device) for x in make_linear(3, 40, 72, vocab, torch.bfloat16, distance=3.0)]
     logits = [tensors[i].double() @ tensors[i + 1].double().T for i in (0, 2)]
     setup = {"beta": beta, "options": at(temperature), "schedule": "recompute", "budget": 1 << 16}

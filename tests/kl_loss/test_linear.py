@@ -116,8 +116,8 @@ def test_close_to_the_teacher(monkeypatch, dtype, operands, schedule, temperatur
 
 @pytest.mark.parametrize("operands", ["bf16", "portable_bf16", "f32"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_chunks_of_rows_and_stretches_of_the_vocabulary(monkeypatch, operands, schedule):
-    """Rows in several chunks, tiles in several stretches; head gradients then add up in fp32."""
+def test_chunks_of_rows_and_tile_groups(monkeypatch, operands, schedule):
+    """Rows in several chunks, tiles in several groups; head gradients then add up in fp32."""
     force_operands(monkeypatch, operands)
     N, H, V = 700, 48, 2500
     tensors = make_linear(N, H, 56, V, torch.bfloat16)

@@ -58,9 +58,11 @@ def check(N, H, Ht, V, dtype, *, schedule, divergence="forward_kl", seed=0, weig
         for name, x, expected in zip(
             ("hidden", "head", "bias"), (hidden, head, own_bias), truth, strict=True
         ):
-            # where one token has all the mass the gradient is what rounding leaves of two probabilities of 1
+            # where one token has all the mass the gradient is what rounding leaves of two probabilities of 1,
+            # in each row
             error = relative(x.grad, expected) * max(np.linalg.norm(expected), 1e-300)
-            allowed = BOUND[x.dtype] * np.linalg.norm(expected) + (1e-14 if dtype == torch.float64 else 1e-5)
+            left = max(1e-14, 4 * N * 2.0**-52) if dtype == torch.float64 else 1e-5
+            allowed = BOUND[x.dtype] * np.linalg.norm(expected) + left
             assert error <= allowed, f"{name}, {reduction}"
 
 
@@ -119,10 +121,10 @@ PLANS = {
     count=st.sampled_from([1, 2, 3]),
     numbers=st.fixed_dictionaries(PLANS),
 )
-# a stretch that begins among the stored tiles and holds all of the others
+# a tile group that begins among the stored tiles and holds all of the others
 @example(
     N=65, H=260, Ht=65, V=195, case=(torch.float32, None), schedule="store", divergence="forward_kl",
-    masked=False, count=1, numbers={"tile": 64, "chunk_rows": 192, "super_tiles": 4, "stored_tiles": 2},
+    masked=False, count=1, numbers={"tile": 64, "chunk_rows": 192, "tile_group": 4, "stored_tiles": 2},
 )  # fmt: skip
 def test_any_plan(N, H, Ht, V, case, schedule, divergence, masked, count, numbers):
     """Chunks, tiles, groups and stored tiles of every kind, also such as the planner never chooses."""
