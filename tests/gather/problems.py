@@ -1,8 +1,10 @@
 """Weights of random bits in every dtype, ways to keep channels, and numpy's take as the oracle."""
 
 import numpy as np
+import pytest
 import torch
 
+BACKENDS = [pytest.param("native", marks=pytest.mark.native), "reference"]
 # one dtype of each kind: floats, integers, bool, and what numpy has no name for
 DTYPES = (
     torch.float64,

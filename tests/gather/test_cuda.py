@@ -5,8 +5,8 @@ import mmap
 import pytest
 import torch
 
+from gather.faults import CUDA
 from gather.problems import KINDS, WIDTHS, assert_gathered, keep_some, make_weight
-from tools.faults import Fault
 from tools.host_shim import (
     REVERSE,
     SANITIZE,
@@ -211,41 +211,20 @@ def check_leads(shim):
     test_leads_that_join_in_one_tensor_only(shim)
 
 
-KERNEL, LAUNCHER = "gather/cuda/kernels.cuh", "gather/cuda/gather.cu"
-FAULTS = {  # name: the check, what is done to the source, what the failure must say
-    "neighbours are not looked at": (
-        check_sorted,
-        Fault(KERNEL, " && offset[i] == offset[0] + i;", ";"),
-        "elements differ",
-    ),
-    "runs at any address": (
-        check_unaligned_run,
-        Fault(KERNEL, "  is_run = is_run && offset[0] % kVec == 0;\n", ""),
-        "misaligned 16-byte access",
-    ),
-    "whole vectors at the end": (
-        check_bounds,
-        Fault(KERNEL, "whole = count == kVec && ", "whole = "),
-        "elsewhere|outside|misaligned",
-    ),
-    "rows beyond the last": (
-        check_bounds,
-        Fault(KERNEL, "end - begin < kRows ? static_cast<int>(end - begin) : kRows", "kRows"),
-        "load outside of the allowed regions",
-    ),
-    "scalar loads": (check_run_traffic, Fault(KERNEL, "      if (is_run) {", "      if (false) {"), "narrow"),
-    "joined leads": (
-        check_leads,
-        Fault(LAUNCHER, "next.out_stride == out.back().size * out.back().out_stride", "true"),
-        "elements differ",
-    ),
+CHECKS = {
+    "sorted": check_sorted,
+    "unaligned run": check_unaligned_run,
+    "bounds": check_bounds,
+    "run traffic": check_run_traffic,
+    "leads": check_leads,
 }
 
 
 @pytest.mark.skipif(SANITIZE, reason="the faults are planted in the plain build")
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", CUDA)
 def test_planted_fault_is_found(shim, name):
-    check_it, fault, message = FAULTS[name]
+    key, fault, message = CUDA[name]
+    check_it = CHECKS[key]
     check_it(shim)
     with pytest.raises((AssertionError, RuntimeError), match=message):
         check_it(load("gather", fault))
@@ -256,11 +235,9 @@ def test_planted_fault_is_found(shim, name):
 SANITIZED = "bits or layouts or strides or empty or bad_input"
 HEAP_OVERRUN = """
 import torch
+from gather.faults import CUDA
 from tools.host_shim import load
-from tools.faults import Fault
-overrun = Fault(
-    "gather/cuda/kernels.cuh", "end - begin < kRows ? static_cast<int>(end - begin) : kRows", "kRows"
-)
+_, overrun, _ = CUDA["rows beyond the last"]
 shim = load("gather", overrun, sanitize=True)
 shim.ops.gather_channels_(torch.zeros(1, 37), torch.zeros(1, 37), None, None)
 """

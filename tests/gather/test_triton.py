@@ -5,11 +5,10 @@ import re
 
 import pytest
 
-from tools.faults import Fault
+from gather.faults import TRITON_TRAFFIC, TRITON_VALUES
 from tools.triton_runs import needs, planted, python, run_cases, traffic, wrong_traffic
 
 needs_ttsem, needs_triton = needs("triton", "ttsem"), needs("triton")
-FILE = "gather/kernel_triton.py"
 
 
 @needs_ttsem
@@ -20,45 +19,10 @@ def test_cases_under_ttsem(tmp_path):
     assert int(re.search(r"(\d+) passed", output)[1]) >= 48
 
 
-FAULTS = {  # name: cases, fault, what the output says
-    "a load without its mask": (
-        "lengths and sorted and dtype1",
-        Fault(FILE, "tl.load(source_ptr + at, mask=inside)", "tl.load(source_ptr + at)"),
-        r"KernelFault.*reads \d+ element",
-    ),
-    "a store without its mask": (
-        "lengths and sorted and dtype1",
-        Fault(FILE, "tl.store(out_ptr + at, value, mask=inside)", "tl.store(out_ptr + at, value)"),
-        r"KernelFault.*writes \d+ element",
-    ),
-    "programs that write one address": (
-        "lengths and sorted and dtype1",
-        Fault(FILE, "offs_r = (pid // blocks % runs)", "offs_r = (pid // blocks % runs // 2)"),
-        "KernelFault.*race|KernelFault.*program|elements differ",
-    ),
-    "batch dims in the wrong order": (
-        "strides and dtype0",
-        Fault(FILE, "b1, b2 = matrix // size_b2 // size_b1, matrix // size_b2 % size_b1, matrix % size_b2",
-              "b2, b1 = matrix // size_b2 // size_b1, matrix // size_b2 % size_b1, matrix % size_b2"),
-        "elements differ|KernelFault",
-    ),
-    "blocks that are not narrowed": (
-        "blocks and dtype7",
-        Fault(FILE, "cols = _narrowed(cols, block_bytes // group_bytes)\n", "cols = _narrowed(cols, 1)\n"),
-        "elements differ|KernelFault",
-    ),
-    "words from anywhere": (
-        "blocks and dtype7",
-        Fault(FILE, " and all(stride % size == 0 for stride in strides)", " and len(list(strides)) >= 0"),
-        "elements differ|KernelFault|RuntimeError",
-    ),
-}  # fmt: skip
-
-
 @needs_ttsem
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", TRITON_VALUES)
 def test_planted_fault_is_found(tmp_path, name):
-    only, fault, message = FAULTS[name]
+    only, fault, message = TRITON_VALUES[name]
     status, output = run_cases("gather", tmp_path, only, (fault,))
     assert status == 1 and re.search(message, output), output[-4000:]
 
@@ -81,13 +45,7 @@ def test_traffic(tmp_path):
 
 @needs_triton
 def test_planted_extra_pass_is_found(tmp_path):
-    again = Fault(
-        FILE,
-        "    out_step = GROUP if OUT_DENSE else out_g\n",
-        "    out_step = GROUP if OUT_DENSE else out_g\n"
-        "    tl.load(source_ptr + source_row[:, None], mask=(offs_r < row_count)[:, None])\n",
-    )
-    assert wrong_traffic(traffic("gather", tmp_path, (again,)), MINIMUM)
+    assert wrong_traffic(traffic("gather", tmp_path, (TRITON_TRAFFIC,)), MINIMUM)
 
 
 @needs_triton

@@ -1,10 +1,12 @@
 """Activations for the importance tests, and the comparison with the oracle on any backend or device."""
 
 import numpy as np
+import pytest
 import torch
 
 from importance import oracle
 
+BACKENDS = [pytest.param("native", marks=pytest.mark.native), "reference"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Sums in fp32 chains of at most 8 + 64 additions, totals in float64: a few roundings, 72 at worst.
 BOUND = 16 * 2.0**-24

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from importance import oracle
+from importance.faults import CUDA, UNIT
 from importance.problems import DTYPES as ALL_DTYPES
 from importance.problems import activations, check_close_rows, check_moments, sinks
 from tools.faults import Fault
@@ -24,11 +25,10 @@ from tools.host_shim import (
 pytestmark = pytest.mark.skipif(missing_tool() is not None, reason=str(missing_tool()))
 
 DTYPES = ALL_DTYPES[:2] if SANITIZE else ALL_DTYPES
-KERNELS, LAUNCHER = "importance/cuda/kernels.cuh", "importance/cuda/importance.cu"
 # so that few tokens make several pieces
 SHORT_PIECES = (
-    Fault(LAUNCHER, "kLeastTokens = 32;", "kLeastTokens = 8;"),
-    Fault(LAUNCHER, "kEnoughBlocks = 1024;", "kEnoughBlocks = 8;"),
+    Fault(UNIT, "kLeastTokens = 32;", "kLeastTokens = 8;"),
+    Fault(UNIT, "kEnoughBlocks = 1024;", "kEnoughBlocks = 8;"),
 )
 
 
@@ -129,7 +129,7 @@ def test_variance_where_the_mean_is_far(shipped, case):
 def test_long_pieces(shipped):
     """The longest pieces that are shipped, several to a sequence."""
     x = activations(1, 1500, 8) + 1.0
-    small_grid = load("importance", Fault(LAUNCHER, "Blocks = 1024;", "Blocks = 1;"), WITHOUT_HALF)
+    small_grid = load("importance", Fault(UNIT, "Blocks = 1024;", "Blocks = 1;"), WITHOUT_HALF)
     assert_moments(small_grid, x, kinds_of_sums=(7,))
     for build, pieces in ((small_grid, 3), (shipped, 47)):
         with build.trace(x=x[0]) as trace:
@@ -310,63 +310,21 @@ def check_row_groups(shim):
     check_rows(shim, torch.float32, 9)
 
 
-FAULTS = {  # name: the check, what is done to the source, what the failure must say
-    "no weight in the merge": (
-        check_values,
-        Fault(KERNELS, "delta * delta * (n * share)", "delta * delta * share"),
-        "plane 3",
-    ),
-    "a piece is lost": (
-        check_values,
-        Fault(KERNELS, "slot = first + warp; slot < end;", "slot = first + warp; slot < end - 1;"),
-        "counts",
-    ),
-    "no barrier before the mask is used": (
-        check_orders,
-        Fault(KERNELS, "    __syncthreads();\n  }\n", "  }\n"),
-        "assert",
-    ),
-    "no barrier before the totals are added": (
-        check_orders,
-        Fault(KERNELS, "= total;\n  __syncthreads();\n", "= total;\n"),
-        "assert",
-    ),
-    "a token too many": (
-        check_bounds,
-        Fault(KERNELS, "in[r] = t < end &&", "in[r] = t <= end &&"),
-        "load outside of the allowed regions",
-    ),
-    "slots that collide": (
-        check_packed,
-        Fault(KERNELS, "slot = packed ? piece + b : piece;", "slot = piece;"),
-        "counts",
-    ),
-    "x twice": (
-        check_traffic,
-        Fault(
-            KERNELS,
-            "        n += in[r];\n",
-            "        n += in[r];\n        lane.load(x + t * tokens.stride_t, in[r]);\n",
-        ),
-        r"assert \(491520",
-    ),
-    "scalar loads": (
-        check_traffic,
-        Fault(KERNELS, "    if (aligned) {\n      if (wanted", "    if (false) {\n      if (wanted"),
-        r"narrow|assert \(245760, 122880\)",
-    ),
-    "norms that mix": (
-        check_row_groups,
-        Fault(KERNELS, "warp_reduce(sum, together, lanes)", "warp_reduce(sum, together, kWarpSize)"),
-        "Not equal",
-    ),
+CHECKS = {
+    "values": check_values,
+    "orders": check_orders,
+    "bounds": check_bounds,
+    "packed": check_packed,
+    "traffic": check_traffic,
+    "row groups": check_row_groups,
 }
 
 
 @pytest.mark.skipif(SANITIZE, reason="the faults are planted in the plain build")
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", CUDA)
 def test_planted_fault_is_found(shim, shipped, name):
-    check_it, fault, message = FAULTS[name]
+    key, fault, message = CUDA[name]
+    check_it = CHECKS[key]
     pieces = () if check_it is check_traffic else SHORT_PIECES
     check_it(shim if pieces else shipped)
     broken = load("importance", fault, *pieces, WITHOUT_HALF)

@@ -7,11 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tools.faults import Fault
+from importance.faults import TRITON_TRAFFIC, TRITON_VALUES
 from tools.triton_runs import needs, run_cases, traffic, wrong_traffic
 
 needs_ttsem, needs_triton = needs("triton", "ttsem"), needs("triton")
-FILE = "importance/kernel_triton.py"
 
 
 @needs_ttsem
@@ -29,49 +28,10 @@ def test_cases_under_ttsem(tmp_path):
     assert total >= 55
 
 
-FAULTS = {  # name: cases, fault, what the output says
-    "no weight in the merge": (
-        "test_long_pieces",
-        Fault(FILE, "delta * delta * (n_a * share)", "delta * delta * share"),
-        "plane 3",
-    ),
-    "a piece is lost": (
-        "test_long_pieces",
-        Fault(FILE, "end = first + pieces_per_sequence\n", "end = first + pieces_per_sequence - 1\n"),
-        "counts",
-    ),
-    "a load without its mask": (
-        "test_moments and shape1-dtype1",
-        Fault(FILE, "+ offs_c[None, :], mask=inside, other=0.0)\n        v", "+ offs_c[None, :])\n        v"),
-        r"KernelFault.*reads \d+ element",
-    ),
-    "padding is read": (
-        "masked_tokens and 0",
-        Fault(FILE, "other=0) != 0\n        inside", "other=0) >= 0\n        inside"),
-        "counts",
-    ),
-    "slots that collide": (
-        "packed_sequences and False-0",
-        Fault(FILE, "begin, end, piece + b, slots", "begin, end, piece, slots"),
-        "KernelFault|counts|plane",
-    ),
-    "programs that write one address": (
-        "test_moments and shape2-dtype1",
-        Fault(FILE, "out = partial_ptr + slot * C + offs_c", "out = partial_ptr + slot // 2 * C + offs_c"),
-        "KernelFault.*race|KernelFault.*program",
-    ),
-    "a slot that nobody wrote": (
-        "packed_sequences and False-0",
-        Fault(FILE, "// piece_tokens + b + 1, first)", "// piece_tokens + b + 2, first)"),
-        "counts|plane|KernelFault",
-    ),
-}
-
-
 @needs_ttsem
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", TRITON_VALUES)
 def test_planted_fault_is_found(tmp_path, name):
-    only, fault, message = FAULTS[name]
+    only, fault, message = TRITON_VALUES[name]
     status, output = run_cases("importance", tmp_path, only, (fault,))
     assert status == 1 and re.search(message, output), output[-4000:]
 
@@ -98,12 +58,5 @@ def test_traffic(tmp_path):
 
 @needs_triton
 def test_planted_extra_pass_is_found(tmp_path):
-    again = Fault(
-        FILE,
-        "        n = tl.sum(valid.to(tl.int32), 0)\n",
-        "        n = tl.sum(valid.to(tl.int32), 0)\n"
-        "        at = x_ptr + offs_t[:, None] * stride_t + offs_c[None, :]\n"
-        "        v += 0.0 * tl.load(at, mask=inside, other=0.0).to(tl.float32)\n",
-    )
-    wrong = wrong_traffic(traffic("importance", tmp_path, (again,)), MINIMUM)
+    wrong = wrong_traffic(traffic("importance", tmp_path, (TRITON_TRAFFIC,)), MINIMUM)
     assert wrong and all(re.match(r"(moments|masked|packed|heads) .*: (x|norms) ", line) for line in wrong)

@@ -1,8 +1,15 @@
-"""Faults planted in kl_loss's kernels, by the check that must see them: machine code, recompilations."""
+"""Every fault that a test plants in kl_loss's kernels, by the check that must see it."""
 
 from tools.faults import Fault
 
 UNIT = "kl_loss/cuda/rows.cu"
+ROW_KERNELS, DIVERGENCE = "kl_loss/cuda/row_kernels.cuh", "kl_loss/cuda/divergence.cuh"
+REDUCE, VEC = "common/cuda/reduce.cuh", "common/cuda/vec.cuh"
+STATE, TILES = "kl_loss/cuda/row_state.cuh", "kl_loss/cuda/tile_kernels.cuh"
+PAIRS = "kl_loss/cuda/row_pairs.cuh"
+TRITON_ROWS, TRITON_MATH, TRITON_LINEAR, TRITON_LAUNCH = (
+    f"kl_loss/kernel_triton/{name}.py" for name in ("rows", "divergence", "linear", "launch")
+)
 ALIGNED_LOAD = (
     "  if (aligned) {\n#pragma unroll\n    for (int i = 0; i < N; i += kPerAccess) {\n      const uint4 v"
 )
@@ -11,7 +18,7 @@ CUDA_ARTIFACTS = {  # name: faults in the source, compiler flags, what the gate 
     "local memory": (  # indexed by what the compiler cannot know
         (
             Fault(
-                "kl_loss/cuda/row_kernels.cuh",
+                ROW_KERNELS,
                 "  float value = state.loss();",
                 "  float table[64] = {};\n#pragma unroll 1\n  for (int i = 0; i < 64; ++i)\n"
                 "    table[options.vocab_size * i % 64] += float(i);\n"
@@ -22,24 +29,131 @@ CUDA_ARTIFACTS = {  # name: faults in the source, compiler flags, what the gate 
         "spills",
     ),
     "scalar loads": (
-        (Fault("common/cuda/vec.cuh", ALIGNED_LOAD, ALIGNED_LOAD.replace("(aligned)", "(false)")),),
+        (Fault(VEC, ALIGNED_LOAD, ALIGNED_LOAD.replace("(aligned)", "(false)")),),
         (),
         r" 0 128-bit loads",
     ),
     "spills": (  # twice as many logits as the registers hold
-        (Fault("kl_loss/cuda/row_kernels.cuh", "kPairsAtOnce = 16;", "kPairsAtOnce = 32;"),),
+        (Fault(ROW_KERNELS, "kPairsAtOnce = 16;", "kPairsAtOnce = 32;"),),
         (),
         r"kl_forward_kernel.*spills",
     ),
     "more shared memory": (
-        (Fault("common/cuda/reduce.cuh", "kMaxWarps = 32;", "kMaxWarps = 64;"),),
+        (Fault(REDUCE, "kMaxWarps = 32;", "kMaxWarps = 64;"),),
         (),
         "bytes of shared memory",
     ),
     "too many registers": (
-        (Fault("kl_loss/cuda/row_kernels.cuh", "kGradBlocksPerSM = 3;", "kGradBlocksPerSM = 1;"),),
+        (Fault(ROW_KERNELS, "kGradBlocksPerSM = 3;", "kGradBlocksPerSM = 1;"),),
         ("-Xptxas=-O0",),
         "registers, at most",
+    ),
+}
+
+PASS_ONE = "  RowStats stat = state.stats();\n"
+ANOTHER_PASS = "  stat.kl = row_state(pairs, state, partial_states).kl;\n"
+ZERO_PADDING = "columns - options.vocab_size, begin, step);"
+# test_cuda.py::test_planted_fault_is_found plants them: name: (check, fault, what the failure says)
+CUDA_ROWS = {
+    "no rescale": (
+        "rising",
+        Fault(DIVERGENCE, "return {top, mass(top) + other.mass(top)};", "return {top, sum + other.sum};"),
+        "Not equal to tolerance",
+    ),
+    "no barrier": ("orders", Fault(REDUCE, "  __syncthreads();\n", ""), "Not equal to tolerance"),
+    "divergent barrier": (
+        "orders",
+        Fault(REDUCE, "  __syncthreads();\n", "  if (warp != 1 || lane < 16) __syncthreads();\n"),
+        "deadlock in block",
+    ),
+    "out of bounds": (
+        "bounds",
+        Fault(VEC, "rest = n - runs * kRun;", "rest = n - runs * kRun + 1;"),
+        "load outside of the allowed regions",
+    ),
+    "misaligned": (
+        "alignment",
+        Fault(VEC, "if (head > n) head = n;", "head = 0;"),
+        "misaligned 16-byte access",
+    ),
+    "another pass": (
+        "traffic",
+        Fault(ROW_KERNELS, PASS_ONE, PASS_ONE + ANOTHER_PASS),
+        r"assert \(?98304 == ",
+    ),
+    "scalar loads": (
+        "traffic",
+        Fault(VEC, ALIGNED_LOAD, ALIGNED_LOAD.replace("aligned", "false")),
+        "narrow",
+    ),
+    "padding not zeroed": ("padding", Fault(ROW_KERNELS, ZERO_PADDING, f"-1 + {ZERO_PADDING}"), "never"),
+}
+
+DIFFERS = "Not equal to tolerance"
+BEGUN, BEGUN_SUMS = ") begun = load_fields<State>", ") begun = load_fields<MixtureSums>"
+MERGED = "  const State merged = row_state(pairs, begun, partial);\n"
+# test_tiles_cuda.py::test_planted_fault_is_found plants them: name: (check, fault, what the failure says)
+CUDA_LINEAR = {
+    "digits of 1e4": (
+        "edges",
+        Fault(DIVERGENCE, "fabsf(max_s - max_t) > kApart", "max_s - max_t > 1e30f"),
+        "expected",
+    ),
+    "a part without mass and of infinite KL": (
+        "edges",
+        Fault(STATE, "(p == 0.0f ? 0.0f : p * part.kl)", "p * part.kl"),
+        "expected",
+    ),
+    "last row of a finishing grid": (
+        "finish",
+        Fault(
+            "kl_loss/cuda/linear.cu",
+            "(rows + kFinishThreads - 1) / kFinishThreads",
+            "(rows + kFinishThreads - 2) / kFinishThreads",
+        ),
+        "assert",
+    ),
+    "masses of the parts left out": (
+        "tiles",
+        Fault(STATE, "return kl_term(p, q, log_ratio) + (p ==", "return (p =="),
+        DIFFERS,
+    ),
+    "a state that nobody wrote": ("tiles", Fault(TILES, "&& !first" + BEGUN, BEGUN), DIFFERS),
+    "earlier tiles counted by every thread": (
+        "tiles",
+        Fault(TILES, "threadIdx.x == 0 && !first" + BEGUN, "!first" + BEGUN),
+        DIFFERS,
+    ),
+    "JSD forgets earlier tiles": (
+        "tiles by JSD",
+        Fault(TILES, "&& !first" + BEGUN_SUMS, "&& !first && row < 0" + BEGUN_SUMS),
+        DIFFERS,
+    ),
+    "no bias": ("tiles", Fault(PAIRS, "x[i] += b[i];", "x[i] += 0.0f * b[i];"), DIFFERS),
+    "no barrier": ("orders", Fault(REDUCE, "  __syncthreads();\n", ""), DIFFERS),
+    "a row that does not count": (
+        "bounds",
+        Fault(PAIRS, "return mask == nullptr || load_scalar", "return mask != nullptr || load_scalar"),
+        "load outside of the allowed regions",
+    ),
+    "a run too many": (
+        "bounds",
+        Fault(PAIRS, "if (run < split.runs) {", "if (run <= split.runs) {"),
+        "load outside of the allowed regions",
+    ),
+    "each logit twice": (
+        "traffic",
+        Fault(TILES, MERGED, MERGED + "  if (row_state(pairs, begun, partial).kl < 0.0f) return;\n"),
+        r"163840, 0",
+    ),
+    "scalar stores": (
+        "traffic",
+        Fault(
+            VEC,
+            "v.x = pack_word(in + i, p);",
+            "v.x = 0; store_scalar(p + i, from_float<T>(in[i]));",
+        ),
+        "assert",
     ),
 }
 
@@ -47,19 +161,19 @@ TRITON_ARTIFACTS = {  # name: launches, faults, what the gate says
     "none": ("rows forward bf16", (), None),
     "spills": (
         "linear forward bf16",
-        (Fault("kl_loss/kernel_triton/linear.py", "KEEP_EXP=False", "KEEP_EXP=True"),),
+        (Fault(TRITON_LINEAR, "KEEP_EXP=False", "KEEP_EXP=True"),),
         "spilled registers",
     ),
     "no tensor cores": (
         "linear forward bf16",
         (
             Fault(
-                "kl_loss/kernel_triton/linear.py",
+                TRITON_LINEAR,
                 "tl.dot(x, tl.trans(w), z)",
                 'tl.dot(x.to(tl.float32), tl.trans(w).to(tl.float32), z, input_precision="ieee")',
             ),
             Fault(
-                "kl_loss/kernel_triton/launch.py",
+                TRITON_LAUNCH,
                 "return LinearBlocks(128, 128) if generation in (9, 10)",
                 "return LinearBlocks(32, 32) if generation in (9, 10)",
             ),
@@ -68,23 +182,76 @@ TRITON_ARTIFACTS = {  # name: launches, faults, what the gate says
     ),
     "scalar accesses": (
         "grad forward bf16",
-        (Fault("kl_loss/kernel_triton/rows.py", '["stride_mn", "stride_wn"]', '["stride_mn", "stride_sn"]'),),
+        (Fault(TRITON_ROWS, '["stride_mn", "stride_wn"]', '["stride_mn", "stride_sn"]'),),
         "wide_loads 2, at least",
     ),
     "registers": (
         "rows forward bf16",
-        (Fault("kl_loss/kernel_triton/launch.py", "block // 512", "block // 2048"),),
+        (Fault(TRITON_LAUNCH, "block // 512", "block // 2048"),),
         "registers",
     ),
 }
 
 TRITON_RECOMPILES = [  # fault, the kernels that are then compiled anew
     (
-        Fault("kl_loss/kernel_triton/rows.py", '["stride_mn", "stride_state"]', '["stride_mn"]'),
+        Fault(TRITON_ROWS, '["stride_mn", "stride_state"]', '["stride_mn"]'),
         {"tile_stats_kernel"},
     ),
     (
-        Fault("kl_loss/kernel_triton/rows.py", 'PER_ROW = ("mask_ptr", ', "PER_ROW = ("),
+        Fault(TRITON_ROWS, 'PER_ROW = ("mask_ptr", ', "PER_ROW = ("),
         {"forward_kernel", "grad_kernel"},
     ),
 ]
+
+# test_triton.py::test_planted_fault_is_found plants them: name: (cases by -k, fault, what the output says)
+TRITON_VALUES = {
+    "no rescale between blocks": (
+        "rows_rising and 0.0",
+        Fault(
+            TRITON_MATH,
+            "a_mass_s, b_mass_s = a_sum_s * tl.exp(a_max_s - base_s)",
+            "a_mass_s, b_mass_s = a_sum_s",
+        ),
+        "Not equal to tolerance",
+    ),
+    "a load without its mask": (
+        "test_rows and dtype0-0.0",
+        Fault(TRITON_ROWS, "tl.load(ptr + columns, mask=inside, other=-INF)", "tl.load(ptr + columns)"),
+        r"KernelFault.*reads \d+ element",
+    ),
+    "a store without its mask": (
+        "test_rows and dtype0-0.0",
+        Fault(TRITON_ROWS, ", mask=offs_v < columns)", ")"),
+        r"KernelFault.*writes \d+ element",
+    ),
+    "programs that write one address": (
+        "test_rows and dtype0-0.0",
+        Fault(TRITON_ROWS, "tl.store(loss_ptr + rows,", "tl.store(loss_ptr + rows * 0,"),
+        "KernelFault.*race|KernelFault.*program",
+    ),
+    "a state that nobody wrote": (
+        "test_linear and dtype0 and 0.0 and recompute",
+        Fault(TRITON_ROWS, "    if not FIRST:\n        max_s", "    if FIRST or not FIRST:\n        max_s"),
+        "Not equal to tolerance",
+    ),
+    "digits of 1e4": (
+        "rows_at_edges and 0.0-1.0",
+        Fault(TRITON_MATH, "tl.abs(max_s - max_t) > APART", "tl.abs(max_s - max_t) > 1e30"),
+        "expected",
+    ),
+    "splits that overlap": (
+        "fused_statistics and 0.0",
+        Fault(
+            TRITON_LINEAR, "tl.minimum(first + tiles_per_split,", "tl.minimum(first + tiles_per_split + 1,"
+        ),
+        "Not equal to tolerance",
+    ),
+}
+
+# test_triton.py::test_planted_extra_pass_is_found plants it
+TRITON_TRAFFIC = Fault(
+    TRITON_ROWS,
+    "    rows = row + tl.arange(0, 1)\n",
+    "    kl += 0.0 * tl.sum(tl.load(student_ptr + tl.arange(0, BLOCK_V)).to(tl.float32), 0)\n"
+    "    rows = row + tl.arange(0, 1)\n",
+)

@@ -1,4 +1,4 @@
-"""kl_loss's CUDA kernels, run on the host by the shim: values, bounds, traffic, thread order, faults."""
+"""kl_loss's CUDA kernels, run on the host by the shim: values, what is read and written, bad input."""
 
 import itertools
 import math
@@ -9,76 +9,19 @@ import torch
 
 from kl_loss.cases import assert_loss
 from kl_loss.oracle import oracle_rows
-from tools.faults import Fault
-from tools.host_shim import (
-    FORWARD,
-    REVERSE,
-    SANITIZE,
-    WITHOUT_BFLOAT16,
-    WITHOUT_HALF,
-    assert_clean_under_sanitizers,
-    load,
-    missing_tool,
-    run_sanitized,
+from kl_loss.shim_rows import (  # noqa: F401
+    BETAS,
+    DTYPES,
+    assert_gradient,
+    check,
+    normal,
+    poisoned_memory_fixture,
+    run,
+    shim_fixture,
 )
+from tools.host_shim import SANITIZE, assert_clean_under_sanitizers, missing_tool, run_sanitized
 
 pytestmark = pytest.mark.skipif(missing_tool() is not None, reason=str(missing_tool()))
-
-BETAS = (0.0, 0.3, 0.5, 1.0)
-DTYPES = (torch.float32, torch.bfloat16) if SANITIZE else (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """What is allocated and not written is NaN: outputs, states, logits, sums."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(scope="module")
-def shim():
-    return load("kl_loss", WITHOUT_HALF, sanitize=True) if SANITIZE else load("kl_loss")
-
-
-def run(
-    shim, student, teacher, *, beta=0.0, mask=None, vocab_size=None, inv_tau=1.0, grad_loss=None, **options
-):
-    """(loss, stats, gradient) of the shim's two ops."""
-    V = min(student.shape[1], teacher.shape[1]) if vocab_size is None else vocab_size
-    keys = ("student_scale", "student_softcap", "teacher_scale", "teacher_softcap")
-    rest = [V, [beta, inv_tau, *(options.get(k, float(k.endswith("scale"))) for k in keys)]]
-    loss, stats = shim.ops.kl_loss_forward(student, teacher, mask, *rest)
-    if grad_loss is None:
-        grad_loss = torch.ones(student.shape[0])
-    grad = shim.ops.kl_loss_backward(grad_loss, stats, student, teacher, mask, *rest)
-    return loss, stats, grad
-
-
-def assert_gradient(grad, truth, near=1.0, weight=1.0):
-    """No worse than the truth rounded to the gradient's dtype, beyond fp32's own error. p_S - p_T carries
-    1e-6 of p, however small the difference is: `near` loosens the bound where the two all but agree.
-    """
-    rounded = torch.from_numpy(truth).to(grad.dtype).double().numpy()
-    size, unavoidable = np.linalg.norm(truth), np.linalg.norm(rounded - truth)
-    error = np.linalg.norm(grad.double().numpy() - truth)
-    bound = 1.1 * unavoidable + 4e-6 * near * size + 1e-6 * weight
-    assert error <= bound, f"gradient off by {error / size:.1e}, {unavoidable / size:.1e} by rounding alone"
-
-
-def check(shim, student, teacher, *, near=1.0, **options):
-    """Loss and gradient against the oracle."""
-    loss, _, grad = run(shim, student, teacher, **options)
-    weight = options.pop("grad_loss", torch.ones(student.shape[0])).double().numpy()
-    true_loss, true_grad = oracle_rows(student.double().numpy(), teacher.double().numpy(), **options)
-    assert_loss(loss, true_loss)
-    assert grad.dtype == student.dtype and grad.shape == student.shape
-    assert_gradient(grad, true_grad * weight[:, None], near, np.abs(weight).max())
-
-
-def normal(*shape, dtype=torch.float32, seed=0, scale=3.0):
-    generator = torch.Generator().manual_seed(seed + 1000 * sum(shape))
-    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -263,62 +206,6 @@ def test_identities(shim):
     assert run(shim, torch.zeros(0, 5), torch.zeros(0, 5))[2].shape == (0, 5)
 
 
-def test_order_of_threads_changes_no_bit(shim):
-    V = 4099
-    student, teacher = normal(2, V, dtype=torch.bfloat16), normal(2, V, seed=12)
-    for beta in (0.0, 0.5):
-        expected = run(shim, student, teacher, beta=beta)
-        for order in (REVERSE, 2, 3, 4, 5, 6):
-            with shim.order(order):
-                actual = run(shim, student, teacher, beta=beta)
-            assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-
-
-def test_one_row_split_over_blocks(shim):
-    """Few rows and a large vocabulary: several blocks of the backward share a row, its padding, and a row
-    that does not count.
-    """
-    V, columns = 40_003, 50_000
-    student, teacher = (normal(2, columns, dtype=torch.bfloat16, seed=seed) for seed in (0, 13))
-    check(shim, student, teacher, beta=0.0, vocab_size=V)
-    mask = torch.tensor([True, False])
-    loss, stats, _ = run(shim, student, teacher, mask=mask, vocab_size=V)
-    logits = {"student": student[:1, :V], "teacher": teacher[:1, :V]}
-    with shim.trace(**logits, stats=stats, loss=loss, mask=mask) as trace:
-        grad = shim.ops.kl_loss_backward(
-            loss, stats, student, teacher, mask, V, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0]
-        )
-        stores = trace.take_stores(grad)
-    assert stores.never == stores.twice == stores.elsewhere == 0
-    assert (grad[0, V:] == 0).all() and (grad[1] == 0).all()
-
-
-@pytest.mark.parametrize("student_dtype", DTYPES)
-@pytest.mark.parametrize("teacher_dtype", DTYPES)
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_traffic(shim, student_dtype, teacher_dtype, beta):
-    """Forward: each logit once, JSD twice. Backward: each logit and each gradient once. 16 bytes wide."""
-    N, V = 3, 4096
-    student, teacher = normal(N, V, dtype=student_dtype), normal(N, V, dtype=teacher_dtype, seed=14)
-    S, T = N * V * student.element_size(), N * V * teacher.element_size()
-    rest = (None, V, [beta, 1.0, 1.0, 0.0, 1.0, 0.0])
-    passes = 2 if beta == 0.5 else 1
-    with shim.trace(student=student, teacher=teacher) as trace:
-        loss, stats = shim.ops.kl_loss_forward(student, teacher, *rest)
-        assert trace.loads("student").bytes == passes * S and trace.loads("student").narrow == 0
-        assert trace.loads("teacher").bytes == passes * T and trace.loads("teacher").narrow == 0
-        assert trace.take_stores(loss).bytes == 4 * N
-        assert trace.take_stores(stats).bytes == 24 * N
-        assert trace.most_shared_bytes() == 640 + (256 if beta == 0.5 else 0)
-    with shim.trace(student=student, teacher=teacher, stats=stats, loss=loss) as trace:
-        grad = shim.ops.kl_loss_backward(loss, stats, student, teacher, *rest)
-        assert trace.loads("student").bytes == S and trace.loads("student").narrow == 0
-        assert trace.loads("teacher").bytes == T and trace.loads("teacher").narrow == 0
-        stores = trace.take_stores(grad)
-        assert stores.bytes == S and stores.narrow == stores.elsewhere == 0
-        assert trace.most_shared_bytes() == 0
-
-
 def test_bad_input(shim):
     good = torch.zeros(2, 8)
 
@@ -339,108 +226,16 @@ def test_bad_input(shim):
             forward(**arguments)
 
 
-# ---- the rungs themselves: a planted fault must turn them red
-
-
-def check_rising(shim):
-    rising = torch.linspace(-60.0, 60.0, 16387)[None]
-    check(shim, rising, rising.flip(1))
-
-
-def check_orders(shim):
-    student, teacher = normal(1, 4099), normal(1, 4099, seed=15)
-    for order in (FORWARD, REVERSE, 2, 3, 4, 5, 6):
-        with shim.order(order):
-            check(shim, student, teacher)
-
-
-def check_bounds(shim):
-    store = torch.zeros(2, 64)
-    view = store[:, :40]
-    with shim.trace(student=view, teacher=view):
-        shim.ops.kl_loss_forward(view, view, None, 40, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
-
-
-def check_alignment(shim):
-    store = torch.zeros(1, 41)
-    run(shim, store[:, 1:], store[:, 1:])
-
-
-def check_traffic(shim):
-    test_traffic(shim, torch.float32, torch.float32, 0.0)
-
-
-def check_padding(shim):
-    student, teacher = normal(2, 90), normal(2, 90, seed=16)
-    loss, stats, _ = run(shim, student, teacher, vocab_size=64)
-    with shim.trace(student=student, teacher=teacher, stats=stats, loss=loss) as trace:
-        grad = shim.ops.kl_loss_backward(
-            loss, stats, student, teacher, None, 64, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0]
-        )
-        assert trace.take_stores(grad).never == 0
-
-
-REDUCE, VEC, MATH = "common/cuda/reduce.cuh", "common/cuda/vec.cuh", "kl_loss/cuda/divergence.cuh"
-KERNELS = "kl_loss/cuda/row_kernels.cuh"
-PASS_ONE = "  RowStats stat = state.stats();\n"
-ANOTHER_PASS = "  stat.kl = row_state(pairs, state, partial_states).kl;\n"
-VECTOR_LOAD = (
-    "  if (aligned) {\n#pragma unroll\n    for (int i = 0; i < N; i += kPerAccess) {\n      const uint4 v"
-)
-ZERO_PADDING = "columns - options.vocab_size, begin, step);"
-FAULTS = {  # name: the check, what is done to the source, what the failure must say
-    "no rescale": (
-        check_rising,
-        Fault(MATH, "return {top, mass(top) + other.mass(top)};", "return {top, sum + other.sum};"),
-        "Not equal to tolerance",
-    ),
-    "no barrier": (check_orders, Fault(REDUCE, "  __syncthreads();\n", ""), "Not equal to tolerance"),
-    "divergent barrier": (
-        check_orders,
-        Fault(REDUCE, "  __syncthreads();\n", "  if (warp != 1 || lane < 16) __syncthreads();\n"),
-        "deadlock in block",
-    ),
-    "out of bounds": (
-        check_bounds,
-        Fault(VEC, "rest = n - runs * kRun;", "rest = n - runs * kRun + 1;"),
-        "load outside of the allowed regions",
-    ),
-    "misaligned": (
-        check_alignment,
-        Fault(VEC, "if (head > n) head = n;", "head = 0;"),
-        "misaligned 16-byte access",
-    ),
-    "another pass": (
-        check_traffic,
-        Fault(KERNELS, PASS_ONE, PASS_ONE + ANOTHER_PASS),
-        r"assert \(?98304 == ",
-    ),
-    "scalar loads": (
-        check_traffic,
-        Fault(VEC, VECTOR_LOAD, VECTOR_LOAD.replace("aligned", "false")),
-        "narrow",
-    ),
-    "padding not zeroed": (check_padding, Fault(KERNELS, ZERO_PADDING, f"-1 + {ZERO_PADDING}"), "never"),
-}
-
-
-@pytest.mark.skipif(SANITIZE, reason="the faults are planted in the plain build")
-@pytest.mark.parametrize("name", FAULTS)
-def test_planted_fault_is_found(shim, name):
-    check_it, fault, message = FAULTS[name]
-    check_it(shim)
-    broken = load("kl_loss", fault, WITHOUT_HALF, WITHOUT_BFLOAT16)
-    with pytest.raises((AssertionError, RuntimeError), match=message):
-        check_it(broken)
-
-
 # ---- the same tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a process that preloads these
 
 SANITIZED = "layouts or masked_out or masked or bad_input or hand"
+
+
 HEAP_OVERRUN = """
 import torch
+from kl_loss.faults import CUDA_ROWS
 from tools.host_shim import *
-overrun = Fault("common/cuda/vec.cuh", "rest = n - runs * kRun;", "rest = n - runs * kRun + 1;")
+_, overrun, _ = CUDA_ROWS["out of bounds"]
 shim = load("kl_loss", overrun, WITHOUT_HALF, WITHOUT_BFLOAT16, sanitize=True)
 shim.ops.kl_loss_forward(torch.zeros(1, 40), torch.zeros(1, 40), None, 40, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
 """

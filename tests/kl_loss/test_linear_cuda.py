@@ -1,11 +1,10 @@
 """linear_kl_loss's CUDA kernels, run on the host by the shim: the cases of every backend through the whole
-GPU schedule, then each kernel's bounds, traffic, thread order and faults.
+GPU schedule, its order of threads, scratch and reads; test_tiles_cuda.py has each kernel.
 """
 
 import itertools
 import math
-import mmap
-from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,175 +12,29 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kl_loss.cases import *  # noqa: F403
-from kl_loss.cases import (
-    BUDGET,
-    CAPPED,
-    DTYPES,
-    PLAIN,
-    Kernels,
-    N,
-    linear,
-    matmul_fp32,
-    numpy_of,
-    problem,
-    rows,
-    truth_of,
-)
+from kl_loss.cases import BUDGET, CAPPED, DTYPES, N, linear, numpy_of, problem, truth_of
 from kl_loss.edge_cases import (
     EDGE_BETAS,
     check_biases_at_edges,
     check_dtypes_of_linear,
-    check_dtypes_of_rows,
     check_evaluation_at_edges,
-    check_rows_at_edges,
     check_training_at_edges,
 )
-from kl_loss.edges import TEMPERATURES, finite_rows, masked_out_rows
-from kl_loss.oracle import oracle_rows
-from kl_loss.problems import make_rows
-from minitron_kernels import _native
-from minitron_kernels.ops.kl_loss import linear_gpu
-from minitron_kernels.ops.kl_loss.epilogues import native_epilogues
-from tools.faults import Fault
-from tools.host_shim import (
-    FORWARD,
-    REVERSE,
-    SANITIZE,
-    WITHOUT_BFLOAT16,
-    WITHOUT_HALF,
-    assert_clean_under_sanitizers,
-    load,
-    missing_tool,
-    run_sanitized,
+from kl_loss.edges import TEMPERATURES, finite_rows
+from kl_loss.shim_tiles import (  # noqa: F401
+    BETAS,
+    ORDERS,
+    kernels_fixture,
+    poisoned_memory_fixture,
+    shim_fixture,
+    without_cublas_fixture,
 )
+from minitron_kernels.ops.kl_loss import linear_gpu
+from tools.host_shim import SANITIZE, assert_clean_under_sanitizers, missing_tool
 
 pytestmark = pytest.mark.skipif(missing_tool() is not None, reason=str(missing_tool()))
 
 aten = torch.ops.aten
-BETAS = (0.0, 1.0, 0.3)
-ORDERS = (FORWARD, REVERSE, 2, 3, 4, 5, 6)
-ROWS, COLUMNS = 5, 4096
-
-
-def kernels_of(shim):
-    ops = shim.ops
-    return Kernels("native", "cpu", ops.kl_loss_forward, ops.kl_loss_backward, native_epilogues(ops))
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """What is allocated and not written is NaN: outputs, states, logits, sums."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(scope="module")
-def shim():
-    return load("kl_loss", sanitize=SANITIZE)
-
-
-@pytest.fixture
-def kernels(shim):
-    return kernels_of(shim)
-
-
-@pytest.fixture(autouse=True)
-def without_cublas(monkeypatch):
-    monkeypatch.setattr(linear_gpu, "matmul", matmul_fp32)
-
-
-def tiles(columns=COLUMNS, bias=False, seed=0):
-    """Logits as kernels get them: a tile in a wider buffer of NaN, biases that are parts of longer ones."""
-    wide = [torch.full((ROWS, -(-columns // 64) * 64 + 64), math.nan) for _ in range(2)]
-    views = [buffer[:, :columns] for buffer in wide]
-    for view, logits in zip(views, make_rows(ROWS, columns, torch.float32, seed=seed), strict=True):
-        view.copy_(logits)
-    biases = [torch.linspace(-3, 3, columns + 9)[5 : 5 + columns] if bias else None for _ in range(2)]
-    return (*views, *biases)
-
-
-def readable(logits, **others):
-    """What a kernel on these logits may read, for Shim.trace()."""
-    names = ("student", "teacher", "student_bias", "teacher_bias")
-    tensors = dict(zip(names, logits, strict=True)) | others
-    return {name: x for name, x in tensors.items() if x is not None}
-
-
-def outputs(rows=ROWS):
-    return torch.full((rows,), math.nan), torch.full((rows, 6), math.nan)
-
-
-def run_tiles(epilogues, logits, mask, beta, size):
-    """Loss and stats of whole rows, from tiles of `size` tokens."""
-    options = (beta, *PLAIN)
-    rows, columns = logits[0].shape
-    state, sums = torch.full((1, 5, rows), math.nan), torch.full((1, 2, rows), math.nan)
-    loss, stats = outputs(rows)
-    cuts = [slice(begin, min(begin + size, columns)) for begin in range(0, columns, size)]
-
-    def part(cut):
-        return (*(x[:, cut] for x in logits[:2]), *(None if b is None else b[cut] for b in logits[2:]))
-
-    for cut in cuts:
-        epilogues.tile_stats(part(cut), mask, state[0], cut.start == 0, options)
-    epilogues.finish_stats(state, mask, loss, stats, options)
-    if 0 < beta < 1:
-        for cut in cuts:
-            epilogues.tile_mixture(part(cut), mask, stats, sums[0], cut.start == 0, options)
-        epilogues.finish_mixture(sums, mask, loss, stats, options)
-    return loss, stats
-
-
-def true_loss(logits, beta):
-    full = [x if b is None else x + b for x, b in zip(logits[:2], logits[2:], strict=True)]
-    return oracle_rows(*map(numpy_of, full), beta=beta)[0]
-
-
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("size", [1, 7, 64, 301, 5000])
-def test_any_tiles_give_the_rows(kernels, beta, size):
-    """One token a tile, odd tiles, one tile; with biases at odd addresses; as forward() gives them."""
-    logits = tiles(301, bias=True)
-    loss, stats = run_tiles(kernels.epilogues, logits, None, beta, size)
-    np.testing.assert_allclose(numpy_of(loss), true_loss(logits, beta), rtol=4e-6)
-    whole = outputs()
-    kernels.epilogues.forward(logits, None, *whole, 301, (beta, *PLAIN))
-    torch.testing.assert_close(whole[0], loss, rtol=4e-6, atol=0)
-    torch.testing.assert_close(whole[1], stats, rtol=4e-6, atol=4e-6)
-
-
-@pytest.mark.parametrize("beta", BETAS)
-def test_splits_merge(kernels, beta):
-    """States of parts of the vocabulary, made apart, then finished together; a part without any token too."""
-    epilogues, options = kernels.epilogues, (beta, *PLAIN)
-    logits = tiles(300)
-    logits[0][1, :100] = logits[1][1, :100] = -math.inf
-    cuts = [slice(0, 100), slice(100, 140), slice(140, 300)]
-    states, sums = torch.full((3, 5, ROWS), math.nan), torch.full((3, 2, ROWS), math.nan)
-    for cut, state in zip(cuts, states, strict=True):
-        epilogues.tile_stats((*(x[:, cut] for x in logits[:2]), None, None), None, state, True, options)
-    loss, stats = outputs()
-    epilogues.finish_stats(states, None, loss, stats, options)
-    if 0 < beta < 1:
-        for cut, part in zip(cuts, sums, strict=True):
-            tile = (*(x[:, cut] for x in logits[:2]), None, None)
-            epilogues.tile_mixture(tile, None, stats, part, True, options)
-        epilogues.finish_mixture(sums, None, loss, stats, options)
-    np.testing.assert_allclose(numpy_of(loss), true_loss(logits, beta), rtol=4e-6)
-
-
-@pytest.mark.parametrize("beta", BETAS)
-def test_rising_tiles_and_extreme_logits(kernels, beta):
-    """Every tile raises the maximum of one side, none that of the other; tiles of finfo.min, of -inf."""
-    rising = torch.linspace(-60.0, 60.0, 600).expand(3, 600)
-    student, teacher = rising.clone(), rising.flip(1).clone()
-    teacher[1, :200] = -math.inf
-    if beta != 1.0:
-        teacher[2, :200] = torch.finfo(torch.float32).min
-    logits = (student, teacher, None, None)
-    loss, _ = run_tiles(kernels.epilogues, logits, None, beta, 100)
-    np.testing.assert_allclose(numpy_of(loss), true_loss(logits, beta), rtol=4e-6)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -214,129 +67,6 @@ def test_order_of_threads_changes_no_bit(shim, kernels, beta):
                 )
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("bias", [False, True])
-def test_bounds_and_masked_rows(shim, kernels, beta, bias):
-    """Only the tile's columns, its biases and the rows that count are read; all that is due is written."""
-    columns, options, epilogues = 161, (beta, *PLAIN), kernels.epilogues
-    logits = tiles(columns, bias)
-    mask = torch.tensor([True, False, True, False, True])
-    allowed = partial(readable, (logits[0][::2], logits[1][::2], *logits[2:]), mask=mask)
-    state, sums = torch.full((5, ROWS), math.nan), torch.full((2, ROWS), math.nan)
-    loss, stats = outputs()
-
-    def complete(trace, *written):
-        taken = [trace.take_stores(x) for x in written]
-        assert all(stores.never == stores.twice == 0 for stores in taken)
-        assert taken[-1].elsewhere == 0
-
-    with shim.trace(**allowed()) as trace:
-        epilogues.tile_stats(logits, mask, state, True, options)
-        complete(trace, state)
-    with shim.trace(**allowed(state=state)) as trace:
-        epilogues.tile_stats(logits, mask, state, False, options)
-        complete(trace, state)
-    with shim.trace(mask=mask, state=state) as trace:
-        epilogues.finish_stats(state[None], mask, loss, stats, options)
-        complete(trace, loss, stats)
-    with shim.trace(**allowed(stats=stats)) as trace:
-        epilogues.tile_mixture(logits, mask, stats, sums, True, options)
-        complete(trace, sums)
-    with shim.trace(mask=mask, sums=sums) as trace:
-        epilogues.finish_mixture(sums[None], mask, loss, stats, options)
-        complete(trace, loss, stats[:, 5])
-    with shim.trace(**allowed()) as trace:
-        epilogues.forward(logits, mask, loss, stats, columns, options)
-        complete(trace, loss, stats)
-    weight = torch.tensor([0.5])
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        dz = torch.full((ROWS, 192), math.nan, dtype=dtype)[:, : columns + 3]
-        with shim.trace(**allowed(stats=stats, weight=weight)) as trace:
-            epilogues.grad(logits, mask, weight.expand(ROWS), stats, dz, columns, options)
-            complete(trace, dz)
-        assert (dz[:, columns:] == 0).all() and (dz[1::2] == 0).all() and (dz[::2, :columns] != 0).any()
-
-
-@pytest.mark.parametrize("beta", BETAS)
-def test_traffic(shim, kernels, beta):
-    """Bytes per logit: 4 + 4 by stats and by JSD's terms, 4 + 4 + dz's by the gradient; 16 at a time."""
-    options, epilogues = (beta, *PLAIN), kernels.epilogues
-    logits = tiles()
-    matrix = 4 * ROWS * COLUMNS
-    state, sums, (loss, stats), weight = torch.zeros(5, ROWS), torch.zeros(2, ROWS), outputs(), torch.ones(1)
-
-    def passes(trace, count):
-        for side in ("student", "teacher"):
-            loads = trace.loads(side)
-            assert (loads.bytes, loads.narrow) == (count * matrix, 0)
-
-    def updates(trace, name, x):
-        assert trace.loads(name).bytes == trace.take_stores(x).bytes == 4 * x.numel()
-
-    epilogues.tile_stats(logits, None, state, True, options)
-    with shim.trace(**readable(logits, state=state)) as trace:
-        epilogues.tile_stats(logits, None, state, False, options)
-        passes(trace, 1)
-        updates(trace, "state", state)
-        assert trace.most_shared_bytes() == 640
-    with shim.trace(**readable(logits)) as trace:
-        epilogues.forward(logits, None, loss, stats, COLUMNS, options)
-        passes(trace, 2 if 0 < beta < 1 else 1)
-        assert trace.take_stores(loss).bytes + trace.take_stores(stats).bytes == 28 * ROWS
-    with shim.trace(**readable(logits, stats=stats, sums=sums)) as trace:
-        epilogues.tile_mixture(logits, None, stats, sums, False, options)
-        passes(trace, 1)
-        updates(trace, "sums", sums)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        dz = torch.empty(ROWS, COLUMNS, dtype=dtype)
-        with shim.trace(**readable(logits, stats=stats, weight=weight)) as trace:
-            epilogues.grad(logits, None, weight.expand(ROWS), stats, dz, COLUMNS, options)
-            passes(trace, 1)
-            stores = trace.take_stores(dz)
-            assert (stores.bytes, stores.narrow, stores.elsewhere) == (dz.nbytes, 0, 0)
-
-
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("count", [1, 127, 128, 129])
-def test_rows_of_a_finishing_block(shim, kernels, beta, count):
-    """Below, at and above the threads of a block; a mask with a stride."""
-    logits = (*make_rows(count, 5, torch.float32), None, None)
-    wide = torch.stack([torch.arange(count) % 3 > 0, torch.arange(count) < 0], dim=1)
-    with shim.trace(student=logits[0], teacher=logits[1], mask=wide.view(torch.uint8)) as trace:
-        loss, stats = run_tiles(kernels.epilogues, logits, wide[:, 0], beta, 5)
-        written = trace.take_stores(loss), trace.take_stores(stats)
-    assert all(stores.never == 0 for stores in written)
-    counts = numpy_of(wide[:, 0])
-    np.testing.assert_allclose(numpy_of(loss), np.where(counts, true_loss(logits, beta), 0.0), rtol=4e-6)
-    grad = torch.full((count, 5), math.nan)
-    kernels.epilogues.grad(logits, wide[:, 0], torch.ones(count), stats, grad, 5, (beta, *PLAIN))
-    true_grad = oracle_rows(*map(numpy_of, logits[:2]), beta=beta)[1] * counts[:, None]
-    np.testing.assert_allclose(numpy_of(grad), true_grad, atol=2e-6)
-
-
-@pytest.mark.parametrize("beta", BETAS)
-def test_rows_beyond_32_bit_offsets(kernels, beta):
-    """The second row begins 2^31 + 8 elements after the first, in memory that is never touched between."""
-    stride, columns = 2**31 + 8, 40
-    holes = [mmap.mmap(-1, 4 * (stride + columns)) for _ in range(3)]
-    far = [
-        torch.frombuffer(hole, dtype=torch.float32).as_strided((2, columns), (stride, 1)) for hole in holes
-    ]
-    near = make_rows(2, columns, torch.float32)
-    for view, values in zip(far, near, strict=False):
-        view.copy_(values)
-    options = (beta, *PLAIN)
-    true_loss_, true_grad = oracle_rows(*map(numpy_of, near), beta=beta)
-    for loss, stats in (
-        kernels.forward(*far[:2], None, columns, options),
-        run_tiles(kernels.epilogues, (*far[:2], None, None), None, beta, columns),
-    ):
-        np.testing.assert_allclose(numpy_of(loss), true_loss_, rtol=4e-6)
-        kernels.epilogues.grad((*far[:2], None, None), None, torch.ones(2), stats, far[2], columns, options)
-        np.testing.assert_allclose(numpy_of(far[2]), true_grad, atol=2e-6)
-        far[2].fill_(math.nan)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -396,28 +126,6 @@ def test_half_precision_rows_do_not_share_their_fate(kernels, schedule):
         assert (found[3] == 0).all()
 
 
-@pytest.mark.parametrize("beta", [1e-40, 1e-320, 1 - 2**-53])
-def test_the_smallest_shares(kernels, beta):
-    """Shares that fp32 does not hold: as good as 0, not NaN or infinite."""
-    for edges in (finite_rows(37, 16), masked_out_rows(37, 16)):
-        loss, _, grad = rows(kernels, edges.student, edges.teacher, beta=beta)
-        none = torch.isneginf(edges.student).all(1) | torch.isneginf(edges.teacher).all(1)
-        assert loss[none].isnan().all() and grad[~none].isfinite().all()
-        assert (loss[~none].abs() < 1e-12).all() and (grad[~none].abs() < 1e-12).all()
-
-
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("beta", EDGE_BETAS)
-def test_rows_at_edges(kernels, beta, temperature):
-    """One and two tokens, one run, the borders of runs and of what the threads of a block take at once."""
-    small = [finite_rows(1, 1), finite_rows(2, 1)]
-    for edges in (*small, *(make(V, tile) for V, tile in ((37, 16), (600, 512)) for make in BOTH_KINDS)):
-        check_rows_at_edges(kernels, edges, beta, temperature)
-
-
-BOTH_KINDS = (finite_rows, masked_out_rows)
-
-
 @pytest.mark.parametrize(
     ("schedule", "dtype"), [("store", torch.float16), ("recompute", torch.bfloat16), ("store", torch.float32)]
 )
@@ -435,11 +143,6 @@ def test_linear_at_edges(kernels, beta, temperature, schedule, dtype):
 @pytest.mark.parametrize("beta", BETAS)
 def test_biases_at_edges(kernels, beta, temperature):
     check_biases_at_edges(kernels, 269, 128, beta, temperature)
-
-
-@pytest.mark.parametrize("beta", BETAS)
-def test_dtypes_of_rows(kernels, beta):
-    check_dtypes_of_rows(kernels, beta, itertools.product(DTYPES, repeat=2))
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -482,181 +185,11 @@ def test_nothing_is_read_back(kernels, needs_grad, dtype):
         int(mask.sum())
 
 
-@pytest.mark.native
-def test_native_epilogues_are_registered_for_cuda():
-    """The names that native_epilogues() calls, with the schemas of the library, have CUDA kernels."""
-    names = ("forward_", "grad_", "stats_", "mixture_")
-    names = [f"kl_tile_{name}" for name in names] + ["kl_finish_stats_", "kl_finish_mixture_"]
-    for name in names:
-        assert getattr(torch.ops.minitron_kernels, name).default._schema.is_mutable
-        if _native.build_info()["cuda_archs"]:
-            full = f"minitron_kernels::{name}"
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(full, "CUDA")
-
-
-def test_bad_input(kernels):
-    epilogues, options = kernels.epilogues, (0.0, *PLAIN)
-    good = tiles(40)
-    loss, stats = outputs()
-
-    def forward(student=good[0], teacher=good[1], bias=None, loss=loss, stats=stats, vocab_size=40):
-        epilogues.forward((student, teacher, bias, None), None, loss, stats, vocab_size, options)
-
-    def grad(columns=40, dtype=torch.float32, rows=ROWS):
-        dz, weight = torch.empty(ROWS, columns, dtype=dtype), torch.ones(rows)
-        epilogues.grad(good, None, weight, stats, dz, 40, options)
-
-    def state(x):
-        epilogues.tile_stats(good, None, x, True, options)
-
-    for call, arguments, message in [
-        (forward, {"student": good[0].bfloat16()}, "student_logits must be float32 out of the GEMM"),
-        (forward, {"teacher": good[1][:2]}, "teacher_logits has 2 rows, student_logits 5"),
-        (forward, {"bias": torch.zeros(39)}, "student_bias must be float32"),
-        (forward, {"bias": torch.zeros(40).bfloat16()}, "student_bias must be float32"),
-        (forward, {"loss": torch.zeros(4)}, "loss must be float32"),
-        (forward, {"stats": torch.zeros(ROWS, 12)[:, ::2]}, "stats must be the contiguous"),
-        (forward, {"vocab_size": 41}, "vocab_size 41 is not in"),
-        (grad, {"columns": 39}, "grad has 39 columns, vocab_size is 40"),
-        (grad, {"dtype": torch.float64}, "grad must be float32, bfloat16 or float16"),
-        (grad, {"rows": 4}, r"weight must be float32 \[N\]"),
-        (state, {"x": torch.zeros(4, ROWS)}, "state must be float32"),
-        (partial(epilogues.finish_stats, torch.zeros(1, 4, ROWS), None, loss, stats, options), {}, "states"),
-    ]:
-        with pytest.raises(RuntimeError, match=message):
-            call(**arguments)
-
-
-# ---- planted faults: what these tests are to see, they see
-
-
-def check_tiles(shim, beta=0.0, columns=301, size=64):
-    logits = tiles(columns, bias=True)
-    loss, _ = run_tiles(kernels_of(shim).epilogues, logits, None, beta, size)
-    np.testing.assert_allclose(numpy_of(loss), true_loss(logits, beta), rtol=4e-6)
-
-
-def check_orders(shim):
-    for order in ORDERS:
-        with shim.order(order):
-            check_tiles(shim, columns=4096, size=2048)  # four warps
-
-
-def check_bounds(shim):
-    test_bounds_and_masked_rows(shim, kernels_of(shim), 0.0, False)
-
-
-def check_traffic(shim):
-    test_traffic(shim, kernels_of(shim), 0.0)
-
-
-def check_edges(shim):
-    check_rows_at_edges(kernels_of(shim), finite_rows(37, 16), 0.0, 1.0)
-    check_rows_at_edges(kernels_of(shim), masked_out_rows(37, 16), 0.0, 0.005)
-
-
-def check_finish(shim):
-    test_rows_of_a_finishing_block(shim, kernels_of(shim), 0.0, 129)
-
-
-REDUCE, STATE, TILES = "common/cuda/reduce.cuh", "kl_loss/cuda/row_state.cuh", "kl_loss/cuda/tile_kernels.cuh"
-PAIRS, DIFFERS = "kl_loss/cuda/row_pairs.cuh", "Not equal to tolerance"
-BEGUN, BEGUN_SUMS = ") begun = load_fields<State>", ") begun = load_fields<MixtureSums>"
-MERGED = "  const State merged = row_state(pairs, begun, partial);\n"
-FAULTS = {  # name: the check, what is done to the source, what the failure must say
-    "digits of 1e4": (
-        check_edges,
-        Fault("kl_loss/cuda/divergence.cuh", "fabsf(max_s - max_t) > kApart", "max_s - max_t > 1e30f"),
-        "expected",
-    ),
-    "a part without mass and of infinite KL": (
-        check_edges,
-        Fault(STATE, "(p == 0.0f ? 0.0f : p * part.kl)", "p * part.kl"),
-        "expected",
-    ),
-    "last row of a finishing grid": (
-        check_finish,
-        Fault(
-            "kl_loss/cuda/linear.cu",
-            "(rows + kFinishThreads - 1) / kFinishThreads",
-            "(rows + kFinishThreads - 2) / kFinishThreads",
-        ),
-        "assert",
-    ),
-    "masses of the parts left out": (
-        check_tiles,
-        Fault(STATE, "return kl_term(p, q, log_ratio) + (p ==", "return (p =="),
-        DIFFERS,
-    ),
-    "a state that nobody wrote": (check_tiles, Fault(TILES, "&& !first" + BEGUN, BEGUN), DIFFERS),
-    "earlier tiles counted by every thread": (
-        check_tiles,
-        Fault(TILES, "threadIdx.x == 0 && !first" + BEGUN, "!first" + BEGUN),
-        DIFFERS,
-    ),
-    "JSD forgets earlier tiles": (
-        partial(check_tiles, beta=0.3),
-        Fault(TILES, "&& !first" + BEGUN_SUMS, "&& !first && row < 0" + BEGUN_SUMS),
-        DIFFERS,
-    ),
-    "no bias": (check_tiles, Fault(PAIRS, "x[i] += b[i];", "x[i] += 0.0f * b[i];"), DIFFERS),
-    "no barrier": (check_orders, Fault(REDUCE, "  __syncthreads();\n", ""), DIFFERS),
-    "a row that does not count": (
-        check_bounds,
-        Fault(PAIRS, "return mask == nullptr || load_scalar", "return mask != nullptr || load_scalar"),
-        "load outside of the allowed regions",
-    ),
-    "a run too many": (
-        check_bounds,
-        Fault(PAIRS, "if (run < split.runs) {", "if (run <= split.runs) {"),
-        "load outside of the allowed regions",
-    ),
-    "each logit twice": (
-        check_traffic,
-        Fault(TILES, MERGED, MERGED + "  if (row_state(pairs, begun, partial).kl < 0.0f) return;\n"),
-        r"163840, 0",
-    ),
-    "scalar stores": (
-        check_traffic,
-        Fault(
-            "common/cuda/vec.cuh",
-            "v.x = pack_word(in + i, p);",
-            "v.x = 0; store_scalar(p + i, from_float<T>(in[i]));",
-        ),
-        "assert",
-    ),
-}
-
-
-@pytest.mark.skipif(SANITIZE, reason="the faults are planted in the plain build")
-@pytest.mark.parametrize("name", FAULTS)
-def test_planted_fault_is_found(shim, name):
-    check_it, fault, message = FAULTS[name]
-    check_it(shim)
-    broken = load("kl_loss", fault, WITHOUT_HALF, WITHOUT_BFLOAT16)
-    with pytest.raises((AssertionError, RuntimeError), match=message):
-        check_it(broken)
-
-
-SANITIZED = (
-    "any_tiles or splits or rising_tiles or forward_only or bounds or bad_input or (test_linear and 0.3)"
-)
-HEAP_OVERRUN = """
-import torch
-from tools.host_shim import *
-overrun = Fault("kl_loss/cuda/row_pairs.cuh", "if (run < split.runs) {", "if (run <= split.runs) {")
-shim = load("kl_loss", overrun, WITHOUT_HALF, WITHOUT_BFLOAT16, sanitize=True)
-state, logits = torch.zeros(5, 1), torch.zeros(1, 160)
-shim.ops.kl_tile_stats_(logits, logits, None, None, None, state, True, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
-"""
+SANITIZED = "any_tiles or splits or rising_tiles or forward_only or bounds or bad_input or 0.3"
 
 
 @pytest.mark.skipif(SANITIZE, reason="this is the child")
 def test_under_sanitizers():
-    assert_clean_under_sanitizers(__file__, SANITIZED)
-
-
-@pytest.mark.skipif(SANITIZE, reason="this is the child")
-def test_sanitizers_find_a_planted_overrun():
-    done = run_sanitized("-c", HEAP_OVERRUN)
-    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-4000:]
+    """What does not take long of this file and of the tiles' one, and the beta that all code is used by."""
+    for name in ("test_linear_cuda.py", "test_tiles_cuda.py"):
+        assert_clean_under_sanitizers(str(Path(__file__).with_name(name)), SANITIZED)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tools.faults import Fault
+from kl_loss.faults import TRITON_TRAFFIC, TRITON_VALUES
 from tools.triton_runs import needs, run_cases, traffic, wrong_traffic
 
 needs_ttsem, needs_triton = needs("triton", "ttsem"), needs("triton")
@@ -32,54 +32,10 @@ def test_cases_under_ttsem(tmp_path):
     assert total >= 60
 
 
-ROWS, MATH, LINEAR = (f"kl_loss/kernel_triton/{name}.py" for name in ("rows", "divergence", "linear"))
-FAULTS = {  # name: cases, fault, what the output says
-    "no rescale between blocks": (
-        "rows_rising and 0.0",
-        Fault(
-            MATH,
-            "a_mass_s, b_mass_s = a_sum_s * tl.exp(a_max_s - base_s)",
-            "a_mass_s, b_mass_s = a_sum_s",
-        ),
-        "Not equal to tolerance",
-    ),
-    "a load without its mask": (
-        "test_rows and dtype0-0.0",
-        Fault(ROWS, "tl.load(ptr + columns, mask=inside, other=-INF)", "tl.load(ptr + columns)"),
-        r"KernelFault.*reads \d+ element",
-    ),
-    "a store without its mask": (
-        "test_rows and dtype0-0.0",
-        Fault(ROWS, ", mask=offs_v < columns)", ")"),
-        r"KernelFault.*writes \d+ element",
-    ),
-    "programs that write one address": (
-        "test_rows and dtype0-0.0",
-        Fault(ROWS, "tl.store(loss_ptr + rows,", "tl.store(loss_ptr + rows * 0,"),
-        "KernelFault.*race|KernelFault.*program",
-    ),
-    "a state that nobody wrote": (
-        "test_linear and dtype0 and 0.0 and recompute",
-        Fault(ROWS, "    if not FIRST:\n        max_s", "    if FIRST or not FIRST:\n        max_s"),
-        "Not equal to tolerance",
-    ),
-    "digits of 1e4": (
-        "rows_at_edges and 0.0-1.0",
-        Fault(MATH, "tl.abs(max_s - max_t) > APART", "tl.abs(max_s - max_t) > 1e30"),
-        "expected",
-    ),
-    "splits that overlap": (
-        "fused_statistics and 0.0",
-        Fault(LINEAR, "tl.minimum(first + tiles_per_split,", "tl.minimum(first + tiles_per_split + 1,"),
-        "Not equal to tolerance",
-    ),
-}
-
-
 @needs_ttsem
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", TRITON_VALUES)
 def test_planted_fault_is_found(tmp_path, name):
-    only, fault, message = FAULTS[name]
+    only, fault, message = TRITON_VALUES[name]
     status, output = run_cases("kl_loss", tmp_path, only, (fault,))
     assert status == 1 and re.search(message, output), output[-4000:]
 
@@ -104,11 +60,5 @@ def test_traffic(tmp_path):
 
 @needs_triton
 def test_planted_extra_pass_is_found(tmp_path):
-    again = Fault(
-        ROWS,
-        "    rows = row + tl.arange(0, 1)\n",
-        "    kl += 0.0 * tl.sum(tl.load(student_ptr + tl.arange(0, BLOCK_V)).to(tl.float32), 0)\n"
-        "    rows = row + tl.arange(0, 1)\n",
-    )
-    wrong = wrong_traffic(traffic("kl_loss", tmp_path, (again,)), MINIMUM)
+    wrong = wrong_traffic(traffic("kl_loss", tmp_path, (TRITON_TRAFFIC,)), MINIMUM)
     assert wrong and all(re.match(r"rows .*: student ", line) for line in wrong)
