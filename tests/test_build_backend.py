@@ -310,6 +310,7 @@ def toolkit(folder, release="12.8", archs=(75, 80, 90, 100, 120), lib="lib64", d
 
 def test_cuda_toolkits(monkeypatch, tmp_path):
     """CUDA_HOME, then CUDA_PATH, then the PATH; of the architectures those that nvcc knows."""
+    monkeypatch.setattr(tools, "CUDA_ARCHS", (80, 90, 100))
     homes = [tmp_path / name for name in ("home", "path", "on_path")]
     nvccs = [str(toolkit(home)) for home in homes]
     monkeypatch.setenv("CUDA_HOME", str(homes[0]))
@@ -332,6 +333,7 @@ def test_cuda_toolkits(monkeypatch, tmp_path):
 
 
 def test_a_wrapper_tells_where_its_toolkit_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(tools, "CUDA_ARCHS", (80, 90, 100))
     real = tmp_path / "real"
     toolkit(real)
     wrapper = toolkit(tmp_path / "wrapper", dry_run=f'echo "#$ TOP={real}/bin/.." >&2')
