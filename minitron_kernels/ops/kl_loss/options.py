@@ -108,7 +108,7 @@ def check_vocab_size(vocab_size: int | None, student: int, teacher: int) -> int:
 
 @torch.library.custom_op("minitron_kernels::labels_to_mask", mutates_args=())
 def _labels_to_mask(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
-    """[N] bool: labels other than ignore_index; an error if one of those is no token."""
+    """[N] bool: labels other than ignore_index; an error if one of those is not a token."""
     valid = labels != ignore_index
     wrong = valid & ((labels < 0) | (labels >= vocab_size))
     if labels.device.type == "cpu":

@@ -32,7 +32,7 @@ from minitron_kernels.ops.kl_loss.kernel_triton.divergence import (
     transform,
 )
 
-# A chunk of rows may start anywhere in these: their alignment is no reason to compile anew.
+# A chunk of rows may start anywhere in these: their alignment is not a reason to compile anew.
 PER_ROW = ("mask_ptr", "weight_ptr", "loss_ptr", "stats_ptr", "state_ptr", "sums_ptr")
 
 
