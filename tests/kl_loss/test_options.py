@@ -217,7 +217,7 @@ def test_logits(case, backend, strided):
 def test_numbers_that_both_languages_know():
     """Columns of stats, schedules and operands' types are counted alike in Python and in C++."""
     constant = torch.ops.minitron_kernels.kl_loss_constant
-    assert constant("num_stats") == NUM_STATS
+    assert constant("num_stats") == NUM_STATS and constant("panel") == plan_cpu._PANEL
     assert all(constant(name) == code for name, code in plan_cpu._SCHEDULE_CODES.items())
     codes = {str(dtype).removeprefix("torch."): code for dtype, code in plan_cpu._OPERAND_CODES.items()}
     assert all(constant(name) == code for name, code in codes.items())

@@ -32,7 +32,7 @@ _ENGINES = {
 # the numbers of LinearPlan in csrc/kl_loss/cpu/linear_plan.h, which a test compares
 _SCHEDULE_CODES = {"store": 0, "recompute": 1, "forward": 2}
 _OPERAND_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2}
-_PANEL = 64  # rows come in panels of 64, kPanel in csrc/common/cpu/gemm.h
+_PANEL = 64  # rows come in panels of 64: kPanel in csrc/common/cpu/gemm.h, which a test compares
 _MAX_CHUNK = 4096  # more rows at a time gain nothing
 # smaller chunks multiply slowly, and a tight budget is not meant to buy an fp32 head gradient
 _MIN_STORE_ROWS = 128
