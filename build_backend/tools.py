@@ -86,6 +86,19 @@ def requested_mode() -> str:
     return mode
 
 
+def requested_archs() -> tuple[int, ...]:
+    """The value of MINITRON_CUDA_ARCHS, like 90 or 80,90; CUDA_ARCHS where it is not set."""
+    names = os.environ.get("MINITRON_CUDA_ARCHS", "").replace(",", " ").split()
+    if not names:
+        return CUDA_ARCHS
+    if not all(re.fullmatch(r"\d+", name) and int(name) >= CUDA_ARCHS[0] for name in names):
+        raise SystemExit(
+            f"error: MINITRON_CUDA_ARCHS must be architectures from {CUDA_ARCHS[0]} on, like 90 or 80,90; "
+            f"got {' '.join(names)!r}"
+        )
+    return tuple(sorted({int(name) for name in names}))
+
+
 def cuda_required(cuda: Absent) -> str:
     """The message for MINITRON_BUILD=cuda where there is no CUDA."""
     return f"error: MINITRON_BUILD=cuda, but {cuda.why} (MINITRON_BUILD=auto builds without CUDA then)"
@@ -218,11 +231,13 @@ def find_cuda() -> Cuda | Absent:
         return Absent(
             f"the toolkit of {nvcc}, {home}, has no libcudart_static.a: install CUDA's static runtime"
         )
-    archs = [arch for arch in CUDA_ARCHS if arch in known]
+    wanted = requested_archs()
+    archs = [arch for arch in wanted if arch in known]
+    unknown = f"{nvcc} (CUDA {version[1]}.{version[2]}) knows {{}} of sm_{', sm_'.join(map(str, wanted))}"
+    if len(archs) < len(wanted) and os.environ.get("MINITRON_CUDA_ARCHS"):
+        raise SystemExit(f"error: {unknown.format('not all')}, which MINITRON_CUDA_ARCHS names")
     if not archs:
-        return Absent(
-            f"{nvcc} (CUDA {version[1]}.{version[2]}) knows none of sm_{', sm_'.join(map(str, CUDA_ARCHS))}"
-        )
+        return Absent(unknown.format("none"))
     return Cuda(nvcc, f"{version[1]}.{version[2]}", archs, [str(library)])
 
 

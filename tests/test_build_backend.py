@@ -12,6 +12,7 @@ import torch
 
 from minitron_kernels import __main__ as report
 from minitron_kernels import _backend, _native
+from tools.toolchains import script
 
 ROOT = Path(__file__).resolve().parents[1]
 if not (ROOT / "build_backend").is_dir():  # an sdist has it; an installed copy has not
@@ -32,7 +33,15 @@ SOURCES = [Path("/r/csrc") / name for name in ("module.cpp", "a/b_simd.cpp", "a/
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
-    for name in ("MINITRON_BUILD", "CUDA_HOME", "CUDA_PATH", "CXX", "CXXFLAGS", "LDFLAGS"):
+    for name in (
+        "MINITRON_BUILD",
+        "MINITRON_CUDA_ARCHS",
+        "CUDA_HOME",
+        "CUDA_PATH",
+        "CXX",
+        "CXXFLAGS",
+        "LDFLAGS",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -267,13 +276,6 @@ def test_torch_to_compile_against(monkeypatch, tmp_path, version, headers, found
     assert tools.find_torch() == (Torch(torch_folder, version) if found else None)
 
 
-def script(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
-
-
 def test_compilers(monkeypatch, tmp_path):
     """$CXX with its options; what it does not compile, by its own words; the SIMD levels that it knows."""
     monkeypatch.setattr(tools.platform, "machine", lambda: "x86_64")
@@ -293,58 +295,6 @@ def test_compilers(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(cc))
     monkeypatch.setattr(tools.sysconfig, "get_path", lambda *_, **__: str(tmp_path))
     assert "Python.h was not found" in tools.find_compiler().why
-
-
-def toolkit(folder, release="12.8", archs=(75, 80, 90, 100, 120), lib="lib64", dry_run=""):
-    listed = "; ".join(f"echo compute_{arch}" for arch in archs)
-    nvcc = script(
-        folder / "bin/nvcc",
-        f'case "$1" in --version) echo "Cuda compilation tools, release {release}, V{release}.1";;\n'
-        f"--list-gpu-arch) {listed};;\n--dryrun) {dry_run or 'true'};; esac",
-    )
-    for file in ("include/cuda_runtime.h", f"{lib}/libcudart_static.a"):
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).touch()
-    return nvcc
-
-
-def test_cuda_toolkits(monkeypatch, tmp_path):
-    """CUDA_HOME, then CUDA_PATH, then the PATH; of the architectures those that nvcc knows."""
-    monkeypatch.setattr(tools, "CUDA_ARCHS", (80, 90, 100))
-    homes = [tmp_path / name for name in ("home", "path", "on_path")]
-    nvccs = [str(toolkit(home)) for home in homes]
-    monkeypatch.setenv("CUDA_HOME", str(homes[0]))
-    monkeypatch.setenv("CUDA_PATH", str(homes[1]))
-    monkeypatch.setenv("PATH", f"{homes[2] / 'bin'}:{os.environ['PATH']}")
-    for home, nvcc, name in zip(homes, nvccs, ("CUDA_HOME", "CUDA_PATH", None), strict=True):
-        assert tools.find_cuda() == Cuda(nvcc, "12.8", [80, 90, 100], [str(home / "lib64")])
-        if name:
-            monkeypatch.delenv(name)
-    toolkit(homes[2], archs=(75, 90, 120), lib="lib")
-    (homes[2] / "lib64/libcudart_static.a").unlink()
-    assert tools.find_cuda() == Cuda(nvccs[2], "12.8", [90], [str(homes[2] / "lib")])
-    toolkit(homes[2], release="11.8")
-    assert "is of CUDA release 11.8: 12.0 is the first with C++20" in tools.find_cuda().why
-    toolkit(homes[2], archs=(70,))
-    assert "knows none of sm_80, sm_90, sm_100" in tools.find_cuda().why
-    toolkit(homes[2])
-    script(homes[2] / "bin/nvcc", "exit 5")
-    assert "does not run" in tools.find_cuda().why
-
-
-def test_a_wrapper_tells_where_its_toolkit_is(monkeypatch, tmp_path):
-    monkeypatch.setattr(tools, "CUDA_ARCHS", (80, 90, 100))
-    real = tmp_path / "real"
-    toolkit(real)
-    wrapper = toolkit(tmp_path / "wrapper", dry_run=f'echo "#$ TOP={real}/bin/.." >&2')
-    for file in ("include/cuda_runtime.h", "lib64/libcudart_static.a"):
-        (tmp_path / "wrapper" / file).unlink()
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "wrapper"))
-    assert tools.find_cuda() == Cuda(str(wrapper), "12.8", [80, 90, 100], [str(real / "lib64")])
-    (real / "lib64/libcudart_static.a").unlink()
-    assert "has no libcudart_static.a" in tools.find_cuda().why
-    (real / "include/cuda_runtime.h").unlink()
-    assert "has no include/cuda_runtime.h" in tools.find_cuda().why
 
 
 def test_ninja_beside_the_interpreter(monkeypatch, tmp_path):
