@@ -206,7 +206,7 @@ PLANTED = [
     ("_backend.py", "def f():\n    import minitron_kernels.ops.kl_loss.op"),
     ("ops/kl_loss/reference.py", "from .op import kl_loss"),
     ("ops/kl_loss/reference.py", "from ..._backend import pick"),
-    ("ops/kl_loss/kernel_triton.py", "from minitron_kernels.ops.kl_loss import reference"),
+    ("ops/kl_loss/kernel_triton/launch.py", "from minitron_kernels.ops.kl_loss import reference"),
     ("ops/gather/op.py", "from minitron_kernels.ops.kl_loss.op import kl_loss"),
     ("ops/gather/op.py", "from ..kl_loss import op"),
     ("ops/kl_loss/op.py", "from minitron_kernels.pruning import plan"),
@@ -222,16 +222,16 @@ PLANTED = [
 @pytest.mark.parametrize(("file", "line"), PLANTED)
 def test_a_planted_import_is_found(tmp_path, file, line):
     house = """__init__ __main__ _native _backend ops/__init__ ops/kl_loss/__init__ ops/kl_loss/op
-        ops/kl_loss/plan ops/kl_loss/reference ops/kl_loss/kernel_triton ops/gather/__init__ ops/gather/op
+        ops/kl_loss/plan_cpu ops/kl_loss/reference ops/kl_loss/kernel_triton/__init__
+        ops/kl_loss/kernel_triton/launch ops/gather/__init__ ops/gather/op
         pruning/__init__ pruning/families/__init__ pruning/families/family pruning/plan/__init__
         pruning/plan/sizes pruning/cut/__init__ pruning/cut/cuts distillation/__init__ distillation/losses"""
     for name in house.split():
         path = tmp_path / PACKAGE / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    good = (
-        "import torch\nfrom minitron_kernels import _backend\nfrom . import reference\nfrom .plan import f\n"
-    )
+    good = "import torch\nfrom minitron_kernels import _backend\nfrom . import reference\n"
+    good += "from .plan_cpu import f\n"
     (tmp_path / PACKAGE / "ops/kl_loss/op.py").write_text(good)
     assert wrong_imports(tmp_path) == []
     with (tmp_path / PACKAGE / file).open("a") as stream:

@@ -55,6 +55,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
       "-> int[]");
   // The operand type in which a bf16 product runs fastest here: "bf16" or "f32".
   m.def("bf16_operands() -> str");
-  // For tests: the number of stats, or of a schedule or an operand type in a plan, which Python repeats.
+  // For tests: the numbers that Python repeats, of stats, a panel, schedules, operand types, divergences.
   m.def("kl_loss_constant(str name) -> int");
 }

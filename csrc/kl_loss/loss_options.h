@@ -10,7 +10,6 @@ namespace minitron {
 
 enum class Divergence { kForwardKL, kReverseKL, kJSD };
 
-// Always inlined: some of the files that include this are compiled for other CPUs than the rest.
 struct LossOptions {
   double beta = 0;  // 0: forward KL, 1: reverse KL, between them the weight of the teacher in JSD's mixture
   double inv_tau = 1;
@@ -22,6 +21,8 @@ struct LossOptions {
     return {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]};
   }
 
+  // Always inlined, as what follows: some of the files that include this are compiled for other CPUs than the
+  // rest, and a function of theirs must not become everyone's.
   [[gnu::always_inline]] Divergence divergence() const {
     if (beta <= 0) return Divergence::kForwardKL;
     if (beta >= 1) return Divergence::kReverseKL;
@@ -48,7 +49,7 @@ decltype(auto) with_divergence(Divergence divergence, F&& f) {
 
 // Whether a row's loss and kl can only be summed once the row's normalisers are known, from a second look at
 // the logits. Otherwise parts of the vocabulary merge by the chain rule of KL, and one look is enough.
-constexpr bool needs_second_look(Divergence divergence) {
+[[gnu::always_inline]] constexpr bool needs_second_look(Divergence divergence) {
   switch (divergence) {
     case Divergence::kForwardKL:
     case Divergence::kReverseKL:
@@ -60,7 +61,7 @@ constexpr bool needs_second_look(Divergence divergence) {
 }
 
 // Whether the gradient needs a KL of the whole row (kKL of its stats).
-constexpr bool grad_needs_kl(Divergence divergence) {
+[[gnu::always_inline]] constexpr bool grad_needs_kl(Divergence divergence) {
   switch (divergence) {
     case Divergence::kForwardKL:
       return false;
@@ -72,7 +73,7 @@ constexpr bool grad_needs_kl(Divergence divergence) {
 }
 
 // Whether the KL of parts of the vocabulary is KL(S || T) and not KL(T || S).
-constexpr bool is_of_student(Divergence divergence) {
+[[gnu::always_inline]] constexpr bool is_of_student(Divergence divergence) {
   switch (divergence) {
     case Divergence::kForwardKL:
     case Divergence::kJSD:
@@ -85,7 +86,7 @@ constexpr bool is_of_student(Divergence divergence) {
 
 // Columns of `stats`, [N, kNumStats]: what the gradient needs to know of a row.
 //   kLseDiff  lse_s - lse_t, less the part that a kernel can take off the logits without rounding: on the CPU
-//             shift_between() the maxima, on CUDA max_s - max_t itself
+//             shift_between() the maxima, on GPUs max_s - max_t itself
 //   kKL       KL(S || T) for reverse KL, KL(S || M) for JSD, else 0
 enum Stat { kMaxS, kInvSumS, kMaxT, kInvSumT, kLseDiff, kKL, kNumStats };
 

@@ -1,12 +1,13 @@
 // Kept rows and columns of matrices, both axes in one launch; of a dtype only the element size matters.
 //
-//   grid (matrices x runs of kRowsPerBlock rows, ceil(K_c / (kThreads x kVec)))   block (kThreads)
+//   grid (matrices x runs of kGatherRowsPerBlock rows, ceil(K_c / (kGatherThreads x kVec)))   block
+//   (kGatherThreads)
 //
-// A thread makes kVec = 16 / element size neighbouring columns of every row of its block: it looks their
-// indices up once, sees whether they are a run, and then moves each row with one 16-byte load and store, or
-// gathers element by element and stores 16 bytes. Sorted indices make a warp's loads fall into few lines,
-// which the L1 cache holds until all of their elements are taken. Bound by memory: reads the lines that hold
-// what is kept, writes each result once.
+// A thread makes kVec = kGatherVec = 16 / element size neighbouring columns of every row of its block: it
+// looks their indices up once, sees whether they are a run, and then moves each row with one 16-byte load and
+// store, or gathers element by element and stores 16 bytes. Sorted indices make a warp's loads fall into few
+// lines, which the L1 cache holds until all of their elements are taken. Bound by memory: reads the lines
+// that hold what is kept, writes each result once.
 #pragma once
 
 #include <cstdint>

@@ -19,8 +19,9 @@ namespace minitron {
 enum Partial { kPartMaxS, kPartSumS, kPartMaxT, kPartSumT, kPartKL, kNumPartials };
 
 // The log-ratio of a token is d = (t - s) + (lse_s - lse_t). The logits of two models may lie far apart, and
-// their difference would then lose its digits. So a shift, which is a whole number, is taken off both
-// brackets. Where the maxima agree it is 0, and t - s of a student close to its teacher stays exact.
+// their difference would then lose its digits. So a shift, a whole number close to max_s - max_t, is added to
+// the first bracket and taken off the second. Where the maxima agree it is 0, and t - s of a student close to
+// its teacher stays exact.
 // The arguments are of type A, or vectors of it. Always inlined, since the files that include this are
 // compiled for different CPUs.
 template <typename A, typename V>

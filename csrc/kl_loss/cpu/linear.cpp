@@ -27,6 +27,7 @@ std::vector<int64_t> linear_kl_loss_layout(int64_t tokens, int64_t vocab_size, i
 
 int64_t kl_loss_constant(std::string name) {
   if (name == "num_stats") return kNumStats;
+  if (name == "stat_kl") return kKL;
   if (name == "panel") return kPanel;
   if (name == "store") return int64_t(Schedule::kStore);
   if (name == "recompute") return int64_t(Schedule::kRecompute);

@@ -16,7 +16,7 @@ class RowMerger {
       : problem_(problem), shape_(shape), workspace_(workspace), divergence_(problem.options.divergence()) {}
 
   // Whether the tiles' own KL is needed: for reverse KL, whose gradient needs that of the row first, and
-  // where no gradient pass sums the loss.
+  // where no gradient pass sums the loss; never for JSD.
   bool needs_tile_kl() const {
     return !needs_second_look(divergence_) &&
            (grad_needs_kl(divergence_) || shape_.plan.schedule == Schedule::kForward);

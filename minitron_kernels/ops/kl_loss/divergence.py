@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 
 # columns of `stats`, [N, NUM_STATS]: max_s, 1 / sum_s, max_t, 1 / sum_t, lse_diff, kl; Stat in
-# csrc/kl_loss/loss_options.h, which a test compares
+# csrc/kl_loss/loss_options.h, whose number and last column a test compares
 NUM_STATS = 6
 STAT_KL = 5
 # what a part of the vocabulary leaves of a row, mergeable: max_s, sum_s, max_t, sum_t, kl

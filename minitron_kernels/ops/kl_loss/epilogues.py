@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Epilogues:
-    """Kernels on fp32 tiles of logits; see kernel_triton for what each takes and writes."""
+    """Kernels on fp32 tiles of logits; see kernel_triton/launch.py for what each takes and writes."""
 
     forward: Callable[..., None]
     grad: Callable[..., None]

@@ -87,7 +87,7 @@ def kl_loss(
         backend: "auto", "native", "triton" or "reference"; a named one never falls back.
 
     Returns:
-        The loss in nats, float32 (float64 for float64): 0-dim, or [...] for "none". A logit of −inf is an
+        The loss in nats, float32 (float64 for float64): 0-dim, or [...] for "none". A logit of −inf is a
         masked-out token: masked out in both it adds 0; in the student alone it makes forward KL +inf.
         NaN propagates.
 

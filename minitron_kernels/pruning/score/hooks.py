@@ -83,7 +83,7 @@ class HookedModel:
         if inside is None:
             raise ValueError(
                 f"the family {self.family.model_types[0]!r} does not say where {axis!r} is tapped: see "
-                "minitron_kernels.pruning.families.family.Taps"
+                "minitron_kernels.pruning.Taps"
             )
         name = f"{self.family.layers}.{index}{'.' if inside else ''}{inside}"
         return name, self.module(name, axis)
