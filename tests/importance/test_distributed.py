@@ -142,7 +142,7 @@ def collector_with_data_parallel_models(rank, world):
             sharded, mine[1:], resume_from=first, data_parallel_group=dist.group.WORLD, **options
         )
         assert_scores(scores, whole)
-        with pytest.raises(ValueError, match="of all ranks already"):
+        with pytest.raises(ValueError, match="already of all ranks"):
             scores.all_reduce_()
         with pytest.raises(ValueError, match="resume_from must be of this rank alone"):
             collect_importance(
