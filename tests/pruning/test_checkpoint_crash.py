@@ -37,6 +37,7 @@ def test_killed_at_any_moment(source, tmp_path, kind, runs):
     done = subprocess.run(
         [sys.executable, "-m", "pruning.crash_runs", *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=Path(__file__).parents[1],  # -m looks there first: not in the checkout, whose package may lack _C
         capture_output=True,
         text=True,
         timeout=600,
