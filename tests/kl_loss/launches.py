@@ -129,5 +129,5 @@ def launch(rows):
             )
         linear(kernels, tensors, beta=beta, mask=mask, needs_grad=(False, False, False))
         logits = [torch.zeros(rows, VOCAB, dtype=torch.bfloat16) for _ in range(2)]
-        loss, stats = kernels.forward(*logits, mask, VOCAB, beta, *PLAIN)
-        kernels.backward(loss, stats, *logits, mask, VOCAB, beta, *PLAIN)
+        loss, stats = kernels.forward(*logits, mask, VOCAB, (beta, *PLAIN))
+        kernels.backward(loss, stats, *logits, mask, VOCAB, (beta, *PLAIN))

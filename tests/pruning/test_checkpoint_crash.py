@@ -293,7 +293,7 @@ def test_overwrite_replaces_nothing_but_a_checkpoint(source, tmp_path, kind):
         save_tiny(tmp_path / "real")
         dst.symlink_to(tmp_path / "real")
     before = snapshot(tmp_path)
-    with pytest.raises(FileExistsError, match="no checkpoint's folder"):
+    with pytest.raises(FileExistsError, match="is not the folder of a checkpoint"):
         prune_checkpoint(folder / "src", dst, plan, overwrite=True, **SHARD)
     assert snapshot(tmp_path) == before
 
