@@ -234,7 +234,7 @@ def find_cuda() -> Cuda | Absent:
     wanted = requested_archs()
     archs = [arch for arch in wanted if arch in known]
     unknown = f"{nvcc} (CUDA {version[1]}.{version[2]}) knows {{}} of sm_{', sm_'.join(map(str, wanted))}"
-    if len(archs) < len(wanted) and os.environ.get("MINITRON_CUDA_ARCHS"):
+    if len(archs) < len(wanted) and wanted is not CUDA_ARCHS:
         raise SystemExit(f"error: {unknown.format('not all')}, which MINITRON_CUDA_ARCHS names")
     if not archs:
         return Absent(unknown.format("none"))

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tools.benchmark_scripts import FOLDER, script
+from tools.benchmark_scripts import FOLDER
 
 if not FOLDER.is_dir():  # an sdist may be tested without it
     pytest.skip("no benchmarks folder here", allow_module_level=True)
@@ -20,6 +20,7 @@ if not FOLDER.is_dir():  # an sdist may be tested without it
 from common import bandwidth as _bandwidth
 from common import bandwidth_worker as _bandwidth_worker
 from common import harness as _harness
+from common.scripts import script
 from kl_loss_rows import cases as _cases
 from kl_loss_rows import worker as _worker
 from kl_loss_rows.peers import IMPLEMENTATIONS

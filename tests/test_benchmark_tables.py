@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tools.benchmark_scripts import FOLDER, script
+from tools.benchmark_scripts import FOLDER
 
 if not FOLDER.is_dir():  # an sdist may be tested without it
     pytest.skip("no benchmarks folder here", allow_module_level=True)
@@ -13,6 +13,7 @@ if not FOLDER.is_dir():  # an sdist may be tested without it
 from common import harness as _harness
 from common import machine as _machine
 from common import tables as _table
+from common.scripts import script
 from kl_loss_rows import cases as _cases
 from kl_loss_rows import worker as _worker
 from kl_loss_rows.floor import gemm_flops

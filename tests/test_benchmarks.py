@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from tools.benchmark_scripts import FOLDER, script
+from tools.benchmark_scripts import FOLDER
 
 if not FOLDER.is_dir():  # an sdist may be tested without it
     pytest.skip("no benchmarks folder here", allow_module_level=True)
 
 from common import harness as _harness
+from common.scripts import script
 from kl_loss_rows import cases as _cases
 from kl_loss_rows import roofline as _roofline
 from kl_loss_rows.floor import Floor, gemm_flops

@@ -74,6 +74,9 @@ def test_architectures_that_are_asked_for(monkeypatch, tmp_path):
         monkeypatch.setenv("MINITRON_CUDA_ARCHS", text)
         with pytest.raises(SystemExit, match="MINITRON_CUDA_ARCHS must be architectures from 80 on"):
             tools.find_cuda()
+    for text in ("", " ", ","):  # names none: those of the list that nvcc knows
+        monkeypatch.setenv("MINITRON_CUDA_ARCHS", text)
+        assert tools.find_cuda() == Cuda(nvcc, "12.8", [80, 90], [str(tmp_path / "lib64")])
     monkeypatch.setenv("MINITRON_CUDA_ARCHS", "90,100")  # not a smaller build without a word
     with pytest.raises(SystemExit, match="knows not all of sm_90, sm_100, which MINITRON_CUDA_ARCHS names"):
         tools.find_cuda()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from common.bandwidth import Bench
-from common.harness import FOLDER, answer, extra_peak_bytes, interleave
+from common.harness import answer, extra_peak_bytes, interleave
+from common.scripts import script
 
 
 def gate(bench: Bench, inputs: Any, call: Callable[[], Any]) -> float:
@@ -22,12 +21,7 @@ def gate(bench: Bench, inputs: Any, call: Callable[[], Any]) -> float:
 
 def bench_of(name: str) -> Bench:
     """BENCH of the script benchmarks/<name>.py."""
-    script = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
-    assert script is not None and script.loader is not None
-    module = importlib.util.module_from_spec(script)
-    sys.modules[script.name] = module  # where dataclasses look for the names in annotations
-    script.loader.exec_module(module)
-    return module.BENCH
+    return script(name).BENCH
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:

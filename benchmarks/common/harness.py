@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
+from common.scripts import FOLDER
+
 MIB = 2**20
-FOLDER = Path(__file__).resolve().parents[1]  # benchmarks/, where a worker finds what it imports
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ def run_worker(
     env = os.environ | {
         name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     }
+    # where a worker finds what it imports
     env["PYTHONPATH"] = os.pathsep.join([str(FOLDER), *filter(None, [env.get("PYTHONPATH")])])
     command = [sys.executable, str(script)]
     try:

@@ -1,30 +1,32 @@
 """gather by Triton without a GPU: its cases under ttsem, the bytes it moves, how wide its accesses are."""
 
 import json
-import re
 
 import pytest
 
 from gather.faults import TRITON_TRAFFIC, TRITON_VALUES
-from tools.triton_runs import needs, planted, python, run_cases, traffic, wrong_traffic
+from tools.triton_runs import (
+    assert_cases_pass,
+    assert_fault_is_found,
+    needs,
+    planted,
+    python,
+    traffic,
+    wrong_traffic,
+)
 
 needs_ttsem, needs_triton = needs("triton", "ttsem"), needs("triton")
 
 
 @needs_ttsem
 def test_cases_under_ttsem(tmp_path):
-    status, output = run_cases("gather", tmp_path)
-    assert status == 0, output[-8000:]
-    assert "skipped" not in output and "unsupported" not in output, output[-2000:]
-    assert int(re.search(r"(\d+) passed", output)[1]) >= 48
+    assert_cases_pass("gather", tmp_path, least=48)
 
 
 @needs_ttsem
 @pytest.mark.parametrize("name", TRITON_VALUES)
 def test_planted_fault_is_found(tmp_path, name):
-    only, fault, message = TRITON_VALUES[name]
-    status, output = run_cases("gather", tmp_path, only, (fault,))
-    assert status == 1 and re.search(message, output), output[-4000:]
+    assert_fault_is_found("gather", tmp_path, *TRITON_VALUES[name])
 
 
 # first words of a case: passes that load and that store each tensor

@@ -8,6 +8,7 @@ from torch import nn
 
 from minitron_kernels.pruning import collect_importance
 from minitron_kernels.pruning.families.wrappers import parameters_without_data, plain_name, unwrapped
+from pruning.collected import assert_same_bits, states
 from pruning.tiny_models import FAMILIES, tiny_model
 
 
@@ -18,22 +19,8 @@ def ids(*shape, seed=0):
 BATCH = ids(2, 9)
 
 
-def states(scores):
-    return {
-        f"{name}.{key}": value
-        for name, axis in scores.axes.items()
-        for key, value in axis.state.state_dict().items()
-    }
-
-
 def collect(model, batches=(BATCH,), **options):
     return collect_importance(model, batches, progress=False, **options)
-
-
-def assert_same_bits(a, b):
-    a, b = states(a), states(b)
-    assert list(a) == list(b)
-    assert [key for key in a if not torch.equal(a[key], b[key])] == []
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -226,6 +227,13 @@ def load(op: str, *faults: Fault, sanitize: bool = False) -> Shim:
     return Shim(*compile_shim(op, faults, sanitize))
 
 
+def assert_fault_is_found(check: Callable[[Shim], None], whole: Shim, broken: Shim, message: str) -> None:
+    """The check passes as the kernels are, and fails by this message with the fault in them."""
+    check(whole)
+    with pytest.raises((AssertionError, RuntimeError), match=message):
+        check(broken)
+
+
 def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`python arguments` under AddressSanitizer and UndefinedBehaviorSanitizer, with SANITIZE set in it."""
     # libstdc++ too: libasan looks for its functions when it starts, before Python loads the extension
@@ -247,3 +255,9 @@ def assert_clean_under_sanitizers(file: str, only: str) -> None:
     done = run_sanitized("-m", "pytest", *options, file)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "passed" in done.stdout and "skipped" not in done.stdout
+
+
+def assert_overrun_is_found(script: str) -> None:
+    """A script that reads or writes beyond a tensor ends by AddressSanitizer's report."""
+    done = run_sanitized("-c", script)
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-4000:]

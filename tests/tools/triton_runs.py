@@ -6,13 +6,16 @@ and <op>/faults.py (what is planted).
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -73,6 +76,25 @@ def run_cases(op: str, folder: Path, only: str = "", faults: tuple[Fault, ...] =
     cases = TESTS / op / "triton_cases.py"
     done = python(planted(folder, faults), folder, *command, cases, "-k", only)
     return done.returncode, done.stdout + done.stderr
+
+
+def assert_cases_pass(op: str, folder: Path, *, least: int, parts: tuple[str, ...] = ("",)) -> None:
+    """All cases of `op` pass under ttsem, at least so many; the parts, by name, run side by side."""
+    with ThreadPoolExecutor(min(len(parts), os.cpu_count() or 1)) as pool:
+        folders = (folder / str(i) for i in range(len(parts)))
+        done = list(pool.map(functools.partial(run_cases, op), folders, parts))
+    total = 0
+    for status, output in done:
+        assert status == 0, output[-8000:]
+        assert "skipped" not in output and "unsupported" not in output, output[-2000:]
+        total += int(re.search(r"(\d+) passed", output)[1])
+    assert total >= least
+
+
+def assert_fault_is_found(op: str, folder: Path, only: str, fault: Fault, message: str) -> None:
+    """The cases of `op` whose name matches fail by this message, with the fault in the kernels."""
+    status, output = run_cases(op, folder, only, (fault,))
+    assert status == 1 and re.search(message, output), output[-4000:]
 
 
 def traffic(op: str, folder: Path, faults: tuple[Fault, ...] = ()) -> dict[str, dict[str, list[int]]]:

@@ -47,25 +47,17 @@ def native_epilogues(ops: Any = None) -> Epilogues:
         ops: the namespace of torch.ops that they are registered in; the library's own by default.
     """
     k = torch.ops.minitron_kernels if ops is None else ops
+
+    def on_logits(op: Callable[..., None]) -> Callable[..., None]:
+        return lambda logits, *rest: op(*logits, *rest)
+
     return Epilogues(
-        forward=lambda logits, mask, loss, stats, vocab_size, options: k.kl_tile_forward_(
-            *logits, mask, loss, stats, vocab_size, options
-        ),
-        grad=lambda logits, mask, weight, stats, out, vocab_size, options: k.kl_tile_grad_(
-            *logits, mask, weight, stats, out, vocab_size, options
-        ),
-        tile_stats=lambda logits, mask, state, first, options: k.kl_tile_stats_(
-            *logits, mask, state, first, options
-        ),
-        tile_mixture=lambda logits, mask, stats, sums, first, options: k.kl_tile_mixture_(
-            *logits, mask, stats, sums, first, options
-        ),
-        finish_stats=lambda states, mask, loss, stats, options: k.kl_finish_stats_(
-            states, mask, loss, stats, options
-        ),
-        finish_mixture=lambda sums, mask, loss, stats, options: k.kl_finish_mixture_(
-            sums, mask, loss, stats, options
-        ),
+        forward=on_logits(k.kl_tile_forward_),
+        grad=on_logits(k.kl_tile_grad_),
+        tile_stats=on_logits(k.kl_tile_stats_),
+        tile_mixture=on_logits(k.kl_tile_mixture_),
+        finish_stats=k.kl_finish_stats_,
+        finish_mixture=k.kl_finish_mixture_,
     )
 
 
