@@ -16,7 +16,8 @@ from minitron_kernels.ops.importance.op import (
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
 from minitron_kernels.ops.kl_loss.modules import KLLoss, LinearKLLoss
 from minitron_kernels.ops.kl_loss.op import kl_loss, linear_kl_loss
-from minitron_kernels.ops.kl_loss.plan_cpu import LinearKLPlan, plan_linear_kl_loss
+from minitron_kernels.ops.kl_loss.op_plan import plan_linear_kl_loss
+from minitron_kernels.ops.kl_loss.plan import LinearKLPlan
 
 __version__ = "0.1.0"
 __all__ = [

@@ -2,6 +2,7 @@
 which imports them has: Triton under ttsem, CUDA C++ through the host shim, both on a GPU.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -227,7 +228,20 @@ def test_rows_identities(kernels):
 # ---- linear_kl_loss
 
 N, H, HT, V, PADDED = 37, 40, 72, 269, 275
-BUDGET = {"store": 1 << 16, "recompute": 3 << 14}  # several chunks, several tiles
+# several chunks; several groups of rows whose dz is kept; several tiles
+BUDGET = {"store": 20_000, "recompute": 28_000}
+
+
+def made_plans(monkeypatch, **numbers):
+    """The plans that calls make from here on, with these numbers in place of their own."""
+    made, plan = [], linear_gpu.plan
+
+    def planned(*arguments):
+        made.append(dataclasses.replace(plan(*arguments), **numbers))
+        return made[-1]
+
+    monkeypatch.setattr(linear_gpu, "plan", planned)
+    return made
 
 
 def linear(
@@ -310,20 +324,33 @@ def assert_linear(outputs, truth, dtype, needs_grad=(True, True, True), rtol=1e-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("schedule", ["store", "recompute"])
 @pytest.mark.parametrize("beta", BETAS)
-def test_linear(kernels, schedule, beta, dtype):
-    """Several chunks and tiles, biases that raise the maximum from tile to tile, softcaps, padding."""
+def test_linear(kernels, monkeypatch, schedule, beta, dtype):
+    """Several chunks, groups of them and tiles, biases that raise the maximum from tile to tile, softcaps, padding."""
     tensors = problem(kernels, dtype, padded=PADDED)
     tensors[1][V:], tensors[3][V:] = math.nan, math.nan  # padding is not read
     bias = torch.linspace(-9, 9, PADDED, device=kernels.device)
     bias[5], bias[250:260] = -INF, -INF
     setup = {"beta": beta, "options": CAPPED, "biases": (bias, bias * 0.5), "vocab_size": V}
     weight = torch.full((), 1 / N, device=kernels.device, dtype=torch.float64)
-    planned = linear_gpu.plan(
-        N, V, H, operand_bytes=tensors[0].itemsize, schedule=schedule, budget=BUDGET[schedule]
-    )
-    assert planned.chunk_rows < N and planned.workspace_bytes <= BUDGET[schedule]
+    tile = V if schedule == "store" else 128
+    made = made_plans(monkeypatch, chunk_rows=7, dz_rows=15, tile=tile)
     outputs = linear(kernels, tensors, row_weight=weight, schedule=schedule, budget=BUDGET[schedule], **setup)
     assert_linear(outputs, truth_of(tensors, row_weight=np.full(N, 1 / N), **setup), dtype)
+    assert [plan.schedule for plan in made] == [schedule]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("schedule", ["store", "recompute"])
+def test_linear_keeps_the_dz_of_all_rows(kernels, monkeypatch, schedule, dtype):
+    """Several chunks, but one GEMM each for a tile's gradients; masked rows, weights, an uneven last chunk."""
+    tensors = problem(kernels, dtype, padded=PADDED)
+    mask = torch.arange(N, device=kernels.device) % 5 > 0
+    weight = torch.linspace(0.5, 1.5, N, device=kernels.device) / N
+    made_plans(monkeypatch, chunk_rows=11, dz_rows=N, tile=V if schedule == "store" else 128)
+    setup = {"beta": 0.3, "vocab_size": V}
+    outputs = linear(kernels, tensors, mask=mask, row_weight=weight, schedule=schedule, **setup)
+    truth = truth_of(tensors, row_weight=numpy_of(weight) * numpy_of(mask), **setup)
+    assert_linear(outputs, (truth[0] * numpy_of(mask), *truth[1:]), dtype)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def force_plan(monkeypatch, **numbers):
     `stored_tiles` only with schedule "store", and no more tiles than there are.
     """
     made = []
-    real = plan_cpu.plan_linear_kl_loss
+    real = plan_cpu.plan
 
     def planned(N, V, H, Ht, **options):
         own = real(N, V, H, Ht, **options)
@@ -102,7 +102,7 @@ def force_plan(monkeypatch, **numbers):
         made.append(dataclasses.replace(p, part_bytes=tuple(parts)))
         return made[-1]
 
-    monkeypatch.setattr(linear, "plan_linear_kl_loss", planned)
+    monkeypatch.setattr(linear, "plan_cpu", planned)
     return made
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 SCHEDULES = ("auto", "store", "recompute")
 CPU_WORKSPACE_BYTES = 512 << 20  # by default
-GPU_WORKSPACE_BYTES = 2 << 30  # by default: chunks of 1600 rows at a vocabulary of 131072
+GPU_WORKSPACE_BYTES = 4 << 30  # by default: dz of 8192 rows of 131072, and logits of 2048 of them
 
 
 def too_small(budget: int, least: int, schedule: str, vocab_size: int, more: str = "") -> ValueError:

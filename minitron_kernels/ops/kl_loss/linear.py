@@ -20,7 +20,8 @@ from minitron_kernels.ops.kl_loss.divergence import NUM_STATS
 from minitron_kernels.ops.kl_loss.epilogues import EPILOGUES
 from minitron_kernels.ops.kl_loss.linear_gpu import linear_kl_loss_
 from minitron_kernels.ops.kl_loss.options import LossOptions
-from minitron_kernels.ops.kl_loss.plan_cpu import operand_type, plan_linear_kl_loss
+from minitron_kernels.ops.kl_loss.plan_cpu import operand_type
+from minitron_kernels.ops.kl_loss.plan_cpu import plan as plan_cpu
 from minitron_kernels.ops.kl_loss.rows import no_second_derivative
 from minitron_kernels.ops.kl_loss.sums import sum_rows
 
@@ -85,7 +86,7 @@ def _linear_kl_loss(
         )
         return loss, new_stats, grad_hidden, grad_head, grad_bias
     count = N if mask is None else int(mask.sum())
-    plan = plan_linear_kl_loss(
+    plan = plan_cpu(
         count,
         vocab_size,
         student_hidden.shape[1],

@@ -1,9 +1,9 @@
 """linear_kl_loss on CUDA and ROCm tensors: the vendor's GEMMs into fp32 logits, and epilogues on them.
 
-    store      for a chunk of rows: both logits of the whole vocabulary, stats, dz, then the gradients' GEMMs.
-               4 GEMMs; several chunks add their head gradients in fp32.
+    store      for a chunk of rows: both logits of the whole vocabulary, turned into loss, stats and dz. The
+               dz of many chunks wait for one GEMM each that makes dX and dW. 4 GEMMs.
     recompute  for a tile of the vocabulary and all rows: logits, merged into the stats. Then tile by tile
-               logits again, dz, GEMMs. 6 GEMMs (8 for JSD); each tile of the head's gradient is made once.
+               logits again, dz, GEMMs. 6 GEMMs (8 for JSD).
     forward    no gradient needed: operands of 16 bit go through Triton's fused kernel, O(N) memory; fp32, and
                all of the native backend, which has no such kernel, as the first half of recompute.
 
@@ -20,25 +20,17 @@ from torch import Tensor
 
 from minitron_kernels.ops.kl_loss.divergence import NUM_STATE, NUM_SUMS, STAT_KL, Divergence
 from minitron_kernels.ops.kl_loss.epilogues import Epilogues
+from minitron_kernels.ops.kl_loss.gemm_gpu import matmul, summed_in_fp32
+from minitron_kernels.ops.kl_loss.gpu_figures import figures_of
 from minitron_kernels.ops.kl_loss.options import LossOptions
-from minitron_kernels.ops.kl_loss.plan_gpu import ALIGN, Plan, plan
+from minitron_kernels.ops.kl_loss.plan_gpu import ALIGN, GpuProblem, plan
 
 Side = tuple[Tensor, Tensor, Tensor | None]  # hidden states, head, bias
 _HALF_REACH = 2.0**15  # the largest |dz| in fp16
 
 
-def _slices(total: int, size: int) -> Iterator[slice]:
-    return (slice(begin, min(begin + size, total)) for begin in range(0, total, size))
-
-
-def matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """Out (+)= a·b, summed in fp32; a and b have one dtype, and out that dtype or fp32."""
-    if out.dtype == a.dtype:
-        torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
-    elif accumulate:
-        torch.addmm(out, a, b, out.dtype, out=out)
-    else:
-        torch.mm(a, b, out.dtype, out=out)
+def _slices(begin: int, end: int, size: int) -> Iterator[slice]:
+    return (slice(at, min(at + size, end)) for at in range(begin, end, size))
 
 
 class _Sum:
@@ -47,16 +39,24 @@ class _Sum:
     Args:
         out: what to write; what to add to if `adds`.
         kind: dtype of the products' operands.
-        parts: how many products are added.
+        parts: how many products are added; with the last of them `out` is written.
         unscale: 0-dim, to be multiplied by at the end; None for 1.
+        adds: whether `out` already holds a sum.
+        rounds: whether a single product may be rounded to the dtype of `out` by its GEMM.
     """
 
     def __init__(
-        self, out: Tensor, kind: torch.dtype, parts: int, unscale: Tensor | None, adds: bool = False
+        self,
+        out: Tensor,
+        kind: torch.dtype,
+        parts: int,
+        unscale: Tensor | None,
+        *,
+        adds: bool = False,
+        rounds: bool = True,
     ) -> None:
-        rounded_once = out.dtype == kind and parts == 1 and not adds  # by the GEMM
-        in_place = unscale is None and (out.dtype == torch.float32 or rounded_once)
-        self.out, self.unscale, self.adds = out, unscale, adds
+        self.out, self.unscale, self.adds, self.missing = out, unscale, adds, parts
+        in_place = not _has_own_memory(out.dtype, kind, parts, adds, rounds)
         self.sum = out if in_place else None
         self.started = in_place and adds
 
@@ -65,12 +65,23 @@ class _Sum:
             self.sum = torch.empty(self.out.shape, dtype=torch.float32, device=self.out.device)
         matmul(a, b, self.sum, self.started)
         self.started = True
+        self.missing -= 1
+        if self.missing == 0:
+            self._write(self.sum)
 
-    def finish(self) -> None:
-        if self.sum is None or self.sum is self.out:
-            return
-        total = self.sum if self.unscale is None else self.sum.mul_(self.unscale)
-        self.out.add_(total) if self.adds else self.out.copy_(total)
+    def _write(self, total: Tensor) -> None:
+        self.sum = None  # its memory is the next sum's
+        if self.unscale is not None:
+            total.mul_(self.unscale)
+        if total is not self.out:
+            self.out.add_(total) if self.adds else self.out.copy_(total)
+
+
+def _has_own_memory(out: torch.dtype, kind: torch.dtype, parts: int, adds: bool, rounds: bool) -> bool:
+    """Whether a _Sum needs fp32 memory of its own."""
+    if out == torch.float32:
+        return adds and kind == torch.float16  # whose products are scaled, unlike what they are added to
+    return not (rounds and out == kind and parts == 1)
 
 
 class _Call:
@@ -126,12 +137,28 @@ class _Call:
             self.student, self.teacher, self.mask, loss, stats, self.vocab_size, self.options
         )
 
+    def grad(
+        self,
+        rows: slice,
+        columns: slice,
+        loss: Tensor | None,
+        stats: Tensor,
+        weight: Tensor,
+        dz: Tensor,
+    ) -> None:
+        """Dz of a tile. With `loss`, the tile is of the whole vocabulary, and loss and stats come with it."""
+        logits, mask, width = self.logits(rows, columns), self.mask_of(rows), columns.stop - columns.start
+        row = weight[rows], stats[rows]
+        if loss is not None:
+            self.epilogues.forward(logits, mask, loss[rows], row[1], width, self.options)
+        self.epilogues.grad(logits, mask, *row, dz, width, self.options)
+
     def statistics(self, loss: Tensor, stats: Tensor, chunk_rows: int, tile: int) -> None:
         """Loss and stats from tiles of logits."""
         N, arguments = loss.shape[0], (self.mask, loss, stats)
         state, sums = (loss.new_empty((1, fields, N)) for fields in (NUM_STATE, NUM_SUMS))
-        for columns in _slices(self.vocab_size, tile):
-            for rows in _slices(N, chunk_rows):
+        for columns in _slices(0, self.vocab_size, tile):
+            for rows in _slices(0, N, chunk_rows):
                 self.epilogues.tile_stats(
                     self.logits(rows, columns),
                     self.mask_of(rows),
@@ -142,8 +169,8 @@ class _Call:
         self.epilogues.finish_stats(state, *arguments, self.options)
         if not self.options.divergence.needs_second_look:
             return
-        for columns in _slices(self.vocab_size, tile):
-            for rows in _slices(N, chunk_rows):
+        for columns in _slices(0, self.vocab_size, tile):
+            for rows in _slices(0, N, chunk_rows):
                 self.epilogues.tile_mixture(
                     self.logits(rows, columns),
                     self.mask_of(rows),
@@ -161,6 +188,7 @@ def _operands(side: Side, vocab_size: int) -> Side:
     return hidden, head[:vocab_size], None if bias is None else bias[:vocab_size].float().contiguous()
 
 
+@summed_in_fp32()
 def linear_kl_loss_(
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     student: Side,
@@ -201,56 +229,62 @@ def linear_kl_loss_(
         return
     call = _Call(student, teacher, mask, vocab_size, options, epilogues)
     kind = torch.promote_types(student[0].dtype, student[1].dtype)
-
-    def planned(schedule: str) -> Plan:
-        operand = kind.itemsize if any(needs_grad) else 0
-        return plan(N, vocab_size, H, operand_bytes=operand, schedule=schedule, budget=workspace_bytes)
-
-    if not any(needs_grad):
+    # in fp16, how far the gradients of reverse KL reach is to be known before the first is stored
+    stats_first = kind == torch.float16 and options.divergence is Divergence.REVERSE_KL
+    adds = grad_head_accumulator is not None
+    head_out = grad_head if grad_head_accumulator is None else grad_head_accumulator
+    problem = GpuProblem(
+        N,
+        vocab_size,
+        H,
+        teacher[0].shape[1],
+        itemsize=kind.itemsize,
+        teacher_itemsize=torch.promote_types(teacher[0].dtype, teacher[1].dtype).itemsize,
+        grad_hidden=needs_grad[0],
+        grad_head=needs_grad[1],
+        grad_bias=needs_grad[2],
+        hidden_sum=_has_own_memory(grad_hidden.dtype, kind, 1, False, False),
+        head_sum=_has_own_memory(head_out.dtype, kind, 1, adds, True),
+        head_sum_of_parts=_has_own_memory(head_out.dtype, kind, 2, adds, True),
+        stats_first=stats_first,
+        stats_known=stats is not None,
+        looks=1 + options.divergence.needs_second_look,
+        gpu=figures_of(student[0].device),
+    )
+    chosen = plan(problem, schedule, workspace_bytes)
+    if chosen.schedule == "forward":
         if call.fused:
             call.fused_statistics(loss, new_stats)
         else:
-            call.statistics(loss, new_stats, *planned("recompute")[1:3])
+            call.statistics(loss, new_stats, chosen.chunk_rows, chosen.tile)
         return
-    chosen = planned(schedule)
     known = stats is not None
     if stats is None:
         stats = new_stats
-        # in fp16, how far the gradients of reverse KL reach is to be known before the first is stored
-        if chosen.schedule == "recompute" or (
-            kind == torch.float16 and options.divergence is Divergence.REVERSE_KL
-        ):
-            call.statistics(loss, stats, *chosen[1:3])
+        if chosen.schedule == "recompute" or stats_first:
+            call.statistics(loss, stats, chosen.chunk_rows, chosen.tile)
             known = True
 
     weight, unscale = _weights(row_weight, mask, kind, options, stats)
     if mask is not None and needs_grad[1]:  # 0 * NaN of a row that is not valid would spread
         call.student = (call.student[0].masked_fill(~mask[:, None], 0), *call.student[1:])
-    head_out = grad_head if grad_head_accumulator is None else grad_head_accumulator
-    chunks, tiles = list(_slices(N, chosen.chunk_rows)), list(_slices(vocab_size, chosen.tile))
-    hidden_sums = [_Sum(grad_hidden[rows], kind, len(tiles), unscale) for rows in chunks if needs_grad[0]]
+    hidden, head, _ = call.student
+    kept, tiles = list(_slices(0, N, chosen.dz_rows)), list(_slices(0, vocab_size, chosen.tile))
+    # never rounded by a GEMM: its sum is over the vocabulary, and a few bytes a row
+    hidden_sums = [_Sum(grad_hidden[rows], kind, len(tiles), unscale, rounds=False) for rows in kept]
     for columns in tiles:
-        head_sum = None
-        if needs_grad[1]:
-            head_sum = _Sum(head_out[columns], kind, len(chunks), unscale, grad_head_accumulator is not None)
-        for i, rows in enumerate(chunks):
-            logits, mask_rows = call.logits(rows, columns), call.mask_of(rows)
-            if not known:
-                call.epilogues.forward(logits, mask_rows, loss[rows], stats[rows], vocab_size, options)
-            width = columns.stop - columns.start
-            dz = call.buffer("dz", rows.stop - rows.start, width, kind)
-            call.epilogues.grad(logits, mask_rows, weight[rows], stats[rows], dz, width, options)
-            hidden, head, _ = call.student
+        head_sum = _Sum(head_out[columns], kind, len(kept), unscale, adds=adds)
+        for i, rows in enumerate(kept):
+            dz = call.buffer("dz", rows.stop - rows.start, columns.stop - columns.start, kind)
+            for part in _slices(rows.start, rows.stop, chosen.chunk_rows):
+                dz_part = dz[part.start - rows.start : part.stop - rows.start]
+                call.grad(part, columns, None if known else loss, stats, weight, dz_part)
             if needs_grad[0]:
                 hidden_sums[i].add(dz, head[columns].to(kind))
-            if head_sum is not None:
+            if needs_grad[1]:
                 head_sum.add(dz.t(), hidden[rows].to(kind))
             if needs_grad[2]:
                 _add_rows(dz, grad_bias[columns], i == 0)
-        if head_sum is not None:
-            head_sum.finish()
-    for hidden_sum in hidden_sums:
-        hidden_sum.finish()
     if needs_grad[2] and unscale is not None:
         grad_bias[:vocab_size] *= unscale
 

@@ -198,10 +198,12 @@ def linear_kl_loss(
         grad_head_accumulator: [V, H] float32 (float64 for float64), contiguous rows. The backward adds the
             gradient to student_head to it, with the factor that comes in, and student_head gets none: once
             per backward, whether or not a checkpoint runs the forward again.
-        schedule: "auto", "store" (4 GEMMs, keeps the logits of a chunk of tokens), or "recompute" (6 GEMMs,
+        schedule: "auto", "store" (4 GEMMs, keeps the logits of a chunk of tokens; on a GPU the dz
+            of all tokens, or of as many as the budget allows), or "recompute" (6 GEMMs,
             keeps a part of the vocabulary); see plan_linear_kl_loss().
         workspace_bytes: budget in bytes for scratch memory, by default 512 MiB on the CPU, where it is kept
-            between calls (see release_workspaces()), and 2 GiB of torch's own on a GPU.
+            between calls (see release_workspaces()), and 4 GiB of torch's own on a GPU, of
+            which a call takes what its plan needs.
         backend: see kl_loss().
 
     Returns:

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 import torch
 
-from minitron_kernels import _native
-from minitron_kernels.ops.kl_loss.budget import CPU_WORKSPACE_BYTES, SCHEDULES, too_small
+from minitron_kernels.ops.kl_loss.budget import CPU_WORKSPACE_BYTES, too_small
+from minitron_kernels.ops.kl_loss.plan import LinearKLPlan
 
 # by name: the operands' type, and whether this library's own GEMM multiplies them on any CPU
-_ENGINES = {
+ENGINES = {
     "bf16": (torch.bfloat16, False),
     "portable_bf16": (torch.bfloat16, True),
     "f32": (torch.float32, False),
@@ -39,26 +39,15 @@ _MIN_STORE_ROWS = 128
 _MIN_STORED_SHARE = 0.75  # with schedule="store"
 
 
-@dataclass(frozen=True)
-class LinearKLPlan:
-    """What linear_kl_loss does with a problem; made by plan_linear_kl_loss, shown by explain()."""
+@dataclass(frozen=True, kw_only=True)
+class CpuPlan(LinearKLPlan):
+    """A plan for the CPU: the vocabulary in tiles, whose logits are kept or made twice."""
 
-    schedule: str
     engine: str
-    num_tokens: int
-    vocab_size: int
-    student_hidden_size: int
-    teacher_hidden_size: int
-    num_gemms: int
-    flops: int
-    chunk_rows: int
-    tile: int
     tile_group: int
     stored_tiles: int
-    budget_bytes: int
-    part_bytes: tuple[int, ...]
 
-    # Names of part_bytes, in the order of linear_kl_loss_layout
+    # in the order of linear_kl_loss_layout
     PARTS = (
         "logits",
         "dz",
@@ -78,16 +67,6 @@ class LinearKLPlan:
         )
 
     @property
-    def num_chunks(self) -> int:
-        """Chunks of rows."""
-        return -(-self.num_tokens // self.chunk_rows) if self.num_tokens else 0
-
-    @property
-    def total_bytes(self) -> int:
-        """All bytes of the call beyond its inputs and outputs."""
-        return sum(self.part_bytes)
-
-    @property
     def accumulator_bytes(self) -> int:
         """The fp32 gradient that waits for further parts: its size is the problem's, not the budget's.
 
@@ -101,42 +80,20 @@ class LinearKLPlan:
         """The share of the logits that is kept from the sums to the gradient."""
         return self.stored_tiles / max(1, -(-self.vocab_size // self.tile))
 
-    @property
-    def workspace_bytes(self) -> int:
-        """The bytes that the budget bounds: all but accumulator_bytes."""
-        return self.total_bytes - self.accumulator_bytes
+    def _explain_operands(self) -> str:
+        return f", operands {self.engine}"
 
-    def explain(self) -> str:
-        """The plan as text for people: schedule, flops, and each part's memory."""
+    def _explain_kept(self) -> str:
+        return f", logits of {self.stored_share:.0%} kept" if self.schedule == "store" else ""
 
-        def mib(nbytes: int) -> str:
-            return f"{nbytes / 2**20:9.1f} MiB"
-
-        lines = [
-            f"linear_kl_loss: {self.num_tokens} tokens, vocabulary {self.vocab_size}, hidden sizes "
-            f"{self.student_hidden_size} (student) and {self.teacher_hidden_size} (teacher)",
-            f"schedule   {self.schedule}: {self.num_gemms} GEMMs, {self.flops / 1e9:.1f} Gflop, "
-            f"operands {self.engine}",
-            f"rows       {self.num_chunks} chunk(s) of {self.chunk_rows}",
-            f"vocabulary tiles of {self.tile}"
-            + (f", logits of {self.stored_share:.0%} kept" if self.schedule == "store" else ""),
-        ]
-        for name, nbytes in zip(self.PARTS, self.part_bytes, strict=True):
-            if nbytes:
-                lines.append(f"{mib(nbytes)}  {name}")
-        lines.append(f"{mib(self.total_bytes)}  in all, kept between calls (release_workspaces() frees it)")
-        lines.append(
-            f"{mib(self.workspace_bytes)}  of it counts towards workspace_bytes = {self.budget_bytes}"
-        )
-        logits = self.num_tokens * self.vocab_size * 8
-        lines.append(f"{mib(logits)}  is what both fp32 logits would take")
-        return "\n".join(lines)
+    def _explain_lifetime(self) -> str:
+        return ", kept between calls (release_workspaces() frees it)"
 
 
 def _plan_numbers(
     schedule: str, engine: str, chunk_rows: int, tile: int, tile_group: int, stored_tiles: int
 ) -> list[int]:
-    operands, portable = _ENGINES[engine]
+    operands, portable = ENGINES[engine]
     codes = _SCHEDULE_CODES[schedule], _OPERAND_CODES[operands]
     return [codes[0], chunk_rows, tile, tile_group, stored_tiles, codes[1], portable]
 
@@ -153,67 +110,30 @@ def operand_type(*dtypes: torch.dtype) -> str:
     return "f32"
 
 
-def plan_linear_kl_loss(
+def plan(
     num_tokens: int,
     vocab_size: int,
     student_hidden_size: int,
     teacher_hidden_size: int,
     *,
-    dtype: torch.dtype = torch.bfloat16,
-    teacher_dtype: torch.dtype | None = None,
-    grad_hidden: bool = True,
-    grad_head: bool = True,
-    grad_bias: bool = False,
-    grad_head_accumulator: bool = False,
-    divergence_needs_kl: bool = False,
-    schedule: str = "auto",
-    workspace_bytes: int | None = None,
-    engine: str | None = None,
-) -> LinearKLPlan:
-    """Plans a CPU call of linear_kl_loss without making it; print(plan.explain()) shows schedule and memory.
-
-    Args:
-        num_tokens: valid tokens, those that no mask leaves out.
-        vocab_size: columns of the logits.
-        student_hidden_size: width of the student's hidden states.
-        teacher_hidden_size: width of the teacher's.
-        dtype: of the student's hidden states and head; bf16 operands are planned where the teacher's are
-            bf16 too.
-        teacher_dtype: of the teacher's; the student's by default.
-        grad_hidden: whether the gradient to the student's hidden states is needed.
-        grad_head: whether the gradient to the student's head is needed.
-        grad_bias: whether the gradient to the student's bias is needed.
-        grad_head_accumulator: whether a buffer for it is given; gradients are then made in the backward, and
-            the GEMMs and flops are those of forward and backward.
-        divergence_needs_kl: JSD with 0 < beta < 1, which looks at the logits once more.
-        schedule: "auto", "store" or "recompute".
-        workspace_bytes: budget in bytes, 512 MiB by default. It bounds all that the call allocates beyond
-            inputs and outputs, but for the fp32 accumulators of gradients (accumulator_bytes).
-        engine: "bf16", "f32" or "f64" operands; or "portable" or "portable_bf16" ones, fp32 and bf16, which
-            vector code of this library multiplies on any CPU. What runs fastest here by default.
-
-    Returns:
-        The plan.
-
-    Raises:
-        ValueError: an unknown schedule or engine; a budget too small for any: says the least that would do.
-        RuntimeError: the extension is not built.
-    """
-    if not _native.available():
-        raise RuntimeError(
-            f"linear_kl_loss has nothing to plan without the C++ extension: {_native.reason()}"
-        )
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
-    if engine is not None and engine not in _ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(_ENGINES)}; got {engine!r}")
+    dtype: torch.dtype,
+    grad_hidden: bool,
+    grad_head: bool,
+    grad_bias: bool,
+    grad_head_accumulator: bool,
+    divergence_needs_kl: bool,
+    schedule: str,
+    workspace_bytes: int | None,
+    engine: str,
+) -> CpuPlan:
+    """The cheapest plan within the budget; see plan_linear_kl_loss() for the arguments and errors."""
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     planner = _Planner(
         num_tokens,
         vocab_size,
         student_hidden_size,
         teacher_hidden_size,
-        engine=engine or operand_type(dtype, teacher_dtype or dtype),
+        engine=engine,
         accumulate_bytes=accumulate.itemsize,
         grad_hidden=grad_hidden,
         grad_head=grad_head,
@@ -244,7 +164,7 @@ class _Planner:
     budget: int
     threads: int
 
-    def plan(self, schedule: str) -> LinearKLPlan:
+    def plan(self, schedule: str) -> CpuPlan:
         """The cheapest plan within the budget; ValueError if there is none."""
         plans = {
             "forward": self.forward,
@@ -259,17 +179,17 @@ class _Planner:
         more = f"{self.num_tokens} tokens, {self.threads} threads, "
         raise too_small(self.budget, least.workspace_bytes, least.schedule, self.vocab_size, more)
 
-    def smallest(self, schedule: str) -> LinearKLPlan:
+    def smallest(self, schedule: str) -> CpuPlan:
         share = _MIN_STORED_SHARE if schedule == "store" else 0.0
         return self.candidate(schedule, _PANEL, 1, math.ceil(share * self.num_tiles))
 
-    def worth_storing(self, plan: LinearKLPlan) -> bool:
+    def worth_storing(self, plan: CpuPlan) -> bool:
         return plan.num_chunks == 1 or plan.chunk_rows >= _MIN_STORE_ROWS
 
-    def forward(self) -> list[LinearKLPlan]:
+    def forward(self) -> list[CpuPlan]:
         return [p for rows in self.chunk_sizes(1024) if self.fits(p := self.candidate("forward", rows, 1))]
 
-    def stored(self, least_share: float) -> list[LinearKLPlan]:
+    def stored(self, least_share: float) -> list[CpuPlan]:
         """For each size of chunk, with as many tiles stored as the budget has room for."""
         plans = []
         for rows in self.chunk_sizes(_MAX_CHUNK):
@@ -288,7 +208,7 @@ class _Planner:
                 break  # smaller chunks only cost more
         return plans
 
-    def recomputed(self) -> list[LinearKLPlan]:
+    def recomputed(self) -> list[CpuPlan]:
         groups = {max(1, min(n, self.num_tiles)) for n in (max(16, 2 * self.threads), 8, 4, 2, 1)}
         return [
             plan
@@ -303,7 +223,7 @@ class _Planner:
         sizes = {-(-panels // -(-panels // size)) for size in range(1, min(most // _PANEL, panels) + 1)}
         return [size * _PANEL for size in sorted(sizes, reverse=True)]
 
-    def cost(self, plan: LinearKLPlan) -> float:
+    def cost(self, plan: CpuPlan) -> float:
         """Flops, and what else takes time in units of flops, as measured on AVX-512 CPUs.
 
         An element of a head that is widened or fetched for a chunk costs as much as about 50 flops, one of
@@ -320,7 +240,7 @@ class _Planner:
         barriers = -(-self.num_tiles // plan.tile_group) * plan.num_chunks * 1e6 * self.threads
         return plan.flops + 50 * fetched + 100 * again + 100 * packed + barriers
 
-    def fits(self, plan: LinearKLPlan) -> bool:
+    def fits(self, plan: CpuPlan) -> bool:
         return plan.workspace_bytes <= self.budget
 
     @property
@@ -331,9 +251,7 @@ class _Planner:
     def num_tiles(self) -> int:
         return -(-self.vocab_size // self.tile)
 
-    def candidate(
-        self, schedule: str, chunk_rows: int, tile_group: int, stored_tiles: int = 0
-    ) -> LinearKLPlan:
+    def candidate(self, schedule: str, chunk_rows: int, tile_group: int, stored_tiles: int = 0) -> CpuPlan:
         """The plan with these numbers, fitting or not."""
         *parts, _ = torch.ops.minitron_kernels.linear_kl_loss_layout(
             self.num_tokens,
@@ -357,13 +275,13 @@ class _Planner:
         )
         again = max(0, self.vocab_size - stored_tiles * self.tile) if schedule == "store" else 0
         again *= (1 if self.adds_to_buffer else looks) * (self.student_hidden_size + self.teacher_hidden_size)
-        return LinearKLPlan(
-            schedule,
-            self.engine,
-            self.num_tokens,
-            self.vocab_size,
-            self.student_hidden_size,
-            self.teacher_hidden_size,
+        return CpuPlan(
+            schedule=schedule,
+            engine=self.engine,
+            num_tokens=self.num_tokens,
+            vocab_size=self.vocab_size,
+            student_hidden_size=self.student_hidden_size,
+            teacher_hidden_size=self.teacher_hidden_size,
             num_gemms=2 * logits + grads,
             flops=2 * self.num_tokens * (self.vocab_size * widths + again),
             chunk_rows=chunk_rows,
@@ -376,5 +294,5 @@ class _Planner:
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(planner: _Planner, schedule: str) -> LinearKLPlan:
+def _plan(planner: _Planner, schedule: str) -> CpuPlan:
     return planner.plan(schedule)

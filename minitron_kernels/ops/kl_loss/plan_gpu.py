@@ -1,62 +1,305 @@
-"""Plans linear_kl_loss on CUDA and ROCm: its schedule, the rows of a chunk, the entries of a tile."""
+"""Plans linear_kl_loss on CUDA and ROCm: its schedule, the rows of a chunk, the entries of a tile.
+
+    store      logits of the whole vocabulary for a chunk of rows at a time, turned into dz. The dz of many
+               chunks, of all rows where the budget allows it, is kept: dX and dW are one GEMM each then.
+               4 GEMMs.
+    recompute  a tile of the vocabulary at a time: logits once for the sums, again for the gradient. 6 GEMMs
+               (8 for JSD), memory that does not grow with the vocabulary.
+    forward    no gradient needed: logits are reduced and dropped. 2 GEMMs (4 for JSD).
+
+Of the plans within the budget it is the quickest by gpu_figures.py, or the smallest that is hardly slower.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from minitron_kernels.ops.kl_loss.budget import too_small
+from minitron_kernels.ops.kl_loss.gpu_figures import FIGURES, GEMM_TILE, GpuFigures
+from minitron_kernels.ops.kl_loss.plan import LinearKLPlan
 
 ALIGN = 64  # columns; rows of logits start at 128-byte borders
-_MIN_STORE_ROWS = 512  # with fewer, adding to the fp32 head gradient costs more than two more GEMMs
-_MOST_TILE, _LEAST_TILE = 8192, 128
+_PANEL = GEMM_TILE[0]
+_MOST_ROWS = 4096  # of a chunk: more gain nothing
+_TILES = (8192, 4096, 2048, 1024, 512, 256, 128)  # of the vocabulary, for recompute
+_HARDLY_SLOWER = 1.005
+_PAIR = 8  # bytes of a logit of each model, in fp32
 
 
-class Plan(NamedTuple):
-    """How a call goes over rows and vocabulary."""
+@dataclass(frozen=True, kw_only=True)
+class GpuPlan(LinearKLPlan):
+    """A plan for a GPU, and the time that it would take there: a prediction."""
 
-    schedule: str
-    chunk_rows: int
-    tile: int
-    workspace_bytes: int
+    dz_rows: int  # whose dz is kept until one GEMM each makes their dX and adds to dW
+    gpu: str
+    phase_seconds: tuple[float, ...]
+
+    PARTS = (
+        "logits of a chunk, fp32",
+        "dz",
+        "head gradient of a tile, fp32",
+        "hidden gradient, accumulated in fp32",
+        "head gradient, accumulated in fp32",
+    )
+    PHASES = ("logits", "statistics and dz", "hidden gradient", "head gradient")
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """The fp32 gradients that wait for further parts: their size is the problem's, not the budget's.
+
+        The hidden states' always, since sums over a vocabulary are not left to 16 bits. The head's where
+        the dz of all rows do not fit, and it has no buffer of its own.
+        """
+        return sum(self.part_bytes[-2:])
+
+    @property
+    def predicted_seconds(self) -> float:
+        """The time of the call on the GPU `gpu`: a prediction from rates, not a measurement."""
+        return sum(self.phase_seconds)
+
+    def _explain_kept(self) -> str:
+        if self.schedule == "forward" or not self.num_tokens:
+            return ""
+        return f", dz of {self.dz_rows} rows kept for each hidden and head gradient's GEMM"
+
+    def _explain_time(self) -> list[str]:
+        lines = [f"{self.predicted_seconds * 1e3:9.2f} ms   predicted for an {self.gpu}, not measured"]
+        lines += [
+            f"{seconds * 1e3:9.2f} ms   {name}"
+            for name, seconds in zip(self.PHASES, self.phase_seconds, strict=True)
+            if seconds
+        ]
+        return lines
 
 
-def plan(
-    num_tokens: int, vocab_size: int, hidden_size: int, *, operand_bytes: int, schedule: str, budget: int
-) -> Plan:
-    """The largest chunks and tiles within the budget, which bounds logits, dz and a tile's head gradient.
+@dataclass(frozen=True)
+class GpuProblem:
+    """What a plan depends on besides the budget."""
 
-    fp32 sums of whole gradients, O(N H) and O(V H), are the problem's and not the budget's.
+    num_tokens: int
+    vocab_size: int
+    student_hidden_size: int
+    teacher_hidden_size: int
+    itemsize: int = 2  # of the student's operands, and so of dz
+    teacher_itemsize: int = 2
+    grad_hidden: bool = True
+    grad_head: bool = True
+    grad_bias: bool = False
+    # which gradients have an fp32 sum beside them; the head's where several products are added, or always
+    hidden_sum: bool = True
+    head_sum: bool = False
+    head_sum_of_parts: bool = True
+    stats_first: bool = False  # statistics of all rows before the first dz: fp16 of reverse KL
+    stats_known: bool = False
+    looks: int = 1  # at each logit for the statistics; 2 for JSD
+    gpu: GpuFigures = FIGURES["H100"]
+
+
+def plan(problem: GpuProblem, schedule: str, budget: int) -> GpuPlan:
+    """The plan of a call.
+
+    Args:
+        problem: its sizes and dtypes.
+        schedule: "auto", "store" or "recompute"; not looked at where no gradient is needed.
+        budget: bounds logits, dz and the head's gradient of a tile, in bytes. fp32 sums of whole gradients,
+            O(N H) and O(V H), are the problem's and not the budget's.
 
     Raises:
         ValueError: the budget is too small; says the least that would do.
     """
-    pair = 8 + operand_bytes  # of both fp32 logits and dz
-    columns = -(-vocab_size // ALIGN) * ALIGN
-    rows = min(num_tokens, budget // (pair * columns))
-    if schedule == "store" or (schedule == "auto" and rows >= min(num_tokens, _MIN_STORE_ROWS)):
-        if rows < 1:
-            raise too_small(budget, pair * columns, "store", vocab_size)
-        rows = _even(num_tokens, rows)
-        return Plan("store", rows, vocab_size, pair * rows * columns)
-    sum_row = 4 * hidden_size  # of a tile's head gradient while chunks of rows add to it
+    needs_grad = problem.grad_hidden or problem.grad_head or problem.grad_bias
+    return _plan(problem, schedule if needs_grad else "forward", budget)
 
-    def most_rows(tile: int) -> int:
-        return min(num_tokens, (budget - tile * sum_row) // (pair * tile))
 
-    tiles = [min(columns, _MOST_TILE)]
-    while tiles[-1] // 2 >= _LEAST_TILE:
-        tiles.append(tiles[-1] // 2 // ALIGN * ALIGN)
-    # all rows at once if tiles stay wide; else many rows; else whatever fits
-    for wanted, least in ((num_tokens, 1024), (min(num_tokens, 2048), 0), (1, 0)):
+@functools.lru_cache(maxsize=256)
+def _plan(problem: GpuProblem, schedule: str, budget: int) -> GpuPlan:
+    planner = _Planner(problem, budget)
+    wanted = ("store", "recompute") if schedule == "auto" else (schedule,)
+    plans: list[GpuPlan] = []
+    for name in wanted:
+        if not plans or planner.least_seconds(name) < min(plan.predicted_seconds for plan in plans):
+            plans += [plan for plan in planner.candidates(name) if plan.workspace_bytes <= budget]
+    if not plans:
+        least = min(map(planner.smallest, wanted), key=lambda plan: plan.workspace_bytes)
+        raise too_small(budget, least.workspace_bytes, least.schedule, problem.vocab_size)
+    quickest = min(plan.predicted_seconds for plan in plans)
+    good = [plan for plan in plans if plan.predicted_seconds <= _HARDLY_SLOWER * quickest]
+    return min(good, key=lambda plan: (plan.total_bytes, plan.predicted_seconds))
+
+
+def _padded(columns: int) -> int:
+    return -(-columns // ALIGN) * ALIGN
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """A problem and a budget, and the plans that may suit them."""
+
+    problem: GpuProblem
+    budget: int
+
+    def candidates(self, schedule: str) -> Iterator[GpuPlan]:
+        p = self.problem
+        tiles: Iterable[int] = (p.vocab_size,)
+        if schedule != "store":
+            tiles = sorted({min(tile, p.vocab_size) for tile in _TILES})
         for tile in tiles:
-            if most_rows(tile) >= wanted and tile >= min(least, columns):
-                rows = _even(num_tokens, most_rows(tile))
-                return Plan("recompute", rows, min(tile, vocab_size), tile * (pair * rows + sum_row))
-    raise too_small(budget, tiles[-1] * (pair + sum_row), "recompute", vocab_size)
+            for dz_rows in self.row_counts(tile, schedule):
+                for chunk_rows in self.chunk_sizes(tile, dz_rows, schedule):
+                    yield self.candidate(schedule, tile, dz_rows, chunk_rows)
+
+    def row_counts(self, tile: int, schedule: str) -> list[int]:
+        """Rows whose dz is kept: the most that the budget allows beside a chunk's logits, in equal parts."""
+        if schedule == "forward" or self.problem.num_tokens == 0:
+            return [self.problem.num_tokens]
+        width = _padded(tile)
+        counts = set()
+        for chunk in (1, _PANEL, 4 * _PANEL, 8 * _PANEL, 16 * _PANEL):
+            room = self.budget - self.tile_bytes(schedule, tile) - _PAIR * width * chunk
+            rows = min(self.problem.num_tokens, room // (self.problem.itemsize * width))
+            if rows >= 1:
+                counts.add(_even(self.problem.num_tokens, rows))
+        return sorted(counts)
+
+    def chunk_sizes(self, tile: int, dz_rows: int, schedule: str) -> list[int]:
+        """Rows of a chunk: whole panels up to what the budget leaves, or the few rows that it leaves."""
+        width = _padded(tile)
+        kept = 0 if schedule == "forward" else self.problem.itemsize * width * dz_rows
+        room = self.budget - kept - self.tile_bytes(schedule, tile)
+        most = min(max(dz_rows, 1), _MOST_ROWS, room // (_PAIR * width))
+        if most < 1:
+            return []
+        return sorted({*range(_PANEL, most + 1, _PANEL), _even(max(dz_rows, 1), most)})
+
+    def smallest(self, schedule: str) -> GpuPlan:
+        tile = self.problem.vocab_size if schedule == "store" else min(_TILES[-1], self.problem.vocab_size)
+        return self.candidate(schedule, tile, 1, 1)
+
+    def tile_bytes(self, schedule: str, tile: int) -> int:
+        """Of a tile's head gradient in fp32, while parts of the rows add to it; at most."""
+        p = self.problem
+        own = schedule == "recompute" and p.grad_head and p.head_sum_of_parts
+        return 4 * tile * p.student_hidden_size if own else 0
+
+    def candidate(self, schedule: str, tile: int, dz_rows: int, chunk_rows: int) -> GpuPlan:
+        """The plan with these numbers, fitting or not."""
+        p, width = self.problem, _padded(tile)
+        grads = schedule != "forward"
+        parts = -(-p.num_tokens // max(1, dz_rows))
+        tiles = -(-p.vocab_size // max(1, tile))
+        # of a sum over several tiles all rows wait; over one, those that are at work
+        waiting_rows = p.num_tokens if tiles > 1 else dz_rows
+        hidden_sum = grads and p.grad_hidden and p.hidden_sum
+        head_sum = grads and p.grad_head and (p.head_sum or (parts > 1 and p.head_sum_of_parts))
+        head_sum_bytes = 4 * tile * p.student_hidden_size * head_sum
+        part_bytes = (
+            _PAIR * chunk_rows * width,
+            p.itemsize * dz_rows * width * grads,
+            head_sum_bytes if schedule == "recompute" else 0,
+            4 * waiting_rows * p.student_hidden_size * hidden_sum,
+            head_sum_bytes if schedule == "store" else 0,
+        )
+        logits = self.passes(schedule)
+        heads = p.student_hidden_size + p.teacher_hidden_size
+        widths = logits * heads + grads * (p.grad_hidden + p.grad_head) * p.student_hidden_size
+        return GpuPlan(
+            schedule=schedule,
+            num_tokens=p.num_tokens,
+            vocab_size=p.vocab_size,
+            student_hidden_size=p.student_hidden_size,
+            teacher_hidden_size=p.teacher_hidden_size,
+            num_gemms=2 * logits + grads * (p.grad_hidden + p.grad_head),
+            flops=2 * p.num_tokens * p.vocab_size * widths,
+            chunk_rows=chunk_rows,
+            tile=tile,
+            budget_bytes=self.budget,
+            part_bytes=part_bytes,
+            dz_rows=dz_rows if grads else 0,
+            gpu=p.gpu.name,
+            phase_seconds=self.seconds(schedule, tile, dz_rows, chunk_rows),
+        )
+
+    def least_seconds(self, schedule: str) -> float:
+        """No plan of this schedule is quicker."""
+        p = self.problem
+        rate = p.gpu.gemm_flops if p.itemsize == 2 else p.gpu.gemm_fp32_flops
+        return self.candidate(schedule, p.vocab_size, max(1, p.num_tokens), max(1, p.num_tokens)).flops / rate
+
+    def passes(self, schedule: str) -> int:
+        """How often the logits are made."""
+        p = self.problem
+        if schedule == "forward":
+            return p.looks
+        first = schedule == "recompute" or p.stats_first
+        return 1 + (p.looks if first and not p.stats_known else 0)
+
+    def seconds(self, schedule: str, tile: int, dz_rows: int, chunk_rows: int) -> tuple[float, ...]:
+        """Predicted, of each of GpuPlan.PHASES."""
+        p, gpu = self.problem, self.problem.gpu
+        N, V, H = p.num_tokens, p.vocab_size, p.student_hidden_size
+        if N == 0:
+            return (0.0,) * 4
+        kept, chunks = list(_parts(N, dz_rows)), []
+        for rows, count in kept:
+            chunks += [(size, count * many) for size, many in _parts(rows, chunk_rows)]
+        tiles = list(_parts(V, tile))
+        logits = sum(
+            many * count * gpu.gemm_seconds(rows, columns, width, itemsize, 4)
+            for rows, many in chunks
+            for columns, count in tiles
+            for width, itemsize in ((H, p.itemsize), (p.teacher_hidden_size, p.teacher_itemsize))
+        )
+        logits *= self.passes(schedule)
+        hidden = head = 0.0
+        if schedule != "forward":
+            for rows, many in kept:
+                for columns, count in tiles:
+                    hidden += many * count * gpu.gemm_seconds(rows, H, columns, p.itemsize, 4)
+                    head += many * count * gpu.gemm_seconds(columns, H, rows, p.itemsize, 4)
+            # what the GEMMs do not hide: sums that are read and written again, and rounded at the end
+            again = 8 * N * H * (_count(tiles) - 1)
+            hidden += gpu.traffic_seconds(again + 6 * N * H * p.hidden_sum)
+            parts = _count(kept)
+            own_sum = p.head_sum or (parts > 1 and p.head_sum_of_parts)
+            head += gpu.traffic_seconds(8 * V * H * (parts - 1) + 6 * V * H * own_sum)
+        return (
+            logits,
+            self.epilogue_seconds(schedule),
+            hidden * p.grad_hidden,
+            head * p.grad_head,
+        )
+
+    def epilogue_seconds(self, schedule: str) -> float:
+        p, gpu = self.problem, self.problem.gpu
+        pairs = p.num_tokens * p.vocab_size
+        looks = _PAIR * p.looks * pairs  # of the statistics
+        grad = (_PAIR + p.itemsize) * pairs
+        if schedule == "forward":
+            return gpu.traffic_seconds(looks)
+        bias = 2 * p.grad_bias * p.itemsize * pairs
+        if p.stats_known:
+            return gpu.traffic_seconds(grad + bias)
+        if schedule == "store" and not p.stats_first and gpu.clusters:
+            # a row is read once from memory, and for all that follows out of L2
+            return gpu.traffic_seconds(grad + bias, out_of_l2=looks)
+        return gpu.traffic_seconds(looks + grad + bias)
+
+
+def _parts(total: int, size: int) -> list[tuple[int, int]]:
+    """(size, how many) of the parts of `total`: whole ones, and what is left."""
+    whole, rest = divmod(total, max(1, size))
+    return [(s, n) for s, n in ((size, whole), (rest, 1)) if s and n]
+
+
+def _count(parts: list[tuple[int, int]]) -> int:
+    """How many parts _parts() has found."""
+    return sum(many for _, many in parts)
 
 
 def _even(total: int, most: int) -> int:
-    """The size of equal chunks of at most `most`, in whole panels of 128 rows where that fits."""
+    """The size of equal chunks of at most `most`, in whole panels where that fits."""
     chunks = -(-total // most)
     size = -(-total // chunks)
-    return min(-(-size // 128) * 128, most)
+    return min(-(-size // _PANEL) * _PANEL, most)
