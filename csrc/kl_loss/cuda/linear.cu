@@ -37,18 +37,22 @@ void kl_tile_forward(const Tensor& student_logits, const Tensor& teacher_logits,
   scope.check("kl_tile_forward_");
 }
 
+void check_grad(const Tensor& weight, const Tensor& grad, int64_t vocab_size, const Tensor& student) {
+  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == student.size(0) &&
+                      weight.scalar_type() == ScalarType::Float && weight.device() == student.device(),
+                  "weight must be float32 [N] on the device of student_logits");
+  check_logits("grad", grad, student);
+  STD_TORCH_CHECK(grad.size(1) >= vocab_size, "grad has ", grad.size(1), " columns, vocab_size is ",
+                  vocab_size);
+}
+
 void kl_tile_grad(const Tensor& student_logits, const Tensor& teacher_logits, const MaybeTensor& student_bias,
                   const MaybeTensor& teacher_bias, const MaybeTensor& mask, const Tensor& weight,
                   const Tensor& stats, Tensor grad, int64_t vocab_size, const std::vector<double>& options) {
   const LogitTensors logits = {student_logits, teacher_logits, student_bias, teacher_bias, mask};
   const int64_t rows = check_tile(logits, vocab_size);
-  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == rows && weight.scalar_type() == ScalarType::Float &&
-                      weight.device() == student_logits.device(),
-                  "weight must be float32 [N] on the device of student_logits");
+  check_grad(weight, grad, vocab_size, student_logits);
   check_stats(stats, student_logits);
-  check_logits("grad", grad, student_logits);
-  STD_TORCH_CHECK(grad.size(1) >= vocab_size, "grad has ", grad.size(1), " columns, vocab_size is ",
-                  vocab_size);
   if (rows == 0) return;
   const LaunchScope scope(student_logits);
   const LossOptions loss_options = LossOptions::of(options);
@@ -60,6 +64,30 @@ void kl_tile_grad(const Tensor& student_logits, const Tensor& teacher_logits, co
     });
   });
   scope.check("kl_tile_grad_");
+}
+
+void kl_tile_forward_grad(const Tensor& student_logits, const Tensor& teacher_logits,
+                          const MaybeTensor& student_bias, const MaybeTensor& teacher_bias,
+                          const MaybeTensor& mask, const Tensor& weight, Tensor loss, Tensor stats,
+                          Tensor grad, int64_t vocab_size, const std::vector<double>& options) {
+  const LogitTensors logits = {student_logits, teacher_logits, student_bias, teacher_bias, mask};
+  const int64_t rows = check_tile(logits, vocab_size);
+  check_floats("loss", loss, {rows}, student_logits);
+  check_grad(weight, grad, vocab_size, student_logits);
+  check_stats(stats, student_logits);
+  if (rows == 0) return;
+  const LaunchScope scope(student_logits);
+  const LossOptions loss_options = LossOptions::of(options);
+  const DeviceOptions device_options(loss_options, vocab_size);
+  dispatch_float(grad.scalar_type(), "grad", [&](auto g) {
+    with_divergence(loss_options.divergence(), [&](auto constant) {
+      launch_forward<constant(), float, float>(scope, logits, device_options, floats(loss), floats(stats));
+      scope.check("kl_tile_forward_grad_");
+      launch_backward<constant(), float, float, decltype(g)>(scope, logits, device_options, weight,
+                                                             const_floats(stats), grad);
+      scope.check("kl_tile_forward_grad_");
+    });
+  });
 }
 
 void kl_tile_stats(const Tensor& student_logits, const Tensor& teacher_logits,
@@ -144,6 +172,7 @@ void kl_finish_mixture(const Tensor& sums, const MaybeTensor& mask, Tensor loss,
 STABLE_TORCH_LIBRARY_IMPL(MINITRON_CUDA_LIBRARY, MINITRON_CUDA_KEY, m) {
   m.impl("kl_tile_forward_", TORCH_BOX(&minitron::cuda::kl_tile_forward));
   m.impl("kl_tile_grad_", TORCH_BOX(&minitron::cuda::kl_tile_grad));
+  m.impl("kl_tile_forward_grad_", TORCH_BOX(&minitron::cuda::kl_tile_forward_grad));
   m.impl("kl_tile_stats_", TORCH_BOX(&minitron::cuda::kl_tile_stats));
   m.impl("kl_tile_mixture_", TORCH_BOX(&minitron::cuda::kl_tile_mixture));
   m.impl("kl_finish_stats_", TORCH_BOX(&minitron::cuda::kl_finish_stats));
