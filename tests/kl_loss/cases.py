@@ -325,7 +325,9 @@ def assert_linear(outputs, truth, dtype, needs_grad=(True, True, True), rtol=1e-
 @pytest.mark.parametrize("schedule", ["store", "recompute"])
 @pytest.mark.parametrize("beta", BETAS)
 def test_linear(kernels, monkeypatch, schedule, beta, dtype):
-    """Several chunks, groups of them and tiles, biases that raise the maximum from tile to tile, softcaps, padding."""
+    """Several chunks, groups of them and tiles; biases that raise the maximum from tile to tile; softcaps,
+    padding.
+    """
     tensors = problem(kernels, dtype, padded=PADDED)
     tensors[1][V:], tensors[3][V:] = math.nan, math.nan  # padding is not read
     bias = torch.linspace(-9, 9, PADDED, device=kernels.device)
@@ -342,7 +344,7 @@ def test_linear(kernels, monkeypatch, schedule, beta, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("schedule", ["store", "recompute"])
 def test_linear_keeps_the_dz_of_all_rows(kernels, monkeypatch, schedule, dtype):
-    """Several chunks, but one GEMM each for a tile's gradients; masked rows, weights, an uneven last chunk."""
+    """Several chunks, one GEMM each for a tile's gradients; masked rows, weights, an uneven last chunk."""
     tensors = problem(kernels, dtype, padded=PADDED)
     mask = torch.arange(N, device=kernels.device) % 5 > 0
     weight = torch.linspace(0.5, 1.5, N, device=kernels.device) / N

@@ -148,10 +148,12 @@ class _Call:
     ) -> None:
         """Dz of a tile. With `loss`, the tile is of the whole vocabulary, and loss and stats come with it."""
         logits, mask, width = self.logits(rows, columns), self.mask_of(rows), columns.stop - columns.start
-        row = weight[rows], stats[rows]
-        if loss is not None:
-            self.epilogues.forward(logits, mask, loss[rows], row[1], width, self.options)
-        self.epilogues.grad(logits, mask, *row, dz, width, self.options)
+        if loss is None:
+            self.epilogues.grad(logits, mask, weight[rows], stats[rows], dz, width, self.options)
+        else:
+            self.epilogues.forward_grad(
+                logits, mask, weight[rows], loss[rows], stats[rows], dz, width, self.options
+            )
 
     def statistics(self, loss: Tensor, stats: Tensor, chunk_rows: int, tile: int) -> None:
         """Loss and stats from tiles of logits."""
