@@ -40,7 +40,7 @@ def state():
     names = ("fp32_precision", "allow_tf32", "allow_fp16_accumulation", *(
         f"allow_{{kind}}_reduced_precision_reduction{{more}}" for kind in ("bf16", "fp16")
         for more in ("", "_split_k")))
-    names = [name for name in names if hasattr(flags, name) or not name.endswith("_split_k")]
+    names = [name for name in names if not name.endswith("_split_k") or hasattr(flags, name)]
     return [read(lambda: getattr(flags, name)) for name in names] + [
         read(torch.get_float32_matmul_precision), torch.backends.fp32_precision]
 
