@@ -156,7 +156,7 @@ class _Planner:
             return [self.problem.num_tokens]
         width = _padded(tile)
         counts = set()
-        for chunk in (1, _PANEL, 4 * _PANEL, 8 * _PANEL, 16 * _PANEL):
+        for chunk in (1, *(_PANEL << shift for shift in range(5))):
             room = self.budget - self.tile_bytes(schedule, tile) - _PAIR * width * chunk
             rows = min(self.problem.num_tokens, room // (self.problem.itemsize * width))
             if rows >= 1:
