@@ -73,7 +73,7 @@ def compile_steps(root: Path, folder: Path, plan: Plan, sources: list[Path]) -> 
                 flags = [*host_flags(), *common, f"-DMINITRON_SIMD={level}", *SIMD_FLAGS[level]]
                 steps.append(_compile(plan.compiler.command, flags, source, stem.with_suffix(f".{level}.o")))
         else:
-            # all of torch's headers outside of its stable ABI are an #error under the macro, in torch 2.11 also
+            # under the macro all of torch's headers outside of its stable ABI are errors, in torch 2.11 also
             # those of pybind11, which are no part of torch
             flags = host_flags() + (plain if source.name == "module.cpp" else common)
             steps.append(_compile(plan.compiler.command, flags, source, stem.with_suffix(".o")))
