@@ -4,6 +4,7 @@ How a source file is compiled follows from its name:
   *.cu         by nvcc, for every CUDA arch of the plan; only where there is CUDA
   *_simd.cpp   once per SIMD level, with the level's -m flags and -DMINITRON_SIMD=<level>
   *.cpp        once
+  module.cpp   once, without TORCH_TARGET_VERSION
 """
 
 from __future__ import annotations
@@ -17,10 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_backend.tools import SIMD_FLAGS, Compiler, Cuda, Plan, Torch, find_ninja
-
-# 2.13.0, the oldest libtorch whose stable ABI the sources may use, whatever the version of the headers
-TORCH_TARGET_VERSION = "0x020d000000000000"
+from build_backend.tools import SIMD_FLAGS, TORCH_TARGET_VERSION, Compiler, Cuda, Plan, Torch, find_ninja
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,8 @@ def build_extension(root: Path, folder: Path, plan: Plan, version: str) -> Path:
 def compile_steps(root: Path, folder: Path, plan: Plan, sources: list[Path]) -> list[Step]:
     """The commands that make the object files."""
     assert plan.compiler is not None and plan.torch is not None
-    common = common_flags(root, folder, plan.compiler, plan.torch)
+    plain = common_flags(root, folder, plan.compiler, plan.torch)
+    common = [*plain, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     steps = []
     for source in sources:
         stem = folder / source.relative_to(root)
@@ -74,9 +73,10 @@ def compile_steps(root: Path, folder: Path, plan: Plan, sources: list[Path]) -> 
                 flags = [*host_flags(), *common, f"-DMINITRON_SIMD={level}", *SIMD_FLAGS[level]]
                 steps.append(_compile(plan.compiler.command, flags, source, stem.with_suffix(f".{level}.o")))
         else:
-            steps.append(
-                _compile(plan.compiler.command, host_flags() + common, source, stem.with_suffix(".o"))
-            )
+            # under the macro all of torch's headers outside of its stable ABI are errors, in torch 2.11 also
+            # those of pybind11, which are no part of torch
+            flags = host_flags() + (plain if source.name == "module.cpp" else common)
+            steps.append(_compile(plan.compiler.command, flags, source, stem.with_suffix(".o")))
     return steps
 
 
@@ -88,7 +88,6 @@ def common_flags(root: Path, folder: Path, compiler: Compiler, torch: Torch) -> 
         "-std=c++20",
         "-O3",
         "-DNDEBUG",
-        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         *(f"-DMINITRON_HAVE_{level.upper()}=1" for level in compiler.simd_levels if SIMD_FLAGS[level]),
         f"-I{root / 'csrc'}",
         f"-I{folder}",

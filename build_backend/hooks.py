@@ -3,7 +3,7 @@
 The extension is compiled against torch's headers and linked against its libraries; the build does not import
 torch. So a torch in the environment that pip installs *into* serves as well as one in pip's isolated build
 environment, and a second copy (up to several GB) is not downloaded. The extension is built against the stable
-ABI of 2.13 and loads under that torch and every later one.
+ABI of the oldest torch that is supported and loads under that one and every later one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ __all__ = [
 ]
 
 OLDEST_SETUPTOOLS = 77  # the first with license expressions (PEP 639); it also has its own bdist_wheel
-TORCH_TO_BUILD_WITH = "torch==2.13.0"  # the oldest supported: built against it, every later one works
+OLDEST_TORCH = "{}.{}".format(*tools.OLDEST_TORCH)
+TORCH_TO_BUILD_WITH = f"torch=={OLDEST_TORCH}.0"  # what is built against it works with every later one
 
 Config = dict[str, Any] | None
 
@@ -74,6 +75,6 @@ def _check_setuptools() -> None:
         raise SystemExit(
             f"error: building minitron-kernels needs setuptools >= {OLDEST_SETUPTOOLS}, here is "
             f"{setuptools.__version__}. --no-build-isolation uses what is installed, so install first:\n"
-            f"    pip install 'setuptools>={OLDEST_SETUPTOOLS}' ninja 'torch>=2.13'\n"
+            f"    pip install 'setuptools>={OLDEST_SETUPTOOLS}' ninja 'torch>={OLDEST_TORCH}'\n"
             "or leave --no-build-isolation out."
         )

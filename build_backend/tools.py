@@ -19,7 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MODES = ("auto", "python", "cpu", "cuda")
-OLDEST_TORCH = (2, 13)
+OLDEST_TORCH = (2, 11)
+# the stable ABI that the sources may use, whatever the version of the headers: that of the oldest torch
+TORCH_TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
+NO_TORCH = "no torch >= {}.{} was found".format(*OLDEST_TORCH)
 CUDA_ARCHS = (80, 90, 100)  # built for those that nvcc knows; the newest also as PTX, for later GPUs
 
 # level -> flags; each *_simd.cpp is compiled once per level, and the CPU decides at run time which is used
@@ -110,8 +113,7 @@ def make_plan(mode: str) -> Plan:
         return Plan(no_native="it was built with MINITRON_BUILD=python")
     compiler = find_compiler()
     torch = find_torch() or Absent(
-        "no torch >= 2.13 was found to compile against: install torch first, "
-        "or build without --no-build-isolation"
+        f"{NO_TORCH} to compile against: install torch first, or build without --no-build-isolation"
     )
     missing = next((tool for tool in (compiler, torch) if isinstance(tool, Absent)), None)
     if missing and mode == "auto":
@@ -130,7 +132,7 @@ def make_plan(mode: str) -> Plan:
 
 
 def find_torch() -> Torch | None:
-    """The first torch >= 2.13 on sys.path, or in the environment that pip installs into.
+    """The first torch >= OLDEST_TORCH on sys.path, or in the environment that pip installs into.
 
     pip runs an isolated build with that environment's interpreter, but without its packages on sys.path.
     """

@@ -27,6 +27,7 @@ from minitron_kernels import _native
 from tools.host_shim import (
     CSRC,
     TESTS,
+    TORCH_TARGET,
     WITHOUT_BFLOAT16,
     WITHOUT_HALF,
     cache_folder,
@@ -102,7 +103,7 @@ def cubin(unit, arch, faults=(), flags=()):
         "-DNDEBUG",
         "--expt-relaxed-constexpr",
     ]
-    command += ["-DTORCH_TARGET_VERSION=0x020d000000000000", *flags]
+    command += [TORCH_TARGET, *flags]
     command += ["-isystem", str(Path(torch.__file__).parent / "include")]
     target = cache_folder() / f"{digest_of(texts, unit, command, version)}_{unit.replace('/', '_')}.cubin"
     with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,9 @@ from tools.faults import Fault
 TESTS = Path(__file__).resolve().parents[1]
 SHIM = TESTS / "tools/cuda_shim"
 CSRC = TESTS.parent / "csrc"
+# as the build says it; the build's own folder is not on sys.path here
+_BUILD = runpy.run_path(str(TESTS.parent / "build_backend/tools.py"))
+TORCH_TARGET = f"-DTORCH_TARGET_VERSION={_BUILD['TORCH_TARGET_VERSION']}"
 FORWARD, REVERSE = 0, 1  # orders of threads; from 2 on, the seed of a shuffle
 SANITIZERS = "-fsanitize=address,undefined"
 SANITIZE = os.environ.get("MINITRON_TEST_SHIM_SANITIZE") == "1"  # set by run_sanitized() for its child
@@ -99,7 +103,7 @@ def compile_shim(op: str, faults: tuple[Fault, ...] = (), sanitize: bool = False
     version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
     flags = ["g++", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall"]
     flags += ["-Wno-unknown-pragmas", "-DMINITRON_CUDA_SHIM", "-DMINITRON_CUDA_KEY=CPU"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020d000000000000", "-isystem", str(torch_folder / "include")]
+    flags += [TORCH_TARGET, "-isystem", str(torch_folder / "include")]
     flags += [SANITIZERS, "-fno-sanitize-recover=all", "-g1"] if sanitize else ["-g0"]
     flags += [] if faults else ["-Werror"]
     tools = (flags, version, torch.__version__)

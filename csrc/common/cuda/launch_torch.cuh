@@ -2,6 +2,7 @@
 // CUDA torch.
 #pragma once
 
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -29,15 +30,31 @@ struct LaunchScope {
 
 #else
 
+// torch's current stream on the device. Not Stream::nativeHandle(), which is new in torch 2.13: this function
+// of the C shim is older. It is in libtorch_cuda, which a CPU torch lacks and the extension is therefore not
+// linked against; where there is a CUDA tensor, it is loaded.
+inline cudaStream_t current_stream(torch::stable::accelerator::DeviceIndex device) {
+  using Function = int32_t (*)(int32_t device, void** stream);  // returns 0 unless it failed
+  constexpr const char* kLibrary = "libtorch_cuda.so";
+  constexpr const char* kName = "aoti_torch_get_current_cuda_stream";
+  static const Function function = [] {
+    void* library = dlopen(kLibrary, RTLD_LAZY | RTLD_NOLOAD);
+    STD_TORCH_CHECK(library != nullptr, kLibrary,
+                    " is not loaded, so that there is no CUDA stream to launch on");
+    void* found = dlsym(library, kName);
+    STD_TORCH_CHECK(found != nullptr, kLibrary, " has no ", kName, ": this torch is not supported");
+    return reinterpret_cast<Function>(found);
+  }();
+  void* stream = nullptr;
+  STD_TORCH_CHECK(function(device, &stream) == 0, kName, " failed for device ", device);
+  return static_cast<cudaStream_t>(stream);
+}
+
 // While it exists the tensor's device is the current one; launches go to torch's current stream there.
 class LaunchScope {
  public:
   explicit LaunchScope(const torch::stable::Tensor& tensor)
-      : device_(tensor.get_device_index()),
-        guard_(device_),
-        stream_(
-            static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device_).nativeHandle())) {
-  }
+      : device_(tensor.get_device_index()), guard_(device_), stream_(current_stream(device_)) {}
 
   cudaStream_t stream() const { return stream_; }
 
