@@ -12,6 +12,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
       "kl_loss_backward(Tensor grad_loss, Tensor stats, Tensor student_logits, Tensor teacher_logits, "
       "Tensor? mask, int vocab_size, float[] options) -> Tensor grad_student_logits");
 
+  // grad *= factor, contiguous, any number of dimensions; factor: 0-dim float32 (float64 for a float64 grad)
+  // on the same device. The product is rounded once. A factor of 1 moves none of grad's bytes.
+  m.def("kl_scale_grad_(Tensor(a!) grad, Tensor factor) -> ()");
+
   // Epilogues of linear_kl_loss on fp32 logits, CUDA only; biases are float32 [vocab_size]. They write into
   // the mutable arguments. On whole rows:
   m.def(

@@ -7,8 +7,8 @@ ROW_KERNELS, DIVERGENCE = "kl_loss/cuda/row_kernels.cuh", "kl_loss/cuda/divergen
 REDUCE, VEC = "common/cuda/reduce.cuh", "common/cuda/vec.cuh"
 STATE, TILES = "kl_loss/cuda/row_state.cuh", "kl_loss/cuda/tile_kernels.cuh"
 PAIRS = "kl_loss/cuda/row_pairs.cuh"
-TRITON_ROWS, TRITON_MATH, TRITON_LINEAR, TRITON_LAUNCH = (
-    f"kl_loss/kernel_triton/{name}.py" for name in ("rows", "divergence", "linear", "launch")
+TRITON_ROWS, TRITON_MATH, TRITON_LINEAR, TRITON_LAUNCH, TRITON_SCALE = (
+    f"kl_loss/kernel_triton/{name}.py" for name in ("rows", "divergence", "linear", "launch", "scale")
 )
 ALIGNED_LOAD = (
     "  if (aligned) {\n#pragma unroll\n    for (int i = 0; i < N; i += kPerAccess) {\n      const uint4 v"
@@ -157,6 +157,42 @@ CUDA_LINEAR = {
     ),
 }
 
+SCALE = "kl_loss/cuda/scale_grad.cuh"
+# test_scaling.py::test_planted_fault_is_found plants them: name: (check, fault, what the failure says)
+CUDA_SCALE = {
+    "a factor of one": ("traffic", Fault(SCALE, "if (factor == 1.0f) return;", ""), "bytes of grad"),
+    "a factor near one": (
+        "values",
+        Fault(SCALE, "factor == 1.0f", "fabsf(factor - 1.0f) < 1e-6f"),
+        "became|rounds to",
+    ),
+    "no first elements": (
+        "values",
+        Fault(SCALE, "threadIdx.x < rest", "threadIdx.x + head < rest"),
+        "became",
+    ),
+    "at any address": (
+        "bounds",
+        Fault(SCALE, "past == 0 ? 0 : (16 - past)", "past == 0 ? 0 : 0 * (16 - past)"),
+        "misaligned 16-byte access",
+    ),
+    "a turn beyond the end": (
+        "bounds",
+        Fault(SCALE, "if (turn + kTurn <= vectors) {", "if (turn <= vectors) {"),
+        "load outside of the allowed regions",
+    ),
+    "one turn a block": (
+        "many turns",
+        Fault(SCALE, "turn += gridDim.x * kTurn", "turn += gridDim.x * kTurn + vectors"),
+        "became",
+    ),
+    "one by one": (
+        "traffic",
+        Fault(SCALE, "vectors = (n - head) / kVec, rest", "vectors = (n - head) / kVec - 1, rest"),
+        "narrow",
+    ),
+}
+
 TRITON_ARTIFACTS = {  # name: launches, faults, what the gate says
     "none": ("rows forward bf16", (), None),
     "spills": (
@@ -239,6 +275,20 @@ TRITON_VALUES = {
         Fault(TRITON_MATH, "tl.abs(max_s - max_t) > APART", "tl.abs(max_s - max_t) > 1e30"),
         "expected",
     ),
+    "elements beyond the last block": (
+        "test_scale_grad",
+        Fault(TRITON_SCALE, "rest = lanes < n - whole * BLOCK", "rest = lanes < n - whole * BLOCK - 1"),
+        "became|rounds to",
+    ),
+    "a factor that is rounded": (
+        "test_scale_grad",
+        Fault(
+            TRITON_SCALE,
+            "factor = tl.load(factor_ptr)",
+            "factor = tl.load(factor_ptr).to(grad_ptr.dtype.element_ty).to(tl.float32)",
+        ),
+        "became|rounds to",
+    ),
     "splits that overlap": (
         "fused_statistics and 0.0",
         Fault(
@@ -248,7 +298,8 @@ TRITON_VALUES = {
     ),
 }
 
-# test_triton.py::test_planted_extra_pass_is_found plants it
+# test_triton.py::test_planted_extra_pass_is_found plants them
+TRITON_SCALE_TRAFFIC = Fault(TRITON_SCALE, "if factor != 1.0:", "if factor == factor:")
 TRITON_TRAFFIC = Fault(
     TRITON_ROWS,
     "    rows = row + tl.arange(0, 1)\n",

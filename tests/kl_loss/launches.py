@@ -10,6 +10,7 @@ from kl_loss.cases import PLAIN, Kernels, linear, matmul_fp32
 from minitron_kernels.ops.kl_loss import linear_gpu
 from minitron_kernels.ops.kl_loss.epilogues import triton_epilogues
 from minitron_kernels.ops.kl_loss.kernel_triton import launch as k
+from minitron_kernels.ops.kl_loss.kernel_triton import scale
 
 
 def to_compile(target_name):
@@ -54,6 +55,8 @@ def to_compile(target_name):
             add(
                 f"linear {kind} {name}", k.linear_stats, student, teacher, None, loss, stats, V, options(beta)
             )
+    for name, dtype in DTYPES.items():
+        add(f"scale {name}", scale.scale_grad_, empty(V, H, dtype=dtype), empty())
     capped = (empty(N, V), empty(N, V), empty(V), empty(V))
     mask = empty(N, dtype=torch.bool)
     add("rows forward capped masked", k.forward, capped, mask, loss, stats, V, options(0.0, 30.0))
@@ -94,6 +97,12 @@ def measure(counting):
             with counting(student=student, teacher=teacher, stats=stats, sums=sums) as counts:
                 k.tile_mixture(logits, None, stats, sums, False, options)
             report["tile_mixture jsd"] = counts
+    scale.BLOCK = 256
+    for name, value in (("scale", 0.5), ("scale by one", 1.0)):
+        for dtype in (torch.float32, torch.bfloat16):
+            grad, factor = torch.randn(2 * 256 + 9).to(dtype), torch.tensor(value)
+            with counting(grad=grad, factor=factor) as report[f"{name} {grad.element_size()}"]:
+                scale.scale_grad_(grad, factor)
     return report
 
 
@@ -107,6 +116,7 @@ KERNELS = {
     "finish_stats_kernel",
     "finish_mixture_kernel",
     "linear_kernel",
+    "scale_grad_kernel",
 }
 
 
@@ -131,3 +141,4 @@ def launch(rows):
         logits = [torch.zeros(rows, VOCAB, dtype=torch.bfloat16) for _ in range(2)]
         loss, stats = kernels.forward(*logits, mask, VOCAB, (beta, *PLAIN))
         kernels.backward(loss, stats, *logits, mask, VOCAB, (beta, *PLAIN))
+    scale.scale_grad_(torch.zeros(7 * rows, dtype=torch.bfloat16), torch.zeros(()))

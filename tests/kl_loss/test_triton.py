@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from kl_loss.faults import TRITON_TRAFFIC, TRITON_VALUES
+from kl_loss.faults import TRITON_SCALE_TRAFFIC, TRITON_TRAFFIC, TRITON_VALUES
 from tools.triton_runs import assert_cases_pass, assert_fault_is_found, needs, traffic, wrong_traffic
 
 needs_ttsem, needs_triton = needs("triton", "ttsem"), needs("triton")
@@ -34,13 +34,15 @@ MINIMUM = {
     "grad": {"student": (1, 0), "teacher": (1, 0), "grad": (0, 1)},
     "tile_stats": {"student": (1, 0), "teacher": (1, 0), "state": (1, 1)},
     "tile_mixture": {"student": (1, 0), "teacher": (1, 0), "sums": (1, 1)},
+    "scale by one": {"grad": (0, 0)},
+    "scale": {"grad": (1, 1)},
 }
 
 
 @needs_triton
 def test_traffic(tmp_path):
     report = traffic("kl_loss", tmp_path)
-    assert len(report) == 16
+    assert len(report) == 20
     assert wrong_traffic(report, MINIMUM) == []
 
 
@@ -48,3 +50,9 @@ def test_traffic(tmp_path):
 def test_planted_extra_pass_is_found(tmp_path):
     wrong = wrong_traffic(traffic("kl_loss", tmp_path, (TRITON_TRAFFIC,)), MINIMUM)
     assert wrong and all(re.match(r"rows .*: student ", line) for line in wrong)
+
+
+@needs_triton
+def test_a_factor_of_one_that_is_multiplied_by_is_found(tmp_path):
+    wrong = wrong_traffic(traffic("kl_loss", tmp_path, (TRITON_SCALE_TRAFFIC,)), MINIMUM)
+    assert wrong and all(line.startswith("scale by one") for line in wrong)

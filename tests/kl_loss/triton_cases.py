@@ -42,9 +42,10 @@ from kl_loss.edge_cases import (
 from kl_loss.edges import finite_rows, masked_out_rows
 from kl_loss.oracle import oracle_linear, oracle_rows
 from kl_loss.problems import make_linear, make_rows
+from kl_loss.scaling_cases import check as check_scaling
 from minitron_kernels.ops.kl_loss import linear_gpu
 from minitron_kernels.ops.kl_loss.epilogues import triton_epilogues
-from minitron_kernels.ops.kl_loss.kernel_triton import launch
+from minitron_kernels.ops.kl_loss.kernel_triton import launch, scale
 
 
 def triton_kernels():
@@ -65,6 +66,8 @@ def small_blocks(monkeypatch):
     blocks = launch.LinearBlocks(16, 32, 32, 4, 2)
     monkeypatch.setattr(launch, "linear_blocks", lambda mixture: blocks)
     monkeypatch.setattr(launch, "processors", lambda device: 12)
+    monkeypatch.setattr(scale, "BLOCK", 128)
+    monkeypatch.setattr(scale, "PROGRAMS", 3)
     if torch.version.cuda is None and torch.version.hip is None:
         monkeypatch.setattr(linear_gpu, "matmul", matmul_fp32)
 
@@ -165,3 +168,19 @@ def test_dtypes_of_linear(kernels):
     evaluation = {"beta": 0.0, "needs_grad": (False, False, False), "budget": 3 << 14}
     check_dtypes_of_linear(kernels, quadruples, [evaluation])
     check_dtypes_of_linear(kernels, quadruples[2:3], [{"beta": 0.3, "schedule": "store", "budget": 3 << 14}])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_grad(dtype):
+    """Sizes of no, one and more blocks than programs."""
+    check_scaling(scale.scale_grad_, dtype, "cuda", (0, 1, 100, 128, 129, 300, 640, 1000), starts=(0, 3))
+
+
+def test_bad_input_of_scale_grad():
+    good, one = torch.zeros(4, 4, device="cuda"), torch.ones((), device="cuda")
+    for grad, factor in ((good.t()[:, :2], one), (good, one[None])):
+        with pytest.raises(ValueError, match="grad must be contiguous and factor without dimensions"):
+            scale.scale_grad_(grad, factor)
+    for grad, factor in ((good.double(), one), (good, one.double())):
+        with pytest.raises(TypeError, match="grad must be float32, bfloat16 or float16"):
+            scale.scale_grad_(grad, factor)

@@ -23,6 +23,7 @@ from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.plan_cpu import operand_type
 from minitron_kernels.ops.kl_loss.plan_cpu import plan as plan_cpu
 from minitron_kernels.ops.kl_loss.rows import no_second_derivative
+from minitron_kernels.ops.kl_loss.scaling import scaled
 from minitron_kernels.ops.kl_loss.sums import sum_rows
 
 
@@ -184,23 +185,6 @@ def _(
     )
 
 
-def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * factor, the factor in fp32 (fp64) and the product rounded once, in the parameter's dtype.
-
-    In place where the graph ends here, so that the product costs no memory, and on the CPU nothing at all for
-    a factor of 1, the usual one. A graph that is kept needs the gradient again, so that it hands out a copy:
-    what is handed out is the caller's to change.
-    """
-    if torch.compiler.is_compiling():
-        return (grad.to(factor.dtype) * factor).to(dtype)
-    on_cpu = factor.device.type == "cpu"
-    out = torch.empty_like(grad) if torch._C._autograd._get_current_graph_task_keep_graph() else grad
-    if on_cpu and float(factor) == 1.0:
-        return (grad if out is grad else out.copy_(grad)).to(dtype)
-    # ATen computes with a number on the CPU in fp32, but rounds a 0-dim factor on a GPU to grad's dtype
-    return torch.mul(grad, factor if on_cpu else factor.reshape(1), out=out).to(dtype)
-
-
 def _dtypes(
     hidden: Tensor, head: Tensor, bias: Tensor | None
 ) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
@@ -223,6 +207,7 @@ class _Reduced(torch.autograd.Function):
         row_weight: Tensor,
         needs_grad: tuple[bool, bool, bool],
         rest: tuple[Any, ...],
+        backend: str,
     ) -> Tensor:
         loss, _, *grads = _linear_kl_loss(
             student_hidden,
@@ -239,7 +224,7 @@ class _Reduced(torch.autograd.Function):
             *rest,
         )
         ctx.save_for_backward(*grads)
-        ctx.needs_grad = needs_grad
+        ctx.needs_grad, ctx.backend = needs_grad, backend
         ctx.dtypes = _dtypes(student_hidden, student_head, student_bias)
         return sum_rows(loss * row_weight.to(loss.dtype))
 
@@ -247,10 +232,10 @@ class _Reduced(torch.autograd.Function):
     @no_second_derivative("linear_kl_loss")
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grads = [
-            _scaled(grad, grad_loss, dtype) if wanted else None
+            scaled(grad, grad_loss, dtype, ctx.backend) if wanted else None
             for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_grad, strict=True)
         ]
-        return (*grads, *(None,) * 7)
+        return (*grads, *(None,) * 8)
 
 
 class _PerToken(torch.autograd.Function):
@@ -327,7 +312,7 @@ def linear_kl_rows(
     )
     rest = (vocab_size, *options.as_arguments(), backend, schedule, workspace_bytes, engine)
     if any(needs_grad) and row_weight is not None and grad_head_accumulator is None:
-        return _Reduced.apply(hidden, head, bias, *teacher, mask, row_weight, needs_grad, rest)
+        return _Reduced.apply(hidden, head, bias, *teacher, mask, row_weight, needs_grad, rest, backend)
     if any(needs_grad):
         loss = _PerToken.apply(hidden, head, bias, *teacher, mask, grad_head_accumulator, needs_grad, rest)
     else:
