@@ -77,6 +77,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="a tiny shape, nothing that compiles, as a smoke test"
     )
+    parser.add_argument(
+        "--row-limit", type=float, default=3600, help="seconds that a row may take in all (default 3600)"
+    )
     parser.add_argument("--no-errors", action="store_true", help="time only; the gate still checks results")
     parser.add_argument("--json", type=Path, help="write the result here, after every row")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
@@ -162,7 +165,7 @@ def time_row(case: Case, dtype: str, threads: int, key: str, args: argparse.Name
     spec |= {"budget_s": max(args.budget, BUDGET_M_S) if brief else args.budget}
     spec |= {"reps": (1, args.limits[1]) if brief and not args.reps else args.limits}
     try:
-        got = run_worker(WORKER, spec, threads=threads)
+        got = run_worker(WORKER, spec, threads=threads, timeout_s=args.row_limit)
     except WorkerError as error:
         return {"status": "failed", "reason": str(error)}
     ratios = [call[1] / floor[1] for floor, call in zip(got["floor"], got["call"], strict=True)]

@@ -124,7 +124,7 @@ def _gpu_run(monkeypatch, keys):
     FakeGpu(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
-    def worker(script, spec, *, threads):
+    def worker(script, spec, *, threads, timeout_s=None):
         try:
             return {"measure": _worker.measure, "errors": _worker.errors}[spec["work"]](spec)
         except Exception as error:  # such as a row that does need the GPU
