@@ -19,12 +19,13 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from checkpoint_rows.worker import LABELS, ROWS, WORK, make_checkpoint, make_random_plan, right_tensors
 from common import tables
-from common.harness import WorkerError, run_worker, summarize
+from common.harness import WorkerError, run_worker, summarize, write_json
 from common.machine import cores, describe, facts
 from minitron_kernels.pruning import PruningPlan
 
@@ -82,7 +83,10 @@ def gate(work: Path, row: str, plan: PruningPlan) -> int:
     return got["bytes"]
 
 
-def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    work: Path, args: argparse.Namespace, save: Callable[[dict[str, Any]], None] = lambda result: None
+) -> dict[str, Any]:
+    """All tables; calls save() with what there is after every repetition."""
     shape = QUICK if args.quick else FULL
     config, size = make_checkpoint(work / "src", shape, args.gb)
     hidden, mlp = TARGETS[shape["hidden"]]
@@ -106,7 +110,8 @@ def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:
                             f"{LABELS[row]}: wrote {samples[row][-1]['bytes']} bytes in a timed call, and "
                             f"{written[row]} where its result was right"
                         )
-            run = {"cache": cache, "threads": threads, "samples": samples, "rows": summaries(samples)}
+                run = {"cache": cache, "threads": threads, "samples": samples, "rows": summaries(samples)}
+                save(result | {"runs": [*result["runs"], run]})
             result["runs"].append(run)
             print(f"\n{table(result, run, tables.aligned)}\n", flush=True)
     return result
@@ -172,9 +177,13 @@ def main(argv: list[str] | None = None) -> None:
         say(describe(machine))
         check_disk(args.folder or Path(tempfile.gettempdir()), args.gb)
         with tempfile.TemporaryDirectory(prefix="minitron_checkpoint_", dir=args.folder) as work:
-            result = {"format": 1, "benchmark": "checkpoint", "machine": machine} | measure(Path(work), args)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+            about = {"format": 1, "benchmark": "checkpoint", "machine": machine}
+
+            def save(part: dict[str, Any]) -> None:
+                write_json(args.json, about | part, complete=False)
+
+            result = about | measure(Path(work), args, save)
+    write_json(args.json, result, complete=result.get("complete", True))
     if args.markdown:
         drawn = [table(result, run, tables.markdown) for run in result["runs"]]
         args.markdown.write_text("\n\n".join([*drawn, f"Measured on {describe(result['machine'])}."]) + "\n")

@@ -19,17 +19,18 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from common.dtypes import DTYPES
-from common.harness import MIB, WorkerError, run_worker, summarize
+from common.harness import MIB, WorkerError, run_worker, summarize, write_json
 from common.machine import cores, describe, facts
 from kl_loss_rows.cases import GATE, SHAPES, Case, error_case, parse_shape
 from kl_loss_rows.floor import gemm_flops
-from kl_loss_rows.peers import IMPLEMENTATIONS, OURS
+from kl_loss_rows.peers import CROSS_ENTROPY, IMPLEMENTATIONS, OURS
 from kl_loss_rows.report import as_markdown, as_text
 from kl_loss_rows.roofline import RATES, roofline
 from kl_loss_rows.worker import FLOOR_FP32
@@ -76,7 +77,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="a tiny shape, nothing that compiles, as a smoke test"
     )
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument(
+        "--row-limit", type=float, default=3600, help="seconds that a row may take in all (default 3600)"
+    )
+    parser.add_argument("--no-errors", action="store_true", help="time only; the gate still checks results")
+    parser.add_argument("--json", type=Path, help="write the result here, after every row")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     parser.add_argument("--plot", type=Path, help="write the picture here (.png or .svg)")
     parser.add_argument("--from", dest="source", type=Path, help="read a result instead of measuring")
@@ -160,13 +165,14 @@ def time_row(case: Case, dtype: str, threads: int, key: str, args: argparse.Name
     spec |= {"budget_s": max(args.budget, BUDGET_M_S) if brief else args.budget}
     spec |= {"reps": (1, args.limits[1]) if brief and not args.reps else args.limits}
     try:
-        got = run_worker(WORKER, spec, threads=threads)
+        got = run_worker(WORKER, spec, threads=threads, timeout_s=args.row_limit)
     except WorkerError as error:
         return {"status": "failed", "reason": str(error)}
     ratios = [call[1] / floor[1] for floor, call in zip(got["floor"], got["call"], strict=True)]
     best = {"roofline": roofline(case, dtype, got["rates"])} if "rates" in got else {}
     return best | {
         "status": "ok",
+        "launches_seen": got["launches_seen"],
         "wall_s": summarize([wall for wall, _ in got["call"]]),
         "busy_s": summarize([busy for _, busy in got["call"]]),
         "ratio": summarize(ratios),
@@ -177,9 +183,15 @@ def time_row(case: Case, dtype: str, threads: int, key: str, args: argparse.Name
 
 
 def measure(
-    case: Case, about: str | None, dtype: str, threads: int, keys: list[str], args: Any
+    case: Case,
+    about: str | None,
+    dtype: str,
+    threads: int,
+    keys: list[str],
+    args: Any,
+    save: Callable[[dict[str, Any]], None] = lambda run: None,
 ) -> dict[str, Any]:
-    """One table: all rows at one shape, dtype and number of threads."""
+    """One table: all rows at one shape, dtype and number of threads. Calls save() with it after every row."""
     run: dict[str, Any] = {**case.to_dict(), "shape": case.name, "dtype": dtype, "device": args.device}
     run |= {"threads": threads, "about": about, "flops": gemm_flops(case)}
     del run["name"], run["file"]
@@ -190,7 +202,7 @@ def measure(
         if key in IMPLEMENTATIONS and (reason := IMPLEMENTATIONS[key].absent(args.device))
     }
     present = [key for key in keys if key in IMPLEMENTATIONS and key not in absent]
-    errors = take_errors(case, dtype, args.device, threads, present)
+    errors = {} if args.no_errors else take_errors(case, dtype, args.device, threads, present)
     run["errors"] = {kind: {name: got[name] for name in ("kl", "N", "V")} for kind, got in errors.items()}
     run["rows"] = []
     for number, key in enumerate(keys, 1):
@@ -203,6 +215,9 @@ def measure(
         else:
             begin = time.perf_counter()
             row |= time_row(case, dtype, threads, key, args)
+            if key in CROSS_ENTROPY:
+                row["flops"] = gemm_flops(case, teacher=False)
+                row.pop("roofline", None)  # that of another loss
             took = time.perf_counter() - begin
             done = f"{row['ratio']['median']:.2f} × floor" if row["status"] == "ok" else row["reason"]
             extra = row.get("extra_peak_bytes")
@@ -212,16 +227,22 @@ def measure(
             kind: got["rows"][key] for kind, got in errors.items() if "dX" in got["rows"].get(key, {})
         }
         run["rows"].append(row)
+        sum_up(run, case)
+        save(run)
+    return run
+
+
+def sum_up(run: dict[str, Any], case: Case) -> None:
+    """Floor and roofline of the table, from its rows so far."""
     if measured := [row["roofline"] for row in run["rows"] if "roofline" in row]:
         typical = {name: summarize([row[name] for row in measured])["median"] for name in RATES}
-        run["roofline"] = roofline(case, dtype, typical)
-    floors = [pair for row in run["rows"] if row["status"] == "ok" for pair in row["samples"]["floor"]]
-    if floors:
+        run["roofline"] = roofline(case, run["dtype"], typical)
+    same = [row for row in run["rows"] if row["status"] == "ok" and "flops" not in row]
+    if floors := [pair for row in same for pair in row["samples"]["floor"]]:
         run["floor"] = {
             "wall_s": summarize([w for w, _ in floors]),
             "busy_s": summarize([b for _, b in floors]),
         }
-    return run
 
 
 def backend_note(device: str) -> dict[str, Any]:
@@ -244,6 +265,10 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
     packages = [row.package for row in IMPLEMENTATIONS.values() if row.package]
     result = {"format": 1, "benchmark": "kl_loss", "machine": facts(args.device, packages) | note, "runs": []}
     say(describe(result["machine"]))
+
+    def save(run: dict[str, Any]) -> None:
+        write_json(args.json, result | {"runs": [*result["runs"], run]}, complete=False)
+
     for dtype in args.dtype:
         if ours:
             gate(ours, dtype, args.device, args.threads[0])
@@ -254,7 +279,7 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
             if name == "M" and args.restrict_m:
                 keys = [key for key in keys if key in AT_M]
             for threads in args.threads:
-                run = measure(case, about, dtype, threads, keys, args)
+                run = measure(case, about, dtype, threads, keys, args, save)
                 result["runs"].append(run)
                 width = shutil.get_terminal_size((200, 50)).columns
                 print(f"\n{as_text(run, width)}\n", flush=True)
@@ -276,8 +301,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\n\n".join(as_text(run) for run in result["runs"]))
     else:
         result = run_all(args)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.json, result, complete=result.get("complete", True))
     if args.markdown:
         args.markdown.write_text(as_markdown(result))
     if args.plot:

@@ -31,7 +31,7 @@ gather, importance, kl_loss = map(script, ("gather", "importance", "kl_loss"))
 def in_this_process(work):
     """Stands in for run_worker(): `work` fails as a process would."""
 
-    def run(script, spec, *, threads):
+    def run(script, spec, *, threads, timeout_s=None):
         try:
             return json.loads(json.dumps(work(json.loads(json.dumps(spec)))))
         except (Exception, SystemExit) as error:
@@ -205,7 +205,7 @@ def test_a_wrong_loss_ends_the_run(monkeypatch, kind, wrong):
     """Whichever row of the library's it is, at whichever of the two distances; nothing is timed."""
     asked = []
 
-    def worker(script, spec, *, threads):
+    def worker(script, spec, *, threads, timeout_s=None):
         asked.append(spec)
         if spec["work"] == "measure":
             return MEASURED

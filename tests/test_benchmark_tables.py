@@ -1,6 +1,7 @@
 """What the benchmarks print and write: tables, reports, a picture; of a GPU too, by a fake clock."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tools.benchmark_scripts import FOLDER
 if not FOLDER.is_dir():  # an sdist may be tested without it
     pytest.skip("no benchmarks folder here", allow_module_level=True)
 
+from common import gpu_clock as _gpu_clock
 from common import harness as _harness
 from common import machine as _machine
 from common import tables as _table
@@ -91,6 +93,9 @@ class FakeGpu:
         def record(self):
             pass
 
+        def query(self):
+            return False  # the spin before it still runs
+
         def elapsed_time(self, end):
             return 2.0
 
@@ -98,11 +103,13 @@ class FakeGpu:
         monkeypatch.setattr(torch.cuda, "Event", self.Event)
         for name, value in (
             ("synchronize", None),
+            ("_sleep", None),
             ("memory_allocated", 1 << 20),
             ("reset_peak_memory_stats", None),
             ("max_memory_allocated", 4 << 20),
         ):
-            monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        monkeypatch.setattr(_gpu_clock.GpuTimer.__init__, "__defaults__", (None, time.perf_counter, bool))
         make = _cases.make_inputs
         monkeypatch.setattr(
             _worker,
@@ -117,7 +124,7 @@ def _gpu_run(monkeypatch, keys):
     FakeGpu(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
-    def worker(script, spec, *, threads):
+    def worker(script, spec, *, threads, timeout_s=None):
         try:
             return {"measure": _worker.measure, "errors": _worker.errors}[spec["work"]](spec)
         except Exception as error:  # such as a row that does need the GPU
@@ -141,7 +148,7 @@ def test_table_of_a_gpu_by_a_fake_clock(monkeypatch):
     text = as_text(run)
     share = f"{100 * flops / 1e9 / 2e-3:.0f} %"
     assert next(line for line in text.split("\n") if line.startswith("naive PyTorch ")).count(share) == 1
-    assert "of roofline" in text and "GPU s" in text and "Roofline, by rates of the same run" in text
+    assert "TFLOP/s" in text and "of roofline" in text and "GPU s" in text and "Roofline, by rates of the same run" in text
     assert "minitron, store: absent, not on cuda" in text
     assert "pip install" in liger["reason"] if liger["status"] == "absent" else liger["status"] == "failed"
     machine = {"gpu": "a GPU", "packages": {"torch": "1"}, "date": "today"}

@@ -1,5 +1,6 @@
 """The benchmark's own arithmetic: a harness that measures wrongly is worse than none."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,20 @@ def test_interleave_takes_turns_and_keeps_its_limits():
 def test_pairs_give_the_ratio_of_busy_seconds():
     pairs = _harness.Pairs([_harness.Sample(9.0, 2.0)], [_harness.Sample(1.0, 3.0)])
     assert pairs.ratios == [1.5]
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    """What cannot be written leaves the file as it was, and says at each step whether it is complete."""
+    path = tmp_path / "out.json"
+    _harness.write_json(path, {"rows": [1]}, complete=False)
+    assert json.loads(path.read_text()) == {"rows": [1], "complete": False}
+    with pytest.raises(TypeError):
+        _harness.write_json(path, {"rows": [1, object()]}, complete=True)
+    assert json.loads(path.read_text())["complete"] is False
+    _harness.write_json(path, {"rows": [1, 2]}, complete=True)
+    assert json.loads(path.read_text()) == {"rows": [1, 2], "complete": True}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.json"]
+    _harness.write_json(None, {}, complete=True)
 
 
 def test_busy_seconds_leave_out_sleep():
@@ -141,7 +156,7 @@ def test_adapters_compute_the_same_loss(key):
     inputs = _cases.make_inputs(TINY, "fp32")
     exact = _cases.truth(inputs)
     value = float(step(loss, inputs))
-    if row.gives_kl:
+    if row.gives_loss:
         assert value == pytest.approx(exact.loss, rel=1e-5)
     assert _cases.relative_error(inputs.student_hidden.grad, exact.dX) < 1e-5
     assert _cases.relative_error(inputs.student_head.grad, exact.dW) < 1e-5
@@ -161,6 +176,7 @@ def test_rows_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     gpu, cpu = kl_loss.parse_args(["--device", "cuda"]), kl_loss.parse_args([])
     only = {"native-store", "native-recompute", "triton-store", "triton-recompute", "liger-jsd", "liger-kl"}
+    only |= {"liger-jsd-cute", "liger-ce", "quack-ce", "torch-ce"}
     assert set(gpu.impl) - set(cpu.impl) == only and set(cpu.impl) - set(gpu.impl) == {"store", "recompute"}
     assert gpu.shape == ["S", "M", "XL"] and not gpu.restrict_m and cpu.restrict_m
     assert IMPLEMENTATIONS["native-store"].label == "minitron, CUDA C++, store"
@@ -173,7 +189,7 @@ def test_rows_of_a_gpu(monkeypatch):
             kl_loss.parse_args(["--device", "cuda"])
 
 
-@pytest.mark.parametrize("key", ["liger-jsd", "liger-kl"])
+@pytest.mark.parametrize("key", ["liger-jsd", "liger-jsd-cute", "liger-kl"])
 def test_liger_losses_for_gpus_exist(key):
     """They run on a GPU alone; that the pinned version has them under these names can be seen anywhere."""
     row = IMPLEMENTATIONS[key]
@@ -184,9 +200,16 @@ def test_liger_losses_for_gpus_exist(key):
 
 def test_rates_are_the_best_of_several(monkeypatch):
     seconds = iter([4.0, 1.0, 2.0, 0.5, 0.25, 1.0])
-    monkeypatch.setattr(
-        _roofline, "sample", lambda call, device: (call(), _harness.Sample(9.0, next(seconds)))[1]
-    )
+
+    class Timer:
+        def __init__(self, call, device):
+            self.call = call
+
+        def sample(self):
+            self.call()
+            return _harness.Sample(9.0, next(seconds))
+
+    monkeypatch.setattr(_roofline, "timer", Timer)
     found = _roofline.rates("fp32", "cpu", side=8, copy_bytes=1000, reps=3)
     assert found == {"matmul_flops_per_s": 2 * 8**3 / 1.0, "copy_bytes_per_s": 2 * 1000 / 0.25}
     slow_copy = {"matmul_flops_per_s": 1e15, "copy_bytes_per_s": 1e3}

@@ -7,7 +7,6 @@ A benchmark is a script that defines a `Bench` named BENCH and calls main(BENCH)
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,8 +17,9 @@ from typing import Any, Protocol
 import torch
 
 from common import tables
-from common.harness import WorkerError, run_worker, summarize
+from common.harness import WorkerError, run_worker, summarize, write_json
 from common.machine import describe, facts
+from common.tables import MARK, MARKED
 
 WORKER = Path(__file__).with_name("bandwidth_worker.py")
 Case = Mapping[str, Any]  # of numbers and strings, since it goes to the worker as JSON
@@ -131,10 +131,16 @@ def parse_args(bench: Bench, argv: list[str] | None, doc: str | None) -> argpars
     return args
 
 
-def measure(bench: Bench, name: str, threads: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One table. A row whose result is wrong is not timed; if it is the library's, the run ends."""
+def measure(
+    bench: Bench, name: str, threads: int, args: argparse.Namespace, runs: list[Any], save: Callable[[], None]
+) -> dict[str, Any]:
+    """One table, appended to `runs`; calls save() after every row.
+
+    A row whose result is wrong is not timed; if it is the library's, the run ends.
+    """
     run: dict[str, Any] = {"case": name, **bench.cases[name], "threads": threads, "device": args.device}
     run |= {"floor_label": bench.floor_label, "rows": []}
+    runs.append(run)
     say(f"{bench.name}, {name}, {threads} thread(s)")
     for key in args.impl:
         row = bench.row(key)
@@ -150,6 +156,7 @@ def measure(bench: Bench, name: str, threads: int, args: argparse.Namespace) -> 
             if row.ours:
                 raise SystemExit(f"{row.label}: {error}") from None
             run["rows"].append(entry | {"status": "failed", "reason": str(error)})
+            save()
             continue
         pairs = list(zip(got["floor"], got["call"], strict=True))
         run["bytes"] = got["bytes"]
@@ -162,13 +169,14 @@ def measure(bench: Bench, name: str, threads: int, args: argparse.Namespace) -> 
                 "busy_s": summarize([busy for _, (_, busy) in pairs]),
                 "ratio": summarize([call[1] / floor[1] for floor, call in pairs]),
                 "extra_peak_bytes": got["extra_peak_bytes"],
+                "launches_seen": got["launches_seen"],
                 "samples": {"floor": got["floor"], "call": got["call"]},
             }
         )
         say(f"  {row.label}: {run['rows'][-1]['ratio']['median']:.2f} × floor")
-    floors = [busy for row in run["rows"] if row["status"] == "ok" for _, busy in row["samples"]["floor"]]
-    if floors:
-        run["floor_busy_s"] = summarize(floors)
+        measured = [row for row in run["rows"] if row["status"] == "ok"]
+        run["floor_busy_s"] = summarize([busy for row in measured for _, busy in row["samples"]["floor"]])
+        save()
     return run
 
 
@@ -195,7 +203,7 @@ def table(run: dict[str, Any], draw: Callable[..., str]) -> str:
     busy = "CPU ms" if run["device"] == "cpu" else "GPU ms"
     rows = [
         [
-            row["label"],
+            row["label"] + MARK * bool(row.get("launches_seen")),
             _spread(row["busy_s"], lambda s: f"{s * 1e3:.3g}"),
             _spread(row["ratio"], tables.ratio),
             f"{run['bytes'] / row['busy_s']['median'] / 1e9:.3g}",
@@ -210,7 +218,8 @@ def table(run: dict[str, Any], draw: Callable[..., str]) -> str:
     lines = [
         f"{row['label']}: {row['status']}, {row['reason']}" for row in run["rows"] if row["status"] != "ok"
     ]
-    return "\n\n".join(filter(None, [draw(names, rows) if rows else "", "; ".join(lines)]))
+    marked = [MARKED] if any(row.get("launches_seen") for row in run["rows"]) else []
+    return "\n\n".join(filter(None, [draw(names, rows) if rows else "", *marked, "; ".join(lines)]))
 
 
 def as_markdown(bench: Bench, result: dict[str, Any]) -> str:
@@ -227,16 +236,18 @@ def main(bench: Bench, argv: list[str] | None = None, doc: str | None = None) ->
     result: dict[str, Any] = {"format": 1, "benchmark": bench.name, "machine": facts(args.device, packages)}
     result["runs"] = []
     say(describe(result["machine"]))
+
+    def save() -> None:
+        write_json(args.json, result, complete=False)
+
     for name in args.case:
         for threads in args.threads:
-            run = measure(bench, name, threads, args)
-            result["runs"].append(run)
+            run = measure(bench, name, threads, args, result["runs"], save)
             print(f"\n{head(run)}\n\n{table(run, tables.aligned)}\n", flush=True)
     for name, beside in ({} if args.only_tables else bench.beside).items():
         result[name] = beside.measure(say, args)
         print(*beside.lines(result[name]), sep="\n", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.json, result, complete=True)
     if args.markdown:
         args.markdown.write_text(as_markdown(bench, result))
     return result

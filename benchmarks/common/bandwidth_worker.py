@@ -34,8 +34,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"error": error, "bytes": bench.floor_bytes(inputs)}
     result["extra_peak_bytes"] = extra_peak_bytes(call, device)
     pairs = interleave(floor, call, device, budget_s=spec["budget_s"], reps=tuple(spec["reps"]))
-    for name, samples in (("floor", pairs.floor), ("call", pairs.call)):
-        result[name] = [[sample.wall_s, sample.busy_s] for sample in samples]
+    result |= pairs.to_dict()
     gate(bench, inputs, call)  # the timed call must still do the work
     return result
 

@@ -2,7 +2,7 @@
 
 Machines are shared and drift, so an absolute time says little. The figure to trust is the ratio to the floor,
 timed in turns with it in one process, in *busy seconds*: on the CPU the user + system seconds of the process,
-on CUDA the time between two events on the stream.
+on CUDA the time between two events on the stream, without the latency of launches (see gpu_clock).
 """
 
 from __future__ import annotations
@@ -21,43 +21,52 @@ from typing import Any
 
 import torch
 
+from common.gpu_clock import GpuTimer, Sample
 from common.scripts import FOLDER
 
 MIB = 2**20
 
 
-@dataclass(frozen=True)
-class Sample:
-    wall_s: float
-    busy_s: float
+class CpuTimer:
+    """Samples of one call by the clocks of this process."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.call, self.calls = call, 0
+
+    def sample(self) -> Sample:
+        wall, busy = time.perf_counter(), time.process_time()
+        self.call()
+        self.calls += 1
+        return Sample(time.perf_counter() - wall, time.process_time() - busy)
+
+
+def timer(call: Callable[[], object], device: str) -> CpuTimer | GpuTimer:
+    """Takes samples of `call` by its method sample(); its `calls` says how often that called."""
+    return GpuTimer(call) if torch.device(device).type == "cuda" else CpuTimer(call)
 
 
 def sample(call: Callable[[], object], device: str) -> Sample:
     """Times one call: wall seconds and busy seconds."""
-    if torch.device(device).type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        wall = time.perf_counter()
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return Sample(time.perf_counter() - wall, start.elapsed_time(end) / 1e3)
-    wall, busy = time.perf_counter(), time.process_time()
-    call()
-    return Sample(time.perf_counter() - wall, time.process_time() - busy)
+    return timer(call, device).sample()
 
 
 @dataclass
 class Pairs:
-    """Samples taken in turns: floor, call, floor, call, ..."""
+    """Samples taken in turns: floor, call, floor, call, ...; and how often the call was made for them."""
 
     floor: list[Sample]
     call: list[Sample]
+    calls: int = 0
 
     @property
     def ratios(self) -> list[float]:
         return [call.busy_s / floor.busy_s for floor, call in zip(self.floor, self.call, strict=True)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a worker answers: lists of [wall, busy], and how many samples of the call show its launches."""
+        sides = {"floor": self.floor, "call": self.call}
+        lists = {name: [[one.wall_s, one.busy_s] for one in samples] for name, samples in sides.items()}
+        return lists | {"launches_seen": sum(not one.hidden for one in self.call)}
 
 
 def interleave(
@@ -70,14 +79,16 @@ def interleave(
 ) -> Pairs:
     """Takes turns until `budget_s` is spent, at least reps[0] and at most reps[1] times."""
     pairs = Pairs([], [])
+    timers = timer(floor, device), timer(call, device)
     begin = time.perf_counter()
     while len(pairs.call) < reps[1]:
-        pairs.floor.append(sample(floor, device))
-        pairs.call.append(sample(call, device))
+        pairs.floor.append(timers[0].sample())
+        pairs.call.append(timers[1].sample())
         spent = time.perf_counter() - begin
         mean = spent / len(pairs.call)
         if len(pairs.call) >= reps[0] and spent + mean > budget_s:
             break
+    pairs.calls = timers[1].calls
     return pairs
 
 
@@ -131,6 +142,16 @@ def extra_peak_bytes(call: Callable[[], object], device: str) -> int | None:
         return None
     call()
     return max(0, status_bytes("VmHWM") - before)
+
+
+def write_json(path: Path | None, result: dict[str, Any], *, complete: bool) -> None:
+    """Replaces the file `path`, whole or not at all: a run that is cut off leaves what it had measured."""
+    if path is None:
+        return
+    result["complete"] = complete
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(beside, path)
 
 
 class WorkerError(RuntimeError):

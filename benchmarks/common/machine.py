@@ -47,7 +47,7 @@ def facts(device: str, packages: Iterable[str] = ()) -> dict[str, Any]:
     cpu, flags = _cpu()
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     versions = {"torch": torch.__version__}
-    for package in sorted(set(packages)):
+    for package in sorted({*packages, "triton"}):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -66,6 +66,11 @@ def facts(device: str, packages: Iterable[str] = ()) -> dict[str, Any]:
     if torch.device(device).type == "cuda":
         result["gpu"] = torch.cuda.get_device_name(device)
         result["cuda"] = torch.version.cuda
+        properties = torch.cuda.get_device_properties(device)
+        result["gpu_arch"] = f"sm_{properties.major}{properties.minor}"
+        result["gpu_sms"] = properties.multi_processor_count
+        result["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        result["gpu_l2_mib"] = getattr(properties, "L2_cache_size", 0) // 2**20
     return result
 
 

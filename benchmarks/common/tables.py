@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 MIB = 2**20
+MARK = " *"  # at the label of a row whose time on the GPU includes gaps
+MARKED = "* the call waits for the GPU, or its launches take longer than its work: they are in its GPU time"
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -67,7 +67,7 @@ def parse_shape(text: str) -> Case:
 
 @dataclass
 class Inputs:
-    """Operands of the loss: hidden states [N, H] and [N, Ht], heads [V, H] and [V, Ht]; labels [N], zeros."""
+    """Operands of the loss: hidden states [N, H] and [N, Ht], heads [V, H] and [V, Ht]; labels [N], any."""
 
     student_hidden: torch.Tensor
     student_head: torch.Tensor
@@ -80,7 +80,8 @@ class Inputs:
         operands = [operand.to(device, dtype).contiguous() for operand in operands]
         for operand in operands[:2]:  # the teacher gets no gradient
             operand.requires_grad_()
-        return cls(*operands, labels=torch.zeros(len(operands[0]), dtype=torch.long, device=device))
+        labels = torch.arange(len(operands[0]), device=device) * 7919 % len(operands[1])
+        return cls(*operands, labels=labels)
 
     @property
     def operands(self) -> list[torch.Tensor]:
@@ -135,15 +136,18 @@ def error_case(case: Case) -> Case:
 
 @dataclass
 class Truth:
-    """Mean forward KL and its gradients, float64."""
+    """Mean loss and its gradients, float64."""
 
     loss: float
     dX: np.ndarray
     dW: np.ndarray
 
 
-def truth(inputs: Inputs) -> Truth:
-    """KL(teacher ‖ student), mean over the rows, of exactly these operands, in float64 NumPy."""
+def truth(inputs: Inputs, cross_entropy: bool = False) -> Truth:
+    """KL(teacher ‖ student), mean over the rows, of exactly these operands, in float64 NumPy.
+
+    Or the cross-entropy of the labels, which has no teacher.
+    """
     X, W, Y, U = (operand.detach().cpu().double().numpy() for operand in inputs.operands)
 
     def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -151,9 +155,16 @@ def truth(inputs: Inputs) -> Truth:
         logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
         return logits
 
-    log_s, log_t = log_softmax(X @ W.T), log_softmax(Y @ U.T)
-    p_t = np.exp(log_t)
-    loss = float((p_t * (log_t - log_s)).sum() / len(X))
+    log_s = log_softmax(X @ W.T)
+    if cross_entropy:
+        rows, labels = np.arange(len(X)), inputs.labels.cpu().numpy()
+        p_t = np.zeros_like(log_s)
+        p_t[rows, labels] = 1.0
+        loss = float(-log_s[rows, labels].sum() / len(X))
+    else:
+        log_t = log_softmax(Y @ U.T)
+        p_t = np.exp(log_t)
+        loss = float((p_t * (log_t - log_s)).sum() / len(X))
     dz = (np.exp(log_s) - p_t) / len(X)
     return Truth(loss, dz @ W, dz.T @ X)
 

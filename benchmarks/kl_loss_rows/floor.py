@@ -14,15 +14,19 @@ from kl_loss_rows.cases import Case, Inputs
 BLOCKS = {"cpu": (512, 4096), "cuda": (8192, 16384)}
 
 
-def gemm_flops(case: Case) -> int:
-    """The flops of the four GEMMs: 2 N V (3 H + Ht)."""
-    return 2 * case.N * case.V * (3 * case.H + case.Ht)
+def gemm_flops(case: Case, teacher: bool = True) -> int:
+    """The flops of the four GEMMs: 2 N V (3 H + Ht); of three, for a loss without a teacher."""
+    return 2 * case.N * case.V * (3 * case.H + case.Ht * teacher)
 
 
 class Floor:
-    """Calling it runs the four GEMMs once, on operands and buffers of `dtype` (the inputs' unless given)."""
+    """Calling it runs the four GEMMs once, on operands and buffers of `dtype` (the inputs' unless given).
 
-    def __init__(self, inputs: Inputs, dtype: torch.dtype | None = None) -> None:
+    Without `teacher` only the student's three.
+    """
+
+    def __init__(self, inputs: Inputs, dtype: torch.dtype | None = None, teacher: bool = True) -> None:
+        self.teacher = teacher
         self.X, self.W, self.Y, self.U = (
             operand.detach() if dtype is None else operand.detach().to(dtype) for operand in inputs.operands
         )
@@ -42,7 +46,8 @@ class Floor:
                 cols = slice(v, min(v + block_v, len(W)))
                 size = (slice(0, rows.stop - rows.start), slice(0, cols.stop - cols.start))
                 dz = self.student_logits[size]  # the values do not matter for the time of dense GEMMs
-                torch.mm(Y[rows], U[cols].t(), out=self.teacher_logits[size])
+                if self.teacher:
+                    torch.mm(Y[rows], U[cols].t(), out=self.teacher_logits[size])
                 torch.mm(X[rows], W[cols].t(), out=dz)
                 torch.mm(dz, W[cols], out=self.dX[rows])
                 torch.mm(dz.t(), X[rows], out=self.dW[cols])

@@ -1,6 +1,7 @@
 """The implementations that are compared, each as a function from inputs to the mean forward KL.
 
 Each is called as its documentation says: no label is masked, temperature is 1, no cross-entropy is mixed in.
+A few are another loss, the cross-entropy of labels: what a kernel with three of the four GEMMs reaches here.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ class Implementation:
     build: Callable[[], Loss]
     package: str | None = None  # the distribution that contains it
     pip: str | None = None  # the command that installs it
-    gives_kl: bool = True  # False: the value differs from the KL by a constant; the gradient is the same
+    gives_loss: bool = True  # False: the value differs from the KL by a constant; the gradient is the same
     compiles: bool = False  # whether it is compiled for each shape: then the warm-up has the same shape
     devices: tuple[str, ...] = ("cpu", "cuda")
     backend: str | None = None  # of the library's own rows
+    lacks: Callable[[], str | None] = lambda: None  # why its package, though installed, does not have it
+    cross_entropy: bool = False  # of the labels, without a teacher
 
     def serves(self, device: str) -> bool:
         """Whether this row exists for the kind of device."""
@@ -46,7 +49,7 @@ class Implementation:
         if self.version() is None:
             return self.pip
         if self.backend is None:
-            return None
+            return self.lacks()
         from minitron_kernels import _backend
 
         return _backend.why_not("linear_kl_loss", self.backend, torch.device(device))
@@ -101,11 +104,64 @@ def _liger(chunk_size: int, compiled: bool) -> Callable[[], Loss]:
     return build
 
 
-def _liger_jsd() -> Loss:
-    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+def _liger_jsd(language: str) -> Callable[[], Loss]:
+    """Liger's fused linear JSD with its inner kernel in `language`; left alone, Liger chooses by the GPU."""
 
-    loss = LigerFusedLinearJSD(jsd_beta=0.0)  # 0 is forward KL
-    return lambda inputs: loss(*inputs.operands, None)
+    def build() -> Loss:
+        from liger_kernel.functional import fused_linear_jsd
+
+        options = {"jsd_beta": 0.0, "impl": f"nvidia-{language}"}  # 0 is forward KL
+        return lambda inputs: fused_linear_jsd(*inputs.operands, None, **options)
+
+    return build
+
+
+def _liger_lacks(language: str) -> Callable[[], str | None]:
+    def lacks() -> str | None:
+        try:
+            import liger_kernel.functional  # noqa: F401  says where its kernels are
+            from liger_kernel.backends import available_impls
+
+            found = available_impls("fused_linear_jsd")
+        except Exception as error:  # an older version, or what it needs itself
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        wanted = f"nvidia-{language}"
+        return None if wanted in found else f"Liger has {', '.join(found) or 'no kernel'} here, not {wanted}"
+
+    return lacks
+
+
+def _liger_ce() -> Loss:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Function
+
+    return lambda inputs: Function.apply(inputs.student_hidden, inputs.student_head, inputs.labels).mean()
+
+
+def _liger_ce_lacks() -> str | None:
+    """Why Liger would not run its CuTe kernel but chunks in PyTorch."""
+    if (arch := torch.cuda.get_device_capability()) != (9, 0):
+        return f"Liger's CuTe kernel is for sm_90, here is sm_{arch[0]}{arch[1]}"
+    return None if importlib.util.find_spec("cutlass") else "pip install nvidia-cutlass-dsl"
+
+
+def _quack_ce() -> Loss:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda inputs: chunked_linear_cross_entropy(
+        inputs.student_hidden, inputs.student_head, inputs.labels, chunk_size=4096
+    )
+
+
+def _torch_ce() -> Loss:
+    options = torch.nn.LinearCrossEntropyOptions()  # in chunks; without them it is the plain expression
+    return lambda inputs: F.linear_cross_entropy(
+        inputs.student_hidden, inputs.student_head, inputs.labels, options=options
+    )
+
+
+def _torch_ce_lacks() -> str | None:
+    there = hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
+    return None if there else f"torch {torch.__version__} has no chunked F.linear_cross_entropy"
 
 
 def _liger_kl() -> Loss:
@@ -211,8 +267,20 @@ IMPLEMENTATIONS = {
             compiles=True,
             **_LIGER,
         ),
-        Implementation(
-            "liger-jsd", "Liger FusedLinearJSD (Triton)", "Liger", _liger_jsd, devices=("cuda",), **_LIGER
+        *(
+            Implementation(
+                key,
+                f"Liger FusedLinearJSD ({name})",
+                "Liger",
+                _liger_jsd(language),
+                devices=("cuda",),
+                lacks=_liger_lacks(language),
+                **_LIGER,
+            )
+            for key, name, language in (
+                ("liger-jsd", "Triton", "triton"),
+                ("liger-jsd-cute", "CuTe", "cutedsl"),
+            )
         ),
         Implementation(
             "liger-kl",
@@ -229,10 +297,39 @@ IMPLEMENTATIONS = {
             _torchtune,
             package="torchtune",
             pip="pip install --no-deps torchtune==0.6.1",
-            gives_kl=False,
+            gives_loss=False,
         ),
         Implementation("trl", "TRL chunked divergence", "TRL", _trl_chunked, **_TRL),
         Implementation("trl-gkd", "TRL GKD", "TRL", _trl_gkd, **_TRL),
+        Implementation(
+            "liger-ce",
+            "Liger cross-entropy (CuTe)",
+            "Liger",
+            _liger_ce,
+            devices=("cuda",),
+            lacks=_liger_ce_lacks,
+            cross_entropy=True,
+            **_LIGER,
+        ),
+        Implementation(
+            "quack-ce",
+            "quack cross-entropy (CuTe)",
+            "quack",
+            _quack_ce,
+            package="quack-kernels",
+            pip="pip install quack-kernels",
+            devices=("cuda",),
+            cross_entropy=True,
+        ),
+        Implementation(
+            "torch-ce",
+            "F.linear_cross_entropy",
+            "PyTorch",
+            _torch_ce,
+            devices=("cuda",),
+            lacks=_torch_ce_lacks,
+            cross_entropy=True,
+        ),
         *(
             _ours(backend, device, schedule)
             for backend, device in (("native", "cpu"), ("native", "cuda"), ("triton", "cuda"))
@@ -241,6 +338,7 @@ IMPLEMENTATIONS = {
     )
 }
 OURS = tuple(key for key, row in IMPLEMENTATIONS.items() if row.family == "minitron")
+CROSS_ENTROPY = {key for key, row in IMPLEMENTATIONS.items() if row.cross_entropy}
 
 
 def step(loss: Loss, inputs: Inputs) -> torch.Tensor:

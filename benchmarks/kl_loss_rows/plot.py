@@ -27,6 +27,7 @@ COLOURS = {
     "Liger": "#2a9d8f",
     "torchtune": "#e09f3e",
     "TRL": "#3d7dca",
+    "quack": "#8c8c3a",
 }
 SHORT = {
     "naive": "naive",
@@ -40,6 +41,10 @@ SHORT = {
     "store": "minitron store",
     "recompute": "minitron recompute",
     "liger-jsd": "Liger FusedLinearJSD",
+    "liger-jsd-cute": "Liger FusedLinearJSD, CuTe",
+    "liger-ce": "Liger cross-entropy",
+    "quack-ce": "quack cross-entropy",
+    "torch-ce": "F.linear_cross_entropy",
     "liger-kl": "Liger FusedLinearKLDiv",
     "native-store": "minitron CUDA C++ store",
     "native-recompute": "minitron CUDA C++ recompute",

@@ -40,7 +40,9 @@ def roofline_line(run: dict[str, Any]) -> str | None:
     )
 
 
-def errors_line(run: dict[str, Any]) -> str:
+def errors_line(run: dict[str, Any]) -> str | None:
+    if not run["errors"]:
+        return None
     kinds = ", ".join(f"{kind}: KL {errors['kl']:.2g}" for kind, errors in run["errors"].items())
     sizes = next((f"{errors['N']} rows × {errors['V']} tokens" for errors in run["errors"].values()), "")
     return (
@@ -65,8 +67,10 @@ def _time_columns(run: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
     share = {}
     if "roofline" in row:  # from the rates that the row's own process measured
         share["of roofline"] = f"{100 * row['roofline']['seconds'] / row['busy_s']['median']:.0f} %"
+    if run["device"] != "cpu":
+        share["TFLOP/s"] = f"{row.get('flops', run['flops']) / row['busy_s']['median'] / 1e12:.0f}"
     return {
-        LABEL: row["label"],
+        LABEL: row["label"] + tables.MARK * bool(row.get("launches_seen")),
         _busy(run): _spread(row["busy_s"], tables.seconds),
         "÷ floor": _spread(row["ratio"], tables.ratio),
         **share,
@@ -91,6 +95,17 @@ def _table_of(cells: list[dict[str, str]], draw: Any) -> str:
 
 def _measured(run: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in run["rows"] if row["status"] == "ok"]
+
+
+def _remarks(run: dict[str, Any]) -> list[str]:
+    """Below the table: what a mark means, which rows are of another loss."""
+    rows = _measured(run)
+    marked = [tables.MARKED] if any(row.get("launches_seen") for row in rows) else []
+    others = [row["label"] for row in rows if "flops" in row]
+    if not others:
+        return marked
+    apart = "no teacher, three GEMMs, which are also their floor and their flops"
+    return [*marked, f"Another loss, for reference ({apart}): {', '.join(others)}"]
 
 
 def _not_measured(run: dict[str, Any]) -> list[str]:
@@ -118,9 +133,8 @@ def as_text(run: dict[str, Any], width: int = 200) -> str:
             ),
         ]
     head = [*filter(None, _head(run))]
-    return "\n\n".join(
-        ["\n".join(head), *filter(None, drawn), *filter(None, ["\n".join(_not_measured(run))])]
-    )
+    below = "\n".join([*_remarks(run), *_not_measured(run)])
+    return "\n\n".join(filter(None, ["\n".join(head), *drawn, below]))
 
 
 def as_markdown(result: dict[str, Any]) -> str:
@@ -133,6 +147,7 @@ def as_markdown(result: dict[str, Any]) -> str:
                 tables.markdown,
             )
         )
+        parts += _remarks(run)
         if _not_measured(run):
             parts.append("Not measured: " + "; ".join(_not_measured(run)) + ".")
     parts.append(f"Measured on {describe(result['machine'])}.")

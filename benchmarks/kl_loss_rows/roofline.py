@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from common.dtypes import DTYPES
-from common.harness import sample
+from common.harness import timer
 from kl_loss_rows.cases import Case
 from kl_loss_rows.floor import gemm_flops
 
@@ -30,7 +30,8 @@ def rates(
 
     def best(call: Any) -> float:
         call()
-        return min(sample(call, device).busy_s for _ in range(reps))
+        clock = timer(call, device)
+        return min(clock.sample().busy_s for _ in range(reps))
 
     product = 2 * side**3 / best(lambda: torch.mm(a, b, out=out))
     copy = 2 * copy_bytes / best(lambda: target.copy_(source))

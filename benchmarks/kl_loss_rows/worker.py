@@ -14,7 +14,7 @@ import torch
 from common.harness import answer, extra_peak_bytes, interleave
 from kl_loss_rows.cases import WARM_UP, Case, Inputs, make_inputs, relative_error, truth
 from kl_loss_rows.floor import Floor
-from kl_loss_rows.peers import IMPLEMENTATIONS, step
+from kl_loss_rows.peers import CROSS_ENTROPY, IMPLEMENTATIONS, step
 from kl_loss_rows.roofline import rates
 
 FLOOR_FP32 = "floor-fp32"
@@ -43,11 +43,11 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         inputs.student_hidden.grad = inputs.student_head.grad = None
     if torch.device(device).type == "cuda":
         result["rates"] = rates(dtype, device)
-    pairs = interleave(Floor(inputs), call, device, budget_s=spec["budget_s"], reps=tuple(spec["reps"]))
-    for name, samples in (("floor", pairs.floor), ("call", pairs.call)):
-        result[name] = [[sample.wall_s, sample.busy_s] for sample in samples]
+    floor = Floor(inputs, teacher=spec["key"] not in CROSS_ENTROPY)
+    pairs = interleave(floor, call, device, budget_s=spec["budget_s"], reps=tuple(spec["reps"]))
+    result |= pairs.to_dict()
     if spec["key"] != FLOOR_FP32:
-        check_work(inputs, values, len(pairs.call) + 1)
+        check_work(inputs, values, pairs.calls + 1)
     return result
 
 
@@ -66,16 +66,18 @@ def errors(spec: dict[str, Any]) -> dict[str, Any]:
     """Errors of loss, dX and dW against float64, of several implementations on the same inputs."""
     inputs = make_inputs(Case(**spec["case"]), spec["dtype"], spec["kind"], spec["device"], seed=1)
     exact = truth(inputs)
+    other = truth(inputs, cross_entropy=True) if CROSS_ENTROPY & set(spec["keys"]) else exact
     rows: dict[str, Any] = {}
     for key in spec["keys"]:
         implementation = IMPLEMENTATIONS[key]
+        wanted = other if key in CROSS_ENTROPY else exact
         gc.collect()
         try:
             value = float(step(implementation.build(), inputs))
             rows[key] = {
-                "loss": abs(value - exact.loss) / exact.loss if implementation.gives_kl else None,
-                "dX": relative_error(inputs.student_hidden.grad, exact.dX),
-                "dW": relative_error(inputs.student_head.grad, exact.dW),
+                "loss": abs(value - wanted.loss) / wanted.loss if implementation.gives_loss else None,
+                "dX": relative_error(inputs.student_hidden.grad, wanted.dX),
+                "dW": relative_error(inputs.student_head.grad, wanted.dW),
             }
         except Exception as error:  # one that cannot run must not stop the others; its row says why
             rows[key] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}

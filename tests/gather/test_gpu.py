@@ -49,6 +49,7 @@ def test_real_sizes(backend):
         assert torch.equal(out, weight[rows.cuda()[:, None], cols.cuda()])
 
 
+@pytest.mark.largest
 def test_more_than_2_to_the_31_elements(backend):
     experts, R, C = 3, 60_000, 14336
     if torch.cuda.mem_get_info()[0] < 2 * experts * R * C + (1 << 30):
@@ -91,6 +92,7 @@ def test_no_host_sync_streams_and_cuda_graph(backend):
     assert torch.equal(out, 4.0 * expected)
 
 
+@pytest.mark.compiled
 def test_compiled(backend):
     """Without a break; a bad index is a device-side assertion, which would end the process: not tried."""
     weight = torch.randn(40, 96, device="cuda")

@@ -79,6 +79,7 @@ def test_real_sizes(backend):
         assert (values[0, 0] / long.double().abs().sum(0) - 1).abs().max() < 1e-6
 
 
+@pytest.mark.largest
 def test_more_than_2_to_the_31_elements(backend):
     B, S, C = 3, 50_000, 14336
     if torch.cuda.mem_get_info()[0] < B * S * C * 2 + (1 << 30):
@@ -166,6 +167,7 @@ def test_no_recompilation():
     assert all(count == counts[0] for count in counts)
 
 
+@pytest.mark.compiled
 def test_compiled(backend):
     """torch.compile without a break, in all three public functions."""
     x, mask = inputs(2, 100, 512)

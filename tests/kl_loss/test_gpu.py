@@ -90,6 +90,7 @@ def test_real_sizes(kernels, full_blocks, beta):
         assert (a.double() - b.double()).norm() <= 5e-3 * a.double().norm()
 
 
+@pytest.mark.largest
 def test_more_than_2_to_the_31_logits(kernels, full_blocks):
     """Offsets of the last rows do not fit into 32 bits."""
     rows, vocab = 17000, 131072
@@ -103,6 +104,7 @@ def test_more_than_2_to_the_31_logits(kernels, full_blocks):
     assert (grad[:-1] == 0).all() and (grad[-1] != 0).any()
 
 
+@pytest.mark.largest
 @pytest.mark.parametrize(("schedule", "budget"), [("store", 24 * GIB), ("recompute", GIB // 4)])
 def test_linear_more_than_2_to_the_31_logits(kernels, full_blocks, schedule, budget):
     """One chunk of all rows, whose logits need 64-bit offsets; and N V beyond 2^31 in a quarter of a GiB."""
@@ -233,6 +235,7 @@ def loss_and_grads(function, tensors, dtype, **options):
     return loss.detach(), hidden.grad, head.grad
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_public_functions_compiled(kernels, full_blocks, divergence, reduction):
