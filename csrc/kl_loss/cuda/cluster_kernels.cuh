@@ -145,8 +145,7 @@ __global__ void __launch_bounds__(kClusterThreads, kClusterBlocksPerSM)
   } else {
     MINITRON_SHARED(ClusterPartials<RowSums>, shared_sums, 1);
     MINITRON_SHARED(ClusterPartials<float>, shared_loss, 1);
-    const RowSums sums = cluster.state(shared_sums);
-    stat = sums.stats();
+    stat = cluster.state(shared_sums).stats();
     float terms = 0.0f;
     cluster.template write_grad<Pass::kLastBackwards>(grad, row_weight, [&](float s, float t) {
       const auto [pair_loss, pair_grad] = PairTerms<kDivergence>::loss_and_grad(s, t, stat);
@@ -154,7 +153,6 @@ __global__ void __launch_bounds__(kClusterThreads, kClusterBlocksPerSM)
       return pair_grad;
     });
     value = cluster_reduce<kClusterBlocks>(terms, 0.0f, shared_loss, [](float a, float b) { return a + b; });
-    if (sums.student.sum == 0.0f || sums.teacher.sum == 0.0f) value = NAN;  // all tokens are masked out
   }
   if (writes) {
     store_scalar(loss + row, value);
