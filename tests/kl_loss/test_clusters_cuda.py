@@ -1,5 +1,5 @@
 """kl_tile_forward_grad_: loss, stats and gradient of rows of logits by a cluster of blocks a row, run on the
-host by the shim; and by the two kernels that stand in for it. With planted faults, which these tests must find.
+host by the shim; and by the two kernels that stand in for it. With planted faults, which they must find.
 """
 
 import dataclasses
@@ -218,7 +218,7 @@ def test_orders(shim, beta):
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_what_is_not_for_clusters(shim, beta):
-    """Few columns, rows or biases that begin elsewhere, a GPU without clusters: two kernels, the same result."""
+    """Few columns, rows or biases that begin elsewhere, a GPU without clusters: two kernels, as exact."""
     columns = FEWEST + 7
     good, (bias, other_bias) = tiles(columns), aligned_biases(columns)
     shifted = torch.full((ROWS, good[0].stride(0) + 4), math.nan)[:, 1 : 1 + columns]
