@@ -22,6 +22,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
       "kl_tile_forward_(Tensor student_logits, Tensor teacher_logits, Tensor? student_bias, "
       "Tensor? teacher_bias, Tensor? mask, Tensor(a!) loss, Tensor(b!) stats, int vocab_size, "
       "float[] options) -> ()");
+  // That and kl_tile_grad_ with the stats it has just made. `weight` is the gradient of each row's loss.
+  m.def(
+      "kl_tile_forward_grad_(Tensor student_logits, Tensor teacher_logits, Tensor? student_bias, "
+      "Tensor? teacher_bias, Tensor? mask, Tensor weight, Tensor(a!) loss, Tensor(b!) stats, Tensor(c!) "
+      "grad, "
+      "int vocab_size, float[] options) -> ()");
   // On a tile of the vocabulary, whose first vocab_size columns are tokens: the gradient, in the dtype of the
   // GEMMs, 0 in the other columns.
   m.def(

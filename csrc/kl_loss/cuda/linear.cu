@@ -2,6 +2,7 @@
 // nothing, and do not wait for the GPU.
 #include <optional>
 
+#include "kl_loss/cuda/cluster_kernels.cuh"
 #include "kl_loss/cuda/launch_torch.cuh"
 #include "kl_loss/cuda/tile_kernels.cuh"
 
@@ -37,18 +38,22 @@ void kl_tile_forward(const Tensor& student_logits, const Tensor& teacher_logits,
   scope.check("kl_tile_forward_");
 }
 
+void check_grad(const Tensor& weight, const Tensor& grad, int64_t vocab_size, const Tensor& student) {
+  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == student.size(0) &&
+                      weight.scalar_type() == ScalarType::Float && weight.device() == student.device(),
+                  "weight must be float32 [N] on the device of student_logits");
+  check_logits("grad", grad, student);
+  STD_TORCH_CHECK(grad.size(1) >= vocab_size, "grad has ", grad.size(1), " columns, vocab_size is ",
+                  vocab_size);
+}
+
 void kl_tile_grad(const Tensor& student_logits, const Tensor& teacher_logits, const MaybeTensor& student_bias,
                   const MaybeTensor& teacher_bias, const MaybeTensor& mask, const Tensor& weight,
                   const Tensor& stats, Tensor grad, int64_t vocab_size, const std::vector<double>& options) {
   const LogitTensors logits = {student_logits, teacher_logits, student_bias, teacher_bias, mask};
   const int64_t rows = check_tile(logits, vocab_size);
-  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == rows && weight.scalar_type() == ScalarType::Float &&
-                      weight.device() == student_logits.device(),
-                  "weight must be float32 [N] on the device of student_logits");
+  check_grad(weight, grad, vocab_size, student_logits);
   check_stats(stats, student_logits);
-  check_logits("grad", grad, student_logits);
-  STD_TORCH_CHECK(grad.size(1) >= vocab_size, "grad has ", grad.size(1), " columns, vocab_size is ",
-                  vocab_size);
   if (rows == 0) return;
   const LaunchScope scope(student_logits);
   const LossOptions loss_options = LossOptions::of(options);
@@ -60,6 +65,66 @@ void kl_tile_grad(const Tensor& student_logits, const Tensor& teacher_logits, co
     });
   });
   scope.check("kl_tile_grad_");
+}
+
+bool rows_aligned(const Tensor& matrix) {
+  const int64_t step = 16 / static_cast<int64_t>(matrix.element_size());
+  return aligned16(matrix.const_data_ptr()) && (matrix.size(0) <= 1 || matrix.stride(0) % step == 0);
+}
+
+// Whether rows are for clusters, on a GPU that has them. Not short ones, whose few reads take no longer than
+// the barriers of a cluster; there it is better that each row has one block, and many are under way. And the
+// kernel knows only rows that begin at 16 bytes, as those in the buffers of linear_kl_loss do.
+bool suit_clusters(const LogitTensors& logits, const Tensor& grad, int64_t vocab_size) {
+  bool aligned = rows_aligned(logits.student) && rows_aligned(logits.teacher) && rows_aligned(grad);
+  for (const MaybeTensor* bias : {&logits.student_bias, &logits.teacher_bias}) {
+    aligned = aligned && (!*bias || aligned16((*bias)->const_data_ptr()));
+  }
+  return aligned && vocab_size >= kFewestClusterColumns &&
+         logits.student.size(0) <= std::numeric_limits<int>::max() / kClusterBlocks;
+}
+
+// False if the device has no clusters, or this build no code for it that uses them.
+template <Divergence kDivergence, typename G>
+bool launch_clusters(const LaunchScope& scope, const LogitTensors& logits, const DeviceOptions& options,
+                     const Tensor& weight, float* loss, float* stats, Tensor& grad) {
+  const auto kernel = &kl_forward_grad_kernel<kDivergence, G>;
+  const int threads =
+      threads_for(options.vocab_size / (kClusterBlocks * kClusterPairsAtOnce), kClusterThreads);
+  const ClusterLaunch launch(grad.size(0), kClusterBlocks, threads, scope.stream());
+  if (!launch.fits(kernel)) return false;
+  launch(kernel, logits.rows<float, float>(), options, const_floats(weight), weight.stride(0), loss, stats,
+         static_cast<G*>(grad.mutable_data_ptr()), grad.stride(0), static_cast<int>(grad.size(1)));
+  return true;
+}
+
+void kl_tile_forward_grad(const Tensor& student_logits, const Tensor& teacher_logits,
+                          const MaybeTensor& student_bias, const MaybeTensor& teacher_bias,
+                          const MaybeTensor& mask, const Tensor& weight, Tensor loss, Tensor stats,
+                          Tensor grad, int64_t vocab_size, const std::vector<double>& options) {
+  const LogitTensors logits = {student_logits, teacher_logits, student_bias, teacher_bias, mask};
+  const int64_t rows = check_tile(logits, vocab_size);
+  check_floats("loss", loss, {rows}, student_logits);
+  check_grad(weight, grad, vocab_size, student_logits);
+  check_stats(stats, student_logits);
+  if (rows == 0) return;
+  const LaunchScope scope(student_logits);
+  const LossOptions loss_options = LossOptions::of(options);
+  const DeviceOptions device_options(loss_options, vocab_size);
+  const bool suits = suit_clusters(logits, grad, vocab_size);
+  dispatch_float(grad.scalar_type(), "grad", [&](auto g) {
+    with_divergence(loss_options.divergence(), [&](auto constant) {
+      using G = decltype(g);
+      if (!suits || !launch_clusters<constant(), G>(scope, logits, device_options, weight, floats(loss),
+                                                    floats(stats), grad)) {
+        launch_forward<constant(), float, float>(scope, logits, device_options, floats(loss), floats(stats));
+        scope.check("kl_tile_forward_grad_");
+        launch_backward<constant(), float, float, G>(scope, logits, device_options, weight,
+                                                     const_floats(stats), grad);
+      }
+      scope.check("kl_tile_forward_grad_");
+    });
+  });
 }
 
 void kl_tile_stats(const Tensor& student_logits, const Tensor& teacher_logits,
@@ -144,6 +209,7 @@ void kl_finish_mixture(const Tensor& sums, const MaybeTensor& mask, Tensor loss,
 STABLE_TORCH_LIBRARY_IMPL(MINITRON_CUDA_LIBRARY, MINITRON_CUDA_KEY, m) {
   m.impl("kl_tile_forward_", TORCH_BOX(&minitron::cuda::kl_tile_forward));
   m.impl("kl_tile_grad_", TORCH_BOX(&minitron::cuda::kl_tile_grad));
+  m.impl("kl_tile_forward_grad_", TORCH_BOX(&minitron::cuda::kl_tile_forward_grad));
   m.impl("kl_tile_stats_", TORCH_BOX(&minitron::cuda::kl_tile_stats));
   m.impl("kl_tile_mixture_", TORCH_BOX(&minitron::cuda::kl_tile_mixture));
   m.impl("kl_finish_stats_", TORCH_BOX(&minitron::cuda::kl_finish_stats));

@@ -18,6 +18,7 @@ class Epilogues:
 
     forward: Callable[..., None]
     grad: Callable[..., None]
+    forward_grad: Callable[..., None]  # forward and grad of rows whose stats are not known
     tile_stats: Callable[..., None]
     tile_mixture: Callable[..., None]
     finish_stats: Callable[..., None]
@@ -32,6 +33,7 @@ def triton_epilogues() -> Epilogues:
     return Epilogues(
         k.forward,
         k.grad,
+        k.forward_grad,
         k.tile_stats,
         k.tile_mixture,
         k.finish_stats,
@@ -54,6 +56,7 @@ def native_epilogues(ops: Any = None) -> Epilogues:
     return Epilogues(
         forward=on_logits(k.kl_tile_forward_),
         grad=on_logits(k.kl_tile_grad_),
+        forward_grad=on_logits(k.kl_tile_forward_grad_),
         tile_stats=on_logits(k.kl_tile_stats_),
         tile_mixture=on_logits(k.kl_tile_mixture_),
         finish_stats=k.kl_finish_stats_,

@@ -150,6 +150,21 @@ def grad(
         )  # fmt: skip
 
 
+def forward_grad(
+    logits: Logits,
+    mask: Tensor | None,
+    weight: Tensor,
+    loss: Tensor,
+    stats: Tensor,
+    out: Tensor,
+    vocab_size: int,
+    options: Sequence[float],
+) -> None:
+    """forward(), then grad() with the stats that it wrote."""
+    forward(logits, mask, loss, stats, vocab_size, options)
+    grad(logits, mask, weight, stats, out, vocab_size, options)
+
+
 def tile_stats(
     logits: Logits, mask: Tensor | None, state: Tensor, first: bool, options: Sequence[float]
 ) -> None:
