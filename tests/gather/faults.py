@@ -50,7 +50,7 @@ CUDA_ARTIFACTS = {  # name: faults in the source, compiler flags, what the gate 
         "spills",
     ),
     "rows of bytes that wait together": (
-        (Fault(KERNEL, "sizeof(T) >= 8 ? 4 : sizeof(T) == 4 ? 2 : 1;", "4;"),),
+        (Fault(KERNEL, "sizeof(T) < 4   ? 1", "sizeof(T) < 4   ? 4"),),
         (),
         "spills|registers",
     ),

@@ -87,7 +87,7 @@ def test_experts(backend, gated):
 
 @pytest.mark.parametrize("at_once", [1, 700, 1 << 22])
 def test_sums_in_a_fixed_order(at_once):
-    """What a GPU computes, some experts at a time: no bit depends on how many, and a NaN stays where it is."""
+    """As on a GPU, some experts at a time: no bit depends on how many, and a NaN stays where it is."""
     generator = torch.Generator().manual_seed(5)
     values = torch.randn(333, generator=generator, dtype=torch.float64)
     index = torch.randint(0, 7, (333,), generator=generator)

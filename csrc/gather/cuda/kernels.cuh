@@ -27,9 +27,9 @@ constexpr int kGatherVec = 16 / sizeof(T);
 // element waits in a register of its own.
 constexpr int kGatherRunsAtOnce = 4;
 template <typename T>
-constexpr int kGatherRowsAtOnce = sizeof(T) >= 8   ? 4
-                                  : sizeof(T) == 4 ? 2
-                                                   : 1;
+constexpr int kGatherRowsAtOnce = sizeof(T) < 4   ? 1
+                                  : sizeof(T) < 8 ? 2
+                                                  : 4;
 
 // Strides in elements.
 struct GatherSide {
