@@ -1,5 +1,6 @@
 """Every *.cu compiled by nvcc for every arch, and what the compiler made of the kernels: no spills,
-registers, shared memory, occupancy and 128-bit accesses within cuda_artifacts.json. No GPU is needed.
+registers, shared memory, occupancy, narrow and 128-bit accesses and how many loads overlap within
+cuda_artifacts.json. No GPU is needed.
 
 Compiling is slow: the machine code is that of the installed extension, where that was built with CUDA after
 the last change of a source.
@@ -24,6 +25,7 @@ import pytest
 import torch
 
 from minitron_kernels import _native
+from tools import sass
 from tools.host_shim import (
     CSRC,
     TESTS,
@@ -81,9 +83,12 @@ class Kernel:
     stack: int
     local: int
     shared: int  # from sm_90 on with the driver's own 1024 bytes where there is any
-    loads_128: int
-    stores_128: int
     spills: int  # instructions that access local memory
+    loads_128: int
+    narrow_loads: int  # from global memory
+    stores_128: int
+    narrow_stores: int
+    loads_together: int  # 128-bit loads under way at once in the main loops; see tools/sass.py
 
     def blocks_per_sm(self, threads):
         per_warp = -(-self.registers * WARP // REGISTERS_PER_UNIT) * REGISTERS_PER_UNIT
@@ -125,7 +130,7 @@ def kernels_of(path):
     def dump(what):
         return subprocess.run([CUOBJDUMP, what, str(path)], capture_output=True, text=True, check=True).stdout
 
-    sass = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", dump("-sass"), re.S))
+    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", dump("-sass"), re.S))
     usage = re.findall(
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", dump("-res-usage")
     )
@@ -134,9 +139,9 @@ def kernels_of(path):
             plain_name(symbol),
             symbol,
             *map(int, (registers, stack, local, shared)),
-            len(re.findall(r"\bLDG\.E\S*\.128", sass[symbol])),
-            len(re.findall(r"\bSTG\.E\S*\.128", sass[symbol])),
-            len(re.findall(r"\b(?:LDL|STL)\b", sass[symbol])),
+            len(re.findall(r"\b(?:LDL|STL)\b", code[symbol])),
+            **sass.accesses(code[symbol]),
+            loads_together=sass.loads_together(code[symbol]),
         )
         for symbol, registers, stack, shared, local in usage
     ]
@@ -164,6 +169,18 @@ def violations(kernels, arch):
             (blocks < gate["blocks_per_sm"], f"{blocks} blocks per SM, at least {gate['blocks_per_sm']}"),
             (kernel.loads_128 < gate["loads_128"], f"{kernel.loads_128} 128-bit loads"),
             (kernel.stores_128 < gate["stores_128"], f"{kernel.stores_128} 128-bit stores"),
+            (
+                kernel.loads_together < gate["loads_together"],
+                f"{kernel.loads_together} loads together, at least {gate['loads_together']}",
+            ),
+            (
+                kernel.narrow_loads > gate["narrow_loads"],
+                f"{kernel.narrow_loads} narrow loads, at most {gate['narrow_loads']}",
+            ),
+            (
+                kernel.narrow_stores > gate["narrow_stores"],
+                f"{kernel.narrow_stores} narrow stores, at most {gate['narrow_stores']}",
+            ),
         ):
             if wrong:
                 lines.append(f"{kernel.symbol}: {what}")

@@ -4,19 +4,55 @@ from tools.faults import Fault
 
 UNIT = "gather/cuda/gather.cu"
 KERNEL = "gather/cuda/kernels.cuh"
+NOT_TOGETHER = Fault(  # where a row lies depends on what the row before it holds
+    KERNEL,
+    "load16<true>(source + kept * shape.source.row_stride)",
+    "load16<true>(source + kept * shape.source.row_stride + (r > 0 && words[r > 0 ? r - 1 : 0].x == 77u))",
+)
 CUDA_ARTIFACTS = {  # name: faults in the source, compiler flags, what the gate says
     "none": ((), (), None),
-    "scalar loads": ((Fault(KERNEL, "      if (is_run) {", "      if (false) {"),), (), r" 0 128-bit loads"),
-    "scalar stores": ((Fault(KERNEL, "      if (whole) {", "      if (false) {"),), (), r" 0 128-bit stores"),
+    "scalar loads": ((Fault(KERNEL, "  if (is_run) {", "  if (false) {"),), (), r" 0 128-bit loads"),
+    "scalar stores": (
+        (
+            Fault(
+                KERNEL,
+                "      if (whole) {\n        store16(to, gather",
+                "      if (false) {\n        store16(to, gather",
+            ),
+            Fault(
+                KERNEL,
+                "      if (whole) {\n        store16(to, words",
+                "      if (false) {\n        store16(to, words",
+            ),
+            Fault(KERNEL, "for (; whole && row", "for (; false && row"),
+        ),
+        (),
+        r" 0 128-bit stores",
+    ),
+    "words stored one by one": (
+        (
+            Fault(
+                KERNEL,
+                "        store16(to, gather_pack<T>(value[r]));\n",
+                "        const uint4 words = gather_pack<T>(value[r]);\n"
+                "        uint32_t* const parts = reinterpret_cast<uint32_t*>(to);\n"
+                "        store_scalar(parts, words.x), store_scalar(parts + 1, words.y);\n"
+                "        store_scalar(parts + 2, words.z), store_scalar(parts + 3, words.w);\n",
+            ),
+        ),
+        (),
+        "narrow stores",
+    ),
+    "loads one by one": ((NOT_TOGETHER,), (), r" [123] loads together"),
     "local memory": (  # indexed by what the compiler cannot know
-        (Fault(KERNEL, "memcpy(value[r], &words, 16);", "memcpy(value[rows % kRows], &words, 16);"),),
+        (Fault(KERNEL, "gather_pack<T>(value[r])", "gather_pack<T>(value[rows % kRows])"),),
         (),
         "spills",
     ),
     "rows of bytes that wait together": (
-        (Fault(KERNEL, "sizeof(T) >= 4 ? 4 : sizeof(T);", "4;"),),
+        (Fault(KERNEL, "sizeof(T) < 4   ? 1", "sizeof(T) < 4   ? 4"),),
         (),
-        "spills",
+        "spills|registers",
     ),
 }
 
@@ -39,10 +75,20 @@ CUDA = {
     ),
     "rows beyond the last": (
         "bounds",
-        Fault(KERNEL, "end - begin < kRows ? static_cast<int>(end - begin) : kRows", "kRows"),
+        Fault(KERNEL, "end - row < kRows ? static_cast<int>(end - row) : kRows", "kRows"),
         "load outside of the allowed regions",
     ),
-    "scalar loads": ("run traffic", Fault(KERNEL, "      if (is_run) {", "      if (false) {"), "narrow"),
+    "scalar loads": ("run traffic", Fault(KERNEL, "  if (is_run) {", "  if (false) {"), "narrow"),
+    "rows of a run beyond the last": (
+        "run bounds",
+        Fault(KERNEL, "row + kRuns <= end", "row <= end"),
+        "load outside of the allowed regions",
+    ),
+    "words in another order": (
+        "words",
+        Fault(KERNEL, "<< 8 * sizeof(T) * (i", "<< 8 * sizeof(T) * (kPerWord - 1 - i"),
+        "elements differ",
+    ),
     "joined leads": (
         "leads",
         Fault(UNIT, "next.out_stride == out.back().size * out.back().out_stride", "true"),

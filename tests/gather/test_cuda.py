@@ -196,12 +196,28 @@ def check_sorted(shim):
     check(shim, make_weight(37, 240), keep_some(37, 21), keep_some(240, 170))
 
 
+def check_words(shim):
+    weight = make_weight(37, 240, dtype=torch.bfloat16)
+    check(shim, weight, keep_some(37, 21), keep_some(240, 168))
+
+
 def check_unaligned_run(shim):
     check(shim, make_weight(5, 240), cols=torch.arange(3, 227))
 
 
 def check_bounds(shim):
-    test_layouts(shim, torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float32):
+        test_layouts(shim, dtype)
+
+
+def check_run_bounds(shim):
+    """Rows in twos, threes, ... after those that are moved together."""
+    store, out = torch.zeros(12, 64), torch.zeros(11, 64)
+    for rows in range(1, 12):
+        with shim.trace(weight=store[:rows]) as trace:
+            shim.ops.gather_channels_(out[:rows], store[:rows], None, None)
+            stores = trace.take_stores(out[:rows])
+        assert stores.never == stores.twice == stores.elsewhere == stores.narrow == 0
 
 
 def check_run_traffic(shim):
@@ -214,8 +230,10 @@ def check_leads(shim):
 
 CHECKS = {
     "sorted": check_sorted,
+    "words": check_words,
     "unaligned run": check_unaligned_run,
     "bounds": check_bounds,
+    "run bounds": check_run_bounds,
     "run traffic": check_run_traffic,
     "leads": check_leads,
 }

@@ -92,6 +92,30 @@ def test_no_host_sync_streams_and_cuda_graph(backend):
     assert torch.equal(out, 4.0 * expected)
 
 
+def test_an_index_from_the_gpu_on_other_streams_and_in_a_graph(backend):
+    """Made on one stream, used on another and in a capture without waiting; a capture makes no copy."""
+    weight = torch.randn(200, 512, device="cuda")
+    keep = keep_some(512, 320).cuda()
+    expected = weight[:, keep]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(10_000_000)
+        cols = mk.ChannelIndex(keep, 512)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert torch.equal(mk.gather_channels(weight, cols=cols, backend=backend), expected)
+    rows = mk.ChannelIndex(keep_some(200, 120), 200)
+    out = torch.zeros(200, 320, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mk.gather_channels(weight, cols=cols, out=out, backend=backend)
+        with pytest.raises(RuntimeError, match="no copy on cuda"):
+            mk.gather_channels(weight, rows, backend=backend)
+        with pytest.raises(RuntimeError, match="cannot be checked while a CUDA graph is captured"):
+            mk.ChannelIndex(keep, 512)
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.compiled
 def test_compiled(backend):
     """Without a break; a bad index is a device-side assertion, which would end the process: not tried."""

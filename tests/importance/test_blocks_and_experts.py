@@ -8,6 +8,7 @@ import minitron_kernels as mk
 from importance import oracle
 from importance.problems import BACKENDS, DTYPES, activations, check_close_rows
 from minitron_kernels.ops.importance.moments import rows_of
+from minitron_kernels.ops.importance.op import sums_by_expert
 
 
 @pytest.mark.native
@@ -82,3 +83,19 @@ def test_experts(backend, gated):
     norms = np.sqrt((out.double().numpy() ** 2).sum(-1)) * (1 if gate is None else gate.double().numpy())
     truth = [norms[index.numpy() == e].mean() for e in range(6)]
     assert state.scores().tolist() == pytest.approx([*truth, 0.0], rel=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 700, 1 << 22])
+def test_sums_in_a_fixed_order(at_once):
+    """As on a GPU, some experts at a time: no bit depends on how many, and a NaN stays where it is."""
+    generator = torch.Generator().manual_seed(5)
+    values = torch.randn(333, generator=generator, dtype=torch.float64)
+    index = torch.randint(0, 7, (333,), generator=generator)
+    sums = sums_by_expert(values, index, 8, at_once)
+    truth = torch.zeros(8, dtype=torch.float64).index_add_(0, index, values)
+    torch.testing.assert_close(sums, truth, rtol=1e-13, atol=1e-13)
+    assert sums[7] == 0 and torch.equal(sums, sums_by_expert(values, index, 8))
+    broken = values.clone()
+    broken[(index == 2).nonzero()[3]] = float("nan")
+    assert sums_by_expert(broken, index, 8, at_once).isnan().tolist() == [i == 2 for i in range(8)]
+    assert sums_by_expert(values[:0], index[:0], 3, at_once).tolist() == [0.0, 0.0, 0.0]

@@ -103,6 +103,18 @@ def test_rows(backend):
         np.testing.assert_allclose(numpy_of(distance), truth, atol=1e-6)
 
 
+def test_experts_are_summed_in_a_fixed_order(backend):
+    """Bitwise the same in every call, and what the CPU finds."""
+    out, index = activations(60_000, 64).cuda(), torch.arange(60_000, device="cuda") * 7919 % 128
+    states = [mk.TokenMeanState(128, device="cuda") for _ in range(5)]
+    for state in states:
+        mk.accumulate_expert_importance_(state, out, index, backend=backend)
+        assert torch.equal(state.sums, states[0].sums)
+    on_cpu = mk.accumulate_expert_importance_(mk.TokenMeanState(128), out.cpu(), index.cpu())
+    assert torch.equal(on_cpu.counts, states[0].counts.cpu())
+    torch.testing.assert_close(states[0].sums.cpu(), on_cpu.sums, rtol=4e-6, atol=0)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_no_host_sync_streams_and_cuda_graph(backend, packed):
     """The public call runs under set_sync_debug_mode("error"), on a side stream, and is captured."""

@@ -10,9 +10,8 @@ PAIRS = "kl_loss/cuda/row_pairs.cuh"
 TRITON_ROWS, TRITON_MATH, TRITON_LINEAR, TRITON_LAUNCH, TRITON_SCALE = (
     f"kl_loss/kernel_triton/{name}.py" for name in ("rows", "divergence", "linear", "launch", "scale")
 )
-ALIGNED_LOAD = (
-    "  if (aligned) {\n#pragma unroll\n    for (int i = 0; i < N; i += kPerAccess) {\n      const uint4 v"
-)
+CLUSTERS = "kl_loss/cuda/cluster_kernels.cuh"
+ALIGNED_LOAD = "    if (aligned) {\n#pragma unroll\n      for (int i = 0; i < kAccesses; ++i) {\n"
 CUDA_ARTIFACTS = {  # name: faults in the source, compiler flags, what the gate says
     "none": ((), (), None),
     "local memory": (  # indexed by what the compiler cannot know
@@ -138,7 +137,7 @@ CUDA_LINEAR = {
     ),
     "a run too many": (
         "bounds",
-        Fault(PAIRS, "if (run < split.runs) {", "if (run <= split.runs) {"),
+        Fault(PAIRS, "first + i * step : split.runs - 1;", "first + i * step : split.runs;"),
         "load outside of the allowed regions",
     ),
     "each logit twice": (
@@ -191,6 +190,63 @@ CUDA_SCALE = {
         Fault(SCALE, "vectors = (n - head) / kVec, rest", "vectors = (n - head) / kVec - 1, rest"),
         "narrow",
     ),
+}
+
+LAST_BARRIER = "  cluster_sync();  // a block that exits"
+CLUSTER_BARRIER = "  cluster_sync();\n  if (warp == 0) {\n"
+# test_clusters_cuda.py::test_planted_fault_is_found plants them: name: (check, fault, what the failure says)
+CUDA_CLUSTERS = {
+    "no barrier before the others are read": (
+        "values",
+        Fault(REDUCE, CLUSTER_BARRIER, CLUSTER_BARRIER.replace("cluster_sync", "__syncthreads")),
+        DIFFERS,
+    ),
+    "no barrier before exit": (
+        "orders",
+        Fault(CLUSTERS, LAST_BARRIER, LAST_BARRIER.replace("cluster_sync()", "")),
+        "has exited, is read",
+    ),
+    "a barrier that one block leaves out": (
+        "values",
+        Fault(CLUSTERS, LAST_BARRIER, LAST_BARRIER.replace("cluster", "if (cluster_rank() > 0) cluster")),
+        "deadlock in the cluster",
+    ),
+    "no barrier after the cluster's result": (
+        "values",
+        Fault(REDUCE, "  __syncthreads();\n  return shared->cluster;", "  return shared->cluster;"),
+        DIFFERS,
+    ),
+    "always the first block's": (
+        "values",
+        Fault(REDUCE, "load_of_rank(&shared->block, lane)", "load_of_rank(&shared->block, 0)"),
+        DIFFERS,
+    ),
+    "a rank of another cluster": (
+        "values",
+        Fault(REDUCE, "load_of_rank(&shared->block, lane)", "load_of_rank(&shared->block, lane + 1)"),
+        "rank 8 is not in the cluster",
+    ),
+    "the last run counted several times": (
+        "values",
+        Fault(PAIRS, "turn.within(i) ? run_s[j] : -INFINITY", "run_s[j]"),
+        DIFFERS,
+    ),
+    "the last run written several times": (
+        "values",
+        Fault(PAIRS, "if (!turn.within(i)) continue;", ""),
+        "twice|assert",
+    ),
+    "backwards from beyond the end": (
+        "values",
+        Fault(PAIRS, "? split.runs - 1 - run", "? split.runs - run"),
+        "load outside of the allowed regions",
+    ),
+    "a kl that the gradient does not know": (
+        "values by JSD",
+        Fault(CLUSTERS, "    stat.kl = mixture.student;\n", ""),
+        "error",
+    ),
+    "padding not zeroed": ("values", Fault(CLUSTERS, ZERO_PADDING, f"-1 + {ZERO_PADDING}"), "assert"),
 }
 
 TRITON_ARTIFACTS = {  # name: launches, faults, what the gate says

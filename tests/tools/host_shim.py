@@ -175,6 +175,15 @@ class Shim:
             self._lib.cuda_shim_set_order(ctypes.c_int(FORWARD))
 
     @contextmanager
+    def without_clusters(self):
+        """As on a GPU that has none."""
+        self._lib.cuda_shim_set_clusters(0)
+        try:
+            yield
+        finally:
+            self._lib.cuda_shim_set_clusters(1)
+
+    @contextmanager
     def trace(self, **readable: torch.Tensor):
         """Only the elements of these tensors, and what an earlier launch has stored, may be loaded; what is
         loaded and stored is counted.

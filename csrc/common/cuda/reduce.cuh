@@ -49,4 +49,36 @@ __device__ __forceinline__ V block_reduce(V v, V identity, V* partial, Merge mer
   return shuffle_words(v, [](uint32_t w) { return __shfl_sync(kFullMask, w, 0); });
 }
 
+// Shared memory of one cluster_reduce(). Each call has its own, so that nothing is overwritten which another
+// block may still read.
+template <typename V>
+struct ClusterPartials {
+  V warps[kMaxWarps];
+  V block;  // what the other blocks read
+  V cluster;
+};
+
+// Merges the values of all threads of a cluster of kBlocks blocks, a power of two, in a fixed order, and
+// gives the same result to every thread. The kernel must end with cluster_sync(). identity: merge(v,
+// identity) == v.
+template <int kBlocks, typename V, typename Merge>
+__device__ __forceinline__ V cluster_reduce(V v, V identity, ClusterPartials<V>* shared, Merge merge) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  v = warp_reduce(v, merge);
+  if (lane == 0) shared->warps[warp] = v;
+  __syncthreads();
+  if (warp == 0) {
+    const int warps = blockDim.x / kWarpSize;
+    v = warp_reduce(lane < warps ? shared->warps[lane] : identity, merge);
+    if (lane == 0) shared->block = v;
+  }
+  cluster_sync();
+  if (warp == 0) {
+    v = warp_reduce(lane < kBlocks ? load_of_rank(&shared->block, lane) : identity, merge, kBlocks);
+    if (lane == 0) shared->cluster = v;
+  }
+  __syncthreads();
+  return shared->cluster;
+}
+
 }  // namespace minitron::cuda

@@ -59,31 +59,65 @@ __device__ __forceinline__ uint32_t pack_word(const float* in, const __half*) {
 
 __device__ __forceinline__ bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// N elements from p. aligned: p is a multiple of 16 bytes.
-template <int N, bool kConstant = true, typename T>
-__device__ __forceinline__ void load_run(const T* p, bool aligned, float (&out)[N]) {
-  constexpr int kPerWord = 4 / sizeof(T), kPerAccess = 16 / sizeof(T);
+// N elements as they are in memory. Loads of several runs that only fill these words can all be under way at
+// once; unpacking is the first to wait for them.
+template <typename T, int N>
+struct Run {
+  static constexpr int kPerWord = 4 / sizeof(T), kPerAccess = 16 / sizeof(T), kAccesses = N / kPerAccess;
   static_assert(N % kPerAccess == 0);
-  if (aligned) {
+  uint4 words[kAccesses];
+
+  // aligned: p is a multiple of 16 bytes. kLastUse: nobody reads them again.
+  template <bool kLastUse = false>
+  static __device__ __forceinline__ Run load(const T* p, bool aligned) {
+    Run run;
+    if (aligned) {
 #pragma unroll
-    for (int i = 0; i < N; i += kPerAccess) {
-      const uint4 v = load16<kConstant>(p + i);
-      unpack_word(v.x, out + i, p);
-      unpack_word(v.y, out + i + kPerWord, p);
-      unpack_word(v.z, out + i + 2 * kPerWord, p);
-      unpack_word(v.w, out + i + 3 * kPerWord, p);
+      for (int i = 0; i < kAccesses; ++i) {
+        const T* access = p + i * kPerAccess;
+        run.words[i] = kLastUse ? load16_last_use(access) : load16<true>(access);
+      }
+    } else {
+      T elements[N];
+#pragma unroll
+      for (int i = 0; i < N; ++i) elements[i] = load_scalar<true>(p + i);
+#pragma unroll
+      for (int i = 0; i < kAccesses; ++i) memcpy(&run.words[i], elements + i * kPerAccess, 16);
     }
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) out[i] = to_float(load_scalar<kConstant>(p + i));
+    return run;
   }
+
+  __device__ __forceinline__ void unpack(float (&out)[N]) const {
+    const T* type = nullptr;
+#pragma unroll
+    for (int i = 0; i < kAccesses; ++i) {
+      float* access = out + i * kPerAccess;
+      unpack_word(words[i].x, access, type);
+      unpack_word(words[i].y, access + kPerWord, type);
+      unpack_word(words[i].z, access + 2 * kPerWord, type);
+      unpack_word(words[i].w, access + 3 * kPerWord, type);
+    }
+  }
+};
+
+// N elements from p. aligned: p is a multiple of 16 bytes.
+template <int N, typename T>
+__device__ __forceinline__ void load_run(const T* p, bool aligned, float (&out)[N]) {
+  Run<T, N>::load(p, aligned).unpack(out);
 }
 
-template <int N, typename T>
+// N elements to p. aligned: p is a multiple of 16 bytes, or of 8 where N elements have no more. kStreaming:
+// the caches are to let go of it before anything else.
+template <int N, bool kStreaming = false, typename T>
 __device__ __forceinline__ void store_run(T* p, bool aligned, const float (&in)[N]) {
   constexpr int kPerWord = 4 / sizeof(T), kPerAccess = 16 / sizeof(T);
-  static_assert(N % kPerAccess == 0);
-  if (aligned) {
+  static_assert(N % kPerAccess == 0 || N == kPerAccess / 2);
+  if (!aligned) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) store_scalar(p + i, from_float<T>(in[i]));
+  } else if constexpr (N < kPerAccess) {
+    store8<kStreaming>(p, {pack_word(in, p), pack_word(in + kPerWord, p)});
+  } else {
 #pragma unroll
     for (int i = 0; i < N; i += kPerAccess) {
       uint4 v;
@@ -91,11 +125,8 @@ __device__ __forceinline__ void store_run(T* p, bool aligned, const float (&in)[
       v.y = pack_word(in + i + kPerWord, p);
       v.z = pack_word(in + i + 2 * kPerWord, p);
       v.w = pack_word(in + i + 3 * kPerWord, p);
-      store16(p + i, v);
+      store16<kStreaming>(p + i, v);
     }
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) store_scalar(p + i, from_float<T>(in[i]));
   }
 }
 

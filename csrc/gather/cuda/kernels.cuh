@@ -11,21 +11,25 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "common/cuda/platform.cuh"
 
 namespace minitron::cuda {
 
 constexpr int kGatherThreads = 128;
+constexpr int kGatherBlocksPerSM = 5;  // at least: the compiler would take more registers for the elements
 constexpr int kGatherRowsPerBlock = 16;
 constexpr int kMaxBatchDims = 6;
 
 template <typename T>
 constexpr int kGatherVec = 16 / sizeof(T);
-// Rows whose loads are under way at the same time: each element waits in a register of its own.
+// Rows whose loads are under way at the same time: of runs that are stored whole; and of others, where each
+// element waits in a register of its own.
+constexpr int kGatherRunsAtOnce = 4;
 template <typename T>
-constexpr int kGatherRowsAtOnce = sizeof(T) >= 4 ? 4 : sizeof(T);
+constexpr int kGatherRowsAtOnce = sizeof(T) < 4   ? 1
+                                  : sizeof(T) < 8 ? 2
+                                                  : 4;
 
 // Strides in elements.
 struct GatherSide {
@@ -54,8 +58,56 @@ __device__ __forceinline__ T* gather_matrix(T* data, int64_t matrix, const Gathe
   return data;
 }
 
+// 16 bytes in four registers <-> the elements in them. By shifts, so that nothing but registers is used, and
+// words that go to memory together go there in one store.
 template <typename T>
-__global__ void __launch_bounds__(kGatherThreads)
+__device__ __forceinline__ uint4 gather_pack(const T (&value)[kGatherVec<T>]) {
+  if constexpr (sizeof(T) == 16) {
+    return value[0];
+  } else if constexpr (sizeof(T) == 8) {
+    return {static_cast<uint32_t>(value[0]), static_cast<uint32_t>(value[0] >> 32),
+            static_cast<uint32_t>(value[1]), static_cast<uint32_t>(value[1] >> 32)};
+  } else {
+    constexpr int kPerWord = 4 / sizeof(T);
+    uint32_t words[4] = {};
+#pragma unroll
+    for (int i = 0; i < kGatherVec<T>; ++i) {
+      words[i / kPerWord] |= static_cast<uint32_t>(value[i]) << 8 * sizeof(T) * (i % kPerWord);
+    }
+    return {words[0], words[1], words[2], words[3]};
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void gather_unpack(const uint4& words, T (&value)[kGatherVec<T>]) {
+  if constexpr (sizeof(T) == 16) {
+    value[0] = words;
+  } else if constexpr (sizeof(T) == 8) {
+    value[0] = words.x | static_cast<T>(words.y) << 32;
+    value[1] = words.z | static_cast<T>(words.w) << 32;
+  } else {
+    constexpr int kPerWord = 4 / sizeof(T);
+    const uint32_t parts[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < kGatherVec<T>; ++i) {
+      value[i] = static_cast<T>(parts[i / kPerWord] >> 8 * sizeof(T) * (i % kPerWord));
+    }
+  }
+}
+
+// kRows rows of 16 aligned bytes: first all the loads, so that they overlap.
+template <int kRows, typename T>
+__device__ __forceinline__ void gather_runs(const GatherShape& shape, const T* source, int64_t row,
+                                            uint4 (&words)[kRows]) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t kept = shape.rows == nullptr ? row + r : load_scalar<true>(shape.rows + row + r);
+    words[r] = load16<true>(source + kept * shape.source.row_stride);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kGatherThreads, kGatherBlocksPerSM)
     gather_kernel(GatherShape shape, const T* __restrict__ source, T* __restrict__ out) {
   constexpr int kVec = kGatherVec<T>, kRows = kGatherRowsAtOnce<T>;
   const int64_t col = (int64_t{blockIdx.y} * kGatherThreads + threadIdx.x) * kVec;
@@ -77,38 +129,60 @@ __global__ void __launch_bounds__(kGatherThreads)
   const int64_t matrix = blockIdx.x / shape.row_runs, run = blockIdx.x % shape.row_runs;
   source = gather_matrix(source, matrix, shape, shape.source);
   out = gather_matrix(out, matrix, shape, shape.out) + col * shape.out.col_stride;
+  int64_t row = run * kGatherRowsPerBlock;
   const int64_t end =
-      (run + 1) * kGatherRowsPerBlock < shape.row_count ? (run + 1) * kGatherRowsPerBlock : shape.row_count;
-  for (int64_t begin = run * kGatherRowsPerBlock; begin < end; begin += kRows) {
-    alignas(16) T value[kRows][kVec];
-    const int rows = end - begin < kRows ? static_cast<int>(end - begin) : kRows;
+      row + kGatherRowsPerBlock < shape.row_count ? row + kGatherRowsPerBlock : shape.row_count;
+  if (is_run) {
+    source += offset[0];
+    constexpr int kRuns = kGatherRunsAtOnce;
+#pragma unroll 1
+    for (; whole && row + kRuns <= end; row += kRuns) {
+      uint4 words[kRuns];
+      gather_runs(shape, source, row, words);
+#pragma unroll
+      for (int r = 0; r < kRuns; ++r) store16(out + (row + r) * shape.out.row_stride, words[r]);
+    }
+#pragma unroll 1
+    for (; row < end; ++row) {
+      uint4 words[1];
+      gather_runs(shape, source, row, words);
+      T* to = out + row * shape.out.row_stride;
+      if (whole) {
+        store16(to, words[0]);
+        continue;
+      }
+      T value[kVec];
+      gather_unpack<T>(words[0], value);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i, to += shape.out.col_stride) store_scalar(to, value[i]);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (; row < end; row += kRows) {
+    T value[kRows][kVec];
+    const int rows = end - row < kRows ? static_cast<int>(end - row) : kRows;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {  // loads of several rows before the first store: they overlap
       if (r >= rows) continue;
-      const int64_t row = shape.rows == nullptr ? begin + r : load_scalar<true>(shape.rows + begin + r);
-      const T* from = source + row * shape.source.row_stride;
-      if (is_run) {
-        const uint4 words = load16<true>(from + offset[0]);
-        memcpy(value[r], &words, 16);
-      } else {
+      const int64_t kept = shape.rows == nullptr ? row + r : load_scalar<true>(shape.rows + row + r);
+      const T* from = source + kept * shape.source.row_stride;
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          if (i < count) value[r][i] = load_scalar<true>(from + offset[i]);
-        }
+      for (int i = 0; i < kVec; ++i) {
+        if (i < count) value[r][i] = load_scalar<true>(from + offset[i]);
       }
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (r >= rows) continue;
-      T* to = out + (begin + r) * shape.out.row_stride;
+      T* to = out + (row + r) * shape.out.row_stride;
       if (whole) {
-        uint4 words;
-        memcpy(&words, value[r], 16);
-        store16(to, words);
+        store16(to, gather_pack<T>(value[r]));
       } else {
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
-          if (i < count) store_scalar(to + i * shape.out.col_stride, value[r][i]);
+          if (i < count) store_scalar(to, value[r][i]);
+          to += shape.out.col_stride;
         }
       }
     }

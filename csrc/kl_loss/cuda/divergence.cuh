@@ -211,6 +211,20 @@ struct PairTerms<Divergence::kForwardKL> {
     if (fabsf(d) < kNear) return p_t * (expm1_minus_x(-d) - d);  // p_t (e^-d - 1)
     return row.prob_s(s) - p_t;
   }
+
+  struct Both {
+    float loss, grad;
+  };
+  // The token's term of the loss too, which has the same parts.
+  static __device__ __forceinline__ Both loss_and_grad(float s, float t, const RowStats& row) {
+    const float d = row.log_ratio(s, t), p_t = row.prob_t(t);
+    if (fabsf(d) < kNear) {
+      const float beyond_linear = expm1_minus_x(-d);
+      return {p_t * beyond_linear, p_t * (beyond_linear - d)};
+    }
+    const float p_s = row.prob_s(s);
+    return {kl_term(p_t, p_s, d), p_s - p_t};
+  }
 };
 
 template <>

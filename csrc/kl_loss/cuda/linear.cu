@@ -2,6 +2,7 @@
 // nothing, and do not wait for the GPU.
 #include <optional>
 
+#include "kl_loss/cuda/cluster_kernels.cuh"
 #include "kl_loss/cuda/launch_torch.cuh"
 #include "kl_loss/cuda/tile_kernels.cuh"
 
@@ -66,6 +67,37 @@ void kl_tile_grad(const Tensor& student_logits, const Tensor& teacher_logits, co
   scope.check("kl_tile_grad_");
 }
 
+bool rows_aligned(const Tensor& matrix) {
+  const int64_t step = 16 / static_cast<int64_t>(matrix.element_size());
+  return aligned16(matrix.const_data_ptr()) && (matrix.size(0) <= 1 || matrix.stride(0) % step == 0);
+}
+
+// Whether rows are for clusters, on a GPU that has them. Not short ones, whose few reads take no longer than
+// the barriers of a cluster; there it is better that each row has one block, and many are under way. And the
+// kernel knows only rows that begin at 16 bytes, as those in the buffers of linear_kl_loss do.
+bool suit_clusters(const LogitTensors& logits, const Tensor& grad, int64_t vocab_size) {
+  bool aligned = rows_aligned(logits.student) && rows_aligned(logits.teacher) && rows_aligned(grad);
+  for (const MaybeTensor* bias : {&logits.student_bias, &logits.teacher_bias}) {
+    aligned = aligned && (!*bias || aligned16((*bias)->const_data_ptr()));
+  }
+  return aligned && vocab_size >= kFewestClusterColumns &&
+         logits.student.size(0) <= std::numeric_limits<int>::max() / kClusterBlocks;
+}
+
+// False if the device has no clusters, or this build no code for it that uses them.
+template <Divergence kDivergence, typename G>
+bool launch_clusters(const LaunchScope& scope, const LogitTensors& logits, const DeviceOptions& options,
+                     const Tensor& weight, float* loss, float* stats, Tensor& grad) {
+  const auto kernel = &kl_forward_grad_kernel<kDivergence, G>;
+  const int threads =
+      threads_for(options.vocab_size / (kClusterBlocks * kClusterPairsAtOnce), kClusterThreads);
+  const ClusterLaunch launch(grad.size(0), kClusterBlocks, threads, scope.stream());
+  if (!launch.fits(kernel)) return false;
+  launch(kernel, logits.rows<float, float>(), options, const_floats(weight), weight.stride(0), loss, stats,
+         static_cast<G*>(grad.mutable_data_ptr()), grad.stride(0), static_cast<int>(grad.size(1)));
+  return true;
+}
+
 void kl_tile_forward_grad(const Tensor& student_logits, const Tensor& teacher_logits,
                           const MaybeTensor& student_bias, const MaybeTensor& teacher_bias,
                           const MaybeTensor& mask, const Tensor& weight, Tensor loss, Tensor stats,
@@ -79,12 +111,17 @@ void kl_tile_forward_grad(const Tensor& student_logits, const Tensor& teacher_lo
   const LaunchScope scope(student_logits);
   const LossOptions loss_options = LossOptions::of(options);
   const DeviceOptions device_options(loss_options, vocab_size);
+  const bool suits = suit_clusters(logits, grad, vocab_size);
   dispatch_float(grad.scalar_type(), "grad", [&](auto g) {
     with_divergence(loss_options.divergence(), [&](auto constant) {
-      launch_forward<constant(), float, float>(scope, logits, device_options, floats(loss), floats(stats));
-      scope.check("kl_tile_forward_grad_");
-      launch_backward<constant(), float, float, decltype(g)>(scope, logits, device_options, weight,
-                                                             const_floats(stats), grad);
+      using G = decltype(g);
+      if (!suits || !launch_clusters<constant(), G>(scope, logits, device_options, weight, floats(loss),
+                                                    floats(stats), grad)) {
+        launch_forward<constant(), float, float>(scope, logits, device_options, floats(loss), floats(stats));
+        scope.check("kl_tile_forward_grad_");
+        launch_backward<constant(), float, float, G>(scope, logits, device_options, weight,
+                                                     const_floats(stats), grad);
+      }
       scope.check("kl_tile_forward_grad_");
     });
   });

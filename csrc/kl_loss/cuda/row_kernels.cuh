@@ -19,8 +19,11 @@ namespace minitron::cuda {
 constexpr int kStateThreads = 256;    // the most in a block that makes states
 constexpr int kStateBlocksPerSM = 2;  // at most 128 registers a thread: 16 logits a side stay in them
 constexpr int kPairsAtOnce = 16;      // entries that a thread merges at a time
+// entries whose loads a thread of the backward has under way: 64 bytes
+template <typename S, typename T>
+constexpr int kGradPairsAtOnce = 64 / (sizeof(S) + sizeof(T));
 constexpr int kGradThreads = 512;
-constexpr int kGradBlocksPerSM = 3;  // at most 40 registers a thread
+constexpr int kGradBlocksPerSM = 2;  // at most 64 registers a thread
 
 // The state of a whole row, in every thread. begun: empty, but in thread 0 that of earlier tiles. partial:
 // shared memory for kMaxWarps states.
@@ -38,12 +41,13 @@ __device__ __forceinline__ RowState<kDivergence> row_state(const PairRow<S, T>& 
 template <typename S, typename T>
 __device__ __forceinline__ MixtureSums row_mixture(const PairRow<S, T>& pairs, const RowStats& stats,
                                                    MixtureSums begun, MixtureSums* partial) {
-  pairs.template for_each<true>(threadIdx.x, blockDim.x, [&](int, const auto& s, const auto& t) {
+  pairs.template for_each<kPairsAtOnce / kRunOf<S, T>, Pass::kBackwards>(
+      threadIdx.x, blockDim.x, [&](int, const auto& s, const auto& t) {
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(s) / sizeof(float)); ++i) {
-      begun = begun.merged(PairTerms<Divergence::kJSD>::loss(s[i], t[i], stats, pairs.options.shares));
-    }
-  });
+        for (int i = 0; i < static_cast<int>(sizeof(s) / sizeof(float)); ++i) {
+          begun = begun.merged(PairTerms<Divergence::kJSD>::loss(s[i], t[i], stats, pairs.options.shares));
+        }
+      });
   return block_reduce(begun, MixtureSums::empty(), partial,
                       [](const auto& a, const auto& b) { return a.merged(b); });
 }
@@ -103,22 +107,24 @@ __global__ void __launch_bounds__(kGradThreads, kGradBlocksPerSM)
 
   const RowStats stat = load_stats(stats + row * kNumStats);
   const float weight = load_scalar<true>(grad_loss + row * grad_loss_stride);
-  PairRow<S, T, kRunOf<S, T, G>>(rows, row, options)
-      .template for_each<false>(begin, step, [&](int column, const auto& s, const auto& t) {
-        constexpr int kCount = sizeof(s) / sizeof(float);
-        float g[kCount];
+  const PairRow<S, T, kRunOf<S, T, G>> pairs(rows, row, options);
+  const bool grad_aligned = aligned16(grad + pairs.split.head);
+  constexpr int kRuns = std::max(1, kGradPairsAtOnce<S, T> / pairs.kRun);
+  pairs.template for_each<kRuns, Pass::kForwards>(begin, step, [&](int column, const auto& s, const auto& t) {
+    constexpr int kCount = sizeof(s) / sizeof(float);
+    float g[kCount];
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          g[i] = PairTerms<kDivergence>::grad(s[i], t[i], stat, options.shares) *
-                 (weight * options.student.softcap_grad(s[i]));
-          if (masked_out(s[i])) g[i] = 0.0f;
-        }
-        if constexpr (kCount == 1) {
-          store_scalar(grad + column, from_float<G>(g[0]));
-        } else {
-          store_run(grad + column, aligned16(grad + column), g);
-        }
-      });
+    for (int i = 0; i < kCount; ++i) {
+      g[i] = PairTerms<kDivergence>::grad(s[i], t[i], stat, options.shares) *
+             (weight * options.student.softcap_grad(s[i]));
+      if (masked_out(s[i])) g[i] = 0.0f;
+    }
+    if constexpr (kCount == 1) {
+      store_scalar(grad + column, from_float<G>(g[0]));
+    } else {
+      store_run(grad + column, grad_aligned, g);
+    }
+  });
   fill_zero(grad + options.vocab_size, columns - options.vocab_size, begin, step);
 }
 

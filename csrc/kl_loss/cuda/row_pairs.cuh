@@ -4,11 +4,17 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/cuda/vec.cuh"
 #include "kl_loss/cuda/divergence.cuh"
 
 namespace minitron::cuda {
+
+// The order of a look at a row. Backwards after a look forwards: what was read last is still in the caches.
+enum class Pass { kForwards, kBackwards, kLastForwards, kLastBackwards };
+constexpr bool is_backwards(Pass pass) { return pass == Pass::kBackwards || pass == Pass::kLastBackwards; }
+constexpr bool is_last(Pass pass) { return pass == Pass::kLastForwards || pass == Pass::kLastBackwards; }
 
 // LossOptions in the form that kernels use.
 struct DeviceOptions {
@@ -32,13 +38,13 @@ struct LogitRows {
 
   __device__ __forceinline__ LogitRows at(int64_t row) const { return {logits + row * stride, bias, stride}; }
 
+  // Logits from column on, of which x is as it was read, transformed.
   template <int N>
-  __device__ __forceinline__ void load(int column, bool aligned, const LogitTransform& transform,
-                                       float (&x)[N]) const {
-    load_run(logits + column, aligned, x);
+  __device__ __forceinline__ void finish(int column, bool bias_aligned, const LogitTransform& transform,
+                                         float (&x)[N]) const {
     if (bias != nullptr) {
       float b[N];
-      load_run(bias + column, aligned16(bias + column), b);
+      load_run(bias + column, bias_aligned, b);
 #pragma unroll
       for (int i = 0; i < N; ++i) x[i] += b[i];
     }
@@ -67,27 +73,31 @@ struct KlRows {
 template <typename... Elements>
 constexpr int kRunOf = 16 / std::min({sizeof(Elements)...});
 
-// The runs of a pair of rows, one after the other. Runs of the student are aligned; where those of the
-// teacher are not, they are read element by element.
-template <typename S, typename T, int kRun = kRunOf<S, T>>
+// The runs of a pair of rows. Runs of the student are aligned; where those of the teacher are not, they are
+// read element by element.
+//
+// Memory is busy only while enough loads are under way: a thread issues those of several runs in a row before
+// it looks at the first. Nothing that depends on what is only known at run time (bias, softcap, alignment,
+// the row's end) may stand between them.
+//
+// kAligned: rows and biases all begin at multiples of 16 bytes.
+template <typename S, typename T, int kRun_ = kRunOf<S, T>, bool kAligned = false>
 struct PairRow {
+  static constexpr int kRun = kRun_;
   const LogitRows<S> student;
   const LogitRows<T> teacher;
   const DeviceOptions& options;
   const RowSplit<kRun, S> split;
-  const bool teacher_aligned;
+  const bool teacher_aligned, student_bias_aligned, teacher_bias_aligned;
 
   __device__ __forceinline__ PairRow(const KlRows<S, T>& rows, int64_t row, const DeviceOptions& options)
       : student(rows.student.at(row)),
         teacher(rows.teacher.at(row)),
         options(options),
-        split(student.logits, options.vocab_size),
-        teacher_aligned(aligned16(teacher.logits + split.head)) {}
-
-  __device__ __forceinline__ void load(int column, float (&s)[kRun], float (&t)[kRun]) const {
-    student.load(column, true, options.student, s);
-    teacher.load(column, teacher_aligned, options.teacher, t);
-  }
+        split(kAligned ? nullptr : student.logits, options.vocab_size),
+        teacher_aligned(kAligned || aligned16(teacher.logits + split.head)),
+        student_bias_aligned(kAligned || aligned16(student.bias + split.head)),
+        teacher_bias_aligned(kAligned || aligned16(teacher.bias + split.head)) {}
 
   // Calls visit(column, s, t) with arrays of one logit for the tokens before and after the runs.
   template <typename Visit>
@@ -101,42 +111,93 @@ struct PairRow {
     }
   }
 
-  // Calls visit(column, s, t) with arrays of transformed logits, for the runs begin, begin + step, ...
-  template <bool kBackwards, typename Visit>
+  // Calls visit(column, s, t) with arrays of transformed logits, for the runs begin, begin + step, ..., kRuns
+  // of them loaded at a time.
+  template <int kRuns, Pass kPass, typename Visit>
   __device__ __forceinline__ void for_each(int begin, int step, Visit visit) const {
-    for (int run = begin; run < split.runs; run += step) {
-      const int column = split.run_start(kBackwards ? split.runs - 1 - run : run);
-      float s[kRun], t[kRun];
-      load(column, s, t);
-      visit(column, s, t);
-    }
+    with_alignment<kRuns>([&](auto aligned, auto runs) {
+      turns<kPass, aligned(), runs()>(begin, step, [&](const auto& turn) {
+#pragma unroll
+        for (int i = 0; i < runs(); ++i) {
+          if (!turn.within(i)) continue;
+          float s[kRun], t[kRun];
+          turn.read(i, s, t);
+          visit(turn.column[i], s, t);
+        }
+      });
+    });
     for_each_rest(begin, step, visit);
   }
 
   // Calls visit(s, t) with kRuns runs at a time, step apart; runs beyond the last are masked-out tokens.
   template <int kRuns, typename Visit>
   __device__ __forceinline__ void for_each_several(int begin, int step, Visit visit) const {
+    with_alignment<kRuns>([&](auto aligned, auto runs) {
+      turns<Pass::kForwards, aligned(), runs()>(begin, step, [&](const auto& turn) {
+        float s[runs() * kRun], t[runs() * kRun];
+#pragma unroll
+        for (int i = 0; i < runs(); ++i) {
+          float run_s[kRun], run_t[kRun];
+          turn.read(i, run_s, run_t);
+#pragma unroll
+          for (int j = 0; j < kRun; ++j) {
+            s[i * kRun + j] = turn.within(i) ? run_s[j] : -INFINITY;
+            t[i * kRun + j] = turn.within(i) ? run_t[j] : -INFINITY;
+          }
+        }
+        visit(s, t);
+      });
+    });
+    for_each_rest(begin, step, [&](int, const auto& s, const auto& t) { visit(s, t); });
+  }
+
+ private:
+  // kRuns runs that have been read but not yet looked at.
+  template <int kRuns>
+  struct Turn {
+    const PairRow& row;
+    int first, step;
+    int column[kRuns];
+    Run<S, kRun> student[kRuns];
+    Run<T, kRun> teacher[kRuns];
+
+    __device__ __forceinline__ bool within(int i) const { return first + i * step < row.split.runs; }
+    __device__ __forceinline__ void read(int i, float (&s)[kRun], float (&t)[kRun]) const {
+      student[i].unpack(s);
+      teacher[i].unpack(t);
+      row.student.finish(column[i], row.student_bias_aligned, row.options.student, s);
+      row.teacher.finish(column[i], row.teacher_bias_aligned, row.options.teacher, t);
+    }
+  };
+
+  // Calls f(whether the teacher is aligned, how many runs to load at a time), both constants. An unaligned
+  // row needs more loads for a run than an aligned one for several.
+  template <int kRuns, typename F>
+  __device__ __forceinline__ void with_alignment(F f) const {
+    if constexpr (kAligned) {
+      f(std::true_type{}, std::integral_constant<int, kRuns>{});
+    } else if (teacher_aligned) {
+      f(std::true_type{}, std::integral_constant<int, kRuns>{});
+    } else {
+      f(std::false_type{}, std::integral_constant<int, 1>{});
+    }
+  }
+
+  template <Pass kPass, bool kTeacherAligned, int kRuns, typename Visit>
+  __device__ __forceinline__ void turns(int begin, int step, Visit visit) const {
+    constexpr bool kLast = is_last(kPass);
     for (int first = begin; first < split.runs; first += kRuns * step) {
-      float s[kRuns * kRun], t[kRuns * kRun];
+      Turn<kRuns> turn{*this, first, step};
 #pragma unroll
       for (int i = 0; i < kRuns; ++i) {
-        float run_s[kRun], run_t[kRun];
-        const int run = first + i * step;
-        if (run < split.runs) {
-          load(split.run_start(run), run_s, run_t);
-        } else {
-#pragma unroll
-          for (int j = 0; j < kRun; ++j) run_s[j] = run_t[j] = -INFINITY;
-        }
-#pragma unroll
-        for (int j = 0; j < kRun; ++j) {
-          s[i * kRun + j] = run_s[j];
-          t[i * kRun + j] = run_t[j];
-        }
+        const int run = first + i * step < split.runs ? first + i * step : split.runs - 1;  // may be read
+        turn.column[i] = split.run_start(is_backwards(kPass) ? split.runs - 1 - run : run);
+        turn.student[i] = Run<S, kRun>::template load<kLast>(student.logits + turn.column[i], true);
+        turn.teacher[i] =
+            Run<T, kRun>::template load<kLast>(teacher.logits + turn.column[i], kTeacherAligned);
       }
-      visit(s, t);
+      visit(turn);
     }
-    for_each_rest(begin, step, [&](int, const auto& s, const auto& t) { visit(s, t); });
   }
 };
 

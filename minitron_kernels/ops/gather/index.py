@@ -20,9 +20,13 @@ class ChannelIndex:
 
     Args:
         keep: [K] int64 or int32 in [0, size), in any order, repeated or not; on any device. On a GPU this
-            costs one host sync here, and none at later uses.
+            costs one host sync here, and none at later uses, from whichever stream.
         size: C, how many channels the axis has.
         name: what error messages call it.
+
+    A copy to a GPU is made at the first use there, is there when that returns, and is kept: it may be used on
+    any stream. It cannot be made while a CUDA graph is captured: use the index on that device once before,
+    and keep it as long as the graph.
 
     Attributes:
         values: [K] int64 on the CPU.
@@ -41,8 +45,13 @@ class ChannelIndex:
         if size < 0:
             raise ValueError(f"size must not be negative, got {size}")
         check_index_tensor(name, keep)
+        if keep.device.type == "cuda" and _is_capturing():
+            raise RuntimeError(
+                f"{name} cannot be checked while a CUDA graph is captured: make the ChannelIndex before"
+            )
         # a copy, so that the checked values do not change with the caller's tensor
-        values = keep.detach().to("cpu", torch.int64, copy=True).contiguous()
+        copy = keep.detach().to(torch.int64, copy=True).contiguous()
+        values = copy.to("cpu")  # waits for this stream, and with it for the copy on the device
         bad = (values < 0) | (values >= size)
         if bool(bad.any()):
             at = int(bad.int().argmax())
@@ -54,8 +63,9 @@ class ChannelIndex:
         self.size = size
         self._block: int | None = None
         self._on: dict[tuple[torch.device, int], Tensor] = {}
+        self._streams: set[tuple[torch.device, int, int]] = set()  # that are known to use one of these
         if keep.device.type != "cpu":
-            self._on[keep.device, 1] = keep.detach().to(torch.int64, copy=True).contiguous()
+            self._on[keep.device, 1] = copy
 
     def __len__(self) -> int:
         return self.values.shape[0]
@@ -78,13 +88,41 @@ class ChannelIndex:
         return not bool((first % block).any() | (groups - first != torch.arange(block)).any())
 
     def on(self, device: torch.device, block: int = 1) -> Tensor:
-        """[K / block] int64 on `device`: the indices of the blocks. They are cached for later calls."""
+        """[K / block] int64 on `device`: the indices of the blocks. They are cached for later calls.
+
+        The current stream may read them, and they are not freed before it has.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and there is no copy on that device yet.
+        """
         if device.type == "cpu" and block == 1:
             return self.values
+        on_gpu = device.type == "cuda" and not torch.compiler.is_compiling()
         if (device, block) not in self._on:
+            if on_gpu and _is_capturing():
+                raise RuntimeError(
+                    f"{self!r} has no copy on {device} yet, and none can be made while a CUDA graph is "
+                    "captured: make the same call once before the capture"
+                )
             values = self.values if block == 1 else self.values[::block] // block
+            # blocking, so that no stream needs to wait for it: the copy is there when the next line runs
             self._on[device, block] = values.to(device)
-        return self._on[device, block]
+        values = self._on[device, block]
+        if on_gpu:
+            self._record(values, block)
+        return values
+
+    def _record(self, values: Tensor, block: int) -> None:
+        """Tells the allocator, which knows only the stream of the copy, that the current one reads it too."""
+        stream = torch.cuda.current_stream(values.device)
+        use = values.device, block, stream.cuda_stream
+        if use not in self._streams and not _is_capturing():
+            values.record_stream(stream)
+            self._streams.add(use)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
 
 
 def check_index_tensor(name: str, keep: Any) -> None:

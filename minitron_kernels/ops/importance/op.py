@@ -228,9 +228,31 @@ def accumulate_expert_importance_(
         norms = norms * gate
     valid = expert_index >= 0
     index = expert_index.clamp(min=0).long()
-    state.sums.index_add_(0, index, torch.where(valid, norms, 0.0))
-    state.counts.index_add_(0, index, valid.long())
+    values = torch.where(valid, norms, 0.0)
+    if index.device.type == "cpu":
+        state.sums.index_add_(0, index, values)
+    else:
+        state.sums += sums_by_expert(values, index, experts)
+    state.counts.index_add_(0, index, valid.long())  # of integers, so that any order gives the same
     return state
+
+
+def sums_by_expert(values: Tensor, index: Tensor, experts: int, at_once: int = 1 << 22) -> Tensor:
+    """[experts]: the sum of the values [T] of each expert, bitwise the same in every call.
+
+    index_add_ on a GPU adds in whichever order its threads come. A NaN stays with its expert.
+
+    Args:
+        values: of any float dtype.
+        index: [T] int64.
+        experts: how many there are.
+        at_once: elements of the largest temporary tensor, [experts, T] or some of its rows.
+    """
+    compiling = torch.compiler.is_compiling()  # one reduction is made of it then, and no temporary tensor
+    group = experts if compiling else max(1, at_once // max(1, values.numel()))
+    zero, numbers = values.new_zeros(()), torch.arange(experts, device=index.device)
+    parts = [torch.where(index == some[:, None], values, zero).sum(1) for some in numbers.split(group)]
+    return torch.cat(parts)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -84,7 +84,8 @@ constexpr size_t kStackBytes = SHIM_ASAN ? 256 << 10 : 64 << 10;
 struct Fiber {
   Context context;
   char* stack = nullptr;
-  void* fake_stack = nullptr;  // ASan's
+  void* fake_stack = nullptr;      // ASan's
+  unsigned block = 0, thread = 0;  // of the cluster, of the block
   bool done = false, blocked = false;
   std::string waits_for;
   uint32_t inbox[32] = {};
@@ -118,17 +119,28 @@ struct Store {
   uint32_t bytes;
 };
 
+// One of the blocks that run at the same time: a cluster's, or a single one.
+struct Block {
+  uint3 index = {};
+  int live = 0, at_barrier = 0;
+  std::vector<Rendezvous> warps;
+  std::map<const void*, std::unique_ptr<char, void (*)(void*)>> shared;
+  std::map<const void*, size_t> shared_sizes;
+  int64_t shared_bytes = 0;
+};
+
 struct Machine {
   Where where;
   int order = 0;  // 0 forwards, 1 backwards, else the seed of a shuffle in every round
   std::mt19937 random;
-  std::vector<Fiber> fibers;
+  std::vector<Fiber> fibers;  // block by block
+  std::vector<Block> blocks;
   Fiber* current = nullptr;
   Context scheduler;
-  int live = 0, at_barrier = 0;
-  std::vector<Rendezvous> warps;
-  std::map<const void*, std::unique_ptr<char, void (*)(void*)>> shared;
-  int64_t shared_bytes = 0, most_shared_bytes = 0, launches = 0;
+  int live = 0;  // of all blocks
+  size_t at_cluster_barrier = 0;
+  bool clusters = true;  // whether there is such a GPU
+  int64_t most_shared_bytes = 0, launches = 0;
   const std::function<void()>* body = nullptr;
   std::exception_ptr error;
   bool traced = false;
@@ -187,12 +199,16 @@ void block_current(std::string waits_for) {
   to_scheduler(fiber, false);
 }
 
-// Threads that have exited no longer take part in a barrier.
+Block& current_block() { return machine().blocks[machine().current->block]; }
+
+// Threads that have exited no longer take part in a block's barrier.
 void release_barrier_if_complete() {
   Machine& m = machine();
-  if (m.at_barrier == 0 || m.at_barrier < m.live) return;
-  m.at_barrier = 0;
-  for (Fiber& f : m.fibers) f.blocked = false;
+  Block& block = current_block();
+  if (block.at_barrier == 0 || block.at_barrier < block.live) return;
+  block.at_barrier = 0;
+  const size_t threads = m.fibers.size() / m.blocks.size(), first = m.current->block * threads;
+  for (size_t i = first; i < first + threads; ++i) m.fibers[i].blocked = false;
 }
 
 void fiber_entry() {
@@ -207,6 +223,7 @@ void fiber_entry() {
   }
   m.current->done = true;
   --m.live;
+  --current_block().live;
   release_barrier_if_complete();
   to_scheduler(*m.current, true);
   __builtin_unreachable();
@@ -214,27 +231,38 @@ void fiber_entry() {
 
 std::string deadlock_report() {
   const Machine& m = machine();
-  std::map<std::string, std::vector<size_t>> waiting;
-  for (size_t i = 0; i < m.fibers.size(); ++i) {
-    if (!m.fibers[i].done) waiting[m.fibers[i].waits_for].push_back(i);
+  std::map<std::string, std::vector<const Fiber*>> waiting;
+  for (const Fiber& f : m.fibers) {
+    if (!f.done) waiting[f.waits_for].push_back(&f);
   }
-  std::string text =
-      "deadlock in block (" + std::to_string(m.where.block.x) + ", " + std::to_string(m.where.block.y) + ")";
-  for (const auto& [what, threads] : waiting) {
-    text += "; " + std::to_string(threads.size()) + " threads from " + std::to_string(threads[0]) +
-            " on wait at " + what;
+  const uint3 index = m.blocks[0].index;
+  std::string text = m.blocks.size() > 1 ? "deadlock in the cluster from block (" : "deadlock in block (";
+  text += std::to_string(index.x) + ", " + std::to_string(index.y) + ")";
+  for (const auto& [what, fibers] : waiting) {
+    text += "; " + std::to_string(fibers.size()) + " threads from " + std::to_string(fibers[0]->thread) +
+            (m.blocks.size() > 1 ? " of rank " + std::to_string(fibers[0]->block) : "") + " on wait at " +
+            what;
   }
   return text + "; " + std::to_string(m.fibers.size() - m.live) + " have exited";
 }
 
-void run_block() {
+// The blocks of a cluster, from this one on, along x.
+void run_cluster(uint3 first, unsigned blocks) {
   Machine& m = machine();
-  m.shared.clear();
-  m.shared_bytes = 0;
-  m.at_barrier = 0;
+  const size_t threads = m.fibers.size() / blocks;
+  m.blocks.clear();
+  m.blocks.resize(blocks);
+  for (unsigned rank = 0; rank < blocks; ++rank) {
+    m.blocks[rank].index = {first.x + rank, first.y, first.z};
+    m.blocks[rank].live = static_cast<int>(threads);
+    m.blocks[rank].warps.assign((threads + 31) / 32, Rendezvous{});
+  }
+  m.at_cluster_barrier = 0;
   m.live = static_cast<int>(m.fibers.size());
-  m.warps.assign((m.fibers.size() + 31) / 32, Rendezvous{});
-  for (Fiber& f : m.fibers) {
+  for (size_t i = 0; i < m.fibers.size(); ++i) {
+    Fiber& f = m.fibers[i];
+    f.block = static_cast<unsigned>(i / threads);
+    f.thread = static_cast<unsigned>(i % threads);
     f.done = f.blocked = false;
     unpoison(f);
     f.context.prepare(f.stack, kStackBytes, fiber_entry);
@@ -250,7 +278,8 @@ void run_block() {
       if (f.done || f.blocked) continue;
       progress = true;
       m.current = &f;
-      m.where.thread = {static_cast<unsigned>(i), 0, 0};
+      m.where.thread = {f.thread, 0, 0};
+      m.where.block = m.blocks[f.block].index;
       to_fiber(f);
       if (m.error) std::rethrow_exception(m.error);
     }
@@ -271,6 +300,21 @@ void set_threads(unsigned count) {
     if (stack == MAP_FAILED) fail("no memory for stacks");
     m.fibers.emplace_back().stack = static_cast<char*>(stack);
   }
+}
+
+void* shared_memory_of(Block& block, const void* key, size_t bytes) {
+  Machine& m = machine();
+  auto found = block.shared.find(key);
+  if (found == block.shared.end()) {
+    void* p = aligned_alloc(16, (bytes + 15) / 16 * 16);
+    memset(p, 0xff, bytes);  // NaN in every float format
+    found =
+        block.shared.emplace(key, std::unique_ptr<char, void (*)(void*)>(static_cast<char*>(p), free)).first;
+    block.shared_sizes[key] = bytes;
+    block.shared_bytes += static_cast<int64_t>(bytes);
+    m.most_shared_bytes = std::max(m.most_shared_bytes, block.shared_bytes);
+  }
+  return found->second.get();
 }
 
 void on_access(const void* p, size_t bytes, bool store) {
@@ -299,13 +343,15 @@ void on_access(const void* p, size_t bytes, bool store) {
 
 Where& where() { return machine().where; }
 
-void launch(dim3 grid, dim3 block, const std::function<void()>& thread) {
+void launch(dim3 grid, dim3 block, const std::function<void()>& thread, unsigned cluster) {
   Machine& m = machine();
   if (block.y != 1 || block.z != 1) fail("only one-dimensional blocks are modelled");
   if (block.x == 0 || block.x > 1024) fail(std::to_string(block.x) + " threads in a block");
   if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y - 1 > 65534u || grid.z - 1 > 65534u)
     fail("grid out of range");
-  set_threads(block.x);
+  if (cluster == 0 || cluster > 8 || grid.x % cluster != 0)
+    fail("clusters of " + std::to_string(cluster) + " blocks in a grid of " + std::to_string(grid.x));
+  set_threads(block.x * cluster);
   m.where.block_dim = block;
   m.where.grid_dim = grid;
   m.random.seed(m.order);
@@ -319,10 +365,7 @@ void launch(dim3 grid, dim3 block, const std::function<void()>& thread) {
   try {
     for (unsigned z = 0; z < grid.z; ++z) {
       for (unsigned y = 0; y < grid.y; ++y) {
-        for (unsigned x = 0; x < grid.x; ++x) {
-          m.where.block = {x, y, z};
-          run_block();
-        }
+        for (unsigned x = 0; x < grid.x; x += cluster) run_cluster({x, y, z}, cluster);
       }
     }
   } catch (...) {
@@ -334,18 +377,49 @@ void launch(dim3 grid, dim3 block, const std::function<void()>& thread) {
 void block_barrier(const char* file, unsigned line) {
   Machine& m = machine();
   Fiber& me = *m.current;
-  ++m.at_barrier;
+  ++current_block().at_barrier;
   me.blocked = true;
   release_barrier_if_complete();  // the last one also yields: which thread goes on is the order's choice
   me.waits_for = std::string(file) + ":" + std::to_string(line);
   to_scheduler(me, false);
 }
 
+void cluster_barrier(const char* file, unsigned line) {
+  Machine& m = machine();
+  Fiber& me = *m.current;
+  me.blocked = true;
+  if (++m.at_cluster_barrier == m.fibers.size()) {
+    m.at_cluster_barrier = 0;
+    for (Fiber& f : m.fibers) f.blocked = false;
+  }
+  me.waits_for = "the cluster's barrier, " + std::string(file) + ":" + std::to_string(line);
+  to_scheduler(me, false);
+}
+
+unsigned cluster_rank() { return machine().current->block; }
+bool has_clusters() { return machine().clusters; }
+
+const void* shared_of_rank(const void* p, unsigned rank) {
+  Machine& m = machine();
+  if (rank >= m.blocks.size()) fail("rank " + std::to_string(rank) + " is not in the cluster");
+  Block& other = m.blocks[rank];
+  if (other.live == 0) fail("shared memory of rank " + std::to_string(rank) + ", which has exited, is read");
+  const Block& mine = current_block();
+  for (const auto& [key, memory] : mine.shared) {
+    const auto offset = static_cast<size_t>(static_cast<const char*>(p) - memory.get());
+    const size_t bytes = mine.shared_sizes.at(key);
+    if (offset < bytes) return static_cast<char*>(shared_memory_of(other, key, bytes)) + offset;
+  }
+  fail("an address of another block's that is not in shared memory");
+}
+
 const uint32_t* exchange(uint32_t mask, uint32_t word, const char* what) {
   Machine& m = machine();
   const unsigned thread = m.where.thread.x, lane = thread % 32, first = thread - lane;
-  Rendezvous& r = m.warps[thread / 32];
-  if (m.fibers.size() - first < 32) mask &= (1u << (m.fibers.size() - first)) - 1;
+  Rendezvous& r = current_block().warps[thread / 32];
+  const size_t threads = m.fibers.size() / m.blocks.size();
+  Fiber* const warp = &m.fibers[m.current->block * threads + first];
+  if (threads - first < 32) mask &= (1u << (threads - first)) - 1;
   if (!(mask >> lane & 1)) fail(std::string(what) + ": the calling lane is not in its mask");
   if (r.arrived == 0) {
     r.mask = mask;
@@ -362,25 +436,14 @@ const uint32_t* exchange(uint32_t mask, uint32_t word, const char* what) {
   }
   for (unsigned i = 0; i < 32; ++i) {
     if (!(mask >> i & 1)) continue;
-    memcpy(m.fibers[first + i].inbox, r.words, sizeof r.words);
-    m.fibers[first + i].blocked = false;
+    memcpy(warp[i].inbox, r.words, sizeof r.words);
+    warp[i].blocked = false;
   }
   r.arrived = 0;
   return me.inbox;
 }
 
-void* shared_memory(const void* key, size_t bytes) {
-  Machine& m = machine();
-  auto found = m.shared.find(key);
-  if (found == m.shared.end()) {
-    void* p = aligned_alloc(16, (bytes + 15) / 16 * 16);
-    memset(p, 0xff, bytes);  // NaN in every float format
-    found = m.shared.emplace(key, std::unique_ptr<char, void (*)(void*)>(static_cast<char*>(p), free)).first;
-    m.shared_bytes += static_cast<int64_t>(bytes);
-    m.most_shared_bytes = std::max(m.most_shared_bytes, m.shared_bytes);
-  }
-  return found->second.get();
-}
+void* shared_memory(const void* key, size_t bytes) { return shared_memory_of(current_block(), key, bytes); }
 
 void on_load(const void* p, size_t bytes) { on_access(p, bytes, false); }
 void on_store(const void* p, size_t bytes) { on_access(p, bytes, true); }
@@ -392,6 +455,8 @@ void on_store(const void* p, size_t bytes) { on_access(p, bytes, true); }
 #define SHIM_API extern "C" __attribute__((visibility("default")))
 
 SHIM_API void cuda_shim_set_order(int order) { cuda_shim::machine().order = order; }
+
+SHIM_API void cuda_shim_set_clusters(int on) { cuda_shim::machine().clusters = on != 0; }
 
 SHIM_API void cuda_shim_trace(int on) {
   auto& m = cuda_shim::machine();

@@ -1,0 +1,166 @@
+// Loss, stats and gradient of rows of fp32 logits in one launch, where the stats are not known before.
+//
+//   forward_grad  a cluster of 8 blocks a row (sm_90 and up). The first look at the row, from memory, makes
+//                 its sums; these are merged over the blocks through their shared memory. The last look makes
+//                 the gradient, out of L2: by then 2 blocks an SM have read 264 / 8 rows of at most 1 MiB, of
+//                 which those that are looked at for the last time are given up as they are read. It goes
+//                 backwards, since what was read last is in L2 for sure. JSD takes a look between them.
+//
+// So 8 bytes a token are read from memory, where a forward and a backward kernel read 16. Values are merged
+// in an order that depends only on the shape: results are bitwise equal from run to run.
+#pragma once
+
+#include "kl_loss/cuda/row_kernels.cuh"
+
+namespace minitron::cuda {
+
+constexpr int kClusterBlocks = 8;             // the most that every GPU with clusters takes
+constexpr int kFewestClusterColumns = 16384;  // a turn of 128 threads a block
+constexpr int kClusterThreads = 512;          // the most in a block
+constexpr int kClusterBlocksPerSM = 2;        // at most 64 registers a thread
+constexpr int kClusterPairsAtOnce = 16;       // 128 bytes of loads under way a thread
+constexpr int kClusterTermsAtOnce = 8;  // the same where each pair makes a term: fewer registers are left
+
+// Maximum and sum of both sides: all that the first look makes where the loss is summed in a later one.
+struct RowSums {
+  OnlineSum student, teacher;
+
+  static __device__ __forceinline__ RowSums empty() { return {OnlineSum::empty(), OnlineSum::empty()}; }
+  template <int N>
+  __device__ __forceinline__ void add(const float (&s)[N], const float (&t)[N]) {
+    student.add(s);
+    teacher.add(t);
+  }
+  __device__ __forceinline__ RowSums merged(const RowSums& other) const {
+    return {student.merged(other.student), teacher.merged(other.teacher)};
+  }
+  __device__ __forceinline__ RowStats stats() const { return RowStats::of(student, teacher); }
+};
+
+// A row as a block of its cluster sees it.
+template <typename G>
+struct ClusterRow {
+  // runs of 4 tokens also where dz has 2 bytes: a warp then reads whole lines, and L2 is what limits it
+  using Pairs = PairRow<float, float, kRunOf<float>, true>;
+  Pairs pairs;
+  int begin, step;
+
+  __device__ __forceinline__ ClusterRow(const KlRows<float, float>& rows, int64_t row,
+                                        const DeviceOptions& options)
+      : pairs(rows, row, options),
+        begin(cluster_rank() * blockDim.x + threadIdx.x),
+        step(kClusterBlocks * blockDim.x) {}
+
+  template <typename State>
+  __device__ __forceinline__ State state(ClusterPartials<State>* shared) const {
+    State state = State::empty();
+    if constexpr (std::is_same_v<State, RowSums>) {
+      pairs.template for_each_several<kClusterPairsAtOnce / Pairs::kRun>(
+          begin, step, [&](const auto& s, const auto& t) { state.add(s, t); });
+    } else {
+      pairs.template for_each<kClusterTermsAtOnce / Pairs::kRun, Pass::kForwards>(
+          begin, step, [&](int, const auto& s, const auto& t) { state.add(s, t); });
+    }
+    return cluster_reduce<kClusterBlocks>(state, State::empty(), shared,
+                                          [](const auto& a, const auto& b) { return a.merged(b); });
+  }
+
+  __device__ __forceinline__ MixtureSums mixture(const RowStats& stats,
+                                                 ClusterPartials<MixtureSums>* shared) const {
+    MixtureSums sums = MixtureSums::empty();
+    pairs.template for_each<kClusterTermsAtOnce / Pairs::kRun, Pass::kBackwards>(
+        begin, step, [&](int, const auto& s, const auto& t) {
+#pragma unroll
+          for (int i = 0; i < static_cast<int>(sizeof(s) / sizeof(float)); ++i) {
+            sums = sums.merged(PairTerms<Divergence::kJSD>::loss(s[i], t[i], stats, pairs.options.shares));
+          }
+        });
+    return cluster_reduce<kClusterBlocks>(sums, MixtureSums::empty(), shared,
+                                          [](const auto& a, const auto& b) { return a.merged(b); });
+  }
+
+  // Writes the gradient; make(s, t) gives a token's, not yet weighted.
+  template <Pass kPass, typename Make>
+  __device__ __forceinline__ void write_grad(G* grad, float weight, Make make) const {
+    pairs.template for_each<kClusterTermsAtOnce / Pairs::kRun, kPass>(
+        begin, step, [&](int column, const auto& s, const auto& t) {
+          constexpr int kCount = sizeof(s) / sizeof(float);
+          float g[kCount];
+#pragma unroll
+          for (int i = 0; i < kCount; ++i) {
+            g[i] = make(s[i], t[i]) * (weight * pairs.options.student.softcap_grad(s[i]));
+            if (masked_out(s[i])) g[i] = 0.0f;
+          }
+          if constexpr (kCount == 1) {
+            store_scalar(grad + column, from_float<G>(g[0]));
+          } else {
+            store_run<kCount, true>(grad + column, true, g);
+          }
+        });
+  }
+};
+
+template <Divergence kDivergence, typename G>
+__global__ void __launch_bounds__(kClusterThreads, kClusterBlocksPerSM)
+    kl_forward_grad_kernel(KlRows<float, float> rows, DeviceOptions options, const float* __restrict__ weight,
+                           int64_t weight_stride,                                     // (N)
+                           float* __restrict__ loss,                                  // (N)
+                           float* __restrict__ stats,                                 // (N, kNumStats)
+                           G* __restrict__ grad, int64_t grad_stride, int columns) {  // (N, columns)
+#if MINITRON_HAS_CLUSTERS
+  const int64_t row = blockIdx.x / kClusterBlocks;
+  const bool writes = cluster_rank() == 0 && threadIdx.x == 0;
+  const int begin = cluster_rank() * blockDim.x + threadIdx.x, step = kClusterBlocks * blockDim.x;
+  grad += row * grad_stride;
+  if (!rows.is_valid(row)) {  // all blocks of the cluster: nobody waits for them
+    if (writes) {
+      store_scalar(loss + row, 0.0f);
+      store_stats(stats + row * kNumStats, RowStats{});
+    }
+    return fill_zero(grad, columns, begin, step);
+  }
+
+  const ClusterRow<G> cluster(rows, row, options);
+  const float row_weight = load_scalar<true>(weight + row * weight_stride);
+  const Shares& shares = options.shares;
+  const auto term = [&](const RowStats& stat) {
+    return [&](float s, float t) { return PairTerms<kDivergence>::grad(s, t, stat, shares); };
+  };
+  RowStats stat;
+  float value;
+  if constexpr (needs_second_look(kDivergence)) {
+    MINITRON_SHARED(ClusterPartials<RowSums>, shared_sums, 1);
+    MINITRON_SHARED(ClusterPartials<MixtureSums>, shared_mixture, 1);
+    stat = cluster.state(shared_sums).stats();
+    const MixtureSums mixture = cluster.mixture(stat, shared_mixture);
+    stat.kl = mixture.student;
+    value = mixture.loss(shares);
+    cluster.template write_grad<Pass::kLastForwards>(grad, row_weight, term(stat));
+  } else if constexpr (grad_needs_kl(kDivergence)) {
+    MINITRON_SHARED(ClusterPartials<RowState<kDivergence>>, shared_state, 1);
+    const auto state = cluster.state(shared_state);
+    stat = state.stats();
+    value = state.loss();
+    cluster.template write_grad<Pass::kLastBackwards>(grad, row_weight, term(stat));
+  } else {
+    MINITRON_SHARED(ClusterPartials<RowSums>, shared_sums, 1);
+    MINITRON_SHARED(ClusterPartials<float>, shared_loss, 1);
+    stat = cluster.state(shared_sums).stats();
+    float terms = 0.0f;
+    cluster.template write_grad<Pass::kLastBackwards>(grad, row_weight, [&](float s, float t) {
+      const auto [pair_loss, pair_grad] = PairTerms<kDivergence>::loss_and_grad(s, t, stat);
+      terms += pair_loss;
+      return pair_grad;
+    });
+    value = cluster_reduce<kClusterBlocks>(terms, 0.0f, shared_loss, [](float a, float b) { return a + b; });
+  }
+  if (writes) {
+    store_scalar(loss + row, value);
+    store_stats(stats + row * kNumStats, stat);
+  }
+  fill_zero(grad + options.vocab_size, columns - options.vocab_size, begin, step);
+  cluster_sync();  // a block that exits takes its shared memory with it, which others may still read
+#endif
+}
+
+}  // namespace minitron::cuda
