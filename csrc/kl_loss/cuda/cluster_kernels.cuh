@@ -10,6 +10,8 @@
 // in an order that depends only on the shape: results are bitwise equal from run to run.
 #pragma once
 
+#include <type_traits>
+
 #include "kl_loss/cuda/row_kernels.cuh"
 
 namespace minitron::cuda {
