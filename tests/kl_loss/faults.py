@@ -306,6 +306,11 @@ TRITON_RECOMPILES = [  # fault, the kernels that are then compiled anew
 
 # test_triton.py::test_planted_fault_is_found plants them: name: (cases by -k, fault, what the output says)
 TRITON_VALUES = {
+    "the last group of blocks taken for a full one": (
+        "test_linear_fused_statistics and 0.0",
+        Fault(TRITON_LINEAR, "tl.minimum(tl.cdiv(N, BLOCK_N) - group * GROUP, GROUP)", "GROUP"),
+        "Not equal to tolerance",
+    ),
     "no rescale between blocks": (
         "rows_rising and 0.0",
         Fault(

@@ -63,7 +63,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(launch, "FORWARD_BLOCK", 128)
     monkeypatch.setattr(launch, "GRAD_BLOCK", 128)
     monkeypatch.setattr(launch, "FINISH_BLOCK", 32)
-    blocks = launch.LinearBlocks(16, 32, 32, 4, 2)
+    blocks = launch.LinearBlocks(16, 32, 32, 4, 2, group=2)
     monkeypatch.setattr(launch, "linear_blocks", lambda mixture: blocks)
     monkeypatch.setattr(launch, "processors", lambda device: 12)
     monkeypatch.setattr(scale, "BLOCK", 128)

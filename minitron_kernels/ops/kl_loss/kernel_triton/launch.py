@@ -42,6 +42,7 @@ class LinearBlocks(NamedTuple):
     hidden: int = 64
     warps: int = 8
     stages: int = 3
+    group: int = 8  # blocks of rows that share the tiles of the heads in L2
 
 
 def linear_blocks(mixture: bool) -> LinearBlocks:
@@ -51,7 +52,7 @@ def linear_blocks(mixture: bool) -> LinearBlocks:
         return LinearBlocks(128, 128, stages=2)
     generation = target.arch // 10
     if mixture:
-        return LinearBlocks(128, 64) if generation == 9 else LinearBlocks(64, 64)
+        return LinearBlocks(64, 64)  # 128 x 64 spills on sm_90 under Triton 3.6 and 3.7
     return LinearBlocks(128, 128) if generation in (9, 10) else LinearBlocks(128, 64)
 
 
@@ -237,14 +238,16 @@ def finish_mixture(
 def splits_for(rows: int, vocab_size: int, blocks: LinearBlocks, count: int) -> int:
     """In how many parts the vocabulary is split: so many that the last wave of programs is nearly full.
 
-    Each part keeps at least four tiles; the fewest parts win among those that fill the chip alike.
+    Each part keeps at least four tiles; the fewest parts win among those that fill the chip alike and are
+    enough that one group of blocks of rows fills it alone.
     """
     row_blocks, tiles = triton.cdiv(rows, blocks.rows), triton.cdiv(vocab_size, blocks.vocab)
 
     def time(splits: int) -> float:
         return triton.cdiv(row_blocks * splits, count) * (triton.cdiv(tiles, splits) + 0.5)
 
-    return min(range(1, max(1, min(tiles // 4, 2 * count)) + 1), key=time)
+    most = max(1, min(tiles // 4, 2 * count))
+    return min(range(min(most, max(1, count // min(row_blocks, blocks.group))), most + 1), key=time)
 
 
 def processors(device: torch.device) -> int:
@@ -287,12 +290,12 @@ def _linear(
     fields = NUM_STATE if stats is None else NUM_SUMS
     out = torch.empty((splits, fields, rows), dtype=torch.float32, device=hidden.device)
     with torch.cuda.device_of(hidden):
-        linear_kernel[(triton.cdiv(rows, blocks.rows), splits)](
+        linear_kernel[(triton.cdiv(rows, blocks.rows) * splits,)](
             *student, *teacher, stats, out, rows, vocab_size, H, Ht,
             hidden.stride(0), head.stride(0), teacher_hidden.stride(0), teacher_head.stride(0),
-            per_split, *o.floats, *o.shares,
+            splits, per_split, *o.floats, *o.shares,
             DIVERGENCE=o.divergence, **o.caps, EVEN_S=H % blocks.hidden == 0, EVEN_T=Ht % blocks.hidden == 0,
-            BLOCK_N=blocks.rows, BLOCK_V=blocks.vocab, BLOCK_H=blocks.hidden,
+            BLOCK_N=blocks.rows, BLOCK_V=blocks.vocab, BLOCK_H=blocks.hidden, GROUP=blocks.group,
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
     return out

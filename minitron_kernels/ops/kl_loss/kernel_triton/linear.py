@@ -1,13 +1,18 @@
 """The fused linear + stats kernel of linear_kl_loss: logits that exist only in registers.
 
-    linear_kernel   grid (blocks of rows, splits of the vocabulary): for each tile of its split, both logits
+    linear_kernel   grid (blocks of rows * splits of the vocabulary): for each tile of its split, both logits
                     are made by tl.dot from hidden states and heads, in fp32, reduced to the state of their
                     rows and dropped. Reads hidden states and heads, writes (splits, 5, N).
                     With final stats given it adds up JSD's terms instead, in a second run: (splits, 2, N).
     finish_stats    grid (blocks of rows): states or sums of the splits, merged in order -> loss, stats.
     finish_mixture
 
-Blocks of rows are the fast axis of the grid: those that run together share the tile of the heads in L2.
+Programs that run together are those of all splits of a group of blocks of rows: the hidden states of a group
+stay in L2 over all tiles, and the tile of the heads that a split is at is read from memory once for the group.
+With all blocks of rows at once, a few thousand rows of hidden states would leave L2 between two tiles.
+
+A tile is 128 x 128 at most: its two accumulators in fp32 are half of a multiprocessor's registers, and with
+128 x 256 they would be all.
 """
 
 # mypy: allow-untyped-defs
@@ -54,7 +59,7 @@ def _logits(
     return tl.where((offs_v < V)[None, :], transform(z, factor, over_cap, cap, CAP), -INF)
 
 
-@triton.jit(do_not_specialize=["N", "tiles_per_split"])
+@triton.jit(do_not_specialize=["N", "splits", "tiles_per_split"])
 def linear_kernel(
     student_ptr,  # (N, H), stride 1 in H
     student_head_ptr,  # (>= V, H), likewise
@@ -64,15 +69,17 @@ def linear_kernel(
     teacher_bias_ptr,  # (V) or None
     stats_ptr,  # (N, 6) fp32; None in the first run
     out_ptr,  # (splits, 5, N) fp32; (splits, 2, N) with stats
-    N, V, H, Ht, stride_sn, stride_swv, stride_tn, stride_twv, tiles_per_split,
+    N, V, H, Ht, stride_sn, stride_swv, stride_tn, stride_twv, splits, tiles_per_split,
     s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, share_s, share_t,
     DIVERGENCE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
     EVEN_S: tl.constexpr, EVEN_T: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """States of rows over a split of the vocabulary, or with stats given their sums for JSD."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
+    group, place = tl.program_id(0) // (GROUP * splits), tl.program_id(0) % (GROUP * splits)
+    blocks = tl.minimum(tl.cdiv(N, BLOCK_N) - group * GROUP, GROUP)  # the last group may have fewer
+    split = place // blocks
+    rows = (group * GROUP + place % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(V, BLOCK_V))
     inside = rows < N
