@@ -15,6 +15,7 @@
 #
 #     MINITRON_ON_GPU_SECONDS   of all steps together (570)
 #     MINITRON_ON_GPU_LIMIT     of any one step, where less than its own (none)
+#     MINITRON_ON_GPU_GRACE     from asking a step to end until it is killed (5)
 #     MINITRON_ON_GPU_DEVICE    cuda or cpu, as --device
 #     PYTHON                    the interpreter (python3)
 set -uo pipefail
@@ -61,7 +62,7 @@ total=${MINITRON_ON_GPU_SECONDS:-570}
 most=${MINITRON_ON_GPU_LIMIT:-$total}
 python=${PYTHON:-python3}
 reserve=5 # seconds kept for the summary
-grace=5   # seconds from asking a step to end until it is killed
+grace=${MINITRON_ON_GPU_GRACE:-5}
 steps=$out/steps.tsv
 number=0 running='' current='' ended=''
 cleanup=()
@@ -83,7 +84,7 @@ printf 'step\tname\texit\tseconds\tlimit\tnote\n' > "$steps"
 record() { printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$@" >> "$steps"; }
 
 wanted() {
-  if [[ $1 == install ]]; then
+  if [[ $1 == install* ]]; then
     [[ -n $install ]]
     return
   fi
@@ -210,7 +211,7 @@ sys.exit(not (mk.__file__.startswith(sys.argv[1]) and _native.available()))' "$s
 
 install_package() {
   local pip=("$python" -m pip install --quiet --no-deps --no-index --disable-pip-version-check --target "$site")
-  local wheel arch kind
+  local wheel arch
   if [[ -d $site/minitron_kernels ]] && installed; then return 0; fi
   for wheel in "$root"/minitron_kernels*.whl "$root"/dist/minitron_kernels*.whl; do
     [[ -e $wheel ]] || continue
@@ -220,18 +221,21 @@ install_package() {
     rm -rf "${site:?}"/*
   done
   if [[ $device == cuda ]]; then
-    arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || return 1
+    arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' | tail -n 1) || return 1
     export MINITRON_CUDA_ARCHS=$arch
   fi
-  for kind in "$device" python; do
-    echo "build: $kind, architecture ${arch:-none}"
-    if MINITRON_BUILD=$kind "${pip[@]}" --upgrade --no-build-isolation "$root"; then
-      [[ $kind == python ]] || installed
-      return
-    fi
-    rm -rf "${site:?}"/*
-  done
-  return 1
+  echo "build: $device, architecture ${arch:-none}"
+  MINITRON_BUILD=$device "${pip[@]}" --upgrade --no-build-isolation "$root" && installed
+}
+
+# Where nothing could be built, or not in time: Triton's kernels need no compiler.
+install_python() {
+  if [[ -d $site/minitron_kernels ]]; then
+    echo 'left out: something is installed'
+    return 77
+  fi
+  MINITRON_BUILD=python "$python" -m pip install --quiet --no-deps --no-index --disable-pip-version-check \
+    --target "$site" --no-build-isolation "$root"
 }
 
 # Files that hold tests of the GPU: others may need packages that are not here.
@@ -272,7 +276,7 @@ profile() {
   return "$code"
 }
 
-export -f facts install_package installed gpu_tests sanitize profile
+export -f facts install_package install_python installed gpu_tests sanitize profile
 
 # --- the plan --------------------------------------------------------------------------------------------------------
 
@@ -295,7 +299,8 @@ workers=$(nproc)
 ((workers > 8)) && workers=8
 
 step facts 30 bash -c facts
-step install 240 bash -c install_package
+step install 270 bash -c install_package
+step install_python 30 bash -c install_python
 folder=$scratch # where no package lies beside: what is installed is found
 step self 30 "$python" -m minitron_kernels
 step kl_xl 150 "${kl[@]}" "${shape[@]}" --impl "${first[@]}" --no-errors --budget 3 --json "$out/kl_xl.json"
