@@ -28,6 +28,7 @@ STEPS = [
     "kl_xl",
     "parts_kl",
     "parts_gemm",
+    "kl_triton",
     "tests",
     "parts_memory",
     "tests_largest",
