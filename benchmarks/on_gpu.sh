@@ -9,12 +9,13 @@
 #     benchmarks/on_gpu.sh OUT --no-install             # what is installed is measured
 #
 # OUT/NN_name.log holds a step's output, OUT/*.json what it measured, OUT/steps.tsv exit codes and seconds,
-# OUT/summary.txt all of that in short. A step that fails or hangs never stops the next. The image is not changed:
-# the package goes to a folder of its own (MINITRON_ON_GPU_SITE, default: a temporary one). Needs torch, triton,
-# numpy and pytest; uses pytest-xdist, nvcc, compute-sanitizer and ncu where there are any.
+# OUT/summary.txt all of that in short. A step that fails or hangs never stops the next. The image is not
+# changed: the package goes to a folder of its own (MINITRON_ON_GPU_SITE, default: a temporary one). Needs
+# torch, triton, numpy, pytest; uses pytest-xdist, nvcc, compute-sanitizer and ncu where there are any.
 #
 #     MINITRON_ON_GPU_SECONDS   of all steps together (570)
 #     MINITRON_ON_GPU_LIMIT     of any one step, where less than its own (none)
+#     MINITRON_ON_GPU_GRACE     from asking a step to end until it is killed (5)
 #     MINITRON_ON_GPU_DEVICE    cuda or cpu, as --device
 #     PYTHON                    the interpreter (python3)
 set -uo pipefail
@@ -61,7 +62,7 @@ total=${MINITRON_ON_GPU_SECONDS:-570}
 most=${MINITRON_ON_GPU_LIMIT:-$total}
 python=${PYTHON:-python3}
 reserve=5 # seconds kept for the summary
-grace=5   # seconds from asking a step to end until it is killed
+grace=${MINITRON_ON_GPU_GRACE:-5}
 steps=$out/steps.tsv
 number=0 running='' current='' ended=''
 cleanup=()
@@ -76,14 +77,14 @@ cleanup+=("$scratch")
 export PYTHONUNBUFFERED=1 # what a step has printed is there when it is killed
 export root site device python
 
-# --- steps ---------------------------------------------------------------------------------------------------------
+# --- steps --------------------------------------------------------------------------------------------------
 
 printf 'step\tname\texit\tseconds\tlimit\tnote\n' > "$steps"
 
 record() { printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$@" >> "$steps"; }
 
 wanted() {
-  if [[ $1 == install ]]; then
+  if [[ $1 == install* ]]; then
     [[ -n $install ]]
     return
   fi
@@ -134,7 +135,7 @@ step() {
 absent() { bash -c "echo 'left out: $1'; exit 77"; }
 export -f absent
 
-# --- the end, also after a signal ------------------------------------------------------------------------------------
+# --- the end, also after a signal ---------------------------------------------------------------------------
 
 finish() {
   [[ -n $ended ]] && return
@@ -161,7 +162,7 @@ trap finish EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
 
-# --- what the steps do -----------------------------------------------------------------------------------------------
+# --- what the steps do --------------------------------------------------------------------------------------
 
 facts() {
   date -u
@@ -202,15 +203,16 @@ import minitron_kernels as mk
 from minitron_kernels import _native
 print(mk.__file__, "native:", _native.available() or _native.reason())
 sys.exit(not (mk.__file__.startswith(sys.argv[1]) and _native.available()))' "$site") || return 1
-  if diff -rq "$root/minitron_kernels" "$site/minitron_kernels" | grep '\.py differ$\|\.py and .* differ$'; then
+  if diff -rq "$root/minitron_kernels" "$site/minitron_kernels" | grep '\.py differ$'; then
     echo 'it is not of this checkout'
     return 1
   fi
 }
 
 install_package() {
-  local pip=("$python" -m pip install --quiet --no-deps --no-index --disable-pip-version-check --target "$site")
-  local wheel arch kind
+  local pip=("$python" -m pip install --quiet --no-deps --no-index --disable-pip-version-check)
+  pip+=(--target "$site")
+  local wheel arch
   if [[ -d $site/minitron_kernels ]] && installed; then return 0; fi
   for wheel in "$root"/minitron_kernels*.whl "$root"/dist/minitron_kernels*.whl; do
     [[ -e $wheel ]] || continue
@@ -220,18 +222,22 @@ install_package() {
     rm -rf "${site:?}"/*
   done
   if [[ $device == cuda ]]; then
-    arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || return 1
+    arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' | tail -n 1)
+    [[ -n $arch ]] || return 1
     export MINITRON_CUDA_ARCHS=$arch
   fi
-  for kind in "$device" python; do
-    echo "build: $kind, architecture ${arch:-none}"
-    if MINITRON_BUILD=$kind "${pip[@]}" --upgrade --no-build-isolation "$root"; then
-      [[ $kind == python ]] || installed
-      return
-    fi
-    rm -rf "${site:?}"/*
-  done
-  return 1
+  echo "build: $device, architecture ${arch:-none}"
+  MINITRON_BUILD=$device "${pip[@]}" --upgrade --no-build-isolation "$root" && installed
+}
+
+# Where nothing could be built, or not in time: Triton's kernels need no compiler.
+install_python() {
+  if [[ -d $site/minitron_kernels ]]; then
+    echo 'left out: something is installed'
+    return 77
+  fi
+  MINITRON_BUILD=python "$python" -m pip install --quiet --no-deps --no-index --disable-pip-version-check \
+    --target "$site" --no-build-isolation "$root"
 }
 
 # Files that hold tests of the GPU: others may need packages that are not here.
@@ -254,8 +260,8 @@ sanitize() {
   local part code=0
   for part in 'native: forward_grad' 'native: grad' 'native: importance, mean'; do
     echo "==== $part"
-    compute-sanitizer --error-exitcode 9 "$python" "$root/benchmarks/parts.py" --quick --once --match "$part" ||
-      code=1
+    compute-sanitizer --error-exitcode 9 \
+      "$python" "$root/benchmarks/parts.py" --quick --once --match "$part" || code=1
   done
   return "$code"
 }
@@ -272,20 +278,22 @@ profile() {
   return "$code"
 }
 
-export -f facts install_package installed gpu_tests sanitize profile
+export -f facts install_package install_python installed gpu_tests sanitize profile
 
-# --- the plan --------------------------------------------------------------------------------------------------------
+# --- the plan -----------------------------------------------------------------------------------------------
 
 b=$root/benchmarks
 shape=(--shape XL) small=(--shape S) quickly=()
 if [[ -n $quick ]]; then shape=(--shape XS) small=(--shape XS) quickly=(--quick); fi
-first=(native-store naive triton-store naive-float) more=(native-recompute triton-recompute)
+first=(native-store naive naive-float) triton=(triton-store triton-recompute) more=(native-recompute)
 peers=(native-store compile liger-jsd liger-jsd-cute quack-ce liger-ce torch-ce liger)
 checked=(native-store native-recompute triton-store triton-recompute naive naive-float)
 if [[ $device == cpu ]]; then
-  first=(store naive naive-float) more=(recompute) peers=(liger) checked=(store recompute naive naive-float)
+  first=(store naive naive-float) triton=(triton-store) more=(recompute) peers=(liger)
+  checked=(store recompute naive naive-float)
 fi
 kl=("$python" "$b/kl_loss.py" --device "$device" --row-limit 60)
+large=("${kl[@]}" "${shape[@]}" --no-errors)
 parts=("$python" "$b/parts.py" --device "$device" "${quickly[@]}")
 memory=(--device "$device" "${quickly[@]}" --budget 2)
 importance=("$python" "$b/importance.py" "${memory[@]}" --only-tables --impl naive compile mean all)
@@ -295,21 +303,24 @@ workers=$(nproc)
 ((workers > 8)) && workers=8
 
 step facts 30 bash -c facts
-step install 240 bash -c install_package
+step install 270 bash -c install_package
+step install_python 30 bash -c install_python
 folder=$scratch # where no package lies beside: what is installed is found
 step self 30 "$python" -m minitron_kernels
-step kl_xl 150 "${kl[@]}" "${shape[@]}" --impl "${first[@]}" --no-errors --budget 3 --json "$out/kl_xl.json"
+# backends apart: results that are wrong end a run before anything is timed
+step kl_xl 120 "${large[@]}" --impl "${first[@]}" --budget 3 --json "$out/kl_xl.json"
 step parts_kl 70 "${parts[@]}" --only kl --json "$out/parts_kl.json"
 step parts_gemm 70 "${parts[@]}" --only gemm --json "$out/parts_gemm.json"
+step kl_triton 90 "${large[@]}" --impl "${triton[@]}" --budget 2 --json "$out/kl_triton.json"
 step tests 150 bash -c 'gpu_tests "$@"' _ 'not largest and not compiled' -n "$workers"
 step parts_memory 50 "${parts[@]}" --only memory --json "$out/parts_memory.json"
 step tests_largest 60 bash -c 'gpu_tests "$@"' _ largest
 step tests_compiled 90 bash -c 'gpu_tests "$@"' _ compiled -n 4
-step kl_more 60 "${kl[@]}" "${shape[@]}" --impl "${more[@]}" --no-errors --budget 2 --json "$out/kl_more.json"
+step kl_more 60 "${large[@]}" --impl "${more[@]}" --budget 2 --json "$out/kl_more.json"
 step importance 60 "${importance[@]}" --json "$out/importance.json"
 step gather 60 "${gather[@]}" --json "$out/gather.json"
 step sanitizer 60 bash -c sanitize
 step ncu 60 bash -c profile
-step kl_peers 120 "${kl[@]}" "${shape[@]}" --impl "${peers[@]}" --no-errors --budget 2 --json "$out/kl_peers.json"
+step kl_peers 120 "${large[@]}" --impl "${peers[@]}" --budget 2 --json "$out/kl_peers.json"
 step kl_errors 90 "${kl[@]}" "${small[@]}" --impl "${checked[@]}" --budget 1 --json "$out/kl_errors.json"
 exit 0

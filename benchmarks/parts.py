@@ -5,8 +5,8 @@
     python benchmarks/parts.py --device cpu --quick             # tiny sizes: that everything starts
     python benchmarks/parts.py --device cuda --quick --once --match forward    # for a profiler or sanitizer
 
-A part is timed in turns with its yardstick in the same run; what it computes is checked first. A part that fails
-does not stop the next.
+A part is timed in turns with its yardstick in the same run; what it computes is checked first. A part that
+fails does not stop the next.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ def measure(work: Work, yardsticks: Yardsticks, args: argparse.Namespace) -> dic
     work.call()
     reps = (3, 5) if args.quick else (5, 50)
     pairs = interleave(yardstick, work.call, args.device, budget_s=args.budget, reps=reps)
-    shares = [amount / call.busy_s / (unit / side.busy_s) for side, call in zip(pairs.floor, pairs.call)]
+    shares = [
+        amount / call.busy_s / (unit / side.busy_s)
+        for side, call in zip(pairs.floor, pairs.call, strict=True)
+    ]
     busy = summarize([call.busy_s for call in pairs.call])
     return {
         "busy_s": busy,
@@ -119,7 +122,9 @@ def cells(row: dict[str, Any]) -> list[str]:
 def table(rows: list[dict[str, Any]]) -> str:
     header = ["", "µs", "p20–p80", "rate", "of yardstick", "wall µs of a call"]
     timed = [cells(row) for row in rows if "busy_s" in row]
-    rest = [f"{row['group']}, {row['part']}: {row['status']}, {row['reason']}" for row in rows if "reason" in row]
+    rest = [
+        f"{row['group']}, {row['part']}: {row['status']}, {row['reason']}" for row in rows if "reason" in row
+    ]
     marked = [tables.MARKED] if any(tables.MARK in line[0] for line in timed) else []
     return "\n".join([tables.aligned(header, timed) if timed else "nothing was timed", *marked, *rest])
 
@@ -139,7 +144,8 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             begin = time.perf_counter()
             row = {"group": group, "part": part.key} | run_part(part, yardsticks, args)
-            gc.collect()
+            if args.device != "cpu":
+                gc.collect()  # a failure's traceback may hold gigabytes of the GPU's memory
             result["rows"].append(row)
             write_json(args.json, result, complete=False)
             said = row.get("reason") or (", ".join(cells(row)[1:]) if "busy_s" in row else "ok")

@@ -72,7 +72,7 @@ def launches(stream, number, host_s, gpu_s):
 
 @pytest.mark.parametrize("host_s", [1e-6, 20e-6, 1e-3])
 def test_device_time_is_without_launch_latency(host_s):
-    """20 kernels of 2 us each are 40 us, however slowly they are launched; the wall time shows the latency."""
+    """20 kernels of 2 us each are 40 us, however slowly they are launched; the wall time shows that."""
     stream = Stream()
     clock = timer(stream, launches(stream, 20, host_s, 2e-6))
     for _ in range(3):

@@ -124,7 +124,7 @@ def stand_in(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("key", STAND_INS)
 def test_adapters_ask_for_the_forward_kl(stand_in, key):
-    """With its gradients, and none for the teacher, whatever the peer's defaults are; or the cross-entropy."""
+    """Or the cross-entropy; with gradients, none for the teacher, whatever the peer's defaults are."""
     stand_in(*STAND_INS[key])
     check_adapter(key)
 
@@ -159,7 +159,9 @@ def test_a_kernel_that_the_package_lacks_is_said(stand_in, monkeypatch):
     stand_in("liger_kernel/functional.py", LIGER_FUNCTIONAL)
     stand_in("liger_kernel/backends.py", LIGER_BACKENDS)
     assert IMPLEMENTATIONS["liger-jsd"].absent("cuda") is None
-    assert IMPLEMENTATIONS["liger-jsd-cute"].absent("cuda") == "Liger has nvidia-triton here, not nvidia-cutedsl"
+    assert (
+        IMPLEMENTATIONS["liger-jsd-cute"].absent("cuda") == "Liger has nvidia-triton here, not nvidia-cutedsl"
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert IMPLEMENTATIONS["liger-ce"].absent("cuda") == "Liger's CuTe kernel is for sm_90, here is sm_80"
 

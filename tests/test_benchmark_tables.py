@@ -11,6 +11,7 @@ from tools.benchmark_scripts import FOLDER
 if not FOLDER.is_dir():  # an sdist may be tested without it
     pytest.skip("no benchmarks folder here", allow_module_level=True)
 
+from common import bandwidth as _bandwidth
 from common import gpu_clock as _gpu_clock
 from common import harness as _harness
 from common import machine as _machine
@@ -22,7 +23,7 @@ from kl_loss_rows.floor import gemm_flops
 from kl_loss_rows.report import as_markdown, as_text
 from kl_loss_rows.roofline import RATES
 
-checkpoint, kl_loss = map(script, ("checkpoint", "kl_loss"))
+checkpoint, gather, kl_loss = map(script, ("checkpoint", "gather", "kl_loss"))
 
 TINY = _cases.Case("tiny", 24, 16, 20, 301)
 
@@ -148,11 +149,75 @@ def test_table_of_a_gpu_by_a_fake_clock(monkeypatch):
     text = as_text(run)
     share = f"{100 * flops / 1e9 / 2e-3:.0f} %"
     assert next(line for line in text.split("\n") if line.startswith("naive PyTorch ")).count(share) == 1
-    assert "TFLOP/s" in text and "of roofline" in text and "GPU s" in text and "Roofline, by rates of the same run" in text
+    assert (
+        "TFLOP/s" in text
+        and "of roofline" in text
+        and "GPU s" in text
+        and "Roofline, by rates of the same run" in text
+    )
     assert "minitron, store: absent, not on cuda" in text
     assert "pip install" in liger["reason"] if liger["status"] == "absent" else liger["status"] == "failed"
     machine = {"gpu": "a GPU", "packages": {"torch": "1"}, "date": "today"}
     assert "of roofline" in as_markdown({"runs": [run], "machine": machine})
+
+
+def test_marks_and_another_loss(monkeypatch):
+    """A time with launches in it is marked; cross-entropy has its own floor and flops."""
+    run = _gpu_run(monkeypatch, ["naive", "torch-ce"])
+    naive, other = run["rows"]
+    assert naive["launches_seen"] == 0 and "flops" not in naive
+    if other["status"] == "ok":  # this torch has it
+        assert other["flops"] == 2 * 24 * 301 * 3 * 16 and "roofline" not in other
+        assert other["errors"]["far"]["dX"] < 0.1
+        assert "Another loss, for reference" in as_text(run)
+    naive["launches_seen"] = 2
+    text = as_text(run)
+    assert "naive PyTorch *" in text and _table.MARKED in text
+    assert _table.MARKED in as_markdown({"runs": [run], "machine": {"gpu": "G", "packages": {}, "date": ""}})
+
+
+def _stopped_at(call_number, answer):
+    """A run_worker() during whose call of this number somebody presses Ctrl+C."""
+    calls = []
+
+    def worker(script, spec, *, threads, timeout_s=None):
+        calls.append(spec)
+        if len(calls) == call_number:
+            raise KeyboardInterrupt
+        return answer
+
+    return worker
+
+
+MEASURED = {"floor": [[1.0, 1.0]] * 3, "call": [[2.0, 2.0]] * 3, "launches_seen": 0, "extra_peak_bytes": 0}
+
+
+def test_a_run_that_is_cut_off_leaves_its_rows(monkeypatch, tmp_path):
+    """Of kl_loss.py; what is left can be read again."""
+    file = tmp_path / "out.json"
+    monkeypatch.setattr(kl_loss, "run_worker", _stopped_at(3, MEASURED | {"gradient_bytes": 0}))
+    arguments = ["--shape", "8,8,8,32", "--no-errors", "--json", str(file), "--impl"]
+    with pytest.raises(KeyboardInterrupt):
+        kl_loss.main([*arguments, "naive", "naive-float", "compile"])
+    result = json.loads(file.read_text())
+    (run,) = result["runs"]
+    assert result["complete"] is False and [row["key"] for row in run["rows"]] == ["naive", "naive-float"]
+    assert run["floor"]["busy_s"]["n"] == 6
+    kl_loss.main(["--from", str(file)])
+    monkeypatch.setattr(kl_loss, "run_worker", _stopped_at(9, MEASURED | {"gradient_bytes": 0}))
+    kl_loss.main([*arguments, "naive"])
+    assert json.loads(file.read_text())["complete"] is True
+
+
+def test_a_cut_off_benchmark_of_memory_leaves_its_rows(monkeypatch, tmp_path):
+    file = tmp_path / "out.json"
+    answer = MEASURED | {"bytes": 100, "error": 0.0}
+    monkeypatch.setattr(_bandwidth, "run_worker", _stopped_at(3, answer))
+    with pytest.raises(KeyboardInterrupt):
+        gather.main(gather.BENCH, ["--quick", "--json", str(file)])
+    result = json.loads(file.read_text())
+    assert result["complete"] is False and [len(run["rows"]) for run in result["runs"]] == [2]
+    assert result["runs"][0]["floor_busy_s"]["n"] == 6
 
 
 def test_picture(tmp_path):

@@ -1,11 +1,11 @@
 """Times work on a CUDA stream by events, without the latency of its launches and with a cold L2 cache.
 
-Events around a call measure the host too where the host is slower than the GPU: the stream is empty when the
-first kernel comes. So the GPU is first given a kernel that only spins, for longer than the host needs to
-enqueue the call; the first event comes after it, and the work then runs without gaps. Whether the spin was long
-enough can be seen: the first event must not have been reached when the host is done. If it was, the sample is
-repeated with a longer spin, and at last marked. A call that waits for the GPU itself is always marked: its gaps
-are its own.
+Events around a call measure the host too where the host is slower than the GPU: the stream is empty when
+the first kernel comes. So the GPU is first given a kernel that only spins, for longer than the host needs to
+enqueue the call; the first event comes after it, and the work then runs without gaps. Whether the spin was
+long enough can be seen: the first event must not have been reached when the host is done. If it was, the
+sample is repeated with a longer spin, and at last marked. A call that waits for the GPU itself is always
+marked: its gaps are its own.
 
 The L2 cache is emptied by reading: lines that a flush had written would go to memory during the timed work.
 """
@@ -29,7 +29,7 @@ class Sample(NamedTuple):
 
     Attributes:
         wall_s: from the call until its result is there, seen by the host.
-        busy_s: of the processor that does the work: CPU seconds, or the time between two events on the stream.
+        busy_s: of the processor that does the work: CPU seconds, or between two events on the stream.
         hidden: whether busy_s is without the latency of launches.
     """
 

@@ -63,7 +63,7 @@ class Pairs:
         return [call.busy_s / floor.busy_s for floor, call in zip(self.floor, self.call, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
-        """What a worker answers: lists of [wall, busy], and how many samples of the call show its launches."""
+        """What a worker answers: lists of [wall, busy], and in how many samples launches are seen."""
         sides = {"floor": self.floor, "call": self.call}
         lists = {name: [[one.wall_s, one.busy_s] for one in samples] for name, samples in sides.items()}
         return lists | {"launches_seen": sum(not one.hidden for one in self.call)}

@@ -65,8 +65,9 @@ def _time_columns(run: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
     extra, grads = row["extra_peak_bytes"], row["gradient_bytes"]
     beyond = None if extra is None else max(0, extra - grads)
     share = {}
-    if "roofline" in row:  # from the rates that the row's own process measured
-        share["of roofline"] = f"{100 * row['roofline']['seconds'] / row['busy_s']['median']:.0f} %"
+    if "roofline" in run:  # each row's from the rates that its own process measured
+        best = row["roofline"]["seconds"] / row["busy_s"]["median"] if "roofline" in row else None
+        share["of roofline"] = "" if best is None else f"{100 * best:.0f} %"
     if run["device"] != "cpu":
         share["TFLOP/s"] = f"{row.get('flops', run['flops']) / row['busy_s']['median'] / 1e12:.0f}"
     return {

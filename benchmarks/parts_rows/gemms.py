@@ -1,4 +1,4 @@
-"""The GEMMs of each phase of linear_kl_loss, by chunk of rows and whole, with fp32 results where it needs them."""
+"""The GEMMs of each phase of linear_kl_loss, by chunk of rows and whole, into fp32 where it needs that."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kernel of kl_loss and of linear_kl_loss's tiles, by backend. The bytes are those of docs/performance.md.
+"""The kernels of kl_loss and of linear_kl_loss's tiles, by backend. The bytes: docs/performance.md.
 
 Rows of logits are fp32 in linear_kl_loss (8 bytes a pair), bf16 in kl_loss (4); dz is bf16.
 """
@@ -166,7 +166,7 @@ def _rows(backend: str, device: str, rows: int, columns: int, backward: bool) ->
     student = normal(rows, columns, device=device, scale=2.0)
     teacher = normal(columns, rows, device=device, scale=2.0).view(rows, columns)
     options, weight = (0.0, *PLAIN), torch.full((rows,), 1.0 / rows, device=device)
-    loss, stats = forward(student, teacher, None, columns, options)
+    stats = forward(student, teacher, None, columns, options)[1]
     wide = [x[:SOME].double() for x in (student, teacher)]
 
     def call_forward() -> Tensor:
@@ -183,7 +183,9 @@ def _rows(backend: str, device: str, rows: int, columns: int, backward: bool) ->
 
             near(call_forward()[:SOME], kl_divergence_rows(*wide, beta=0.0), 1e-4)
 
-    return Work(call_backward if backward else call_forward, (6 if backward else 4) * student.numel(), 0, check)
+    return Work(
+        call_backward if backward else call_forward, (6 if backward else 4) * student.numel(), 0, check
+    )
 
 
 def _scale(device: str, rows: int, columns: int, factor: float) -> Work:
