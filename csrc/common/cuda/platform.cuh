@@ -82,7 +82,7 @@ __device__ __forceinline__ unsigned cluster_rank() {
 
 // A barrier of all threads of the cluster. What was written to shared memory before it can be read after it.
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive;\n\tbarrier.cluster.wait;" ::: "memory");
 }
 
 // What stands at `mine`, an address in shared memory, in block `rank` of the cluster.
