@@ -61,9 +61,28 @@ def planted(folder: Path, faults: tuple[Fault, ...]) -> Path:
     return folder
 
 
-def python(import_from: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python arguments`, with the package and the tests, and nothing else of the checkout."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(import_from), str(TESTS)])}
+def other_tritons() -> dict[str, Path]:
+    """{version: folder} of MINITRON_TEST_TRITON: folders that `pip install --no-deps --target` made."""
+    folders = [Path(name) for name in os.environ.get("MINITRON_TEST_TRITON", "").split(os.pathsep) if name]
+    found = {}
+    for folder in folders:
+        versions = [path.name.split("-")[1] for path in folder.glob("triton-*.dist-info")]
+        if len(versions) != 1:
+            raise pytest.UsageError(f"MINITRON_TEST_TRITON: there is not one triton in {folder}")
+        found[versions[0].removesuffix(".dist")] = folder.resolve()
+    return found
+
+
+def python(
+    import_from: Path, cwd: Path, *arguments: str, triton: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`python arguments`, with the package and the tests, and nothing else of the checkout.
+
+    triton: the folder of one that is to be imported instead of the installed one.
+    """
+    first = [] if triton is None else [triton]
+    path = os.pathsep.join(map(str, (*first, import_from, TESTS)))
+    environment = {**os.environ, "PYTHONPATH": path}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)

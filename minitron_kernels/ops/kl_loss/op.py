@@ -306,8 +306,8 @@ def _as_rows(x: Tensor) -> Tensor:
 def _autocast(*tensors: Tensor) -> list[Tensor]:
     """Under autocast the operands take its dtype, as those of any linear layer do."""
     kind = tensors[0].device.type
-    known = torch.amp.is_autocast_available(kind)  # not for meta
-    if not known or not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+    # meta has no autocast; torch.amp.is_autocast_available(), which knows, is not compiled by torch 2.11
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
         return list(tensors)
     return [x.to(torch.get_autocast_dtype(kind)) for x in tensors]
 

@@ -8,8 +8,8 @@
     finish_mixture
 
 Programs that run together are those of all splits of a group of blocks of rows: the hidden states of a group
-stay in L2 over all tiles, and the tile of the heads that a split is at is read from memory once for the group.
-With all blocks of rows at once, a few thousand rows of hidden states would leave L2 between two tiles.
+stay in L2 over all tiles, and the tile of the heads that a split is at is read from memory once a group. With
+all blocks of rows at once, a few thousand rows of hidden states would leave L2 between two tiles.
 
 A tile is 128 x 128 at most: its two accumulators in fp32 are half of a multiprocessor's registers, and with
 128 x 256 they would be all.
