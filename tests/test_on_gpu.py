@@ -42,7 +42,8 @@ STEPS = [
     "kl_errors",
 ]
 
-# Writes its arguments down. Hangs or fails where they match; if it hangs, with a child, it ignores SIGTERM.
+# Writes its arguments down. Hangs or fails where they match; if it hangs, with a child, it ignores SIGTERM,
+# or only a child that it leaves behind does.
 FAKE_PYTHON = r"""#!/usr/bin/env bash
 arguments="$*"
 line="MINITRON_BUILD=${MINITRON_BUILD:-} ARCHS=${MINITRON_CUDA_ARCHS:-} ${arguments//$'\n'/ }"
@@ -54,6 +55,11 @@ if [[ -n ${FAKE_HANG:-} && $arguments =~ $FAKE_HANG ]]; then
   sleep 300 &
   echo "$!" >> "$FAKE/children"
   while true; do wait; done
+fi
+if [[ -n ${FAKE_LEAVES:-} && $arguments =~ $FAKE_LEAVES ]]; then
+  (trap '' TERM && exec sleep 300) &
+  echo "$!" >> "$FAKE/children"
+  wait
 fi
 [[ $arguments == *get_device_capability* ]] && echo 90
 if [[ $arguments =~ pip\ .*--target\ ([^ ]+) ]]; then
@@ -123,9 +129,8 @@ def children(tmp_path):
 
 def test_every_step_is_started_in_order(run, tmp_path):
     """Steps that fail and two that hang do not stop the next; what hangs is stopped, and its children too."""
-    got = run(
-        FAKE_FAIL="kl_loss.py.*naive-float", FAKE_HANG="parts.py.*gemm|gather.py", MINITRON_ON_GPU_LIMIT="2"
-    )
+    settings = {"FAKE_HANG": "parts.py.*gemm", "FAKE_LEAVES": "gather.py", "MINITRON_ON_GPU_LIMIT": "2"}
+    got = run(FAKE_FAIL="kl_loss.py.*naive-float", **settings)
     assert list(got) == STEPS
     for name, row in got.items():
         hung = name in ("parts_gemm", "gather")
