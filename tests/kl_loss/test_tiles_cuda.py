@@ -246,7 +246,7 @@ def test_dtypes_of_rows(kernels, beta):
 @pytest.mark.native
 def test_native_epilogues_are_registered_for_cuda():
     """The names that native_epilogues() calls, with the schemas of the library, have CUDA kernels."""
-    names = ("forward_", "grad_", "stats_", "mixture_")
+    names = ("forward_", "grad_", "forward_grad_", "stats_", "mixture_")
     names = [f"kl_tile_{name}" for name in names] + ["kl_finish_stats_", "kl_finish_mixture_"]
     for name in names:
         assert getattr(torch.ops.minitron_kernels, name).default._schema.is_mutable

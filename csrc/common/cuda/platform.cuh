@@ -123,9 +123,9 @@ class ClusterLaunch {
     cudaFuncAttributes attributes;
     int active = 0;
     const bool fits = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-                      attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90 &&
+                      attributes.ptxVersion >= 90 &&
                       cudaOccupancyMaxActiveClusters(&active, kernel, &config_) == cudaSuccess && active > 0;
-    cudaGetLastError();  // a question that the device refuses is not an error of the next launch
+    if (!fits) cudaGetLastError();  // a question that the device refuses is not an error of the next launch
     return fits;
   }
 

@@ -1,14 +1,17 @@
 // Loss, stats and gradient of rows of fp32 logits in one launch, where the stats are not known before.
 //
-//   forward_grad  a cluster of 8 blocks a row (sm_90 and up). The first look at the row, from memory, makes
-//                 its sums; these are merged over the blocks through their shared memory. The last look makes
-//                 the gradient, out of L2: by then 2 blocks an SM have read 264 / 8 rows of at most 1 MiB, of
-//                 which those that are looked at for the last time are given up as they are read. It goes
-//                 backwards, since what was read last is in L2 for sure. JSD takes a look between them.
+//   forward_grad  grid (8 N), a cluster of 8 blocks a row (sm_90 and up). The first look at the row, from
+//                 memory, makes its sums; these are merged over the blocks through their shared memory. The
+//                 last look makes the gradient, out of L2: with 2 blocks on each of 132 SMs it has to hold 33
+//                 rows, 33 MiB at 131072 tokens, less what has been looked at for the last time. That look
+//                 goes backwards, since what was read last is in L2 for sure. JSD takes another look in
+//                 between.
 //
 // So 8 bytes a token are read from memory, where a forward and a backward kernel read 16. Values are merged
 // in an order that depends only on the shape: results are bitwise equal from run to run.
 #pragma once
+
+#include <type_traits>
 
 #include "kl_loss/cuda/row_kernels.cuh"
 

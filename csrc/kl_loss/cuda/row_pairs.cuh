@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 #include "common/cuda/vec.cuh"
 #include "kl_loss/cuda/divergence.cuh"
@@ -115,16 +114,14 @@ struct PairRow {
   // of them loaded at a time.
   template <int kRuns, Pass kPass, typename Visit>
   __device__ __forceinline__ void for_each(int begin, int step, Visit visit) const {
-    with_alignment<kRuns>([&](auto aligned, auto runs) {
-      turns<kPass, aligned(), runs()>(begin, step, [&](const auto& turn) {
+    turns<kRuns, kPass>(begin, step, [&](const auto& turn) {
 #pragma unroll
-        for (int i = 0; i < runs(); ++i) {
-          if (!turn.within(i)) continue;
-          float s[kRun], t[kRun];
-          turn.read(i, s, t);
-          visit(turn.column[i], s, t);
-        }
-      });
+      for (int i = 0; i < kRuns; ++i) {
+        if (!turn.within(i)) continue;
+        float s[kRun], t[kRun];
+        turn.read(i, s, t);
+        visit(turn.column[i], s, t);
+      }
     });
     for_each_rest(begin, step, visit);
   }
@@ -132,21 +129,19 @@ struct PairRow {
   // Calls visit(s, t) with kRuns runs at a time, step apart; runs beyond the last are masked-out tokens.
   template <int kRuns, typename Visit>
   __device__ __forceinline__ void for_each_several(int begin, int step, Visit visit) const {
-    with_alignment<kRuns>([&](auto aligned, auto runs) {
-      turns<Pass::kForwards, aligned(), runs()>(begin, step, [&](const auto& turn) {
-        float s[runs() * kRun], t[runs() * kRun];
+    turns<kRuns, Pass::kForwards>(begin, step, [&](const auto& turn) {
+      float s[kRuns * kRun], t[kRuns * kRun];
 #pragma unroll
-        for (int i = 0; i < runs(); ++i) {
-          float run_s[kRun], run_t[kRun];
-          turn.read(i, run_s, run_t);
+      for (int i = 0; i < kRuns; ++i) {
+        float run_s[kRun], run_t[kRun];
+        turn.read(i, run_s, run_t);
 #pragma unroll
-          for (int j = 0; j < kRun; ++j) {
-            s[i * kRun + j] = turn.within(i) ? run_s[j] : -INFINITY;
-            t[i * kRun + j] = turn.within(i) ? run_t[j] : -INFINITY;
-          }
+        for (int j = 0; j < kRun; ++j) {
+          s[i * kRun + j] = turn.within(i) ? run_s[j] : -INFINITY;
+          t[i * kRun + j] = turn.within(i) ? run_t[j] : -INFINITY;
         }
-        visit(s, t);
-      });
+      }
+      visit(s, t);
     });
     for_each_rest(begin, step, [&](int, const auto& s, const auto& t) { visit(s, t); });
   }
@@ -170,20 +165,7 @@ struct PairRow {
     }
   };
 
-  // Calls f(whether the teacher is aligned, how many runs to load at a time), both constants. An unaligned
-  // row needs more loads for a run than an aligned one for several.
-  template <int kRuns, typename F>
-  __device__ __forceinline__ void with_alignment(F f) const {
-    if constexpr (kAligned) {
-      f(std::true_type{}, std::integral_constant<int, kRuns>{});
-    } else if (teacher_aligned) {
-      f(std::true_type{}, std::integral_constant<int, kRuns>{});
-    } else {
-      f(std::false_type{}, std::integral_constant<int, 1>{});
-    }
-  }
-
-  template <Pass kPass, bool kTeacherAligned, int kRuns, typename Visit>
+  template <int kRuns, Pass kPass, typename Visit>
   __device__ __forceinline__ void turns(int begin, int step, Visit visit) const {
     constexpr bool kLast = is_last(kPass);
     for (int first = begin; first < split.runs; first += kRuns * step) {
@@ -193,8 +175,16 @@ struct PairRow {
         const int run = first + i * step < split.runs ? first + i * step : split.runs - 1;  // may be read
         turn.column[i] = split.run_start(is_backwards(kPass) ? split.runs - 1 - run : run);
         turn.student[i] = Run<S, kRun>::template load<kLast>(student.logits + turn.column[i], true);
-        turn.teacher[i] =
-            Run<T, kRun>::template load<kLast>(teacher.logits + turn.column[i], kTeacherAligned);
+      }
+      // one branch for all, the same for the whole block: nothing waits for the student's loads
+      if (teacher_aligned) {
+#pragma unroll
+        for (int i = 0; i < kRuns; ++i)
+          turn.teacher[i] = Run<T, kRun>::template load<kLast>(teacher.logits + turn.column[i], true);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kRuns; ++i)
+          turn.teacher[i] = Run<T, kRun>::template load<kLast>(teacher.logits + turn.column[i], false);
       }
       visit(turn);
     }

@@ -1,5 +1,5 @@
 // Epilogues of linear_kl_loss on a tile of the vocabulary, whose logits come out of an fp32 GEMM. The
-// epilogues on whole rows are in row_kernels.cuh.
+// epilogues on whole rows are in row_kernels.cuh and cluster_kernels.cuh.
 //
 //   tile_stats    grid (N), one block a row: merges a tile into the state (5, N) of its rows.
 //   tile_mixture  grid (N), one block a row: adds a tile's terms of JSD to the sums (2, N), from final stats.

@@ -246,6 +246,24 @@ std::string deadlock_report() {
   return text + "; " + std::to_string(m.fibers.size() - m.live) + " have exited";
 }
 
+// Lets each of a block's threads run until it waits; false if none could.
+bool run_round(const Block& block, Fiber* fibers, std::vector<size_t>& order) {
+  Machine& m = machine();
+  if (m.order > 1) std::shuffle(order.begin(), order.end(), m.random);
+  bool progress = false;
+  for (size_t i : order) {
+    Fiber& f = fibers[i];
+    if (f.done || f.blocked) continue;
+    progress = true;
+    m.current = &f;
+    m.where.thread = {f.thread, 0, 0};
+    m.where.block = block.index;
+    to_fiber(f);
+    if (m.error) std::rethrow_exception(m.error);
+  }
+  return progress;
+}
+
 // The blocks of a cluster, from this one on, along x.
 void run_cluster(uint3 first, unsigned blocks) {
   Machine& m = machine();
@@ -267,21 +285,21 @@ void run_cluster(uint3 first, unsigned blocks) {
     unpoison(f);
     f.context.prepare(f.stack, kStackBytes, fiber_entry);
   }
-  std::vector<int> order(m.fibers.size());
+  // A block runs until none of its threads can go on, and only then the next, so that no block waits for
+  // another by chance.
+  std::vector<unsigned> ranks(blocks);
+  std::iota(ranks.begin(), ranks.end(), 0);
+  std::vector<size_t> order(threads);
   std::iota(order.begin(), order.end(), 0);
-  if (m.order == 1) std::reverse(order.begin(), order.end());
+  if (m.order == 1) {
+    std::reverse(ranks.begin(), ranks.end());
+    std::reverse(order.begin(), order.end());
+  }
   while (m.live > 0) {
-    if (m.order > 1) std::shuffle(order.begin(), order.end(), m.random);
+    if (m.order > 1) std::shuffle(ranks.begin(), ranks.end(), m.random);
     bool progress = false;
-    for (int i : order) {
-      Fiber& f = m.fibers[i];
-      if (f.done || f.blocked) continue;
-      progress = true;
-      m.current = &f;
-      m.where.thread = {f.thread, 0, 0};
-      m.where.block = m.blocks[f.block].index;
-      to_fiber(f);
-      if (m.error) std::rethrow_exception(m.error);
+    for (unsigned rank : ranks) {
+      while (run_round(m.blocks[rank], &m.fibers[rank * threads], order)) progress = true;
     }
     if (!progress) fail(deadlock_report());
   }
