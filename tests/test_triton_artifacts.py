@@ -58,8 +58,8 @@ def violations(artifacts, target, granted=None):
         ]
         lines += [
             f"{name}: {what} {found[what]}, at least {gate[what]}"
-            for what in ("wide_loads", "wide_stores")
-            if found[what] < gate[what]
+            for what in ("wide_loads", "wide_stores", "loads_together")
+            if found[what] < gate.get(what, 0)
         ]
         if "matrix" in gate and not found["matrix"].get(gate["matrix"]):
             lines.append(f"{name}: no {gate['matrix']}, but {found['matrix']}")

@@ -32,6 +32,18 @@ CUDA_ARTIFACTS = {  # name: faults in the source, compiler flags, what the gate 
         (),
         r" 0 128-bit loads",
     ),
+    "loads one by one": (  # what is read depends on what was read before
+        (
+            Fault(
+                PAIRS,
+                "load<kLast>(student.logits + turn.column[i], true);",
+                "load<kLast>(student.logits + turn.column[i]\n"
+                "          + 4 * (i > 0 && turn.student[i > 0 ? i - 1 : 0].words[0].x == 77u), true);",
+            ),
+        ),
+        (),
+        r"kl_forward_kernel.*loads together",
+    ),
     "spills": (  # twice as many logits as the registers hold
         (Fault(ROW_KERNELS, "kPairsAtOnce = 16;", "kPairsAtOnce = 32;"),),
         (),

@@ -26,6 +26,8 @@ from triton.backends.driver import GPUDriver
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from tools.sass import loads_together
+
 MATRIX = {"HGMMA": r"\bHGMMA\b", "HMMA": r"\bHMMA\b", "UTCMMA": r"\bUTC\w*MMA\b"}
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -94,6 +96,7 @@ class Artifact:
     narrow_loads: int  # less
     wide_stores: int
     narrow_stores: int
+    loads_together: int  # wide loads under way in the main loops before the first is waited for; 0: not read
     matrix: dict[str, int]  # matrix instructions by kind
 
 
@@ -126,6 +129,7 @@ def _nvidia(kernel) -> dict:
         "narrow_loads": sum(not re.search(wide, x) for x in loads),
         "wide_stores": sum(bool(re.search(wide, x)) for x in stores),
         "narrow_stores": sum(not re.search(wide, x) for x in stores),
+        "loads_together": loads_together(sass),
         "matrix": {
             name: n
             for name, pattern in (
@@ -156,6 +160,7 @@ def _amd(kernel) -> dict:
         "narrow_loads": accesses("load", False) - loads,
         "wide_stores": stores,
         "narrow_stores": accesses("store", False) - stores,
+        "loads_together": 0,
         "matrix": {"MFMA": n} if (n := _count(r"\bv_mfma_\w+", code)) else {},
     }
 

@@ -57,7 +57,9 @@ __device__ __forceinline__ uint32_t pack_word(const float* in, const __half*) {
   return word;
 }
 
-__device__ __forceinline__ bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+__host__ __device__ __forceinline__ bool aligned16(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
 
 // N elements as they are in memory. Loads of several runs that only fill these words can all be under way at
 // once; unpacking is the first to wait for them.
