@@ -69,6 +69,7 @@ def log(monkeypatch):
     monkeypatch.setattr(Cuda, "capturing", False)
     for name in ("current_stream", "is_current_stream_capturing"):
         monkeypatch.setattr(torch.cuda, name, getattr(Cuda, name))
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.setattr(module, "check_index_tensor", lambda name, keep: None)
     calls_of = SimpleNamespace(calls=calls, cpu=lambda x: x.as_subclass(Values))
     return calls_of

@@ -40,6 +40,12 @@ CUDA_ARTIFACTS = {  # name: faults in the source, compiler flags, what the gate 
                 "load<kLast>(student.logits + turn.column[i]\n"
                 "          + 4 * (i > 0 && turn.student[i > 0 ? i - 1 : 0].words[0].x == 77u), true);",
             ),
+            Fault(
+                PAIRS,
+                "load<kLast>(teacher.logits + turn.column[i], true);",
+                "load<kLast>(teacher.logits + turn.column[i]\n"
+                "          + 4 * (i > 0 && turn.teacher[i > 0 ? i - 1 : 0].words[0].x == 77u), true);",
+            ),
         ),
         (),
         r"kl_forward_kernel.*loads together",
@@ -230,7 +236,7 @@ CUDA_CLUSTERS = {
     "a barrier that one block leaves out": (
         "values",
         Fault(CLUSTERS, LAST_BARRIER, LAST_BARRIER.replace("cluster", "if (cluster_rank() > 0) cluster")),
-        "deadlock in the cluster",
+        "deadlock in the cluster|rank 0, which has exited, is read",  # whichever comes first
     ),
     "no barrier after the cluster's result": (
         "values",

@@ -125,7 +125,7 @@ void launch_backward(const LaunchScope& scope, const LogitTensors& logits, const
                      const Tensor& weight, const float* stats, Tensor& grad) {
   const auto kernel = &kl_backward_kernel<kDivergence, S, T, G>;
   const int64_t rows = grad.size(0), runs = options.vocab_size / kRunOf<S, T, G>;
-  const int threads = threads_for(runs, kGradThreads);
+  const int threads = threads_for(runs / kGradRuns<S, T, G>, kGradThreads);
   MINITRON_LAUNCH(kernel, dim3(rows, parts_for(rows, runs, threads)), dim3(threads), scope.stream(),
                   logits.rows<S, T>(), options, const_floats(weight), weight.stride(0), stats,
                   static_cast<G*>(grad.mutable_data_ptr()), grad.stride(0), static_cast<int>(grad.size(1)));

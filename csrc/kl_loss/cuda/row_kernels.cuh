@@ -22,6 +22,8 @@ constexpr int kPairsAtOnce = 16;      // entries that a thread merges at a time
 // entries whose loads a thread of the backward has under way: 64 bytes
 template <typename S, typename T>
 constexpr int kGradPairsAtOnce = 64 / (sizeof(S) + sizeof(T));
+template <typename S, typename T, typename G>
+constexpr int kGradRuns = std::max(1, kGradPairsAtOnce<S, T> / kRunOf<S, T, G>);
 constexpr int kGradThreads = 512;
 constexpr int kGradBlocksPerSM = 2;  // at most 64 registers a thread
 
@@ -109,7 +111,7 @@ __global__ void __launch_bounds__(kGradThreads, kGradBlocksPerSM)
   const float weight = load_scalar<true>(grad_loss + row * grad_loss_stride);
   const PairRow<S, T, kRunOf<S, T, G>> pairs(rows, row, options);
   const bool grad_aligned = aligned16(grad + pairs.split.head);
-  constexpr int kRuns = std::max(1, kGradPairsAtOnce<S, T> / pairs.kRun);
+  constexpr int kRuns = kGradRuns<S, T, G>;
   pairs.template for_each<kRuns, Pass::kForwards>(begin, step, [&](int column, const auto& s, const auto& t) {
     constexpr int kCount = sizeof(s) / sizeof(float);
     float g[kCount];

@@ -45,7 +45,7 @@ class ChannelIndex:
         if size < 0:
             raise ValueError(f"size must not be negative, got {size}")
         check_index_tensor(name, keep)
-        if keep.device.type == "cuda" and _is_capturing():
+        if _has_streams(keep.device) and _is_capturing():
             raise RuntimeError(
                 f"{name} cannot be checked while a CUDA graph is captured: make the ChannelIndex before"
             )
@@ -97,7 +97,7 @@ class ChannelIndex:
         """
         if device.type == "cpu" and block == 1:
             return self.values
-        on_gpu = device.type == "cuda" and not torch.compiler.is_compiling()
+        on_gpu = _has_streams(device) and not torch.compiler.is_compiling()
         if (device, block) not in self._on:
             if on_gpu and _is_capturing():
                 raise RuntimeError(
@@ -119,6 +119,11 @@ class ChannelIndex:
         if use not in self._streams and not _is_capturing():
             values.record_stream(stream)
             self._streams.add(use)
+
+
+def _has_streams(device: torch.device) -> bool:
+    """Not where tensors only pass for a GPU's, as under ttsem, which a torch without CUDA runs."""
+    return device.type == "cuda" and torch.backends.cuda.is_built()
 
 
 def _is_capturing() -> bool:

@@ -14,6 +14,6 @@ def sum_rows(rows: Tensor) -> Tensor:
     """
     if rows.device.type != "cpu":
         return rows.sum()
-    # the dtype as an argument: a .to() that has nothing to do returns its own input, and torch.compile of torch
-    # 2.11 gives an autograd.Function no gradient where its output is also an intermediate result
+    # the dtype as an argument: a .to() that has nothing to do returns its own input, and under torch.compile
+    # torch 2.11 gives an autograd.Function no gradient where its output is an intermediate result too
     return rows.cumsum(0, dtype=torch.float64)[-1:].sum(dtype=rows.dtype)
