@@ -304,6 +304,11 @@ TRITON_ARTIFACTS = {  # name: launches, faults, what the gate says
         (Fault(TRITON_ROWS, '["stride_mn", "stride_wn"]', '["stride_mn", "stride_sn"]'),),
         "wide_loads 2, at least",
     ),
+    "few loads together": (  # four times the threads, so that each has a quarter of the loads
+        "tile_stats forward",
+        (Fault(TRITON_LAUNCH, "block // 512", "block // 128"),),
+        "loads_together 2, at least 8",
+    ),
     "registers": (
         "rows forward bf16",
         (Fault(TRITON_LAUNCH, "block // 512", "block // 2048"),),
