@@ -180,7 +180,7 @@ def count(monkeypatch, shape=SHAPE, **numbers):
         counter.add(f"{kind}: products", *[out] * (1 + accumulate))
 
     def forward_grad(logits, mask, weight, loss, stats, dz, *_):
-        counter.add("logits: read", *logits[:2])  # once from memory, see fused_kernels.cuh
+        counter.add("logits: read", *logits[:2])  # once from memory, see cluster_kernels.cuh
         counter.add("dz: written", dz)
 
     plan = plan_gpu.plan
@@ -188,8 +188,14 @@ def count(monkeypatch, shape=SHAPE, **numbers):
         linear_gpu, "plan", lambda *arguments: dataclasses.replace(plan(*arguments), **numbers)
     )
     monkeypatch.setattr(linear_gpu, "matmul", matmul)
+    with counter:
+        call(shape, forward_grad=forward_grad)
+    return counter.bytes
+
+
+def call(shape, needs_grad=True, budget=4 << 30, **kernels):
+    """A call on tensors without memory, with no kernels but these."""
     names = [field.name for field in dataclasses.fields(Epilogues)]
-    epilogues = Epilogues(**dict.fromkeys(names) | {"forward_grad": forward_grad})
     tokens, vocab, width, teacher_width = shape
 
     def empty(*size, dtype=torch.bfloat16):
@@ -199,12 +205,17 @@ def count(monkeypatch, shape=SHAPE, **numbers):
     outputs = (empty(tokens, dtype=fp32), empty(tokens, 6, dtype=fp32), empty(tokens, width))
     outputs += (empty(vocab, width), empty(0, dtype=fp32))
     student, teacher = ((empty(tokens, w), empty(vocab, w), None) for w in (width, teacher_width))
-    with counter:
-        linear_gpu.linear_kl_loss_(
-            outputs, student, teacher, None, None, None, None, (True, True, False), vocab, PLAIN, "auto",
-            4 << 30, epilogues,
-        )  # fmt: skip
-    return counter.bytes
+    linear_gpu.linear_kl_loss_(
+        outputs, student, teacher, None, None, None, None, (needs_grad, needs_grad, False), vocab, PLAIN,
+        "auto", budget, Epilogues(**dict.fromkeys(names) | kernels),
+    )  # fmt: skip
+
+
+def test_a_fused_evaluation_needs_no_budget():
+    """Its memory is O(N), whatever the budget: nothing is planned, and nothing refused."""
+    seen = []
+    call(SHAPE, needs_grad=False, budget=1, linear_stats=lambda *arguments: seen.append(arguments))
+    assert len(seen) == 1
 
 
 def least(shape=SHAPE):

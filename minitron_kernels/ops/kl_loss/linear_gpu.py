@@ -230,6 +230,9 @@ def linear_kl_loss_(
     if N == 0:
         return
     call = _Call(student, teacher, mask, vocab_size, options, epilogues)
+    if not any(needs_grad) and call.fused:
+        call.fused_statistics(loss, new_stats)  # without a plan: it has no scratch that a budget bounds
+        return
     kind = torch.promote_types(student[0].dtype, student[1].dtype)
     # in fp16, how far the gradients of reverse KL reach is to be known before the first is stored
     stats_first = kind == torch.float16 and options.divergence is Divergence.REVERSE_KL
@@ -255,10 +258,7 @@ def linear_kl_loss_(
     )
     chosen = plan(problem, schedule, workspace_bytes)
     if chosen.schedule == "forward":
-        if call.fused:
-            call.fused_statistics(loss, new_stats)
-        else:
-            call.statistics(loss, new_stats, chosen.chunk_rows, chosen.tile)
+        call.statistics(loss, new_stats, chosen.chunk_rows, chosen.tile)
         return
     known = stats is not None
     if stats is None:
