@@ -28,14 +28,17 @@ class GpuFigures:
     l2_bytes: float
     clusters: bool  # whether one launch makes statistics, loss and dz, with a row's second reads out of L2
 
+    def gemm_rate(self, itemsize: int) -> float:
+        """Flops a second of operands of so many bytes."""
+        return self.gemm_flops if itemsize == 2 else self.gemm_fp32_flops
+
     def gemm_seconds(self, m: int, n: int, k: int, itemsize: int, out_itemsize: int) -> float:
         """Of [m, k] by [k, n]: a wave of tiles takes its time even where some SMs have nothing to do, and
         operands and product are moved at least once.
         """
         tiles = -(-m // GEMM_TILE[0]) * -(-n // GEMM_TILE[1])
         waves = -(-tiles // self.sms)
-        rate = self.gemm_flops if itemsize == 2 else self.gemm_fp32_flops
-        multiplied = waves * self.sms * GEMM_TILE[0] * GEMM_TILE[1] * 2 * k / rate
+        multiplied = waves * self.sms * GEMM_TILE[0] * GEMM_TILE[1] * 2 * k / self.gemm_rate(itemsize)
         moved = (itemsize * k * (m + n) + out_itemsize * m * n) / self.memory_bytes
         return LAUNCH_SECONDS + max(multiplied, moved)
 

@@ -20,6 +20,7 @@ from minitron_kernels.ops.kl_loss.divergence import NUM_STATS
 from minitron_kernels.ops.kl_loss.epilogues import EPILOGUES
 from minitron_kernels.ops.kl_loss.linear_gpu import linear_kl_loss_
 from minitron_kernels.ops.kl_loss.options import LossOptions
+from minitron_kernels.ops.kl_loss.plan import grad_dtype
 from minitron_kernels.ops.kl_loss.plan_cpu import operand_type
 from minitron_kernels.ops.kl_loss.plan_cpu import plan as plan_cpu
 from minitron_kernels.ops.kl_loss.rows import no_second_derivative
@@ -29,11 +30,6 @@ from minitron_kernels.ops.kl_loss.sums import sum_rows
 
 def _loss_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _grad_dtype(x: Tensor) -> torch.dtype:
-    # fp16 gradients wait for the loss scale in fp32: p / N of a rare token is below fp16's smallest number
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 @torch.library.custom_op("minitron_kernels::linear_kl_loss", mutates_args=("grad_head_accumulator",))
@@ -92,7 +88,7 @@ def _linear_kl_loss(
         vocab_size,
         student_hidden.shape[1],
         teacher_hidden.shape[1],
-        dtype=_grad_dtype(student_head),
+        dtype=grad_dtype(student_head.dtype),
         grad_hidden=needs_hidden,
         grad_head=needs_head,
         grad_bias=needs_bias,
@@ -152,7 +148,7 @@ def _fake(
     loss_dtype = _loss_dtype(student_hidden)
 
     def grad(x: Tensor, shape: tuple[int, ...], wanted: bool) -> Tensor:
-        return x.new_empty(shape if wanted else (0,), dtype=_grad_dtype(x))
+        return x.new_empty(shape if wanted else (0,), dtype=grad_dtype(x.dtype))
 
     return (
         student_hidden.new_empty(N, dtype=loss_dtype),

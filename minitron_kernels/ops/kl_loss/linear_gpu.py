@@ -23,7 +23,7 @@ from minitron_kernels.ops.kl_loss.epilogues import Epilogues
 from minitron_kernels.ops.kl_loss.gemm_gpu import matmul, summed_in_fp32
 from minitron_kernels.ops.kl_loss.gpu_figures import figures_of
 from minitron_kernels.ops.kl_loss.options import LossOptions
-from minitron_kernels.ops.kl_loss.plan_gpu import ALIGN, GpuProblem, plan
+from minitron_kernels.ops.kl_loss.plan_gpu import GpuProblem, padded, plan, sum_has_memory, sums_with_memory
 
 Side = tuple[Tensor, Tensor, Tensor | None]  # hidden states, head, bias
 _HALF_REACH = 2.0**15  # the largest |dz| in fp16
@@ -56,7 +56,7 @@ class _Sum:
         rounds: bool = True,
     ) -> None:
         self.out, self.unscale, self.adds, self.missing = out, unscale, adds, parts
-        in_place = not _has_own_memory(out.dtype, kind, parts, adds, rounds)
+        in_place = not sum_has_memory(out.dtype, kind, parts, adds, rounds)
         self.sum = out if in_place else None
         self.started = in_place and adds
 
@@ -77,13 +77,6 @@ class _Sum:
             self.out.add_(total) if self.adds else self.out.copy_(total)
 
 
-def _has_own_memory(out: torch.dtype, kind: torch.dtype, parts: int, adds: bool, rounds: bool) -> bool:
-    """Whether a _Sum needs fp32 memory of its own."""
-    if out == torch.float32:
-        return adds and kind == torch.float16  # whose products are scaled, unlike what they are added to
-    return not (rounds and out == kind and parts == 1)
-
-
 class _Call:
     """One call's tensors, cut to the vocabulary."""
 
@@ -102,11 +95,11 @@ class _Call:
 
     def buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Scratch [rows, columns], the same memory whenever the name is the same; the largest comes first."""
-        padded = -(-columns // ALIGN) * ALIGN
+        width = padded(columns)
         if name not in self.buffers:
-            size = rows * padded
+            size = rows * width
             self.buffers[name] = torch.empty(size, dtype=dtype, device=self.student[0].device)
-        return self.buffers[name][: rows * padded].view(rows, padded)[:, :columns]
+        return self.buffers[name][: rows * width].view(rows, width)[:, :columns]
 
     def logits(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """A tile of both raw logits in fp32, and the biases of its tokens."""
@@ -248,9 +241,7 @@ def linear_kl_loss_(
         grad_hidden=needs_grad[0],
         grad_head=needs_grad[1],
         grad_bias=needs_grad[2],
-        hidden_sum=_has_own_memory(grad_hidden.dtype, kind, 1, False, False),
-        head_sum=_has_own_memory(head_out.dtype, kind, 1, adds, True),
-        head_sum_of_parts=_has_own_memory(head_out.dtype, kind, 2, adds, True),
+        **sums_with_memory(grad_hidden.dtype, head_out.dtype, kind, adds),
         stats_first=stats_first,
         stats_known=stats is not None,
         looks=1 + options.divergence.needs_second_look,

@@ -8,7 +8,7 @@ from minitron_kernels import _native
 from minitron_kernels.ops.kl_loss import plan_cpu, plan_gpu
 from minitron_kernels.ops.kl_loss.budget import GPU_WORKSPACE_BYTES, SCHEDULES
 from minitron_kernels.ops.kl_loss.gpu_figures import FIGURES, GpuFigures, figures_of
-from minitron_kernels.ops.kl_loss.plan import LinearKLPlan
+from minitron_kernels.ops.kl_loss.plan import LinearKLPlan, grad_dtype
 from minitron_kernels.ops.kl_loss.plan_gpu import GpuProblem
 
 
@@ -128,7 +128,7 @@ def _gpu_problem(
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise TypeError(f"{name} must be bfloat16, float16 or float32 on a GPU; got {dtype}")
     student, teacher = dtypes
-    scaled_apart = student == torch.float16 and accumulator  # see _has_own_memory() there
+    grad = grad_dtype(student)
     return GpuProblem(
         *sizes,
         itemsize=student.itemsize,
@@ -136,9 +136,7 @@ def _gpu_problem(
         grad_hidden=grads[0],
         grad_head=grads[1],
         grad_bias=grads[2],
-        hidden_sum=student == torch.bfloat16,
-        head_sum=scaled_apart,
-        head_sum_of_parts=(student == torch.bfloat16 and not accumulator) or scaled_apart,
+        **plan_gpu.sums_with_memory(grad, torch.float32 if accumulator else grad, student, accumulator),
         stats_first=accumulator,  # the forward makes them, the backward the gradients
         looks=looks,
         gpu=gpu,

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-MIB = 2**20
+import torch
+
+
+def grad_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which the gradient to a tensor of this dtype is made.
+
+    fp16 gradients wait for the loss scale in fp32: p / N of a rare token is below fp16's smallest number.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,4 +94,4 @@ class LinearKLPlan:
 
 
 def _mib(nbytes: int) -> str:
-    return f"{nbytes / MIB:9.1f} MiB"
+    return f"{nbytes / 2**20:9.1f} MiB"

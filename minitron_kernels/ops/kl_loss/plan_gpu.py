@@ -16,11 +16,13 @@ import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
+
 from minitron_kernels.ops.kl_loss.budget import too_small
 from minitron_kernels.ops.kl_loss.gpu_figures import FIGURES, GEMM_TILE, GpuFigures
 from minitron_kernels.ops.kl_loss.plan import LinearKLPlan
 
-ALIGN = 64  # columns; rows of logits start at 128-byte borders
+_ALIGN = 64  # columns; rows of logits start at 128-byte borders
 _PANEL = GEMM_TILE[0]
 _MOST_ROWS = 4096  # of a chunk: more gain nothing
 _TILES = (8192, 4096, 2048, 1024, 512, 256, 128)  # of the vocabulary, for recompute
@@ -91,10 +93,14 @@ class GpuProblem:
     hidden_sum: bool = True
     head_sum: bool = False
     head_sum_of_parts: bool = True
-    stats_first: bool = False  # statistics of all rows before the first dz: fp16 of reverse KL
+    stats_first: bool = False  # statistics of all rows before the first dz
     stats_known: bool = False
     looks: int = 1  # at each logit for the statistics; 2 for JSD
     gpu: GpuFigures = FIGURES["H100"]
+
+    def head_sum_beside(self, parts: int) -> bool:
+        """Whether the head's gradient has an fp32 sum beside it, where it is made of so many products."""
+        return self.grad_head and (self.head_sum or (parts > 1 and self.head_sum_of_parts))
 
 
 def plan(problem: GpuProblem, schedule: str, budget: int) -> GpuPlan:
@@ -129,8 +135,38 @@ def _plan(problem: GpuProblem, schedule: str, budget: int) -> GpuPlan:
     return min(good, key=lambda plan: (plan.total_bytes, plan.predicted_seconds))
 
 
-def _padded(columns: int) -> int:
-    return -(-columns // ALIGN) * ALIGN
+def padded(columns: int) -> int:
+    """From row to row of scratch memory, in columns."""
+    return -(-columns // _ALIGN) * _ALIGN
+
+
+def sum_has_memory(out: torch.dtype, kind: torch.dtype, parts: int, adds: bool, rounds: bool) -> bool:
+    """Whether the sum of `parts` products of dtype `kind` needs fp32 memory beside `out`.
+
+    Args:
+        out: dtype of the gradient.
+        kind: dtype of the products' operands.
+        parts: how many products are added.
+        adds: whether `out` already holds a sum.
+        rounds: whether a single product may be rounded to the dtype of `out` by its GEMM.
+    """
+    if out == torch.float32:
+        return adds and kind == torch.float16  # whose products are scaled, unlike what they are added to
+    return not (rounds and out == kind and parts == 1)
+
+
+def sums_with_memory(
+    hidden: torch.dtype, head: torch.dtype, kind: torch.dtype, adds: bool
+) -> dict[str, bool]:
+    """The fields of GpuProblem that say which gradients of these dtypes have an fp32 sum beside them.
+
+    The hidden states' is never rounded by a GEMM: its sum is over the vocabulary, and a few bytes a row.
+    """
+    return {
+        "hidden_sum": sum_has_memory(hidden, kind, 1, False, False),
+        "head_sum": sum_has_memory(head, kind, 1, adds, True),
+        "head_sum_of_parts": sum_has_memory(head, kind, 2, adds, True),
+    }
 
 
 @dataclass(frozen=True)
@@ -154,7 +190,7 @@ class _Planner:
         """Rows whose dz is kept: the most that the budget allows beside a chunk's logits, in equal parts."""
         if schedule == "forward" or self.problem.num_tokens == 0:
             return [self.problem.num_tokens]
-        width = _padded(tile)
+        width = padded(tile)
         counts = set()
         for chunk in (1, *(_PANEL << shift for shift in range(5))):
             room = self.budget - self.tile_bytes(schedule, tile) - _PAIR * width * chunk
@@ -165,7 +201,7 @@ class _Planner:
 
     def chunk_sizes(self, tile: int, dz_rows: int, schedule: str) -> list[int]:
         """Rows of a chunk: whole panels up to what the budget leaves, or the few rows that it leaves."""
-        width = _padded(tile)
+        width = padded(tile)
         kept = 0 if schedule == "forward" else self.problem.itemsize * width * dz_rows
         room = self.budget - kept - self.tile_bytes(schedule, tile)
         most = min(max(dz_rows, 1), _MOST_ROWS, room // (_PAIR * width))
@@ -185,15 +221,14 @@ class _Planner:
 
     def candidate(self, schedule: str, tile: int, dz_rows: int, chunk_rows: int) -> GpuPlan:
         """The plan with these numbers, fitting or not."""
-        p, width = self.problem, _padded(tile)
+        p, width = self.problem, padded(tile)
         grads = schedule != "forward"
         parts = -(-p.num_tokens // max(1, dz_rows))
         tiles = -(-p.vocab_size // max(1, tile))
         # of a sum over several tiles all rows wait; over one, those that are at work
         waiting_rows = p.num_tokens if tiles > 1 else dz_rows
         hidden_sum = grads and p.grad_hidden and p.hidden_sum
-        head_sum = grads and p.grad_head and (p.head_sum or (parts > 1 and p.head_sum_of_parts))
-        head_sum_bytes = 4 * tile * p.student_hidden_size * head_sum
+        head_sum_bytes = 4 * tile * p.student_hidden_size * (grads and p.head_sum_beside(parts))
         part_bytes = (
             _PAIR * chunk_rows * width,
             p.itemsize * dz_rows * width * grads,
@@ -224,8 +259,8 @@ class _Planner:
     def least_seconds(self, schedule: str) -> float:
         """No plan of this schedule is quicker."""
         p = self.problem
-        rate = p.gpu.gemm_flops if p.itemsize == 2 else p.gpu.gemm_fp32_flops
-        return self.candidate(schedule, p.vocab_size, max(1, p.num_tokens), max(1, p.num_tokens)).flops / rate
+        rows = max(1, p.num_tokens)
+        return self.candidate(schedule, p.vocab_size, rows, rows).flops / p.gpu.gemm_rate(p.itemsize)
 
     def passes(self, schedule: str) -> int:
         """How often the logits are made."""
@@ -262,8 +297,7 @@ class _Planner:
             again = 8 * N * H * (_count(tiles) - 1)
             hidden += gpu.traffic_seconds(again + 6 * N * H * p.hidden_sum)
             parts = _count(kept)
-            own_sum = p.head_sum or (parts > 1 and p.head_sum_of_parts)
-            head += gpu.traffic_seconds(8 * V * H * (parts - 1) + 6 * V * H * own_sum)
+            head += gpu.traffic_seconds(8 * V * H * (parts - 1) + 6 * V * H * p.head_sum_beside(parts))
         return (
             logits,
             self.epilogue_seconds(schedule),
