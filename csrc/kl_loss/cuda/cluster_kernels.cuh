@@ -73,10 +73,7 @@ struct ClusterRow {
     MixtureSums sums = MixtureSums::empty();
     pairs.template for_each<kClusterTermsAtOnce / Pairs::kRun, Pass::kBackwards>(
         begin, step, [&](int, const auto& s, const auto& t) {
-#pragma unroll
-          for (int i = 0; i < static_cast<int>(sizeof(s) / sizeof(float)); ++i) {
-            sums = sums.merged(PairTerms<Divergence::kJSD>::loss(s[i], t[i], stats, pairs.options.shares));
-          }
+          sums = with_terms(sums, s, t, stats, pairs.options.shares);
         });
     return cluster_reduce<kClusterBlocks>(sums, MixtureSums::empty(), shared,
                                           [](const auto& a, const auto& b) { return a.merged(b); });
@@ -87,18 +84,7 @@ struct ClusterRow {
   __device__ __forceinline__ void write_grad(G* grad, float weight, Make make) const {
     pairs.template for_each<kClusterTermsAtOnce / Pairs::kRun, kPass>(
         begin, step, [&](int column, const auto& s, const auto& t) {
-          constexpr int kCount = sizeof(s) / sizeof(float);
-          float g[kCount];
-#pragma unroll
-          for (int i = 0; i < kCount; ++i) {
-            g[i] = make(s[i], t[i]) * (weight * pairs.options.student.softcap_grad(s[i]));
-            if (masked_out(s[i])) g[i] = 0.0f;
-          }
-          if constexpr (kCount == 1) {
-            store_scalar(grad + column, from_float<G>(g[0]));
-          } else {
-            store_run<kCount, true>(grad + column, true, g);
-          }
+          store_grads<true>(grad + column, true, s, t, weight, pairs.options.student, make);
         });
   }
 };

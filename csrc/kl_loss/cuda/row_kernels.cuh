@@ -39,16 +39,24 @@ __device__ __forceinline__ RowState<kDivergence> row_state(const PairRow<S, T>& 
                       [](const auto& a, const auto& b) { return a.merged(b); });
 }
 
+// The sums with the terms of these tokens.
+template <int N>
+__device__ __forceinline__ MixtureSums with_terms(MixtureSums sums, const float (&s)[N], const float (&t)[N],
+                                                  const RowStats& stats, const Shares& shares) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    sums = sums.merged(PairTerms<Divergence::kJSD>::loss(s[i], t[i], stats, shares));
+  }
+  return sums;
+}
+
 // The same for the sums of JSD's terms.
 template <typename S, typename T>
 __device__ __forceinline__ MixtureSums row_mixture(const PairRow<S, T>& pairs, const RowStats& stats,
                                                    MixtureSums begun, MixtureSums* partial) {
   pairs.template for_each<kPairsAtOnce / kRunOf<S, T>, Pass::kBackwards>(
       threadIdx.x, blockDim.x, [&](int, const auto& s, const auto& t) {
-#pragma unroll
-        for (int i = 0; i < static_cast<int>(sizeof(s) / sizeof(float)); ++i) {
-          begun = begun.merged(PairTerms<Divergence::kJSD>::loss(s[i], t[i], stats, pairs.options.shares));
-        }
+        begun = with_terms(begun, s, t, stats, pairs.options.shares);
       });
   return block_reduce(begun, MixtureSums::empty(), partial,
                       [](const auto& a, const auto& b) { return a.merged(b); });
@@ -97,6 +105,24 @@ __global__ void __launch_bounds__(kStateThreads, kStateBlocksPerSM)
   }
 }
 
+// Writes the gradients of N tokens, of which make(s, t) gives one's to its transformed logit. aligned: grad
+// is a multiple of 16 bytes, or for N = 1 anything.
+template <bool kStreaming, int N, typename G, typename Make>
+__device__ __forceinline__ void store_grads(G* grad, bool aligned, const float (&s)[N], const float (&t)[N],
+                                            float weight, const LogitTransform& transform, Make make) {
+  float g[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    g[i] = make(s[i], t[i]) * (weight * transform.softcap_grad(s[i]));
+    if (masked_out(s[i])) g[i] = 0.0f;
+  }
+  if constexpr (N == 1) {
+    store_scalar(grad, from_float<G>(g[0]));
+  } else {
+    store_run<N, kStreaming>(grad, aligned, g);
+  }
+}
+
 template <Divergence kDivergence, typename S, typename T, typename G>
 __global__ void __launch_bounds__(kGradThreads, kGradBlocksPerSM)
     kl_backward_kernel(KlRows<S, T> rows, DeviceOptions options, const float* __restrict__ grad_loss,  // (N)
@@ -113,19 +139,10 @@ __global__ void __launch_bounds__(kGradThreads, kGradBlocksPerSM)
   const bool grad_aligned = aligned16(grad + pairs.split.head);
   constexpr int kRuns = kGradRuns<S, T, G>;
   pairs.template for_each<kRuns, Pass::kForwards>(begin, step, [&](int column, const auto& s, const auto& t) {
-    constexpr int kCount = sizeof(s) / sizeof(float);
-    float g[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      g[i] = PairTerms<kDivergence>::grad(s[i], t[i], stat, options.shares) *
-             (weight * options.student.softcap_grad(s[i]));
-      if (masked_out(s[i])) g[i] = 0.0f;
-    }
-    if constexpr (kCount == 1) {
-      store_scalar(grad + column, from_float<G>(g[0]));
-    } else {
-      store_run(grad + column, grad_aligned, g);
-    }
+    const auto make = [&](float logit_s, float logit_t) {
+      return PairTerms<kDivergence>::grad(logit_s, logit_t, stat, options.shares);
+    };
+    store_grads<false>(grad + column, grad_aligned, s, t, weight, options.student, make);
   });
   fill_zero(grad + options.vocab_size, columns - options.vocab_size, begin, step);
 }
