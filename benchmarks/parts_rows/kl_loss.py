@@ -6,7 +6,7 @@ Rows of logits are fp32 in linear_kl_loss (8 bytes a pair), bf16 in kl_loss (4);
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -85,12 +85,9 @@ def _grad(backend: str, device: str, rows: int, columns: int) -> Work:
 def _forward_grad(backend: str, device: str, rows: int, columns: int) -> Work:
     """At least: both logits read once, dz written once. Two kernels in turn read the logits twice."""
     t = _Tiles(backend, device, rows, columns, 0.0)
-    kernel = getattr(t.epilogues, "forward_grad", None)
-    if kernel is None:
-        raise Absent("not in this version")
 
     def call() -> None:
-        kernel(t.logits, None, t.weight, t.loss, t.stats, t.dz, t.columns, t.options)
+        t.epilogues.forward_grad(t.logits, None, t.weight, t.loss, t.stats, t.dz, t.columns, t.options)
 
     return Work(call, 10 * t.pairs, 0, lambda: (call(), t.check_loss(), t.check_dz())[2])
 
@@ -189,9 +186,8 @@ def _rows(backend: str, device: str, rows: int, columns: int, backward: bool) ->
 
 
 def _scale(device: str, rows: int, columns: int, factor: float) -> Work:
-    op: Callable[..., None] | None = getattr(torch.ops.minitron_kernels, "kl_scale_grad_", None)
-    if op is None:
-        raise Absent("not in this version")
+    _backend("native", "linear_kl_loss", device)
+    op = torch.ops.minitron_kernels.kl_scale_grad_
     grad = normal(rows, columns, device=device)
     number = torch.tensor(factor, device=device)
 

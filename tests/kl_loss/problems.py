@@ -12,6 +12,7 @@ from minitron_kernels.ops.kl_loss import linear, plan_cpu
 
 # Whether this CPU and libtorch multiply bf16 operands as they are (AVX512_BF16, AMX).
 HAS_BF16 = bool(_native.build_info().get("bf16_microkernel"))
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # What rounding the operands and results to a dtype may cost a gradient (Frobenius, relative).
 GRADIENT_BOUND = {
