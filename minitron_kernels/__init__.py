@@ -14,10 +14,12 @@ from minitron_kernels.ops.importance.op import (
     head_scores_from_channels,
 )
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
+from minitron_kernels.ops.kl_loss.labels import shift_labels
 from minitron_kernels.ops.kl_loss.modules import KLLoss, LinearKLLoss
 from minitron_kernels.ops.kl_loss.op import kl_loss, linear_kl_loss
 from minitron_kernels.ops.kl_loss.op_plan import plan_linear_kl_loss
 from minitron_kernels.ops.kl_loss.plan import LinearKLPlan
+from minitron_kernels.ops.kl_loss.record import LossRecord
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "KLLoss",
     "LinearKLLoss",
     "LinearKLPlan",
+    "LossRecord",
     "ParameterReplacement",
     "TokenMeanState",
     "accumulate_block_importance_",
@@ -38,5 +41,6 @@ __all__ = [
     "linear_kl_loss",
     "plan_linear_kl_loss",
     "release_workspaces",
+    "shift_labels",
     "workspace_bytes_held",
 ]

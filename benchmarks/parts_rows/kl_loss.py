@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parts_rows.part import Absent, Part, Sizes, Work, near, normal
 
-PLAIN = (1.0, 1.0, 0.0, 1.0, 0.0)  # 1/temperature, then scale and softcap of student and teacher
+PLAIN = (1.0, 1.0, 0.0, 1.0, 0.0, 0.0)  # 1/temperature, then scale and softcap of student and teacher
 SOME = 4  # rows that are checked
 NUM_STATE, NUM_STATS, NUM_SUMS = 5, 6, 2
 

@@ -1,5 +1,10 @@
 // Schemas of the kl_loss ops. The kernels register themselves in cpu/*.cpp and cuda/*.cu.
 // `options` are the numbers of LossOptions, `plan` those of LinearPlan, in the order of their fields.
+//
+// With `metrics`, [N, kNumMetrics] in the type of stats, a forward also makes what Metric in loss_options.h
+// lists. `labels`: int64 [N], -1 where a row has none; `first_token`: the token that column 0 of a tile is. A
+// gradient with `ce_weight` [N] is that of sum(weight * loss + ce_weight * cross-entropy), from the labels and
+// the metrics that the forward wrote.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
@@ -9,8 +14,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
       "kl_loss_forward(Tensor student_logits, Tensor teacher_logits, Tensor? mask, int vocab_size, "
       "float[] options) -> (Tensor loss, Tensor stats)");
   m.def(
+      "kl_loss_forward_metrics(Tensor student_logits, Tensor teacher_logits, Tensor? mask, Tensor? labels, "
+      "int vocab_size, float[] options) -> (Tensor loss, Tensor stats, Tensor metrics)");
+  m.def(
       "kl_loss_backward(Tensor grad_loss, Tensor stats, Tensor student_logits, Tensor teacher_logits, "
-      "Tensor? mask, int vocab_size, float[] options) -> Tensor grad_student_logits");
+      "Tensor? mask, int vocab_size, float[] options, Tensor? labels=None, Tensor? metrics=None, "
+      "Tensor? ce_weight=None) -> Tensor grad_student_logits");
 
   // grad *= factor, contiguous, any number of dimensions; factor: 0-dim float32 (float64 for a float64 grad)
   // on the same device. The product is rounded once. A factor of 1 moves none of grad's bytes.
@@ -21,31 +30,35 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
   m.def(
       "kl_tile_forward_(Tensor student_logits, Tensor teacher_logits, Tensor? student_bias, "
       "Tensor? teacher_bias, Tensor? mask, Tensor(a!) loss, Tensor(b!) stats, int vocab_size, "
-      "float[] options) -> ()");
+      "float[] options, Tensor? labels=None, Tensor(c!)? metrics=None) -> ()");
   // That and kl_tile_grad_ with the stats it has just made. `weight` is the gradient of each row's loss.
   m.def(
       "kl_tile_forward_grad_(Tensor student_logits, Tensor teacher_logits, Tensor? student_bias, "
       "Tensor? teacher_bias, Tensor? mask, Tensor weight, Tensor(a!) loss, Tensor(b!) stats, Tensor(c!) "
       "grad, "
-      "int vocab_size, float[] options) -> ()");
+      "int vocab_size, float[] options, Tensor? labels=None, Tensor(d!)? metrics=None, "
+      "Tensor? ce_weight=None) -> ()");
   // On a tile of the vocabulary, whose first vocab_size columns are tokens: the gradient, in the dtype of the
   // GEMMs, 0 in the other columns.
   m.def(
       "kl_tile_grad_(Tensor student_logits, Tensor teacher_logits, Tensor? student_bias, "
       "Tensor? teacher_bias, Tensor? mask, Tensor weight, Tensor stats, Tensor(a!) grad, int vocab_size, "
-      "float[] options) -> ()");
+      "float[] options, Tensor? labels=None, Tensor? metrics=None, Tensor? ce_weight=None, "
+      "int first_token=0) -> ()");
   // state [5, N] and sums [2, N] are carried from tile to tile; `first` starts them.
   m.def(
       "kl_tile_stats_(Tensor student_logits, Tensor teacher_logits, Tensor? student_bias, "
-      "Tensor? teacher_bias, Tensor? mask, Tensor(a!) state, bool first, float[] options) -> ()");
+      "Tensor? teacher_bias, Tensor? mask, Tensor(a!) state, bool first, float[] options, "
+      "Tensor? labels=None, Tensor(b!)? metric_state=None, int first_token=0) -> ()");
   m.def(
       "kl_tile_mixture_(Tensor student_logits, Tensor teacher_logits, Tensor? student_bias, "
       "Tensor? teacher_bias, Tensor? mask, Tensor stats, Tensor(a!) sums, bool first, float[] options) -> "
       "()");
-  // Turns them into loss and stats, after merging those of several splits: [splits, 5 or 2, N].
+  // Turns them into loss and stats, after merging those of several splits: [splits, 5 or 2, N]; and
+  // metric_states [splits, 4, N] into metrics. vocab_size: all tokens, for label smoothing.
   m.def(
-      "kl_finish_stats_(Tensor states, Tensor? mask, Tensor(a!) loss, Tensor(b!) stats, float[] options) "
-      "-> ()");
+      "kl_finish_stats_(Tensor states, Tensor? mask, Tensor(a!) loss, Tensor(b!) stats, float[] options, "
+      "Tensor? labels=None, Tensor? metric_states=None, Tensor(c!)? metrics=None, int vocab_size=0) -> ()");
   m.def(
       "kl_finish_mixture_(Tensor sums, Tensor? mask, Tensor(a!) loss, Tensor(b!) stats, float[] options) "
       "-> ()");
@@ -57,12 +70,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
       "Tensor teacher_head, Tensor? student_bias, Tensor? teacher_bias, Tensor? mask, Tensor? row_weight, "
       "Tensor(a!) loss, Tensor(b!) stats, bool stats_given, Tensor(c!)? grad_hidden, Tensor(d!)? grad_head, "
       "Tensor(e!)? grad_bias, Tensor(f!)? grad_head_accumulator, Tensor(g!) workspace, int vocab_size, "
-      "float[] options, int[] plan) -> ()");
+      "float[] options, int[] plan, Tensor? labels=None, Tensor(h!)? metrics=None, Tensor? ce_weight=None) "
+      "-> ()");
   // Bytes of each part of that workspace, in the order of LinearKLPlan.PARTS, and their sum.
   m.def(
       "linear_kl_loss_layout(int tokens, int vocab_size, int student_hidden_size, int teacher_hidden_size, "
-      "int accumulate_bytes, bool grad_hidden, bool grad_head, bool head_in_place, int[] plan, int threads) "
-      "-> int[]");
+      "int accumulate_bytes, bool grad_hidden, bool grad_head, bool head_in_place, int[] plan, int threads, "
+      "bool metrics=False) -> int[]");
   // The operand type in which a bf16 product runs fastest here: "bf16" or "f32".
   m.def("bf16_operands() -> str");
   // For tests: the numbers that Python repeats, of stats, a panel, schedules, operand types, divergences.

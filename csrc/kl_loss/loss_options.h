@@ -14,11 +14,12 @@ struct LossOptions {
   double beta = 0;  // 0: forward KL, 1: reverse KL, between them the weight of the teacher in JSD's mixture
   double inv_tau = 1;
   double student_scale = 1, student_softcap = 0, teacher_scale = 1, teacher_softcap = 0;  // softcap 0: none
+  double label_smoothing = 0;  // of the cross-entropy
 
   // From `float[] options` of the ops: these fields in this order.
   static LossOptions of(const std::vector<double>& numbers) {
-    if (numbers.size() != 6) throw std::invalid_argument("options must be the 6 numbers of LossOptions");
-    return {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]};
+    if (numbers.size() != 7) throw std::invalid_argument("options must be the 7 numbers of LossOptions");
+    return {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]};
   }
 
   // Always inlined, as what follows: some of the files that include this are compiled for other CPUs than the
@@ -89,5 +90,22 @@ decltype(auto) with_divergence(Divergence divergence, F&& f) {
 //             shift_between() the maxima, on GPUs max_s - max_t itself
 //   kKL       KL(S || T) for reverse KL, KL(S || M) for JSD, else 0
 enum Stat { kMaxS, kInvSumS, kMaxT, kInvSumT, kLseDiff, kKL, kNumStats };
+
+// Columns of `metrics`, [N, kNumMetrics]: what else is known of a row where the caller asks for it. All are of
+// the student at temperature 1, whose logits y = s tau are the transformed ones without the temperature; at
+// temperature 1 its sum is the row's. Without a label kCE and kLabelLogprob are 0.
+//   kInvSumY       1 / sum exp(y - max_y), max_y = kMaxS tau
+//   kCE            cross-entropy (1 - smoothing) -log p(label) + smoothing mean_v -log p(v)
+//   kEntropy       -sum p log p
+//   kLabelLogprob  log p(label)
+enum Metric { kInvSumY, kCE, kEntropy, kLabelLogprob, kNumMetrics };
+
+// Rows of `metric_state`, [kNumMetricState, N]: what a part of the vocabulary says of them, mergeable together
+// with the part's max_s.
+//   kStateSumY   sum exp(y - max_y)
+//   kStateDotY   sum exp(y - max_y) (y - max_y) <= 0
+//   kStateTotalY sum y, for label smoothing; 0 without it
+//   kStateLabel  y of the label; -inf where it is not among these tokens
+enum MetricState { kStateSumY, kStateDotY, kStateTotalY, kStateLabel, kNumMetricState };
 
 }  // namespace minitron

@@ -23,7 +23,7 @@ def to_compile(target_name):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def options(beta, cap=0.0):
-        return (beta, 0.5, 1.0, cap, 1.0, cap)
+        return (beta, 0.5, 1.0, cap, 1.0, cap, 0.0)
 
     # reverse KL is forward KL with the two sides swapped: compiled for one target
     kinds = BETAS if target_name == "sm_90" else ("forward", "jsd")
@@ -74,7 +74,7 @@ def measure(counting):
     report = {}
     loss, stats, weight = torch.zeros(ROWS), torch.zeros(ROWS, k.NUM_STATS), torch.ones(ROWS)
     for beta, kind in ((0.0, "forward"), (1.0, "reverse"), (0.5, "jsd")):
-        options = (beta, 1.0, 1.0, 0.0, 1.0, 0.0)
+        options = (beta, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0)
         for student_dtype, teacher_dtype in (
             (torch.float32, torch.float32),
             (torch.bfloat16, torch.float32),

@@ -66,6 +66,38 @@ def oracle_rows(
     return loss, full
 
 
+def oracle_metrics(
+    student_logits,
+    labels,
+    *,
+    student_scale=1.0,
+    student_softcap=0.0,
+    label_smoothing=0.0,
+    vocab_size=None,
+    **_,  # options of the divergence
+):
+    """Of rows at temperature 1: cross-entropy, entropy, log p(label); and the cross-entropy's gradient.
+
+    Where a label is negative, cross-entropy, log p(label) and the gradient are 0.
+    """
+    z, labels = np.asarray(student_logits, np.float64), np.asarray(labels)
+    V = z.shape[1] if vocab_size is None else vocab_size
+    with np.errstate(all="ignore"):
+        y, slope = _transform(z[:, :V], student_scale, student_softcap, 1.0)
+        log_p = _log_softmax(y)
+        p = np.exp(log_p)
+        target = np.zeros_like(log_p)
+        known = np.flatnonzero(labels >= 0)
+        target[known] = label_smoothing / V
+        target[known, labels[known]] += 1.0 - label_smoothing
+        label_logprob = np.zeros(len(z))
+        label_logprob[known] = log_p[known, labels[known]]
+        ce, entropy = -_plogq(target, log_p).sum(1), -_plogq(p, log_p).sum(1)
+        full = np.zeros_like(z)
+        full[:, :V] = np.where((labels >= 0)[:, None] & (slope != 0.0), (p - target) * slope, 0.0)
+    return ce, entropy, label_logprob, full
+
+
 def oracle_linear(
     student_hidden,
     student_head,
@@ -75,14 +107,21 @@ def oracle_linear(
     student_bias=None,
     teacher_bias=None,
     row_weight=None,
+    labels=None,
+    ce_weight=None,
     **options,
 ):
-    """Per-row loss [N]; gradients of sum(row_weight * loss) to student hidden, head and bias."""
+    """Per-row divergence [N]; gradients to student hidden, head and bias.
+
+    They are those of sum(row_weight * divergence + ce_weight * cross-entropy); ce_weight [N] needs labels.
+    """
     X, W = np.asarray(student_hidden, np.float64), np.asarray(student_head, np.float64)
     Y, U = np.asarray(teacher_hidden, np.float64), np.asarray(teacher_head, np.float64)
     zs = X @ W.T + (0.0 if student_bias is None else np.asarray(student_bias, np.float64))
     zt = Y @ U.T + (0.0 if teacher_bias is None else np.asarray(teacher_bias, np.float64))
-    loss, dz = oracle_rows(zs, zt, **options)
+    loss, dz = oracle_rows(zs, zt, **{k: v for k, v in options.items() if k != "label_smoothing"})
     if row_weight is not None:
         dz = dz * np.asarray(row_weight, np.float64)[:, None]
+    if ce_weight is not None:
+        dz = dz + oracle_metrics(zs, labels, **options)[3] * np.asarray(ce_weight, np.float64)[:, None]
     return loss, dz @ W, dz.T @ X, dz.sum(0)

@@ -31,7 +31,7 @@ def run(
     """(loss, stats, gradient) of the shim's two ops."""
     V = min(student.shape[1], teacher.shape[1]) if vocab_size is None else vocab_size
     keys = ("student_scale", "student_softcap", "teacher_scale", "teacher_softcap")
-    rest = [V, [beta, inv_tau, *(options.get(k, float(k.endswith("scale"))) for k in keys)]]
+    rest = [V, [beta, inv_tau, *(options.get(k, float(k.endswith("scale"))) for k in keys), 0.0]]
     loss, stats = shim.ops.kl_loss_forward(student, teacher, mask, *rest)
     if grad_loss is None:
         grad_loss = torch.ones(student.shape[0])

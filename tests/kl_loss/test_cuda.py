@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kl_loss.cases import assert_loss
+from kl_loss.cases import PLAIN, assert_loss
 from kl_loss.oracle import oracle_rows
 from kl_loss.shim_rows import (  # noqa: F401
     BETAS,
@@ -114,7 +114,7 @@ def test_layouts(shim, student_dtype, teacher_dtype, beta):
         student[:, :V] = normal(3, V)
         teacher[:, :V] = normal(3, V, seed=7)
         with shim.trace(student=student[:, :V], teacher=teacher[:, :V]) as trace:
-            loss, stats = shim.ops.kl_loss_forward(student, teacher, None, V, [beta, 1.0, 1.0, 0.0, 1.0, 0.0])
+            loss, stats = shim.ops.kl_loss_forward(student, teacher, None, V, [beta, *PLAIN])
             for output in (loss, stats):
                 stores = trace.take_stores(output)
                 assert stores.never == stores.twice == 0
@@ -122,7 +122,7 @@ def test_layouts(shim, student_dtype, teacher_dtype, beta):
         weight = torch.tensor([2.0])
         with shim.trace(student=student[:, :V], teacher=teacher[:, :V], stats=stats, weight=weight) as trace:
             grad = shim.ops.kl_loss_backward(
-                weight.expand(3), stats, student, teacher, None, V, [beta, 1.0, 1.0, 0.0, 1.0, 0.0]
+                weight.expand(3), stats, student, teacher, None, V, [beta, *PLAIN]
             )
             stores = trace.take_stores(grad)
             assert stores.never == stores.twice == stores.elsewhere == 0
@@ -184,7 +184,7 @@ def test_masked_rows_are_not_read(shim, beta):
     mask = torch.tensor([True, False, True, False])
     student[1], teacher[3] = math.nan, math.nan
     with shim.trace(student=student[::2], teacher=teacher[::2], mask=mask):
-        loss, stats = shim.ops.kl_loss_forward(student, teacher, mask, 130, [beta, 1.0, 1.0, 0.0, 1.0, 0.0])
+        loss, stats = shim.ops.kl_loss_forward(student, teacher, mask, 130, [beta, *PLAIN])
     true_loss, _ = oracle_rows(student[::2].double().numpy(), teacher[::2].double().numpy(), beta=beta)
     np.testing.assert_allclose(loss[::2].numpy(), true_loss, rtol=3e-6)
     assert (loss[1::2] == 0).all() and (stats[1::2] == 0).all()
@@ -210,7 +210,7 @@ def test_bad_input(shim):
     good = torch.zeros(2, 8)
 
     def forward(student=good, teacher=good, mask=None, vocab_size=8):
-        return shim.ops.kl_loss_forward(student, teacher, mask, vocab_size, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
+        return shim.ops.kl_loss_forward(student, teacher, mask, vocab_size, [0.0, *PLAIN])
 
     for arguments, message in [
         ({"student": torch.zeros(8)}, r"student_logits must be \[N, V\]"),
@@ -237,7 +237,7 @@ from kl_loss.faults import CUDA_ROWS
 from tools.host_shim import *
 _, overrun, _ = CUDA_ROWS["out of bounds"]
 shim = load("kl_loss", overrun, WITHOUT_HALF, WITHOUT_BFLOAT16, sanitize=True)
-shim.ops.kl_loss_forward(torch.zeros(1, 40), torch.zeros(1, 40), None, 40, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
+shim.ops.kl_loss_forward(torch.zeros(1, 40), torch.zeros(1, 40), None, 40, [0.0, 1, 1, 0, 1, 0, 0])
 """
 
 

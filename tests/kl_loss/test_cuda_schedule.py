@@ -51,7 +51,7 @@ def test_one_row_split_over_blocks(shim):
     logits = {"student": student[:1, :V], "teacher": teacher[:1, :V]}
     with shim.trace(**logits, stats=stats, loss=loss, mask=mask) as trace:
         grad = shim.ops.kl_loss_backward(
-            loss, stats, student, teacher, mask, V, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0]
+            loss, stats, student, teacher, mask, V, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
         )
         stores = trace.take_stores(grad)
     assert stores.never == stores.twice == stores.elsewhere == 0
@@ -66,7 +66,7 @@ def test_traffic(shim, student_dtype, teacher_dtype, beta):
     N, V = 3, 4096
     student, teacher = normal(N, V, dtype=student_dtype), normal(N, V, dtype=teacher_dtype, seed=14)
     S, T = N * V * student.element_size(), N * V * teacher.element_size()
-    rest = (None, V, [beta, 1.0, 1.0, 0.0, 1.0, 0.0])
+    rest = (None, V, [beta, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
     passes = 2 if beta == 0.5 else 1
     with shim.trace(student=student, teacher=teacher) as trace:
         loss, stats = shim.ops.kl_loss_forward(student, teacher, *rest)
@@ -103,7 +103,7 @@ def check_bounds(shim):
     store = torch.zeros(2, 64)
     view = store[:, :40]
     with shim.trace(student=view, teacher=view):
-        shim.ops.kl_loss_forward(view, view, None, 40, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
+        shim.ops.kl_loss_forward(view, view, None, 40, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
 
 
 def check_alignment(shim):
@@ -120,7 +120,7 @@ def check_padding(shim):
     loss, stats, _ = run(shim, student, teacher, vocab_size=64)
     with shim.trace(student=student, teacher=teacher, stats=stats, loss=loss) as trace:
         grad = shim.ops.kl_loss_backward(
-            loss, stats, student, teacher, None, 64, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0]
+            loss, stats, student, teacher, None, 64, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
         )
         assert trace.take_stores(grad).never == 0
 

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 BETAS = (0.0, 1.0, 0.5)
-OPTIONS = (1.0, 1.0, 0.0, 1.0, 0.0)
+OPTIONS = (1.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 EVERYTHING, NOTHING = (True, True, True), (False, False, False)
 GIB = 1 << 30
 

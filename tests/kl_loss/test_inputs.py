@@ -248,7 +248,7 @@ def test_a_freed_storage_is_refused(name):
 def test_a_freed_storage_is_refused_by_the_kernels_too():
     """Where nothing looked before: below torch.compile, and between a forward and its backward."""
     student, teacher = make_rows(N, V, torch.float32)
-    options = (V, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
+    options = (V, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
     with pytest.raises(RuntimeError, match="teacher_logits has no memory"):
         torch.ops.minitron_kernels.kl_loss_forward(student, freed(teacher), None, *options)
     hidden, head, *constants = make_linear(N, H, HT, V, torch.float32)

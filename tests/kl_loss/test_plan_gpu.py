@@ -16,7 +16,7 @@ from minitron_kernels.ops.kl_loss.options import LossOptions
 N, V, H, HT = 8192, 131072, 4096, 5120  # Mistral-NeMo-Minitron's
 SHAPE = (N, V, H, HT)
 H100 = FIGURES["H100"]
-PLAIN = LossOptions(0.0, 1.0, 1.0, 0.0, 1.0, 0.0)
+PLAIN = LossOptions(0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 
 
 def planned(*shape, **options):

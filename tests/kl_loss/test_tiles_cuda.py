@@ -346,7 +346,7 @@ from tools.host_shim import *
 _, overrun, _ = CUDA_LINEAR["a run too many"]
 shim = load("kl_loss", overrun, WITHOUT_HALF, WITHOUT_BFLOAT16, sanitize=True)
 state, logits = torch.zeros(5, 1), torch.zeros(1, 160)
-shim.ops.kl_tile_stats_(logits, logits, None, None, None, state, True, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
+shim.ops.kl_tile_stats_(logits, logits, None, None, None, state, True, [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
 """
 
 

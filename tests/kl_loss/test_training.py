@@ -13,8 +13,8 @@ from torch import nn
 
 import minitron_kernels as mk
 from kl_loss.problems import make_linear, make_rows
-from minitron_kernels.ops.kl_loss.linear import _linear_kl_loss
-from minitron_kernels.ops.kl_loss.options import _labels_to_mask
+from minitron_kernels.ops.kl_loss.labels import _labels_to_mask
+from minitron_kernels.ops.kl_loss.linear_op import linear_kl_loss_op
 from minitron_kernels.ops.kl_loss.rows import _backward_op, _forward_op
 
 pytestmark = pytest.mark.native
@@ -66,18 +66,19 @@ def test_compile_with_a_lent_accumulator():
 
 def test_opcheck():
     hidden, head, teacher_hidden, teacher_head = make_linear(20, 16, 24, 100, torch.float32)
-    numbers = [0.0, 1.0, 1.0, 0.0, 1.0, 0.0]
+    numbers = [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
     rest = (100, numbers, None, "native", "auto", 1 << 29, None)
     inputs = (hidden, head, teacher_hidden, teacher_head, torch.zeros(100), None)
     mask, weight = torch.arange(20) % 3 > 0, torch.tensor(0.5)
     for accumulator in (None, torch.zeros(100, 16)):
         torch.library.opcheck(
-            _linear_kl_loss, (*inputs, mask, weight, None, accumulator, True, True, True, *rest)
+            linear_kl_loss_op,
+            (*inputs, mask, weight, None, accumulator, None, None, None, True, True, True, False, *rest),
         )
     torch.library.opcheck(_labels_to_mask, (torch.tensor([1, -100, 3]), -100, 5))
     student, teacher = make_rows(6, 50, torch.float32)
     ops = torch.ops.minitron_kernels
-    options = (50, [0.5, 1.0, 1.0, 0.0, 1.0, 0.0])
+    options = (50, [0.5, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
     torch.library.opcheck(ops.kl_loss_forward.default, (student, teacher, mask[:6].contiguous(), *options))
     loss, stats = ops.kl_loss_forward(student, teacher, None, *options)
     torch.library.opcheck(ops.kl_loss_backward.default, (loss, stats, student, teacher, None, *options))

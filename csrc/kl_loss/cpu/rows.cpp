@@ -88,7 +88,9 @@ void backward_rows(const Rows& rows, const A* grad_loss, const A* stats, char* g
 }
 
 Tensor kl_loss_backward(Tensor grad_loss, Tensor stats, Tensor student, Tensor teacher,
-                        std::optional<Tensor> mask, int64_t vocab_size, const std::vector<double>& options) {
+                        std::optional<Tensor> mask, int64_t vocab_size, const std::vector<double>& options,
+                        std::optional<Tensor> labels, std::optional<Tensor> metrics,
+                        std::optional<Tensor> ce_weight) {
   const Rows rows = rows_of(student, teacher, mask, vocab_size, options);
   const int64_t N = rows.student.rows;
   Tensor grad = torch::stable::new_empty(student, {N, rows.student.cols});

@@ -23,7 +23,7 @@ int64_t check_tile(const LogitTensors& logits, int64_t vocab_size) {
 void kl_tile_forward(const Tensor& student_logits, const Tensor& teacher_logits,
                      const MaybeTensor& student_bias, const MaybeTensor& teacher_bias,
                      const MaybeTensor& mask, Tensor loss, Tensor stats, int64_t vocab_size,
-                     const std::vector<double>& options) {
+                     const std::vector<double>& options, const MaybeTensor& labels, MaybeTensor metrics) {
   const LogitTensors logits = {student_logits, teacher_logits, student_bias, teacher_bias, mask};
   const int64_t rows = check_tile(logits, vocab_size);
   check_floats("loss", loss, {rows}, student_logits);
@@ -49,7 +49,9 @@ void check_grad(const Tensor& weight, const Tensor& grad, int64_t vocab_size, co
 
 void kl_tile_grad(const Tensor& student_logits, const Tensor& teacher_logits, const MaybeTensor& student_bias,
                   const MaybeTensor& teacher_bias, const MaybeTensor& mask, const Tensor& weight,
-                  const Tensor& stats, Tensor grad, int64_t vocab_size, const std::vector<double>& options) {
+                  const Tensor& stats, Tensor grad, int64_t vocab_size, const std::vector<double>& options,
+                  const MaybeTensor& labels, const MaybeTensor& metrics, const MaybeTensor& ce_weight,
+                  int64_t first_token) {
   const LogitTensors logits = {student_logits, teacher_logits, student_bias, teacher_bias, mask};
   const int64_t rows = check_tile(logits, vocab_size);
   check_grad(weight, grad, vocab_size, student_logits);
@@ -101,7 +103,8 @@ bool launch_clusters(const LaunchScope& scope, const LogitTensors& logits, const
 void kl_tile_forward_grad(const Tensor& student_logits, const Tensor& teacher_logits,
                           const MaybeTensor& student_bias, const MaybeTensor& teacher_bias,
                           const MaybeTensor& mask, const Tensor& weight, Tensor loss, Tensor stats,
-                          Tensor grad, int64_t vocab_size, const std::vector<double>& options) {
+                          Tensor grad, int64_t vocab_size, const std::vector<double>& options,
+                          const MaybeTensor& labels, MaybeTensor metrics, const MaybeTensor& ce_weight) {
   const LogitTensors logits = {student_logits, teacher_logits, student_bias, teacher_bias, mask};
   const int64_t rows = check_tile(logits, vocab_size);
   check_floats("loss", loss, {rows}, student_logits);
@@ -129,7 +132,8 @@ void kl_tile_forward_grad(const Tensor& student_logits, const Tensor& teacher_lo
 
 void kl_tile_stats(const Tensor& student_logits, const Tensor& teacher_logits,
                    const MaybeTensor& student_bias, const MaybeTensor& teacher_bias, const MaybeTensor& mask,
-                   Tensor state, bool first, const std::vector<double>& options) {
+                   Tensor state, bool first, const std::vector<double>& options, const MaybeTensor& labels,
+                   MaybeTensor metric_state, int64_t first_token) {
   const LogitTensors logits = {student_logits, teacher_logits, student_bias, teacher_bias, mask};
   const int64_t columns = student_logits.size(1), rows = check_tile(logits, columns);
   check_floats("state", state, {RowState<Divergence::kForwardKL>::kFields, rows}, student_logits);
@@ -179,7 +183,8 @@ FinishRows check_finish(const char* name, const Tensor& parts, int64_t fields, c
 dim3 finish_grid(int64_t rows) { return dim3((rows + kFinishThreads - 1) / kFinishThreads); }
 
 void kl_finish_stats(const Tensor& states, const MaybeTensor& mask, Tensor loss, Tensor stats,
-                     const std::vector<double>& options) {
+                     const std::vector<double>& options, const MaybeTensor& labels,
+                     const MaybeTensor& metric_states, MaybeTensor metrics, int64_t vocab_size) {
   const FinishRows rows =
       check_finish("states", states, RowState<Divergence::kForwardKL>::kFields, mask, loss, stats);
   if (rows.rows == 0) return;

@@ -38,7 +38,9 @@ std::tuple<Tensor, Tensor> kl_loss_forward_cuda(const Tensor& student_logits, co
 
 Tensor kl_loss_backward_cuda(const Tensor& grad_loss, const Tensor& stats, const Tensor& student_logits,
                              const Tensor& teacher_logits, const std::optional<Tensor>& mask,
-                             int64_t vocab_size, const std::vector<double>& options) {
+                             int64_t vocab_size, const std::vector<double>& options,
+                             const std::optional<Tensor>& labels, const std::optional<Tensor>& metrics,
+                             const std::optional<Tensor>& ce_weight) {
   const LogitTensors logits = {student_logits, teacher_logits, std::nullopt, std::nullopt, mask};
   const int64_t rows = logits.check(vocab_size);
   const LossOptions loss_options = LossOptions::of(options);

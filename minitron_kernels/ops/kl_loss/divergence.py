@@ -10,6 +10,13 @@ NUM_STATS = 6
 STAT_KL = 5
 # what a part of the vocabulary leaves of a row, mergeable: max_s, sum_s, max_t, sum_t, kl
 NUM_STATE = 5
+# columns of `metrics`, [N, NUM_METRICS]: 1 / sum_y, cross-entropy, entropy, log p(label) at temperature 1;
+# Metric there
+NUM_METRICS = 4
+METRIC_CE = 1
+# what a part of the vocabulary leaves of them, mergeable with its max_s: sum_y, dot_y, total_y, label;
+# MetricState there
+NUM_METRIC_STATE = 4
 # JSD's second look: terms of KL(T || M) and of KL(S || M)
 NUM_SUMS = 2
 

@@ -14,6 +14,7 @@ All memory is torch's, on the current stream, so that a call can be captured in 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,17 @@ from minitron_kernels.ops.kl_loss.plan_gpu import GpuProblem, padded, plan, sum_
 
 Side = tuple[Tensor, Tensor, Tensor | None]  # hidden states, head, bias
 _HALF_REACH = 2.0**15  # the largest |dz| in fp16
+
+
+class TokenMetrics(NamedTuple):
+    """What a call has to do with labels and metrics, at the least nothing."""
+
+    labels: Tensor | None = None  # [N] int64, -1 where there is none
+    metrics: Tensor | None = None  # [N, NUM_METRICS], written; with stats of an earlier call read
+    ce_weight: Tensor | None = None  # [N] or 0-dim: the cross-entropy's factor in the loss
+
+
+NO_METRICS = TokenMetrics()
 
 
 def _slices(begin: int, end: int, size: int) -> Iterator[slice]:
@@ -198,6 +210,7 @@ def linear_kl_loss_(
     schedule: str,
     workspace_bytes: int,
     epilogues: Epilogues,
+    of_tokens: TokenMetrics = NO_METRICS,
 ) -> None:
     """Fills the outputs of the op linear_kl_loss: loss, stats and the gradients that are needed.
 
@@ -215,6 +228,7 @@ def linear_kl_loss_(
         schedule: "auto", "store" or "recompute".
         workspace_bytes: budget of the scratch memory.
         epilogues: kernels to use.
+        of_tokens: labels, metrics and the weight of the cross-entropy.
     """
     loss, new_stats, grad_hidden, grad_head, grad_bias = outputs
     N, H = student[0].shape

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from minitron_kernels.ops.kl_loss.op import kl_loss, linear_kl_loss
+from minitron_kernels.ops.kl_loss.record import LossRecord
 
 
-def _keywords(loss: Callable[..., Tensor]) -> list[str]:
+def _keywords(loss: Callable[..., Any]) -> list[str]:
     """Names of a function's keyword-only arguments: its options."""
     parameters = inspect.signature(loss).parameters.values()
     return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
@@ -47,7 +48,7 @@ class KLLoss(_Loss):
 
     _name, _known = "kl_loss", _keywords(kl_loss)
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, **options: Any) -> Tensor:
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, **options: Any) -> Tensor | LossRecord:
         """The loss; keywords given here (labels, mask, num_items, ...) win over those of the module."""
         return kl_loss(student_logits, teacher_logits, **{**self.options, **options})
 
@@ -71,7 +72,7 @@ class LinearKLLoss(_Loss):
         teacher_hidden: Tensor,
         teacher_head: Tensor,
         **options: Any,
-    ) -> Tensor:
+    ) -> Tensor | LossRecord:
         """The loss; keywords given here (labels, mask, num_items, ...) win over those of the module."""
         return linear_kl_loss(
             student_hidden, student_head, teacher_hidden, teacher_head, **{**self.options, **options}

@@ -18,15 +18,10 @@ from minitron_kernels.ops.kl_loss.checks import (
     positive,
 )
 from minitron_kernels.ops.kl_loss.linear import linear_kl_rows
-from minitron_kernels.ops.kl_loss.options import (
-    as_scalar,
-    check_vocab_size,
-    loss_options,
-    row_factor,
-    rows_mask,
-)
-from minitron_kernels.ops.kl_loss.rows import kl_rows
-from minitron_kernels.ops.kl_loss.sums import sum_rows
+from minitron_kernels.ops.kl_loss.options import check_vocab_size, loss_options
+from minitron_kernels.ops.kl_loss.record import LossRecord, TokenTerms
+from minitron_kernels.ops.kl_loss.rows import kl_rows, kl_rows_with_metrics
+from minitron_kernels.ops.kl_loss.tokens import Tokens
 
 
 def kl_loss(
@@ -36,6 +31,10 @@ def kl_loss(
     labels: Tensor | None = None,
     ignore_index: int = -100,
     mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    kl_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
     temperature: float = 1.0,
     temperature_squared: bool = False,
     reduction: str = "mean",
@@ -46,8 +45,9 @@ def kl_loss(
     teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
+    return_parts: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | LossRecord:
     """KL(softmax(teacher/τ) ‖ softmax(student/τ)) over the vocabulary, from logits.
 
     With S and T the two distributions after f(z) = cap·tanh(scale·z/cap) and division by τ:
@@ -63,11 +63,18 @@ def kl_loss(
         student_logits: [..., V] float32, bfloat16, float16 or float64, any strides.
         teacher_logits: [..., V], the same leading dimensions; its dtype may differ (but for float64). Made
             under torch.no_grad() or torch.inference_mode() (the former for torch.compile).
-        labels: [...] int64, shifted: the label of a position is the token that follows it, so that a Hugging
-            Face batch has to be shifted first. Only tells which tokens count, those that are not
-            `ignore_index`; no cross-entropy is mixed in, and a label may lie beyond `vocab_size`.
+        labels: [...] int64, the target of the position it stands at, that is the token that follows: labels
+            of a Hugging Face batch go through shift_labels() first. A token with `ignore_index` does not
+            count. No cross-entropy is mixed in unless ce_weight asks for it; where neither it nor
+            return_parts does, a label may lie beyond `vocab_size`.
         ignore_index: the label of tokens that do not count.
         mask: [...] bool, True where the token counts; combines with `labels`.
+        token_weights: [...] float, multiplies each token's loss under every reduction. "mean" still divides
+            by the number of tokens that count, or by num_items. A weight of 0 adds 0, whatever the loss is.
+        kl_weight: multiplies the KL in the loss, ≥ 0.
+        ce_weight: multiplies the cross-entropy with `labels` in the loss, ≥ 0: the student's at
+            temperature 1, as F.cross_entropy has it, whatever `temperature` is.
+        label_smoothing: of the cross-entropy, in [0, 1], as in F.cross_entropy.
         temperature: τ > 0, divides the logits of both.
         temperature_squared: multiply the loss by τ², which keeps the gradient's size when τ changes (Hinton
             et al., arXiv 1503.02531). Off by default, as in Liger, TRL and Megatron; NeMo and ModelOpt have
@@ -84,6 +91,8 @@ def kl_loss(
         teacher_softcap: see `student_softcap`.
         student_logit_scale: multiplies the logits before the softcap; likewise `teacher_logit_scale`.
         teacher_logit_scale: see `student_logit_scale`.
+        return_parts: return a LossRecord: the loss, and beside it KL, cross-entropy, the student's entropy,
+            log p(label) and the number of tokens, out of the same look at the logits.
         backend: "auto", "native", "triton" or "reference"; a named one never falls back.
 
     Returns:
@@ -96,7 +105,8 @@ def kl_loss(
         RuntimeError: the named backend cannot run here, and why; or a second derivative, forward-mode AD or
             a transform of torch.func is wanted, which backend="reference" has.
 
-    Source: Minitron (arXiv 2407.14679) section 3; generalised JSD: GKD (arXiv 2306.13649).
+    Source: Minitron (arXiv 2407.14679) section 3, L = L_CE + L_logits; generalised JSD: GKD
+    (arXiv 2306.13649).
     """
     check_floating(student_logits=student_logits, teacher_logits=teacher_logits)
     if student_logits.dim() < 1 or student_logits.shape[:-1] != teacher_logits.shape[:-1]:
@@ -113,25 +123,37 @@ def kl_loss(
         teacher_softcap=teacher_softcap,
         student_logit_scale=student_logit_scale,
         teacher_logit_scale=teacher_logit_scale,
+        label_smoothing=label_smoothing,
     )
-    shape = student_logits.shape[:-1]
     chosen = pick("kl_loss", student_logits.device, backend, student_logits.dtype)
     if chosen != "reference":
         check_transforms("kl_loss", student_logits)
-    tokens = student_logits.shape[-1]
-    rows_mask_ = rows_mask(labels, ignore_index, mask, shape, tokens, student_logits.device)
-    squared = positive("temperature", temperature) if temperature_squared else None
-    scale, divisor = row_factor(reduction, num_items, shape.numel(), rows_mask_, squared)
+    tokens = Tokens.of(
+        student_logits,
+        labels,
+        ignore_index,
+        mask,
+        token_weights,
+        kl_weight=kl_weight,
+        ce_weight=ce_weight,
+        temperature=positive("temperature", temperature) if temperature_squared else None,
+        reduction=reduction,
+        num_items=num_items,
+        return_parts=return_parts,
+        vocab_sizes=(V, student_logits.shape[-1]),
+    )
     student = _as_rows(student_logits)
     teacher = _as_rows(teacher_logits.detach())
+    computed, targets = tokens.computed, tokens.targets
     if chosen == "reference":
-        rows = reference.rows(student, teacher, rows_mask_, V, **options._asdict())
+        terms = TokenTerms(
+            *reference.rows(student, teacher, computed, targets, V, tokens.needs_metrics, **options._asdict())
+        )
+    elif tokens.needs_metrics:
+        terms = TokenTerms(*kl_rows_with_metrics(chosen, student, teacher, computed, targets, V, options))
     else:
-        rows = kl_rows(chosen, student, teacher, rows_mask_, V, options)
-    if reduction == "none":
-        return (rows if squared is None else rows * scale).reshape(shape)
-    total = sum_rows(rows)
-    return total * scale if divisor is None else total * (divisor * scale).to(total.dtype)
+        terms = TokenTerms(kl_rows(chosen, student, teacher, computed, V, options))
+    return tokens.result(tokens.loss(terms), terms)
 
 
 def linear_kl_loss(
@@ -143,6 +165,10 @@ def linear_kl_loss(
     labels: Tensor | None = None,
     ignore_index: int = -100,
     mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    kl_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
     temperature: float = 1.0,
     temperature_squared: bool = False,
     reduction: str = "mean",
@@ -158,8 +184,9 @@ def linear_kl_loss(
     grad_head_accumulator: Tensor | None = None,
     schedule: str = "auto",
     workspace_bytes: int | None = None,
+    return_parts: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | LossRecord:
     """kl_loss() of student_hidden·student_headᵀ and teacher_hidden·teacher_headᵀ, logits that never exist.
 
     Both logits are made a tile at a time, in fp32 out of bf16 operands, and turned into sums and gradients
@@ -179,9 +206,15 @@ def linear_kl_loss(
         teacher_hidden: [..., Ht], the same leading dimensions; Ht may differ from H. A constant: if it
             requires grad, it is refused.
         teacher_head: [V, Ht]. No gradient flows to it either, whether or not it requires grad.
-        labels: shifted, see kl_loss(). Tokens that do not count are skipped before any GEMM.
+        labels: the target of the position it stands at, see kl_loss() and shift_labels(). Tokens that do not
+            count are skipped before any GEMM.
         ignore_index: see kl_loss().
         mask: see kl_loss().
+        token_weights: see kl_loss().
+        kl_weight: see kl_loss().
+        ce_weight: see kl_loss(). The gradients of the KL and of the cross-entropy are one: neither GEMMs nor
+            memory are added.
+        label_smoothing: see kl_loss().
         temperature: see kl_loss().
         temperature_squared: see kl_loss().
         reduction: see kl_loss().
@@ -204,6 +237,7 @@ def linear_kl_loss(
         workspace_bytes: budget in bytes for scratch memory, by default 512 MiB on the CPU, where it is kept
             between calls (see release_workspaces()), and 4 GiB of torch's own on a GPU, of
             which a call takes what its plan needs.
+        return_parts: see kl_loss().
         backend: see kl_loss().
 
     Returns:
@@ -248,14 +282,26 @@ def linear_kl_loss(
         teacher_softcap=teacher_softcap,
         student_logit_scale=student_logit_scale,
         teacher_logit_scale=teacher_logit_scale,
+        label_smoothing=label_smoothing,
     )
-    shape, device = student_hidden.shape[:-1], student_hidden.device
+    device = student_hidden.device
     chosen = pick("linear_kl_loss", device, backend, student_hidden.dtype)
     if chosen != "reference":
         check_transforms("linear_kl_loss", student_hidden, student_head, student_bias)
-    rows_mask_ = rows_mask(labels, ignore_index, mask, shape, student_head.shape[0], device)
-    squared = positive("temperature", temperature) if temperature_squared else None
-    scale, divisor = row_factor(reduction, num_items, shape.numel(), rows_mask_, squared)
+    tokens = Tokens.of(
+        student_hidden,
+        labels,
+        ignore_index,
+        mask,
+        token_weights,
+        kl_weight=kl_weight,
+        ce_weight=ce_weight,
+        temperature=positive("temperature", temperature) if temperature_squared else None,
+        reduction=reduction,
+        num_items=num_items,
+        return_parts=return_parts,
+        vocab_sizes=(V, student_head.shape[0]),
+    )
 
     student_hidden, student_head = _autocast(student_hidden, student_head)
     teacher_hidden, teacher_head = _autocast(teacher_hidden.detach(), teacher_head.detach())
@@ -265,36 +311,38 @@ def linear_kl_loss(
         teacher_head,
         None if teacher_bias is None else teacher_bias.detach(),
     )
-    row_weight = None
-    if reduction != "none":
-        row_weight = as_scalar(scale, device)
-        row_weight = row_weight if divisor is None else row_weight * divisor
     if chosen == "reference":
         if grad_head_accumulator is not None:
             raise ValueError(
                 "grad_head_accumulator needs native or triton; the reference leaves gradients to autograd"
             )
         s, t = ((as_saved(x), as_saved(w), as_saved(b)) for x, w, b in (student, teacher))
-        rows = reference.linear_rows(s, t, as_saved(rows_mask_), V, **options._asdict())
-        result = rows if row_weight is None else sum_rows(rows * row_weight.to(rows.dtype))
-    else:
-        default = CPU_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
-        budget = default if workspace_bytes is None else byte_count("workspace_bytes", workspace_bytes)
-        result = linear_kl_rows(
-            student,
-            teacher,
-            rows_mask_,
-            row_weight,
-            grad_head_accumulator,
-            V,
-            options,
-            chosen,
-            schedule,
-            budget,
+        of_tokens = as_saved(tokens.computed), as_saved(tokens.targets)
+        terms = TokenTerms(
+            *reference.linear_rows(s, t, *of_tokens, V, tokens.needs_metrics, **options._asdict())
         )
-    if reduction == "none":
-        return (result if squared is None else result * scale).reshape(shape)
-    return result
+        return tokens.result(tokens.loss(terms), terms)
+    default = CPU_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
+    budget = default if workspace_bytes is None else byte_count("workspace_bytes", workspace_bytes)
+    row_weight, row_ce_weight = tokens.row_weights()
+    result, of_rows = linear_kl_rows(
+        student,
+        teacher,
+        tokens.computed,
+        row_weight,
+        grad_head_accumulator,
+        V,
+        options,
+        chosen,
+        schedule,
+        budget,
+        labels=tokens.targets,
+        ce_weight=row_ce_weight,
+        needs_metrics=tokens.needs_metrics,
+    )
+    if row_weight is None:
+        result = tokens.loss(TokenTerms(result) if of_rows is None else of_rows)
+    return tokens.result(result, of_rows)
 
 
 def _as_rows(x: Tensor) -> Tensor:

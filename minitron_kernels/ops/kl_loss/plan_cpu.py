@@ -125,6 +125,7 @@ def plan(
     schedule: str,
     workspace_bytes: int | None,
     engine: str,
+    metrics: bool = False,
 ) -> CpuPlan:
     """The cheapest plan within the budget; see plan_linear_kl_loss() for the arguments and errors."""
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
@@ -142,6 +143,7 @@ def plan(
         divergence_needs_kl=divergence_needs_kl,
         budget=CPU_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
         threads=torch.get_num_threads(),
+        metrics=metrics,
     )
     return _plan(planner, schedule if grad_hidden or grad_head or grad_bias else "forward")
 
@@ -163,6 +165,7 @@ class _Planner:
     divergence_needs_kl: bool
     budget: int
     threads: int
+    metrics: bool
 
     def plan(self, schedule: str) -> CpuPlan:
         """The cheapest plan within the budget; ValueError if there is none."""
@@ -264,6 +267,7 @@ class _Planner:
             self.head_in_place,
             _plan_numbers(schedule, self.engine, chunk_rows, self.tile, tile_group, stored_tiles),
             self.threads,
+            self.metrics,
         )
         looks = 1 + self.divergence_needs_kl  # at each logit, for sums
         # with a grad_head_accumulator the backward makes them once more, see linear.py

@@ -39,6 +39,7 @@ def kl_divergence_rows(
     teacher_scale: float = 1.0,
     teacher_softcap: float = 0.0,
     vocab_size: int | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Divergence of each row [..., V] -> [...], in nats, without a temperature-squared factor."""
     V = min(student_logits.shape[-1], teacher_logits.shape[-1]) if vocab_size is None else vocab_size
@@ -65,13 +66,57 @@ def kl_divergence_rows(
     return beta * _expectation(p_t, log_t - log_m) + (1.0 - beta) * _expectation(p_s, log_s - log_m)
 
 
-def rows(student: Tensor, teacher: Tensor, mask: Tensor | None, vocab_size: int, **options: float) -> Tensor:
+def metrics_rows(
+    student_logits: Tensor,
+    labels: Tensor | None,
+    *,
+    student_scale: float = 1.0,
+    student_softcap: float = 0.0,
+    label_smoothing: float = 0.0,
+    vocab_size: int | None = None,
+    **_: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy, entropy and log p(label) of rows [N, V] at temperature 1 -> [N]; 0 for a label of -1.
+
+    Cross-entropy as in F.cross_entropy: (1 - e) -log p(label) + e mean_v -log p(v), e = label_smoothing.
+    """
+    y = transform_logits(
+        student_logits[..., :vocab_size], scale=student_scale, softcap=student_softcap, inv_tau=1.0
+    )
+    y = torch.where(y == -math.inf, y.detach(), y)
+    log_p = torch.log_softmax(y, -1)
+    entropy = -_expectation(log_p.exp(), log_p)
+    if labels is None:
+        zero = torch.zeros_like(entropy)
+        return zero, entropy, zero
+    label_logprob = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    ce = -(1.0 - label_smoothing) * label_logprob
+    if label_smoothing:
+        ce = ce - label_smoothing * log_p.mean(-1)
+    return ce.masked_fill(labels < 0, 0.0), entropy, label_logprob.masked_fill(labels < 0, 0.0)
+
+
+Terms = tuple[Tensor, ...]  # [N]: the divergence; with metrics cross-entropy, entropy, log p(label) too
+
+
+def rows(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    vocab_size: int,
+    needs_metrics: bool = False,
+    **options: float,
+) -> Terms:
     """[N, Vs], [N, Vt] -> [N], at least in fp32; masked rows are replaced before they can spread a NaN."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     if mask is not None:
         student, teacher = (x.masked_fill(~mask[:, None], 0.0) for x in (student, teacher))
-    loss = kl_divergence_rows(student.to(dtype), teacher.to(dtype), vocab_size=vocab_size, **options)
-    return loss if mask is None else loss.masked_fill(~mask, 0.0)
+    student = student.to(dtype)
+    terms: Terms = (kl_divergence_rows(student, teacher.to(dtype), vocab_size=vocab_size, **options),)
+    if needs_metrics:
+        terms += metrics_rows(student, labels, vocab_size=vocab_size, **options)
+    return terms if mask is None else tuple(term.masked_fill(~mask, 0.0) for term in terms)
 
 
 Side = tuple[Tensor, Tensor, Tensor | None]  # hidden states, head, bias
@@ -79,8 +124,14 @@ _BLOCK = 256  # tokens whose logits exist at a time
 
 
 def linear_rows(
-    student: Side, teacher: Side, mask: Tensor | None, vocab_size: int, **options: float
-) -> Tensor:
+    student: Side,
+    teacher: Side,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    vocab_size: int,
+    needs_metrics: bool = False,
+    **options: float,
+) -> Terms:
     """The same from hidden states [N, H], a block at a time, its logits made again for its gradient."""
     dtype = torch.float64 if student[0].dtype == torch.float64 else torch.float32
 
@@ -88,16 +139,17 @@ def linear_rows(
         z = hidden.to(dtype) @ head[:vocab_size].to(dtype).T
         return z if bias is None else z + bias[:vocab_size].to(dtype)
 
-    def block(student_rows: Tensor, teacher_rows: Tensor, keep: Tensor | None, *params: Any) -> Tensor:
+    def block(
+        student_rows: Tensor, teacher_rows: Tensor, keep: Tensor | None, targets: Tensor | None, *params: Any
+    ) -> Terms:
         student_head, student_bias, teacher_head, teacher_bias = params
         if keep is not None:
             student_rows, teacher_rows = (
                 x.masked_fill(~keep[:, None], 0.0) for x in (student_rows, teacher_rows)
             )
         student_logits = logits(student_rows, student_head, student_bias)
-        return rows(
-            student_logits, logits(teacher_rows, teacher_head, teacher_bias), keep, vocab_size, **options
-        )
+        teacher_logits = logits(teacher_rows, teacher_head, teacher_bias)
+        return rows(student_logits, teacher_logits, keep, targets, vocab_size, needs_metrics, **options)
 
     params = (student[1], student[2], teacher[1], teacher[2])
     # torch.func has no rule for checkpoint's hooks
@@ -105,10 +157,11 @@ def linear_rows(
     blocks = []
     for begin in range(0, max(student[0].shape[0], 1), _BLOCK):  # one block of nothing for no tokens
         part = slice(begin, begin + _BLOCK)
-        arguments = (student[0][part], teacher[0][part], None if mask is None else mask[part], *params)
+        keep, targets = (None if x is None else x[part] for x in (mask, labels))
+        arguments = (student[0][part], teacher[0][part], keep, targets, *params)
         blocks.append(
             torch.utils.checkpoint.checkpoint(block, *arguments, use_reentrant=False)
             if again
             else block(*arguments)
         )
-    return torch.cat(blocks)
+    return tuple(map(torch.cat, zip(*blocks, strict=True)))

@@ -72,6 +72,7 @@ def _kernel_options(
     student_softcap: float,
     teacher_scale: float,
     teacher_softcap: float,
+    label_smoothing: float,
 ) -> _Options:
     floats: list[float] = []
     for scale, cap in ((student_scale, student_softcap), (teacher_scale, teacher_softcap)):

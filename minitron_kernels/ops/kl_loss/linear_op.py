@@ -1,0 +1,207 @@
+"""linear_kl_loss as one opaque op: plan, scratch memory and the native call, or the schedules of a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitron_kernels import _workspace
+from minitron_kernels.ops.kl_loss.divergence import NUM_METRICS, NUM_STATS
+from minitron_kernels.ops.kl_loss.epilogues import EPILOGUES
+from minitron_kernels.ops.kl_loss.linear_gpu import TokenMetrics, linear_kl_loss_
+from minitron_kernels.ops.kl_loss.options import LossOptions
+from minitron_kernels.ops.kl_loss.plan import grad_dtype
+from minitron_kernels.ops.kl_loss.plan_cpu import operand_type
+from minitron_kernels.ops.kl_loss.plan_cpu import plan as plan_cpu
+
+
+def _loss_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("minitron_kernels::linear_kl_loss", mutates_args=("grad_head_accumulator",))
+def linear_kl_loss_op(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    stats: Tensor | None,
+    grad_head_accumulator: Tensor | None,
+    labels: Tensor | None,
+    ce_weight: Tensor | None,
+    metrics: Tensor | None,
+    needs_hidden: bool,
+    needs_head: bool,
+    needs_bias: bool,
+    needs_metrics: bool,
+    vocab_size: int,
+    numbers: Sequence[float],
+    values: Tensor | None,
+    backend: str,
+    schedule: str,
+    workspace_bytes: int,
+    engine: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Row losses [N], stats [N, 6], metrics [N, 4] and gradients, those that are needed, else empty.
+
+    The gradients are those of sum(row_weight * loss + ce_weight * cross-entropy). Both weights: [N] or 0-dim;
+    row_weight None for 1, ce_weight None for 0; ce_weight needs labels, [N] int64, -1 where there is none.
+    With `stats` (and `metrics`, for a ce_weight) of an earlier call, only the gradients are made.
+    `numbers` and `values` are those of LossOptions.as_arguments().
+    """
+    options = LossOptions.from_arguments(numbers, values)
+    N, loss_dtype = student_hidden.shape[0], _loss_dtype(student_hidden)
+    outputs = _fake(
+        student_hidden,
+        student_head,
+        stats,
+        grad_head_accumulator,
+        needs_hidden,
+        needs_head,
+        needs_bias,
+        needs_metrics,
+    )
+    loss, new_stats, grad_hidden, grad_head, grad_bias, new_metrics = outputs
+    if metrics is None and needs_metrics:
+        metrics = new_metrics
+    if student_hidden.device.type != "cpu":
+        linear_kl_loss_(
+            outputs[:5],
+            (student_hidden, student_head, student_bias),
+            (teacher_hidden, teacher_head, teacher_bias),
+            mask,
+            row_weight,
+            stats,
+            grad_head_accumulator,
+            (needs_hidden, needs_head, needs_bias),
+            vocab_size,
+            options,
+            schedule,
+            workspace_bytes,
+            EPILOGUES[backend](),
+            TokenMetrics(labels, metrics, ce_weight),
+        )
+        return outputs
+    count = N if mask is None else int(mask.sum())
+    plan = plan_cpu(
+        count,
+        vocab_size,
+        student_hidden.shape[1],
+        teacher_hidden.shape[1],
+        dtype=grad_dtype(student_head.dtype),
+        grad_hidden=needs_hidden,
+        grad_head=needs_head,
+        grad_bias=needs_bias,
+        grad_head_accumulator=grad_head_accumulator is not None,
+        divergence_needs_kl=options.divergence.needs_second_look,
+        schedule=schedule,
+        workspace_bytes=workspace_bytes,
+        metrics=metrics is not None,
+        engine=engine
+        or operand_type(student_hidden.dtype, student_head.dtype, teacher_hidden.dtype, teacher_head.dtype),
+    )
+
+    def vector(x: Tensor | None, length: int) -> Tensor | None:
+        return None if x is None else x[:length].to(loss_dtype).contiguous()
+
+    def per_row(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(loss_dtype).expand(N).contiguous()
+
+    with _workspace.borrow(plan.total_bytes, student_hidden.device) as workspace:
+        torch.ops.minitron_kernels.linear_kl_loss_cpu_(
+            _rows(student_hidden),
+            _rows(student_head),
+            _rows(teacher_hidden),
+            _rows(teacher_head),
+            vector(student_bias, vocab_size),
+            vector(teacher_bias, vocab_size),
+            mask,
+            per_row(row_weight),
+            loss,
+            new_stats if stats is None else stats.contiguous(),
+            stats is not None,
+            grad_hidden if needs_hidden else None,
+            grad_head if grad_head.numel() else None,
+            grad_bias[:vocab_size] if needs_bias else None,
+            grad_head_accumulator,
+            workspace,
+            vocab_size,
+            options,
+            plan.numbers,
+            labels,
+            metrics,
+            per_row(ce_weight),
+        )
+    if needs_bias:
+        grad_bias[vocab_size:] = 0
+    return outputs
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _fake(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    stats: Tensor | None,
+    grad_head_accumulator: Tensor | None,
+    needs_hidden: bool,
+    needs_head: bool,
+    needs_bias: bool,
+    needs_metrics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (N, H), rows = student_hidden.shape, student_head.shape[0]
+    loss_dtype = _loss_dtype(student_hidden)
+
+    def grad(x: Tensor, shape: tuple[int, ...], wanted: bool) -> Tensor:
+        return x.new_empty(shape if wanted else (0,), dtype=grad_dtype(x.dtype))
+
+    return (
+        student_hidden.new_empty(N, dtype=loss_dtype),
+        student_hidden.new_empty((N, NUM_STATS) if stats is None else (0,), dtype=loss_dtype),
+        grad(student_hidden, (N, H), needs_hidden),
+        grad(student_head, (rows, H), needs_head and grad_head_accumulator is None),
+        student_hidden.new_empty(rows if needs_bias else 0, dtype=loss_dtype),
+        student_hidden.new_empty((N, NUM_METRICS) if needs_metrics else (0,), dtype=loss_dtype),
+    )
+
+
+@linear_kl_loss_op.register_fake
+def _(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    stats: Tensor | None,
+    grad_head_accumulator: Tensor | None,
+    labels: Tensor | None,
+    ce_weight: Tensor | None,
+    metrics: Tensor | None,
+    needs_hidden: bool,
+    needs_head: bool,
+    needs_bias: bool,
+    needs_metrics: bool,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _fake(
+        student_hidden,
+        student_head,
+        stats,
+        grad_head_accumulator,
+        needs_hidden,
+        needs_head,
+        needs_bias,
+        needs_metrics,
+    )
