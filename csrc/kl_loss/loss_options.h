@@ -91,17 +91,18 @@ decltype(auto) with_divergence(Divergence divergence, F&& f) {
 //   kKL       KL(S || T) for reverse KL, KL(S || M) for JSD, else 0
 enum Stat { kMaxS, kInvSumS, kMaxT, kInvSumT, kLseDiff, kKL, kNumStats };
 
-// Columns of `metrics`, [N, kNumMetrics]: what else is known of a row where the caller asks for it. All are of
-// the student at temperature 1, whose logits y = s tau are the transformed ones without the temperature; at
-// temperature 1 its sum is the row's. Without a label kCE and kLabelLogprob are 0.
+// Columns of `metrics`, [N, kNumMetrics]: what else is known of a row where the caller asks for it. All are
+// of the student at temperature 1, whose logits y = s tau are the transformed ones without the temperature;
+// at temperature 1 its sum is the row's. Without labels kCE and kLabelLogprob are 0; with a label that is not
+// among the tokens they are +inf and -inf.
 //   kInvSumY       1 / sum exp(y - max_y), max_y = kMaxS tau
 //   kCE            cross-entropy (1 - smoothing) -log p(label) + smoothing mean_v -log p(v)
 //   kEntropy       -sum p log p
 //   kLabelLogprob  log p(label)
 enum Metric { kInvSumY, kCE, kEntropy, kLabelLogprob, kNumMetrics };
 
-// Rows of `metric_state`, [kNumMetricState, N]: what a part of the vocabulary says of them, mergeable together
-// with the part's max_s.
+// Rows of `metric_state`, [kNumMetricState, N]: what a part of the vocabulary says of them, mergeable
+// together with the part's max_s.
 //   kStateSumY   sum exp(y - max_y)
 //   kStateDotY   sum exp(y - max_y) (y - max_y) <= 0
 //   kStateTotalY sum y, for label smoothing; 0 without it

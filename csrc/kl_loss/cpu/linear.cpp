@@ -11,7 +11,8 @@ namespace {
 std::vector<int64_t> linear_kl_loss_layout(int64_t tokens, int64_t vocab_size, int64_t student_hidden_size,
                                            int64_t teacher_hidden_size, int64_t accumulate_bytes,
                                            bool grad_hidden, bool grad_head, bool head_in_place,
-                                           std::vector<int64_t> plan, int64_t threads, bool metrics) {
+                                           std::vector<int64_t> plan, int64_t threads, bool metrics,
+                                           int64_t outcomes) {
   return make_layout({.tokens = tokens,
                       .vocab_size = vocab_size,
                       .student_hidden_size = student_hidden_size,
@@ -92,7 +93,8 @@ void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teac
                          std::optional<Tensor> grad_bias, std::optional<Tensor> grad_head_accumulator,
                          Tensor workspace, int64_t vocab_size, std::vector<double> options,
                          std::vector<int64_t> plan_numbers, std::optional<Tensor> labels,
-                         std::optional<Tensor> metrics, std::optional<Tensor> ce_weight) {
+                         std::optional<Tensor> metrics, std::optional<Tensor> ce_weight,
+                         int64_t total_vocab) {
   LinearProblem p{};
   p.student_hidden = matrix_of(student_hidden, "student_hidden");
   p.student_head = matrix_of(student_head, "student_head");

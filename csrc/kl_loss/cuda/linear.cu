@@ -51,7 +51,7 @@ void kl_tile_grad(const Tensor& student_logits, const Tensor& teacher_logits, co
                   const MaybeTensor& teacher_bias, const MaybeTensor& mask, const Tensor& weight,
                   const Tensor& stats, Tensor grad, int64_t vocab_size, const std::vector<double>& options,
                   const MaybeTensor& labels, const MaybeTensor& metrics, const MaybeTensor& ce_weight,
-                  int64_t first_token) {
+                  int64_t first_token, int64_t total_vocab) {
   const LogitTensors logits = {student_logits, teacher_logits, student_bias, teacher_bias, mask};
   const int64_t rows = check_tile(logits, vocab_size);
   check_grad(weight, grad, vocab_size, student_logits);
@@ -184,7 +184,7 @@ dim3 finish_grid(int64_t rows) { return dim3((rows + kFinishThreads - 1) / kFini
 
 void kl_finish_stats(const Tensor& states, const MaybeTensor& mask, Tensor loss, Tensor stats,
                      const std::vector<double>& options, const MaybeTensor& labels,
-                     const MaybeTensor& metric_states, MaybeTensor metrics, int64_t vocab_size) {
+                     const MaybeTensor& metric_states, MaybeTensor metrics, int64_t total_vocab) {
   const FinishRows rows =
       check_finish("states", states, RowState<Divergence::kForwardKL>::kFields, mask, loss, stats);
   if (rows.rows == 0) return;

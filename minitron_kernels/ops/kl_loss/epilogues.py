@@ -14,7 +14,10 @@ import torch
 
 @dataclass(frozen=True)
 class Epilogues:
-    """Kernels on fp32 tiles of logits; see kernel_triton/launch.py for what each takes and writes."""
+    """Kernels on fp32 tiles of logits; see csrc/kl_loss/kl_loss.cpp for what each takes and writes.
+
+    The first argument is the tile; for student_stats and student_grad its student's logits, then its bias.
+    """
 
     forward: Callable[..., None]
     grad: Callable[..., None]
@@ -23,6 +26,8 @@ class Epilogues:
     tile_mixture: Callable[..., None]
     finish_stats: Callable[..., None]
     finish_mixture: Callable[..., None]
+    student_stats: Callable[..., None]  # tile_stats and grad of the student alone
+    student_grad: Callable[..., None]
     linear_stats: Callable[..., None] | None = None  # stats without logits in memory, where there is such
 
 
@@ -38,6 +43,8 @@ def triton_epilogues() -> Epilogues:
         k.tile_mixture,
         k.finish_stats,
         k.finish_mixture,
+        k.student_stats,
+        k.student_grad,
         k.linear_stats,
     )
 
@@ -51,7 +58,7 @@ def native_epilogues(ops: Any = None) -> Epilogues:
     k = torch.ops.minitron_kernels if ops is None else ops
 
     def on_logits(op: Callable[..., None]) -> Callable[..., None]:
-        return lambda logits, *rest: op(*logits, *rest)
+        return lambda logits, *rest, **more: op(*logits, *rest, **more)
 
     return Epilogues(
         forward=on_logits(k.kl_tile_forward_),
@@ -61,6 +68,8 @@ def native_epilogues(ops: Any = None) -> Epilogues:
         tile_mixture=on_logits(k.kl_tile_mixture_),
         finish_stats=k.kl_finish_stats_,
         finish_mixture=k.kl_finish_mixture_,
+        student_stats=k.kl_student_stats_,
+        student_grad=k.kl_student_grad_,
     )
 
 

@@ -14,12 +14,12 @@ All memory is torch's, on the current stream, so that a call can be captured in 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minitron_kernels.ops.kl_loss.divergence import NUM_STATE, NUM_SUMS, STAT_KL, Divergence
+from minitron_kernels.ops.kl_loss.divergence import NUM_METRIC_STATE, NUM_STATE, NUM_SUMS, STAT_KL, Divergence
 from minitron_kernels.ops.kl_loss.epilogues import Epilogues
 from minitron_kernels.ops.kl_loss.gemm_gpu import matmul, summed_in_fp32
 from minitron_kernels.ops.kl_loss.gpu_figures import figures_of
@@ -100,9 +100,11 @@ class _Call:
         vocab_size: int,
         options: LossOptions,
         epilogues: Epilogues,
+        of_tokens: TokenMetrics,
     ) -> None:
         self.student, self.teacher = (_operands(side, vocab_size) for side in (student, teacher))
         self.mask, self.vocab_size, self.options, self.epilogues = mask, vocab_size, options, epilogues
+        self.of_tokens = of_tokens
         self.buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -128,6 +130,13 @@ class _Call:
     def mask_of(self, rows: slice) -> Tensor | None:
         return None if self.mask is None else self.mask[rows]
 
+    def metrics_of(self, rows: slice, **more: Any) -> dict[str, Any]:
+        """Arguments of an epilogue that have to do with labels and metrics; none where nobody asked."""
+        labels, metrics, _ = self.of_tokens
+        if metrics is None:
+            return {}
+        return {"labels": None if labels is None else labels[rows], "metrics": metrics[rows], **more}
+
     @property
     def fused(self) -> bool:
         """Whether the fused kernel serves these operands; fp32 is left to the vendor's GEMM."""
@@ -139,7 +148,14 @@ class _Call:
         """Loss and stats without logits in memory."""
         assert self.epilogues.linear_stats is not None
         self.epilogues.linear_stats(
-            self.student, self.teacher, self.mask, loss, stats, self.vocab_size, self.options
+            self.student,
+            self.teacher,
+            self.mask,
+            loss,
+            stats,
+            self.vocab_size,
+            self.options,
+            **self.metrics_of(slice(None)),
         )
 
     def grad(
@@ -149,21 +165,26 @@ class _Call:
         loss: Tensor | None,
         stats: Tensor,
         weight: Tensor,
+        ce_weight: Tensor | None,
         dz: Tensor,
     ) -> None:
         """Dz of a tile. With `loss`, the tile is of the whole vocabulary, and loss and stats come with it."""
         logits, mask, width = self.logits(rows, columns), self.mask_of(rows), columns.stop - columns.start
-        if loss is None:
-            self.epilogues.grad(logits, mask, weight[rows], stats[rows], dz, width, self.options)
-        else:
-            self.epilogues.forward_grad(
-                logits, mask, weight[rows], loss[rows], stats[rows], dz, width, self.options
-            )
+        of_ce = {} if ce_weight is None else {"ce_weight": ce_weight[rows]}
+        if loss is not None:
+            arguments = (weight[rows], loss[rows], stats[rows], dz, width, self.options)
+            self.epilogues.forward_grad(logits, mask, *arguments, **self.metrics_of(rows, **of_ce))
+            return
+        if of_ce:
+            of_ce = self.metrics_of(rows, **of_ce, first_token=columns.start, total_vocab=self.vocab_size)
+        self.epilogues.grad(logits, mask, weight[rows], stats[rows], dz, width, self.options, **of_ce)
 
     def statistics(self, loss: Tensor, stats: Tensor, chunk_rows: int, tile: int) -> None:
         """Loss and stats from tiles of logits."""
         N, arguments = loss.shape[0], (self.mask, loss, stats)
         state, sums = (loss.new_empty((1, fields, N)) for fields in (NUM_STATE, NUM_SUMS))
+        labels, metrics, _ = self.of_tokens
+        metric_state = None if metrics is None else loss.new_empty((1, NUM_METRIC_STATE, N))
         for columns in _slices(0, self.vocab_size, tile):
             for rows in _slices(0, N, chunk_rows):
                 self.epilogues.tile_stats(
@@ -172,8 +193,19 @@ class _Call:
                     state[0][:, rows],
                     columns.start == 0,
                     self.options,
+                    **(
+                        {}
+                        if metric_state is None
+                        else {
+                            "labels": None if labels is None else labels[rows],
+                            "metric_state": metric_state[0][:, rows],
+                            "first_token": columns.start,
+                        }
+                    ),
                 )
-        self.epilogues.finish_stats(state, *arguments, self.options)
+        finish = {"labels": labels, "metric_states": metric_state, "metrics": metrics}
+        more = {} if metrics is None else {**finish, "total_vocab": self.vocab_size}
+        self.epilogues.finish_stats(state, *arguments, self.options, **more)
         if not self.options.divergence.needs_second_look:
             return
         for columns in _slices(0, self.vocab_size, tile):
@@ -236,7 +268,7 @@ def linear_kl_loss_(
         grad[vocab_size if N else 0 :].zero_()
     if N == 0:
         return
-    call = _Call(student, teacher, mask, vocab_size, options, epilogues)
+    call = _Call(student, teacher, mask, vocab_size, options, epilogues, of_tokens)
     if not any(needs_grad) and call.fused:
         call.fused_statistics(loss, new_stats)  # without a plan: it has no scratch that a budget bounds
         return
@@ -272,7 +304,7 @@ def linear_kl_loss_(
             call.statistics(loss, stats, chosen.chunk_rows, chosen.tile)
             known = True
 
-    weight, unscale = _weights(row_weight, mask, kind, options, stats)
+    weight, ce_weight, unscale = _weights(row_weight, of_tokens.ce_weight, mask, kind, options, stats)
     if mask is not None and needs_grad[1]:  # 0 * NaN of a row that is not valid would spread
         call.student = (call.student[0].masked_fill(~mask[:, None], 0), *call.student[1:])
     hidden, head, _ = call.student
@@ -285,7 +317,7 @@ def linear_kl_loss_(
             dz = call.buffer("dz", rows.stop - rows.start, columns.stop - columns.start, kind)
             for part in _slices(rows.start, rows.stop, chosen.chunk_rows):
                 dz_part = dz[part.start - rows.start : part.stop - rows.start]
-                call.grad(part, columns, None if known else loss, stats, weight, dz_part)
+                call.grad(part, columns, None if known else loss, stats, weight, ce_weight, dz_part)
             if needs_grad[0]:
                 hidden_sums[i].add(dz, head[columns].to(kind))
             if needs_grad[1]:
@@ -303,25 +335,31 @@ def _add_rows(dz: Tensor, out: Tensor, first: bool) -> None:
 
 def _weights(
     row_weight: Tensor | None,
+    ce_weight: Tensor | None,
     mask: Tensor | None,
     kind: torch.dtype,
     options: LossOptions,
     stats: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """Factors of the rows' gradients, [N] fp32, and what the GEMMs' results are multiplied by.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Factors of the rows' divergence and cross-entropy, [N] fp32, and what products are multiplied by.
 
     In fp16 the gradient of a mean would lie below the smallest number, and that of a low temperature or of
     reverse KL where the teacher has all but ruled out a token beyond the largest: all are scaled to reach
-    _HALF_REACH. A row's |dz| is at most its weight times scale / tau, for reverse KL times 1 + its loss.
+    _HALF_REACH. A row's |dz| is at most its weight times scale / tau, for reverse KL times 1 + its loss; and
+    that of the cross-entropy its weight times scale.
     """
     rows = stats.shape[0]
     weight = stats.new_ones(()) if row_weight is None else row_weight.to(torch.float32)
+    of_ce = None if ce_weight is None else ce_weight.to(torch.float32)
     if kind != torch.float16:
-        return weight.expand(rows), None
+        return weight.expand(rows), None if of_ce is None else of_ce.expand(rows), None
     reach = weight.abs() * (options.inv_tau * options.student_scale)
     if options.divergence is Divergence.REVERSE_KL:
         # a row whose loss is infinite has no gradient, the others keep theirs
         reach = reach * (1.0 + torch.nan_to_num(stats[:, STAT_KL], nan=0.0, posinf=0.0))
+    if of_ce is not None:
+        reach = reach + of_ce.abs() * options.student_scale
     valid = reach if mask is None else torch.where(mask, reach, 0.0)
     top = valid.amax().clamp_min(torch.finfo(torch.float32).tiny)
-    return (weight / top * _HALF_REACH).expand(rows), top / _HALF_REACH
+    of_ce = None if of_ce is None else (of_ce / top * _HALF_REACH).expand(rows)
+    return (weight / top * _HALF_REACH).expand(rows), of_ce, top / _HALF_REACH
