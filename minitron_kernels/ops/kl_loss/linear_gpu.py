@@ -48,26 +48,32 @@ def slices(begin: int, end: int, size: int) -> Iterator[slice]:
 
 
 class Call:
-    """One call's tensors, cut to the vocabulary, and how its logits become statistics and dz."""
+    """One call's tensors, cut to the vocabulary, and how its logits become statistics and dz.
+
+    This one's teacher has hidden states and a head.
+    """
+
+    spare_columns = 0  # behind those that are asked for, in every buffer
 
     def __init__(
         self,
         student: Side,
-        teacher: Side,
+        teacher: Side | None,
         mask: Tensor | None,
         vocab_size: int,
         options: LossOptions,
         epilogues: Epilogues,
         of_tokens: TokenMetrics,
     ) -> None:
-        self.student, self.teacher = (_operands(side, vocab_size) for side in (student, teacher))
+        self.student = _operands(student, vocab_size)
+        self.teacher = self.student if teacher is None else _operands(teacher, vocab_size)
         self.mask, self.vocab_size, self.options, self.epilogues = mask, vocab_size, options, epilogues
         self.of_tokens = of_tokens
         self.buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Scratch [rows, columns], the same memory whenever the name is the same; the largest comes first."""
-        width = padded(columns)
+        width = padded(columns + self.spare_columns)
         if name not in self.buffers:
             size = rows * width
             self.buffers[name] = torch.empty(size, dtype=dtype, device=self.student[0].device)
