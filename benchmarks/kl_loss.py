@@ -6,11 +6,11 @@
     python benchmarks/kl_loss.py --shape S L --threads 1,2 --dtype bf16 fp32 --full --json out.json
     python benchmarks/kl_loss.py --from out.json --plot out.png --markdown out.md     # measures nothing
 
-Measured is forward KL from hidden states and heads, mean over the rows, forward and backward; in a few rows
-the KL with a cross-entropy and all parts of the record, the KL of a sparse teacher (against the same four GEMMs,
-so that the two compare), or a cross-entropy alone (against three). Each implementation runs in a fresh process:
-float64 on the same inputs. A gate comes first: nothing is measured unless the library's results are right at
-a small shape.
+Measured is forward KL from hidden states and heads, mean over the rows, forward and backward. A few rows are
+other losses: the KL with a cross-entropy and all parts of the record, the KL of a sparse teacher (against the
+same four GEMMs, so that the two compare), and a cross-entropy alone (against three). Each implementation runs
+in a fresh process: memory first, then time in turns with the floor. Errors are against float64 on the same
+inputs. A gate comes first: nothing is measured unless the library's results are right at a small shape.
 """
 
 from __future__ import annotations
