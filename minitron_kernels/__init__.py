@@ -15,7 +15,7 @@ from minitron_kernels.ops.importance.op import (
 )
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
 from minitron_kernels.ops.kl_loss.labels import shift_labels
-from minitron_kernels.ops.kl_loss.modules import KLLoss, LinearKLLoss
+from minitron_kernels.ops.kl_loss.modules import KLLoss, LinearKLLoss, LinearSparseKLLoss
 from minitron_kernels.ops.kl_loss.op import kl_loss, linear_kl_loss
 from minitron_kernels.ops.kl_loss.op_plan import plan_linear_kl_loss
 from minitron_kernels.ops.kl_loss.plan import LinearKLPlan
@@ -29,6 +29,7 @@ __all__ = [
     "KLLoss",
     "LinearKLLoss",
     "LinearKLPlan",
+    "LinearSparseKLLoss",
     "LossRecord",
     "ParameterReplacement",
     "TokenMeanState",
