@@ -7,6 +7,7 @@ import torch
 
 import minitron_kernels as mk
 from kl_loss.problems import make_linear, relative
+from minitron_kernels.ops.kl_loss import sparse_rows
 
 N, H, V = 7, 16, 50
 BACKENDS = ["reference", pytest.param("native", marks=pytest.mark.native)]
@@ -145,23 +146,53 @@ def test_weights_of_sampled_ids_are_normalised(backend):
     torch.testing.assert_close(losses[0], (weights * (weights.log() - log_q)).sum(1).mean())
 
 
+OPTIONS = {
+    "temperature": 2.0,
+    "temperature_squared": True,
+    "labels": torch.tensor([5, 1, 2, -100, 4, 49, 6]),
+    "ce_weight": 0.5,
+    "kl_weight": 2.0,
+    "label_smoothing": 0.1,
+    "token_weights": torch.linspace(0.5, 1, N),
+    "return_parts": True,
+    "student_softcap": 5.0,
+}
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_from_logits(monkeypatch, dtype, reduction, divergence):
+    """Some rows at a time, padding columns behind them, a masked-out token, against float64."""
+    monkeypatch.setitem(sparse_rows._CHUNK_BYTES, "cpu", 3 * 4 * (V + 1))
+    hidden, head = student()
+    logits = torch.nn.functional.pad((hidden @ head.T).detach(), (0, 3), value=math.nan).to(dtype)
+    logits[1, 7] = -math.inf
+    _, ids, logprobs, tail = teacher(5, tau=2.0)
+    ids[2, 1:] = -1
+    tail[2] = torch.log(1 - logprobs[2, :1].exp().sum()) - 0.1
+    setup = {**OPTIONS, "reduction": reduction, "divergence": divergence, "vocab_size": V}
+    results = []
+    for z, backend in ((logits, "native"), (logits.double(), "reference")):
+        z = z.clone().requires_grad_()
+        record = mk.sparse_kl_loss(z, ids, logprobs, {1.0: tail, 2.0: tail}, backend=backend, **setup)
+        (grad,) = torch.autograd.grad((record.loss * torch.arange(1, N + 1)).sum(), z)
+        results.append((record, grad))
+    (record, grad), (truth, true_grad) = results
+    rounds = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-5}[dtype]
+    for x, y in zip(record, truth, strict=True):
+        torch.testing.assert_close(x.double(), y.double(), rtol=rounds, atol=rounds)
+    assert (grad[:, V:] == 0).all() and grad[1, 7] == 0
+    assert relative(grad[:, :V], true_grad[:, :V].numpy()) < max(rounds, 3e-3 * (dtype == torch.bfloat16))
+
+
+@pytest.mark.native
 def test_from_logits_and_from_hidden_states():
     hidden, head = student()
     _, ids, logprobs, tail = teacher(5, tau=2.0)
-    labels = torch.arange(N)
-    options = {
-        "temperature": 2.0,
-        "temperature_squared": True,
-        "labels": labels,
-        "ce_weight": 0.5,
-        "kl_weight": 2.0,
-        "token_weights": torch.linspace(0, 1, N),
-        "return_parts": True,
-        "student_softcap": 5.0,
-        "vocab_size": V,
-    }
-    a = mk.linear_sparse_kl_loss(hidden, head, ids, logprobs, {2.0: tail}, **options)
-    b = mk.sparse_kl_loss(hidden @ head.T, ids, logprobs, {1.0: tail, 2.0: tail}, **options)
+    a = mk.linear_sparse_kl_loss(hidden, head, ids, logprobs, {2.0: tail}, **OPTIONS)
+    b = mk.sparse_kl_loss(hidden @ head.T, ids, logprobs, {1.0: tail, 2.0: tail}, **OPTIONS)
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y)
     torch.testing.assert_close(a.loss.detach(), 2.0 * a.kl + 0.5 * a.ce)

@@ -21,6 +21,7 @@ from minitron_kernels.ops.kl_loss.checks import (
 from minitron_kernels.ops.kl_loss.linear import Teacher, linear_kl_rows
 from minitron_kernels.ops.kl_loss.options import check_vocab_size, loss_options
 from minitron_kernels.ops.kl_loss.record import LossRecord, TokenTerms
+from minitron_kernels.ops.kl_loss.sparse_rows import sparse_rows
 from minitron_kernels.ops.kl_loss.sparse_teacher import LogTail, sparse_teacher
 from minitron_kernels.ops.kl_loss.tokens import Tokens
 
@@ -217,8 +218,8 @@ def sparse_kl_loss(
 ) -> Tensor | LossRecord:
     """linear_sparse_kl_loss() from logits: kl_loss() with a teacher of which k tokens a position are known.
 
-    In plain torch on every device so far ("auto" is the reference): the logits are there, and what fuses is
-    their making.
+    Some rows at a time are copied in fp32; forward and backward keep nothing of the size [tokens, V] but the
+    gradient.
 
     Args:
         student_logits: [..., V] float32, bfloat16, float16 or float64.
@@ -265,7 +266,7 @@ def sparse_kl_loss(
         teacher_logit_scale=1.0,
         label_smoothing=label_smoothing,
     )
-    pick("sparse_kl_loss", student_logits.device, backend, student_logits.dtype)
+    chosen = pick("sparse_kl_loss", student_logits.device, backend, student_logits.dtype)
     tokens = Tokens.of(
         student_logits,
         labels,
@@ -290,10 +291,13 @@ def sparse_kl_loss(
         temperature=temperature,
         beta=options.beta,
     )
+    rows = as_rows(student_logits)
     of_tokens = tokens.computed, tokens.targets
-    terms = TokenTerms(
-        *reference.sparse_rows(
-            as_rows(student_logits), *teacher, *of_tokens, V, tokens.needs_metrics, **options._asdict()
+    if chosen == "reference":
+        terms = TokenTerms(
+            *reference.sparse_rows(rows, *teacher, *of_tokens, V, tokens.needs_metrics, **options._asdict())
         )
-    )
+    else:
+        check_transforms("sparse_kl_loss", student_logits)
+        terms = sparse_rows(chosen, rows, teacher, *of_tokens, V, options, tokens.needs_metrics)
     return tokens.result(tokens.loss(terms), terms)

@@ -45,11 +45,14 @@ class SparseCall(Call):
         of_tokens: TokenMetrics,
     ) -> None:
         super().__init__(student, None, mask, vocab_size, options, epilogues, of_tokens)
+        self._begin(teacher)
+
+    def _begin(self, teacher: SparseTeacher) -> None:
         self.ids, self.outcomes = teacher
         N, count = self.outcomes.shape
         self.row_stats = self.outcomes.new_empty((N, NUM_STATS))
         self.grad_outcomes = self.outcomes.new_empty((N, count))
-        self.row_options = LossOptions(options.beta, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0)
+        self.row_options = LossOptions(self.options.beta, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 
     @property
     def of_teacher(self) -> dict[str, Any]:
@@ -84,11 +87,9 @@ class SparseCall(Call):
 
         The ids' own, transformed, go into `outcomes`.
         """
-        hidden, head, bias = self.student
-        width = columns.stop - columns.start
-        tile = self.buffer("student", rows.stop - rows.start, width, torch.float32)
-        kind = torch.promote_types(hidden.dtype, head.dtype)
-        gemm_gpu.matmul(hidden[rows].to(kind), head[columns].to(kind).t(), tile, False)
+        bias, width = self.student[2], columns.stop - columns.start
+        tile = self.buffer("student", rows.stop - rows.start, width, self.outcomes.dtype)
+        self._make(tile, rows, columns)
         wide = _with_spare(tile)
         wide[:, width:] = -math.inf
         inside, places = self._places(rows, columns)
@@ -104,6 +105,12 @@ class SparseCall(Call):
             of_ids.copy_(torch.where(inside, at_ids, of_ids))
         wide.scatter_(1, places, -math.inf)
         return tile, None if bias is None else bias[columns]
+
+    def _make(self, tile: Tensor, rows: slice, columns: slice) -> None:
+        """The student's raw logits."""
+        hidden, head, _ = self.student
+        kind = torch.promote_types(hidden.dtype, head.dtype)
+        gemm_gpu.matmul(hidden[rows].to(kind), head[columns].to(kind).t(), tile, False)
 
     def _reduce(
         self,
@@ -145,13 +152,25 @@ class SparseCall(Call):
                 outcomes[rows, :-1],
                 self.ids[rows],
                 None if labels is None else labels[rows],
+                self._masked_out(rows),
             )
             mask = self.mask_of(rows)
             if mask is not None:
                 metrics[rows] = torch.where(mask[:, None], metrics[rows], 0.0)
 
+    def _masked_out(self, rows: slice) -> Tensor | None:
+        """Whether a token of the vocabulary is masked out, of each row or of all."""
+        bias = self.student[2]
+        return None if bias is None else (bias == -math.inf).any()
+
     def _metrics(
-        self, top: Tensor, metric_state: Tensor, of_ids: Tensor, ids: Tensor, labels: Tensor | None
+        self,
+        top: Tensor,
+        metric_state: Tensor,
+        of_ids: Tensor,
+        ids: Tensor,
+        labels: Tensor | None,
+        masked_out: Tensor | None,
     ) -> Tensor:
         """[n, NUM_METRICS]: lse_y, cross-entropy, entropy, log p(label), of tail and ids together."""
         tau, smoothing = 1.0 / self.options.inv_tau, self.options.label_smoothing
@@ -173,9 +192,8 @@ class SparseCall(Call):
             out[1] = -(1.0 - smoothing) * out[3]
             if smoothing:
                 total = total + y.masked_fill(ids < 0, 0.0).sum(1)
-                bias = self.student[2]
-                if bias is not None:  # of a token that is masked out log p is -inf
-                    total = total.masked_fill((bias == -math.inf).any(), -math.inf)
+                if masked_out is not None:  # of such a token log p is -inf
+                    total = total.masked_fill(masked_out, -math.inf)
                 out[1] = out[1] + smoothing * (lse_y - total / self.vocab_size)
         return torch.stack(out, 1)
 
