@@ -11,7 +11,8 @@ from torch import Tensor
 from minitron_kernels import _workspace
 from minitron_kernels.ops.kl_loss.divergence import NUM_METRICS, NUM_STATS
 from minitron_kernels.ops.kl_loss.epilogues import EPILOGUES
-from minitron_kernels.ops.kl_loss.linear_gpu import Side, TokenMetrics, linear_kl_loss_
+from minitron_kernels.ops.kl_loss.linear_gpu import linear_kl_loss_
+from minitron_kernels.ops.kl_loss.linear_rows import Side, TokenMetrics
 from minitron_kernels.ops.kl_loss.linear_shard import linear_kl_loss_of_shard
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.plan import grad_dtype
@@ -86,13 +87,14 @@ def linear_kl_loss_op(
     needs_grad = (needs_hidden, needs_head, needs_bias)
     shard, hidden_sum, hiddens = None, None, (student_hidden, teacher_hidden)
     if group is not None:
+        dtypes = (str(x.dtype) for x in (student_hidden, student_head, teacher_hidden, teacher_head))
         shard = find_shard(
             Parallel(group, sequence_parallel, vocab_range),
             student_head.shape[0],
             teacher_head.shape[0],
             vocab_size,
             student_hidden.shape[0],
-            (*needs_grad, needs_metrics, stats is None, ce_weight is None, schedule, backend),
+            (*needs_grad, needs_metrics, stats is None, ce_weight is None, schedule, backend, *dtypes),
             workspace_bytes,
             student_hidden.device,
         )

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from minitron_kernels.ops.kl_loss.divergence import NUM_STATE, NUM_STATS, NUM_SUMS, STAT_KL
-from minitron_kernels.ops.kl_loss.linear_gpu import NO_METRICS, TokenMetrics
+from minitron_kernels.ops.kl_loss.linear_rows import NO_METRICS, TokenMetrics
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.states import empty_state, merge_states, state_of
 from minitron_kernels.ops.kl_loss.vocab_parallel import Shard

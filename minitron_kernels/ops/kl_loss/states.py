@@ -10,21 +10,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minitron_kernels.ops.kl_loss.divergence import Divergence
+from minitron_kernels.ops.kl_loss.divergence import NUM_METRIC_STATE, NUM_STATE, Divergence
 
 
 def empty_state(like: Tensor, fields: int, rows: int) -> Tensor:
     """Of no tokens, [fields, N]: max_s, sum_s, max_t, sum_t, kl, and behind them sums and a label's logit."""
     state = like.new_zeros((fields, rows))
     state[0:3:2] = -math.inf
+    state[NUM_STATE + NUM_METRIC_STATE - 1 :] = -math.inf
     return state
 
 
 def state_of(loss: Tensor, stats: Tensor) -> Tensor:
-    """The state [5, N] of tokens whose loss and stats are known as if there were no others.
-
-    The KL is 0 where nothing is to be compared, and infinite where only the other side has nothing.
-    """
+    """The state [5, N] of tokens whose loss and stats are known as if there were no others."""
     max_s, inv_sum_s, max_t, inv_sum_t = stats[:, :4].unbind(1)
     return torch.stack((max_s, 1 / inv_sum_s, max_t, 1 / inv_sum_t, loss))
 

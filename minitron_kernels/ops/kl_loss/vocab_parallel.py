@@ -130,8 +130,8 @@ class HiddenSum:
     def __init__(self, out: Tensor, dtype: torch.dtype, shard: Shard) -> None:
         self._out, self._shard = out, shard
         rows = out.shape[0] * (shard.group.size() if shard.sequence_parallel else 1)
-        in_place = out.dtype == dtype and not shard.sequence_parallel
-        self.partial = out if in_place else out.new_empty((rows, out.shape[1]), dtype=dtype)
+        self.in_place = out.dtype == dtype and not shard.sequence_parallel
+        self.partial = out if self.in_place else out.new_empty((rows, out.shape[1]), dtype=dtype)
         self._total = self.partial
         self._work: dist.Work | None = None
 
@@ -157,9 +157,13 @@ class HiddenSum:
             self._out.copy_(self._total)
 
 
+def _group(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
 def group_size(name: str) -> int:
     """Ranks of a group."""
-    return dist.distributed_c10d._resolve_process_group(name).size()
+    return _group(name).size()
 
 
 # ---- how each rank calls
@@ -215,7 +219,7 @@ def find_shard(
         ValueError: the ranks' heads, ranges, tokens or requests do not fit each other; on every rank.
     """
     assert parallel.group is not None
-    group = dist.distributed_c10d._resolve_process_group(parallel.group)
+    group = _group(parallel.group)
     start, end = parallel.vocab_range or (-1, -1)
     mine = _Call(
         student_rows, teacher_rows, vocab_size, start, end, tokens, _number(asked, parallel), workspace_bytes
@@ -234,7 +238,7 @@ def find_shard(
             (_exchange(own, group) == expected).all(),
             "the ranks of tp_group call linear_kl_loss with different tokens, requests or heads",
         )
-    ranges, rank = ranges_of([_Call(*numbers, 0, 0, 0) for numbers in known]), group.rank()
+    ranges, rank = ranges_of([_Call._make((*numbers, 0, 0, 0)) for numbers in known]), group.rank()
     widths = [len(r) for r in ranges]
     return Shard(
         group,
