@@ -169,9 +169,10 @@ class _PerToken(torch.autograd.Function):
 
 def _weighted_sum(loss: Tensor, row_weight: Tensor, ce: Tensor | None, ce_weight: Tensor | None) -> Tensor:
     """sum(row_weight * loss + ce_weight * ce) over rows."""
-    rows = loss * row_weight.to(loss.dtype)
-    if ce is not None and ce_weight is not None:
-        rows = rows + ce * ce_weight.to(loss.dtype)
+    weight = row_weight.to(loss.dtype)
+    rows = loss * weight
+    if ce is not None and ce_weight is not None:  # a KL of weight 0 is left out, even if it is infinite
+        rows = torch.where(weight == 0, 0.0, rows) + ce * ce_weight.to(loss.dtype)
     return sum_rows(rows)
 
 
