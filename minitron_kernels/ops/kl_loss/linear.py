@@ -8,7 +8,7 @@ with the right factor, and only if there is a backward. A forward may run twice 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,16 @@ def _dtypes(
     return hidden.dtype, head.dtype, torch.float32 if bias is None else bias.dtype
 
 
+class Teacher(NamedTuple):
+    """Of a student's tokens: hidden states, head and bias, or a SparseTeacher's ids and outcomes."""
+
+    hidden: Tensor | None = None
+    head: Tensor | None = None
+    bias: Tensor | None = None
+    ids: Tensor | None = None
+    outcomes: Tensor | None = None
+
+
 Terms = tuple[Tensor, Tensor | None, Tensor | None]  # a loss; row losses and metrics where they are asked for
 
 
@@ -41,9 +51,11 @@ class _Reduced(torch.autograd.Function):
         student_hidden: Tensor,
         student_head: Tensor,
         student_bias: Tensor | None,
-        teacher_hidden: Tensor,
-        teacher_head: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Tensor | None,
         teacher_bias: Tensor | None,
+        ids: Tensor | None,
+        outcomes: Tensor | None,
         mask: Tensor | None,
         labels: Tensor | None,
         row_weight: Tensor,
@@ -56,10 +68,12 @@ class _Reduced(torch.autograd.Function):
         loss, _, *grads, metrics = linear_kl_loss_op(
             student_hidden,
             student_head,
+            student_bias,
             teacher_hidden,
             teacher_head,
-            student_bias,
             teacher_bias,
+            ids,
+            outcomes,
             mask,
             row_weight,
             None,
@@ -89,7 +103,7 @@ class _Reduced(torch.autograd.Function):
             scaled(grad, grad_loss, dtype, ctx.backend) if wanted else None
             for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_grad, strict=True)
         ]
-        return (*grads, *(None,) * 11)
+        return (*grads, *(None,) * 13)
 
 
 class _PerToken(torch.autograd.Function):
@@ -102,9 +116,11 @@ class _PerToken(torch.autograd.Function):
         student_hidden: Tensor,
         student_head: Tensor,
         student_bias: Tensor | None,
-        teacher_hidden: Tensor,
-        teacher_head: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Tensor | None,
         teacher_bias: Tensor | None,
+        ids: Tensor | None,
+        outcomes: Tensor | None,
         mask: Tensor | None,
         labels: Tensor | None,
         grad_head_accumulator: Tensor | None,
@@ -115,10 +131,12 @@ class _PerToken(torch.autograd.Function):
         inputs = (
             student_hidden,
             student_head,
+            student_bias,
             teacher_hidden,
             teacher_head,
-            student_bias,
             teacher_bias,
+            ids,
+            outcomes,
             mask,
         )
         loss, stats, *_, metrics = linear_kl_loss_op(
@@ -159,12 +177,12 @@ class _PerToken(torch.autograd.Function):
             *ctx.rest,
         )
         returned = (ctx.needs_grad[0], ctx.needs_grad[1] and accumulator is None, ctx.needs_grad[2])
-        dtypes = _dtypes(inputs[0], inputs[1], inputs[4])
+        dtypes = _dtypes(*inputs[:3])
         grads = [
             grad.to(dtype) if keep else None
             for grad, dtype, keep in zip(grads, dtypes, returned, strict=True)
         ]
-        return (*grads, *(None,) * 9)
+        return (*grads, *(None,) * 11)
 
 
 def _weighted_sum(loss: Tensor, row_weight: Tensor, ce: Tensor | None, ce_weight: Tensor | None) -> Tensor:
@@ -178,7 +196,7 @@ def _weighted_sum(loss: Tensor, row_weight: Tensor, ce: Tensor | None, ce_weight
 
 def linear_kl_rows(
     student: tuple[Tensor, Tensor, Tensor | None],
-    teacher: tuple[Tensor, Tensor, Tensor | None],
+    teacher: Teacher,
     mask: Tensor | None,
     row_weight: Tensor | None,
     grad_head_accumulator: Tensor | None,
@@ -195,8 +213,8 @@ def linear_kl_rows(
 ) -> tuple[Tensor, TokenTerms | None]:
     """Loss rows [N], or with a row_weight their sum with the cross-entropy's; and the terms of tokens.
 
-    A side is hidden, head and bias. Without a row_weight cross-entropy is a term, and differentiable as the
-    loss is; terms are None unless metrics are needed, and those beside a sum have no gradient.
+    The student is hidden, head and bias. Without a row_weight cross-entropy is a term, and differentiable as
+    the loss is; terms are None unless metrics are needed, and those beside a sum have no gradient.
     `backend` is what pick() chose; on the CPU there is one, and `engine` says how it multiplies.
     """
     grad_mode = torch.is_grad_enabled()
@@ -243,9 +261,8 @@ def linear_kl_rows(
         loss, *_, metrics = linear_kl_loss_op(
             hidden,
             head,
-            *teacher[:2],
             bias,
-            teacher[2],
+            *teacher,
             mask,
             None,
             None,

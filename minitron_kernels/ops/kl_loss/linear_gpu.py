@@ -19,15 +19,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minitron_kernels.ops.kl_loss import gemm_gpu
 from minitron_kernels.ops.kl_loss.divergence import NUM_METRIC_STATE, NUM_STATE, NUM_SUMS, STAT_KL, Divergence
 from minitron_kernels.ops.kl_loss.epilogues import Epilogues
-from minitron_kernels.ops.kl_loss.gemm_gpu import matmul, summed_in_fp32
+from minitron_kernels.ops.kl_loss.gemm_gpu import summed_in_fp32
 from minitron_kernels.ops.kl_loss.gpu_figures import figures_of
 from minitron_kernels.ops.kl_loss.options import LossOptions
-from minitron_kernels.ops.kl_loss.plan_gpu import GpuProblem, padded, plan, sum_has_memory, sums_with_memory
+from minitron_kernels.ops.kl_loss.plan_gpu import GpuProblem, padded, plan, sums_with_memory
+from minitron_kernels.ops.kl_loss.sums_gpu import GradientSum, add_rows, gradient_weights
 
 Side = tuple[Tensor, Tensor, Tensor | None]  # hidden states, head, bias
-_HALF_REACH = 2.0**15  # the largest |dz| in fp16
 
 
 class TokenMetrics(NamedTuple):
@@ -41,75 +42,38 @@ class TokenMetrics(NamedTuple):
 NO_METRICS = TokenMetrics()
 
 
-def _slices(begin: int, end: int, size: int) -> Iterator[slice]:
+def slices(begin: int, end: int, size: int) -> Iterator[slice]:
+    """Of `size` each, but for the last."""
     return (slice(at, min(at + size, end)) for at in range(begin, end, size))
 
 
-class _Sum:
-    """A gradient that is the sum of several GEMMs: added up in fp32, then written in its own dtype.
+class Call:
+    """One call's tensors, cut to the vocabulary, and how its logits become statistics and dz.
 
-    Args:
-        out: what to write; what to add to if `adds`.
-        kind: dtype of the products' operands.
-        parts: how many products are added; with the last of them `out` is written.
-        unscale: 0-dim, to be multiplied by at the end; None for 1.
-        adds: whether `out` already holds a sum.
-        rounds: whether a single product may be rounded to the dtype of `out` by its GEMM.
+    This one's teacher has hidden states and a head.
     """
 
-    def __init__(
-        self,
-        out: Tensor,
-        kind: torch.dtype,
-        parts: int,
-        unscale: Tensor | None,
-        *,
-        adds: bool = False,
-        rounds: bool = True,
-    ) -> None:
-        self.out, self.unscale, self.adds, self.missing = out, unscale, adds, parts
-        in_place = not sum_has_memory(out.dtype, kind, parts, adds, rounds)
-        self.sum = out if in_place else None
-        self.started = in_place and adds
-
-    def add(self, a: Tensor, b: Tensor) -> None:
-        if self.sum is None:
-            self.sum = torch.empty(self.out.shape, dtype=torch.float32, device=self.out.device)
-        matmul(a, b, self.sum, self.started)
-        self.started = True
-        self.missing -= 1
-        if self.missing == 0:
-            self._write(self.sum)
-
-    def _write(self, total: Tensor) -> None:
-        self.sum = None  # its memory is the next sum's
-        if self.unscale is not None:
-            total.mul_(self.unscale)
-        if total is not self.out:
-            self.out.add_(total) if self.adds else self.out.copy_(total)
-
-
-class _Call:
-    """One call's tensors, cut to the vocabulary."""
+    spare_columns = 0  # behind those that are asked for, in every buffer
 
     def __init__(
         self,
         student: Side,
-        teacher: Side,
+        teacher: Side | None,
         mask: Tensor | None,
         vocab_size: int,
         options: LossOptions,
         epilogues: Epilogues,
         of_tokens: TokenMetrics,
     ) -> None:
-        self.student, self.teacher = (_operands(side, vocab_size) for side in (student, teacher))
+        self.student = _operands(student, vocab_size)
+        self.teacher = self.student if teacher is None else _operands(teacher, vocab_size)
         self.mask, self.vocab_size, self.options, self.epilogues = mask, vocab_size, options, epilogues
         self.of_tokens = of_tokens
         self.buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Scratch [rows, columns], the same memory whenever the name is the same; the largest comes first."""
-        width = padded(columns)
+        width = padded(columns + self.spare_columns)
         if name not in self.buffers:
             size = rows * width
             self.buffers[name] = torch.empty(size, dtype=dtype, device=self.student[0].device)
@@ -122,12 +86,13 @@ class _Call:
         for name, (hidden, head, bias) in (("student", self.student), ("teacher", self.teacher)):
             tile = self.buffer(name, *shape, torch.float32)
             kind = torch.promote_types(hidden.dtype, head.dtype)
-            matmul(hidden[rows].to(kind), head[columns].to(kind).t(), tile, False)
+            gemm_gpu.matmul(hidden[rows].to(kind), head[columns].to(kind).t(), tile, False)
             tiles.append(tile)
             biases.append(None if bias is None else bias[columns])
         return tiles[0], tiles[1], biases[0], biases[1]
 
     def mask_of(self, rows: slice) -> Tensor | None:
+        """Which of some rows count."""
         return None if self.mask is None else self.mask[rows]
 
     def metrics_of(self, rows: slice, **more: Any) -> dict[str, Any]:
@@ -136,6 +101,23 @@ class _Call:
         if metrics is None:
             return {}
         return {"labels": None if labels is None else labels[rows], "metrics": metrics[rows], **more}
+
+    @property
+    def of_teacher(self) -> dict[str, Any]:
+        """The fields of GpuProblem that depend on the teacher and the divergence."""
+        hidden, head, _ = self.teacher
+        return {
+            "teacher_hidden_size": hidden.shape[1],
+            "teacher_itemsize": torch.promote_types(hidden.dtype, head.dtype).itemsize,
+            "looks": 1 + self.options.divergence.needs_second_look,
+        }
+
+    def kl_of(self, loss: Tensor, stats: Tensor) -> Tensor:
+        """Each row's KL, which bounds the gradient of reverse KL; where that is not known yet, anything."""
+        return stats[:, STAT_KL]
+
+    def prepare(self, stats: Tensor, weight: Tensor) -> None:
+        """Called before the first grad() that has no statistics to make."""
 
     @property
     def fused(self) -> bool:
@@ -185,8 +167,8 @@ class _Call:
         state, sums = (loss.new_empty((1, fields, N)) for fields in (NUM_STATE, NUM_SUMS))
         labels, metrics, _ = self.of_tokens
         metric_state = None if metrics is None else loss.new_empty((1, NUM_METRIC_STATE, N))
-        for columns in _slices(0, self.vocab_size, tile):
-            for rows in _slices(0, N, chunk_rows):
+        for columns in slices(0, self.vocab_size, tile):
+            for rows in slices(0, N, chunk_rows):
                 self.epilogues.tile_stats(
                     self.logits(rows, columns),
                     self.mask_of(rows),
@@ -208,8 +190,8 @@ class _Call:
         self.epilogues.finish_stats(state, *arguments, self.options, **more)
         if not self.options.divergence.needs_second_look:
             return
-        for columns in _slices(0, self.vocab_size, tile):
-            for rows in _slices(0, N, chunk_rows):
+        for columns in slices(0, self.vocab_size, tile):
+            for rows in slices(0, N, chunk_rows):
                 self.epilogues.tile_mixture(
                     self.logits(rows, columns),
                     self.mask_of(rows),
@@ -262,36 +244,50 @@ def linear_kl_loss_(
         epilogues: kernels to use.
         of_tokens: labels, metrics and the weight of the cross-entropy.
     """
+    call = Call(student, teacher, mask, vocab_size, options, epilogues, of_tokens)
+    fused = bool(outputs[0].numel()) and not any(needs_grad) and call.fused
+    if fused:
+        call.fused_statistics(*outputs[:2])  # without a plan: it has no scratch that a budget bounds
+    else:
+        run(call, outputs, row_weight, stats, grad_head_accumulator, needs_grad, schedule, workspace_bytes)
+
+
+def run(
+    call: Call,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    row_weight: Tensor | None,
+    stats: Tensor | None,
+    grad_head_accumulator: Tensor | None,
+    needs_grad: tuple[bool, bool, bool],
+    schedule: str,
+    workspace_bytes: int,
+) -> None:
+    """The schedule of a call; see linear_kl_loss_() for the arguments."""
     loss, new_stats, grad_hidden, grad_head, grad_bias = outputs
-    N, H = student[0].shape
+    mask, vocab_size = call.mask, call.vocab_size
+    N, H = call.student[0].shape
     for grad in (grad_head, grad_bias):
         grad[vocab_size if N else 0 :].zero_()
     if N == 0:
         return
-    call = _Call(student, teacher, mask, vocab_size, options, epilogues, of_tokens)
-    if not any(needs_grad) and call.fused:
-        call.fused_statistics(loss, new_stats)  # without a plan: it has no scratch that a budget bounds
-        return
-    kind = torch.promote_types(student[0].dtype, student[1].dtype)
+    kind = torch.promote_types(call.student[0].dtype, call.student[1].dtype)
     # in fp16, how far the gradients of reverse KL reach is to be known before the first is stored
-    stats_first = kind == torch.float16 and options.divergence is Divergence.REVERSE_KL
+    stats_first = kind == torch.float16 and call.options.divergence is Divergence.REVERSE_KL
     adds = grad_head_accumulator is not None
     head_out = grad_head if grad_head_accumulator is None else grad_head_accumulator
     problem = GpuProblem(
         N,
         vocab_size,
         H,
-        teacher[0].shape[1],
         itemsize=kind.itemsize,
-        teacher_itemsize=torch.promote_types(teacher[0].dtype, teacher[1].dtype).itemsize,
         grad_hidden=needs_grad[0],
         grad_head=needs_grad[1],
         grad_bias=needs_grad[2],
         **sums_with_memory(grad_hidden.dtype, head_out.dtype, kind, adds),
         stats_first=stats_first,
         stats_known=stats is not None,
-        looks=1 + options.divergence.needs_second_look,
-        gpu=figures_of(student[0].device),
+        gpu=figures_of(loss.device),
+        **call.of_teacher,
     )
     chosen = plan(problem, schedule, workspace_bytes)
     if chosen.schedule == "forward":
@@ -304,18 +300,22 @@ def linear_kl_loss_(
             call.statistics(loss, stats, chosen.chunk_rows, chosen.tile)
             known = True
 
-    weight, ce_weight, unscale = _weights(row_weight, of_tokens.ce_weight, mask, kind, options, stats)
+    weight, ce_weight, unscale = gradient_weights(
+        row_weight, call.of_tokens.ce_weight, mask, kind, call.options, call.kl_of(loss, stats)
+    )
+    if known:
+        call.prepare(stats, weight)
     if mask is not None and needs_grad[1]:  # 0 * NaN of a row that is not valid would spread
         call.student = (call.student[0].masked_fill(~mask[:, None], 0), *call.student[1:])
     hidden, head, _ = call.student
-    kept, tiles = list(_slices(0, N, chosen.dz_rows)), list(_slices(0, vocab_size, chosen.tile))
+    kept, tiles = list(slices(0, N, chosen.dz_rows)), list(slices(0, vocab_size, chosen.tile))
     # never rounded by a GEMM: its sum is over the vocabulary, and a few bytes a row
-    hidden_sums = [_Sum(grad_hidden[rows], kind, len(tiles), unscale, rounds=False) for rows in kept]
+    hidden_sums = [GradientSum(grad_hidden[rows], kind, len(tiles), unscale, rounds=False) for rows in kept]
     for columns in tiles:
-        head_sum = _Sum(head_out[columns], kind, len(kept), unscale, adds=adds)
+        head_sum = GradientSum(head_out[columns], kind, len(kept), unscale, adds=adds)
         for i, rows in enumerate(kept):
             dz = call.buffer("dz", rows.stop - rows.start, columns.stop - columns.start, kind)
-            for part in _slices(rows.start, rows.stop, chosen.chunk_rows):
+            for part in slices(rows.start, rows.stop, chosen.chunk_rows):
                 dz_part = dz[part.start - rows.start : part.stop - rows.start]
                 call.grad(part, columns, None if known else loss, stats, weight, ce_weight, dz_part)
             if needs_grad[0]:
@@ -323,43 +323,6 @@ def linear_kl_loss_(
             if needs_grad[1]:
                 head_sum.add(dz.t(), hidden[rows].to(kind))
             if needs_grad[2]:
-                _add_rows(dz, grad_bias[columns], i == 0)
+                add_rows(dz, grad_bias[columns], i == 0)
     if needs_grad[2] and unscale is not None:
         grad_bias[:vocab_size] *= unscale
-
-
-def _add_rows(dz: Tensor, out: Tensor, first: bool) -> None:
-    total = dz.sum(0, dtype=torch.float32)
-    out.copy_(total) if first else out.add_(total)
-
-
-def _weights(
-    row_weight: Tensor | None,
-    ce_weight: Tensor | None,
-    mask: Tensor | None,
-    kind: torch.dtype,
-    options: LossOptions,
-    stats: Tensor,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Factors of the rows' divergence and cross-entropy, [N] fp32, and what products are multiplied by.
-
-    In fp16 the gradient of a mean would lie below the smallest number, and that of a low temperature or of
-    reverse KL where the teacher has all but ruled out a token beyond the largest: all are scaled to reach
-    _HALF_REACH. A row's |dz| is at most its weight times scale / tau, for reverse KL times 1 + its loss; and
-    that of the cross-entropy its weight times scale.
-    """
-    rows = stats.shape[0]
-    weight = stats.new_ones(()) if row_weight is None else row_weight.to(torch.float32)
-    of_ce = None if ce_weight is None else ce_weight.to(torch.float32)
-    if kind != torch.float16:
-        return weight.expand(rows), None if of_ce is None else of_ce.expand(rows), None
-    reach = weight.abs() * (options.inv_tau * options.student_scale)
-    if options.divergence is Divergence.REVERSE_KL:
-        # a row whose loss is infinite has no gradient, the others keep theirs
-        reach = reach * (1.0 + torch.nan_to_num(stats[:, STAT_KL], nan=0.0, posinf=0.0))
-    if of_ce is not None:
-        reach = reach + of_ce.abs() * options.student_scale
-    valid = reach if mask is None else torch.where(mask, reach, 0.0)
-    top = valid.amax().clamp_min(torch.finfo(torch.float32).tiny)
-    of_ce = None if of_ce is None else (of_ce / top * _HALF_REACH).expand(rows)
-    return (weight / top * _HALF_REACH).expand(rows), of_ce, top / _HALF_REACH

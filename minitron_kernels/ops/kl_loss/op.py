@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from minitron_kernels._backend import pick
 from minitron_kernels.ops.kl_loss import reference
-from minitron_kernels.ops.kl_loss.budget import CPU_WORKSPACE_BYTES, GPU_WORKSPACE_BYTES, SCHEDULES
+from minitron_kernels.ops.kl_loss.budget import SCHEDULES, workspace_budget
 from minitron_kernels.ops.kl_loss.checks import (
+    as_rows,
     as_saved,
-    byte_count,
+    autocast,
+    check_accumulator,
+    check_bias,
     check_constant,
     check_floating,
-    check_tensor,
+    check_linear,
     check_transforms,
     positive,
 )
-from minitron_kernels.ops.kl_loss.linear import linear_kl_rows
+from minitron_kernels.ops.kl_loss.linear import Teacher, linear_kl_rows
 from minitron_kernels.ops.kl_loss.options import check_vocab_size, loss_options
 from minitron_kernels.ops.kl_loss.record import LossRecord, TokenTerms
 from minitron_kernels.ops.kl_loss.rows import kl_rows, kl_rows_with_metrics
@@ -142,8 +144,8 @@ def kl_loss(
         return_parts=return_parts,
         vocab_sizes=(V, student_logits.shape[-1]),
     )
-    student = _as_rows(student_logits)
-    teacher = _as_rows(teacher_logits.detach())
+    student = as_rows(student_logits)
+    teacher = as_rows(teacher_logits.detach())
     computed, targets = tokens.computed, tokens.targets
     if chosen == "reference":
         terms = TokenTerms(
@@ -255,24 +257,17 @@ def linear_kl_loss(
         teacher_head=teacher_head,
     )
     check_constant("teacher_hidden", teacher_hidden)
-    for side, hidden, head in (
-        ("student", student_hidden, student_head),
-        ("teacher", teacher_hidden, teacher_head),
-    ):
-        if hidden.dim() < 1 or head.dim() != 2 or hidden.shape[-1] != head.shape[1]:
-            raise ValueError(
-                f"{side}_hidden [..., H] and {side}_head [V, H] must have the same H, got "
-                f"{tuple(hidden.shape)} and {tuple(head.shape)}"
-            )
+    check_linear("student", student_hidden, student_head)
+    check_linear("teacher", teacher_hidden, teacher_head)
     if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
         raise ValueError(
             "student_hidden and teacher_hidden must have the same leading dimensions, got "
             f"{tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}"
         )
     V = check_vocab_size(vocab_size, student_head.shape[0], teacher_head.shape[0])
-    _check_bias("student_bias", student_bias, student_head)
-    _check_bias("teacher_bias", teacher_bias, teacher_head)
-    _check_accumulator(grad_head_accumulator, student_head)
+    check_bias("student_bias", student_bias, student_head)
+    check_bias("teacher_bias", teacher_bias, teacher_head)
+    check_accumulator(grad_head_accumulator, student_head)
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
     options = loss_options(
@@ -303,27 +298,23 @@ def linear_kl_loss(
         vocab_sizes=(V, student_head.shape[0]),
     )
 
-    student_hidden, student_head = _autocast(student_hidden, student_head)
-    teacher_hidden, teacher_head = _autocast(teacher_hidden.detach(), teacher_head.detach())
-    student = (_as_rows(student_hidden), student_head, student_bias)
-    teacher = (
-        _as_rows(teacher_hidden),
-        teacher_head,
-        None if teacher_bias is None else teacher_bias.detach(),
-    )
+    student_hidden, student_head = autocast(student_hidden, student_head)
+    teacher_hidden, teacher_head = autocast(teacher_hidden.detach(), teacher_head.detach())
+    student = (as_rows(student_hidden), student_head, student_bias)
+    bias = None if teacher_bias is None else teacher_bias.detach()
+    teacher = Teacher(as_rows(teacher_hidden), teacher_head, bias)
     if chosen == "reference":
         if grad_head_accumulator is not None:
             raise ValueError(
                 "grad_head_accumulator needs native or triton; the reference leaves gradients to autograd"
             )
-        s, t = ((as_saved(x), as_saved(w), as_saved(b)) for x, w, b in (student, teacher))
+        s = (as_saved(student[0]), as_saved(student[1]), as_saved(student[2]))
+        t = (as_saved(as_rows(teacher_hidden)), as_saved(teacher_head), as_saved(teacher.bias))
         of_tokens = as_saved(tokens.computed), as_saved(tokens.targets)
         terms = TokenTerms(
             *reference.linear_rows(s, t, *of_tokens, V, tokens.needs_metrics, **options._asdict())
         )
         return tokens.result(tokens.loss(terms), terms)
-    default = CPU_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
-    budget = default if workspace_bytes is None else byte_count("workspace_bytes", workspace_bytes)
     row_weight, row_ce_weight = tokens.row_weights()
     result, of_rows = linear_kl_rows(
         student,
@@ -335,7 +326,7 @@ def linear_kl_loss(
         options,
         chosen,
         schedule,
-        budget,
+        workspace_budget(workspace_bytes, device),
         labels=tokens.targets,
         ce_weight=row_ce_weight,
         needs_metrics=tokens.needs_metrics,
@@ -343,45 +334,3 @@ def linear_kl_loss(
     if row_weight is None:
         result = tokens.loss(TokenTerms(result) if of_rows is None else of_rows)
     return tokens.result(result, of_rows)
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """[..., C] -> [N, C] with stride 1 along C, a view where possible."""
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
-
-
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """Under autocast the operands take its dtype, as those of any linear layer do."""
-    kind = tensors[0].device.type
-    # meta has no autocast; torch.amp.is_autocast_available(), which knows, is not compiled by torch 2.11
-    if kind == "meta" or not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
-        return list(tensors)
-    return [x.to(torch.get_autocast_dtype(kind)) for x in tensors]
-
-
-def _check_bias(name: str, bias: Tensor | None, head: Tensor) -> None:
-    if bias is None:
-        return
-    check_floating(**{name: bias})
-    if bias.shape != head.shape[:1] or bias.device != head.device:
-        raise ValueError(
-            f"{name} must be [V] = [{head.shape[0]}] on {head.device}, got {tuple(bias.shape)} on "
-            f"{bias.device}"
-        )
-
-
-def _check_accumulator(buffer: Tensor | None, head: Tensor) -> None:
-    if buffer is None:
-        return
-    dtype = torch.float64 if head.dtype == torch.float64 else torch.float32
-    check_tensor("grad_head_accumulator", buffer)
-    if buffer.dtype != dtype:
-        raise TypeError(f"grad_head_accumulator must be a {dtype} tensor, got {buffer.dtype}")
-    fits = buffer.shape == head.shape and buffer.device == head.device
-    if not fits or buffer.stride(1) != 1 or buffer.stride(0) < head.shape[1]:
-        raise ValueError(
-            f"grad_head_accumulator must have student_head's shape {tuple(head.shape)} on {head.device} with "
-            "stride 1 along H and rows that do not overlap, got "
-            f"{tuple(buffer.shape)} on {buffer.device} with strides {buffer.stride()}"
-        )
