@@ -21,68 +21,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_kernels.ops.kl_loss.divergence import Divergence
+from minitron_kernels.ops.kl_loss import gemm_gpu
+from minitron_kernels.ops.kl_loss.divergence import STAT_KL, Divergence
 from minitron_kernels.ops.kl_loss.epilogues import Epilogues
-from minitron_kernels.ops.kl_loss.gemm_gpu import matmul, summed_in_fp32
+from minitron_kernels.ops.kl_loss.gemm_gpu import summed_in_fp32
 from minitron_kernels.ops.kl_loss.gpu_figures import figures_of
-from minitron_kernels.ops.kl_loss.linear_rows import NO_METRICS, Side, TokenMetrics, row_weights
+from minitron_kernels.ops.kl_loss.linear_rows import NO_METRICS, Side, TokenMetrics, slices
 from minitron_kernels.ops.kl_loss.options import LossOptions
-from minitron_kernels.ops.kl_loss.plan_gpu import GpuProblem, padded, plan, sum_has_memory, sums_with_memory
-from minitron_kernels.ops.kl_loss.row_statistics import Logits, RowStatistics, slices, statistics, store
+from minitron_kernels.ops.kl_loss.plan_gpu import GpuProblem, padded, plan, sums_with_memory
+from minitron_kernels.ops.kl_loss.row_statistics import Logits, RowStatistics, statistics, store
+from minitron_kernels.ops.kl_loss.sums_gpu import GradientSum, add_rows, gradient_weights
 from minitron_kernels.ops.kl_loss.vocab_parallel import HiddenSum, Shard
 
 
-class _Sum:
-    """A gradient that is the sum of several GEMMs: added up in fp32, then written in its own dtype.
+class Call:
+    """One call's tensors, cut to the vocabulary, and how its logits become statistics and dz.
 
-    Args:
-        out: what to write; what to add to if `adds`.
-        kind: dtype of the products' operands.
-        parts: how many products are added; with the last of them `out` is written.
-        unscale: 0-dim, to be multiplied by at the end; None for 1.
-        adds: whether `out` already holds a sum.
-        rounds: whether a single product may be rounded to the dtype of `out` by its GEMM.
+    This one's teacher has hidden states and a head.
     """
 
-    def __init__(
-        self,
-        out: Tensor,
-        kind: torch.dtype,
-        parts: int,
-        unscale: Tensor | None,
-        *,
-        adds: bool = False,
-        rounds: bool = True,
-    ) -> None:
-        self.out, self.unscale, self.adds, self.missing = out, unscale, adds, parts
-        in_place = not sum_has_memory(out.dtype, kind, parts, adds, rounds)
-        self.sum = out if in_place else None
-        self.started = in_place and adds
-
-    def add(self, a: Tensor, b: Tensor) -> None:
-        if self.sum is None:
-            self.sum = torch.empty(self.out.shape, dtype=torch.float32, device=self.out.device)
-        matmul(a, b, self.sum, self.started)
-        self.started = True
-        self.missing -= 1
-        if self.missing == 0:
-            self._write(self.sum)
-
-    def _write(self, total: Tensor) -> None:
-        self.sum = None  # its memory is the next sum's
-        if self.unscale is not None:
-            total.mul_(self.unscale)
-        if total is not self.out:
-            self.out.add_(total) if self.adds else self.out.copy_(total)
-
-
-class _Call:
-    """One call's tensors, cut to the vocabulary."""
+    spare_columns = 0  # behind those that are asked for, in every buffer
 
     def __init__(
         self,
         student: Side,
-        teacher: Side,
+        teacher: Side | None,
         mask: Tensor | None,
         vocab_size: int,
         options: LossOptions,
@@ -90,7 +53,8 @@ class _Call:
         of_tokens: TokenMetrics,
         shard: Shard | None = None,
     ) -> None:
-        self.student, self.teacher = (_operands(side, vocab_size) for side in (student, teacher))
+        self.student = _operands(student, vocab_size)
+        self.teacher = self.student if teacher is None else _operands(teacher, vocab_size)
         self.mask, self.vocab_size, self.options, self.epilogues = mask, vocab_size, options, epilogues
         self.of_tokens, self.shard = of_tokens, shard
         self.first_token, self.total_vocab = (shard.start, shard.total_vocab) if shard else (0, vocab_size)
@@ -98,7 +62,7 @@ class _Call:
 
     def buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Scratch [rows, columns], the same memory whenever the name is the same; the largest comes first."""
-        width = padded(columns)
+        width = padded(columns + self.spare_columns)
         if name not in self.buffers:
             size = rows * width
             self.buffers[name] = torch.empty(size, dtype=dtype, device=self.student[0].device)
@@ -111,12 +75,13 @@ class _Call:
         for name, (hidden, head, bias) in (("student", self.student), ("teacher", self.teacher)):
             tile = self.buffer(f"{name}{slot}", *shape, torch.float32)
             kind = torch.promote_types(hidden.dtype, head.dtype)
-            matmul(hidden[rows].to(kind), head[columns].to(kind).t(), tile, False)
+            gemm_gpu.matmul(hidden[rows].to(kind), head[columns].to(kind).t(), tile, False)
             tiles.append(tile)
             biases.append(None if bias is None else bias[columns])
         return tiles[0], tiles[1], biases[0], biases[1]
 
     def mask_of(self, rows: slice) -> Tensor | None:
+        """Which of some rows count."""
         return None if self.mask is None else self.mask[rows]
 
     def metrics_of(self, rows: slice, **more: Any) -> dict[str, Any]:
@@ -125,6 +90,23 @@ class _Call:
         if metrics is None:
             return {}
         return {"labels": None if labels is None else labels[rows], "metrics": metrics[rows], **more}
+
+    @property
+    def of_teacher(self) -> dict[str, Any]:
+        """The fields of GpuProblem that depend on the teacher and the divergence."""
+        hidden, head, _ = self.teacher
+        return {
+            "teacher_hidden_size": hidden.shape[1],
+            "teacher_itemsize": torch.promote_types(hidden.dtype, head.dtype).itemsize,
+            "looks": 1 + self.options.divergence.needs_second_look,
+        }
+
+    def kl_of(self, loss: Tensor, stats: Tensor) -> Tensor:
+        """Each row's KL, which bounds the gradient of reverse KL; where that is not known yet, anything."""
+        return stats[:, STAT_KL]
+
+    def prepare(self, stats: Tensor, weight: Tensor) -> None:
+        """Called before the first grad() that has no statistics to make."""
 
     @property
     def fused(self) -> bool:
@@ -174,21 +156,36 @@ class _Call:
         weight: Tensor,
         ce_weight: Tensor | None,
         dz: Tensor,
-        logits: Logits | None = None,
     ) -> None:
         """Dz of a tile. With `loss`, the tile is of the whole vocabulary, and loss and stats come with it."""
-        mask, width = self.mask_of(rows), columns.stop - columns.start
-        if logits is None:
-            logits = self.logits(rows, columns)
-        of_ce = {} if ce_weight is None else {"ce_weight": ce_weight[rows]}
+        logits, mask, width = self.logits(rows, columns), self.mask_of(rows), columns.stop - columns.start
         if loss is not None:
+            of_ce = {} if ce_weight is None else {"ce_weight": ce_weight[rows]}
             arguments = (weight[rows], loss[rows], stats[rows], dz, width, self.options)
             self.epilogues.forward_grad(logits, mask, *arguments, **self.metrics_of(rows, **of_ce))
             return
-        if of_ce:
-            of_ce["first_token"] = self.first_token + columns.start
-            of_ce = self.metrics_of(rows, **of_ce, total_vocab=self.total_vocab)
+        self.grad_of_logits(logits, rows, columns, stats, weight, ce_weight, dz)
+
+    def grad_of_logits(
+        self,
+        logits: Logits,
+        rows: slice,
+        columns: slice,
+        stats: Tensor,
+        weight: Tensor,
+        ce_weight: Tensor | None,
+        dz: Tensor,
+    ) -> None:
+        """Dz of a tile whose logits are there."""
+        mask, width, of_ce = self.mask_of(rows), columns.stop - columns.start, {}
+        if ce_weight is not None:
+            place = {"first_token": self.first_token + columns.start, "total_vocab": self.total_vocab}
+            of_ce = self.metrics_of(rows, ce_weight=ce_weight[rows], **place)
         self.epilogues.grad(logits, mask, weight[rows], stats[rows], dz, width, self.options, **of_ce)
+
+    def statistics(self, loss: Tensor, stats: Tensor, chunk_rows: int, tile: int) -> None:
+        """Loss and stats from tiles of logits."""
+        statistics(self, loss, stats, chunk_rows, tile)
 
 
 def _operands(side: Side, vocab_size: int) -> Side:
@@ -236,19 +233,37 @@ def linear_kl_loss_(
         shard: where ranks share the vocabulary; heads and vocab_size are this one's.
         hidden_sum: what is to start once the gradient to the hidden states, its `partial`, is written.
     """
+    call = Call(student, teacher, mask, vocab_size, options, epilogues, of_tokens, shard)
+    fused = bool(outputs[0].numel()) and not any(needs_grad) and call.fused
+    if fused:
+        call.fused_statistics(*outputs[:2])  # without a plan: it has no scratch that a budget bounds
+    else:
+        given = (row_weight, stats, grad_head_accumulator, needs_grad, schedule, workspace_bytes)
+        run(call, outputs, *given, hidden_sum)
+
+
+def run(
+    call: Call,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    row_weight: Tensor | None,
+    stats: Tensor | None,
+    grad_head_accumulator: Tensor | None,
+    needs_grad: tuple[bool, bool, bool],
+    schedule: str,
+    workspace_bytes: int,
+    hidden_sum: HiddenSum | None = None,
+) -> None:
+    """The schedule of a call; see linear_kl_loss_() for the arguments."""
     loss, new_stats, grad_hidden, grad_head, grad_bias = outputs
-    N, H = student[0].shape
+    mask, vocab_size, shard = call.mask, call.vocab_size, call.shard
+    N, H = call.student[0].shape
     for grad in (grad_head, grad_bias):
         grad[vocab_size if N else 0 :].zero_()
     if N == 0:
         return
-    call = _Call(student, teacher, mask, vocab_size, options, epilogues, of_tokens, shard)
-    if not any(needs_grad) and call.fused:
-        call.fused_statistics(loss, new_stats)  # without a plan: it has no scratch that a budget bounds
-        return
-    kind = torch.promote_types(student[0].dtype, student[1].dtype)
+    kind = torch.promote_types(call.student[0].dtype, call.student[1].dtype)
     # in fp16, how far the gradients of reverse KL reach is to be known before the first is stored
-    stats_first = kind == torch.float16 and options.divergence is Divergence.REVERSE_KL
+    stats_first = kind == torch.float16 and call.options.divergence is Divergence.REVERSE_KL
     adds = grad_head_accumulator is not None
     head_out = grad_head if grad_head_accumulator is None else grad_head_accumulator
     sums = sums_with_memory(grad_hidden.dtype, head_out.dtype, kind, adds)
@@ -258,9 +273,7 @@ def linear_kl_loss_(
         N,
         vocab_size if shard is None else shard.widest,  # all ranks cut the rows alike
         H,
-        teacher[0].shape[1],
         itemsize=kind.itemsize,
-        teacher_itemsize=torch.promote_types(teacher[0].dtype, teacher[1].dtype).itemsize,
         grad_hidden=needs_grad[0],
         grad_head=needs_grad[1],
         grad_bias=needs_grad[2],
@@ -268,54 +281,51 @@ def linear_kl_loss_(
         ranks=1 if shard is None else shard.group.size(),
         stats_first=stats_first,
         stats_known=stats is not None,
-        looks=1 + options.divergence.needs_second_look,
-        gpu=figures_of(student[0].device),
+        gpu=figures_of(loss.device),
+        **call.of_teacher,
     )
     chosen = plan(problem, schedule, workspace_bytes)
     if chosen.schedule == "forward":
-        statistics(call, loss, new_stats, chosen.chunk_rows, chosen.tile)
+        call.statistics(loss, new_stats, chosen.chunk_rows, chosen.tile)
         return
     known = stats is not None
     if stats is None:
         stats = new_stats
         if chosen.schedule == "recompute" or stats_first:
-            statistics(call, loss, stats, chosen.chunk_rows, chosen.tile)
+            call.statistics(loss, stats, chosen.chunk_rows, chosen.tile)
             known = True
 
-    weight, ce_weight, unscale = row_weights(row_weight, of_tokens.ce_weight, mask, kind, options, stats)
+    weight, ce_weight, unscale = gradient_weights(
+        row_weight, call.of_tokens.ce_weight, mask, kind, call.options, call.kl_of(loss, stats)
+    )
+    if known:
+        call.prepare(stats, weight)
     if mask is not None and needs_grad[1]:  # 0 * NaN of a row that is not valid would spread
         call.student = (call.student[0].masked_fill(~mask[:, None], 0), *call.student[1:])
     hidden, head, _ = call.student
     kept, tiles = list(slices(0, N, chosen.dz_rows)), list(slices(0, vocab_size, chosen.tile))
     if not tiles:  # padding alone: a part of 0 in what the ranks exchange
         for rows in [] if known else kept:
-            store(call, list(slices(rows.start, rows.stop, chosen.chunk_rows)), loss, stats, lambda *_: None)
+            for _ in store(call, list(slices(rows.start, rows.stop, chosen.chunk_rows)), loss, stats):
+                pass
         grad_hidden.zero_()
         return
     # never rounded by a GEMM: its sum is over the vocabulary, and a few bytes a row
-    hidden_sums = [_Sum(grad_hidden[rows], kind, len(tiles), unscale, rounds=False) for rows in kept]
+    hidden_sums = [GradientSum(grad_hidden[rows], kind, len(tiles), unscale, rounds=False) for rows in kept]
     for columns in tiles:
-        head_sum = _Sum(head_out[columns], kind, len(kept), unscale, adds=adds)
+        head_sum = GradientSum(head_out[columns], kind, len(kept), unscale, adds=adds)
         for i, rows in enumerate(kept):
             dz = call.buffer("dz", rows.stop - rows.start, columns.stop - columns.start, kind)
-
-            def grad_of(
-                part: slice,
-                logits: Logits | None = None,
-                columns: slice = columns,
-                begin: int = rows.start,
-                dz: Tensor = dz,
-            ) -> None:
-                with_loss = None if known or logits is not None else loss
-                dz_part = dz[part.start - begin : part.stop - begin]
-                call.grad(part, columns, with_loss, stats, weight, ce_weight, dz_part, logits)
-
             chunks = list(slices(rows.start, rows.stop, chosen.chunk_rows))
+            parts = {part.start: dz[part.start - rows.start : part.stop - rows.start] for part in chunks}
             if shard is None or known:
                 for part in chunks:
-                    grad_of(part)
+                    with_loss = None if known else loss
+                    call.grad(part, columns, with_loss, stats, weight, ce_weight, parts[part.start])
             else:
-                store(call, chunks, loss, stats, grad_of)
+                for part, logits in store(call, chunks, loss, stats):
+                    dz_part = parts[part.start]
+                    call.grad_of_logits(logits, part, columns, stats, weight, ce_weight, dz_part)
             if needs_grad[0]:
                 hidden_sums[i].add(dz, head[columns].to(kind))
                 if hidden_sum is not None and columns is tiles[-1] and rows is kept[-1]:
@@ -323,11 +333,6 @@ def linear_kl_loss_(
             if needs_grad[1]:
                 head_sum.add(dz.t(), hidden[rows].to(kind))
             if needs_grad[2]:
-                _add_rows(dz, grad_bias[columns], i == 0)
+                add_rows(dz, grad_bias[columns], i == 0)
     if needs_grad[2] and unscale is not None:
         grad_bias[:vocab_size] *= unscale
-
-
-def _add_rows(dz: Tensor, out: Tensor, first: bool) -> None:
-    total = dz.sum(0, dtype=torch.float32)
-    out.copy_(total) if first else out.add_(total)

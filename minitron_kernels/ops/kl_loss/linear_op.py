@@ -18,6 +18,9 @@ from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.plan import grad_dtype
 from minitron_kernels.ops.kl_loss.plan_cpu import operand_type
 from minitron_kernels.ops.kl_loss.plan_cpu import plan as plan_cpu
+from minitron_kernels.ops.kl_loss.sparse_cpu import sparse_kl_loss_cpu
+from minitron_kernels.ops.kl_loss.sparse_gpu import linear_sparse_kl_loss_
+from minitron_kernels.ops.kl_loss.sparse_teacher import SparseTeacher
 from minitron_kernels.ops.kl_loss.vocab_parallel import (
     HiddenSum,
     Parallel,
@@ -35,10 +38,12 @@ def _loss_dtype(x: Tensor) -> torch.dtype:
 def linear_kl_loss_op(
     student_hidden: Tensor,
     student_head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
     student_bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
     teacher_bias: Tensor | None,
+    ids: Tensor | None,
+    teacher_outcomes: Tensor | None,
     mask: Tensor | None,
     row_weight: Tensor | None,
     stats: Tensor | None,
@@ -63,6 +68,8 @@ def linear_kl_loss_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Row losses [N], stats [N, 6], metrics [N, 4] and gradients, those that are needed, else empty.
 
+    The teacher is hidden states, head and bias, or sparse: ids [N, k] and outcomes [N, k + 1], as
+    sparse_teacher.py makes them. Then stats are the student's outcomes, [N, k + 1].
     The gradients are those of sum(row_weight * loss + ce_weight * cross-entropy). Both weights: [N] or 0-dim;
     row_weight None for 1, ce_weight None for 0; ce_weight needs labels, [N] int64, -1 where there is none.
     With `stats` (and `metrics`, for a ce_weight) of an earlier call, only the gradients are made.
@@ -73,6 +80,7 @@ def linear_kl_loss_op(
     outputs = _fake(
         student_hidden,
         student_head,
+        teacher_outcomes,
         stats,
         grad_head_accumulator,
         needs_hidden,
@@ -84,7 +92,30 @@ def linear_kl_loss_op(
     loss, new_stats, grad_hidden, grad_head, grad_bias, new_metrics = outputs
     if metrics is None and needs_metrics:
         metrics = new_metrics
+    student = (student_hidden, student_head, student_bias)
+    of_tokens = TokenMetrics(labels, metrics, ce_weight)
     needs_grad = (needs_hidden, needs_head, needs_bias)
+    if ids is not None and teacher_outcomes is not None:
+        sparse = (
+            outputs[:5],
+            student,
+            SparseTeacher(ids, teacher_outcomes),
+            mask,
+            row_weight,
+            stats,
+            grad_head_accumulator,
+            needs_grad,
+            vocab_size,
+            options,
+            schedule,
+            workspace_bytes,
+        )
+        if student_hidden.device.type == "cpu":
+            sparse_kl_loss_cpu(*sparse, engine, of_tokens)
+        else:
+            linear_sparse_kl_loss_(*sparse, EPILOGUES[backend](), of_tokens)
+        return outputs
+    assert teacher_hidden is not None and teacher_head is not None
     shard, hidden_sum, hiddens = None, None, (student_hidden, teacher_hidden)
     if group is not None:
         dtypes = (str(x.dtype) for x in (student_hidden, student_head, teacher_hidden, teacher_head))
@@ -118,15 +149,13 @@ def linear_kl_loss_op(
         schedule,
         workspace_bytes,
     )
-    of_tokens = TokenMetrics(labels, metrics, ce_weight)
     if _on_gpu(student_hidden):
         linear_kl_loss_(*arguments, EPILOGUES[backend](), of_tokens, shard, hidden_sum)
     elif shard is None:
         linear_kl_loss_cpu_(*arguments, engine, of_tokens)
     else:
-        linear_kl_loss_of_shard(
-            functools.partial(linear_kl_loss_cpu_, engine=engine), arguments, of_tokens, shard
-        )
+        run = functools.partial(linear_kl_loss_cpu_, engine=engine)
+        linear_kl_loss_of_shard(run, arguments, of_tokens, shard)
     if hidden_sum is not None:
         hidden_sum.finish()
     return outputs
@@ -225,6 +254,7 @@ def _rows(x: Tensor) -> Tensor:
 def _fake(
     student_hidden: Tensor,
     student_head: Tensor,
+    teacher_outcomes: Tensor | None,
     stats: Tensor | None,
     grad_head_accumulator: Tensor | None,
     needs_hidden: bool,
@@ -236,13 +266,14 @@ def _fake(
     (N, H), rows = student_hidden.shape, student_head.shape[0]
     loss_dtype = _loss_dtype(student_hidden)
     tokens = N if gathered_over is None else N * group_size(gathered_over)
+    columns = NUM_STATS if teacher_outcomes is None else teacher_outcomes.shape[1]
 
     def grad(x: Tensor, shape: tuple[int, ...], wanted: bool) -> Tensor:
         return x.new_empty(shape if wanted else (0,), dtype=grad_dtype(x.dtype))
 
     return (
         student_hidden.new_empty(tokens, dtype=loss_dtype),
-        student_hidden.new_empty((tokens, NUM_STATS) if stats is None else (0,), dtype=loss_dtype),
+        student_hidden.new_empty((tokens, columns) if stats is None else (0,), dtype=loss_dtype),
         grad(student_hidden, (N, H), needs_hidden),
         grad(student_head, (rows, H), needs_head and grad_head_accumulator is None),
         student_hidden.new_empty(rows if needs_bias else 0, dtype=loss_dtype),
@@ -254,10 +285,12 @@ def _fake(
 def _(
     student_hidden: Tensor,
     student_head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
     student_bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
     teacher_bias: Tensor | None,
+    ids: Tensor | None,
+    teacher_outcomes: Tensor | None,
     mask: Tensor | None,
     row_weight: Tensor | None,
     stats: Tensor | None,
@@ -283,6 +316,7 @@ def _(
     return _fake(
         student_hidden,
         student_head,
+        teacher_outcomes,
         stats,
         grad_head_accumulator,
         needs_hidden,

@@ -8,23 +8,20 @@ from torch import Tensor
 
 from minitron_kernels._backend import pick
 from minitron_kernels.ops.kl_loss import reference
-from minitron_kernels.ops.kl_loss.budget import CPU_WORKSPACE_BYTES, GPU_WORKSPACE_BYTES, SCHEDULES
+from minitron_kernels.ops.kl_loss.budget import SCHEDULES, workspace_budget
 from minitron_kernels.ops.kl_loss.checks import (
+    as_rows,
     as_saved,
-    byte_count,
-    check_constant,
-    check_floating,
-    check_transforms,
-    positive,
-)
-from minitron_kernels.ops.kl_loss.linear import linear_kl_rows
-from minitron_kernels.ops.kl_loss.linear_checks import (
     autocast,
     check_accumulator,
     check_bias,
-    check_parallel,
-    check_sides,
+    check_constant,
+    check_floating,
+    check_linear,
+    check_transforms,
+    positive,
 )
+from minitron_kernels.ops.kl_loss.linear import Teacher, linear_kl_rows
 from minitron_kernels.ops.kl_loss.options import check_vocab_size, loss_options
 from minitron_kernels.ops.kl_loss.record import LossRecord, TokenTerms
 from minitron_kernels.ops.kl_loss.rows import kl_rows, kl_rows_with_metrics
@@ -153,8 +150,8 @@ def kl_loss(
         return_parts=return_parts,
         vocab_sizes=(V, student_logits.shape[-1]),
     )
-    student = _as_rows(student_logits)
-    teacher = _as_rows(teacher_logits.detach())
+    student = as_rows(student_logits)
+    teacher = as_rows(teacher_logits.detach())
     computed, targets = tokens.computed, tokens.targets
     if chosen == "reference":
         terms = TokenTerms(
@@ -284,18 +281,24 @@ def linear_kl_loss(
         teacher_head=teacher_head,
     )
     check_constant("teacher_hidden", teacher_hidden)
-    check_sides(student_hidden, student_head, teacher_hidden, teacher_head)
-    check_bias("student_bias", student_bias, student_head)
-    check_bias("teacher_bias", teacher_bias, teacher_head)
-    check_accumulator(grad_head_accumulator, student_head)
+    check_linear("student", student_hidden, student_head)
+    check_linear("teacher", teacher_hidden, teacher_head)
+    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
+        raise ValueError(
+            "student_hidden and teacher_hidden must have the same leading dimensions, got "
+            f"{tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}"
+        )
     parallel = Parallel.of(tp_group, sequence_parallel, vocab_range)
     shape, vocab_sizes = student_hidden.shape[:-1], (student_head.shape[0], teacher_head.shape[0])
     if parallel.group is None:
         V = check_vocab_size(vocab_size, *vocab_sizes)
         labels_below = V, vocab_sizes[0]
     else:
-        V, shape = check_parallel(parallel, vocab_size, shape)
+        V, shape = parallel.sizes(vocab_size, shape)
         labels_below = LABELS_CHECKED_LATER
+    check_bias("student_bias", student_bias, student_head)
+    check_bias("teacher_bias", teacher_bias, teacher_head)
+    check_accumulator(grad_head_accumulator, student_head)
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
     options = loss_options(
@@ -329,24 +332,20 @@ def linear_kl_loss(
 
     student_hidden, student_head = autocast(student_hidden, student_head)
     teacher_hidden, teacher_head = autocast(teacher_hidden.detach(), teacher_head.detach())
-    student = (_as_rows(student_hidden), student_head, student_bias)
-    teacher = (
-        _as_rows(teacher_hidden),
-        teacher_head,
-        None if teacher_bias is None else teacher_bias.detach(),
-    )
+    student = (as_rows(student_hidden), student_head, student_bias)
+    bias = None if teacher_bias is None else teacher_bias.detach()
+    teacher = Teacher(as_rows(teacher_hidden), teacher_head, bias)
     if chosen == "reference":
         for name, given in (("grad_head_accumulator", grad_head_accumulator), ("tp_group", tp_group)):
             if given is not None:
                 raise ValueError(f"{name} needs native or triton; the reference leaves gradients to autograd")
-        s, t = ((as_saved(x), as_saved(w), as_saved(b)) for x, w, b in (student, teacher))
+        s = (as_saved(student[0]), as_saved(student[1]), as_saved(student[2]))
+        t = (as_saved(as_rows(teacher_hidden)), as_saved(teacher_head), as_saved(teacher.bias))
         of_tokens = as_saved(tokens.computed), as_saved(tokens.targets)
         terms = TokenTerms(
             *reference.linear_rows(s, t, *of_tokens, V, tokens.needs_metrics, **options._asdict())
         )
         return tokens.result(tokens.loss(terms), terms)
-    default = CPU_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
-    budget = default if workspace_bytes is None else byte_count("workspace_bytes", workspace_bytes)
     row_weight, row_ce_weight = tokens.row_weights()
     result, of_rows = linear_kl_rows(
         student,
@@ -358,7 +357,7 @@ def linear_kl_loss(
         options,
         chosen,
         schedule,
-        budget,
+        workspace_budget(workspace_bytes, device),
         labels=tokens.targets,
         ce_weight=row_ce_weight,
         needs_metrics=tokens.needs_metrics,
@@ -367,9 +366,3 @@ def linear_kl_loss(
     if row_weight is None:
         result = tokens.loss(TokenTerms(result) if of_rows is None else of_rows)
     return tokens.result(result, of_rows)
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """[..., C] -> [N, C] with stride 1 along C, a view where possible."""
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()

@@ -4,14 +4,14 @@ vocabulary, from what each of them knows of its shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from minitron_kernels.ops.kl_loss.divergence import NUM_METRIC_STATE, NUM_STATE, NUM_SUMS
 from minitron_kernels.ops.kl_loss.epilogues import Epilogues
-from minitron_kernels.ops.kl_loss.linear_rows import TokenMetrics
+from minitron_kernels.ops.kl_loss.linear_rows import TokenMetrics, slices
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.states import empty_state, state_of
 from minitron_kernels.ops.kl_loss.vocab_parallel import Gathered, Shard
@@ -35,11 +35,6 @@ class Tiles(Protocol):
 
     def mask_of(self, rows: slice) -> Tensor | None:
         """Which of the rows are valid."""
-
-
-def slices(begin: int, end: int, size: int) -> Iterator[slice]:
-    """Parts of at most `size`."""
-    return (slice(at, min(at + size, end)) for at in range(begin, end, size))
 
 
 class RowStatistics:
@@ -137,40 +132,31 @@ def statistics(call: Tiles, loss: Tensor, stats: Tensor, chunk_rows: int, tile: 
             some.receive()
 
 
-def store(
-    call: Tiles, chunks: list[slice], loss: Tensor, stats: Tensor, grad: Callable[[slice, Logits], None]
-) -> None:
-    """Loss and stats of chunks of rows over a shared vocabulary, then grad() with the logits that they have.
+def store(call: Tiles, chunks: list[slice], loss: Tensor, stats: Tensor) -> Iterator[tuple[slice, Logits]]:
+    """Loss and stats of chunks of rows over a shared vocabulary; gives each chunk's logits when they are.
 
     While the ranks exchange what they know of a chunk, the next one's logits are made, in another buffer; and
-    while they exchange JSD's second look at it, the next one's first look.
+    while they exchange JSD's second look at it, the next one's first look. A rank without tokens takes part
+    in the exchange, and gives nothing.
     """
     columns, before = slice(0, call.vocab_size), None
-
-    def finish(some: RowStatistics, logits: Logits | None) -> None:
-        some.receive()
-        if logits is not None:
-            grad(some.rows, logits)
-
-    def look_again(some: RowStatistics, logits: Logits | None) -> None:
-        if not call.options.divergence.needs_second_look:
-            return
-        some.receive()
-        if logits is not None:
-            some.add(logits, some.rows, 0)
-        some.send()
-
-    for i, rows in enumerate(chunks):
-        logits = call.logits(rows, columns, i % 2) if call.vocab_size else None
+    for i, rows in enumerate((*chunks, None)):
+        logits = None
+        if rows is not None and call.vocab_size:
+            logits = call.logits(rows, columns, i % 2)
+        if before is not None and call.options.divergence.needs_second_look:
+            before[0].receive()
+            if before[1] is not None:
+                before[0].add(before[1], before[0].rows, 0)
+            before[0].send()
+        some = None
+        if rows is not None:
+            some = RowStatistics(call, rows, loss, stats)
+            if logits is not None:
+                some.add(logits, rows, 0)
+            some.send()
         if before is not None:
-            look_again(*before)
-        some = RowStatistics(call, rows, loss, stats)
-        if logits is not None:
-            some.add(logits, rows, 0)
-        some.send()
-        if before is not None:
-            finish(*before)
-        before = some, logits
-    if before is not None:
-        look_again(*before)
-        finish(*before)
+            before[0].receive()
+            if before[1] is not None:
+                yield before[0].rows, before[1]
+        before = None if some is None else (some, logits)
