@@ -6,7 +6,7 @@ UNIT = "kl_loss/cuda/rows.cu"
 ROW_KERNELS, DIVERGENCE = "kl_loss/cuda/row_kernels.cuh", "kl_loss/cuda/divergence.cuh"
 REDUCE, VEC = "common/cuda/reduce.cuh", "common/cuda/vec.cuh"
 STATE, TILES = "kl_loss/cuda/row_state.cuh", "kl_loss/cuda/tile_kernels.cuh"
-PAIRS = "kl_loss/cuda/row_pairs.cuh"
+PAIRS, MIXTURE = "kl_loss/cuda/row_pairs.cuh", "kl_loss/cuda/tile_mixture.cuh"
 TRITON_ROWS, TRITON_MATH, TRITON_LINEAR, TRITON_LAUNCH, TRITON_SCALE = (
     f"kl_loss/kernel_triton/{name}.py" for name in ("rows", "divergence", "linear", "launch", "scale")
 )
@@ -69,7 +69,7 @@ CUDA_ARTIFACTS = {  # name: faults in the source, compiler flags, what the gate 
 
 BLOCK_BARRIER = "  __syncthreads();\n  const int warps"
 PASS_ONE = "  RowStats stat = state.stats();\n"
-ANOTHER_PASS = "  stat.kl = row_state(pairs, state, partial_states).kl;\n"
+ANOTHER_PASS = "  stat.kl = row_state(pairs, state, partial_states, of_metrics.tau()...).loss();\n"
 ZERO_PADDING = "columns - options.vocab_size, begin, step);"
 # test_cuda.py::test_planted_fault_is_found plants them: name: (check, fault, what the failure says)
 CUDA_ROWS = {
@@ -112,8 +112,9 @@ CUDA_ROWS = {
 }
 
 DIFFERS = "Not equal to tolerance"
-BEGUN, BEGUN_SUMS = ") begun = load_fields<State>", ") begun = load_fields<MixtureSums>"
-MERGED = "  const State merged = row_state(pairs, begun, partial);\n"
+BEGUN, BEGUN_SUMS = ") {\n    row_of<Row>(begun) = load", ") begun = load_fields<MixtureSums>"
+EACH_TWICE = "  if (row_of<Row>(row_state(pairs, begun, partial, of_metrics.tau()...)).kl < 0.0f) return;\n"
+MERGED = "  const State merged = row_state(pairs, begun, partial, of_metrics.tau()...);\n"
 # test_tiles_cuda.py::test_planted_fault_is_found plants them: name: (check, fault, what the failure says)
 CUDA_LINEAR = {
     "digits of 1e4": (
@@ -129,7 +130,7 @@ CUDA_LINEAR = {
     "last row of a finishing grid": (
         "finish",
         Fault(
-            "kl_loss/cuda/linear.cu",
+            "kl_loss/cuda/linear_launch.cuh",
             "(rows + kFinishThreads - 1) / kFinishThreads",
             "(rows + kFinishThreads - 2) / kFinishThreads",
         ),
@@ -148,7 +149,7 @@ CUDA_LINEAR = {
     ),
     "JSD forgets earlier tiles": (
         "tiles by JSD",
-        Fault(TILES, "&& !first" + BEGUN_SUMS, "&& !first && row < 0" + BEGUN_SUMS),
+        Fault(MIXTURE, "&& !first" + BEGUN_SUMS, "&& !first && row < 0" + BEGUN_SUMS),
         DIFFERS,
     ),
     "no bias": ("tiles", Fault(PAIRS, "x[i] += b[i];", "x[i] += 0.0f * b[i];"), DIFFERS),
@@ -169,7 +170,7 @@ CUDA_LINEAR = {
     ),
     "each logit twice": (
         "traffic",
-        Fault(TILES, MERGED, MERGED + "  if (row_state(pairs, begun, partial).kl < 0.0f) return;\n"),
+        Fault(TILES, MERGED, MERGED + EACH_TWICE),
         r"163840, 0",
     ),
     "scalar stores": (
