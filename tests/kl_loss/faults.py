@@ -277,6 +277,72 @@ CUDA_CLUSTERS = {
     "padding not zeroed": ("values", Fault(CLUSTERS, ZERO_PADDING, f"-1 + {ZERO_PADDING}"), "assert"),
 }
 
+METRICS = "kl_loss/cuda/metrics.cuh"
+WRONG = "assert|error|Mismatch|expected"
+# test_metrics_cuda.py::test_planted_fault_is_found plants them: name: (check, fault, what the failure says)
+CUDA_METRICS = {
+    "dot of another maximum": ("rows", Fault(METRICS, "dot + y * sum)", "dot)"), WRONG),
+    "sum of another maximum": ("rows", Fault(METRICS, "return {sum * mass, ", "return {sum, "), WRONG),
+    "no temperature": ("rows", Fault(METRICS, "y = (s[i] - zero) * tau;", "y = s[i] - zero;"), WRONG),
+    "no temperature in the probabilities": (
+        "rows",
+        Fault(METRICS, "exp_approx((s - max_s) * tau)", "exp_approx(s - max_s)"),
+        WRONG,
+    ),
+    "the factor of another temperature": (
+        "rows",
+        Fault(METRICS, "weight * options.tau,", "weight,"),
+        WRONG,
+    ),
+    "a total of what is no token": (
+        "rows",
+        Fault(METRICS, "is_token(i) ? s[i] : 0.0f", "s[i]"),
+        WRONG,
+    ),
+    "nothing for what is smoothed": (
+        "rows",
+        Fault(METRICS, "target = column == label ? hit : spread", "target = column == label ? hit : 0.0f"),
+        WRONG,
+    ),
+    "a label of another tile": ("tiles", Fault(METRICS, " - first_token;", ";"), WRONG),
+    "a label forgotten": (
+        "tiles",
+        Fault(METRICS, "begun = first ? -INFINITY :", "begun = first || true ? -INFINITY :"),
+        WRONG,
+    ),
+    "a state forgotten": ("tiles", Fault(TILES, "(of_metrics.load(row, begun), ...);", ""), WRONG),
+    "rows that do not count, of tiles": (
+        "tiles",
+        Fault(METRICS, "if (!valid) return out.store_zero(row);", ""),
+        WRONG,
+    ),
+    "rows that do not count": (
+        "whole rows",
+        Fault(ROW_KERNELS, "(of_metrics.store_zero(row), ...);", ""),
+        WRONG,
+    ),
+    "nothing times infinity": (
+        "masked out",
+        Fault(METRICS, "mass == 0.0f ? 0.0f : mass * y", "mass * y"),
+        f"{WRONG}|{DIFFERS}",
+    ),
+    "an infinite divergence without weight": (
+        "unknown",
+        Fault(METRICS, "kl_weight == 0.0f ? 0.0f : kl_weight * grad", "kl_weight * grad"),
+        WRONG,
+    ),
+    "the sum of the loss's temperature": (
+        "clusters",
+        Fault(CLUSTERS, "1.0f / state.sum_y(metrics.tau())", "1.0f / state.row.student.sum"),
+        WRONG,
+    ),
+    "a label by each thread": (
+        "traffic",
+        Fault(ROW_KERNELS, "if (threadIdx.x == 0) (of_metrics.store", "(of_metrics.store"),
+        WRONG,
+    ),
+}
+
 TRITON_ARTIFACTS = {  # name: launches, faults, what the gate says
     "none": ("rows forward bf16", (), None),
     "spills": (
