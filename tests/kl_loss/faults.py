@@ -112,7 +112,7 @@ CUDA_ROWS = {
 }
 
 DIFFERS = "Not equal to tolerance"
-BEGUN, BEGUN_SUMS = ") {\n    row_of<Row>(begun) = load", ") begun = load_fields<MixtureSums>"
+BEGUN, BEGUN_SUMS = ") {\n    begun = state_of(load", ") begun = load_fields<MixtureSums>"
 EACH_TWICE = "  if (row_of<Row>(row_state(pairs, begun, partial, of_metrics.tau()...)).kl < 0.0f) return;\n"
 MERGED = "  const State merged = row_state(pairs, begun, partial, of_metrics.tau()...);\n"
 # test_tiles_cuda.py::test_planted_fault_is_found plants them: name: (check, fault, what the failure says)
@@ -310,7 +310,11 @@ CUDA_METRICS = {
         Fault(METRICS, "begun = first ? -INFINITY :", "begun = first || true ? -INFINITY :"),
         WRONG,
     ),
-    "a state forgotten": ("tiles", Fault(TILES, "(of_metrics.load(row, begun), ...);", ""), WRONG),
+    "a state forgotten": (
+        "tiles",
+        Fault(TILES, "of_metrics.load(row)...", "(of_metrics.load(row), MetricSums::empty())..."),
+        WRONG,
+    ),
     "rows that do not count, of tiles": (
         "tiles",
         Fault(METRICS, "if (!valid) return out.store_zero(row);", ""),

@@ -132,13 +132,14 @@ struct WithMetrics {
 template <typename Row, typename... Metrics>
 using StateOf = std::conditional_t<sizeof...(Metrics) == 0, Row, WithMetrics<Row>>;
 
+// The two ways between a state and what stands in memory.
 template <typename Row>
-__device__ __forceinline__ Row& row_of(Row& state) {
-  return state;
+__device__ __forceinline__ Row state_of(const Row& row) {
+  return row;
 }
 template <typename Row>
-__device__ __forceinline__ Row& row_of(WithMetrics<Row>& state) {
-  return state.row;
+__device__ __forceinline__ WithMetrics<Row> state_of(const Row& row, const MetricSums& sums) {
+  return {row, sums};
 }
 template <typename Row>
 __device__ __forceinline__ const Row& row_of(const Row& state) {
@@ -209,9 +210,8 @@ struct MetricsState {
 
   __device__ __forceinline__ float tau() const { return options.tau; }
 
-  template <typename State>
-  __device__ __forceinline__ void load(int64_t row, State& begun) const {
-    begun.sums = load_fields<MetricSums>(state + row, stride);
+  __device__ __forceinline__ MetricSums load(int64_t row) const {
+    return load_fields<MetricSums>(state + row, stride);
   }
 
   template <typename State, typename T>
@@ -233,9 +233,8 @@ struct MetricsFinish {
 
   __device__ __forceinline__ float tau() const { return out.tau(); }
 
-  template <typename State>
-  __device__ __forceinline__ void load(int split, int64_t row, int64_t rows, State& state) const {
-    state.sums = load_fields<MetricSums>(part(split, row, rows), rows);
+  __device__ __forceinline__ MetricSums load(int split, int64_t row, int64_t rows) const {
+    return load_fields<MetricSums>(part(split, row, rows), rows);
   }
   template <typename State>
   __device__ __forceinline__ void store(int64_t row, bool valid, const State& state, int splits,

@@ -26,8 +26,7 @@ __global__ void __launch_bounds__(kStateThreads, kStateBlocksPerSM)
   if (!rows.is_valid(row)) options.vocab_size = 0;
   State begun = State::empty();
   if (threadIdx.x == 0 && !first) {
-    row_of<Row>(begun) = load_fields<Row>(state + row, state_stride);
-    (of_metrics.load(row, begun), ...);
+    begun = state_of(load_fields<Row>(state + row, state_stride), of_metrics.load(row)...);
   }
   const PairRow<float, float> pairs(rows, row, options);
   const State merged = row_state(pairs, begun, partial, of_metrics.tau()...);
@@ -66,10 +65,9 @@ __global__ void __launch_bounds__(kFinishThreads)
   const bool valid = rows.is_valid(row);
   State state = State::empty();
   for (int split = 0; split < rows.splits; ++split) {  // in order
-    State part;
-    row_of<Row>(part) = rows.part<Row>(states, split, row);
-    (of_metrics.load(split, row, rows.rows, part), ...);
-    state = state.merged(part, of_metrics.tau()...);
+    state =
+        state.merged(state_of(rows.part<Row>(states, split, row), of_metrics.load(split, row, rows.rows)...),
+                     of_metrics.tau()...);
   }
   store_scalar(loss + row, valid ? state.loss() : 0.0f);
   store_stats(stats + row * kNumStats, valid ? state.stats() : RowStats{});
