@@ -70,6 +70,7 @@ class LinearKL {
       const Chunk chunk = shape_.chunk(i);
       if (problem_.stats_given) {
         rows_.load_stats(chunk);
+        if (!shape_.has_grad()) sum_kl_of_shard(chunk);
         continue;
       }
       pack(chunk);
@@ -211,6 +212,13 @@ class LinearKL {
       brgemm_release();
     });
     rows_.merge_mixture_kl(chunk);
+  }
+
+  // The same of a shard of the vocabulary, whose stats are those of all its shards: what they sum up to.
+  void sum_kl_of_shard(const Chunk& chunk) {
+    if (!needs_second_look(problem_.options.divergence())) return;
+    pack(chunk);
+    sum_kl(chunk);
   }
 
   // The gradients of a tile group.

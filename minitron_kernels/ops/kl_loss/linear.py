@@ -21,6 +21,7 @@ from minitron_kernels.ops.kl_loss.record import TokenTerms
 from minitron_kernels.ops.kl_loss.rows import columns, no_second_derivative
 from minitron_kernels.ops.kl_loss.scaling import scaled
 from minitron_kernels.ops.kl_loss.sums import sum_rows
+from minitron_kernels.ops.kl_loss.vocab_parallel import Parallel
 
 
 def _dtypes(
@@ -187,9 +188,10 @@ class _PerToken(torch.autograd.Function):
 
 def _weighted_sum(loss: Tensor, row_weight: Tensor, ce: Tensor | None, ce_weight: Tensor | None) -> Tensor:
     """sum(row_weight * loss + ce_weight * ce) over rows."""
-    rows = loss * row_weight.to(loss.dtype)
-    if ce is not None and ce_weight is not None:
-        rows = rows + ce * ce_weight.to(loss.dtype)
+    weight = row_weight.to(loss.dtype)
+    rows = loss * weight
+    if ce is not None and ce_weight is not None:  # a KL of weight 0 is left out, even if it is infinite
+        rows = torch.where(weight == 0, 0.0, rows) + ce * ce_weight.to(loss.dtype)
     return sum_rows(rows)
 
 
@@ -209,11 +211,13 @@ def linear_kl_rows(
     labels: Tensor | None = None,
     ce_weight: Tensor | None = None,
     needs_metrics: bool = False,
+    parallel: Parallel = Parallel(),  # noqa: B008  immutable
 ) -> tuple[Tensor, TokenTerms | None]:
     """Loss rows [N], or with a row_weight their sum with the cross-entropy's; and the terms of tokens.
 
     The student is hidden, head and bias. Without a row_weight cross-entropy is a term, and differentiable as
     the loss is; terms are None unless metrics are needed, and those beside a sum have no gradient.
+    With a group in `parallel` heads are this rank's, and vocab_size is 0 where it is not known.
     `backend` is what pick() chose; on the CPU there is one, and `engine` says how it multiplies.
     """
     grad_mode = torch.is_grad_enabled()
@@ -224,7 +228,7 @@ def linear_kl_rows(
         grad_mode and bias is not None and bias.requires_grad,
     )
     needs_metrics = needs_metrics or ce_weight is not None
-    rest = (vocab_size, *options.as_arguments(), backend, schedule, workspace_bytes, engine)
+    rest = (vocab_size, *options.as_arguments(), backend, schedule, workspace_bytes, engine, *parallel)
     if any(needs_grad) and row_weight is not None and grad_head_accumulator is None:
         total, rows, metrics = _Reduced.apply(
             hidden,

@@ -97,6 +97,7 @@ class GpuProblem:
     stats_first: bool = False  # statistics of all rows before the first dz
     stats_known: bool = False
     looks: int = 1  # at each logit for the statistics; 2 for JSD
+    ranks: int = 1  # that share the vocabulary; vocab_size is the largest of their parts
     gpu: GpuFigures = FIGURES["H100"]
 
     @property
@@ -108,6 +109,11 @@ class GpuProblem:
     def entry_bytes(self) -> int:
         """The fp32 logits of an entry of the vocabulary, those of all models."""
         return _LOGIT * self.models
+
+    def logit_buffers(self, schedule: str, chunk_rows: int, dz_rows: int) -> int:
+        """Store has two chunks of logits where ranks exchange their statistics: one waits for them."""
+        exchanged = self.ranks > 1 and schedule == "store" and not (self.stats_known or self.stats_first)
+        return 2 if exchanged and chunk_rows < dz_rows else 1
 
     def head_sum_beside(self, parts: int) -> bool:
         """Whether the head's gradient has an fp32 sum beside it, where it is made of so many products."""
@@ -203,11 +209,16 @@ class _Planner:
             return [self.problem.num_tokens]
         width = padded(tile + self.problem.spare_columns)
         counts = set()
-        for chunk in (1, *(_PANEL << shift for shift in range(5))):
-            room = self.budget - self.tile_bytes(schedule, tile) - self.problem.entry_bytes * width * chunk
-            rows = min(self.problem.num_tokens, room // (self.problem.itemsize * width))
-            if rows >= 1:
-                counts.add(_even(self.problem.num_tokens, rows))
+        logits = self.problem.entry_bytes * width
+        most = self.problem.logit_buffers(schedule, 0, 1)
+        for buffers in range(1, most + 1):
+            for chunk in (1, *(_PANEL << shift for shift in range(5))):
+                room = self.budget - self.tile_bytes(schedule, tile) - buffers * logits * chunk
+                rows = min(self.problem.num_tokens, room // (self.problem.itemsize * width))
+                if buffers < most:  # one buffer is enough for one chunk
+                    rows = min(rows, chunk)
+                if rows >= 1:
+                    counts.add(_even(self.problem.num_tokens, rows))
         return sorted(counts)
 
     def chunk_sizes(self, tile: int, dz_rows: int, schedule: str) -> list[int]:
@@ -215,10 +226,13 @@ class _Planner:
         width = padded(tile + self.problem.spare_columns)
         kept = 0 if schedule == "forward" else self.problem.itemsize * width * dz_rows
         room = self.budget - kept - self.tile_bytes(schedule, tile)
-        most = min(max(dz_rows, 1), _MOST_ROWS, room // (self.problem.entry_bytes * width))
-        if most < 1:
-            return []
-        return sorted({*range(_PANEL, most + 1, _PANEL), _even(max(dz_rows, 1), most)})
+        rows, logits = max(dz_rows, 1), self.problem.entry_bytes * width
+        buffers = self.problem.logit_buffers(schedule, 0, 1)
+        sizes = {rows} if buffers > 1 and rows <= min(_MOST_ROWS, room // logits) else set()
+        most = min(rows, _MOST_ROWS, room // (buffers * logits))
+        if most >= 1:
+            sizes |= {*range(_PANEL, most + 1, _PANEL), _even(rows, most)}
+        return sorted(sizes)
 
     def smallest(self, schedule: str) -> GpuPlan:
         tile = self.problem.vocab_size if schedule == "store" else min(_TILES[-1], self.problem.vocab_size)
@@ -237,11 +251,11 @@ class _Planner:
         parts = -(-p.num_tokens // max(1, dz_rows))
         tiles = -(-p.vocab_size // max(1, tile))
         # of a sum over several tiles all rows wait; over one, those that are at work
-        waiting_rows = p.num_tokens if tiles > 1 else dz_rows
+        waiting_rows = p.num_tokens if tiles > 1 or p.ranks > 1 else dz_rows
         hidden_sum = grads and p.grad_hidden and p.hidden_sum
         head_sum_bytes = 4 * tile * p.student_hidden_size * (grads and p.head_sum_beside(parts))
         part_bytes = (
-            p.entry_bytes * chunk_rows * width,
+            p.entry_bytes * chunk_rows * width * p.logit_buffers(schedule, chunk_rows, dz_rows),
             p.itemsize * dz_rows * width * grads,
             head_sum_bytes if schedule == "recompute" else 0,
             4 * waiting_rows * p.student_hidden_size * hidden_sum,
@@ -327,7 +341,8 @@ class _Planner:
         bias = 2 * p.grad_bias * p.itemsize * pairs
         if p.stats_known:
             return gpu.traffic_seconds(grad + bias)
-        if schedule == "store" and not p.stats_first and gpu.clusters and p.models == 2:
+        one_look = schedule == "store" and not p.stats_first and p.models == 2 and p.ranks == 1
+        if one_look and gpu.clusters:
             # a row is read once from memory, and for all that follows out of L2
             return gpu.traffic_seconds(grad + bias, out_of_l2=looks)
         return gpu.traffic_seconds(looks + grad + bias)

@@ -22,7 +22,8 @@ from minitron_kernels.ops.kl_loss import gemm_gpu
 from minitron_kernels.ops.kl_loss.divergence import NUM_METRIC_STATE, NUM_STATS
 from minitron_kernels.ops.kl_loss.epilogues import Epilogues
 from minitron_kernels.ops.kl_loss.gemm_gpu import summed_in_fp32
-from minitron_kernels.ops.kl_loss.linear_gpu import NO_METRICS, Call, Side, TokenMetrics, run, slices
+from minitron_kernels.ops.kl_loss.linear_gpu import Call, run
+from minitron_kernels.ops.kl_loss.linear_rows import NO_METRICS, Side, TokenMetrics, slices
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.reference import transform_logits
 from minitron_kernels.ops.kl_loss.sparse_teacher import SparseTeacher

@@ -15,7 +15,7 @@ from torch import Tensor
 from minitron_kernels.ops.kl_loss.checks import as_saved
 from minitron_kernels.ops.kl_loss.divergence import NUM_METRICS
 from minitron_kernels.ops.kl_loss.epilogues import EPILOGUES, Epilogues
-from minitron_kernels.ops.kl_loss.linear_gpu import TokenMetrics, slices
+from minitron_kernels.ops.kl_loss.linear_rows import TokenMetrics, slices
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.record import TokenTerms
 from minitron_kernels.ops.kl_loss.rows import columns, no_second_derivative
