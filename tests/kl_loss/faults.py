@@ -7,8 +7,11 @@ ROW_KERNELS, DIVERGENCE = "kl_loss/cuda/row_kernels.cuh", "kl_loss/cuda/divergen
 REDUCE, VEC = "common/cuda/reduce.cuh", "common/cuda/vec.cuh"
 STATE, TILES = "kl_loss/cuda/row_state.cuh", "kl_loss/cuda/tile_kernels.cuh"
 PAIRS = "kl_loss/cuda/row_pairs.cuh"
-TRITON_ROWS, TRITON_MATH, TRITON_LINEAR, TRITON_LAUNCH, TRITON_SCALE = (
-    f"kl_loss/kernel_triton/{name}.py" for name in ("rows", "divergence", "linear", "launch", "scale")
+TRITON_ROWS, TRITON_MATH, TRITON_LINEAR, TRITON_SCALE, TRITON_METRICS = (
+    f"kl_loss/kernel_triton/{name}.py" for name in ("rows", "divergence", "linear", "scale", "metrics")
+)
+TRITON_ARGUMENTS, TRITON_LAUNCH_LINEAR = (
+    f"kl_loss/kernel_triton/{name}.py" for name in ("arguments", "launch_linear")
 )
 CLUSTERS = "kl_loss/cuda/cluster_kernels.cuh"
 ALIGNED_LOAD = "    if (aligned) {\n#pragma unroll\n      for (int i = 0; i < kAccesses; ++i) {\n"
@@ -292,7 +295,7 @@ TRITON_ARTIFACTS = {  # name: launches, faults, what the gate says
                 'tl.dot(x.to(tl.float32), tl.trans(w).to(tl.float32), z, input_precision="ieee")',
             ),
             Fault(
-                TRITON_LAUNCH,
+                TRITON_LAUNCH_LINEAR,
                 "return LinearBlocks(128, 128) if generation in (9, 10)",
                 "return LinearBlocks(32, 32) if generation in (9, 10)",
             ),
@@ -301,28 +304,28 @@ TRITON_ARTIFACTS = {  # name: launches, faults, what the gate says
     ),
     "scalar accesses": (
         "grad forward bf16",
-        (Fault(TRITON_ROWS, '["stride_mn", "stride_wn"]', '["stride_mn", "stride_sn"]'),),
+        (Fault(TRITON_ROWS, '["stride_mn", "stride_wn", ', '["stride_mn", "stride_sn", '),),
         "wide_loads 2, at least",
     ),
     "few loads together": (  # four times the threads, so that each has a quarter of the loads
         "tile_stats forward",
-        (Fault(TRITON_LAUNCH, "block // 512", "block // 128"),),
+        (Fault(TRITON_ARGUMENTS, "block // 512", "block // 128"),),
         "loads_together 2, at least 8",
     ),
     "registers": (
         "rows forward bf16",
-        (Fault(TRITON_LAUNCH, "block // 512", "block // 2048"),),
+        (Fault(TRITON_ARGUMENTS, "block // 512", "block // 2048"),),
         "registers",
     ),
 }
 
 TRITON_RECOMPILES = [  # fault, the kernels that are then compiled anew
     (
-        Fault(TRITON_ROWS, '["stride_mn", "stride_state"]', '["stride_mn"]'),
+        Fault(TRITON_ROWS, '["stride_mn", "stride_state", ', '["stride_mn", '),
         {"tile_stats_kernel"},
     ),
     (
-        Fault(TRITON_ROWS, 'PER_ROW = ("mask_ptr", ', "PER_ROW = ("),
+        Fault(TRITON_ROWS, 'PER_ROW = (\n    "mask_ptr", ', "PER_ROW = (\n    "),
         {"forward_kernel", "grad_kernel"},
     ),
 ]

@@ -8,8 +8,10 @@ import torch
 
 from kl_loss.cases import PLAIN, Kernels, linear, matmul_fp32
 from minitron_kernels.ops.kl_loss import linear_gpu
+from minitron_kernels.ops.kl_loss.divergence import NUM_STATE, NUM_STATS, NUM_SUMS
 from minitron_kernels.ops.kl_loss.epilogues import triton_epilogues
 from minitron_kernels.ops.kl_loss.kernel_triton import launch as k
+from minitron_kernels.ops.kl_loss.kernel_triton import launch_linear as linear_k
 from minitron_kernels.ops.kl_loss.kernel_triton import scale
 
 
@@ -27,7 +29,7 @@ def to_compile(target_name):
 
     # reverse KL is forward KL with the two sides swapped: compiled for one target
     kinds = BETAS if target_name == "sm_90" else ("forward", "jsd")
-    k.processors = lambda device: 132
+    linear_k.processors = lambda device: 132
     loss, stats = empty(N), empty(N, 6)
     out = []
 
@@ -46,14 +48,14 @@ def to_compile(target_name):
         dz = empty(N, 8192, dtype=torch.bfloat16)
         add(f"dz {kind}", k.grad, tile, None, loss, stats, dz, 8192, options(beta))
         add(f"tile_stats {kind}", k.tile_stats, tile, None, empty(5, N), False, options(beta))
-        add(f"finish_stats {kind}", k.finish_stats, empty(4, 5, N), None, loss, stats, options(beta))
+        add(f"finish_stats {kind}", linear_k.finish_stats, empty(4, 5, N), None, loss, stats, options(beta))
         for name, dtype in DTYPES.items():
             if name == "fp32":
                 continue  # served by the vendor's GEMM and the epilogues on tiles
             student = (empty(N, H, dtype=dtype), empty(V, H, dtype=dtype), None)
             teacher = (empty(N, HT, dtype=dtype), empty(V, HT, dtype=dtype), None)
             add(
-                f"linear {kind} {name}", k.linear_stats, student, teacher, None, loss, stats, V, options(beta)
+                f"linear {kind} {name}", linear_k.linear_stats, student, teacher, None, loss, stats, V, options(beta)
             )
     for name, dtype in DTYPES.items():
         add(f"scale {name}", scale.scale_grad_, empty(V, H, dtype=dtype), empty())
@@ -62,7 +64,7 @@ def to_compile(target_name):
     add("rows forward capped masked", k.forward, capped, mask, loss, stats, V, options(0.0, 30.0))
     add("grad forward capped masked", k.grad, capped, mask, loss, stats, empty(N, V), V, options(0.0, 30.0))
     add("tile_mixture jsd", k.tile_mixture, tile, None, stats, empty(2, N), False, options(0.5))
-    add("finish_mixture jsd", k.finish_mixture, empty(4, 2, N), None, loss, stats, options(0.5))
+    add("finish_mixture jsd", linear_k.finish_mixture, empty(4, 2, N), None, loss, stats, options(0.5))
     return out
 
 
@@ -70,9 +72,9 @@ def measure(counting):
     """Bytes of each tensor that each kernel moves, at shapes small enough for the interpreter."""
     ROWS, VOCAB = 3, 512
     k.FORWARD_BLOCK = k.GRAD_BLOCK = 256
-    k.processors = lambda device: 2
+    linear_k.processors = lambda device: 2
     report = {}
-    loss, stats, weight = torch.zeros(ROWS), torch.zeros(ROWS, k.NUM_STATS), torch.ones(ROWS)
+    loss, stats, weight = torch.zeros(ROWS), torch.zeros(ROWS, STATS), torch.ones(ROWS)
     for beta, kind in ((0.0, "forward"), (1.0, "reverse"), (0.5, "jsd")):
         options = (beta, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0)
         for student_dtype, teacher_dtype in (
@@ -89,7 +91,7 @@ def measure(counting):
                 k.grad(logits, None, weight, stats, grad, VOCAB, options)
             report[f"grad {name}"] = counts
         student, teacher = torch.randn(ROWS, VOCAB), torch.randn(ROWS, VOCAB)
-        state, sums = torch.zeros(k.NUM_STATE, ROWS), torch.zeros(k.NUM_SUMS, ROWS)
+        state, sums = torch.zeros(STATE, ROWS), torch.zeros(SUMS, ROWS)
         logits = (student, teacher, None, None)
         with counting(student=student, teacher=teacher, state=state) as report[f"tile_stats {kind}"]:
             k.tile_stats(logits, None, state, False, options)
@@ -126,7 +128,7 @@ def launch(rows):
     BUDGET = {"store": 200 * 10 * VOCAB, "recompute": 1 << 29}  # store: chunks of 200 rows
 
     linear_gpu.matmul = matmul_fp32
-    k.processors = lambda device: 132
+    linear_k.processors = lambda device: 132
     forward, backward = k.kl_loss_forward, k.kl_loss_backward
     kernels = Kernels("triton", "cpu", forward, backward, triton_epilogues())
     mask = torch.ones(rows, dtype=torch.bool)

@@ -45,7 +45,7 @@ from kl_loss.problems import make_linear, make_rows
 from kl_loss.scaling_cases import check as check_scaling
 from minitron_kernels.ops.kl_loss import linear_gpu
 from minitron_kernels.ops.kl_loss.epilogues import triton_epilogues
-from minitron_kernels.ops.kl_loss.kernel_triton import launch, scale
+from minitron_kernels.ops.kl_loss.kernel_triton import launch, launch_linear, scale
 
 
 def triton_kernels():
@@ -62,10 +62,10 @@ def kernels():
 def small_blocks(monkeypatch):
     monkeypatch.setattr(launch, "FORWARD_BLOCK", 128)
     monkeypatch.setattr(launch, "GRAD_BLOCK", 128)
-    monkeypatch.setattr(launch, "FINISH_BLOCK", 32)
-    blocks = launch.LinearBlocks(16, 32, 32, 4, 2, group=2)
-    monkeypatch.setattr(launch, "linear_blocks", lambda mixture: blocks)
-    monkeypatch.setattr(launch, "processors", lambda device: 12)
+    monkeypatch.setattr(launch_linear, "FINISH_BLOCK", 32)
+    blocks = launch_linear.LinearBlocks(16, 32, 32, 4, 2, group=2)
+    monkeypatch.setattr(launch_linear, "linear_blocks", lambda mixture: blocks)
+    monkeypatch.setattr(launch_linear, "processors", lambda device: 12)
     monkeypatch.setattr(scale, "BLOCK", 128)
     monkeypatch.setattr(scale, "PROGRAMS", 3)
     if torch.version.cuda is None and torch.version.hip is None:
@@ -94,7 +94,7 @@ def test_linear_fused_statistics(kernels, beta, dtype):
     tensors[0][3], tensors[2][3] = math.nan, math.nan
     setup = {"beta": beta, "options": CAPPED, "biases": (bias, bias * 0.5), "vocab_size": V}
     nothing = {"needs_grad": (False, False, False), "mask": mask}
-    assert launch.splits_for(N, V, launch.linear_blocks(False), 12) == 2
+    assert launch_linear.splits_for(N, V, launch_linear.linear_blocks(False), 12) == 2
     fused = linear(kernels, tensors, **setup, **nothing)
     unfused = replace(kernels.epilogues, linear_stats=None)
     tiled = linear(kernels, tensors, budget=BUDGET["recompute"], epilogues=unfused, **setup, **nothing)
