@@ -4,6 +4,8 @@ tools/offline_triton.py compiles them for GPUs that are not here, tools/triton_t
 tools/triton_recompiles.py sees whether another size compiles anew.
 """
 
+import functools
+
 import torch
 
 from kl_loss.cases import PLAIN, Kernels, linear, matmul_fp32
@@ -24,8 +26,8 @@ def to_compile(target_name):
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def options(beta, cap=0.0):
-        return (beta, 0.5, 1.0, cap, 1.0, cap, 0.0)
+    def options(beta, cap=0.0, inv_tau=0.5, smoothing=0.0):
+        return (beta, inv_tau, 1.0, cap, 1.0, cap, smoothing)
 
     # reverse KL is forward KL with the two sides swapped: compiled for one target
     kinds = BETAS if target_name == "sm_90" else ("forward", "jsd")
@@ -55,7 +57,15 @@ def to_compile(target_name):
             student = (empty(N, H, dtype=dtype), empty(V, H, dtype=dtype), None)
             teacher = (empty(N, HT, dtype=dtype), empty(V, HT, dtype=dtype), None)
             add(
-                f"linear {kind} {name}", linear_k.linear_stats, student, teacher, None, loss, stats, V, options(beta)
+                f"linear {kind} {name}",
+                linear_k.linear_stats,
+                student,
+                teacher,
+                None,
+                loss,
+                stats,
+                V,
+                options(beta),
             )
     for name, dtype in DTYPES.items():
         add(f"scale {name}", scale.scale_grad_, empty(V, H, dtype=dtype), empty())
@@ -65,6 +75,54 @@ def to_compile(target_name):
     add("grad forward capped masked", k.grad, capped, mask, loss, stats, empty(N, V), V, options(0.0, 30.0))
     add("tile_mixture jsd", k.tile_mixture, tile, None, stats, empty(2, N), False, options(0.5))
     add("finish_mixture jsd", linear_k.finish_mixture, empty(4, 2, N), None, loss, stats, options(0.5))
+    return out + with_metrics(N, V, H, HT, empty, options)
+
+
+def with_metrics(N, V, H, HT, empty, options):
+    """The kernels that also make metrics: at temperature 1, and with all that is optional."""
+    bf16, out = torch.bfloat16, []
+    labels, metrics, loss, stats = empty(N, dtype=torch.int64), empty(N, 4), empty(N), empty(N, 6)
+    logits = (*(empty(N, V, dtype=bf16) for _ in range(2)), None, None)
+    tile = (empty(N, 8192), empty(N, 8192), None, None)
+    sides = [(empty(N, width, dtype=bf16), empty(V, width, dtype=bf16), None) for width in (H, HT)]
+    for name, numbers in (
+        ("at one with metrics", options(0.0, inv_tau=1.0)),
+        ("smoothed with metrics", options(0.0, smoothing=0.1)),
+    ):
+        rest = {"options": numbers, "labels": labels}
+        of_ce = {**rest, "metrics": metrics, "ce_weight": loss}
+        of_tile = {"first_token": 8192, "total_vocab": V}
+        state, of_state = empty(5, N), {"metric_state": empty(4, N), "first_token": 8192}
+        states, of_states = empty(4, 5, N), {"metric_states": empty(4, 4, N), "total_vocab": V}
+        out += [
+            (
+                f"{kernel} {name}",
+                functools.partial(call, *arguments, **more),
+            )
+            for kernel, call, arguments, more in (
+                ("rows", k.forward, (logits, None, loss, stats, V), {**rest, "metrics": metrics}),
+                ("grad", k.grad, (logits, None, loss, stats, empty(N, V, dtype=bf16), V), of_ce),
+                (
+                    "dz",
+                    k.grad,
+                    (tile, None, loss, stats, empty(N, 8192, dtype=bf16), 8192),
+                    {**of_ce, **of_tile},
+                ),
+                ("tile_stats", k.tile_stats, (tile, None, state, False), {**rest, **of_state}),
+                (
+                    "finish_stats",
+                    linear_k.finish_stats,
+                    (states, None, loss, stats),
+                    {**rest, **of_states, "metrics": metrics},
+                ),
+                (
+                    "linear",
+                    linear_k.linear_stats,
+                    (*sides, None, loss, stats, V),
+                    {**rest, "metrics": metrics},
+                ),
+            )
+        ]
     return out
 
 
@@ -74,7 +132,7 @@ def measure(counting):
     k.FORWARD_BLOCK = k.GRAD_BLOCK = 256
     linear_k.processors = lambda device: 2
     report = {}
-    loss, stats, weight = torch.zeros(ROWS), torch.zeros(ROWS, STATS), torch.ones(ROWS)
+    loss, stats, weight = torch.zeros(ROWS), torch.zeros(ROWS, NUM_STATS), torch.ones(ROWS)
     for beta, kind in ((0.0, "forward"), (1.0, "reverse"), (0.5, "jsd")):
         options = (beta, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0)
         for student_dtype, teacher_dtype in (
@@ -91,7 +149,7 @@ def measure(counting):
                 k.grad(logits, None, weight, stats, grad, VOCAB, options)
             report[f"grad {name}"] = counts
         student, teacher = torch.randn(ROWS, VOCAB), torch.randn(ROWS, VOCAB)
-        state, sums = torch.zeros(STATE, ROWS), torch.zeros(SUMS, ROWS)
+        state, sums = torch.zeros(NUM_STATE, ROWS), torch.zeros(NUM_SUMS, ROWS)
         logits = (student, teacher, None, None)
         with counting(student=student, teacher=teacher, state=state) as report[f"tile_stats {kind}"]:
             k.tile_stats(logits, None, state, False, options)

@@ -64,7 +64,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(launch, "GRAD_BLOCK", 128)
     monkeypatch.setattr(launch_linear, "FINISH_BLOCK", 32)
     blocks = launch_linear.LinearBlocks(16, 32, 32, 4, 2, group=2)
-    monkeypatch.setattr(launch_linear, "linear_blocks", lambda mixture: blocks)
+    monkeypatch.setattr(launch_linear, "linear_blocks", lambda *_: blocks)
     monkeypatch.setattr(launch_linear, "processors", lambda device: 12)
     monkeypatch.setattr(scale, "BLOCK", 128)
     monkeypatch.setattr(scale, "PROGRAMS", 3)

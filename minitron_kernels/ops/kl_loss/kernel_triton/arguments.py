@@ -54,10 +54,10 @@ class OfLabels(NamedTuple):
 
     @classmethod
     def of(
-        cls, wanted: Tensor | None, labels: Tensor | None, options: KernelOptions, total_vocab: int = 0
+        cls, wanted: bool, labels: Tensor | None, options: KernelOptions, total_vocab: int = 0
     ) -> OfLabels:
-        """wanted: the tensor without which there are neither labels nor metrics."""
-        if wanted is None:
+        """wanted: whether there is anything to do with metrics."""
+        if not wanted:
             return _NO_LABELS
         smoothed = labels is not None and options.smoothing != 0
         kinds = {"TEMPERED": options.tau != 1, "SMOOTHED": smoothed}

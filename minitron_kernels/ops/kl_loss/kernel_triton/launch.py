@@ -49,7 +49,7 @@ def forward(
         return
     mask_bytes, mask_stride = mask_of(mask)
     o = kernel_options(*options)
-    of = OfLabels.of(metrics, labels, o, vocab_size)
+    of = OfLabels.of(metrics is not None, labels, o, vocab_size)
     with torch.cuda.device_of(student):
         forward_kernel[(student.shape[0],)](
             student, teacher, *biases, mask_bytes, loss, stats, of.labels, metrics,
@@ -84,7 +84,7 @@ def grad(
     mask_bytes, mask_stride = mask_of(mask)
     block = block_of(columns, GRAD_BLOCK)
     o = kernel_options(*options)
-    of = OfLabels.of(ce_weight, labels, o, total_vocab or vocab_size)
+    of = OfLabels.of(ce_weight is not None, labels, o, total_vocab or vocab_size)
     with torch.cuda.device_of(student):
         grad_kernel[(rows, triton.cdiv(columns, block["BLOCK_V"]))](
             student, teacher, *biases, mask_bytes, weight, stats, out,
@@ -134,7 +134,7 @@ def tile_stats(
         return
     mask_bytes, mask_stride = mask_of(mask)
     o = kernel_options(*options)
-    of = OfLabels.of(metric_state, labels, o)
+    of = OfLabels.of(metric_state is not None, labels, o)
     with torch.cuda.device_of(student):
         tile_stats_kernel[(rows,)](
             student, teacher, *biases, mask_bytes, state, of.labels, metric_state,

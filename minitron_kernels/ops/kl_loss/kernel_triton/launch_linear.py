@@ -36,15 +36,19 @@ class LinearBlocks(NamedTuple):
     group: int = 8  # blocks of rows that share the tiles of the heads in L2
 
 
-def linear_blocks(mixture: bool) -> LinearBlocks:
-    """The widest tiles that the registers of the current GPU hold; JSD's second run needs more of them."""
+def linear_blocks(mixture: bool, crowded: bool = False) -> LinearBlocks:
+    """The widest tiles that the registers of the current GPU hold.
+
+    mixture: JSD's second run, which needs more of them. crowded: with metrics at another temperature than 1,
+    or with label smoothing, which keep more of a row.
+    """
     target = driver.active.get_current_target()
     if target.backend == "hip":
         return LinearBlocks(128, 128, stages=2)
     generation = target.arch // 10
     if mixture:
         return LinearBlocks(64, 64)  # 128 x 64 spills on sm_90 under Triton 3.6 and 3.7
-    return LinearBlocks(128, 128) if generation in (9, 10) else LinearBlocks(128, 64)
+    return LinearBlocks(128, 128) if generation in (9, 10) and not crowded else LinearBlocks(128, 64)
 
 
 def finish_stats(
@@ -66,7 +70,7 @@ def finish_stats(
     if rows == 0:
         return
     o = kernel_options(*options)
-    of = OfLabels.of(metric_states, labels, o, total_vocab)
+    of = OfLabels.of(metric_states is not None, labels, o, total_vocab)
     mask_bytes, mask_stride = mask_of(mask)
     with torch.cuda.device_of(states):
         finish_stats_kernel[(triton.cdiv(rows, FINISH_BLOCK),)](
@@ -77,9 +81,7 @@ def finish_stats(
         )  # fmt: skip
 
 
-def finish_mixture(
-    sums: Tensor, mask: Tensor | None, loss: Tensor, stats: Tensor, options: Options
-) -> None:
+def finish_mixture(sums: Tensor, mask: Tensor | None, loss: Tensor, stats: Tensor, options: Options) -> None:
     """Writes JSD's loss [N], and the kl of stats [N, 6], from sums [splits, 2, N]."""
     splits, _, rows = sums.shape
     if rows == 0:
@@ -150,14 +152,15 @@ def _linear(
     """States [splits, 5, N] and metric_states [splits, 4, N]; with final stats sums [splits, 2, N]."""
     (hidden, head, _), (teacher_hidden, teacher_head, _) = student, teacher
     (rows, H), Ht = hidden.shape, teacher_hidden.shape[1]
-    blocks, o = linear_blocks(stats is not None), kernel_options(*options)
+    o = kernel_options(*options)
+    of = OfLabels.of(metrics, labels, o)
+    blocks = linear_blocks(stats is not None, any(of.kinds.values()))
     tiles = triton.cdiv(vocab_size, blocks.vocab)
     per_split = triton.cdiv(tiles, splits_for(rows, vocab_size, blocks, processors(hidden.device)))
     splits = triton.cdiv(tiles, per_split)
     fields = NUM_STATE if stats is None else NUM_SUMS
     out = torch.empty((splits, fields, rows), dtype=torch.float32, device=hidden.device)
     metric_out = out.new_empty((splits, NUM_METRIC_STATE, rows)) if metrics else None
-    of = OfLabels.of(metric_out, labels, o)
     with torch.cuda.device_of(hidden):
         linear_kernel[(triton.cdiv(rows, blocks.rows) * splits,)](
             *student, *teacher, stats, out, of.labels, metric_out, rows, vocab_size, H, Ht,

@@ -26,7 +26,8 @@ import triton.language as tl
 
 from minitron_kernels.ops.kl_loss.kernel_triton.divergence import (
     INF,
-    block_state,
+    block_kl,
+    block_mass,
     empty_state,
     merge_states,
     mixture_terms,
@@ -34,7 +35,7 @@ from minitron_kernels.ops.kl_loss.kernel_triton.divergence import (
     transform,
 )
 from minitron_kernels.ops.kl_loss.kernel_triton.metrics import (
-    add_block,
+    block_metrics,
     empty_metrics,
     label_in,
     load_metric_state,
@@ -121,24 +122,34 @@ def linear_kernel(
             student_ptr, student_head_ptr, student_bias_ptr, rows, N, offs_v, V, H, stride_sn, stride_swv,
             s_factor, s_over_cap, s_cap, CAP_S, EVEN_S, BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
+        if metric_out_ptr is not None:  # before the registers hold the teacher's logits too
+            if labels_ptr is not None:
+                is_label = offs_v[None, :] == label[:, None]
+                label_y = tl.maximum(label_y, label_in(s, is_label, tau, TEMPERED))
+            b_max_s, e_s, b_sum_s = block_mass(s)
+            b_sum_y, b_dot_y, b_total_y = block_metrics(
+                s, e_s, b_max_s, b_sum_s, (offs_v < V)[None, :], tau, TEMPERED, SMOOTHED
+            )
         t = _logits(
             teacher_ptr, teacher_head_ptr, teacher_bias_ptr, rows, N, offs_v, V, Ht, stride_tn, stride_twv,
             t_factor, t_over_cap, t_cap, CAP_T, EVEN_T, BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
         if stats_ptr is None:
-            b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl = block_state(s, t, DIVERGENCE, KEEP_EXP=False)
-            a_max_s, a_sum_s = max_s, sum_s
+            if metric_out_ptr is None:
+                b_max_s, e_s, b_sum_s = block_mass(s)
+            b_max_t, e_t, b_sum_t = block_mass(t)
+            b_kl = block_kl(s, e_s, b_max_s, b_sum_s, t, e_t, b_max_t, b_sum_t, DIVERGENCE, KEEP_EXP=False)
+            a_max_s, a_sum_y = max_s, sum_y if TEMPERED else sum_s
             max_s, sum_s, max_t, sum_t, kl = merge_states(
                 max_s, sum_s, max_t, sum_t, kl, b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl, DIVERGENCE
             )
             if metric_out_ptr is not None:
-                sum_y, dot_y, total_y = add_block(
-                    sum_y, dot_y, total_y, a_max_s, a_sum_s, s, (offs_v < V)[None, :], b_max_s, b_sum_s,
-                    max_s, tau, TEMPERED, SMOOTHED,
-                )  # fmt: skip
-                if labels_ptr is not None:
-                    is_label = offs_v[None, :] == label[:, None]
-                    label_y = tl.maximum(label_y, label_in(s, is_label, tau, TEMPERED))
+                merged, dot_y = merge_metrics(
+                    max_s, a_max_s, a_sum_y, dot_y, b_max_s, b_sum_y, b_dot_y, tau, TEMPERED
+                )
+                total_y += b_total_y
+                if TEMPERED:  # else it is sum_s
+                    sum_y = merged
         else:
             s, t = s - max_s[:, None], t - max_t[:, None]
             d = (t - s) + lse_diff[:, None]

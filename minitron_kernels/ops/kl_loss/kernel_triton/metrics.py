@@ -52,25 +52,21 @@ def merge_metrics(
 
 
 @triton.jit
-def add_block(
-    sum_y, dot_y, total_y, a_max_s, a_sum_s, s, in_vocab, b_max_s, b_sum_s, top_s, tau,
-    TEMPERED: tl.constexpr, SMOOTHED: tl.constexpr,
-):  # fmt: skip
-    """sum_y, dot_y and total_y after a block of logits; sum_y is left alone where sum_s is the same.
+def block_metrics(s, e_s, max_s, sum_s, in_vocab, tau, TEMPERED: tl.constexpr, SMOOTHED: tl.constexpr):
+    """sum_y, dot_y and total_y of one block of logits, from block_mass() of them.
 
-    a: the maximum and the sum before it, b: those of the block, top_s: the maximum after it.
+    To be called before the kl is made: what it needs is in registers then, and nothing else.
     """
-    below = at_temperature_one(s - tl.maximum(b_max_s, LOWEST)[:, None], tau, TEMPERED)
-    e = tl.exp(below)
-    b_dot_y = tl.sum(tl.where(e == 0.0, 0.0, e * below), 1)  # a masked-out token adds nothing
+    below, sum_y, total_y = s - tl.maximum(max_s, LOWEST)[:, None], sum_s, tl.zeros_like(sum_s)
     if TEMPERED:
-        sum_y, dot_y = merge_metrics(
-            top_s, a_max_s, sum_y, dot_y, b_max_s, tl.sum(e, 1), b_dot_y, tau, TEMPERED
-        )
+        below *= tau
+        e_y = tl.exp(below)
+        sum_y = tl.sum(e_y, 1)
     else:
-        _, dot_y = merge_metrics(top_s, a_max_s, a_sum_s, dot_y, b_max_s, b_sum_s, b_dot_y, tau, TEMPERED)
+        e_y = e_s
+    dot_y = tl.sum(e_y * tl.maximum(below, LOWEST), 1)  # a masked-out token adds nothing
     if SMOOTHED:
-        total_y += tl.sum(tl.where(in_vocab, at_temperature_one(s, tau, TEMPERED), 0.0), 1)
+        total_y = tl.sum(tl.where(in_vocab, at_temperature_one(s, tau, TEMPERED), 0.0), 1)
     return sum_y, dot_y, total_y
 
 

@@ -24,7 +24,8 @@ import triton.language as tl
 from minitron_kernels.ops.kl_loss.kernel_triton.divergence import (
     INF,
     JSD,
-    block_state,
+    block_kl,
+    block_mass,
     empty_state,
     grad_of_s,
     log_ratio,
@@ -35,11 +36,12 @@ from minitron_kernels.ops.kl_loss.kernel_triton.divergence import (
     transform,
 )
 from minitron_kernels.ops.kl_loss.kernel_triton.metrics import (
-    add_block,
     at_temperature_one,
+    block_metrics,
     empty_metrics,
     less_target,
     load_metric_state,
+    merge_metrics,
     row_metrics,
     store_metric_state,
     store_metrics,
@@ -54,6 +56,7 @@ PER_ROW = (
 
 @triton.jit
 def load_logits(ptr, bias_ptr, columns, inside, factor, over_cap, cap, CAP: tl.constexpr):
+    """Transformed logits of some columns of a row, -inf where not inside."""
     z = tl.load(ptr + columns, mask=inside, other=-INF).to(tl.float32)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
@@ -70,19 +73,18 @@ def counts_of(mask_ptr, row, stride_mn):
 
 
 @triton.jit
-def load_label(labels_ptr, row, stride_ln, first_token):
-    """The column of a row's label, [1]; it may not be one of these columns."""
-    label = tl.load(labels_ptr + row * stride_ln + tl.arange(0, 1))
-    return label - first_token
+def load_label(labels_ptr, row, stride_ln, first_token, end):
+    """The column of a row's label, [1]; -1 where it is not one of the columns 0 .. end."""
+    label = tl.load(labels_ptr + row * stride_ln + tl.arange(0, 1)) - first_token
+    return tl.where((label >= 0) & (label < end), label, -1).to(tl.int32)
 
 
 @triton.jit
 def load_label_y(
-    ptr, bias_ptr, label, end, factor, over_cap, cap, tau, CAP: tl.constexpr, TEMPERED: tl.constexpr
+    ptr, bias_ptr, label, factor, over_cap, cap, tau, CAP: tl.constexpr, TEMPERED: tl.constexpr
 ):  # fmt: skip
-    """y of the label; -inf where it is not one of the columns 0 .. end."""
-    found = (label >= 0) & (label < end)
-    s = load_logits(ptr, bias_ptr, label, found, factor, over_cap, cap, CAP)
+    """y of a label that load_label() found, else -inf."""
+    s = load_logits(ptr, bias_ptr, label, label >= 0, factor, over_cap, cap, CAP)
     return at_temperature_one(s, tau, TEMPERED)
 
 
@@ -97,18 +99,30 @@ def _merge_row(
     """The state after the tokens 0 .. end of one row, and that of its metrics."""
     for begin in range(0, end, BLOCK_V):
         offs_v = begin + tl.arange(0, BLOCK_V)[None, :]
-        s = load_logits(student_ptr, student_bias_ptr, offs_v, offs_v < end, s_factor, s_over_cap, s_cap, CAP_S)
-        t = load_logits(teacher_ptr, teacher_bias_ptr, offs_v, offs_v < end, t_factor, t_over_cap, t_cap, CAP_T)
-        b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl = block_state(s, t, DIVERGENCE, KEEP_EXP=True)
-        a_max_s, a_sum_s = max_s, sum_s
+        s = load_logits(
+            student_ptr, student_bias_ptr, offs_v, offs_v < end, s_factor, s_over_cap, s_cap, CAP_S
+        )
+        t = load_logits(
+            teacher_ptr, teacher_bias_ptr, offs_v, offs_v < end, t_factor, t_over_cap, t_cap, CAP_T
+        )
+        b_max_s, e_s, b_sum_s = block_mass(s)
+        b_max_t, e_t, b_sum_t = block_mass(t)
+        if METRICS:
+            b_sum_y, b_dot_y, b_total_y = block_metrics(
+                s, e_s, b_max_s, b_sum_s, offs_v < end, tau, TEMPERED, SMOOTHED
+            )
+        b_kl = block_kl(s, e_s, b_max_s, b_sum_s, t, e_t, b_max_t, b_sum_t, DIVERGENCE, KEEP_EXP=True)
+        a_max_s, a_sum_y = max_s, sum_y if TEMPERED else sum_s
         max_s, sum_s, max_t, sum_t, kl = merge_states(
             max_s, sum_s, max_t, sum_t, kl, b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl, DIVERGENCE
         )
         if METRICS:
-            sum_y, dot_y, total_y = add_block(
-                sum_y, dot_y, total_y, a_max_s, a_sum_s, s, offs_v < end, b_max_s, b_sum_s, max_s, tau,
-                TEMPERED, SMOOTHED,
-            )  # fmt: skip
+            merged, dot_y = merge_metrics(
+                max_s, a_max_s, a_sum_y, dot_y, b_max_s, b_sum_y, b_dot_y, tau, TEMPERED
+            )
+            total_y += b_total_y
+            if TEMPERED:  # else it is sum_s
+                sum_y = merged
     if METRICS and not TEMPERED:
         sum_y = sum_s
     return max_s, sum_s, max_t, sum_t, kl, sum_y, dot_y, total_y
@@ -176,7 +190,7 @@ def forward_kernel(
     label_y = max_s
     if labels_ptr is not None:
         label_y = load_label_y(
-            student_ptr, student_bias_ptr, load_label(labels_ptr, row, stride_ln, 0), end,
+            student_ptr, student_bias_ptr, load_label(labels_ptr, row, stride_ln, 0, end),
             s_factor, s_over_cap, s_cap, tau, CAP_S, TEMPERED,
         )  # fmt: skip
     max_s, sum_s, max_t, sum_t, kl, sum_y, dot_y, total_y = _merge_row(
@@ -248,10 +262,11 @@ def grad_kernel(
         if TEMPERED:
             inv_sum_y = tl.load(metrics_ptr + row * 4)
         p_y = tl.exp(at_temperature_one(s - max_s, tau, TEMPERED)) * inv_sum_y
-        is_label = offs_v == load_label(labels_ptr, row, stride_ln, first_token)
+        is_label = offs_v == load_label(labels_ptr, row, stride_ln, first_token, V)
         of_y = less_target(p_y, is_label, smoothing, inv_vocab, SMOOTHED)
         ce_weight = at_temperature_one(tl.load(ce_weight_ptr + row * stride_cn), tau, TEMPERED)
-        grad = (grad * weight + of_y * ce_weight) * softcap_grad(s, s_factor, s_cap, CAP_S)
+        grad = tl.where(weight == 0.0, 0.0, grad * weight)  # also of a divergence that is infinite
+        grad = (grad + of_y * ce_weight) * softcap_grad(s, s_factor, s_cap, CAP_S)
     # a masked-out token gets none, and s is -inf in padding too
     grad = tl.where(s == -INF, 0.0, grad)
     tl.store(grad_ptr + row * stride_gn + offs_v, grad.to(grad_ptr.dtype.element_ty), mask=offs_v < columns)
@@ -297,7 +312,7 @@ def tile_stats_kernel(
             )
         if labels_ptr is not None:
             of_tile = load_label_y(
-                student_ptr, student_bias_ptr, load_label(labels_ptr, row, stride_ln, first_token), end,
+                student_ptr, student_bias_ptr, load_label(labels_ptr, row, stride_ln, first_token, end),
                 s_factor, s_over_cap, s_cap, tau, CAP_S, TEMPERED,
             )  # fmt: skip
             label_y = tl.maximum(label_y, of_tile)
