@@ -26,13 +26,14 @@ INF = math.inf
 
 @dataclass
 class Kernels:
-    """What is tested: the ops kl_loss_forward and kl_loss_backward of a backend, and its epilogues."""
+    """What is tested: ops of a backend, kl_loss_forward and so on, and its epilogues."""
 
     backend: str
     device: str
     forward: Callable
     backward: Callable
     epilogues: Epilogues
+    forward_metrics: Callable | None = None
 
 
 def matmul_fp32(a, b, out, accumulate):
@@ -260,6 +261,7 @@ def linear(
     schedule="auto",
     budget=1 << 29,
     epilogues=None,
+    of_tokens=linear_gpu.NO_METRICS,
 ):
     """Outputs of linear_kl_loss_, made as the op makes them and filled with NaN."""
     hidden, head = tensors[:2]
@@ -290,6 +292,7 @@ def linear(
         schedule,
         budget,
         epilogues or kernels.epilogues,
+        of_tokens,
     )
     return outputs
 
@@ -298,7 +301,9 @@ def problem(kernels, dtype, distance=3.0, rows_=N, padded=V):
     return [x.to(kernels.device) for x in make_linear(rows_, H, HT, padded, dtype, distance=distance)]
 
 
-def truth_of(tensors, *, beta, options=PLAIN, biases=(None, None), row_weight=None, vocab_size=V):
+def truth_of(
+    tensors, *, beta, options=PLAIN, biases=(None, None), row_weight=None, vocab_size=V, **of_labels
+):
     hidden, head, teacher_hidden, teacher_head = map(numpy_of, tensors)
     return oracle_linear(
         hidden,
@@ -309,6 +314,8 @@ def truth_of(tensors, *, beta, options=PLAIN, biases=(None, None), row_weight=No
         teacher_bias=None if biases[1] is None else numpy_of(biases[1])[:vocab_size],
         row_weight=row_weight,
         beta=beta,
+        label_smoothing=options[5],
+        **of_labels,
         **named(options),
     )
 
