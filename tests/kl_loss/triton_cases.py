@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import minitron_kernels as mk
+from kl_loss import metric_cases
 from kl_loss.cases import *  # noqa: F403
 from kl_loss.cases import (
     BETAS,
@@ -40,6 +41,7 @@ from kl_loss.edge_cases import (
     some,
 )
 from kl_loss.edges import finite_rows, masked_out_rows
+from kl_loss.metric_cases import test_metrics_of_unknown_labels  # noqa: F401
 from kl_loss.oracle import oracle_linear, oracle_rows
 from kl_loss.problems import make_linear, make_rows
 from kl_loss.scaling_cases import check as check_scaling
@@ -50,7 +52,8 @@ from minitron_kernels.ops.kl_loss.kernel_triton import launch, launch_linear, sc
 
 def triton_kernels():
     forward, backward = launch.kl_loss_forward, launch.kl_loss_backward
-    return Kernels("triton", "cuda", forward, backward, triton_epilogues())
+    metrics = launch.kl_loss_forward_metrics
+    return Kernels("triton", "cuda", forward, backward, triton_epilogues(), metrics)
 
 
 @pytest.fixture
@@ -117,6 +120,69 @@ def test_linear_fused_widths(kernels, beta, width, teacher_width):
     loss = linear(kernels, tensors, beta=beta, needs_grad=(False, False, False))[0]
     truth = oracle_linear(*map(numpy_of, tensors), beta=beta)[0]
     np.testing.assert_allclose(numpy_of(loss), truth, rtol=1e-5)
+
+
+# Of the metrics too, a choice: which of tau, softcap, label smoothing and divergence meet.
+@pytest.mark.parametrize(("beta", "setting"), [(0.0, "plain"), (1.0, "all smooth"), (0.3, "capped")])
+def test_metrics_of_rows(kernels, beta, setting):
+    metric_cases.test_metrics_of_rows(kernels, beta, setting)
+
+
+def test_metrics_of_rows_in_16_bit(kernels):
+    metric_cases.test_metrics_of_rows_in_16_bit(kernels, 0.0, torch.bfloat16)
+
+
+def test_metrics_of_rows_that_do_not_count(kernels):
+    metric_cases.test_metrics_of_rows_that_do_not_count(kernels, 1.0)
+
+
+@pytest.mark.parametrize(("beta", "setting"), [(1.0, "plain"), (0.0, "warm"), (0.3, "smooth")])
+def test_metrics_of_masked_out_tokens(kernels, beta, setting):
+    metric_cases.test_metrics_of_masked_out_tokens(kernels, beta, setting)
+
+
+@pytest.mark.parametrize(("beta", "setting"), [(0.0, "smooth"), (1.0, "capped")])
+def test_metrics_of_tiles(kernels, beta, setting):
+    metric_cases.test_metrics_of_tiles(kernels, beta, setting)
+
+
+def test_metrics_of_whole_rows(kernels):
+    metric_cases.test_metrics_of_whole_rows(kernels, 0.3, "smooth")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "beta", "dtype"),
+    [("store", 0.3, DTYPES[2]), ("recompute", 1.0, DTYPES[1])],
+)
+def test_linear_with_metrics(kernels, monkeypatch, schedule, beta, dtype):
+    metric_cases.test_linear_with_metrics(kernels, monkeypatch, schedule, beta, dtype)
+
+
+@pytest.mark.parametrize(("beta", "setting"), [(0.0, "plain"), (1.0, "warm"), (0.3, "smooth")])
+def test_metrics_of_fused_statistics(kernels, beta, setting):
+    """The fused kernel: several splits, whose first has no token; labels in each of them and in none."""
+    tensors = problem(kernels, torch.bfloat16, padded=PADDED)
+    bias = torch.linspace(-9, 9, PADDED, device=kernels.device)
+    bias[:64] = -INF
+    mask = torch.arange(N, device=kernels.device) != 3
+    labels = torch.where(mask, metric_cases.labels_for(N, V, kernels.device), -1)
+    labels[:3] = torch.tensor([127, V, 10**12], device=kernels.device)
+    options, metrics = metric_cases.SETTINGS[setting], torch.full((N, 4), math.nan, device=kernels.device)
+    of_tokens = linear_gpu.TokenMetrics(labels, metrics)
+    setup = {"beta": beta, "options": options, "biases": (bias, None), "vocab_size": V, "mask": mask}
+    loss = linear(kernels, tensors, needs_grad=(False, False, False), of_tokens=of_tokens, **setup)[0]
+    plain = linear(kernels, tensors, needs_grad=(False, False, False), **setup)[0]
+    np.testing.assert_allclose(numpy_of(loss), numpy_of(plain), rtol=1e-5)
+    logits = tensors[0].double() @ tensors[1][:V].double().T + bias[:V].double()
+    known = mask.clone()
+    known[1:3] = False
+    if setting == "smooth":  # a token that is masked out
+        assert (metrics[known, 1] == INF).all()
+    truth = metric_cases.metrics_truth(logits[known], labels[known], options)
+    for column in (2, 3) if setting == "smooth" else (1, 2, 3):
+        found = numpy_of(metrics[known, column])
+        np.testing.assert_allclose(found, truth[column - 1], rtol=1e-5, atol=1e-5)
+    assert (metrics[1:3, 1] == INF).all() and (metrics[1:3, 3] == -INF).all() and (metrics[3] == 0).all()
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])

@@ -108,7 +108,8 @@ def linear_kernel(
         sum_y, dot_y, total_y = empty_metrics(BLOCK_N)
         label_y = max_s
         if labels_ptr is not None:
-            label = tl.load(labels_ptr + rows.to(tl.int64) * stride_ln, mask=inside, other=-1).to(tl.int32)
+            label = tl.load(labels_ptr + rows.to(tl.int64) * stride_ln, mask=inside, other=-1)
+            label = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
     else:
         row_ptr = stats_ptr + rows.to(tl.int64) * 6
         max_s, inv_sum_s = tl.load(row_ptr, mask=inside), tl.load(row_ptr + 1, mask=inside)
