@@ -10,7 +10,13 @@ import torch
 
 from kl_loss.cases import PLAIN, Kernels, linear, matmul_fp32
 from minitron_kernels.ops.kl_loss import linear_gpu
-from minitron_kernels.ops.kl_loss.divergence import NUM_STATE, NUM_STATS, NUM_SUMS
+from minitron_kernels.ops.kl_loss.divergence import (
+    NUM_METRIC_STATE,
+    NUM_METRICS,
+    NUM_STATE,
+    NUM_STATS,
+    NUM_SUMS,
+)
 from minitron_kernels.ops.kl_loss.epilogues import triton_epilogues
 from minitron_kernels.ops.kl_loss.kernel_triton import launch as k
 from minitron_kernels.ops.kl_loss.kernel_triton import launch_linear as linear_k
@@ -157,6 +163,7 @@ def measure(counting):
             with counting(student=student, teacher=teacher, stats=stats, sums=sums) as counts:
                 k.tile_mixture(logits, None, stats, sums, False, options)
             report["tile_mixture jsd"] = counts
+    measure_metrics(counting, report)
     scale.BLOCK = 256
     for name, value in (("scale", 0.5), ("scale by one", 1.0)):
         for dtype in (torch.float32, torch.bfloat16):
@@ -164,6 +171,24 @@ def measure(counting):
             with counting(grad=grad, factor=factor) as report[f"{name} {grad.element_size()}"]:
                 scale.scale_grad_(grad, factor)
     return report
+
+
+def measure_metrics(counting, report):
+    """The same with metrics and the gradient of a cross-entropy; all that a row has is in use."""
+    ROWS, VOCAB = 3, 512
+    student, teacher = torch.randn(ROWS, VOCAB).bfloat16(), torch.randn(ROWS, VOCAB)
+    loss, stats, weight, ce_weight = (torch.zeros(ROWS, *more) for more in ((), (NUM_STATS,), (), ()))
+    metrics, metric_state = torch.zeros(ROWS, NUM_METRICS), torch.zeros(NUM_METRIC_STATE, ROWS)
+    grad, state, labels = torch.zeros_like(student), torch.zeros(NUM_STATE, ROWS), torch.tensor([0, 300, 511])
+    options, logits = (0.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.1), (student, teacher, None, None)
+    read = {"student": student, "teacher": teacher, "labels": labels}
+    with counting(**read, loss=loss, stats=stats, metrics=metrics) as report["metrics rows"]:
+        k.forward(logits, None, loss, stats, VOCAB, options, labels, metrics)
+    of_row = {"weight": weight, "ce_weight": ce_weight, "stats": stats, "metrics": metrics}
+    with counting(**read, **of_row, grad=grad) as report["metrics grad"]:
+        k.grad(logits, None, weight, stats, grad, VOCAB, options, labels, metrics, ce_weight)
+    with counting(**read, state=state, metric_state=metric_state) as report["metrics tile_stats"]:
+        k.tile_stats(logits, None, state, False, options, labels, metric_state)
 
 
 # of inputs that differ in size alone: the first is what the others are compared with
@@ -189,15 +214,18 @@ def launch(rows):
     linear_k.processors = lambda device: 132
     forward, backward = k.kl_loss_forward, k.kl_loss_backward
     kernels = Kernels("triton", "cpu", forward, backward, triton_epilogues())
-    mask = torch.ones(rows, dtype=torch.bool)
+    mask, labels = torch.ones(rows, dtype=torch.bool), torch.zeros(rows, dtype=torch.int64)
     tensors = [torch.zeros(size, width, dtype=torch.bfloat16) for width in (H, HT) for size in (rows, VOCAB)]
     for beta in (0.0, 0.5):
         for schedule, budget in BUDGET.items():
             weight = torch.ones(rows)
-            linear(
-                kernels, tensors, beta=beta, mask=mask, row_weight=weight, schedule=schedule, budget=budget
-            )
-        linear(kernels, tensors, beta=beta, mask=mask, needs_grad=(False, False, False))
+            run = {"beta": beta, "mask": mask, "row_weight": weight, "schedule": schedule, "budget": budget}
+            linear(kernels, tensors, **run)
+            of_tokens = linear_gpu.TokenMetrics(labels, torch.zeros(rows, NUM_METRICS), weight)
+            linear(kernels, tensors, of_tokens=of_tokens, **run)
+        run = {"beta": beta, "mask": mask, "needs_grad": (False, False, False)}
+        linear(kernels, tensors, **run)
+        linear(kernels, tensors, of_tokens=of_tokens, **run)
         logits = [torch.zeros(rows, VOCAB, dtype=torch.bfloat16) for _ in range(2)]
         loss, stats = kernels.forward(*logits, mask, VOCAB, (beta, *PLAIN))
         kernels.backward(loss, stats, *logits, mask, VOCAB, (beta, *PLAIN))

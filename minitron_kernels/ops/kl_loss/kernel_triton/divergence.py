@@ -148,6 +148,15 @@ def block_mass(x):
 
 
 @triton.jit
+def block_masses(s, t):
+    """block_mass() of both sides. Both maxima come first: until then all that is loaded is on its way."""
+    max_s, max_t = tl.max(s, 1), tl.max(t, 1)
+    e_s = tl.exp(s - tl.maximum(max_s, LOWEST)[:, None])
+    e_t = tl.exp(t - tl.maximum(max_t, LOWEST)[:, None])
+    return max_s, e_s, tl.sum(e_s, 1), max_t, e_t, tl.sum(e_t, 1)
+
+
+@triton.jit
 def block_kl(
     s, e_s, max_s, sum_s, t, e_t, max_t, sum_t, DIVERGENCE: tl.constexpr, KEEP_EXP: tl.constexpr
 ):  # fmt: skip

@@ -53,8 +53,8 @@ def forward(
     with torch.cuda.device_of(student):
         forward_kernel[(student.shape[0],)](
             student, teacher, *biases, mask_bytes, loss, stats, of.labels, metrics,
-            vocab_size, student.stride(0), teacher.stride(0), mask_stride, of.stride,
-            *o.floats, *o.shares, o.tau, *of.smoothing,
+            vocab_size, student.stride(0), teacher.stride(0), mask_stride,
+            *o.floats, *o.shares, of.stride, o.tau, *of.smoothing,
             DIVERGENCE=o.divergence, **o.caps, **of.kinds, **block_of(vocab_size, FORWARD_BLOCK),
         )  # fmt: skip
 
@@ -90,8 +90,8 @@ def grad(
             student, teacher, *biases, mask_bytes, weight, stats, out,
             of.labels, metrics if of.kinds["TEMPERED"] else None, ce_weight,
             vocab_size, columns, student.stride(0), teacher.stride(0), mask_stride, weight.stride(0),
-            out.stride(0), of.stride, stride_of(ce_weight), first_token,
-            *o.floats, *o.shares, o.tau, *of.smoothing,
+            out.stride(0), *o.floats, *o.shares,
+            of.stride, stride_of(ce_weight), first_token, o.tau, *of.smoothing,
             DIVERGENCE=o.divergence, **o.caps, **of.kinds, **block,
         )  # fmt: skip
 
@@ -139,7 +139,7 @@ def tile_stats(
         tile_stats_kernel[(rows,)](
             student, teacher, *biases, mask_bytes, state, of.labels, metric_state,
             columns, student.stride(0), teacher.stride(0), mask_stride, state.stride(0),
-            of.stride, stride_of(metric_state), first_token, *o.floats, o.tau,
+            *o.floats, of.stride, stride_of(metric_state), first_token, o.tau,
             FIRST=first, DIVERGENCE=o.divergence, **o.caps, **of.kinds, **block_of(columns, FORWARD_BLOCK),
         )  # fmt: skip
 

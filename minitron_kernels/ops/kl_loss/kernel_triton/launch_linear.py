@@ -165,7 +165,7 @@ def _linear(
         linear_kernel[(triton.cdiv(rows, blocks.rows) * splits,)](
             *student, *teacher, stats, out, of.labels, metric_out, rows, vocab_size, H, Ht,
             hidden.stride(0), head.stride(0), teacher_hidden.stride(0), teacher_head.stride(0),
-            of.stride, splits, per_split, *o.floats, *o.shares, o.tau,
+            splits, per_split, *o.floats, *o.shares, of.stride, o.tau,
             DIVERGENCE=o.divergence, **o.caps, EVEN_S=H % blocks.hidden == 0, EVEN_T=Ht % blocks.hidden == 0,
             BLOCK_N=blocks.rows, BLOCK_V=blocks.vocab, BLOCK_H=blocks.hidden, GROUP=blocks.group,
             **of.kinds, num_warps=blocks.warps, num_stages=blocks.stages,

@@ -28,6 +28,7 @@ from minitron_kernels.ops.kl_loss.kernel_triton.divergence import (
     INF,
     block_kl,
     block_mass,
+    block_masses,
     empty_state,
     merge_states,
     mixture_terms,
@@ -87,9 +88,8 @@ def linear_kernel(
     out_ptr,  # (splits, 5, N) fp32; (splits, 2, N) with stats
     labels_ptr,  # (N) int64 or None
     metric_out_ptr,  # (splits, 4, N) fp32 or None
-    N, V, H, Ht, stride_sn, stride_swv, stride_tn, stride_twv, stride_ln,
-    splits, tiles_per_split,
-    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, share_s, share_t, tau,
+    N, V, H, Ht, stride_sn, stride_swv, stride_tn, stride_twv, splits, tiles_per_split,
+    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, share_s, share_t, stride_ln, tau,
     DIVERGENCE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
     EVEN_S: tl.constexpr, EVEN_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
@@ -137,8 +137,9 @@ def linear_kernel(
         )  # fmt: skip
         if stats_ptr is None:
             if metric_out_ptr is None:
-                b_max_s, e_s, b_sum_s = block_mass(s)
-            b_max_t, e_t, b_sum_t = block_mass(t)
+                b_max_s, e_s, b_sum_s, b_max_t, e_t, b_sum_t = block_masses(s, t)
+            else:
+                b_max_t, e_t, b_sum_t = block_mass(t)
             b_kl = block_kl(s, e_s, b_max_s, b_sum_s, t, e_t, b_max_t, b_sum_t, DIVERGENCE, KEEP_EXP=False)
             a_max_s, a_sum_y = max_s, sum_y if TEMPERED else sum_s
             max_s, sum_s, max_t, sum_t, kl = merge_states(

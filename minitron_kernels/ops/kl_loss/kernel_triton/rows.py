@@ -25,7 +25,7 @@ from minitron_kernels.ops.kl_loss.kernel_triton.divergence import (
     INF,
     JSD,
     block_kl,
-    block_mass,
+    block_masses,
     empty_state,
     grad_of_s,
     log_ratio,
@@ -105,8 +105,7 @@ def _merge_row(
         t = load_logits(
             teacher_ptr, teacher_bias_ptr, offs_v, offs_v < end, t_factor, t_over_cap, t_cap, CAP_T
         )
-        b_max_s, e_s, b_sum_s = block_mass(s)
-        b_max_t, e_t, b_sum_t = block_mass(t)
+        b_max_s, e_s, b_sum_s, b_max_t, e_t, b_sum_t = block_masses(s, t)
         if METRICS:
             b_sum_y, b_dot_y, b_total_y = block_metrics(
                 s, e_s, b_max_s, b_sum_s, offs_v < end, tau, TEMPERED, SMOOTHED
@@ -174,8 +173,9 @@ def forward_kernel(
     stats_ptr,  # (N, 6) fp32
     labels_ptr,  # (N) int64 or None
     metrics_ptr,  # (N, 4) fp32 or None
-    V, stride_sn, stride_tn, stride_mn, stride_ln,
-    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, share_s, share_t, tau, smoothing, inv_vocab,
+    V, stride_sn, stride_tn, stride_mn,
+    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, share_s, share_t,
+    stride_ln, tau, smoothing, inv_vocab,
     DIVERGENCE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
     TEMPERED: tl.constexpr, SMOOTHED: tl.constexpr,
 ):  # fmt: skip
@@ -235,8 +235,9 @@ def grad_kernel(
     labels_ptr,  # (N) int64 or None
     metrics_ptr,  # (N, 4) fp32 or None
     ce_weight_ptr,  # (N) fp32 or None, the gradient of each row's cross-entropy
-    V, columns, stride_sn, stride_tn, stride_mn, stride_wn, stride_gn, stride_ln, stride_cn, first_token,
-    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, share_s, share_t, tau, smoothing, inv_vocab,
+    V, columns, stride_sn, stride_tn, stride_mn, stride_wn, stride_gn,
+    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, share_s, share_t,
+    stride_ln, stride_cn, first_token, tau, smoothing, inv_vocab,
     DIVERGENCE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
     TEMPERED: tl.constexpr, SMOOTHED: tl.constexpr,
 ):  # fmt: skip
@@ -285,8 +286,9 @@ def tile_stats_kernel(
     state_ptr,  # (5, N) fp32, merged into; not read if FIRST
     labels_ptr,  # (N) int64 or None
     metric_state_ptr,  # (4, N) fp32 or None, likewise
-    V, stride_sn, stride_tn, stride_mn, stride_state, stride_ln, stride_metric, first_token,
-    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, tau,
+    V, stride_sn, stride_tn, stride_mn, stride_state,
+    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap,
+    stride_ln, stride_metric, first_token, tau,
     FIRST: tl.constexpr,
     DIVERGENCE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
     TEMPERED: tl.constexpr, SMOOTHED: tl.constexpr,
