@@ -20,6 +20,7 @@ from minitron_kernels.ops.kl_loss.divergence import (
 from minitron_kernels.ops.kl_loss.epilogues import triton_epilogues
 from minitron_kernels.ops.kl_loss.kernel_triton import launch as k
 from minitron_kernels.ops.kl_loss.kernel_triton import launch_linear as linear_k
+from minitron_kernels.ops.kl_loss.kernel_triton import launch_student as student_k
 from minitron_kernels.ops.kl_loss.kernel_triton import scale
 
 
@@ -81,7 +82,11 @@ def to_compile(target_name):
     add("grad forward capped masked", k.grad, capped, mask, loss, stats, empty(N, V), V, options(0.0, 30.0))
     add("tile_mixture jsd", k.tile_mixture, tile, None, stats, empty(2, N), False, options(0.5))
     add("finish_mixture jsd", linear_k.finish_mixture, empty(4, 2, N), None, loss, stats, options(0.5))
-    return out + with_metrics(N, V, H, HT, empty, options)
+    out += with_metrics(N, V, H, HT, empty, options)
+    tile, dz = empty(N, 8192), empty(N, 8192, dtype=torch.bfloat16)
+    add("student stats", student_k.student_stats, tile, None, None, empty(2, N), False, options(0.0))
+    add("student grad", student_k.student_grad, tile, None, None, loss, loss, dz, 8192, options(0.0))
+    return out
 
 
 def with_metrics(N, V, H, HT, empty, options):
@@ -89,7 +94,7 @@ def with_metrics(N, V, H, HT, empty, options):
     bf16, out = torch.bfloat16, []
     labels, metrics, loss, stats = empty(N, dtype=torch.int64), empty(N, 4), empty(N), empty(N, 6)
     logits = (*(empty(N, V, dtype=bf16) for _ in range(2)), None, None)
-    tile = (empty(N, 8192), empty(N, 8192), None, None)
+    tile, dz = (empty(N, 8192), empty(N, 8192), None, None), empty(N, 8192, dtype=bf16)
     sides = [(empty(N, width, dtype=bf16), empty(V, width, dtype=bf16), None) for width in (H, HT)]
     for name, numbers in (
         ("at one with metrics", options(0.0, inv_tau=1.0)),
@@ -111,7 +116,7 @@ def with_metrics(N, V, H, HT, empty, options):
                 (
                     "dz",
                     k.grad,
-                    (tile, None, loss, stats, empty(N, 8192, dtype=bf16), 8192),
+                    (tile, None, loss, stats, dz, 8192),
                     {**of_ce, **of_tile},
                 ),
                 ("tile_stats", k.tile_stats, (tile, None, state, False), {**rest, **of_state}),
@@ -126,6 +131,18 @@ def with_metrics(N, V, H, HT, empty, options):
                     linear_k.linear_stats,
                     (*sides, None, loss, stats, V),
                     {**rest, "metrics": metrics},
+                ),
+                (
+                    "student stats",
+                    student_k.student_stats,
+                    (tile[0], None, None, empty(2, N), False),
+                    {**rest, **of_state},
+                ),
+                (
+                    "student grad",
+                    student_k.student_grad,
+                    (tile[0], None, None, loss, loss, dz, 8192),
+                    {**rest, "lse_y": loss, "ce_weight": loss, **of_tile},
                 ),
             )
         ]
@@ -189,6 +206,16 @@ def measure_metrics(counting, report):
         k.grad(logits, None, weight, stats, grad, VOCAB, options, labels, metrics, ce_weight)
     with counting(**read, state=state, metric_state=metric_state) as report["metrics tile_stats"]:
         k.tile_stats(logits, None, state, False, options, labels, metric_state)
+    bf16, lse_y, options = student, torch.zeros(ROWS), (0.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.1)
+    state, read = torch.zeros(2, ROWS), {"student": bf16, "labels": labels}
+    with counting(student=bf16, state=state) as report["student stats"]:
+        student_k.student_stats(bf16, None, None, state, False, options)
+    with counting(**read, state=state, metric_state=metric_state) as report["metrics student stats"]:
+        student_k.student_stats(bf16, None, None, state, False, options, labels, metric_state)
+    of_row = {"weight": weight, "lse": loss, "lse_y": lse_y, "ce_weight": ce_weight}
+    for name, more in (("student grad", ()), ("metrics student grad", (labels, lse_y, ce_weight))):
+        with counting(**read, **of_row, grad=grad) as report[name]:
+            student_k.student_grad(bf16, None, None, weight, loss, grad, VOCAB, options, *more)
 
 
 # of inputs that differ in size alone: the first is what the others are compared with
@@ -202,6 +229,8 @@ KERNELS = {
     "finish_mixture_kernel",
     "linear_kernel",
     "scale_grad_kernel",
+    "student_stats_kernel",
+    "student_grad_kernel",
 }
 
 
@@ -229,4 +258,12 @@ def launch(rows):
         logits = [torch.zeros(rows, VOCAB, dtype=torch.bfloat16) for _ in range(2)]
         loss, stats = kernels.forward(*logits, mask, VOCAB, (beta, *PLAIN))
         kernels.backward(loss, stats, *logits, mask, VOCAB, (beta, *PLAIN))
+    for begin in (0, 1):  # a chunk of rows starts anywhere
+        tile, dz = torch.zeros(rows, 512), torch.zeros(rows, 512)
+        state, metric_state = (torch.zeros(n, rows + begin)[:, begin:] for n in (2, NUM_METRIC_STATE))
+        weight, lse, lse_y, ce_weight = (torch.zeros(rows + begin)[begin:] for _ in range(4))
+        chunk, options = torch.zeros(rows + begin, dtype=torch.int64)[begin:], (0.0, 0.5, *PLAIN[1:])
+        for of_state, of_ce in (((), ()), ((chunk, metric_state), (chunk, lse_y, ce_weight))):
+            student_k.student_stats(tile, None, mask, state, False, options, *of_state)
+            student_k.student_grad(tile, None, mask, weight, lse, dz, 512, options, *of_ce)
     scale.scale_grad_(torch.zeros(7 * rows, dtype=torch.bfloat16), torch.zeros(()))

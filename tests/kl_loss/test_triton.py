@@ -37,6 +37,10 @@ MINIMUM = {
     "metrics rows": {"student": (1 + 1 / 512, 0), "teacher": (1, 0), "labels": (1, 0), "metrics": (0, 1)},
     "metrics grad": {"student": (1, 0), "teacher": (1, 0), "grad": (0, 1)},
     "metrics tile_stats": {"student": (1 + 1 / 512, 0), "teacher": (1, 0), "metric_state": (1, 1)},
+    "metrics student stats": {"student": (1 + 1 / 512, 0), "state": (1, 1), "metric_state": (1, 1)},
+    "metrics student grad": {"student": (1, 0), "grad": (0, 1)},
+    "student stats": {"student": (1, 0), "state": (1, 1)},
+    "student grad": {"student": (1, 0), "grad": (0, 1)},
     "tile_mixture": {"student": (1, 0), "teacher": (1, 0), "sums": (1, 1)},
     "scale by one": {"grad": (0, 0)},
     "scale": {"grad": (1, 1)},
@@ -46,7 +50,7 @@ MINIMUM = {
 @needs_triton
 def test_traffic(tmp_path):
     report = traffic("kl_loss", tmp_path)
-    assert len(report) == 23
+    assert len(report) == 27
     assert wrong_traffic(report, MINIMUM) == []
 
 

@@ -19,6 +19,11 @@ from minitron_kernels.ops.kl_loss.kernel_triton.student import student_grad_kern
 STATS_BLOCK, GRAD_BLOCK = 4096, 2048
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether they are one tensor, or the same part of one."""
+    return a is b or (a.data_ptr() == b.data_ptr() != 0 and a.stride() == b.stride())
+
+
 def student_stats(
     student: Tensor,
     bias: Tensor | None,
@@ -76,7 +81,7 @@ def student_grad(
     block = block_of(columns, GRAD_BLOCK)
     o = kernel_options(*options)
     of = OfLabels.of(ce_weight is not None, labels, o, total_vocab or vocab_size)
-    same = ce_weight is None or (o.tau == 1 and (lse_y is None or lse_y.is_set_to(lse)))
+    same = ce_weight is None or (o.tau == 1 and (lse_y is None or _same(lse_y, lse)))
     with torch.cuda.device_of(student):
         student_grad_kernel[(rows, triton.cdiv(columns, block["BLOCK_V"]))](
             student, bias, mask_bytes, weight, lse, out, of.labels, None if same else lse_y, ce_weight,
