@@ -28,7 +28,10 @@ def sparse_cases(world):
             "student_softcap": 6.0,
         },
         "sparse_none": {"reduction": "none", "schedule": "recompute", "workspace_bytes": 60000},
-        "sparse_padding_only": {"widths": [*even(world - 1), 0], "padding": [*[(0, 0)] * (world - 1), (6, 4)]},
+        "sparse_padding_only": {
+            "widths": [*even(world - 1), 0],
+            "padding": [*[(0, 0)] * (world - 1), (6, 4)],
+        },
         "sparse_masked": {"masked": 2.0},
         "sparse_sequence_bf16": {"dtype": torch.bfloat16, "sequence_parallel": True, "label_smoothing": 0.2},
     }
