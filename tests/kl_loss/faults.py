@@ -278,7 +278,7 @@ CUDA_CLUSTERS = {
 }
 
 METRICS = "kl_loss/cuda/metrics.cuh"
-WRONG = "assert|error|Mismatch|expected"
+WRONG = "assert|error|expected|not equal"
 # test_metrics_cuda.py::test_planted_fault_is_found plants them: name: (check, fault, what the failure says)
 CUDA_METRICS = {
     "dot of another maximum": ("rows", Fault(METRICS, "dot + y * sum)", "dot)"), WRONG),
