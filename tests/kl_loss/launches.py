@@ -7,7 +7,7 @@ tools/triton_recompiles.py sees whether another size compiles anew.
 import torch
 
 from kl_loss.cases import PLAIN, Kernels, linear, matmul_fp32
-from minitron_kernels.ops.kl_loss import linear_gpu
+from minitron_kernels.ops.kl_loss import gemm_gpu
 from minitron_kernels.ops.kl_loss.epilogues import triton_epilogues
 from minitron_kernels.ops.kl_loss.kernel_triton import launch as k
 from minitron_kernels.ops.kl_loss.kernel_triton import scale
@@ -125,7 +125,7 @@ def launch(rows):
     VOCAB, H, HT = 12288, 64, 96  # two tiles
     BUDGET = {"store": 200 * 10 * VOCAB, "recompute": 1 << 29}  # store: chunks of 200 rows
 
-    linear_gpu.matmul = matmul_fp32
+    gemm_gpu.matmul = matmul_fp32
     k.processors = lambda device: 132
     forward, backward = k.kl_loss_forward, k.kl_loss_backward
     kernels = Kernels("triton", "cpu", forward, backward, triton_epilogues())

@@ -43,7 +43,7 @@ from kl_loss.edges import finite_rows, masked_out_rows
 from kl_loss.oracle import oracle_linear, oracle_rows
 from kl_loss.problems import make_linear, make_rows
 from kl_loss.scaling_cases import check as check_scaling
-from minitron_kernels.ops.kl_loss import linear_gpu
+from minitron_kernels.ops.kl_loss import gemm_gpu
 from minitron_kernels.ops.kl_loss.epilogues import triton_epilogues
 from minitron_kernels.ops.kl_loss.kernel_triton import launch, scale
 
@@ -69,7 +69,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(scale, "BLOCK", 128)
     monkeypatch.setattr(scale, "PROGRAMS", 3)
     if torch.version.cuda is None and torch.version.hip is None:
-        monkeypatch.setattr(linear_gpu, "matmul", matmul_fp32)
+        monkeypatch.setattr(gemm_gpu, "matmul", matmul_fp32)
 
 
 def test_no_float64(kernels):
