@@ -281,7 +281,7 @@ CUDA_CLUSTERS = {
 }
 
 METRICS = "kl_loss/cuda/metrics.cuh"
-WRONG = "assert|error|Mismatch|expected"
+WRONG = "assert|error|expected|not equal"
 # test_metrics_cuda.py::test_planted_fault_is_found plants them: name: (check, fault, what the failure says)
 CUDA_METRICS = {
     "dot of another maximum": ("rows", Fault(METRICS, "dot + y * sum)", "dot)"), WRONG),
@@ -347,6 +347,38 @@ CUDA_METRICS = {
         "traffic",
         Fault(ROW_KERNELS, "if (threadIdx.x == 0) (of_metrics.store", "(of_metrics.store"),
         WRONG,
+    ),
+}
+
+STUDENT = "kl_loss/cuda/student_kernels.cuh"
+# test_student_cuda.py::test_planted_fault_is_found plants them: name: (check, fault, what the failure says)
+CUDA_STUDENT = {
+    "a total of what was taken out": (
+        "stats",
+        Fault(STUDENT, "return !masked_out(s[i]);", "return s[i] == s[i];"),
+        DIFFERS,
+    ),
+    "a state forgotten": ("stats", Fault(STUDENT, "threadIdx.x == 0 && !first", "false"), DIFFERS),
+    "the last run counted several times": (
+        "stats",
+        Fault(STUDENT, "first + i * step < split.runs ? run[j] : -INFINITY", "run[j]"),
+        DIFFERS,
+    ),
+    "of no token": (
+        "nothing",
+        Fault(STUDENT, "row_lse == -INFINITY ? INFINITY : row_lse", "row_lse"),
+        "assert",
+    ),
+    "the sum of the loss's temperature": (
+        "grad",
+        Fault(STUDENT, "lse * inv_tau, 1.0f, weight", "lse, 1.0f, weight"),
+        "error|assert",
+    ),
+    "padding not zeroed": ("grad", Fault(STUDENT, ZERO_PADDING, f"-1 + {ZERO_PADDING}"), "assert"),
+    "runs one by one": (
+        "traffic",
+        Fault(STUDENT, "split(student.logits, options.vocab_size)", "split(student.logits, 0)"),
+        "assert",
     ),
 }
 
