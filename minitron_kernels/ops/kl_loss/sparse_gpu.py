@@ -253,7 +253,7 @@ class SparseCall(Call):
         if of_ce:
             y, smoothing = s * tau, options.label_smoothing
             p = (y - of_ce["lse_y"][:, None]).exp()
-            target = (self.ids[rows] == of_ce["labels"][:, None]) * (1.0 - smoothing)
+            target = (self.ids[rows] == of_ce["labels"][:, None]).to(s.dtype) * (1.0 - smoothing)
             target = target + smoothing / self.vocab_size
             g = g + of_ce["ce_weight"][:, None] * tau * (p - target)
         g = g * (options.student_scale * options.inv_tau)

@@ -77,7 +77,7 @@ def student_grad(
         of_ce = (s * tau).sub_(lse_y[:, None]).exp_()
         if smoothing:
             of_ce.sub_(smoothing / (total_vocab or vocab_size))
-        at = torch.where(labels >= 0, smoothing - 1.0, 0.0).to(of_ce.dtype)[:, None]
+        at = (labels >= 0).to(of_ce.dtype)[:, None] * (smoothing - 1.0)
         of_ce.scatter_add_(1, labels.clamp(min=0)[:, None], at)
         grad.add_(of_ce.mul_(ce_weight[:, None] * tau))
     factor = options.student_scale * options.inv_tau
