@@ -22,6 +22,7 @@ from minitron_kernels.ops.kl_loss.kernel_triton import launch as k
 from minitron_kernels.ops.kl_loss.kernel_triton import launch_linear as linear_k
 from minitron_kernels.ops.kl_loss.kernel_triton import launch_student as student_k
 from minitron_kernels.ops.kl_loss.kernel_triton import scale
+from minitron_kernels.ops.kl_loss.linear_rows import TokenMetrics
 
 
 def to_compile(target_name):
@@ -250,7 +251,7 @@ def launch(rows):
             weight = torch.ones(rows)
             run = {"beta": beta, "mask": mask, "row_weight": weight, "schedule": schedule, "budget": budget}
             linear(kernels, tensors, **run)
-            of_tokens = linear_gpu.TokenMetrics(labels, torch.zeros(rows, NUM_METRICS), weight)
+            of_tokens = TokenMetrics(labels, torch.zeros(rows, NUM_METRICS), weight)
             linear(kernels, tensors, of_tokens=of_tokens, **run)
         run = {"beta": beta, "mask": mask, "needs_grad": (False, False, False)}
         linear(kernels, tensors, **run)

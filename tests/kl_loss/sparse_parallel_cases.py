@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 import minitron_kernels as mk
 from kl_loss.problems import GRADIENT_BOUND
-from kl_loss.vocab_parallel_cases import N, SHAPE, H, Problem, even
+from kl_loss.vocab_parallel_cases import SHAPE, H, N, Problem, even
 
 K = 9
 

@@ -48,6 +48,7 @@ from kl_loss.scaling_cases import check as check_scaling
 from minitron_kernels.ops.kl_loss import gemm_gpu
 from minitron_kernels.ops.kl_loss.epilogues import triton_epilogues
 from minitron_kernels.ops.kl_loss.kernel_triton import launch, launch_linear, scale
+from minitron_kernels.ops.kl_loss.linear_rows import TokenMetrics
 
 
 def triton_kernels():
@@ -168,7 +169,7 @@ def test_metrics_of_fused_statistics(kernels, beta, setting):
     labels = torch.where(mask, metric_cases.labels_for(N, V, kernels.device), -1)
     labels[:3] = torch.tensor([127, V, 10**12], device=kernels.device)
     options, metrics = metric_cases.SETTINGS[setting], torch.full((N, 4), math.nan, device=kernels.device)
-    of_tokens = linear_gpu.TokenMetrics(labels, metrics)
+    of_tokens = TokenMetrics(labels, metrics)
     setup = {"beta": beta, "options": options, "biases": (bias, None), "vocab_size": V, "mask": mask}
     loss = linear(kernels, tensors, needs_grad=(False, False, False), of_tokens=of_tokens, **setup)[0]
     plain = linear(kernels, tensors, needs_grad=(False, False, False), **setup)[0]
