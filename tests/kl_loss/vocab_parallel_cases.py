@@ -2,6 +2,7 @@
 the ranks: processes of this machine, joined by gloo.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -10,18 +11,23 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kl_loss.cases import matmul_fp32
 from kl_loss.oracle import oracle_linear
 from kl_loss.problems import BETA, GRADIENT_BOUND, make_linear, relative, to_numpy
 from minitron_kernels import linear_kl_loss
-from minitron_kernels.ops.kl_loss import vocab_parallel
+from minitron_kernels.ops.kl_loss import gemm_gpu, linear_gpu, linear_op, vocab_parallel
+from minitron_kernels.ops.kl_loss.epilogues import native_epilogues
+from tools.host_shim import load
 
 N, H, HT, V = 36, 40, 72, 269
 SHAPE = (12, 3)  # of the tokens, N in all; the first dimension is cut by sequence parallelism
@@ -30,6 +36,35 @@ COLLECTIVES = (vocab_parallel._all_gather, vocab_parallel._reduce_scatter, "all_
 
 def even(world, total=V):
     return [total * (r + 1) // world - total * r // world for r in range(world)]
+
+
+@contextmanager
+def gpu_schedule(**numbers):
+    """The schedules of GPUs, on CPU tensors: with the CUDA kernels that the shim runs, and plans of these
+    numbers. Gives the plans and calls that are made.
+    """
+    made, calls, plan, begin = [], [], linear_gpu.plan, linear_gpu.Call.__init__
+
+    def planned(*arguments):
+        own = plan(*arguments)
+        made.append(dataclasses.replace(own, **numbers) if own.schedule != "forward" else own)
+        return made[-1]
+
+    def begun(self, *arguments):
+        begin(self, *arguments)
+        calls.append(self)
+
+    kernels = native_epilogues(load("kl_loss").ops)
+    with ExitStack() as stack:
+        for where, name, what in (
+            (linear_op, "_on_gpu", lambda x: True),
+            (linear_op, "EPILOGUES", {"native": lambda: kernels}),
+            (gemm_gpu, "matmul", matmul_fp32),
+            (linear_gpu, "plan", planned),
+            (linear_gpu.Call, "__init__", begun),
+        ):
+            stack.enter_context(mock.patch.object(where, name, what))
+        yield made, calls
 
 
 class Problem:
@@ -90,6 +125,7 @@ def check(
     accumulator=False,
     masked=0.2,
     distance=3.0,
+    gpu=None,
     **options,
 ):
     """Loss and gradients of one call against float64 NumPy."""
@@ -110,11 +146,19 @@ def check(
         given["vocab_range"] = p.range
     elif padding:
         given["vocab_size"] = p.total
+    with gpu_schedule(**gpu) if gpu is not None else nullcontext():
+        check_call(group, p, rows, hidden, head, bias, buffer, dtype, divergence, reduction, sequence_parallel,
+                   accumulator, given | options, options)  # fmt: skip
+
+
+def check_call(group, p, rows, hidden, head, bias, buffer, dtype, divergence, reduction, sequence_parallel,
+               accumulator, given, options):  # fmt: skip
+    own = (-1, *SHAPE[1:])
     loss = linear_kl_loss(
         hidden, head, p.teacher_hidden[rows].reshape(*own, HT), p.shard(p.teacher_head, 1),
         mask=p.mask.view(SHAPE), student_bias=bias, teacher_bias=p.shard(p.bias[1], 1), divergence=divergence,
         reduction=reduction, tp_group=group, sequence_parallel=sequence_parallel, grad_head_accumulator=buffer,
-        **given, **options,
+        **given,
     )  # fmt: skip
     same_on_all_ranks(loss, group)
     keep = p.mask.numpy().astype(float)
@@ -135,6 +179,8 @@ def check(
     wide = dtype == torch.float64
     found = loss.detach().double().numpy().reshape(np.shape(expected))
     np.testing.assert_allclose(found, expected, rtol=1e-12 if wide else 1e-5, atol=1e-30)
+    if not loss.requires_grad:
+        return
     loss.backward(incoming)
     bound = GRADIENT_BOUND[dtype]
     cut = slice(*p.range)
@@ -159,6 +205,10 @@ def check(
         assert (added[len(truth) :] == 0).all()
         if truth.size:
             assert relative(added[: len(truth)], truth) <= max(bound, 1e-5 if not wide else 0)
+
+
+STORE = {"chunk_rows": 7, "dz_rows": 15}
+RECOMPUTE = {"chunk_rows": 7, "dz_rows": 15, "tile": 64}
 
 
 def value_cases(world):
@@ -194,6 +244,25 @@ def value_cases(world):
         "frozen_head": {"frozen": ("head",)},
         "frozen_hidden": {"frozen": ("hidden",), "divergence": "reverse_kl"},
         "fp16": {"dtype": torch.float16, "divergence": "reverse_kl"},
+        "gpu_store": {"gpu": STORE, "dtype": torch.bfloat16, "schedule": "store"},
+        "gpu_store_jsd": {"gpu": STORE, "divergence": 0.3, "schedule": "store", "biased": True,
+                          "student_softcap": 6.0, "widths": uneven},
+        "gpu_store_reverse": {"gpu": STORE, "divergence": "reverse_kl", "schedule": "store", "biased": True,
+                              "padding": pads, "explicit": True, "sequence_parallel": True},
+        "gpu_store_fp16": {"gpu": STORE, "divergence": "reverse_kl", "schedule": "store", "dtype": torch.float16},
+        "gpu_one_chunk": {"gpu": {}, "dtype": torch.float16, "temperature": 2.0},
+        "gpu_recompute": {"gpu": RECOMPUTE, "schedule": "recompute", "dtype": torch.bfloat16, "widths": uneven,
+                          "divergence": "reverse_kl", "sequence_parallel": True, "biased": True},
+        "gpu_recompute_jsd": {"gpu": RECOMPUTE, "schedule": "recompute", "divergence": "jsd", "biased": True},
+        "gpu_forward": {"gpu": {}, "frozen": ("hidden", "head"), "divergence": "jsd", "widths": uneven},
+        "gpu_none": {"gpu": STORE, "schedule": "store", "reduction": "none", "divergence": "jsd",
+                     "accumulator": True, "dtype": torch.bfloat16},
+        "gpu_padding_only": {"gpu": STORE, "schedule": "store", "divergence": "jsd", "explicit": True,
+                             "widths": nothing, "padding": [*[(0, 0)] * (world - 1), (6, 4)]},
+        "gpu_padding_only_recompute": {"gpu": RECOMPUTE, "schedule": "recompute", "divergence": "reverse_kl",
+                                       "widths": nothing, "padding": [*[(1, 0)] * (world - 1), (6, 4)],
+                                       "explicit": True, "sequence_parallel": True},
+        "gpu_all_masked": {"gpu": STORE, "schedule": "store", "masked": 2.0, "dtype": torch.float16},
     }  # fmt: skip
 
 
@@ -333,6 +402,91 @@ def what_is_sent(group):
             assert sent.calls == expected, (sent.calls, expected)
 
 
+class Late(vocab_parallel.Gathered):
+    """An exchange that comes as late as it may, and sees whether its buffers are left alone until then."""
+
+    late: list = []  # noqa: RUF012
+
+    def __init__(self, part, group):
+        super().__init__(part, group)
+        self.wait_for = super().wait
+        self.real, self.before = super().wait().clone(), part.clone()
+        self._parts.fill_(torch.nan if part.is_floating_point() else -1)
+        self.late.append("send")
+
+    def wait(self):
+        assert torch.equal(self._part.nan_to_num(7.5), self.before.nan_to_num(7.5)), (
+            "written while it is sent"
+        )
+        self._parts.copy_(self.real.view_as(self._parts))
+        self.late.append("wait")
+        return super().wait()
+
+
+@case
+def gpu_exchange_is_late(group):
+    """Store makes the next chunk's logits between the start of an exchange and its end; and what is on its way
+    is neither read nor written.
+    """
+    product = matmul_fp32
+
+    def logged(a, b, out, accumulate):
+        Late.late.append("gemm")
+        product(a, b, out, accumulate)
+
+    for divergence in ("forward_kl", "jsd"):
+        Late.late.clear()
+        late = mock.patch.object(vocab_parallel, "Gathered", Late)
+        gemms = mock.patch.dict(globals(), {"matmul_fp32": logged})
+        with late, gemms:
+            check(group, gpu={"chunk_rows": 9, "dz_rows": N}, schedule="store", divergence=divergence)
+        log = Late.late[2:]  # after the exchange of how the ranks call
+        gemm = ["gemm", "gemm"]
+        if divergence == "forward_kl":
+            expected = [*gemm, "send", *([*gemm, "send", "wait"] * 3), "wait"]
+        else:
+            again = ["wait", "send"]
+            expected = [*gemm, "send", *([*gemm, *again, "send", "wait"] * 3), *again, "wait"]
+        assert log == [*expected, *gemm], log
+
+
+@case
+def gpu_scratch_is_planned(group):
+    """Both buffers of logits are in the plan, which all ranks make alike however wide their shards are."""
+    world = group.size()
+    uneven = [V - 40 * (world - 1), *[40] * (world - 1)]
+    for schedule, budget in itertools.product(("store", "recompute"), (30_000, 1 << 16, None)):
+        p = Problem(group, uneven, torch.bfloat16)
+        hidden, head = p.hidden.requires_grad_(), p.shard(p.head, 0).requires_grad_()
+        rest = {"schedule": schedule, "workspace_bytes": budget, "tp_group": group}
+        with gpu_schedule() as (plans, calls):
+            linear_kl_loss(hidden, head, p.teacher_hidden, p.shard(p.teacher_head, 1), **rest)
+        (plan,), (call,) = plans, calls
+        assert budget is None or plan.workspace_bytes <= budget
+        found = sum(x.nbytes for x in call.buffers.values())
+        planned = sum(plan.part_bytes[:2])
+        assert found == planned if p.rank == 0 else found <= planned, (schedule, budget, found, planned)
+        numbers = [None] * world
+        dist.all_gather_object(numbers, (plan.chunk_rows, plan.dz_rows, plan.tile), group=group)
+        assert len(set(numbers)) == 1
+
+
+@case
+def gpu_what_is_sent(group):
+    """One exchange a chunk of rows, JSD two."""
+    gather, _, reduce = COLLECTIVES
+    p = Problem(group, even(group.size()), torch.bfloat16)
+    hidden, head = p.hidden.requires_grad_(), p.shard(p.head, 0).requires_grad_()
+    sizes = [7, 7, 1, 7, 7, 1, 6]
+    for divergence in ("reverse_kl", "jsd"):
+        rest = {"schedule": "store", "divergence": divergence, "tp_group": group}
+        with gpu_schedule(**STORE), Counted() as sent:
+            linear_kl_loss(hidden, head, p.teacher_hidden, p.shard(p.teacher_head, 1), **rest)
+        states = [(gather, 20 * n) for n in sizes] + [(gather, 8 * n) for n in sizes] * (divergence == "jsd")
+        assert sorted(sent.calls) == sorted([(gather, 64), *states, (reduce, 4 * N * H)])
+        assert sent.calls[-1] == (reduce, 4 * N * H)
+
+
 @case
 def heads_are_exchanged_once(group):
     """Where the host must not wait: what is known is compared, and not read."""
@@ -375,6 +529,7 @@ def runs(world, name):
 def run_all(rank, ranks, folder, names):
     """All cases on groups of each size up to `ranks`; what went wrong on this rank goes into a file."""
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
     store = dist.FileStore(str(Path(folder) / "store"), ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     reports = {}
