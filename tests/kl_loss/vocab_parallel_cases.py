@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kl_loss.cases import matmul_fp32
-from kl_loss.oracle import oracle_linear
+from kl_loss.oracle import oracle_linear, oracle_metrics
 from kl_loss.problems import BETA, GRADIENT_BOUND, make_linear, relative, to_numpy
 from minitron_kernels import linear_kl_loss
 from minitron_kernels.ops.kl_loss import gemm_gpu, linear_gpu, linear_op, vocab_parallel
@@ -85,6 +85,7 @@ class Problem:
         self.bias = [torch.randn(self.total, generator=g).to(dtype) if biased else None for _ in range(2)]
         if biased:  # raises the maximum from shard to shard, and one shard may have no token
             self.bias[0] += torch.linspace(-9, 9, self.total).to(dtype)
+        if biased and biased != "finite":
             self.bias[0][: self.total // 8] = -torch.inf
             self.bias[1][: self.total // 8] = -torch.inf
         self.padding = padding or [(0, 0)] * len(widths)  # of student and teacher, rows behind each shard
@@ -103,12 +104,21 @@ class Problem:
             *tensors, student_bias=student_bias, teacher_bias=teacher_bias, row_weight=row_weight, **options
         )
 
+    def logits(self):
+        """The student's, before scale and softcap."""
+        hidden, head, bias = to_numpy(self.hidden, self.head, self.bias[0])
+        return hidden @ head.T + (0.0 if bias is None else bias)
+
 
 def same_on_all_ranks(x, group):
     """To the bit."""
     parts = [None] * group.size()
     dist.all_gather_object(parts, x.detach().double().tolist(), group=group)
     assert all(str(part) == str(parts[0]) for part in parts), f"the ranks differ: {parts}"
+
+
+ORACLE = {"student_logit_scale": "student_scale"}
+NOT_OF_LOSS = ("schedule", "workspace_bytes", "ce_weight", "return_parts", "label_smoothing", "temperature")
 
 
 def check(
@@ -124,89 +134,79 @@ def check(
     frozen=(),
     accumulator=False,
     masked=0.2,
-    distance=3.0,
     gpu=None,
     **options,
 ):
-    """Loss and gradients of one call against float64 NumPy."""
-    world, rank = group.size(), group.rank()
-    p = Problem(group, widths or even(world), dtype, padding, biased, distance, masked)
+    """Loss, parts and gradients of one call against float64 NumPy."""
+    world, rank, wide = group.size(), group.rank(), dtype == torch.float64
+    p = Problem(group, widths or even(world), dtype, padding, biased, masked=masked)
     rows = slice(rank * N // world, (rank + 1) * N // world) if sequence_parallel else slice(None)
-    own = (-1, *SHAPE[1:])
+    cut, own = slice(*p.range), (-1, *SHAPE[1:])
     hidden = p.hidden[rows].reshape(*own, H).requires_grad_("hidden" not in frozen)
     head = p.shard(p.head, 0).requires_grad_("head" not in frozen and not accumulator)
     bias = p.shard(p.bias[0], 0)
     if bias is not None:
-        bias.requires_grad_()
-    buffer = None
-    if accumulator:
-        buffer = torch.full(head.shape, 2.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    given = {}
-    if explicit:
-        given["vocab_range"] = p.range
-    elif padding:
-        given["vocab_size"] = p.total
-    with gpu_schedule(**gpu) if gpu is not None else nullcontext():
-        check_call(group, p, rows, hidden, head, bias, buffer, dtype, divergence, reduction, sequence_parallel,
-                   accumulator, given | options, options)  # fmt: skip
-
-
-def check_call(group, p, rows, hidden, head, bias, buffer, dtype, divergence, reduction, sequence_parallel,
-               accumulator, given, options):  # fmt: skip
-    own = (-1, *SHAPE[1:])
-    loss = linear_kl_loss(
-        hidden, head, p.teacher_hidden[rows].reshape(*own, HT), p.shard(p.teacher_head, 1),
-        mask=p.mask.view(SHAPE), student_bias=bias, teacher_bias=p.shard(p.bias[1], 1), divergence=divergence,
-        reduction=reduction, tp_group=group, sequence_parallel=sequence_parallel, grad_head_accumulator=buffer,
-        **given,
-    )  # fmt: skip
-    same_on_all_ranks(loss, group)
+        bias.requires_grad_("bias" not in frozen)
+    buffer = (
+        torch.full(head.shape, 2.0, dtype=torch.float64 if wide else torch.float32) if accumulator else None
+    )
+    given = {"vocab_range": p.range} if explicit else {"vocab_size": p.total} if padding else {}
+    if "ce_weight" in options or "return_parts" in options:
+        given["labels"] = torch.where(p.mask, p.labels, -100).view(SHAPE)
     keep = p.mask.numpy().astype(float)
-    if reduction == "none":
-        weight = np.linspace(0.5, 1.5, N) * keep
-        incoming = torch.linspace(0.5, 1.5, N, dtype=torch.float64).view(SHAPE).to(loss.dtype)
-    else:
-        weight, incoming = keep / max(keep.sum(), 1.0), torch.tensor(1.0, dtype=loss.dtype)
+    per_token = reduction == "none"
+    weight = np.linspace(0.5, 1.5, N) * keep if per_token else keep / max(keep.sum(), 1.0)
+
+    with gpu_schedule(**gpu) if gpu is not None else nullcontext():
+        result = linear_kl_loss(
+            hidden, head, p.teacher_hidden[rows].reshape(*own, HT), p.shard(p.teacher_head, 1),
+            mask=p.mask.view(SHAPE), student_bias=bias, teacher_bias=p.shard(p.bias[1], 1),
+            divergence=divergence, reduction=reduction, tp_group=group, sequence_parallel=sequence_parallel,
+            grad_head_accumulator=buffer, **given, **options,
+        )  # fmt: skip
+        loss = result.loss if "return_parts" in options else result
+        if loss.requires_grad:
+            incoming = np.linspace(0.5, 1.5, N).reshape(SHAPE) if per_token else np.array(1.0)
+            loss.backward(torch.from_numpy(incoming).to(loss.dtype))
+
     beta = divergence if isinstance(divergence, float) else BETA[divergence]
-    names = {"temperature": "inv_tau", "student_logit_scale": "student_scale"}
-    told = {
-        names.get(k, k): 1 / v if k == "temperature" else v
-        for k, v in options.items()
-        if k not in ("schedule", "workspace_bytes")
-    }
-    true_loss, true_hidden, true_head, true_bias = p.truth(weight, beta=beta, **told)
-    expected = true_loss * keep if reduction == "none" else (true_loss * weight).sum()
-    wide = dtype == torch.float64
-    found = loss.detach().double().numpy().reshape(np.shape(expected))
-    np.testing.assert_allclose(found, expected, rtol=1e-12 if wide else 1e-5, atol=1e-30)
-    if not loss.requires_grad:
-        return
-    loss.backward(incoming)
+    told = {ORACLE.get(name, name): x for name, x in options.items() if name not in NOT_OF_LOSS}
+    told |= {"beta": beta, "inv_tau": 1 / options.get("temperature", 1.0)}
+    told["label_smoothing"] = options.get("label_smoothing", 0.0)
+    labels, factor = np.where(keep > 0, p.labels.numpy(), -1), options.get("ce_weight", 0.0)
+    of_ce = {"labels": labels, "ce_weight": weight * factor} if factor else {}
+    kl, true_hidden, true_head, true_bias = p.truth(weight, **of_ce, **told)
+    ce, entropy, label_logprob, _ = oracle_metrics(p.logits(), labels, **told)
+
+    def reduced(x):
+        return x * keep if per_token else (np.where(keep > 0, x, 0.0) * weight).sum()
+
+    parts = [("loss", loss, kl + factor * ce if factor else kl)]
+    if "return_parts" in options:
+        parts += [("kl", result.kl, kl), ("ce", result.ce, ce), ("entropy", result.entropy, entropy)]
+        parts += [("label_logprob", result.label_logprob, label_logprob)]
+        assert result.num_tokens == keep.sum()
+    for name, x, truth in parts:
+        same_on_all_ranks(x, group)
+        found, expected = x.detach().double().numpy().reshape(-1), np.reshape(reduced(truth), -1)
+        np.testing.assert_allclose(found, expected, rtol=1e-12 if wide else 1e-5, atol=1e-30, err_msg=name)
     bound = GRADIENT_BOUND[dtype]
-    cut = slice(*p.range)
-    for name, x, truth, padded in (
-        ("hidden", hidden, true_hidden[rows].reshape(*hidden.shape), False),
-        ("head", head, true_head[cut], True),
-        ("bias", bias, true_bias[cut], True),
+    for name, x, truth in (
+        ("hidden", hidden, true_hidden[rows].reshape(*hidden.shape)),
+        ("head", head, true_head[cut]),
+        ("bias", bias, true_bias[cut]),
+        ("accumulator", buffer, true_head[cut]),
     ):
-        if x is None or not x.requires_grad:
-            assert x is None or x.grad is None
-            continue
-        grad = x.grad
-        if padded:
+        grad = buffer - 2.0 if name == "accumulator" and accumulator else None if x is None else x.grad
+        wanted = x is not None and (x.requires_grad or name == "accumulator")
+        assert (grad is not None) == wanted, name
+        if wanted:
             assert (grad[len(truth) :] == 0).all(), f"padding of {name}"
-            grad = grad[: len(truth)]
-        if truth.size:
-            error = relative(grad, truth)
-            size = np.abs(truth).max()
+            error, size = relative(grad[: len(truth)], truth), np.abs(truth).max(initial=0.0)
             assert error <= bound or size < 1e-20, f"{name}: error {error:.3g}, allowed {bound:.3g}"
-    if accumulator:
-        added, truth = buffer - 2.0, true_head[cut]
-        assert (added[len(truth) :] == 0).all()
-        if truth.size:
-            assert relative(added[: len(truth)], truth) <= max(bound, 1e-5 if not wide else 0)
 
 
+PARTS = {"return_parts": True, "ce_weight": 0.7, "label_smoothing": 0.1}
 STORE = {"chunk_rows": 7, "dz_rows": 15}
 RECOMPUTE = {"chunk_rows": 7, "dz_rows": 15, "tile": 64}
 
@@ -244,6 +244,19 @@ def value_cases(world):
         "frozen_head": {"frozen": ("head",)},
         "frozen_hidden": {"frozen": ("hidden",), "divergence": "reverse_kl"},
         "fp16": {"dtype": torch.float16, "divergence": "reverse_kl"},
+        "parts": PARTS | {"biased": "finite", "widths": uneven, "temperature": 2.0},
+        "parts_jsd_none": PARTS | {"divergence": "jsd", "reduction": "none", "sequence_parallel": True},
+        "parts_double": PARTS | {"dtype": torch.float64, "divergence": "reverse_kl", "student_softcap": 6.0},
+        "parts_unsmoothed": {"return_parts": True, "ce_weight": 0.5, "dtype": torch.bfloat16, "widths": nothing,
+                             "padding": [*[(1, 0)] * (world - 1), (6, 4)], "explicit": True},
+        "parts_accumulator": PARTS | {"accumulator": True, "padding": pads, "explicit": True},
+        "gpu_parts_store": PARTS | {"gpu": STORE, "schedule": "store", "temperature": 2.0, "widths": uneven},
+        "gpu_parts_jsd": PARTS | {"gpu": STORE, "schedule": "store", "divergence": "jsd", "widths": nothing,
+                                  "padding": [*[(1, 0)] * (world - 1), (6, 4)], "explicit": True},
+        "gpu_parts_recompute": PARTS | {"gpu": RECOMPUTE, "schedule": "recompute", "biased": "finite",
+                                        "divergence": "reverse_kl", "dtype": torch.bfloat16},
+        "gpu_parts_none": PARTS | {"gpu": STORE, "schedule": "store", "reduction": "none"},
+        "gpu_parts_forward": PARTS | {"gpu": {}, "frozen": ("hidden", "head"), "sequence_parallel": True},
         "gpu_store": {"gpu": STORE, "dtype": torch.bfloat16, "schedule": "store"},
         "gpu_store_jsd": {"gpu": STORE, "divergence": 0.3, "schedule": "store", "biased": True,
                           "student_softcap": 6.0, "widths": uneven},
@@ -390,6 +403,9 @@ def what_is_sent(group):
         gradient = (scatter if sequence else reduce, size * N * H)
         call = {"tp_group": group, "sequence_parallel": sequence, "divergence": divergence}
         heads = p.shard(p.head, 0), p.shard(p.teacher_head, 1)
+        with Counted() as sent, torch.no_grad():
+            linear_kl_loss(hidden, heads[0], teacher_hidden, heads[1], return_parts=True, **call)
+        assert sent.calls == [(gather, 64), *inputs, (gather, 9 * size * N), *states[1:]], sent.calls
         for needs_grad in (False, True):
             expected = [(gather, 64), *inputs, *states]
             if needs_grad and reduction == "none":
@@ -521,8 +537,25 @@ def heads_are_exchanged_once(group):
 
 def runs(world, name):
     """Groups of more than two run what depends on their size."""
-    many = {"uneven", "padding_inside", "padding_behind", "bias_jsd", "bias_reverse", "what_is_sent"}
-    most = {"padding_only", "padding_only_reverse", "double_jsd", "recompute", "what_does_not_fit"}
+    many = {
+        "uneven",
+        "parts",
+        "gpu_parts_store",
+        "padding_inside",
+        "padding_behind",
+        "bias_jsd",
+        "bias_reverse",
+        "what_is_sent",
+    }
+    most = {
+        "padding_only",
+        "gpu_padding_only",
+        "parts_jsd_none",
+        "padding_only_reverse",
+        "double_jsd",
+        "recompute",
+        "what_does_not_fit",
+    }
     return name in {2: {*value_cases(2), *CASES}, 3: many, 4: most}[world]
 
 
