@@ -5,12 +5,14 @@ in csrc/kl_loss/cpu/row_merger.h. GPUs merge by their kernels of finish_stats.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minitron_kernels.ops.kl_loss.divergence import NUM_METRIC_STATE, NUM_STATE, Divergence
+from minitron_kernels.ops.kl_loss.options import LossOptions
 
 
 def empty_state(like: Tensor, fields: int, rows: int) -> Tensor:
@@ -25,6 +27,45 @@ def state_of(loss: Tensor, stats: Tensor) -> Tensor:
     """The state [5, N] of tokens whose loss and stats are known as if there were no others."""
     max_s, inv_sum_s, max_t, inv_sum_t = stats[:, :4].unbind(1)
     return torch.stack((max_s, 1 / inv_sum_s, max_t, 1 / inv_sum_t, loss))
+
+
+def metric_state_of(metrics: Tensor, options: LossOptions, total_vocab: int) -> Tensor:
+    """What the metrics of a shard say, [4, N]: sum_y, total_y, entropy, log p(label).
+
+    total_y is sum (y - max_y), out of a cross-entropy whose label_smoothing is 1 over total_vocab; 0 if there
+    is to be no smoothing. Where all tokens are masked out there is no entropy and no label.
+    """
+    inv_sum, ce, entropy, label = metrics.double().unbind(1)
+    total = torch.zeros_like(ce)
+    if options.label_smoothing:
+        total = ((-inv_sum.log() - ce) * total_vocab).masked_fill(inv_sum == math.inf, -math.inf)
+    state = torch.stack((1 / inv_sum, total, entropy, label))
+    state[2].masked_fill_(inv_sum == math.inf, 0.0)
+    state[3].masked_fill_(inv_sum == math.inf, -math.inf)
+    return state.to(metrics.dtype)
+
+
+def merge_metrics(
+    states: Tensor, has_labels: bool, mask: Tensor | None, options: LossOptions, widths: Sequence[int]
+) -> Tensor:
+    """Max_s and metric states of shards, [R, 5, N], to metrics [N, 4]; widths: tokens of each shard."""
+    max_s, sum_y, total, entropy, label = states.double().unbind(1)
+    tokens = torch.tensor(widths, dtype=torch.float64, device=states.device)[:, None]
+    side = _Side.of(max_s / options.inv_tau, sum_y)
+    log_share = side.below + side.share.log()
+    # the chain rule of entropy; a shard without probability has none
+    own = (side.mass * (entropy - log_share)).masked_fill(side.mass == 0, 0.0)
+    columns = [1 / side.total, torch.zeros_like(side.total), own.sum(0), torch.zeros_like(side.total)]
+    if has_labels:
+        e = options.label_smoothing
+        columns[3] = (label + log_share).masked_fill(label == -math.inf, -math.inf).amax(0)
+        if e < 1:
+            columns[1] = -(1 - e) * columns[3]
+        if e > 0:
+            from_top = (total + side.below * tokens).masked_fill(tokens == 0, 0.0).sum(0)
+            columns[1] = columns[1] + e * (side.total.log() - from_top / sum(widths))
+    metrics = torch.stack(columns, 1)
+    return (metrics if mask is None else metrics.masked_fill(~mask[:, None], 0.0)).to(states.dtype)
 
 
 class _Side(NamedTuple):

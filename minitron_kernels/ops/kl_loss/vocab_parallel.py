@@ -117,10 +117,23 @@ class Shard:
 
     group: dist.ProcessGroup
     start: int
-    width: int
-    total_vocab: int
-    widest: int  # the largest width of a rank: by it all ranks plan alike
+    widths: tuple[int, ...]  # by rank
     sequence_parallel: bool = False
+
+    @property
+    def width(self) -> int:
+        """Tokens of this rank."""
+        return self.widths[self.group.rank()]
+
+    @property
+    def widest(self) -> int:
+        """The most tokens of a rank: by them all ranks plan alike."""
+        return max(self.widths)
+
+    @property
+    def total_vocab(self) -> int:
+        """Tokens of all ranks."""
+        return sum(self.widths)
 
     def gather(self, part: Tensor) -> Gathered:
         """What all ranks have in the place of `part`, [F, n] -> [R, F, n]."""
@@ -257,16 +270,9 @@ def find_shard(
             (_exchange(own, group) == expected).all(),
             "the ranks of tp_group call linear_kl_loss with different tokens, requests or heads",
         )
-    ranges, rank = ranges_of([_Call._make((*numbers, 0, 0, 0)) for numbers in known]), group.rank()
-    widths = [len(r) for r in ranges]
-    return Shard(
-        group,
-        ranges[rank].start,
-        widths[rank],
-        sum(widths),
-        max(widths),
-        parallel.sequence_parallel,
-    )
+    ranges = ranges_of([_Call._make((*numbers, 0, 0, 0)) for numbers in known])
+    widths = tuple(len(r) for r in ranges)
+    return Shard(group, ranges[group.rank()].start, widths, parallel.sequence_parallel)
 
 
 def _number(asked: Sequence[bool | str], parallel: Parallel) -> int:
