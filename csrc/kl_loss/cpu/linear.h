@@ -81,7 +81,10 @@ class LinearKL {
       const Chunk chunk = shape_.chunk(i);
       if (problem_.stats_given) {
         teacher_.load_stats(chunk);
-        if (!shape_.has_grad()) sum_kl_of_shard(chunk);
+        if (!shape_.has_grad() && teacher_.looks_again()) {  // of a shard: the stats are those of all
+          pack(chunk);
+          look_again(chunk);
+        }
         continue;
       }
       pack(chunk);
@@ -190,7 +193,10 @@ class LinearKL {
 
   void merge_stats(const Chunk& chunk) const {
     teacher_.merge(chunk);
-    if (!teacher_.looks_again()) return;
+    if (teacher_.looks_again()) look_again(chunk);
+  }
+
+  void look_again(const Chunk& chunk) const {
     parallel_tasks(shape_.tiles(), [&](int64_t index, int64_t slot) {
       const Tile tile = shape_.tile(index);
       const bool make = !shape_.is_stored(index);
@@ -201,13 +207,6 @@ class LinearKL {
       brgemm_release();
     });
     teacher_.merge_again(chunk);
-  }
-
-  // The same of a shard of the vocabulary, whose stats are those of all its shards: what they sum up to.
-  void sum_kl_of_shard(const Chunk& chunk) {
-    if (!needs_second_look(problem_.options.divergence())) return;
-    pack(chunk);
-    sum_kl(chunk);
   }
 
   // The gradients of a tile group.
