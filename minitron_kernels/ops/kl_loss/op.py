@@ -21,6 +21,7 @@ from minitron_kernels.ops.kl_loss.linear import linear_kl_rows
 from minitron_kernels.ops.kl_loss.options import check_vocab_size, loss_options
 from minitron_kernels.ops.kl_loss.record import LossRecord, TokenTerms
 from minitron_kernels.ops.kl_loss.rows import kl_rows, kl_rows_with_metrics
+from minitron_kernels.ops.kl_loss.sharded import local_side, local_tokens
 from minitron_kernels.ops.kl_loss.tokens import Tokens
 
 
@@ -108,6 +109,8 @@ def kl_loss(
     Source: Minitron (arXiv 2407.14679) section 3, L = L_CE + L_logits; generalised JSD: GKD
     (arXiv 2306.13649).
     """
+    student_logits = local_tokens("student_logits", student_logits)
+    teacher_logits = local_tokens("teacher_logits", teacher_logits)
     check_floating(student_logits=student_logits, teacher_logits=teacher_logits)
     if student_logits.dim() < 1 or student_logits.shape[:-1] != teacher_logits.shape[:-1]:
         raise ValueError(
@@ -248,6 +251,12 @@ def linear_kl_loss(
 
     Source: Minitron (arXiv 2407.14679) section 3, (arXiv 2408.11796) section 3.
     """
+    student_hidden, student_head, student_bias = local_side(
+        "student", student_hidden, student_head, student_bias, grad_head_accumulator=grad_head_accumulator
+    )
+    teacher_hidden, teacher_head, teacher_bias = local_side(
+        "teacher", teacher_hidden, teacher_head, teacher_bias
+    )
     check_floating(
         student_hidden=student_hidden,
         student_head=student_head,
