@@ -119,7 +119,7 @@ def _resolve_adapted(layer: Any) -> tuple[nn.Module, list[_Adapter]]:
     if layer.merged or layer.disable_adapters:
         if layer.merged and layer.disable_adapters:
             raise ValueError(
-                "the adapters of the head are disabled, yet merged into its weight: call unmerge_adapter() first"
+                "the adapters of the head are disabled, but merged into its weight: call unmerge_adapter()"
             )
         return _resolve(layer.base_layer)
     if not _is_of(layer, "peft.tuners.lora.layer", "Linear"):
