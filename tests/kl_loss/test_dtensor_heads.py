@@ -242,33 +242,47 @@ def fully_sharded(rank):
 
 
 def sharded_by_fsdp1(rank):
-    """Inside of the wrapped forward the head is there; outside it is refused."""
+    """Inside of the wrapped forward the head is there; outside it is refused where it is not."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    expected = train(student("plain"), True, *batch())
-    for use_orig_params in (True, False):
-        model = FullyShardedDataParallel(
-            student("plain"), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    def wrap(module):
+        return FullyShardedDataParallel(
+            module, use_orig_params=use_orig_params, device_id=torch.device("cpu")
         )
-        gradients = train(model, True, *batch(rank))
-        if use_orig_params:  # else they are pieces of one flat parameter
-            with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
-                prefix = "_fsdp_wrapped_module."
-                gradients = {name.removeprefix(prefix): x.grad for name, x in model.named_parameters()}
-                assert_same(gradients, expected)
-        else:
-            pieces = torch.cat([x.flatten() for x in expected.values()])
-            ours = torch.cat([x.flatten() for x in gradients.values()])
-            begin = rank * ours.numel()
-            theirs = F.pad(
-                pieces[begin : begin + ours.numel()], (0, max(0, begin + ours.numel() - pieces.numel()))
-            )
-            torch.testing.assert_close(ours, theirs, **CLOSE)
-        hidden, *teacher = model(batch(rank)[0]), *batch(rank)[1:]
-        with pytest.raises(ValueError, match=r"has no memory|as FSDP1 leaves one"):
-            model.module.loss(hidden, *teacher)
-        with pytest.raises(ValueError, match=r"has no memory|as FSDP1 leaves one"):
-            mk.linear_kl_loss(hidden, model.module.lm_head.weight, *teacher)
+
+    expected = train(student("plain"), True, *batch())
+    pieces = torch.cat([x.flatten() for x in expected.values()])
+    tokens, *teacher = batch(rank)
+    gone = pytest.raises(ValueError, match=r"has no memory: .*inside of that forward|as FSDP1 leaves one")
+    for use_orig_params in (True, False):
+        for inside in (True, False):
+            model = wrap(student("plain"))
+            if use_orig_params and not inside:
+                with gone:
+                    model.module.loss(model(tokens), *teacher)
+                continue
+            if not inside:  # a root's flat parameter stays whole after its forward
+                model.loss = model.module.loss
+            flat = train(model, inside, *batch(rank))
+            if use_orig_params:  # each a piece, at the rank that has it
+                with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+                    prefix = "_fsdp_wrapped_module."
+                    whole_ = {name.removeprefix(prefix): x.grad for name, x in model.named_parameters()}
+                    assert_same(whole_, expected)
+            else:
+                (ours,) = flat.values()
+                theirs = pieces[rank * ours.numel() :][: ours.numel()]
+                torch.testing.assert_close(ours[: theirs.numel()], theirs, **CLOSE)
+        model = student("plain")
+        model.lm_head = wrap(model.lm_head)
+        model = wrap(model)
+        head, hidden = model.module.lm_head.module, model(tokens)
+        with gone:
+            mk.head_of(head)(hidden)
+        with gone:
+            mk.linear_kl_loss(hidden, head.weight, *teacher)
+        with pytest.raises(TypeError, match=r"got torch.distributed.fsdp.*FullyShardedDataParallel"):
+            mk.head_of(model.module.lm_head)
 
 
 CASES = (
