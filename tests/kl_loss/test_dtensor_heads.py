@@ -1,5 +1,7 @@
 """Sharded heads: ranks with a part of the batch each find what one process finds with all of it."""
 
+import multiprocessing
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -308,4 +310,6 @@ def run(rank, tmp_path):
 
 
 def test_ranks_find_what_one_process_finds(tmp_path):
-    torch.multiprocessing.spawn(run, args=(tmp_path,), nprocs=WORLD)
+    # from a server that has imported what takes seconds once, and not in each of the processes
+    multiprocessing.set_forkserver_preload(["minitron_kernels", "torch.distributed.fsdp", "peft"])
+    torch.multiprocessing.start_processes(run, args=(tmp_path,), nprocs=WORLD, start_method="forkserver")
