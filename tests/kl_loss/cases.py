@@ -26,13 +26,14 @@ INF = math.inf
 
 @dataclass
 class Kernels:
-    """What is tested: the ops kl_loss_forward and kl_loss_backward of a backend, and its epilogues."""
+    """What is tested: ops of a backend, kl_loss_forward and so on, and its epilogues."""
 
     backend: str
     device: str
     forward: Callable
     backward: Callable
     epilogues: Epilogues
+    forward_metrics: Callable | None = None
 
 
 def matmul_fp32(a, b, out, accumulate):
@@ -143,7 +144,7 @@ def test_rows_options_and_padding(kernels, beta):
 @pytest.mark.parametrize("capped", ["student", "teacher"])
 def test_options_of_one_side(kernels, capped):
     """Scales that differ, softcap and bias of one side alone: neither gets what is the other's."""
-    options = (0.5, 1.2, 6.0, 0.8, 0.0) if capped == "student" else (0.5, 1.2, 0.0, 0.8, 6.0)
+    options = (0.5, 1.2, 6.0, 0.8, 0.0, 0.0) if capped == "student" else (0.5, 1.2, 0.0, 0.8, 6.0, 0.0)
     student, teacher = (x.to(kernels.device) for x in make_rows(2, 150, torch.float32))
     check(kernels, student, teacher, beta=0.3, options=options)
     tensors = [x.to(kernels.device) for x in make_linear(5, H, HT, 150, torch.bfloat16)]
@@ -161,7 +162,7 @@ def test_rows_within_a_softcap(kernels):
     g = torch.Generator().manual_seed(3)
     teacher = torch.randn(2, 150, generator=g) * 0.3
     student = teacher + torch.randn(2, 150, generator=g) * 1e-3
-    options = (1.0, 1.0, 50.0, 1.0, 50.0)
+    options = (1.0, 1.0, 50.0, 1.0, 50.0, 0.0)
     _, _, grad = rows(kernels, student.to(kernels.device), teacher.to(kernels.device), options=options)
     true_grad = oracle_rows(numpy_of(student), numpy_of(teacher), **named(options))[1]
     assert_near(grad, true_grad, 2e-4)
@@ -260,6 +261,7 @@ def linear(
     schedule="auto",
     budget=1 << 29,
     epilogues=None,
+    of_tokens=linear_gpu.NO_METRICS,
 ):
     """Outputs of linear_kl_loss_, made as the op makes them and filled with NaN."""
     hidden, head = tensors[:2]
@@ -290,6 +292,7 @@ def linear(
         schedule,
         budget,
         epilogues or kernels.epilogues,
+        of_tokens,
     )
     return outputs
 
@@ -298,7 +301,9 @@ def problem(kernels, dtype, distance=3.0, rows_=N, padded=V):
     return [x.to(kernels.device) for x in make_linear(rows_, H, HT, padded, dtype, distance=distance)]
 
 
-def truth_of(tensors, *, beta, options=PLAIN, biases=(None, None), row_weight=None, vocab_size=V):
+def truth_of(
+    tensors, *, beta, options=PLAIN, biases=(None, None), row_weight=None, vocab_size=V, **of_labels
+):
     hidden, head, teacher_hidden, teacher_head = map(numpy_of, tensors)
     return oracle_linear(
         hidden,
@@ -309,6 +314,8 @@ def truth_of(tensors, *, beta, options=PLAIN, biases=(None, None), row_weight=No
         teacher_bias=None if biases[1] is None else numpy_of(biases[1])[:vocab_size],
         row_weight=row_weight,
         beta=beta,
+        label_smoothing=options[5],
+        **of_labels,
         **named(options),
     )
 

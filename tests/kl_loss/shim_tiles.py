@@ -19,7 +19,8 @@ ROWS, COLUMNS = 5, 4096
 
 def kernels_of(shim):
     ops = shim.ops
-    return Kernels("native", "cpu", ops.kl_loss_forward, ops.kl_loss_backward, native_epilogues(ops))
+    rows = ops.kl_loss_forward, ops.kl_loss_backward
+    return Kernels("native", "cpu", *rows, native_epilogues(ops), ops.kl_loss_forward_metrics)
 
 
 @pytest.fixture(autouse=True, name="poisoned_memory")

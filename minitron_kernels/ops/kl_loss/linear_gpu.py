@@ -7,78 +7,73 @@
     forward    no gradient needed: operands of 16 bit go through Triton's fused kernel, O(N) memory; fp32, and
                all of the native backend, which has no such kernel, as the first half of recompute.
 
+Where ranks share the vocabulary (vocab_parallel.py), each chunk of rows has an exchange between statistics
+and dz; store, too, then makes statistics and dz by kernels of their own.
+
 Nothing waits for the GPU: masked rows are computed with zeros for hidden states and a zero dz, not left out.
 All memory is torch's, on the current stream, so that a call can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minitron_kernels.ops.kl_loss import gemm_gpu
-from minitron_kernels.ops.kl_loss.divergence import NUM_METRIC_STATE, NUM_STATE, NUM_SUMS, STAT_KL, Divergence
+from minitron_kernels.ops.kl_loss.divergence import STAT_KL, Divergence
 from minitron_kernels.ops.kl_loss.epilogues import Epilogues
 from minitron_kernels.ops.kl_loss.gemm_gpu import summed_in_fp32
 from minitron_kernels.ops.kl_loss.gpu_figures import figures_of
+from minitron_kernels.ops.kl_loss.linear_rows import NO_METRICS, Side, TokenMetrics, slices
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.plan_gpu import GpuProblem, padded, plan, sums_with_memory
+from minitron_kernels.ops.kl_loss.row_statistics import Logits, RowStatistics, statistics, store
 from minitron_kernels.ops.kl_loss.sums_gpu import GradientSum, add_rows, gradient_weights
-
-Side = tuple[Tensor, Tensor, Tensor | None]  # hidden states, head, bias
-
-
-class TokenMetrics(NamedTuple):
-    """What a call has to do with labels and metrics, at the least nothing."""
-
-    labels: Tensor | None = None  # [N] int64, -1 where there is none
-    metrics: Tensor | None = None  # [N, NUM_METRICS], written; with stats of an earlier call read
-    ce_weight: Tensor | None = None  # [N] or 0-dim: the cross-entropy's factor in the loss
-
-
-NO_METRICS = TokenMetrics()
-
-
-def slices(begin: int, end: int, size: int) -> Iterator[slice]:
-    """Of `size` each, but for the last."""
-    return (slice(at, min(at + size, end)) for at in range(begin, end, size))
+from minitron_kernels.ops.kl_loss.vocab_parallel import HiddenSum, Shard
 
 
 class Call:
-    """One call's tensors, cut to the vocabulary, and how its logits become statistics and dz."""
+    """One call's tensors, cut to the vocabulary, and how its logits become statistics and dz.
+
+    This one's teacher has hidden states and a head.
+    """
+
+    spare_columns = 0  # behind those that are asked for, in every buffer
 
     def __init__(
         self,
         student: Side,
-        teacher: Side,
+        teacher: Side | None,
         mask: Tensor | None,
         vocab_size: int,
         options: LossOptions,
         epilogues: Epilogues,
         of_tokens: TokenMetrics,
+        shard: Shard | None = None,
     ) -> None:
-        self.student, self.teacher = (_operands(side, vocab_size) for side in (student, teacher))
+        self.student = _operands(student, vocab_size)
+        self.teacher = self.student if teacher is None else _operands(teacher, vocab_size)
         self.mask, self.vocab_size, self.options, self.epilogues = mask, vocab_size, options, epilogues
-        self.of_tokens = of_tokens
+        self.of_tokens, self.shard = of_tokens, shard
+        self.first_token, self.total_vocab = (shard.start, shard.total_vocab) if shard else (0, vocab_size)
         self.buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Scratch [rows, columns], the same memory whenever the name is the same; the largest comes first."""
-        width = padded(columns)
+        width = padded(columns + self.spare_columns)
         if name not in self.buffers:
             size = rows * width
             self.buffers[name] = torch.empty(size, dtype=dtype, device=self.student[0].device)
         return self.buffers[name][: rows * width].view(rows, width)[:, :columns]
 
-    def logits(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """A tile of both raw logits in fp32, and the biases of its tokens."""
+    def logits(self, rows: slice, columns: slice, slot: int = 0) -> Logits:
+        """A tile of both raw logits in fp32, and the biases of its tokens; a slot has memory of its own."""
         shape = rows.stop - rows.start, columns.stop - columns.start
         tiles, biases = [], []
         for name, (hidden, head, bias) in (("student", self.student), ("teacher", self.teacher)):
-            tile = self.buffer(name, *shape, torch.float32)
+            tile = self.buffer(f"{name}{slot}", *shape, torch.float32)
             kind = torch.promote_types(hidden.dtype, head.dtype)
             gemm_gpu.matmul(hidden[rows].to(kind), head[columns].to(kind).t(), tile, False)
             tiles.append(tile)
@@ -115,13 +110,31 @@ class Call:
 
     @property
     def fused(self) -> bool:
-        """Whether the fused kernel serves these operands; fp32 is left to the vendor's GEMM."""
+        """Whether the fused kernel serves the call: not fp32, which is left to the vendor's GEMM.
+
+        Of a shard it says what its stats say, which are neither metrics nor JSD's sums.
+        """
+        more = self.options.divergence.needs_second_look or self.of_tokens.metrics is not None
+        if self.shard is not None and more:
+            return False
         operands = [x.dtype for x in (*self.student[:2], *self.teacher[:2])]
         same = operands[0] == operands[1] and operands[2] == operands[3]
         return self.epilogues.linear_stats is not None and same and torch.float32 not in operands
 
     def fused_statistics(self, loss: Tensor, stats: Tensor) -> None:
         """Loss and stats without logits in memory."""
+        if self.shard is None:
+            self._fused_statistics(loss, stats)
+            return
+        rows = RowStatistics(self, slice(0, loss.shape[0]), loss, stats)
+        if self.vocab_size:
+            own = torch.empty_like(loss), torch.empty_like(stats)
+            self._fused_statistics(*own)
+            rows.know(*own)
+        rows.send()
+        rows.receive()
+
+    def _fused_statistics(self, loss: Tensor, stats: Tensor) -> None:
         assert self.epilogues.linear_stats is not None
         self.epilogues.linear_stats(
             self.student,
@@ -146,55 +159,33 @@ class Call:
     ) -> None:
         """Dz of a tile. With `loss`, the tile is of the whole vocabulary, and loss and stats come with it."""
         logits, mask, width = self.logits(rows, columns), self.mask_of(rows), columns.stop - columns.start
-        of_ce = {} if ce_weight is None else {"ce_weight": ce_weight[rows]}
         if loss is not None:
+            of_ce = {} if ce_weight is None else {"ce_weight": ce_weight[rows]}
             arguments = (weight[rows], loss[rows], stats[rows], dz, width, self.options)
             self.epilogues.forward_grad(logits, mask, *arguments, **self.metrics_of(rows, **of_ce))
             return
-        if of_ce:
-            of_ce = self.metrics_of(rows, **of_ce, first_token=columns.start, total_vocab=self.vocab_size)
+        self.grad_of_logits(logits, rows, columns, stats, weight, ce_weight, dz)
+
+    def grad_of_logits(
+        self,
+        logits: Logits,
+        rows: slice,
+        columns: slice,
+        stats: Tensor,
+        weight: Tensor,
+        ce_weight: Tensor | None,
+        dz: Tensor,
+    ) -> None:
+        """Dz of a tile whose logits are there."""
+        mask, width, of_ce = self.mask_of(rows), columns.stop - columns.start, {}
+        if ce_weight is not None:
+            place = {"first_token": self.first_token + columns.start, "total_vocab": self.total_vocab}
+            of_ce = self.metrics_of(rows, ce_weight=ce_weight[rows], **place)
         self.epilogues.grad(logits, mask, weight[rows], stats[rows], dz, width, self.options, **of_ce)
 
     def statistics(self, loss: Tensor, stats: Tensor, chunk_rows: int, tile: int) -> None:
         """Loss and stats from tiles of logits."""
-        N, arguments = loss.shape[0], (self.mask, loss, stats)
-        state, sums = (loss.new_empty((1, fields, N)) for fields in (NUM_STATE, NUM_SUMS))
-        labels, metrics, _ = self.of_tokens
-        metric_state = None if metrics is None else loss.new_empty((1, NUM_METRIC_STATE, N))
-        for columns in slices(0, self.vocab_size, tile):
-            for rows in slices(0, N, chunk_rows):
-                self.epilogues.tile_stats(
-                    self.logits(rows, columns),
-                    self.mask_of(rows),
-                    state[0][:, rows],
-                    columns.start == 0,
-                    self.options,
-                    **(
-                        {}
-                        if metric_state is None
-                        else {
-                            "labels": None if labels is None else labels[rows],
-                            "metric_state": metric_state[0][:, rows],
-                            "first_token": columns.start,
-                        }
-                    ),
-                )
-        finish = {"labels": labels, "metric_states": metric_state, "metrics": metrics}
-        more = {} if metrics is None else {**finish, "total_vocab": self.vocab_size}
-        self.epilogues.finish_stats(state, *arguments, self.options, **more)
-        if not self.options.divergence.needs_second_look:
-            return
-        for columns in slices(0, self.vocab_size, tile):
-            for rows in slices(0, N, chunk_rows):
-                self.epilogues.tile_mixture(
-                    self.logits(rows, columns),
-                    self.mask_of(rows),
-                    stats[rows],
-                    sums[0][:, rows],
-                    columns.start == 0,
-                    self.options,
-                )
-        self.epilogues.finish_mixture(sums, *arguments, self.options)
+        statistics(self, loss, stats, chunk_rows, tile)
 
 
 def _operands(side: Side, vocab_size: int) -> Side:
@@ -219,6 +210,8 @@ def linear_kl_loss_(
     workspace_bytes: int,
     epilogues: Epilogues,
     of_tokens: TokenMetrics = NO_METRICS,
+    shard: Shard | None = None,
+    hidden_sum: HiddenSum | None = None,
 ) -> None:
     """Fills the outputs of the op linear_kl_loss: loss, stats and the gradients that are needed.
 
@@ -237,13 +230,16 @@ def linear_kl_loss_(
         workspace_bytes: budget of the scratch memory.
         epilogues: kernels to use.
         of_tokens: labels, metrics and the weight of the cross-entropy.
+        shard: where ranks share the vocabulary; heads and vocab_size are this one's.
+        hidden_sum: what is to start once the gradient to the hidden states, its `partial`, is written.
     """
-    call = Call(student, teacher, mask, vocab_size, options, epilogues, of_tokens)
+    call = Call(student, teacher, mask, vocab_size, options, epilogues, of_tokens, shard)
     fused = bool(outputs[0].numel()) and not any(needs_grad) and call.fused
     if fused:
         call.fused_statistics(*outputs[:2])  # without a plan: it has no scratch that a budget bounds
     else:
-        run(call, outputs, row_weight, stats, grad_head_accumulator, needs_grad, schedule, workspace_bytes)
+        given = (row_weight, stats, grad_head_accumulator, needs_grad, schedule, workspace_bytes)
+        run(call, outputs, *given, hidden_sum)
 
 
 def run(
@@ -255,10 +251,11 @@ def run(
     needs_grad: tuple[bool, bool, bool],
     schedule: str,
     workspace_bytes: int,
+    hidden_sum: HiddenSum | None = None,
 ) -> None:
     """The schedule of a call; see linear_kl_loss_() for the arguments."""
     loss, new_stats, grad_hidden, grad_head, grad_bias = outputs
-    mask, vocab_size = call.mask, call.vocab_size
+    mask, vocab_size, shard = call.mask, call.vocab_size, call.shard
     N, H = call.student[0].shape
     for grad in (grad_head, grad_bias):
         grad[vocab_size if N else 0 :].zero_()
@@ -269,15 +266,19 @@ def run(
     stats_first = kind == torch.float16 and call.options.divergence is Divergence.REVERSE_KL
     adds = grad_head_accumulator is not None
     head_out = grad_head if grad_head_accumulator is None else grad_head_accumulator
+    sums = sums_with_memory(grad_hidden.dtype, head_out.dtype, kind, adds)
+    if hidden_sum is not None:
+        sums["hidden_sum"] = not hidden_sum.in_place
     problem = GpuProblem(
         N,
-        vocab_size,
+        vocab_size if shard is None else shard.widest,  # all ranks cut the rows alike
         H,
         itemsize=kind.itemsize,
         grad_hidden=needs_grad[0],
         grad_head=needs_grad[1],
         grad_bias=needs_grad[2],
-        **sums_with_memory(grad_hidden.dtype, head_out.dtype, kind, adds),
+        **sums,
+        ranks=1 if shard is None else shard.group.size(),
         stats_first=stats_first,
         stats_known=stats is not None,
         gpu=figures_of(loss.device),
@@ -303,17 +304,32 @@ def run(
         call.student = (call.student[0].masked_fill(~mask[:, None], 0), *call.student[1:])
     hidden, head, _ = call.student
     kept, tiles = list(slices(0, N, chosen.dz_rows)), list(slices(0, vocab_size, chosen.tile))
+    if not tiles:  # padding alone: a part of 0 in what the ranks exchange
+        for rows in [] if known else kept:
+            for _ in store(call, list(slices(rows.start, rows.stop, chosen.chunk_rows)), loss, stats):
+                pass
+        grad_hidden.zero_()
+        return
     # never rounded by a GEMM: its sum is over the vocabulary, and a few bytes a row
     hidden_sums = [GradientSum(grad_hidden[rows], kind, len(tiles), unscale, rounds=False) for rows in kept]
     for columns in tiles:
         head_sum = GradientSum(head_out[columns], kind, len(kept), unscale, adds=adds)
         for i, rows in enumerate(kept):
             dz = call.buffer("dz", rows.stop - rows.start, columns.stop - columns.start, kind)
-            for part in slices(rows.start, rows.stop, chosen.chunk_rows):
-                dz_part = dz[part.start - rows.start : part.stop - rows.start]
-                call.grad(part, columns, None if known else loss, stats, weight, ce_weight, dz_part)
+            chunks = list(slices(rows.start, rows.stop, chosen.chunk_rows))
+            parts = {part.start: dz[part.start - rows.start : part.stop - rows.start] for part in chunks}
+            if shard is None or known:
+                for part in chunks:
+                    with_loss = None if known else loss
+                    call.grad(part, columns, with_loss, stats, weight, ce_weight, parts[part.start])
+            else:
+                for part, logits in store(call, chunks, loss, stats):
+                    dz_part = parts[part.start]
+                    call.grad_of_logits(logits, part, columns, stats, weight, ce_weight, dz_part)
             if needs_grad[0]:
                 hidden_sums[i].add(dz, head[columns].to(kind))
+                if hidden_sum is not None and columns is tiles[-1] and rows is kept[-1]:
+                    hidden_sum.start()
             if needs_grad[1]:
                 head_sum.add(dz.t(), hidden[rows].to(kind))
             if needs_grad[2]:
