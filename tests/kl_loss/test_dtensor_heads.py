@@ -109,6 +109,40 @@ def rows_of_a_tp_group(rank):
         assert isinstance(own, DTensor) and torch.equal(local_head("head", own, group), rows)
 
 
+def vocab_parallel(rank):
+    """Tokens over one dimension, the vocabulary over the other; hidden states also in parts of a sequence."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    leaves = [x.requires_grad_() for x in tensors()[:3]]
+    expected_loss = linear(*leaves, *tensors()[3:])
+    expected = torch.autograd.grad(expected_loss, leaves)
+    mesh, (dp, tp) = mesh_of(2, 2), (rank // 2, rank % 2)
+    group = mesh.get_group("tp")
+    for places in ([Shard(0), Shard(0)], [Shard(1), Shard(0)], [Replicate(), Replicate()]):
+        for in_parts in (False, True):
+            hidden, head, bias, teacher_hidden, teacher_head, teacher_bias = tensors()
+            # what the ranks of tp_group look at together, and what is this rank's of it
+            tokens = [x.chunk(2)[dp] for x in (hidden, teacher_hidden)]
+            own = [x.chunk(2)[tp] if in_parts else x for x in tokens]
+            place = [Replicate(), Shard(0) if in_parts else Replicate()]
+            hidden, teacher_hidden = (DTensor.from_local(x.clone(), mesh, place) for x in own)
+            hidden.requires_grad_()
+            params = [distribute(x, mesh, places) for x in (head, bias, teacher_head, teacher_bias)]
+            options = {"tp_group": group, "sequence_parallel": in_parts}
+            loss = linear(hidden, *params[:2], teacher_hidden, *params[2:], **options)
+            loss.backward()
+            dist.all_reduce(total := loss.detach() / WORLD)
+            torch.testing.assert_close(total, expected_loss.detach(), **CLOSE)
+            gradient = expected[0].chunk(2)[dp]
+            gradient = gradient.chunk(2)[tp] if in_parts else gradient
+            torch.testing.assert_close(hidden.grad.to_local() / 2, gradient, **CLOSE)
+            for param, gradient in zip(params, expected[1:], strict=False):
+                torch.testing.assert_close(param.grad.full_tensor(), gradient, **CLOSE)
+    with pytest.raises(TypeError, match=r"student_hidden .* wanted are Shard\(0\) over dimension 1"):
+        hidden = DTensor.from_local(tokens[0], mesh, [Replicate(), Replicate()])
+        linear(hidden, *params[:2], own[1], *params[2:], **options)
+
+
 def one_collective_each_way(rank):
     from torch.distributed.tensor.debug import CommDebugMode
 
@@ -159,6 +193,7 @@ class Student(nn.Module):
 
     def __init__(self, tied=False):
         super().__init__()
+        self.tp_group = None
         self.embed = nn.Embedding(V, H)
         self.body = nn.Linear(H, H)
         self.lm_head = nn.Linear(H, V, bias=True)
@@ -174,7 +209,9 @@ class Student(nn.Module):
 
     def loss(self, hidden, teacher_hidden, teacher_head):
         hidden, weight, bias = mk.head_of(self.lm_head)(hidden)
-        return mk.linear_kl_loss(hidden, weight, teacher_hidden, teacher_head, student_bias=bias)
+        return mk.linear_kl_loss(
+            hidden, weight, teacher_hidden, teacher_head, student_bias=bias, tp_group=self.tp_group
+        )
 
 
 def student(kind):
@@ -215,6 +252,7 @@ def assert_same(actual, expected):
 def fully_sharded(rank):
     """FSDP2, with the head in the root's group and in one of its own, resharded after the forward or not."""
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
 
     meshes = {"FSDP": mesh_of(WORLD), "HSDP": mesh_of(2, 2)}
     cases = [
@@ -233,6 +271,20 @@ def fully_sharded(rank):
             fully_shard(model.lm_head, **options)
         fully_shard(model, **options)
         assert_same(train(model, inside, *batch(rank)), expected)
+    # a head that is cut over tp_group first, and by FSDP2 over the rest
+    mesh = mesh_of(2, 2)
+    tp_group = mesh.get_group("tp")
+    for inside in (True, False):
+        expected = train(student("plain"), inside, *batch())
+        model = student("plain")
+        for name, x in list(model.lm_head.named_parameters()):
+            cut = distribute_tensor(x.detach(), mesh["tp"], [Shard(0)])
+            setattr(model.lm_head, name, nn.Parameter(cut))
+        fully_shard(model, mesh=mesh["dp"], reshard_after_forward=True)
+        model.tp_group = tp_group
+        tokens, hidden, head = batch()
+        teacher = hidden.chunk(2)[rank // 2], distribute_tensor(head, mesh["tp"], [Shard(0)])
+        assert_same(train(model, inside, tokens.chunk(2)[rank // 2], *teacher), expected)
     # what was taken along from a forward, after which its memory was freed
     model = student("plain")
     fully_shard(model, reshard_after_forward=True)
@@ -291,6 +343,7 @@ CASES = (
     every_placement,
     partial_sums,
     rows_of_a_tp_group,
+    vocab_parallel,
     one_collective_each_way,
     hidden_states_and_logits,
     fully_sharded,

@@ -23,9 +23,9 @@ def local_side(
     hidden: Tensor,
     head: Tensor,
     bias: Tensor | None,
-    *,
-    grad_head_accumulator: Tensor | None = None,
     tp_group: Any = None,
+    sequence_parallel: bool = False,
+    grad_head_accumulator: Tensor | None = None,
 ) -> Side:
     """Hidden states, head and bias as plain tensors of this rank; those of a teacher as constants.
 
@@ -46,7 +46,7 @@ def local_side(
     if side == "teacher":
         head, bias = head.detach(), None if bias is None else bias.detach()
     return (
-        local_tokens(f"{side}_hidden", hidden),
+        local_tokens(f"{side}_hidden", hidden, tp_group if sequence_parallel else None),
         local_head(f"{side}_head", head, tp_group),
         None if bias is None else local_head(f"{side}_bias", bias, tp_group),
     )
@@ -77,20 +77,24 @@ def local_head(name: str, head: Tensor, tp_group: Any = None) -> Tensor:
     )
 
 
-def local_tokens(name: str, x: Tensor) -> Tensor:
+def local_tokens(name: str, x: Tensor, sequence_group: Any = None) -> Tensor:
     """Hidden states or logits, which every rank must hold whole; a plain tensor passes.
 
+    sequence_group: with sequence parallelism the ranks over which the first dimension is cut.
+
     Raises:
-        TypeError: they are sharded.
+        TypeError: they are sharded in another way.
     """
     if not is_dtensor(x):
         return x
     x_: Any = x
-    if not all(p.is_replicate() for p in x_.placements):
+    cut = _tp_dim(x_.device_mesh, sequence_group)
+    if not all(p.is_shard(0) if i == cut else p.is_replicate() for i, p in enumerate(x_.placements)):
+        wanted = "Replicate()" if cut is None else f"Shard(0) over dimension {cut}, else Replicate()"
         raise TypeError(
-            f"{name} is a DTensor with placements {x_.placements}: pass {name}.full_tensor() for the loss of "
-            f"all tokens; or, where tokens are sharded, {name}.to_local() with this rank's labels and "
-            "num_items, for the loss of its own"
+            f"{name} is a DTensor with placements {x_.placements}, wanted are {wanted}: pass "
+            f"{name}.full_tensor() for the loss of all tokens; or, where tokens are sharded, "
+            f"{name}.to_local() with this rank's labels and num_items, for the loss of its own"
         )
     return x_.to_local()
 

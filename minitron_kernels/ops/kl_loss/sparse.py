@@ -21,6 +21,7 @@ from minitron_kernels.ops.kl_loss.checks import (
 from minitron_kernels.ops.kl_loss.linear import Teacher, linear_kl_rows
 from minitron_kernels.ops.kl_loss.options import check_vocab_size, loss_options
 from minitron_kernels.ops.kl_loss.record import LossRecord, TokenTerms
+from minitron_kernels.ops.kl_loss.sharded import local_side, local_tokens
 from minitron_kernels.ops.kl_loss.sparse_rows import sparse_rows
 from minitron_kernels.ops.kl_loss.sparse_teacher import LogTail, sparse_teacher
 from minitron_kernels.ops.kl_loss.tokens import Tokens
@@ -112,6 +113,9 @@ def linear_sparse_kl_loss(
 
     Source: the k + 1 outcomes as in distillation from cached top-k logits; sampled ids: arXiv 2503.16870.
     """
+    student_hidden, student_head, student_bias = local_side(
+        "student", student_hidden, student_head, student_bias, grad_head_accumulator=grad_head_accumulator
+    )
     check_floating(student_hidden=student_hidden, student_head=student_head)
     check_linear("student", student_hidden, student_head)
     V = check_vocab_size(vocab_size, student_head.shape[0], student_head.shape[0])
@@ -252,6 +256,7 @@ def sparse_kl_loss(
 
     Source: as linear_sparse_kl_loss().
     """
+    student_logits = local_tokens("student_logits", student_logits)
     check_floating(student_logits=student_logits)
     if student_logits.dim() < 1:
         raise ValueError("student_logits must be [..., V], got a tensor without dimensions")
