@@ -143,6 +143,33 @@ def vocab_parallel(rank):
         linear(hidden, *params[:2], own[1], *params[2:], **options)
 
 
+def sparse_teachers(rank):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    hidden, head, bias, *_ = tensors()
+    g = torch.Generator().manual_seed(1)
+    ids = torch.stack([torch.randperm(V, generator=g)[:6] for _ in range(B * S)]).reshape(B, S, 6)
+    logprobs = torch.randn(B, S, V, generator=g, dtype=torch.float64).log_softmax(-1).gather(-1, ids)
+    teacher = ids, logprobs, torch.log1p(-logprobs.exp().sum(-1))
+
+    def loss(hidden, head, bias, *teacher, **options):
+        return mk.linear_sparse_kl_loss(hidden, head, *teacher, student_bias=bias, **options)
+
+    leaves = [x.requires_grad_() for x in (head, bias)]
+    expected_loss = loss(hidden, *leaves, *teacher)
+    expected = torch.autograd.grad(expected_loss, leaves)
+    mesh = mesh_of(2, 2)
+    for group, share in ((None, part), (mesh.get_group("tp"), lambda x, _: x.chunk(2)[rank // 2])):
+        params = [distribute(x.detach(), mesh, [Shard(0), Shard(0)]) for x in (head, bias)]
+        own = [share(x, rank) for x in (hidden, *teacher)]
+        loss(own[0], *params, *own[1:], tp_group=group, vocab_size=V).backward()
+        for param, gradient in zip(params, expected, strict=True):
+            torch.testing.assert_close(param.grad.full_tensor(), gradient, **CLOSE)
+    logits = (hidden @ head.T).detach()
+    with pytest.raises(TypeError, match=r"student_logits is a DTensor .* wanted are Replicate\(\)"):
+        mk.sparse_kl_loss(distribute_tensor(logits, mesh, [Replicate(), Shard(2)]), *teacher)
+
+
 def one_collective_each_way(rank):
     from torch.distributed.tensor.debug import CommDebugMode
 
@@ -344,6 +371,7 @@ CASES = (
     partial_sums,
     rows_of_a_tp_group,
     vocab_parallel,
+    sparse_teachers,
     one_collective_each_way,
     hidden_states_and_logits,
     fully_sharded,

@@ -126,12 +126,18 @@ def linear_sparse_kl_loss(
 
     Source: the k + 1 outcomes as in distillation from cached top-k logits; sampled ids: arXiv 2503.16870.
     """
+    parallel = Parallel.of(tp_group, sequence_parallel, vocab_range)
     student_hidden, student_head, student_bias = local_side(
-        "student", student_hidden, student_head, student_bias, grad_head_accumulator=grad_head_accumulator
+        "student",
+        student_hidden,
+        student_head,
+        student_bias,
+        tp_group,
+        sequence_parallel,
+        grad_head_accumulator,
     )
     check_floating(student_hidden=student_hidden, student_head=student_head)
     check_linear("student", student_hidden, student_head)
-    parallel = Parallel.of(tp_group, sequence_parallel, vocab_range)
     shape, rows = student_hidden.shape[:-1], student_head.shape[0]
     if parallel.group is None:
         V = check_vocab_size(vocab_size, rows, rows)
