@@ -23,6 +23,7 @@ from minitron_kernels.ops.kl_loss.checks import (
 from minitron_kernels.ops.kl_loss.linear import Teacher, linear_kl_rows
 from minitron_kernels.ops.kl_loss.options import check_vocab_size, loss_options
 from minitron_kernels.ops.kl_loss.record import LossRecord, TokenTerms
+from minitron_kernels.ops.kl_loss.sharded import local_side, local_tokens
 from minitron_kernels.ops.kl_loss.sparse_rows import sparse_rows
 from minitron_kernels.ops.kl_loss.sparse_teacher import LogTail, sparse_teacher
 from minitron_kernels.ops.kl_loss.tokens import Tokens
@@ -125,9 +126,18 @@ def linear_sparse_kl_loss(
 
     Source: the k + 1 outcomes as in distillation from cached top-k logits; sampled ids: arXiv 2503.16870.
     """
+    parallel = Parallel.of(tp_group, sequence_parallel, vocab_range)
+    student_hidden, student_head, student_bias = local_side(
+        "student",
+        student_hidden,
+        student_head,
+        student_bias,
+        tp_group,
+        sequence_parallel,
+        grad_head_accumulator,
+    )
     check_floating(student_hidden=student_hidden, student_head=student_head)
     check_linear("student", student_hidden, student_head)
-    parallel = Parallel.of(tp_group, sequence_parallel, vocab_range)
     shape, rows = student_hidden.shape[:-1], student_head.shape[0]
     if parallel.group is None:
         V = check_vocab_size(vocab_size, rows, rows)
@@ -276,6 +286,7 @@ def sparse_kl_loss(
 
     Source: as linear_sparse_kl_loss().
     """
+    student_logits = local_tokens("student_logits", student_logits)
     check_floating(student_logits=student_logits)
     if student_logits.dim() < 1:
         raise ValueError("student_logits must be [..., V], got a tensor without dimensions")
