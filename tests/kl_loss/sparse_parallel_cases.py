@@ -1,4 +1,4 @@
-"""linear_sparse_kl_loss with a vocabulary over several ranks: cases beside those of vocab_parallel_cases.py."""
+"""linear_sparse_kl_loss with a vocabulary over several ranks: cases for vocab_parallel_cases.py."""
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ K = 9
 
 def sparse_cases(world):
     """Name -> options of check_sparse()."""
-    uneven = even(world - 1, 150) + [119]
+    uneven = [*even(world - 1, 150), 119]
     return {
         "sparse": {},
         "sparse_reverse_double": {
