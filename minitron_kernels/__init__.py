@@ -15,11 +15,12 @@ from minitron_kernels.ops.importance.op import (
 )
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
 from minitron_kernels.ops.kl_loss.labels import shift_labels
-from minitron_kernels.ops.kl_loss.modules import KLLoss, LinearKLLoss
+from minitron_kernels.ops.kl_loss.modules import KLLoss, LinearKLLoss, LinearSparseKLLoss
 from minitron_kernels.ops.kl_loss.op import kl_loss, linear_kl_loss
 from minitron_kernels.ops.kl_loss.op_plan import plan_linear_kl_loss
 from minitron_kernels.ops.kl_loss.plan import LinearKLPlan
 from minitron_kernels.ops.kl_loss.record import LossRecord
+from minitron_kernels.ops.kl_loss.sparse import linear_sparse_kl_loss, sparse_kl_loss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "KLLoss",
     "LinearKLLoss",
     "LinearKLPlan",
+    "LinearSparseKLLoss",
     "LossRecord",
     "ParameterReplacement",
     "TokenMeanState",
@@ -39,8 +41,10 @@ __all__ = [
     "head_scores_from_channels",
     "kl_loss",
     "linear_kl_loss",
+    "linear_sparse_kl_loss",
     "plan_linear_kl_loss",
     "release_workspaces",
     "shift_labels",
+    "sparse_kl_loss",
     "workspace_bytes_held",
 ]

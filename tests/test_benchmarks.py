@@ -19,7 +19,8 @@ from common.scripts import script
 from kl_loss_rows import cases as _cases
 from kl_loss_rows import roofline as _roofline
 from kl_loss_rows.floor import Floor, gemm_flops
-from kl_loss_rows.peers import IMPLEMENTATIONS, OURS, step
+from kl_loss_rows.implementation import step
+from kl_loss_rows.peers import IMPLEMENTATIONS, OURS
 from minitron_kernels import _backend
 
 gather, importance, kl_loss = map(script, ("gather", "importance", "kl_loss"))

@@ -125,6 +125,12 @@ def plain_name(symbol):
     return name
 
 
+def gate_of(symbol):
+    """The name of its gate: kernels with metrics have their own."""
+    name = plain_name(symbol)
+    return f"{name} with metrics" if re.search("Metrics|CrossEntropy", symbol.split(name)[1]) else name
+
+
 @functools.cache
 def kernels_of(path):
     def dump(what):
@@ -136,7 +142,7 @@ def kernels_of(path):
     )
     return [
         Kernel(
-            plain_name(symbol),
+            gate_of(symbol),
             symbol,
             *map(int, (registers, stack, local, shared)),
             len(re.findall(r"\b(?:LDL|STL)\b", code[symbol])),
@@ -265,3 +271,5 @@ def test_plain_name():
     assert (
         plain_name("_ZN8minitron4cuda17kl_forward_kernelILNS_10DivergenceE0EffEEvPf") == "kl_forward_kernel"
     )
+    with_metrics = "_ZN8minitron4cuda17kl_forward_kernelILNS_10DivergenceE0EffJNS0_10MetricsOutEEEEvPf"
+    assert gate_of(with_metrics) == "kl_forward_kernel with metrics"

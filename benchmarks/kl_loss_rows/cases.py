@@ -5,8 +5,9 @@ N rows (tokens), H and Ht the hidden sizes of student and teacher, V the vocabul
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,18 @@ from common.dtypes import DTYPES
 
 LOGIT_STD = 2.0  # of the logits: the KL of two independent draws is then about 4
 CLOSE_STD = 0.085  # of the logits' difference: a KL of CLOSE_STD**2 / 2 = 0.0036
+SPARSE_K = 128  # ids of a sparse teacher
+
+
+class Target(NamedTuple):
+    """The loss that a row computes: kl times the KL, and ce times the cross-entropy of the labels."""
+
+    kl: float = 1.0
+    ce: float = 0.0
+    sparse: bool = False  # the KL of the teacher's SPARSE_K likeliest tokens, and of all others as one
+
+
+KL, CE, SPARSE = Target(), Target(kl=0.0, ce=1.0), Target(sparse=True)
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,17 @@ class Inputs:
     def operands(self) -> list[torch.Tensor]:
         return [self.student_hidden, self.student_head, self.teacher_hidden, self.teacher_head]
 
+    @functools.cached_property
+    def sparse(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A teacher's likeliest ids [N, k], their log-probabilities, log of the rest [N], as in a cache."""
+        parts = []
+        for rows in self.teacher_hidden.split(64):
+            log_p = (rows.float() @ self.teacher_head.float().T).log_softmax(-1)
+            logprobs, ids = log_p.topk(min(SPARSE_K, log_p.shape[1]), -1)
+            parts.append((ids, logprobs, log_p.scatter(1, ids, -torch.inf).logsumexp(1)))
+        ids, logprobs, tail = (torch.cat(part) for part in zip(*parts, strict=True))
+        return ids, logprobs, tail
+
     @property
     def gradient_bytes(self) -> int:
         return sum(operand.nbytes for operand in self.operands[:2])
@@ -143,12 +167,13 @@ class Truth:
     dW: np.ndarray
 
 
-def truth(inputs: Inputs, cross_entropy: bool = False) -> Truth:
-    """KL(teacher ‖ student), mean over the rows, of exactly these operands, in float64 NumPy.
+def truth(inputs: Inputs, target: Target = KL) -> Truth:
+    """The loss of `target`, KL(teacher ‖ student) and the cross-entropy of the labels, mean over the rows.
 
-    Or the cross-entropy of the labels, which has no teacher.
+    Of exactly these operands, in float64 NumPy.
     """
     X, W, Y, U = (operand.detach().cpu().double().numpy() for operand in inputs.operands)
+    rows, labels = np.arange(len(X))[:, None], inputs.labels.cpu().numpy()[:, None]
 
     def log_softmax(logits: np.ndarray) -> np.ndarray:
         logits -= logits.max(axis=1, keepdims=True)
@@ -156,16 +181,30 @@ def truth(inputs: Inputs, cross_entropy: bool = False) -> Truth:
         return logits
 
     log_s = log_softmax(X @ W.T)
-    if cross_entropy:
-        rows, labels = np.arange(len(X)), inputs.labels.cpu().numpy()
-        p_t = np.zeros_like(log_s)
-        p_t[rows, labels] = 1.0
-        loss = float(-log_s[rows, labels].sum() / len(X))
-    else:
+    p_s = np.exp(log_s)
+    loss, dz = 0.0, np.zeros_like(p_s)
+    if target.ce:
+        onehot = np.zeros_like(p_s)
+        onehot[rows, labels] = 1.0
+        loss += target.ce * float(-log_s[rows, labels].sum() / len(X))
+        dz += target.ce * (p_s - onehot)
+    if target.kl and not target.sparse:
         log_t = log_softmax(Y @ U.T)
         p_t = np.exp(log_t)
-        loss = float((p_t * (log_t - log_s)).sum() / len(X))
-    dz = (np.exp(log_s) - p_t) / len(X)
+        loss += target.kl * float((p_t * (log_t - log_s)).sum() / len(X))
+        dz += target.kl * (p_s - p_t)
+    elif target.kl:
+        ids, logprobs, tail = (x.cpu().double().numpy() for x in inputs.sparse)
+        ids = ids.astype(int)
+        named = np.zeros(p_s.shape, bool)
+        named[rows, ids] = True
+        tail_s = np.where(named, 0.0, p_s).sum(1)
+        at_ids = np.exp(logprobs) * (logprobs - log_s[rows, ids])
+        loss += target.kl * float((at_ids.sum(1) + np.exp(tail) * (tail - np.log(tail_s))).mean())
+        of_kl = p_s * (1.0 - np.exp(tail) / tail_s)[:, None]
+        of_kl[rows, ids] = p_s[rows, ids] - np.exp(logprobs)
+        dz += target.kl * of_kl
+    dz /= len(X)
     return Truth(loss, dz @ W, dz.T @ X)
 
 

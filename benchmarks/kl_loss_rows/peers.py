@@ -8,60 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from kl_loss_rows.cases import Inputs
-
-Loss = Callable[[Inputs], torch.Tensor]
-RECOMPUTE_WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """A row of the table. `build` imports what it needs and returns the loss."""
-
-    key: str
-    label: str
-    family: str  # implementations of a family have one colour in the picture
-    build: Callable[[], Loss]
-    package: str | None = None  # the distribution that contains it
-    pip: str | None = None  # the command that installs it
-    gives_loss: bool = True  # False: the value differs from the KL by a constant; the gradient is the same
-    compiles: bool = False  # whether it is compiled for each shape: then the warm-up has the same shape
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    backend: str | None = None  # of the library's own rows
-    lacks: Callable[[], str | None] = lambda: None  # why its package, though installed, does not have it
-    cross_entropy: bool = False  # of the labels, without a teacher
-
-    def serves(self, device: str) -> bool:
-        """Whether this row exists for the kind of device."""
-        return torch.device(device).type in self.devices
-
-    def absent(self, device: str) -> str | None:
-        """Why it cannot be measured here; None if it can."""
-        if not self.serves(device):
-            return f"not on {torch.device(device).type}"
-        if self.version() is None:
-            return self.pip
-        if self.backend is None:
-            return self.lacks()
-        from minitron_kernels import _backend
-
-        return _backend.why_not("linear_kl_loss", self.backend, torch.device(device))
-
-    def version(self) -> str | None:
-        """The version of its package, or of torch if it needs none; None if the package is absent."""
-        if self.package is None:
-            return torch.__version__
-        try:
-            return metadata.version(self.package)
-        except metadata.PackageNotFoundError:
-            return None
+from kl_loss_rows.cases import CE, Inputs
+from kl_loss_rows.implementation import Implementation, Loss
+from kl_loss_rows.ours import ROWS as OURS_ROWS
 
 
 def _kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
@@ -225,30 +179,6 @@ def _trl_gkd() -> Loss:
     return loss
 
 
-def _ours(backend: str, device: str, schedule: str) -> Implementation:
-    """A row of the library, named after its backend where a device has several."""
-
-    def build() -> Loss:
-        from minitron_kernels import linear_kl_loss
-
-        options = {"workspace_bytes": budget} if schedule == "recompute" else {}
-        return lambda inputs: linear_kl_loss(*inputs.operands, schedule=schedule, backend=backend, **options)
-
-    budget = RECOMPUTE_WORKSPACE_BYTES[device]
-    name = {"native": "CUDA C++, ", "triton": "Triton, "}[backend] if device == "cuda" else ""
-    memory = f" in {budget >> 20} MiB" if schedule == "recompute" else ""
-    return Implementation(
-        schedule if device == "cpu" else f"{backend}-{schedule}",
-        f"minitron, {name}{schedule}{memory}",
-        "minitron",
-        build,
-        package="minitron-kernels",
-        pip="pip install .",
-        devices=(device,),
-        backend=backend,
-    )
-
-
 _LIGER = {"package": "liger-kernel", "pip": "pip install --no-deps liger-kernel==0.8.5"}
 _TRL = {"package": "trl", "pip": "pip install trl==1.16.0"}
 
@@ -308,7 +238,7 @@ IMPLEMENTATIONS = {
             _liger_ce,
             devices=("cuda",),
             lacks=_liger_ce_lacks,
-            cross_entropy=True,
+            target=CE,
             **_LIGER,
         ),
         Implementation(
@@ -319,31 +249,17 @@ IMPLEMENTATIONS = {
             package="quack-kernels",
             pip="pip install quack-kernels",
             devices=("cuda",),
-            cross_entropy=True,
+            target=CE,
         ),
         Implementation(
             "torch-ce",
             "F.linear_cross_entropy",
             "PyTorch",
             _torch_ce,
-            devices=("cuda",),
             lacks=_torch_ce_lacks,
-            cross_entropy=True,
+            target=CE,
         ),
-        *(
-            _ours(backend, device, schedule)
-            for backend, device in (("native", "cpu"), ("native", "cuda"), ("triton", "cuda"))
-            for schedule in ("store", "recompute")
-        ),
+        *OURS_ROWS,
     )
 }
 OURS = tuple(key for key, row in IMPLEMENTATIONS.items() if row.family == "minitron")
-CROSS_ENTROPY = {key for key, row in IMPLEMENTATIONS.items() if row.cross_entropy}
-
-
-def step(loss: Loss, inputs: Inputs) -> torch.Tensor:
-    """Forward and backward; the gradients are in `.grad` of the student's operands. Returns the loss."""
-    inputs.student_hidden.grad = inputs.student_head.grad = None
-    value = loss(inputs)
-    value.backward()
-    return value.detach()

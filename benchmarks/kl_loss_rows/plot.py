@@ -50,6 +50,11 @@ SHORT = {
     "native-recompute": "minitron CUDA C++ recompute",
     "triton-store": "minitron Triton store",
     "triton-recompute": "minitron Triton recompute",
+    **{
+        f"{prefix}{key}": f"minitron {name}{what}"
+        for prefix, name in (("", ""), ("native-", "CUDA C++ "), ("triton-", "Triton "))
+        for key, what in (("record", "KL + CE, record"), ("sparse", "sparse teacher"), ("ce", "CE alone"))
+    },
 }
 POINTS_PER_ROOT_MIB = 0.62  # radius of a dot per √MiB: its area is proportional to the memory
 

@@ -144,7 +144,7 @@ def test_rows_options_and_padding(kernels, beta):
 @pytest.mark.parametrize("capped", ["student", "teacher"])
 def test_options_of_one_side(kernels, capped):
     """Scales that differ, softcap and bias of one side alone: neither gets what is the other's."""
-    options = (0.5, 1.2, 6.0, 0.8, 0.0) if capped == "student" else (0.5, 1.2, 0.0, 0.8, 6.0)
+    options = (0.5, 1.2, 6.0, 0.8, 0.0, 0.0) if capped == "student" else (0.5, 1.2, 0.0, 0.8, 6.0, 0.0)
     student, teacher = (x.to(kernels.device) for x in make_rows(2, 150, torch.float32))
     check(kernels, student, teacher, beta=0.3, options=options)
     tensors = [x.to(kernels.device) for x in make_linear(5, H, HT, 150, torch.bfloat16)]
@@ -162,7 +162,7 @@ def test_rows_within_a_softcap(kernels):
     g = torch.Generator().manual_seed(3)
     teacher = torch.randn(2, 150, generator=g) * 0.3
     student = teacher + torch.randn(2, 150, generator=g) * 1e-3
-    options = (1.0, 1.0, 50.0, 1.0, 50.0)
+    options = (1.0, 1.0, 50.0, 1.0, 50.0, 0.0)
     _, _, grad = rows(kernels, student.to(kernels.device), teacher.to(kernels.device), options=options)
     true_grad = oracle_rows(numpy_of(student), numpy_of(teacher), **named(options))[1]
     assert_near(grad, true_grad, 2e-4)

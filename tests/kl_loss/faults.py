@@ -6,12 +6,12 @@ UNIT = "kl_loss/cuda/rows.cu"
 ROW_KERNELS, DIVERGENCE = "kl_loss/cuda/row_kernels.cuh", "kl_loss/cuda/divergence.cuh"
 REDUCE, VEC = "common/cuda/reduce.cuh", "common/cuda/vec.cuh"
 STATE, TILES = "kl_loss/cuda/row_state.cuh", "kl_loss/cuda/tile_kernels.cuh"
-PAIRS = "kl_loss/cuda/row_pairs.cuh"
+PAIRS, MIXTURE = "kl_loss/cuda/row_pairs.cuh", "kl_loss/cuda/tile_mixture.cuh"
 TRITON_ROWS, TRITON_MATH, TRITON_LINEAR, TRITON_SCALE, TRITON_METRICS = (
     f"kl_loss/kernel_triton/{name}.py" for name in ("rows", "divergence", "linear", "scale", "metrics")
 )
-TRITON_ARGUMENTS, TRITON_LAUNCH_LINEAR = (
-    f"kl_loss/kernel_triton/{name}.py" for name in ("arguments", "launch_linear")
+TRITON_ARGUMENTS, TRITON_LAUNCH_LINEAR, TRITON_STUDENT = (
+    f"kl_loss/kernel_triton/{name}.py" for name in ("arguments", "launch_linear", "student")
 )
 CLUSTERS = "kl_loss/cuda/cluster_kernels.cuh"
 ALIGNED_LOAD = "    if (aligned) {\n#pragma unroll\n      for (int i = 0; i < kAccesses; ++i) {\n"
@@ -72,7 +72,7 @@ CUDA_ARTIFACTS = {  # name: faults in the source, compiler flags, what the gate 
 
 BLOCK_BARRIER = "  __syncthreads();\n  const int warps"
 PASS_ONE = "  RowStats stat = state.stats();\n"
-ANOTHER_PASS = "  stat.kl = row_state(pairs, state, partial_states).kl;\n"
+ANOTHER_PASS = "  stat.kl = row_state(pairs, state, partial_states, of_metrics.tau()...).loss();\n"
 ZERO_PADDING = "columns - options.vocab_size, begin, step);"
 # test_cuda.py::test_planted_fault_is_found plants them: name: (check, fault, what the failure says)
 CUDA_ROWS = {
@@ -115,8 +115,9 @@ CUDA_ROWS = {
 }
 
 DIFFERS = "Not equal to tolerance"
-BEGUN, BEGUN_SUMS = ") begun = load_fields<State>", ") begun = load_fields<MixtureSums>"
-MERGED = "  const State merged = row_state(pairs, begun, partial);\n"
+BEGUN, BEGUN_SUMS = ") {\n    begun = state_of(load", ") begun = load_fields<MixtureSums>"
+EACH_TWICE = "  if (row_of<Row>(row_state(pairs, begun, partial, of_metrics.tau()...)).kl < 0.0f) return;\n"
+MERGED = "  const State merged = row_state(pairs, begun, partial, of_metrics.tau()...);\n"
 # test_tiles_cuda.py::test_planted_fault_is_found plants them: name: (check, fault, what the failure says)
 CUDA_LINEAR = {
     "digits of 1e4": (
@@ -132,7 +133,7 @@ CUDA_LINEAR = {
     "last row of a finishing grid": (
         "finish",
         Fault(
-            "kl_loss/cuda/linear.cu",
+            "kl_loss/cuda/linear_launch.cuh",
             "(rows + kFinishThreads - 1) / kFinishThreads",
             "(rows + kFinishThreads - 2) / kFinishThreads",
         ),
@@ -151,7 +152,7 @@ CUDA_LINEAR = {
     ),
     "JSD forgets earlier tiles": (
         "tiles by JSD",
-        Fault(TILES, "&& !first" + BEGUN_SUMS, "&& !first && row < 0" + BEGUN_SUMS),
+        Fault(MIXTURE, "&& !first" + BEGUN_SUMS, "&& !first && row < 0" + BEGUN_SUMS),
         DIFFERS,
     ),
     "no bias": ("tiles", Fault(PAIRS, "x[i] += b[i];", "x[i] += 0.0f * b[i];"), DIFFERS),
@@ -172,7 +173,7 @@ CUDA_LINEAR = {
     ),
     "each logit twice": (
         "traffic",
-        Fault(TILES, MERGED, MERGED + "  if (row_state(pairs, begun, partial).kl < 0.0f) return;\n"),
+        Fault(TILES, MERGED, MERGED + EACH_TWICE),
         r"163840, 0",
     ),
     "scalar stores": (
@@ -277,6 +278,108 @@ CUDA_CLUSTERS = {
         "error",
     ),
     "padding not zeroed": ("values", Fault(CLUSTERS, ZERO_PADDING, f"-1 + {ZERO_PADDING}"), "assert"),
+}
+
+METRICS = "kl_loss/cuda/metrics.cuh"
+WRONG = "assert|error|expected|not equal"
+# test_metrics_cuda.py::test_planted_fault_is_found plants them: name: (check, fault, what the failure says)
+CUDA_METRICS = {
+    "dot of another maximum": ("rows", Fault(METRICS, "dot + y * sum)", "dot)"), WRONG),
+    "sum of another maximum": ("rows", Fault(METRICS, "return {sum * mass, ", "return {sum, "), WRONG),
+    "no temperature": ("rows", Fault(METRICS, "y = (s[i] - zero) * tau;", "y = s[i] - zero;"), WRONG),
+    "no temperature in the probabilities": (
+        "rows",
+        Fault(METRICS, "exp_approx((s - max_s) * tau)", "exp_approx(s - max_s)"),
+        WRONG,
+    ),
+    "the factor of another temperature": (
+        "rows",
+        Fault(METRICS, "weight * options.tau,", "weight,"),
+        WRONG,
+    ),
+    "a total of what is no token": (
+        "rows",
+        Fault(METRICS, "is_token(i) ? s[i] : 0.0f", "s[i]"),
+        WRONG,
+    ),
+    "nothing for what is smoothed": (
+        "rows",
+        Fault(METRICS, "target = column == label ? hit : spread", "target = column == label ? hit : 0.0f"),
+        WRONG,
+    ),
+    "a label of another tile": ("tiles", Fault(METRICS, " - first_token;", ";"), WRONG),
+    "a label forgotten": (
+        "tiles",
+        Fault(METRICS, "begun = first ? -INFINITY :", "begun = first || true ? -INFINITY :"),
+        WRONG,
+    ),
+    "a state forgotten": (
+        "tiles",
+        Fault(TILES, "of_metrics.load(row)...", "(of_metrics.load(row), MetricSums::empty())..."),
+        WRONG,
+    ),
+    "rows that do not count, of tiles": (
+        "tiles",
+        Fault(METRICS, "if (!valid) return out.store_zero(row);", ""),
+        WRONG,
+    ),
+    "rows that do not count": (
+        "whole rows",
+        Fault(ROW_KERNELS, "(of_metrics.store_zero(row), ...);", ""),
+        WRONG,
+    ),
+    "nothing times infinity": (
+        "masked out",
+        Fault(METRICS, "mass == 0.0f ? 0.0f : mass * y", "mass * y"),
+        f"{WRONG}|{DIFFERS}",
+    ),
+    "an infinite divergence without weight": (
+        "unknown",
+        Fault(METRICS, "kl_weight == 0.0f ? 0.0f : kl_weight * grad", "kl_weight * grad"),
+        WRONG,
+    ),
+    "the sum of the loss's temperature": (
+        "clusters",
+        Fault(CLUSTERS, "1.0f / state.sum_y(metrics.tau())", "1.0f / state.row.student.sum"),
+        WRONG,
+    ),
+    "a label by each thread": (
+        "traffic",
+        Fault(ROW_KERNELS, "if (threadIdx.x == 0) (of_metrics.store", "(of_metrics.store"),
+        WRONG,
+    ),
+}
+
+STUDENT = "kl_loss/cuda/student_kernels.cuh"
+# test_student_cuda.py::test_planted_fault_is_found plants them: name: (check, fault, what the failure says)
+CUDA_STUDENT = {
+    "a total of what was taken out": (
+        "stats",
+        Fault(STUDENT, "return !masked_out(s[i]);", "return s[i] == s[i];"),
+        DIFFERS,
+    ),
+    "a state forgotten": ("stats", Fault(STUDENT, "threadIdx.x == 0 && !first", "false"), DIFFERS),
+    "the last run counted several times": (
+        "stats",
+        Fault(STUDENT, "first + i * step < split.runs ? run[j] : -INFINITY", "run[j]"),
+        DIFFERS,
+    ),
+    "of no token": (
+        "nothing",
+        Fault(STUDENT, "row_lse == -INFINITY ? INFINITY : row_lse", "row_lse"),
+        "assert",
+    ),
+    "the sum of the loss's temperature": (
+        "grad",
+        Fault(STUDENT, "lse * inv_tau, 1.0f, weight", "lse, 1.0f, weight"),
+        "error|assert",
+    ),
+    "padding not zeroed": ("grad", Fault(STUDENT, ZERO_PADDING, f"-1 + {ZERO_PADDING}"), "assert"),
+    "runs one by one": (
+        "traffic",
+        Fault(STUDENT, "split(student.logits, options.vocab_size)", "split(student.logits, 0)"),
+        "assert",
+    ),
 }
 
 TRITON_ARTIFACTS = {  # name: launches, faults, what the gate says

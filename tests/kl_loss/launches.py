@@ -9,7 +9,7 @@ import functools
 import torch
 
 from kl_loss.cases import PLAIN, Kernels, linear, matmul_fp32
-from minitron_kernels.ops.kl_loss import linear_gpu
+from minitron_kernels.ops.kl_loss import gemm_gpu
 from minitron_kernels.ops.kl_loss.divergence import (
     NUM_METRIC_STATE,
     NUM_METRICS,
@@ -22,6 +22,7 @@ from minitron_kernels.ops.kl_loss.kernel_triton import launch as k
 from minitron_kernels.ops.kl_loss.kernel_triton import launch_linear as linear_k
 from minitron_kernels.ops.kl_loss.kernel_triton import launch_student as student_k
 from minitron_kernels.ops.kl_loss.kernel_triton import scale
+from minitron_kernels.ops.kl_loss.linear_rows import TokenMetrics
 
 
 def to_compile(target_name):
@@ -239,7 +240,7 @@ def launch(rows):
     VOCAB, H, HT = 12288, 64, 96  # two tiles
     BUDGET = {"store": 200 * 10 * VOCAB, "recompute": 1 << 29}  # store: chunks of 200 rows
 
-    linear_gpu.matmul = matmul_fp32
+    gemm_gpu.matmul = matmul_fp32
     linear_k.processors = lambda device: 132
     forward, backward = k.kl_loss_forward, k.kl_loss_backward
     kernels = Kernels("triton", "cpu", forward, backward, triton_epilogues())
@@ -250,7 +251,7 @@ def launch(rows):
             weight = torch.ones(rows)
             run = {"beta": beta, "mask": mask, "row_weight": weight, "schedule": schedule, "budget": budget}
             linear(kernels, tensors, **run)
-            of_tokens = linear_gpu.TokenMetrics(labels, torch.zeros(rows, NUM_METRICS), weight)
+            of_tokens = TokenMetrics(labels, torch.zeros(rows, NUM_METRICS), weight)
             linear(kernels, tensors, of_tokens=of_tokens, **run)
         run = {"beta": beta, "mask": mask, "needs_grad": (False, False, False)}
         linear(kernels, tensors, **run)

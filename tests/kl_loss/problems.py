@@ -98,7 +98,7 @@ def force_plan(monkeypatch, **numbers):
             N, V, H, Ht, 8 if wide else 4,
             options["grad_hidden"], options["grad_head"],
             options["grad_head_accumulator"] or options["dtype"] in (torch.float32, torch.float64),
-            p.numbers, torch.get_num_threads(),
+            p.numbers, torch.get_num_threads(), options.get("metrics", False),
         )  # fmt: skip
         made.append(dataclasses.replace(p, part_bytes=tuple(parts)))
         return made[-1]

@@ -8,7 +8,7 @@ import torch
 from kl_loss.cases import PLAIN, Kernels, matmul_fp32, numpy_of
 from kl_loss.oracle import oracle_rows
 from kl_loss.problems import make_rows
-from minitron_kernels.ops.kl_loss import linear_gpu
+from minitron_kernels.ops.kl_loss import gemm_gpu
 from minitron_kernels.ops.kl_loss.epilogues import native_epilogues
 from tools.host_shim import FORWARD, REVERSE, SANITIZE, load
 
@@ -43,7 +43,7 @@ def kernels_fixture(shim):
 
 @pytest.fixture(autouse=True, name="without_cublas")
 def without_cublas_fixture(monkeypatch):
-    monkeypatch.setattr(linear_gpu, "matmul", matmul_fp32)
+    monkeypatch.setattr(gemm_gpu, "matmul", matmul_fp32)
 
 
 def tiles(columns=COLUMNS, bias=False, seed=0):

@@ -11,7 +11,7 @@ import torch
 
 from kl_loss.cases import linear, problem
 from kl_loss.shim_tiles import kernels_fixture, shim_fixture  # noqa: F401
-from minitron_kernels.ops.kl_loss import gemm_gpu, linear_gpu
+from minitron_kernels.ops.kl_loss import gemm_gpu
 from tools.host_shim import missing_tool
 
 # what a trainer may have set, and how it reads before and after
@@ -81,7 +81,7 @@ def test_all_products_of_a_call_are_pinned(kernels, monkeypatch):
         product = a.float() @ b.float()
         out.copy_(out + product if accumulate else product)
 
-    monkeypatch.setattr(linear_gpu, "matmul", matmul)
+    monkeypatch.setattr(gemm_gpu, "matmul", matmul)
     before = flags.allow_bf16_reduced_precision_reduction
     for schedule, needs_grad in (("store", True), ("recompute", True), ("auto", False)):
         linear(kernels, problem(kernels, torch.bfloat16), schedule=schedule, needs_grad=(needs_grad,) * 3)

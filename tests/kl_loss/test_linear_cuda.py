@@ -76,7 +76,7 @@ def test_order_of_threads_changes_no_bit(shim, kernels, beta):
 def test_scratch_is_what_is_planned(kernels, monkeypatch, schedule, dtype, budget, lent):
     """Bytes of the logits, dz and fp32 sums that a call allocates: its plan has counted each of them."""
     plans, calls, live, most = made_plans(monkeypatch), [], {}, [0]
-    init, add = linear_gpu._Call.__init__, linear_gpu._Sum.add
+    init, add = linear_gpu.Call.__init__, linear_gpu.GradientSum.add
 
     def begin(self, *arguments):
         init(self, *arguments)
@@ -90,8 +90,8 @@ def test_scratch_is_what_is_planned(kernels, monkeypatch, schedule, dtype, budge
         if self.missing == 0:
             live.pop(id(self), None)
 
-    monkeypatch.setattr(linear_gpu._Call, "__init__", begin)
-    monkeypatch.setattr(linear_gpu._Sum, "add", added)
+    monkeypatch.setattr(linear_gpu.Call, "__init__", begin)
+    monkeypatch.setattr(linear_gpu.GradientSum, "add", added)
     tensors, budget = problem(kernels, dtype), budget or BUDGET[schedule]
     accumulator = torch.zeros(V, H) if lent else None
     linear(kernels, tensors, schedule=schedule, budget=budget, accumulator=accumulator)

@@ -12,7 +12,14 @@ import minitron_kernels as mk
 from kl_loss.oracle import oracle_linear, oracle_rows
 from kl_loss.problems import BETA, make_linear, to_numpy
 from minitron_kernels.ops.kl_loss import options, plan_cpu
-from minitron_kernels.ops.kl_loss.divergence import NUM_STATS, STAT_KL, Divergence
+from minitron_kernels.ops.kl_loss.divergence import (
+    METRIC_CE,
+    NUM_METRIC_STATE,
+    NUM_METRICS,
+    NUM_STATS,
+    STAT_KL,
+    Divergence,
+)
 
 pytestmark = pytest.mark.native
 LOSS_BOUND = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-5}
@@ -217,6 +224,8 @@ def test_numbers_that_both_languages_know():
     """Columns of stats, schedules and operands' types are counted alike in Python and in C++."""
     constant = torch.ops.minitron_kernels.kl_loss_constant
     assert constant("num_stats") == NUM_STATS and constant("stat_kl") == STAT_KL
+    metrics = tuple(map(constant, ("num_metrics", "metric_ce", "num_metric_state")))
+    assert metrics == (NUM_METRICS, METRIC_CE, NUM_METRIC_STATE)
     assert constant("panel") == plan_cpu._PANEL
     assert all(constant(name) == code for name, code in plan_cpu._SCHEDULE_CODES.items())
     codes = {str(dtype).removeprefix("torch."): code for dtype, code in plan_cpu._OPERAND_CODES.items()}

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minitron_kernels as mk
-from minitron_kernels.ops.kl_loss import gpu_figures, linear_gpu, plan_gpu
+from minitron_kernels.ops.kl_loss import gemm_gpu, gpu_figures, linear_gpu, plan_gpu
 from minitron_kernels.ops.kl_loss.epilogues import Epilogues
 from minitron_kernels.ops.kl_loss.gpu_figures import FIGURES, figures_of
 from minitron_kernels.ops.kl_loss.options import LossOptions
@@ -187,7 +187,7 @@ def count(monkeypatch, shape=SHAPE, **numbers):
     monkeypatch.setattr(
         linear_gpu, "plan", lambda *arguments: dataclasses.replace(plan(*arguments), **numbers)
     )
-    monkeypatch.setattr(linear_gpu, "matmul", matmul)
+    monkeypatch.setattr(gemm_gpu, "matmul", matmul)
     with counter:
         call(shape, forward_grad=forward_grad)
     return counter.bytes

@@ -68,7 +68,7 @@ def test_opcheck():
     hidden, head, teacher_hidden, teacher_head = make_linear(20, 16, 24, 100, torch.float32)
     numbers = [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
     rest = (100, numbers, None, "native", "auto", 1 << 29, None)
-    inputs = (hidden, head, teacher_hidden, teacher_head, torch.zeros(100), None)
+    inputs = (hidden, head, torch.zeros(100), teacher_hidden, teacher_head, None, None, None)
     mask, weight = torch.arange(20) % 3 > 0, torch.tensor(0.5)
     for accumulator in (None, torch.zeros(100, 16)):
         torch.library.opcheck(

@@ -72,6 +72,15 @@ inline const uint8_t* mask_of(const std::optional<Tensor>& x, int64_t length) {
   return static_cast<const uint8_t*>(x->const_data_ptr());
 }
 
+inline const int64_t* labels_of(const std::optional<Tensor>& x, int64_t length) {
+  if (!x) return nullptr;
+  STD_TORCH_CHECK(
+      x->scalar_type() == torch::headeronly::ScalarType::Long && x->is_contiguous() && x->numel() == length,
+      "labels must be a contiguous int64 tensor of ", length, " elements");
+  check_memory(*x, "labels");
+  return static_cast<const int64_t*>(x->const_data_ptr());
+}
+
 // For memory that is kept and used again: pages of 2 MiB cause fewer TLB misses. Not for outputs, which are
 // new in every call: on virtual machines that return free huge pages to the host, a new one can cost ten
 // times as much as a small one.

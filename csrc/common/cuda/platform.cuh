@@ -71,6 +71,9 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// x y, rounded by itself: never part of a fused multiply-add.
+__device__ __forceinline__ float mul_rounded(float x, float y) { return __fmul_rn(x, y); }
+
 // ---- clusters of blocks, which run at the same time and can read each other's shared memory
 
 // The index of this block in its cluster.

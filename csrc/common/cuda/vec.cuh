@@ -149,6 +149,26 @@ struct RowSplit {
   __device__ __forceinline__ int rest_index(int i) const { return i < head ? i : i + runs * kRun; }
 };
 
+// A struct of floats, V::kFields of them, each in its own row of a matrix.
+template <typename V>
+__device__ __forceinline__ V load_fields(const float* column, int64_t stride) {
+  static_assert(sizeof(V) == V::kFields * sizeof(float));
+  float fields[V::kFields];
+#pragma unroll
+  for (int i = 0; i < V::kFields; ++i) fields[i] = load_scalar<false>(column + i * stride);
+  V out;
+  memcpy(&out, fields, sizeof(V));
+  return out;
+}
+template <typename V>
+__device__ __forceinline__ void store_fields(float* column, int64_t stride, const V& v) {
+  static_assert(sizeof(V) == V::kFields * sizeof(float));
+  float fields[V::kFields];
+  memcpy(fields, &v, sizeof(V));
+#pragma unroll
+  for (int i = 0; i < V::kFields; ++i) store_scalar(column + i * stride, fields[i]);
+}
+
 // Sets n elements to zero: the work of a thread that begins at `begin`, of `step` threads.
 template <typename T>
 __device__ __forceinline__ void fill_zero(T* row, int n, int begin, int step) {

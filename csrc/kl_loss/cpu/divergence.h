@@ -46,6 +46,7 @@ struct Terms {
   Vec<A> loss;  // to be summed over the vocabulary
   Vec<A> kl;    // JSD only: to be summed to KL(S || M), which the gradient needs
   Vec<A> grad;  // d loss / d s
+  Vec<A> p_s;   // the student's probability
 };
 
 // p * factor, and p where that is 0, even if the factor is infinite; a NaN in p survives.
@@ -104,11 +105,11 @@ inline Terms<A> divergence_terms(Vec<A> s, Vec<A> t, const RowStats<A>& row, con
     const Mask<A> small = (d < A(kSmallRatio)) & (d > A(-kSmallRatio));
     const Vec<A> excess = expm1_minus_x<A>(minus_d);
     const Vec<A> grad = small ? p_t * (minus_d + excess) : p_s - p_t;
-    return {kl_term<A>(p_t, p_s, d, excess, small), Vec<A>{}, grad};
+    return {kl_term<A>(p_t, p_s, d, excess, small), Vec<A>{}, grad, p_s};
   } else if constexpr (kDivergence == Divergence::kReverseKL) {
     const Mask<A> small = (d < A(kSmallRatio)) & (d > A(-kSmallRatio));
     const Vec<A> excess = expm1_minus_x<A>(d);
-    return {kl_term<A>(p_s, p_t, minus_d, excess, small), Vec<A>{}, weigh<A>(p_s, minus_d - row.kl)};
+    return {kl_term<A>(p_s, p_t, minus_d, excess, small), Vec<A>{}, weigh<A>(p_s, minus_d - row.kl), p_s};
   } else {
     static_assert(kDivergence == Divergence::kJSD);
     // log m, m = beta p_t + (1 - beta) p_s, measured from the larger of the two, so that no exponential
@@ -124,15 +125,39 @@ inline Terms<A> divergence_terms(Vec<A> s, Vec<A> t, const RowStats<A>& row, con
     const Vec<A> t_over_m = student_larger ? d - log_m_over_larger : -log_m_over_larger;  // log p_t - log m
     const Vec<A> kl = weigh<A>(p_s, s_over_m);
     return {weigh<A>(p_t, t_over_m) * shares.teacher + kl * shares.student, kl,
-            weigh<A>(p_s, s_over_m - row.kl) * shares.student};
+            weigh<A>(p_s, s_over_m - row.kl) * shares.student, p_s};
   }
 }
 
-// The gradient to the raw logit; a masked-out token gets none.
+// The gradient to the raw logit from that to s; a masked-out token gets none.
 template <typename A>
-inline Vec<A> grad_of_logit(Vec<A> s, Vec<A> grad, Vec<A> row_weight, A scale, A softcap, A inv_tau) {
-  const Vec<A> g = grad * row_weight * softcap_grad<A>(s, scale, softcap, inv_tau);
+inline Vec<A> grad_of_logit(Vec<A> s, Vec<A> grad, A scale, A softcap, A inv_tau) {
+  const Vec<A> g = grad * softcap_grad<A>(s, scale, softcap, inv_tau);
   return s == -std::numeric_limits<A>::infinity() ? Vec<A>{} : g;
+}
+
+// What is made of the student at temperature 1, where y = s tau, beside the divergence: nothing; or
+// something, with the exponentials of the divergence where tau is 1, and with exponentials of its own.
+enum class AtUnitTemperature { kNothing, kShared, kOwn };
+
+// Calls f with one of them as a compile-time constant: what is not asked for costs nothing.
+template <typename F>
+decltype(auto) with_unit_temperature(bool asked, const LossOptions& options, F&& f) {
+  using T = AtUnitTemperature;
+  if (!asked) return f(std::integral_constant<T, T::kNothing>{});
+  if (options.inv_tau == 1) return f(std::integral_constant<T, T::kShared>{});
+  return f(std::integral_constant<T, T::kOwn>{});
+}
+
+// d (weight loss + ce_weight cross-entropy) / d s, where ce_weight has the factor tau and y's share of the
+// target is `target`. A weight of 0 leaves the divergence out, even if its gradient is not finite.
+template <typename A, AtUnitTemperature kY>
+inline Vec<A> mixed_grad(Vec<A> s, const Terms<A>& terms, Vec<A> weight, Vec<A> max_s, Vec<A> inv_sum_y,
+                         Vec<A> ce_weight, Vec<A> target, A tau) {
+  Vec<A> p_y = terms.p_s;
+  if constexpr (kY == AtUnitTemperature::kOwn) p_y = exp_nonpositive<A>((s - max_s) * tau) * inv_sum_y;
+  const Vec<A> of_loss = weight == A(0) ? Vec<A>{} : terms.grad * weight;
+  return of_loss + (p_y - target) * ce_weight;
 }
 
 }  // namespace minitron::MINITRON_SIMD

@@ -44,23 +44,49 @@ struct LogitsRow {
   int64_t vocab_size;
 };
 
+// What a row's cross-entropy adds to its gradient.
+template <typename A>
+struct RowCrossEntropy {
+  int64_t label;  // -1: none
+  A inv_sum_y, weight;
+};
+
+// Where a panel's labels are: token numbers, of which the panel's entries are those from `first_token` on.
+struct PanelLabels {
+  const int64_t* labels;  // [kPanel]; -1: none
+  int64_t first_token;
+};
+
+// The same of a panel; values per token as below. total_vocab: over which label smoothing spreads.
+template <typename A>
+struct PanelCrossEntropy {
+  PanelLabels labels;
+  const A *inv_sum_y, *weight;
+  int64_t total_vocab;
+};
+
 // A = float or double: the type in which logits are held and summed.
 template <typename A>
 struct KlKernels {
-  // kl_loss. Forward: a row's loss and its kNumStats stats. Backward: its gradient, [vocab_size] in the
-  // student's dtype.
-  void (*row_forward)(const LogitsRow&, const LossOptions&, A* loss, A* stats);
-  void (*row_backward)(const LogitsRow&, const LossOptions&, const A* stats, A grad_loss, void* grad);
+  // kl_loss. Forward: a row's loss and its kNumStats stats; and its kNumMetrics metrics, where that is not
+  // null, with a label where that is not null. Backward: its gradient, [vocab_size] in the student's dtype;
+  // without cross-entropy where that is null.
+  void (*row_forward)(const LogitsRow&, const LossOptions&, A* loss, A* stats, const int64_t* label,
+                      A* metrics);
+  void (*row_backward)(const LogitsRow&, const LossOptions&, const A* stats, A grad_loss,
+                       const RowCrossEntropy<A>*, void* grad);
 
   // linear_kl_loss, on panels [entries of the vocabulary, kPanel tokens]. Values per token, such as stats and
   // loss, are runs of kPanel, `stride` apart where there are several. panel_stats transforms the panels in
-  // place (with a bias per entry, or nullptr); the others read what it left.
+  // place (with a bias per entry, or nullptr); the others read what it left. metric_state: kNumMetricState
+  // runs, or null where nobody asks; its sums count from the panel's maximum, and the label's is its s.
   void (*panel_stats)(A* student, A* teacher, int64_t entries, const A* student_bias, const A* teacher_bias,
-                      const LossOptions&, bool needs_kl, A* partials, int64_t stride);
+                      const LossOptions&, bool needs_kl, A* partials, int64_t stride, const PanelLabels&,
+                      A* metric_state);
   void (*panel_kl)(const A* student, const A* teacher, int64_t entries, const LossOptions&, const A* stats,
                    int64_t stride, A* kl, A* loss);
   void (*panel_grad)(const A* student, const A* teacher, int64_t entries, const LossOptions&, const A* stats,
-                     int64_t stride, const A* row_weight, A* dz, A* loss);
+                     int64_t stride, const A* row_weight, const PanelCrossEntropy<A>*, A* dz, A* loss);
   // sums[v] += the sum over tokens of the panel's entry v.
   void (*panel_entry_sums)(const A* panel, int64_t entries, A* sums);
   Gemm<A, A> gemm;

@@ -21,6 +21,7 @@ std::vector<int64_t> linear_kl_loss_layout(int64_t tokens, int64_t vocab_size, i
                       .grad_hidden = grad_hidden,
                       .grad_head = grad_head,
                       .head_in_place = head_in_place,
+                      .metrics = metrics,
                       .plan = LinearPlan::of(plan),
                       .threads = threads})
       .bytes();
@@ -29,6 +30,9 @@ std::vector<int64_t> linear_kl_loss_layout(int64_t tokens, int64_t vocab_size, i
 int64_t kl_loss_constant(std::string name) {
   if (name == "num_stats") return kNumStats;
   if (name == "stat_kl") return kKL;
+  if (name == "num_metrics") return kNumMetrics;
+  if (name == "metric_ce") return kCE;
+  if (name == "num_metric_state") return kNumMetricState;
   if (name == "panel") return kPanel;
   if (name == "store") return int64_t(Schedule::kStore);
   if (name == "recompute") return int64_t(Schedule::kRecompute);
@@ -109,6 +113,9 @@ void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teac
   STD_TORCH_CHECK(plan.stored_tiles <= ceil_div(V, plan.tile), "plan out of range");
   p.options = LossOptions::of(options);
   p.stats_given = stats_given;
+  p.labels = labels_of(labels, N);
+  p.total_vocab = total_vocab > 0 ? total_vocab : V;
+  STD_TORCH_CHECK(!ce_weight || (labels && metrics), "ce_weight needs labels and metrics");
   p.valid_tokens = valid_tokens_of(mask_of(mask, N), N);
   p.grad_hidden = output_of(grad_hidden, N, H, "grad_hidden");
   p.grad_head = output_of(grad_head, V, H, "grad_head");
@@ -134,12 +141,17 @@ void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teac
     p.row_weight = vector_of<A>(row_weight, N, "row_weight");
     p.loss = vector_of<A>(loss, N, "loss");
     p.stats = vector_of<A>(stats, N * kNumStats, "stats");
+    p.metrics = vector_of<A>(metrics, N * kNumMetrics, "metrics");
+    p.ce_weight = vector_of<A>(ce_weight, N, "ce_weight");
     A* bias = vector_of<A>(grad_bias, V, "grad_bias");
     p.grad_bias = bias;
     if (bias && !any_token) std::fill_n(bias, V, A(0));
     if (int64_t(p.valid_tokens.size()) < N || !any_token) {
       std::fill_n(static_cast<A*>(p.loss), N, A(0));
-      if (!stats_given) std::fill_n(static_cast<A*>(p.stats), N * kNumStats, A(0));
+      if (!stats_given) {
+        std::fill_n(static_cast<A*>(p.stats), N * kNumStats, A(0));
+        if (p.metrics) std::fill_n(static_cast<A*>(p.metrics), N * kNumMetrics, A(0));
+      }
     }
   };
   if (wide) {
@@ -158,6 +170,7 @@ void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teac
                           .grad_hidden = p.grad_hidden.data != nullptr,
                           .grad_head = p.grad_head.data != nullptr || accumulator_given,
                           .head_in_place = accumulator_given || p.grad_head.dtype == accumulate,
+                          .metrics = p.metrics != nullptr,
                           .plan = plan,
                           .threads = max_threads()};
   const CpuKernels& kernels = cpu_kernels();

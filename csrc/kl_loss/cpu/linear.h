@@ -37,6 +37,7 @@ class LinearKL {
   }
 
   void run() {
+    for (int64_t i = 0; i < shape_.chunks(); ++i) rows_.load_labels(shape_.chunk(i));
     if (shape_.plan.schedule == Schedule::kStore) {
       for (int64_t i = 0; i < shape_.chunks(); ++i) run_stored(shape_.chunk(i));
     } else {
@@ -69,6 +70,7 @@ class LinearKL {
       const Chunk chunk = shape_.chunk(i);
       if (problem_.stats_given) {
         rows_.load_stats(chunk);
+        if (!shape_.has_grad()) sum_kl_of_shard(chunk);
         continue;
       }
       pack(chunk);
@@ -164,19 +166,26 @@ class LinearKL {
     }
   }
 
-  void transform_and_reduce(const Chunk& chunk, const Tile& tile, int64_t panel, A* student,
-                            A* teacher) const {
+  // metrics: for the first time, or else only to transform logits that are made again.
+  void transform_and_reduce(const Chunk& chunk, const Tile& tile, int64_t panel, A* student, A* teacher,
+                            bool metrics) const {
     const auto bias = [&](const void* b) { return b ? static_cast<const A*>(b) + tile.begin : nullptr; };
     kernels_.panel_stats(student, teacher, tile.entries, bias(problem_.student_bias),
                          bias(problem_.teacher_bias), problem_.options, rows_.needs_tile_kl(),
-                         workspace_.partials(chunk, tile.index) + panel * kPanel, chunk.padded);
+                         workspace_.partials(chunk, tile.index) + panel * kPanel, chunk.padded,
+                         labels_of(chunk, tile, panel),
+                         metrics ? workspace_.metric_state(chunk, tile.index) + panel * kPanel : nullptr);
+  }
+
+  PanelLabels labels_of(const Chunk& chunk, const Tile& tile, int64_t panel) const {
+    return {shape_.metrics ? workspace_.labels(chunk) + panel * kPanel : nullptr, tile.begin};
   }
 
   void reduce_logits(const Chunk& chunk) const {
     parallel_tasks(shape_.tiles(), [&](int64_t index, int64_t slot) {
       const Tile tile = shape_.tile(index);
       each_panel(chunk, tile, slot, true, [&](int64_t panel, A* student, A* teacher) {
-        transform_and_reduce(chunk, tile, panel, student, teacher);
+        transform_and_reduce(chunk, tile, panel, student, teacher, shape_.metrics && !problem_.stats_given);
       });
       brgemm_release();
     });
@@ -194,7 +203,7 @@ class LinearKL {
       const Tile tile = shape_.tile(index);
       const bool make = !shape_.is_stored(index);
       each_panel(chunk, tile, slot, make, [&](int64_t panel, A* student, A* teacher) {
-        if (make) transform_and_reduce(chunk, tile, panel, student, teacher);
+        if (make) transform_and_reduce(chunk, tile, panel, student, teacher, false);
         const int64_t n = panel * kPanel;
         kernels_.panel_kl(student, teacher, tile.entries, problem_.options, workspace_.row_stats(chunk) + n,
                           chunk.padded, workspace_.tile_kl(chunk, index) + n,
@@ -203,6 +212,13 @@ class LinearKL {
       brgemm_release();
     });
     rows_.merge_mixture_kl(chunk);
+  }
+
+  // The same of a shard of the vocabulary, whose stats are those of all its shards: what they sum up to.
+  void sum_kl_of_shard(const Chunk& chunk) {
+    if (!needs_second_look(problem_.options.divergence())) return;
+    pack(chunk);
+    sum_kl(chunk);
   }
 
   // The gradients of a tile group.
@@ -224,11 +240,12 @@ class LinearKL {
     const auto dz = workspace_.dz(chunk, tile.index, first_tile);
     if (problem_.grad_bias) std::fill_n(sums, tile.entries, A(0));
     each_panel(chunk, tile, slot, make, [&](int64_t panel, A* student, A* teacher) {
-      if (make) transform_and_reduce(chunk, tile, panel, student, teacher);
+      if (make) transform_and_reduce(chunk, tile, panel, student, teacher, false);
       const int64_t n = panel * kPanel;
+      const PanelCrossEntropy<A> ce = cross_entropy_of(chunk, tile, panel);
       kernels_.panel_grad(student, teacher, tile.entries, problem_.options, workspace_.row_stats(chunk) + n,
-                          chunk.padded, workspace_.row_weights(chunk) + n, dz_panel,
-                          workspace_.tile_loss(chunk, tile.index) + n);
+                          chunk.padded, workspace_.row_weights(chunk) + n, problem_.ce_weight ? &ce : nullptr,
+                          dz_panel, workspace_.tile_loss(chunk, tile.index) + n);
       if (problem_.grad_bias) kernels_.panel_entry_sums(dz_panel, tile.entries, sums);
       if (shape_.grad_head) pack_.cast_panel(dz_panel, tile.entries, transposed + n, chunk.padded);
       if (shape_.grad_hidden) {
@@ -243,6 +260,13 @@ class LinearKL {
       for (int64_t v = 0; v < tile.entries; ++v) bias[v] = (chunk.index ? bias[v] : A(0)) + sums[v];
     }
     if (shape_.grad_head) head_of_tile(chunk, tile, first_tile, transposed, slot);
+  }
+
+  PanelCrossEntropy<A> cross_entropy_of(const Chunk& chunk, const Tile& tile, int64_t panel) const {
+    if (!problem_.ce_weight) return {};
+    const int64_t n = panel * kPanel;
+    return {labels_of(chunk, tile, panel), workspace_.inv_sum_y(chunk) + n, workspace_.ce_weights(chunk) + n,
+            problem_.total_vocab};
   }
 
   // dW of a tile = dz^T X, over the tokens of the chunk in chains of kMaxChain.

@@ -27,9 +27,13 @@ struct LinearShape {
   int64_t accumulate_bytes;     // of a number that a GEMM adds up in
   bool grad_hidden, grad_head;  // which gradients are needed (the bias' takes no space)
   bool head_in_place;  // the head's gradient adds up in the output or in the caller's grad_head_accumulator
+  bool metrics;        // whether more is known of a row than the divergence
   LinearPlan plan;
   int64_t threads;
 
+  // Values of type A that a tile, and a chunk, hold of each token.
+  int64_t partial_columns() const { return kNumPartials + 2 + (metrics ? int64_t(kNumMetricState) : 0); }
+  int64_t row_columns() const { return kNumStats + 1 + (metrics ? 2 : 0); }
   int64_t operand_bytes() const { return bytes_of(plan.operands); }
   int64_t chunk_size() const { return std::min(plan.chunk_tokens, tokens); }
   int64_t padded_chunk() const { return round_up(chunk_size(), kPanel); }
@@ -110,8 +114,10 @@ inline LinearLayout make_layout(const LinearShape& shape) {
   layout.hidden_packed = take(shape.grad_head ? padded_hidden * tokens * operand : 0).offset;
   layout.packed = {begin, cursor - begin};
 
-  layout.partials = take(shape.tiles() * (kNumPartials + 2) * tokens * accumulate);
-  layout.row_stats = take(shape.chunks() * tokens * ((kNumStats + 1) * accumulate + int64_t(sizeof(double))));
+  layout.partials = take(shape.tiles() * shape.partial_columns() * tokens * accumulate);
+  const int64_t of_row = shape.row_columns() * accumulate + int64_t(sizeof(double));
+  layout.row_stats =
+      take(shape.chunks() * tokens * (of_row + (shape.metrics ? int64_t(sizeof(int64_t)) : 0)));
 
   const int64_t shared = cursor;
   cursor = 0;

@@ -14,9 +14,13 @@ struct LinearProblem {
   std::vector<int64_t> valid_tokens;        // their indices among the rows of the tensors
   const void* row_weight;                   // [N], accumulate type, or null for 1
   LossOptions options;
+  const int64_t* labels;  // [N]; -1, and null, for none
+  const void* ce_weight;  // [N], accumulate type, or null for 0
+  int64_t total_vocab;    // over which label smoothing spreads
 
-  void *loss, *stats;             // [N], [N, kNumStats], accumulate type
-  bool stats_given;               // stats hold the result of an earlier forward: only gradients are made
+  void *loss, *stats;  // [N], [N, kNumStats], accumulate type
+  void* metrics;       // [N, kNumMetrics], accumulate type, or null
+  bool stats_given;    // stats, and metrics, hold the result of an earlier forward: only gradients are made
   Matrix grad_hidden, grad_head;  // data null where not needed
   void* grad_bias;                // [V], accumulate type
   Matrix grad_head_accumulator;   // the head's gradient is added to it, and grad_head is not written
@@ -49,23 +53,34 @@ class Workspace {
     return at<A>(layout_.logits.offset) + index * shape_.plan.tile * chunk.padded;
   }
 
-  // What a tile says of each token: [kNumPartials][padded], then its part of the loss, then of JSD's KL.
+  // What a tile says of each token: [kNumPartials][padded], then its part of the loss, then of JSD's KL;
+  // then, where metrics are asked for, [kNumMetricState][padded].
   A* partials(const Chunk& chunk, int64_t tile) const {
-    return at<A>(layout_.partials.offset) + tile * (kNumPartials + 2) * chunk.padded;
+    return at<A>(layout_.partials.offset) + tile * shape_.partial_columns() * chunk.padded;
   }
   A* tile_loss(const Chunk& chunk, int64_t tile) const {
     return partials(chunk, tile) + kNumPartials * chunk.padded;
   }
   A* tile_kl(const Chunk& chunk, int64_t tile) const { return tile_loss(chunk, tile) + chunk.padded; }
+  A* metric_state(const Chunk& chunk, int64_t tile) const { return tile_kl(chunk, tile) + chunk.padded; }
 
-  // [kNumStats][padded]: the stats of a chunk's tokens; [padded]: their weights. And the losses, in double.
+  // [kNumStats][padded]: the stats of a chunk's tokens; [padded]: their weights. With metrics [padded] each:
+  // the weights of their cross-entropy, kInvSumY. And the losses, in double; with metrics, the labels.
   A* row_stats(const Chunk& chunk) const {
-    return at<A>(layout_.row_stats.offset) + chunk.index * (kNumStats + 1) * shape_.padded_chunk();
+    return at<A>(layout_.row_stats.offset) + chunk.index * shape_.row_columns() * shape_.padded_chunk();
   }
   A* row_weights(const Chunk& chunk) const { return row_stats(chunk) + kNumStats * chunk.padded; }
+  A* ce_weights(const Chunk& chunk) const { return row_weights(chunk) + chunk.padded; }
+  A* inv_sum_y(const Chunk& chunk) const { return ce_weights(chunk) + chunk.padded; }
   double* row_losses(const Chunk& chunk) const {
-    const int64_t before = shape_.chunks() * (kNumStats + 1) * shape_.padded_chunk() * int64_t(sizeof(A));
-    return at<double>(layout_.row_stats.offset + before) + chunk.index * shape_.padded_chunk();
+    const int64_t before = shape_.chunks() * shape_.row_columns() * shape_.padded_chunk();
+    return at<double>(layout_.row_stats.offset + before * int64_t(sizeof(A))) +
+           chunk.index * shape_.padded_chunk();
+  }
+  int64_t* labels(const Chunk& chunk) const {
+    const int64_t losses = shape_.chunks() * shape_.padded_chunk();
+    return reinterpret_cast<int64_t*>(row_losses(shape_.chunk(0)) + losses) +
+           chunk.index * shape_.padded_chunk();
   }
 
   // kPanel columns of a chunk's dX from `column` on: [padded][kPanel], so that a GEMM's C is one piece.

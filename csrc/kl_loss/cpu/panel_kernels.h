@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "kl_loss/cpu/divergence.h"
+#include "kl_loss/cpu/metrics.h"
 
 namespace minitron::MINITRON_SIMD {
 
@@ -68,21 +69,55 @@ inline Vec<A> tile_kl(const A* s, const A* t, int64_t entries, Divergence diverg
   return sum(std::integral_constant<Divergence, Divergence::kForwardKL>{});
 }
 
+// A column's maximum and sum of exp.
 template <typename A>
-void panel_stats(A* student, A* teacher, int64_t entries, const A* student_bias, const A* teacher_bias,
-                 const LossOptions& o, bool needs_kl, A* partials, int64_t stride) {
-  transform_panel<A>(student, entries, student_bias, A(o.student_scale), A(o.student_softcap), A(o.inv_tau));
-  transform_panel<A>(teacher, entries, teacher_bias, A(o.teacher_scale), A(o.teacher_softcap), A(o.inv_tau));
+inline Vec<A> reduce_column(const A* column, int64_t entries, Vec<A>* max) {
+  *max = column_max<A>(column, entries);
+  // of a column that is all -inf no maximum can be subtracted; its sum is 0
+  const Vec<A> base = *max == -std::numeric_limits<A>::infinity() ? Vec<A>{} : *max;
+  return column_sum<A>(entries,
+                       [&](int64_t v) { return exp_nonpositive<A>(load<A>(column + v * kPanel) - base); });
+}
+
+// That, and with the same exponentials at temperature 1, else with others beside them, the sums of
+// MetricState but for the label's logit.
+template <typename A, AtUnitTemperature kY>
+inline Vec<A> reduce_column_with_metrics(const A* column, int64_t entries, A tau, Vec<A>* max, A* state,
+                                         int64_t stride) {
+  *max = column_max<A>(column, entries);
+  const Vec<A> base = *max == -std::numeric_limits<A>::infinity() ? Vec<A>{} : *max;
+  Vec<A> sum_y[2] = {}, dot_y[2] = {}, total_y[2] = {};  // in two chains each: four would not fit registers
+  const Vec<A> sum_s = column_sum<A>(entries, [&](int64_t v) {
+    const Vec<A> x = load<A>(column + v * kPanel) - base, e = exp_nonpositive<A>(x);
+    if constexpr (kY == AtUnitTemperature::kShared) {
+      dot_y[v & 1] += weigh<A>(e, x);
+      total_y[v & 1] += x;
+    } else {
+      const Vec<A> y = x * tau, e_y = exp_nonpositive<A>(y);
+      sum_y[v & 1] += e_y;
+      dot_y[v & 1] += weigh<A>(e_y, y);
+      total_y[v & 1] += y;
+    }
+    return e;
+  });
+  store(state + kStateSumY * stride, kY == AtUnitTemperature::kShared ? sum_s : sum_y[0] + sum_y[1]);
+  store(state + kStateDotY * stride, dot_y[0] + dot_y[1]);
+  store(state + kStateTotalY * stride, total_y[0] + total_y[1]);
+  return sum_s;
+}
+
+template <typename A, AtUnitTemperature kY>
+void panel_stats_of(const A* student, const A* teacher, int64_t entries, const LossOptions& o, bool needs_kl,
+                    A* partials, int64_t stride, A* metric_state) {
   for (int c = 0; c < kPanel; c += kLanes<A>) {
-    const auto reduce = [&](const A* column, Vec<A>* max) {
-      *max = column_max<A>(column, entries);
-      // of a column that is all -inf no maximum can be subtracted; its sum is 0
-      const Vec<A> base = *max == -std::numeric_limits<A>::infinity() ? Vec<A>{} : *max;
-      return column_sum<A>(
-          entries, [&](int64_t v) { return exp_nonpositive<A>(load<A>(column + v * kPanel) - base); });
-    };
-    Vec<A> max_s, max_t;
-    const Vec<A> sum_s = reduce(student + c, &max_s), sum_t = reduce(teacher + c, &max_t);
+    Vec<A> max_s, sum_s, max_t;
+    if constexpr (kY == AtUnitTemperature::kNothing) {
+      sum_s = reduce_column<A>(student + c, entries, &max_s);
+    } else {
+      sum_s = reduce_column_with_metrics<A, kY>(student + c, entries, A(1 / o.inv_tau), &max_s,
+                                                metric_state + c, stride);
+    }
+    const Vec<A> sum_t = reduce_column<A>(teacher + c, entries, &max_t);
     store(partials + kPartMaxS * stride + c, max_s);
     store(partials + kPartSumS * stride + c, sum_s);
     store(partials + kPartMaxT * stride + c, max_t);
@@ -90,6 +125,22 @@ void panel_stats(A* student, A* teacher, int64_t entries, const A* student_bias,
     store(partials + kPartKL * stride + c,
           needs_kl ? tile_kl<A>(student + c, teacher + c, entries, o.divergence(), max_s, sum_s, max_t, sum_t)
                    : Vec<A>{});
+  }
+}
+
+template <typename A>
+void panel_stats(A* student, A* teacher, int64_t entries, const A* student_bias, const A* teacher_bias,
+                 const LossOptions& o, bool needs_kl, A* partials, int64_t stride, const PanelLabels& labels,
+                 A* metric_state) {
+  transform_panel<A>(student, entries, student_bias, A(o.student_scale), A(o.student_softcap), A(o.inv_tau));
+  transform_panel<A>(teacher, entries, teacher_bias, A(o.teacher_scale), A(o.teacher_softcap), A(o.inv_tau));
+  with_unit_temperature(metric_state != nullptr, o, [&](auto y) {
+    panel_stats_of<A, y()>(student, teacher, entries, o, needs_kl, partials, stride, metric_state);
+  });
+  for (int c = 0; metric_state && c < kPanel; ++c) {
+    const int64_t v = labels.labels[c] - labels.first_token;
+    metric_state[kStateLabel * stride + c] =
+        v >= 0 && v < entries ? student[v * kPanel + c] : -std::numeric_limits<A>::infinity();
   }
 }
 
@@ -110,29 +161,59 @@ void panel_kl(const A* student, const A* teacher, int64_t entries, const LossOpt
   }
 }
 
-template <typename A, Divergence kDivergence>
+template <typename A, Divergence kDivergence, AtUnitTemperature kY>
 void panel_grad_of(const A* student, const A* teacher, int64_t entries, const LossOptions& o, const A* stats,
-                   int64_t stride, const A* row_weight, A* dz, A* loss) {
+                   int64_t stride, const A* row_weight, const PanelCrossEntropy<A>* ce, A* dz, A* loss) {
+  const A tau = A(1 / o.inv_tau);
+  const Vec<A> spread = splat(
+      kY == AtUnitTemperature::kNothing ? A(0) : TargetShares<A>(o.label_smoothing, ce->total_vocab).spread);
   for (int c = 0; c < kPanel; c += kLanes<A>) {
     const RowStats<A> row = load_stats(stats, stride, c);
     const Vec<A> weight = load<A>(row_weight + c);
+    Vec<A> ce_weight{}, inv_sum_y{};
+    if constexpr (kY != AtUnitTemperature::kNothing) {
+      ce_weight = load<A>(ce->weight + c) * tau;
+      inv_sum_y = load<A>(ce->inv_sum_y + c);
+    }
     store(loss + c, column_sum<A>(entries, [&](int64_t v) {
             const Vec<A> s = load<A>(student + v * kPanel + c);
             const auto terms = divergence_terms<A, kDivergence>(s, load<A>(teacher + v * kPanel + c), row,
                                                                 Shares<A>(o.beta));
-            store(dz + v * kPanel + c, grad_of_logit<A>(s, terms.grad, weight, A(o.student_scale),
-                                                        A(o.student_softcap), A(o.inv_tau)));
+            Vec<A> mixed = terms.grad * weight;
+            if constexpr (kY != AtUnitTemperature::kNothing) {
+              mixed = mixed_grad<A, kY>(s, terms, weight, row.max_s, inv_sum_y, ce_weight, spread, tau);
+            }
+            store(dz + v * kPanel + c,
+                  grad_of_logit<A>(s, mixed, A(o.student_scale), A(o.student_softcap), A(o.inv_tau)));
             return terms.loss;
           }));
   }
 }
 
+// What the labels add to a panel's dz, of which there is at most one a token.
+template <typename A>
+inline void subtract_labels(const A* student, int64_t entries, const LossOptions& o,
+                            const PanelCrossEntropy<A>& ce, A* dz) {
+  const A share = TargetShares<A>(o.label_smoothing, ce.total_vocab).label * A(1 / o.inv_tau);
+  for (int c = 0; c < kPanel; ++c) {
+    const int64_t v = ce.labels.labels[c] - ce.labels.first_token;
+    if (v < 0 || v >= entries) continue;
+    const Vec<A> g = grad_of_logit<A>(splat(student[v * kPanel + c]), splat(ce.weight[c] * share),
+                                      A(o.student_scale), A(o.student_softcap), A(o.inv_tau));
+    dz[v * kPanel + c] -= g[0];
+  }
+}
+
 template <typename A>
 void panel_grad(const A* student, const A* teacher, int64_t entries, const LossOptions& o, const A* stats,
-                int64_t stride, const A* row_weight, A* dz, A* loss) {
-  with_divergence(o.divergence(), [&](auto constant) {
-    panel_grad_of<A, constant()>(student, teacher, entries, o, stats, stride, row_weight, dz, loss);
+                int64_t stride, const A* row_weight, const PanelCrossEntropy<A>* ce, A* dz, A* loss) {
+  with_divergence(o.divergence(), [&](auto divergence) {
+    with_unit_temperature(ce != nullptr, o, [&](auto y) {
+      panel_grad_of<A, divergence(), y()>(student, teacher, entries, o, stats, stride, row_weight, ce, dz,
+                                          loss);
+    });
   });
+  if (ce) subtract_labels<A>(student, entries, o, *ce, dz);
 }
 
 template <typename A>

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "kl_loss/cpu/divergence.h"
+#include "kl_loss/cpu/metrics.h"
 
 namespace minitron::MINITRON_SIMD {
 
@@ -62,6 +63,15 @@ struct RunningSum {
 
   void add_block(const A* x, int64_t n) {
     constexpr int L = kLanes<A>;
+    const A base = raise_maximum(x, n);
+    Vec<A> total{};
+    for (int64_t i = 0; i < n; i += L) total += exp_nonpositive<A>(load<A>(x + i) - base);
+    sum += sum_lanes<A>(total);
+  }
+
+  // Takes a block into the maximum; what is to be subtracted of its logits.
+  A raise_maximum(const A* x, int64_t n) {
+    constexpr int L = kLanes<A>;
     Vec<A> top = splat(-std::numeric_limits<A>::infinity());
     for (int64_t i = 0; i < n; i += L) top = max_of(load<A>(x + i), top);
     const A block_max = max_lanes<A>(top);
@@ -70,11 +80,66 @@ struct RunningSum {
       max = block_max;
     }
     // of a row that is all -inf so far no maximum can be subtracted
-    const A base = max == -std::numeric_limits<A>::infinity() ? A(0) : max;
-    Vec<A> total{};
-    for (int64_t i = 0; i < n; i += L) total += exp_nonpositive<A>(load<A>(x + i) - base);
-    sum += sum_lanes<A>(total);
+    return max == -std::numeric_limits<A>::infinity() ? A(0) : max;
   }
+};
+
+// The student's sums and, from the same look at a block, what its metrics are made of.
+template <typename A, AtUnitTemperature kY>
+class RunningMetrics {
+ public:
+  explicit RunningMetrics(const LossOptions& options, const int64_t* label)
+      : tau_(1 / options.inv_tau), smoothed_(options.label_smoothing > 0), label_(label) {}
+
+  RunningSum<A> student;
+
+  void add_block(const A* s, int64_t n, int64_t begin) {
+    if constexpr (kY == AtUnitTemperature::kNothing) {
+      student.add_block(s, n);
+      return;
+    }
+    constexpr int L = kLanes<A>;
+    const A before = student.max, base = student.raise_maximum(s, n), tau = A(tau_);
+    if (student.max > before) y_ = y_.measured_from((double(before) - double(student.max)) * tau_, begin);
+    Vec<A> sum_s{}, sum_y{}, dot_y{};
+    for (int64_t i = 0; i < n; i += L) {
+      const Vec<A> x = load<A>(s + i) - base, e = exp_nonpositive<A>(x);
+      sum_s += e;
+      if constexpr (kY == AtUnitTemperature::kShared) {
+        dot_y += weigh<A>(e, x);
+      } else {
+        const Vec<A> y = x * tau, e_y = exp_nonpositive<A>(y);
+        sum_y += e_y;
+        dot_y += weigh<A>(e_y, y);
+      }
+    }
+    student.sum += sum_lanes<A>(sum_s);
+    if constexpr (kY == AtUnitTemperature::kShared) sum_y = sum_s;
+    y_.add({sum_lanes<A>(sum_y), sum_lanes<A>(dot_y), smoothed_ ? total_of(s, n, base) * tau_ : 0.0});
+    if (label_ && *label_ >= begin && *label_ < begin + n) label_logit_ = s[*label_ - begin];
+  }
+
+  void write(const LossOptions& options, int64_t vocab_size, A* metrics) const {
+    write_metrics<A>(y_, label_ != nullptr, (double(label_logit_) - double(student.max)) * tau_,
+                     options.label_smoothing, vocab_size, metrics);
+  }
+
+ private:
+  static double total_of(const A* s, int64_t n, A base) {
+    constexpr int L = kLanes<A>;
+    Vec<A> total{};
+    int64_t i = 0;
+    for (; i + L <= n; i += L) total += load<A>(s + i) - base;
+    double sum = sum_lanes<A>(total);
+    for (; i < n; ++i) sum += double(s[i] - base);  // behind n the block is filled with -inf
+    return sum;
+  }
+
+  const double tau_;
+  const bool smoothed_;
+  const int64_t* label_;
+  MetricSums y_;
+  A label_logit_ = -std::numeric_limits<A>::infinity();
 };
 
 template <typename A>
@@ -83,22 +148,28 @@ inline RowStats<A> broadcast_stats(const A* stats) {
           splat(stats[kInvSumT]), splat(stats[kLseDiff]), splat(stats[kKL])};
 }
 
-template <typename A, Divergence kDivergence>
-void row_forward_of(const LogitsRow& row, const LossOptions& options, A* loss, A* stats) {
-  constexpr int L = kLanes<A>;
-  RowReader<A> reader(row, options);
-  RunningSum<A> student, teacher;
-  reader.each_block([&](const A* s, const A* t, int64_t n, int64_t) {
-    student.add_block(s, n);
+template <typename A, AtUnitTemperature kY>
+void reduce_row(RowReader<A>& reader, const LogitsRow& row, const LossOptions& options, A* stats,
+                const int64_t* label, A* metrics) {
+  RunningMetrics<A, kY> running(options, label);
+  RunningSum<A> teacher;
+  reader.each_block([&](const A* s, const A* t, int64_t n, int64_t begin) {
+    running.add_block(s, n, begin);
     teacher.add_block(t, n);
   });
+  const RunningSum<A>& student = running.student;
   stats[kMaxS] = student.max;
   stats[kInvSumS] = A(1.0 / student.sum);
   stats[kMaxT] = teacher.max;
   stats[kInvSumT] = A(1.0 / teacher.sum);
   stats[kLseDiff] = lse_diff_between<A>(student.max, student.sum, teacher.max, teacher.sum);
   stats[kKL] = 0;
+  if constexpr (kY != AtUnitTemperature::kNothing) running.write(options, row.vocab_size, metrics);
+}
 
+template <typename A, Divergence kDivergence>
+void row_loss(RowReader<A>& reader, const LossOptions& options, A* loss, A* stats) {
+  constexpr int L = kLanes<A>;
   double total = 0, kl = 0;
   const RowStats<A> row_stats = broadcast_stats(stats);
   reader.each_block([&](const A* s, const A* t, int64_t n, int64_t) {
@@ -123,11 +194,13 @@ void row_forward_of(const LogitsRow& row, const LossOptions& options, A* loss, A
   if (grad_needs_kl(kDivergence)) stats[kKL] = A(needs_second_look(kDivergence) ? kl : total);
 }
 
-template <typename A, Divergence kDivergence>
+template <typename A, Divergence kDivergence, AtUnitTemperature kY>
 void row_backward_of(const LogitsRow& row, const LossOptions& options, const A* stats, A grad_loss,
-                     void* grad) {
+                     const RowCrossEntropy<A>* ce, void* grad) {
   constexpr int L = kLanes<A>;
   const RowStats<A> row_stats = broadcast_stats(stats);
+  const A tau = A(1 / options.inv_tau);
+  const TargetShares<A> shares(options.label_smoothing, row.vocab_size);
   RowReader<A> reader(row, options);
   reader.each_block([&](const A* s, const A* t, int64_t n, int64_t begin) {
     dispatch_readable<A>(row.student_dtype, [&](auto element) {
@@ -136,8 +209,16 @@ void row_backward_of(const LogitsRow& row, const LossOptions& options, const A* 
         const Vec<A> x = load<A>(s + i);
         const auto terms =
             divergence_terms<A, kDivergence>(x, load<A>(t + i), row_stats, Shares<A>(options.beta));
-        const Vec<A> g = grad_of_logit<A>(x, terms.grad, splat(grad_loss), A(options.student_scale),
-                                          A(options.student_softcap), A(options.inv_tau));
+        Vec<A> mixed = terms.grad * splat(grad_loss);
+        if constexpr (kY != AtUnitTemperature::kNothing) {
+          Vec<A> target = splat(shares.spread);
+          const int64_t lane = ce->label - (begin + i);
+          if (lane >= 0 && lane < L) target[lane] += shares.label;
+          mixed = mixed_grad<A, kY>(x, terms, splat(grad_loss), row_stats.max_s, splat(ce->inv_sum_y),
+                                    splat(ce->weight * tau), target, tau);
+        }
+        const Vec<A> g = grad_of_logit<A>(x, mixed, A(options.student_scale), A(options.student_softcap),
+                                          A(options.inv_tau));
         if (n - i >= L) {
           store(out + i, g);
         } else {
@@ -149,15 +230,22 @@ void row_backward_of(const LogitsRow& row, const LossOptions& options, const A* 
 }
 
 template <typename A>
-void row_forward(const LogitsRow& row, const LossOptions& options, A* loss, A* stats) {
+void row_forward(const LogitsRow& row, const LossOptions& options, A* loss, A* stats, const int64_t* label,
+                 A* metrics) {
+  RowReader<A> reader(row, options);
+  with_unit_temperature(metrics != nullptr, options,
+                        [&](auto y) { reduce_row<A, y()>(reader, row, options, stats, label, metrics); });
   with_divergence(options.divergence(),
-                  [&](auto constant) { row_forward_of<A, constant()>(row, options, loss, stats); });
+                  [&](auto divergence) { row_loss<A, divergence()>(reader, options, loss, stats); });
 }
 
 template <typename A>
-void row_backward(const LogitsRow& row, const LossOptions& options, const A* stats, A grad_loss, void* grad) {
-  with_divergence(options.divergence(), [&](auto constant) {
-    row_backward_of<A, constant()>(row, options, stats, grad_loss, grad);
+void row_backward(const LogitsRow& row, const LossOptions& options, const A* stats, A grad_loss,
+                  const RowCrossEntropy<A>* ce, void* grad) {
+  with_divergence(options.divergence(), [&](auto divergence) {
+    with_unit_temperature(ce != nullptr, options, [&](auto y) {
+      row_backward_of<A, divergence(), y()>(row, options, stats, grad_loss, ce, grad);
+    });
   });
 }
 

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "kl_loss/cpu/linear_workspace.h"
+#include "kl_loss/cpu/metrics.h"
 
 namespace minitron {
 
@@ -38,6 +39,7 @@ class RowMerger {
         set(kLseDiff, lse_diff_between<A>(A(student.max), student.sum, A(teacher.max), teacher.sum));
         set(kKL, grad_needs_kl(divergence_) ? kl : 0.0);
         if (n < chunk.tokens) set_loss(chunk, n, kl);
+        if (shape_.metrics) merge_metrics(chunk, n, student.max);
       }
     });
     write_stats(chunk);
@@ -75,8 +77,19 @@ class RowMerger {
         workspace_.row_stats(chunk)[which * chunk.padded + n] =
             n < chunk.tokens ? stats_of(chunk, n)[which] : A(0);
       }
+      if (shape_.metrics) {
+        workspace_.inv_sum_y(chunk)[n] = n < chunk.tokens ? metrics_of(chunk, n)[kInvSumY] : A(0);
+      }
     }
     load_weights(chunk);
+  }
+
+  // The labels of a chunk, which its tiles look for.
+  void load_labels(const Chunk& chunk) const {
+    for (int64_t n = 0; shape_.metrics && n < chunk.padded; ++n) {
+      workspace_.labels(chunk)[n] =
+          problem_.labels && n < chunk.tokens ? problem_.labels[row_of(chunk, n)] : -1;
+    }
   }
 
  private:
@@ -96,6 +109,27 @@ class RowMerger {
       merged.sum += merged.scale(part[max_column * chunk.padded]) * part[sum_column * chunk.padded];
     }
     return merged;
+  }
+
+  // The tiles' sums at temperature 1, each measured from its own maximum.
+  void merge_metrics(const Chunk& chunk, int64_t n, double max) const {
+    const double tau = 1 / problem_.options.inv_tau;
+    MetricSums merged;
+    double label = -std::numeric_limits<double>::infinity();
+    for (int64_t t = 0; t < shape_.tiles(); ++t) {
+      const A* state = workspace_.metric_state(chunk, t) + n;
+      const double tile_max = workspace_.partials(chunk, t)[kPartMaxS * chunk.padded + n];
+      const auto at = [&](int which) { return double(state[which * chunk.padded]); };
+      const double distance = tile_max == max ? 0.0 : (tile_max - max) * tau;
+      merged.add(MetricSums{at(kStateSumY), at(kStateDotY), at(kStateTotalY)}.measured_from(
+          distance, shape_.tile(t).entries));
+      label = std::max(label, at(kStateLabel));
+    }
+    A metrics[kNumMetrics];
+    write_metrics<A>(merged, problem_.labels != nullptr, (label - max) * tau,
+                     problem_.options.label_smoothing, problem_.total_vocab, metrics);
+    workspace_.inv_sum_y(chunk)[n] = metrics[kInvSumY];
+    if (n < chunk.tokens) std::copy_n(metrics, int(kNumMetrics), metrics_of(chunk, n));
   }
 
   // The chain rule of KL over tiles, each term >= 0. The ratio of a tile's two probabilities is taken of
@@ -139,6 +173,9 @@ class RowMerger {
   A* stats_of(const Chunk& chunk, int64_t n) const {
     return static_cast<A*>(problem_.stats) + row_of(chunk, n) * kNumStats;
   }
+  A* metrics_of(const Chunk& chunk, int64_t n) const {
+    return static_cast<A*>(problem_.metrics) + row_of(chunk, n) * kNumMetrics;
+  }
   void write_stats(const Chunk& chunk) const {
     for (int64_t n = 0; n < chunk.tokens; ++n) {
       for (int which = 0; which < kNumStats; ++which) {
@@ -149,8 +186,12 @@ class RowMerger {
   // Tokens that only fill up a panel have a weight of 0.
   void load_weights(const Chunk& chunk) const {
     const A* weight = static_cast<const A*>(problem_.row_weight);
+    const A* ce_weight = static_cast<const A*>(problem_.ce_weight);
     for (int64_t n = 0; n < chunk.padded; ++n) {
       workspace_.row_weights(chunk)[n] = n >= chunk.tokens ? A(0) : weight ? weight[row_of(chunk, n)] : A(1);
+      if (shape_.metrics) {
+        workspace_.ce_weights(chunk)[n] = n < chunk.tokens && ce_weight ? ce_weight[row_of(chunk, n)] : A(0);
+      }
     }
   }
 

@@ -13,6 +13,7 @@ constexpr int64_t kLogitsPerTask = 1 << 16;
 struct Rows {
   Matrix student, teacher;
   const uint8_t* mask;
+  const int64_t* labels;
   int64_t vocab_size;
   LossOptions options;
 
@@ -30,9 +31,13 @@ struct Rows {
 };
 
 Rows rows_of(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
-             int64_t vocab_size, const std::vector<double>& options) {
-  const Rows rows{matrix_of(student, "student_logits"), matrix_of(teacher, "teacher_logits"),
-                  mask_of(mask, student.size(0)), vocab_size, LossOptions::of(options)};
+             const std::optional<Tensor>& labels, int64_t vocab_size, const std::vector<double>& options) {
+  const Rows rows{matrix_of(student, "student_logits"),
+                  matrix_of(teacher, "teacher_logits"),
+                  mask_of(mask, student.size(0)),
+                  labels_of(labels, student.size(0)),
+                  vocab_size,
+                  LossOptions::of(options)};
   STD_TORCH_CHECK(rows.student.rows == rows.teacher.rows,
                   "student_logits and teacher_logits must have as many rows");
   STD_TORCH_CHECK(vocab_size >= 0 && vocab_size <= std::min(rows.student.cols, rows.teacher.cols),
@@ -43,36 +48,69 @@ Rows rows_of(const Tensor& student, const Tensor& teacher, const std::optional<T
 }
 
 template <typename A>
-void forward_rows(const Rows& rows, A* loss, A* stats) {
+void forward_rows(const Rows& rows, A* loss, A* stats, A* metrics) {
   const auto kernel = cpu_kernels().kl<A>().row_forward;
   rows.each([&](int64_t n) {
+    A* of_row = metrics ? metrics + n * kNumMetrics : nullptr;
     if (rows.mask && !rows.mask[n]) {
       loss[n] = 0;
       std::fill_n(stats + n * kNumStats, int(kNumStats), A(0));
+      if (metrics) std::fill_n(of_row, int(kNumMetrics), A(0));
     } else {
-      kernel(rows.at(n), rows.options, loss + n, stats + n * kNumStats);
+      kernel(rows.at(n), rows.options, loss + n, stats + n * kNumStats,
+             rows.labels ? rows.labels + n : nullptr, of_row);
     }
   });
 }
 
-std::tuple<Tensor, Tensor> kl_loss_forward(Tensor student, Tensor teacher, std::optional<Tensor> mask,
-                                           int64_t vocab_size, const std::vector<double>& options) {
-  const Rows rows = rows_of(student, teacher, mask, vocab_size, options);
+// Loss, stats, and with `has_metrics` the metrics.
+std::tuple<Tensor, Tensor, std::optional<Tensor>> forward(const Rows& rows, const Tensor& like,
+                                                          bool has_metrics) {
   const bool wide = rows.student.dtype == DType::kFloat64;
   const auto dtype = wide ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
   const int64_t N = rows.student.rows;
-  Tensor loss = torch::stable::new_empty(student, {N}, dtype);
-  Tensor stats = torch::stable::new_empty(student, {N, int64_t(kNumStats)}, dtype);
+  Tensor loss = torch::stable::new_empty(like, {N}, dtype);
+  Tensor stats = torch::stable::new_empty(like, {N, int64_t(kNumStats)}, dtype);
+  std::optional<Tensor> metrics;
+  if (has_metrics) metrics = torch::stable::new_empty(like, {N, int64_t(kNumMetrics)}, dtype);
+  const auto run = [&](auto element) {
+    using A = decltype(element);
+    forward_rows(rows, static_cast<A*>(loss.data_ptr()), static_cast<A*>(stats.data_ptr()),
+                 metrics ? static_cast<A*>(metrics->data_ptr()) : nullptr);
+  };
   if (wide) {
-    forward_rows(rows, static_cast<double*>(loss.data_ptr()), static_cast<double*>(stats.data_ptr()));
+    run(double{});
   } else {
-    forward_rows(rows, static_cast<float*>(loss.data_ptr()), static_cast<float*>(stats.data_ptr()));
+    run(float{});
   }
+  return {loss, stats, metrics};
+}
+
+std::tuple<Tensor, Tensor> kl_loss_forward(Tensor student, Tensor teacher, std::optional<Tensor> mask,
+                                           int64_t vocab_size, const std::vector<double>& options) {
+  const Rows rows = rows_of(student, teacher, mask, std::nullopt, vocab_size, options);
+  const auto [loss, stats, metrics] = forward(rows, student, false);
   return {loss, stats};
 }
 
+std::tuple<Tensor, Tensor, Tensor> kl_loss_forward_metrics(Tensor student, Tensor teacher,
+                                                           std::optional<Tensor> mask,
+                                                           std::optional<Tensor> labels, int64_t vocab_size,
+                                                           const std::vector<double>& options) {
+  const Rows rows = rows_of(student, teacher, mask, labels, vocab_size, options);
+  const auto [loss, stats, metrics] = forward(rows, student, true);
+  return {loss, stats, *metrics};
+}
+
+// The numbers of a gradient, one a row but for stats and metrics; without cross-entropy the last two are
+// null.
 template <typename A>
-void backward_rows(const Rows& rows, const A* grad_loss, const A* stats, char* grad) {
+struct GradRows {
+  const A *grad_loss, *stats, *metrics, *ce_weight;
+};
+
+template <typename A>
+void backward_rows(const Rows& rows, const GradRows<A>& given, char* grad) {
   const auto kernel = cpu_kernels().kl<A>().row_backward;
   const int64_t element_size = bytes_of(rows.student.dtype);
   const int64_t row_bytes = rows.student.cols * element_size, used_bytes = rows.vocab_size * element_size;
@@ -81,7 +119,12 @@ void backward_rows(const Rows& rows, const A* grad_loss, const A* stats, char* g
     if (rows.mask && !rows.mask[n]) {
       std::fill_n(out, row_bytes, char(0));
     } else {
-      kernel(rows.at(n), rows.options, stats + n * kNumStats, grad_loss[n], out);
+      RowCrossEntropy<A> ce{};
+      if (given.ce_weight) {
+        ce = {rows.labels[n], given.metrics[n * kNumMetrics + kInvSumY], given.ce_weight[n]};
+      }
+      kernel(rows.at(n), rows.options, given.stats + n * kNumStats, given.grad_loss[n],
+             given.ce_weight ? &ce : nullptr, out);
       std::fill_n(out + used_bytes, row_bytes - used_bytes, char(0));
     }
   });
@@ -91,16 +134,22 @@ Tensor kl_loss_backward(Tensor grad_loss, Tensor stats, Tensor student, Tensor t
                         std::optional<Tensor> mask, int64_t vocab_size, const std::vector<double>& options,
                         std::optional<Tensor> labels, std::optional<Tensor> metrics,
                         std::optional<Tensor> ce_weight) {
-  const Rows rows = rows_of(student, teacher, mask, vocab_size, options);
+  const Rows rows = rows_of(student, teacher, mask, labels, vocab_size, options);
+  STD_TORCH_CHECK(!ce_weight || (labels && metrics), "ce_weight needs labels and metrics");
   const int64_t N = rows.student.rows;
   Tensor grad = torch::stable::new_empty(student, {N, rows.student.cols});
-  char* out = static_cast<char*>(grad.data_ptr());
+  const auto run = [&](auto element) {
+    using A = decltype(element);
+    backward_rows<A>(
+        rows,
+        {vector_of<A>(grad_loss, N, "grad_loss"), vector_of<A>(stats, N * kNumStats, "stats"),
+         vector_of<A>(metrics, N * kNumMetrics, "metrics"), vector_of<A>(ce_weight, N, "ce_weight")},
+        static_cast<char*>(grad.data_ptr()));
+  };
   if (rows.student.dtype == DType::kFloat64) {
-    backward_rows<double>(rows, vector_of<double>(grad_loss, N, "grad_loss"),
-                          vector_of<double>(stats, N * kNumStats, "stats"), out);
+    run(double{});
   } else {
-    backward_rows<float>(rows, vector_of<float>(grad_loss, N, "grad_loss"),
-                         vector_of<float>(stats, N * kNumStats, "stats"), out);
+    run(float{});
   }
   return grad;
 }
@@ -110,5 +159,6 @@ Tensor kl_loss_backward(Tensor grad_loss, Tensor stats, Tensor student, Tensor t
 
 STABLE_TORCH_LIBRARY_IMPL(minitron_kernels, CPU, m) {
   m.impl("kl_loss_forward", TORCH_BOX(&minitron::kl_loss_forward));
+  m.impl("kl_loss_forward_metrics", TORCH_BOX(&minitron::kl_loss_forward_metrics));
   m.impl("kl_loss_backward", TORCH_BOX(&minitron::kl_loss_backward));
 }

@@ -54,6 +54,13 @@ inline void check_mask(const std::optional<Tensor>& mask, const Tensor& student)
                   "mask must be bool [N] on the device of student_logits");
 }
 
+// A factor of each row.
+inline void check_weight(const char* name, const Tensor& weight, const Tensor& student) {
+  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == student.size(0) &&
+                      weight.scalar_type() == ScalarType::Float && weight.device() == student.device(),
+                  name, " must be float32 [N] on the device of student_logits");
+}
+
 inline const bool* mask_pointer(const std::optional<Tensor>& mask) {
   return mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
 }
@@ -112,23 +119,34 @@ inline int parts_for(int64_t rows, int64_t runs, int threads) {
   return static_cast<int>(std::clamp<int64_t>(kEnoughBlocks / rows, 1, most));
 }
 
-template <Divergence kDivergence, typename S, typename T>
-void launch_forward(const LaunchScope& scope, const LogitTensors& logits, const DeviceOptions& options,
-                    float* loss, float* stats) {
-  const auto kernel = &kl_forward_kernel<kDivergence, S, T>;
-  MINITRON_LAUNCH(kernel, dim3(logits.student.size(0)), dim3(state_threads(options.vocab_size)),
-                  scope.stream(), logits.rows<S, T>(), options, loss, stats);
+// Calls f(divergence, student element, teacher element), all of them compile-time constants.
+template <typename F>
+void dispatch(Divergence divergence, const Tensor& student, const Tensor& teacher, F&& f) {
+  dispatch_float(student.scalar_type(), "student_logits", [&](auto s) {
+    dispatch_float(teacher.scalar_type(), "teacher_logits",
+                   [&](auto t) { with_divergence(divergence, [&](auto constant) { f(constant, s, t); }); });
+  });
 }
 
-template <Divergence kDivergence, typename S, typename T, typename G>
+// of_metrics: what the kernel takes of that name, or nothing.
+template <Divergence kDivergence, typename S, typename T, typename... Metrics>
+void launch_forward(const LaunchScope& scope, const LogitTensors& logits, const DeviceOptions& options,
+                    float* loss, float* stats, const Metrics&... of_metrics) {
+  const auto kernel = &kl_forward_kernel<kDivergence, S, T, Metrics...>;
+  MINITRON_LAUNCH(kernel, dim3(logits.student.size(0)), dim3(state_threads(options.vocab_size)),
+                  scope.stream(), logits.rows<S, T>(), options, loss, stats, of_metrics...);
+}
+
+template <Divergence kDivergence, typename S, typename T, typename G, typename... Metrics>
 void launch_backward(const LaunchScope& scope, const LogitTensors& logits, const DeviceOptions& options,
-                     const Tensor& weight, const float* stats, Tensor& grad) {
-  const auto kernel = &kl_backward_kernel<kDivergence, S, T, G>;
+                     const Tensor& weight, const float* stats, Tensor& grad, const Metrics&... of_metrics) {
+  const auto kernel = &kl_backward_kernel<kDivergence, S, T, G, Metrics...>;
   const int64_t rows = grad.size(0), runs = options.vocab_size / kRunOf<S, T, G>;
   const int threads = threads_for(runs / kGradRuns<S, T, G>, kGradThreads);
   MINITRON_LAUNCH(kernel, dim3(rows, parts_for(rows, runs, threads)), dim3(threads), scope.stream(),
                   logits.rows<S, T>(), options, const_floats(weight), weight.stride(0), stats,
-                  static_cast<G*>(grad.mutable_data_ptr()), grad.stride(0), static_cast<int>(grad.size(1)));
+                  static_cast<G*>(grad.mutable_data_ptr()), grad.stride(0), static_cast<int>(grad.size(1)),
+                  of_metrics...);
 }
 
 }  // namespace minitron::cuda

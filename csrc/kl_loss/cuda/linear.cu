@@ -2,14 +2,11 @@
 // nothing, and do not wait for the GPU.
 #include <optional>
 
-#include "kl_loss/cuda/cluster_kernels.cuh"
-#include "kl_loss/cuda/launch_torch.cuh"
-#include "kl_loss/cuda/tile_kernels.cuh"
+#include "kl_loss/cuda/linear_launch.cuh"
+#include "kl_loss/cuda/tile_mixture.cuh"
 
 namespace minitron::cuda {
 namespace {
-
-using MaybeTensor = std::optional<Tensor>;
 
 int64_t check_tile(const LogitTensors& logits, int64_t vocab_size) {
   for (const auto& [name, x] :
@@ -28,20 +25,25 @@ void kl_tile_forward(const Tensor& student_logits, const Tensor& teacher_logits,
   const int64_t rows = check_tile(logits, vocab_size);
   check_floats("loss", loss, {rows}, student_logits);
   check_stats(stats, student_logits);
+  if (metrics) check_metrics(*metrics, student_logits, rows);
   if (rows == 0) return;
   const LaunchScope scope(student_logits);
   const LossOptions loss_options = LossOptions::of(options);
   const DeviceOptions device_options(loss_options, vocab_size);
-  with_divergence(loss_options.divergence(), [&](auto constant) {
-    launch_forward<constant(), float, float>(scope, logits, device_options, floats(loss), floats(stats));
-  });
+  if (metrics) {
+    const MetricsOut out = metrics_out(labels, *metrics, student_logits, loss_options, vocab_size);
+    launch_forward_metrics(scope, logits, loss_options.divergence(), device_options, floats(loss),
+                           floats(stats), out);
+  } else {
+    with_divergence(loss_options.divergence(), [&](auto constant) {
+      launch_forward<constant(), float, float>(scope, logits, device_options, floats(loss), floats(stats));
+    });
+  }
   scope.check("kl_tile_forward_");
 }
 
 void check_grad(const Tensor& weight, const Tensor& grad, int64_t vocab_size, const Tensor& student) {
-  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == student.size(0) &&
-                      weight.scalar_type() == ScalarType::Float && weight.device() == student.device(),
-                  "weight must be float32 [N] on the device of student_logits");
+  check_weight("weight", weight, student);
   check_logits("grad", grad, student);
   STD_TORCH_CHECK(grad.size(1) >= vocab_size, "grad has ", grad.size(1), " columns, vocab_size is ",
                   vocab_size);
@@ -56,16 +58,24 @@ void kl_tile_grad(const Tensor& student_logits, const Tensor& teacher_logits, co
   const int64_t rows = check_tile(logits, vocab_size);
   check_grad(weight, grad, vocab_size, student_logits);
   check_stats(stats, student_logits);
+  check_ce_weight(ce_weight, labels, metrics, student_logits);
   if (rows == 0) return;
   const LaunchScope scope(student_logits);
   const LossOptions loss_options = LossOptions::of(options);
   const DeviceOptions device_options(loss_options, vocab_size);
-  dispatch_float(grad.scalar_type(), "grad", [&](auto g) {
-    with_divergence(loss_options.divergence(), [&](auto constant) {
-      launch_backward<constant(), float, float, decltype(g)>(scope, logits, device_options, weight,
-                                                             const_floats(stats), grad);
+  if (ce_weight) {
+    const MetricsIn in = metrics_in(labels, metrics, ce_weight, student_logits, loss_options, first_token,
+                                    total_vocab == 0 ? vocab_size : total_vocab);
+    launch_backward_metrics(scope, logits, loss_options.divergence(), device_options, weight,
+                            const_floats(stats), grad, in);
+  } else {
+    dispatch_float(grad.scalar_type(), "grad", [&](auto g) {
+      with_divergence(loss_options.divergence(), [&](auto constant) {
+        launch_backward<constant(), float, float, decltype(g)>(scope, logits, device_options, weight,
+                                                               const_floats(stats), grad);
+      });
     });
-  });
+  }
   scope.check("kl_tile_grad_");
 }
 
@@ -86,20 +96,6 @@ bool suit_clusters(const LogitTensors& logits, const Tensor& grad, int64_t vocab
          logits.student.size(0) <= std::numeric_limits<int>::max() / kClusterBlocks;
 }
 
-// False if the device has no clusters, or this build no code for it that uses them.
-template <Divergence kDivergence, typename G>
-bool launch_clusters(const LaunchScope& scope, const LogitTensors& logits, const DeviceOptions& options,
-                     const Tensor& weight, float* loss, float* stats, Tensor& grad) {
-  const auto kernel = &kl_forward_grad_kernel<kDivergence, G>;
-  const int threads =
-      threads_for(options.vocab_size / (kClusterBlocks * kClusterPairsAtOnce), kClusterThreads);
-  const ClusterLaunch launch(grad.size(0), kClusterBlocks, threads, scope.stream());
-  if (!launch.fits(kernel)) return false;
-  launch(kernel, logits.rows<float, float>(), options, const_floats(weight), weight.stride(0), loss, stats,
-         static_cast<G*>(grad.mutable_data_ptr()), grad.stride(0), static_cast<int>(grad.size(1)));
-  return true;
-}
-
 void kl_tile_forward_grad(const Tensor& student_logits, const Tensor& teacher_logits,
                           const MaybeTensor& student_bias, const MaybeTensor& teacher_bias,
                           const MaybeTensor& mask, const Tensor& weight, Tensor loss, Tensor stats,
@@ -110,24 +106,29 @@ void kl_tile_forward_grad(const Tensor& student_logits, const Tensor& teacher_lo
   check_floats("loss", loss, {rows}, student_logits);
   check_grad(weight, grad, vocab_size, student_logits);
   check_stats(stats, student_logits);
+  if (metrics) check_metrics(*metrics, student_logits, rows);
+  check_ce_weight(ce_weight, labels, metrics, student_logits);
   if (rows == 0) return;
-  const LaunchScope scope(student_logits);
   const LossOptions loss_options = LossOptions::of(options);
-  const DeviceOptions device_options(loss_options, vocab_size);
-  const bool suits = suit_clusters(logits, grad, vocab_size);
-  dispatch_float(grad.scalar_type(), "grad", [&](auto g) {
-    with_divergence(loss_options.divergence(), [&](auto constant) {
-      using G = decltype(g);
-      if (!suits || !launch_clusters<constant(), G>(scope, logits, device_options, weight, floats(loss),
-                                                    floats(stats), grad)) {
-        launch_forward<constant(), float, float>(scope, logits, device_options, floats(loss), floats(stats));
-        scope.check("kl_tile_forward_grad_");
-        launch_backward<constant(), float, float, G>(scope, logits, device_options, weight,
-                                                     const_floats(stats), grad);
-      }
-      scope.check("kl_tile_forward_grad_");
-    });
-  });
+  if (suit_clusters(logits, grad, vocab_size)) {
+    const LaunchScope scope(student_logits);
+    const DeviceOptions device_options(loss_options, vocab_size);
+    const auto launch = [&](const auto&... of_metrics) {
+      return launch_clusters(scope, logits, loss_options.divergence(), device_options, weight, floats(loss),
+                             floats(stats), grad, of_metrics...);
+    };
+    const bool launched =
+        metrics ? launch(MetricsInOut{metrics_out(labels, *metrics, student_logits, loss_options, vocab_size),
+                                      ce_weight ? const_floats(*ce_weight) : nullptr,
+                                      ce_weight ? ce_weight->stride(0) : 0})
+                : launch();
+    scope.check("kl_tile_forward_grad_");
+    if (launched) return;
+  }
+  kl_tile_forward(student_logits, teacher_logits, student_bias, teacher_bias, mask, loss, stats, vocab_size,
+                  options, labels, metrics);
+  kl_tile_grad(student_logits, teacher_logits, student_bias, teacher_bias, mask, weight, stats, grad,
+               vocab_size, options, labels, metrics, ce_weight, 0, 0);
 }
 
 void kl_tile_stats(const Tensor& student_logits, const Tensor& teacher_logits,
@@ -137,15 +138,22 @@ void kl_tile_stats(const Tensor& student_logits, const Tensor& teacher_logits,
   const LogitTensors logits = {student_logits, teacher_logits, student_bias, teacher_bias, mask};
   const int64_t columns = student_logits.size(1), rows = check_tile(logits, columns);
   check_floats("state", state, {RowState<Divergence::kForwardKL>::kFields, rows}, student_logits);
+  if (metric_state)
+    check_floats("metric_state", *metric_state, {int64_t(kNumMetricState), rows}, student_logits);
+  const Labels row_labels = check_labels(labels, student_logits, rows, first_token);
   if (rows == 0) return;
   const LaunchScope scope(student_logits);
   const LossOptions loss_options = LossOptions::of(options);
   const DeviceOptions device_options(loss_options, columns);
-  with_divergence(loss_options.divergence(), [&](auto constant) {
-    const auto kernel = &kl_tile_stats_kernel<constant()>;
-    MINITRON_LAUNCH(kernel, dim3(rows), dim3(state_threads(columns)), scope.stream(),
-                    (logits.rows<float, float>()), device_options, floats(state), state.stride(0), first);
-  });
+  const auto launch = [&](const auto&... of_metrics) {
+    launch_tile_stats(scope, logits, loss_options.divergence(), device_options, state, first, of_metrics...);
+  };
+  if (metric_state) {  // it does not know of how many tokens this is a tile, nor ask
+    const MetricOptions metric_options(loss_options, columns);
+    launch(MetricsState{row_labels, metric_options, floats(*metric_state), metric_state->stride(0)});
+  } else {
+    launch();
+  }
   scope.check("kl_tile_stats_");
 }
 
@@ -169,31 +177,46 @@ void kl_tile_mixture(const Tensor& student_logits, const Tensor& teacher_logits,
 }
 
 // parts: contiguous, (splits, fields, N).
-FinishRows check_finish(const char* name, const Tensor& parts, int64_t fields, const MaybeTensor& mask,
-                        const Tensor& loss, const Tensor& stats) {
+void check_parts(const char* name, const Tensor& parts, int64_t fields, const Tensor& loss) {
   STD_TORCH_CHECK(parts.dim() == 3 && parts.size(1) == fields && parts.size(2) == loss.size(0) &&
                       parts.scalar_type() == ScalarType::Float && parts.is_contiguous(),
                   name, " must be contiguous float32 [splits, ", fields, ", N]");
+}
+
+FinishRows check_finish(const char* name, const Tensor& parts, int64_t fields, const MaybeTensor& mask,
+                        const Tensor& loss, const Tensor& stats) {
+  check_parts(name, parts, fields, loss);
   check_floats("loss", loss, {parts.size(2)}, parts);
   check_stats(stats, loss);
   check_mask(mask, loss);
   return {mask_pointer(mask), mask ? mask->stride(0) : 0, parts.size(2), static_cast<int>(parts.size(0))};
 }
 
-dim3 finish_grid(int64_t rows) { return dim3((rows + kFinishThreads - 1) / kFinishThreads); }
-
 void kl_finish_stats(const Tensor& states, const MaybeTensor& mask, Tensor loss, Tensor stats,
                      const std::vector<double>& options, const MaybeTensor& labels,
                      const MaybeTensor& metric_states, MaybeTensor metrics, int64_t total_vocab) {
   const FinishRows rows =
       check_finish("states", states, RowState<Divergence::kForwardKL>::kFields, mask, loss, stats);
+  if (metrics) {
+    check_metrics(*metrics, states, rows.rows);
+    STD_TORCH_CHECK(metric_states && total_vocab >= 1, "metrics need metric_states and total_vocab");
+    check_parts("metric_states", *metric_states, kNumMetricState, loss);
+    STD_TORCH_CHECK(metric_states->size(0) == states.size(0), "metric_states has ", metric_states->size(0),
+                    " splits, states ", states.size(0));
+  }
   if (rows.rows == 0) return;
   const LaunchScope scope(states);
-  with_divergence(LossOptions::of(options).divergence(), [&](auto constant) {
-    const auto kernel = &kl_finish_stats_kernel<constant()>;
-    MINITRON_LAUNCH(kernel, finish_grid(rows.rows), dim3(kFinishThreads), scope.stream(), rows,
-                    const_floats(states), floats(loss), floats(stats));
-  });
+  const LossOptions loss_options = LossOptions::of(options);
+  const auto launch = [&](const auto&... of_metrics) {
+    launch_finish_stats(scope, rows, loss_options.divergence(), const_floats(states), floats(loss),
+                        floats(stats), of_metrics...);
+  };
+  if (metrics) {
+    const MetricsOut out = metrics_out(labels, *metrics, states, loss_options, total_vocab);
+    launch(MetricsFinish{out, const_floats(*metric_states)});
+  } else {
+    launch();
+  }
   scope.check("kl_finish_stats_");
 }
 

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "common/cuda/reduce.cuh"
+#include "kl_loss/cuda/metrics.cuh"
 #include "kl_loss/cuda/row_pairs.cuh"
 #include "kl_loss/cuda/row_state.cuh"
 
@@ -28,15 +29,20 @@ constexpr int kGradThreads = 512;
 constexpr int kGradBlocksPerSM = 2;  // at most 64 registers a thread
 
 // The state of a whole row, in every thread. begun: empty, but in thread 0 that of earlier tiles. partial:
-// shared memory for kMaxWarps states.
-template <Divergence kDivergence, typename S, typename T>
-__device__ __forceinline__ RowState<kDivergence> row_state(const PairRow<S, T>& pairs,
-                                                           RowState<kDivergence> begun,
-                                                           RowState<kDivergence>* partial) {
+// shared memory for kMaxWarps states. tau: of a state with metrics.
+template <typename State, typename S, typename T, typename... Tau>
+__device__ __forceinline__ State row_state(const PairRow<S, T>& pairs, State begun, State* partial,
+                                           Tau... tau) {
   pairs.template for_each_several<kPairsAtOnce / kRunOf<S, T>>(
-      threadIdx.x, blockDim.x, [&](const auto& s, const auto& t) { begun.add(s, t); });
-  return block_reduce(begun, RowState<kDivergence>::empty(), partial,
-                      [](const auto& a, const auto& b) { return a.merged(b); });
+      threadIdx.x, blockDim.x, [&](const auto& s, const auto& t, const auto& is_token) {
+        if constexpr (sizeof...(tau) == 0) {
+          begun.add(s, t);
+        } else {
+          begun.add(s, t, is_token, tau...);
+        }
+      });
+  return block_reduce(begun, State::empty(), partial,
+                      [&](const auto& a, const auto& b) { return a.merged(b, tau...); });
 }
 
 // The sums with the terms of these tokens.
@@ -75,22 +81,26 @@ __device__ __forceinline__ void store_stats(float* out, const RowStats& stats) {
   store_scalar(out + kKL, stats.kl);
 }
 
-template <Divergence kDivergence, typename S, typename T>
+template <Divergence kDivergence, typename S, typename T, typename... Metrics>  // MetricsOut or nothing
 __global__ void __launch_bounds__(kStateThreads, kStateBlocksPerSM)
     kl_forward_kernel(KlRows<S, T> rows, DeviceOptions options, float* __restrict__ loss,  // (N)
-                      float* __restrict__ stats) {                                         // (N, kNumStats)
-  MINITRON_SHARED(RowState<kDivergence>, partial_states, kMaxWarps);
+                      float* __restrict__ stats,                                           // (N, kNumStats)
+                      Metrics... of_metrics) {
+  using State = StateOf<RowState<kDivergence>, Metrics...>;
+  MINITRON_SHARED(State, partial_states, kMaxWarps);
   const int64_t row = blockIdx.x;
   float* out = stats + row * kNumStats;
   if (!rows.is_valid(row)) {
     if (threadIdx.x == 0) {
       store_scalar(loss + row, 0.0f);
       store_stats(out, RowStats{});
+      (of_metrics.store_zero(row), ...);
     }
     return;
   }
   const PairRow<S, T> pairs(rows, row, options);
-  const RowState<kDivergence> state = row_state(pairs, RowState<kDivergence>::empty(), partial_states);
+  const State state = row_state(pairs, State::empty(), partial_states, of_metrics.tau()...);
+  if (threadIdx.x == 0) (of_metrics.store(row, state, pairs.student, options), ...);
   RowStats stat = state.stats();
   float value = state.loss();
   if constexpr (needs_second_look(kDivergence)) {
@@ -105,15 +115,17 @@ __global__ void __launch_bounds__(kStateThreads, kStateBlocksPerSM)
   }
 }
 
-// Writes the gradients of N tokens, of which make(s, t) gives one's to its transformed logit. aligned: grad
-// is a multiple of 16 bytes, or for N = 1 anything.
+// Writes the gradients of N tokens from column on, of which make(column, s, t) gives one's to its transformed
+// logit. aligned: grad + column is a multiple of 16 bytes, or for N = 1 anything.
 template <bool kStreaming, int N, typename G, typename Make>
-__device__ __forceinline__ void store_grads(G* grad, bool aligned, const float (&s)[N], const float (&t)[N],
-                                            float weight, const LogitTransform& transform, Make make) {
+__device__ __forceinline__ void store_grads(G* row, int column, bool aligned, const float (&s)[N],
+                                            const float (&t)[N], float weight,
+                                            const LogitTransform& transform, Make make) {
+  G* grad = row + column;
   float g[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    g[i] = make(s[i], t[i]) * (weight * transform.softcap_grad(s[i]));
+    g[i] = make(column + i, s[i], t[i]) * (weight * transform.softcap_grad(s[i]));
     if (masked_out(s[i])) g[i] = 0.0f;
   }
   if constexpr (N == 1) {
@@ -123,11 +135,19 @@ __device__ __forceinline__ void store_grads(G* grad, bool aligned, const float (
   }
 }
 
-template <Divergence kDivergence, typename S, typename T, typename G>
+// A token's gradient, of a divergence alone not yet weighted; with a cross-entropy it is.
+__device__ __forceinline__ float combined(float grad, int, float) { return grad; }
+__device__ __forceinline__ float combined(float grad, int column, float s, const RowCrossEntropy& ce) {
+  return ce.combined(grad, column, s);
+}
+
+template <Divergence kDivergence, typename S, typename T, typename G,
+          typename... Metrics>  // MetricsIn or nothing
 __global__ void __launch_bounds__(kGradThreads, kGradBlocksPerSM)
     kl_backward_kernel(KlRows<S, T> rows, DeviceOptions options, const float* __restrict__ grad_loss,  // (N)
-                       int64_t grad_loss_stride, const float* __restrict__ stats,         // (N, kNumStats)
-                       G* __restrict__ grad_student, int64_t grad_stride, int columns) {  // (N, columns)
+                       int64_t grad_loss_stride, const float* __restrict__ stats,       // (N, kNumStats)
+                       G* __restrict__ grad_student, int64_t grad_stride, int columns,  // (N, columns)
+                       Metrics... of_metrics) {
   const int64_t row = blockIdx.x;
   const int begin = blockIdx.y * blockDim.x + threadIdx.x, step = gridDim.y * blockDim.x;
   G* grad = grad_student + row * grad_stride;
@@ -138,12 +158,18 @@ __global__ void __launch_bounds__(kGradThreads, kGradBlocksPerSM)
   const PairRow<S, T, kRunOf<S, T, G>> pairs(rows, row, options);
   const bool grad_aligned = aligned16(grad + pairs.split.head);
   constexpr int kRuns = kGradRuns<S, T, G>;
-  pairs.template for_each<kRuns, Pass::kForwards>(begin, step, [&](int column, const auto& s, const auto& t) {
-    const auto make = [&](float logit_s, float logit_t) {
-      return PairTerms<kDivergence>::grad(logit_s, logit_t, stat, options.shares);
+  const auto write = [&](const auto&... ce) {
+    const auto make = [&](int column, float logit_s, float logit_t) {
+      const float of_pair = PairTerms<kDivergence>::grad(logit_s, logit_t, stat, options.shares);
+      return combined(of_pair, column, logit_s, ce...);
     };
-    store_grads<false>(grad + column, grad_aligned, s, t, weight, options.student, make);
-  });
+    pairs.template for_each<kRuns, Pass::kForwards>(
+        begin, step, [&](int column, const auto& s, const auto& t) {
+          store_grads<false>(grad, column, grad_aligned, s, t, sizeof...(ce) == 0 ? weight : 1.0f,
+                             options.student, make);
+        });
+  };
+  write(of_metrics.at(row, options.vocab_size, stat.max_s, weight)...);
   fill_zero(grad + options.vocab_size, columns - options.vocab_size, begin, step);
 }
 

@@ -126,7 +126,8 @@ struct PairRow {
     for_each_rest(begin, step, visit);
   }
 
-  // Calls visit(s, t) with kRuns runs at a time, step apart; runs beyond the last are masked-out tokens.
+  // Calls visit(s, t, is_token) with kRuns runs at a time, step apart; runs beyond the last look like tokens
+  // that are masked out, but is_token(i) is false.
   template <int kRuns, typename Visit>
   __device__ __forceinline__ void for_each_several(int begin, int step, Visit visit) const {
     turns<kRuns, Pass::kForwards>(begin, step, [&](const auto& turn) {
@@ -141,9 +142,10 @@ struct PairRow {
           t[i * kRun + j] = turn.within(i) ? run_t[j] : -INFINITY;
         }
       }
-      visit(s, t);
+      visit(s, t, [&](int i) { return turn.within(i / kRun); });
     });
-    for_each_rest(begin, step, [&](int, const auto& s, const auto& t) { visit(s, t); });
+    for_each_rest(begin, step,
+                  [&](int, const auto& s, const auto& t) { visit(s, t, [](int) { return true; }); });
   }
 
  private:

@@ -29,8 +29,30 @@ struct RowState {
       student.add(s);
       teacher.add(t);
     } else {
-      *this = merged(of(s, t));
+      float exp_s[N];
+      *this = merged(of(s, t, exp_s));
     }
+  }
+
+  // Of one run alone; also gives exp_s = exp(s - maximum). Its probabilities are divided by sums of the same
+  // exponentials, so that the extra parts of the terms sum to 0.
+  template <int N>
+  static __device__ __forceinline__ RowState of(const float (&s)[N], const float (&t)[N], float (&exp_s)[N]) {
+    float exp_t[N];
+    RowState run = {OnlineSum::of(s, exp_s), OnlineSum::of(t, exp_t), 0.0f};
+    if constexpr (!needs_second_look(kDivergence)) {
+      const float (&exp_x)[N] = is_of_student(kDivergence) ? exp_s : exp_t;
+      const float (&exp_y)[N] = is_of_student(kDivergence) ? exp_t : exp_s;
+      const RowStats stats = RowStats::of(run.student, run.teacher);
+      const float scale_x = 1.0f / run.x().sum, scale_y = 1.0f / run.y().sum;
+      float kl = 0.0f;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        kl += kl_term(exp_x[i] * scale_x, exp_y[i] * scale_y, x_over_y(stats.log_ratio(s[i], t[i])));
+      }
+      run.kl = run.settled(kl);
+    }
+    return run;
   }
 
   __device__ __forceinline__ RowState merged(const RowState& other) const {
@@ -61,25 +83,6 @@ struct RowState {
 
   // log p_x - log p_y from d = log p_t - log p_s
   static __device__ __forceinline__ float x_over_y(float d) { return is_of_student(kDivergence) ? -d : d; }
-
-  // Of one run alone. Its probabilities are divided by sums of the same exponentials, so that the extra
-  // parts of the terms sum to 0.
-  template <int N>
-  static __device__ __forceinline__ RowState of(const float (&s)[N], const float (&t)[N]) {
-    float exp_s[N], exp_t[N];
-    RowState run = {OnlineSum::of(s, exp_s), OnlineSum::of(t, exp_t), 0.0f};
-    const float (&exp_x)[N] = is_of_student(kDivergence) ? exp_s : exp_t;
-    const float (&exp_y)[N] = is_of_student(kDivergence) ? exp_t : exp_s;
-    const RowStats stats = RowStats::of(run.student, run.teacher);
-    const float scale_x = 1.0f / run.x().sum, scale_y = 1.0f / run.y().sum;
-    float kl = 0.0f;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      kl += kl_term(exp_x[i] * scale_x, exp_y[i] * scale_y, x_over_y(stats.log_ratio(s[i], t[i])));
-    }
-    run.kl = run.settled(kl);
-    return run;
-  }
 
   // KL is 0 where X has no mass, and infinite where only Y has none; a NaN in either survives.
   __device__ __forceinline__ float settled(float kl) const {

@@ -3,18 +3,10 @@
 #include <tuple>
 
 #include "kl_loss/cuda/launch_torch.cuh"
+#include "kl_loss/cuda/metrics_torch.cuh"
 
 namespace minitron::cuda {
 namespace {
-
-// Calls f(divergence, student element, teacher element), all of them compile-time constants.
-template <typename F>
-void dispatch(Divergence divergence, const Tensor& student, const Tensor& teacher, F&& f) {
-  dispatch_float(student.scalar_type(), "student_logits", [&](auto s) {
-    dispatch_float(teacher.scalar_type(), "teacher_logits",
-                   [&](auto t) { with_divergence(divergence, [&](auto constant) { f(constant, s, t); }); });
-  });
-}
 
 std::tuple<Tensor, Tensor> kl_loss_forward_cuda(const Tensor& student_logits, const Tensor& teacher_logits,
                                                 const std::optional<Tensor>& mask, int64_t vocab_size,
@@ -36,6 +28,26 @@ std::tuple<Tensor, Tensor> kl_loss_forward_cuda(const Tensor& student_logits, co
   return {loss, stats};
 }
 
+std::tuple<Tensor, Tensor, Tensor> kl_loss_forward_metrics_cuda(
+    const Tensor& student_logits, const Tensor& teacher_logits, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& labels, int64_t vocab_size, const std::vector<double>& options) {
+  const LogitTensors logits = {student_logits, teacher_logits, std::nullopt, std::nullopt, mask};
+  const int64_t rows = logits.check(vocab_size);
+  const LossOptions loss_options = LossOptions::of(options);
+  const LaunchScope scope(student_logits);
+  const auto new_floats = [&](std::initializer_list<int64_t> shape) {
+    return torch::stable::new_empty(student_logits, shape, ScalarType::Float);
+  };
+  Tensor loss = new_floats({rows}), stats = new_floats({rows, int64_t(kNumStats)});
+  Tensor metrics = new_floats({rows, int64_t(kNumMetrics)});
+  const MetricsOut out = metrics_out(labels, metrics, student_logits, loss_options, vocab_size);
+  if (rows == 0) return {loss, stats, metrics};
+  launch_forward_metrics(scope, logits, loss_options.divergence(), DeviceOptions(loss_options, vocab_size),
+                         floats(loss), floats(stats), out);
+  scope.check("kl_loss_forward_metrics");
+  return {loss, stats, metrics};
+}
+
 Tensor kl_loss_backward_cuda(const Tensor& grad_loss, const Tensor& stats, const Tensor& student_logits,
                              const Tensor& teacher_logits, const std::optional<Tensor>& mask,
                              int64_t vocab_size, const std::vector<double>& options,
@@ -45,13 +57,18 @@ Tensor kl_loss_backward_cuda(const Tensor& grad_loss, const Tensor& stats, const
   const int64_t rows = logits.check(vocab_size);
   const LossOptions loss_options = LossOptions::of(options);
   const DeviceOptions device_options(loss_options, vocab_size);
-  STD_TORCH_CHECK(grad_loss.dim() == 1 && grad_loss.size(0) == rows &&
-                      grad_loss.scalar_type() == ScalarType::Float &&
-                      grad_loss.device() == student_logits.device(),
-                  "grad_loss must be float32 [N] on the device of student_logits");
+  check_weight("grad_loss", grad_loss, student_logits);
   check_stats(stats, student_logits);
   const LaunchScope scope(student_logits);
   Tensor grad = torch::stable::new_empty(student_logits, {rows, student_logits.size(1)});
+  if (ce_weight) {
+    const MetricsIn in = metrics_in(labels, metrics, ce_weight, student_logits, loss_options, 0, vocab_size);
+    if (rows == 0) return grad;
+    launch_backward_metrics(scope, logits, loss_options.divergence(), device_options, grad_loss,
+                            const_floats(stats), grad, in);
+    scope.check("kl_loss_backward");
+    return grad;
+  }
   if (rows == 0) return grad;
 
   dispatch(loss_options.divergence(), student_logits, teacher_logits, [&](auto constant, auto s, auto t) {
@@ -68,5 +85,6 @@ Tensor kl_loss_backward_cuda(const Tensor& grad_loss, const Tensor& stats, const
 
 STABLE_TORCH_LIBRARY_IMPL(MINITRON_CUDA_LIBRARY, MINITRON_CUDA_KEY, m) {
   m.impl("kl_loss_forward", TORCH_BOX(&minitron::cuda::kl_loss_forward_cuda));
+  m.impl("kl_loss_forward_metrics", TORCH_BOX(&minitron::cuda::kl_loss_forward_metrics_cuda));
   m.impl("kl_loss_backward", TORCH_BOX(&minitron::cuda::kl_loss_backward_cuda));
 }

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import torch
+
+from minitron_kernels.ops.kl_loss.checks import byte_count
+
 SCHEDULES = ("auto", "store", "recompute")
 CPU_WORKSPACE_BYTES = 512 << 20  # by default
 GPU_WORKSPACE_BYTES = 4 << 30  # by default: dz of 8192 rows of 131072, and logits of 2048 of them
+
+
+def workspace_budget(workspace_bytes: int | float | None, device: torch.device) -> int:
+    """The budget of a call, by default that of its device."""
+    if workspace_bytes is not None:
+        return byte_count("workspace_bytes", workspace_bytes)
+    return CPU_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
 
 
 def too_small(budget: int, least: int, schedule: str, vocab_size: int, more: str = "") -> ValueError:

@@ -101,3 +101,56 @@ def as_saved(x: T) -> T:
     return torch.empty(0, dtype=x.dtype, device=x.device).set_(
         x.untyped_storage(), x.storage_offset(), x.size(), x.stride()
     )  # type: ignore[return-value]
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., C] -> [N, C] with stride 1 along C, a view where possible."""
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def autocast(*tensors: Tensor) -> list[Tensor]:
+    """Under autocast the operands take its dtype, as those of any linear layer do."""
+    kind = tensors[0].device.type
+    # meta has no autocast; torch.amp.is_autocast_available(), which knows, is not compiled by torch 2.11
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+        return list(tensors)
+    return [x.to(torch.get_autocast_dtype(kind)) for x in tensors]
+
+
+def check_linear(side: str, hidden: Tensor, head: Tensor) -> None:
+    """Hidden states and head have the same width."""
+    if hidden.dim() < 1 or head.dim() != 2 or hidden.shape[-1] != head.shape[1]:
+        raise ValueError(
+            f"{side}_hidden [..., H] and {side}_head [V, H] must have the same H, got "
+            f"{tuple(hidden.shape)} and {tuple(head.shape)}"
+        )
+
+
+def check_bias(name: str, bias: Tensor | None, head: Tensor) -> None:
+    """One entry for each token, where the head is."""
+    if bias is None:
+        return
+    check_floating(**{name: bias})
+    if bias.shape != head.shape[:1] or bias.device != head.device:
+        raise ValueError(
+            f"{name} must be [V] = [{head.shape[0]}] on {head.device}, got {tuple(bias.shape)} on "
+            f"{bias.device}"
+        )
+
+
+def check_accumulator(buffer: Tensor | None, head: Tensor) -> None:
+    """As the head, in the precision of sums."""
+    if buffer is None:
+        return
+    dtype = torch.float64 if head.dtype == torch.float64 else torch.float32
+    check_tensor("grad_head_accumulator", buffer)
+    if buffer.dtype != dtype:
+        raise TypeError(f"grad_head_accumulator must be a {dtype} tensor, got {buffer.dtype}")
+    fits = buffer.shape == head.shape and buffer.device == head.device
+    if not fits or buffer.stride(1) != 1 or buffer.stride(0) < head.shape[1]:
+        raise ValueError(
+            f"grad_head_accumulator must have student_head's shape {tuple(head.shape)} on {head.device} with "
+            "stride 1 along H and rows that do not overlap, got "
+            f"{tuple(buffer.shape)} on {buffer.device} with strides {buffer.stride()}"
+        )

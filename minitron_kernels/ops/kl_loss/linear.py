@@ -8,7 +8,7 @@ with the right factor, and only if there is a backward. A forward may run twice 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +21,23 @@ from minitron_kernels.ops.kl_loss.record import TokenTerms
 from minitron_kernels.ops.kl_loss.rows import columns, no_second_derivative
 from minitron_kernels.ops.kl_loss.scaling import scaled
 from minitron_kernels.ops.kl_loss.sums import sum_rows
+from minitron_kernels.ops.kl_loss.vocab_parallel import Parallel
 
 
 def _dtypes(
     hidden: Tensor, head: Tensor, bias: Tensor | None
 ) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
     return hidden.dtype, head.dtype, torch.float32 if bias is None else bias.dtype
+
+
+class Teacher(NamedTuple):
+    """Of a student's tokens: hidden states, head and bias, or a SparseTeacher's ids and outcomes."""
+
+    hidden: Tensor | None = None
+    head: Tensor | None = None
+    bias: Tensor | None = None
+    ids: Tensor | None = None
+    outcomes: Tensor | None = None
 
 
 Terms = tuple[Tensor, Tensor | None, Tensor | None]  # a loss; row losses and metrics where they are asked for
@@ -41,9 +52,11 @@ class _Reduced(torch.autograd.Function):
         student_hidden: Tensor,
         student_head: Tensor,
         student_bias: Tensor | None,
-        teacher_hidden: Tensor,
-        teacher_head: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Tensor | None,
         teacher_bias: Tensor | None,
+        ids: Tensor | None,
+        outcomes: Tensor | None,
         mask: Tensor | None,
         labels: Tensor | None,
         row_weight: Tensor,
@@ -56,10 +69,12 @@ class _Reduced(torch.autograd.Function):
         loss, _, *grads, metrics = linear_kl_loss_op(
             student_hidden,
             student_head,
+            student_bias,
             teacher_hidden,
             teacher_head,
-            student_bias,
             teacher_bias,
+            ids,
+            outcomes,
             mask,
             row_weight,
             None,
@@ -89,7 +104,7 @@ class _Reduced(torch.autograd.Function):
             scaled(grad, grad_loss, dtype, ctx.backend) if wanted else None
             for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_grad, strict=True)
         ]
-        return (*grads, *(None,) * 11)
+        return (*grads, *(None,) * 13)
 
 
 class _PerToken(torch.autograd.Function):
@@ -102,9 +117,11 @@ class _PerToken(torch.autograd.Function):
         student_hidden: Tensor,
         student_head: Tensor,
         student_bias: Tensor | None,
-        teacher_hidden: Tensor,
-        teacher_head: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Tensor | None,
         teacher_bias: Tensor | None,
+        ids: Tensor | None,
+        outcomes: Tensor | None,
         mask: Tensor | None,
         labels: Tensor | None,
         grad_head_accumulator: Tensor | None,
@@ -115,10 +132,12 @@ class _PerToken(torch.autograd.Function):
         inputs = (
             student_hidden,
             student_head,
+            student_bias,
             teacher_hidden,
             teacher_head,
-            student_bias,
             teacher_bias,
+            ids,
+            outcomes,
             mask,
         )
         loss, stats, *_, metrics = linear_kl_loss_op(
@@ -159,25 +178,26 @@ class _PerToken(torch.autograd.Function):
             *ctx.rest,
         )
         returned = (ctx.needs_grad[0], ctx.needs_grad[1] and accumulator is None, ctx.needs_grad[2])
-        dtypes = _dtypes(inputs[0], inputs[1], inputs[4])
+        dtypes = _dtypes(*inputs[:3])
         grads = [
             grad.to(dtype) if keep else None
             for grad, dtype, keep in zip(grads, dtypes, returned, strict=True)
         ]
-        return (*grads, *(None,) * 9)
+        return (*grads, *(None,) * 11)
 
 
 def _weighted_sum(loss: Tensor, row_weight: Tensor, ce: Tensor | None, ce_weight: Tensor | None) -> Tensor:
     """sum(row_weight * loss + ce_weight * ce) over rows."""
-    rows = loss * row_weight.to(loss.dtype)
-    if ce is not None and ce_weight is not None:
-        rows = rows + ce * ce_weight.to(loss.dtype)
+    weight = row_weight.to(loss.dtype)
+    rows = loss * weight
+    if ce is not None and ce_weight is not None:  # a KL of weight 0 is left out, even if it is infinite
+        rows = torch.where(weight == 0, 0.0, rows) + ce * ce_weight.to(loss.dtype)
     return sum_rows(rows)
 
 
 def linear_kl_rows(
     student: tuple[Tensor, Tensor, Tensor | None],
-    teacher: tuple[Tensor, Tensor, Tensor | None],
+    teacher: Teacher,
     mask: Tensor | None,
     row_weight: Tensor | None,
     grad_head_accumulator: Tensor | None,
@@ -191,11 +211,13 @@ def linear_kl_rows(
     labels: Tensor | None = None,
     ce_weight: Tensor | None = None,
     needs_metrics: bool = False,
+    parallel: Parallel = Parallel(),  # noqa: B008  immutable
 ) -> tuple[Tensor, TokenTerms | None]:
     """Loss rows [N], or with a row_weight their sum with the cross-entropy's; and the terms of tokens.
 
-    A side is hidden, head and bias. Without a row_weight cross-entropy is a term, and differentiable as the
-    loss is; terms are None unless metrics are needed, and those beside a sum have no gradient.
+    The student is hidden, head and bias. Without a row_weight cross-entropy is a term, and differentiable as
+    the loss is; terms are None unless metrics are needed, and those beside a sum have no gradient.
+    With a group in `parallel` heads are this rank's, and vocab_size is 0 where it is not known.
     `backend` is what pick() chose; on the CPU there is one, and `engine` says how it multiplies.
     """
     grad_mode = torch.is_grad_enabled()
@@ -206,7 +228,7 @@ def linear_kl_rows(
         grad_mode and bias is not None and bias.requires_grad,
     )
     needs_metrics = needs_metrics or ce_weight is not None
-    rest = (vocab_size, *options.as_arguments(), backend, schedule, workspace_bytes, engine)
+    rest = (vocab_size, *options.as_arguments(), backend, schedule, workspace_bytes, engine, *parallel)
     if any(needs_grad) and row_weight is not None and grad_head_accumulator is None:
         total, rows, metrics = _Reduced.apply(
             hidden,
@@ -242,9 +264,8 @@ def linear_kl_rows(
         loss, *_, metrics = linear_kl_loss_op(
             hidden,
             head,
-            *teacher[:2],
             bias,
-            teacher[2],
+            *teacher,
             mask,
             None,
             None,

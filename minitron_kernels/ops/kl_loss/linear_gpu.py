@@ -7,6 +7,9 @@
     forward    no gradient needed: operands of 16 bit go through Triton's fused kernel, O(N) memory; fp32, and
                all of the native backend, which has no such kernel, as the first half of recompute.
 
+Where ranks share the vocabulary (vocab_parallel.py), each chunk of rows has an exchange between statistics
+and dz; store, too, then makes statistics and dz by kernels of their own.
+
 Nothing waits for the GPU: masked rows are computed with zeros for hidden states and a zero dz, not left out.
 All memory is torch's, on the current stream, so that a call can be captured in a CUDA graph.
 """
@@ -14,120 +17,72 @@ All memory is torch's, on the current stream, so that a call can be captured in 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from minitron_kernels.ops.kl_loss.divergence import NUM_METRIC_STATE, NUM_STATE, NUM_SUMS, STAT_KL, Divergence
+from minitron_kernels.ops.kl_loss import gemm_gpu
+from minitron_kernels.ops.kl_loss.divergence import STAT_KL, Divergence
 from minitron_kernels.ops.kl_loss.epilogues import Epilogues
-from minitron_kernels.ops.kl_loss.gemm_gpu import matmul, summed_in_fp32
+from minitron_kernels.ops.kl_loss.gemm_gpu import summed_in_fp32
 from minitron_kernels.ops.kl_loss.gpu_figures import figures_of
+from minitron_kernels.ops.kl_loss.linear_rows import NO_METRICS, Side, TokenMetrics, slices
 from minitron_kernels.ops.kl_loss.options import LossOptions
-from minitron_kernels.ops.kl_loss.plan_gpu import GpuProblem, padded, plan, sum_has_memory, sums_with_memory
-
-Side = tuple[Tensor, Tensor, Tensor | None]  # hidden states, head, bias
-_HALF_REACH = 2.0**15  # the largest |dz| in fp16
-
-
-class TokenMetrics(NamedTuple):
-    """What a call has to do with labels and metrics, at the least nothing."""
-
-    labels: Tensor | None = None  # [N] int64, -1 where there is none
-    metrics: Tensor | None = None  # [N, NUM_METRICS], written; with stats of an earlier call read
-    ce_weight: Tensor | None = None  # [N] or 0-dim: the cross-entropy's factor in the loss
+from minitron_kernels.ops.kl_loss.plan_gpu import GpuProblem, padded, plan, sums_with_memory
+from minitron_kernels.ops.kl_loss.row_statistics import Logits, RowStatistics, statistics, store
+from minitron_kernels.ops.kl_loss.sums_gpu import GradientSum, add_rows, gradient_weights
+from minitron_kernels.ops.kl_loss.vocab_parallel import HiddenSum, Shard
 
 
-NO_METRICS = TokenMetrics()
+class Call:
+    """One call's tensors, cut to the vocabulary, and how its logits become statistics and dz.
 
-
-def _slices(begin: int, end: int, size: int) -> Iterator[slice]:
-    return (slice(at, min(at + size, end)) for at in range(begin, end, size))
-
-
-class _Sum:
-    """A gradient that is the sum of several GEMMs: added up in fp32, then written in its own dtype.
-
-    Args:
-        out: what to write; what to add to if `adds`.
-        kind: dtype of the products' operands.
-        parts: how many products are added; with the last of them `out` is written.
-        unscale: 0-dim, to be multiplied by at the end; None for 1.
-        adds: whether `out` already holds a sum.
-        rounds: whether a single product may be rounded to the dtype of `out` by its GEMM.
+    This one's teacher has hidden states and a head.
     """
 
-    def __init__(
-        self,
-        out: Tensor,
-        kind: torch.dtype,
-        parts: int,
-        unscale: Tensor | None,
-        *,
-        adds: bool = False,
-        rounds: bool = True,
-    ) -> None:
-        self.out, self.unscale, self.adds, self.missing = out, unscale, adds, parts
-        in_place = not sum_has_memory(out.dtype, kind, parts, adds, rounds)
-        self.sum = out if in_place else None
-        self.started = in_place and adds
-
-    def add(self, a: Tensor, b: Tensor) -> None:
-        if self.sum is None:
-            self.sum = torch.empty(self.out.shape, dtype=torch.float32, device=self.out.device)
-        matmul(a, b, self.sum, self.started)
-        self.started = True
-        self.missing -= 1
-        if self.missing == 0:
-            self._write(self.sum)
-
-    def _write(self, total: Tensor) -> None:
-        self.sum = None  # its memory is the next sum's
-        if self.unscale is not None:
-            total.mul_(self.unscale)
-        if total is not self.out:
-            self.out.add_(total) if self.adds else self.out.copy_(total)
-
-
-class _Call:
-    """One call's tensors, cut to the vocabulary."""
+    spare_columns = 0  # behind those that are asked for, in every buffer
 
     def __init__(
         self,
         student: Side,
-        teacher: Side,
+        teacher: Side | None,
         mask: Tensor | None,
         vocab_size: int,
         options: LossOptions,
         epilogues: Epilogues,
         of_tokens: TokenMetrics,
+        shard: Shard | None = None,
     ) -> None:
-        self.student, self.teacher = (_operands(side, vocab_size) for side in (student, teacher))
+        self.student = _operands(student, vocab_size)
+        self.teacher = self.student if teacher is None else _operands(teacher, vocab_size)
         self.mask, self.vocab_size, self.options, self.epilogues = mask, vocab_size, options, epilogues
-        self.of_tokens = of_tokens
+        self.of_tokens, self.shard = of_tokens, shard
+        self.first_token, self.total_vocab = (shard.start, shard.total_vocab) if shard else (0, vocab_size)
         self.buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Scratch [rows, columns], the same memory whenever the name is the same; the largest comes first."""
-        width = padded(columns)
+        width = padded(columns + self.spare_columns)
         if name not in self.buffers:
             size = rows * width
             self.buffers[name] = torch.empty(size, dtype=dtype, device=self.student[0].device)
         return self.buffers[name][: rows * width].view(rows, width)[:, :columns]
 
-    def logits(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """A tile of both raw logits in fp32, and the biases of its tokens."""
+    def logits(self, rows: slice, columns: slice, slot: int = 0) -> Logits:
+        """A tile of both raw logits in fp32, and the biases of its tokens; a slot has memory of its own."""
         shape = rows.stop - rows.start, columns.stop - columns.start
         tiles, biases = [], []
         for name, (hidden, head, bias) in (("student", self.student), ("teacher", self.teacher)):
-            tile = self.buffer(name, *shape, torch.float32)
+            tile = self.buffer(f"{name}{slot}", *shape, torch.float32)
             kind = torch.promote_types(hidden.dtype, head.dtype)
-            matmul(hidden[rows].to(kind), head[columns].to(kind).t(), tile, False)
+            gemm_gpu.matmul(hidden[rows].to(kind), head[columns].to(kind).t(), tile, False)
             tiles.append(tile)
             biases.append(None if bias is None else bias[columns])
         return tiles[0], tiles[1], biases[0], biases[1]
 
     def mask_of(self, rows: slice) -> Tensor | None:
+        """Which of some rows count."""
         return None if self.mask is None else self.mask[rows]
 
     def metrics_of(self, rows: slice, **more: Any) -> dict[str, Any]:
@@ -138,14 +93,49 @@ class _Call:
         return {"labels": None if labels is None else labels[rows], "metrics": metrics[rows], **more}
 
     @property
+    def of_teacher(self) -> dict[str, Any]:
+        """The fields of GpuProblem that depend on the teacher and the divergence."""
+        hidden, head, _ = self.teacher
+        return {
+            "teacher_hidden_size": hidden.shape[1],
+            "teacher_itemsize": torch.promote_types(hidden.dtype, head.dtype).itemsize,
+            "looks": 1 + self.options.divergence.needs_second_look,
+        }
+
+    def kl_of(self, loss: Tensor, stats: Tensor) -> Tensor:
+        """Each row's KL, which bounds the gradient of reverse KL; where that is not known yet, anything."""
+        return stats[:, STAT_KL]
+
+    def prepare(self, stats: Tensor, weight: Tensor, known: bool) -> None:
+        """Called before the first dz is made; known: whether stats are."""
+
+    @property
     def fused(self) -> bool:
-        """Whether the fused kernel serves these operands; fp32 is left to the vendor's GEMM."""
+        """Whether the fused kernel serves the call: not fp32, which is left to the vendor's GEMM.
+
+        Of a shard it says what its stats say, which are neither metrics nor JSD's sums.
+        """
+        more = self.options.divergence.needs_second_look or self.of_tokens.metrics is not None
+        if self.shard is not None and more:
+            return False
         operands = [x.dtype for x in (*self.student[:2], *self.teacher[:2])]
         same = operands[0] == operands[1] and operands[2] == operands[3]
         return self.epilogues.linear_stats is not None and same and torch.float32 not in operands
 
     def fused_statistics(self, loss: Tensor, stats: Tensor) -> None:
         """Loss and stats without logits in memory."""
+        if self.shard is None:
+            self._fused_statistics(loss, stats)
+            return
+        rows = RowStatistics(self, slice(0, loss.shape[0]), loss, stats)
+        if self.vocab_size:
+            own = torch.empty_like(loss), torch.empty_like(stats)
+            self._fused_statistics(*own)
+            rows.know(*own)
+        rows.send()
+        rows.receive()
+
+    def _fused_statistics(self, loss: Tensor, stats: Tensor) -> None:
         assert self.epilogues.linear_stats is not None
         self.epilogues.linear_stats(
             self.student,
@@ -170,61 +160,45 @@ class _Call:
     ) -> None:
         """Dz of a tile. With `loss`, the tile is of the whole vocabulary, and loss and stats come with it."""
         logits, mask, width = self.logits(rows, columns), self.mask_of(rows), columns.stop - columns.start
-        of_ce = {} if ce_weight is None else {"ce_weight": ce_weight[rows]}
         if loss is not None:
+            of_ce = {} if ce_weight is None else {"ce_weight": ce_weight[rows]}
             arguments = (weight[rows], loss[rows], stats[rows], dz, width, self.options)
             self.epilogues.forward_grad(logits, mask, *arguments, **self.metrics_of(rows, **of_ce))
             return
-        if of_ce:
-            of_ce = self.metrics_of(rows, **of_ce, first_token=columns.start, total_vocab=self.vocab_size)
+        self.grad_of_logits(logits, rows, columns, stats, weight, ce_weight, dz)
+
+    def grad_of_logits(
+        self,
+        logits: Logits,
+        rows: slice,
+        columns: slice,
+        stats: Tensor,
+        weight: Tensor,
+        ce_weight: Tensor | None,
+        dz: Tensor,
+    ) -> None:
+        """Dz of a tile whose logits are there."""
+        mask, width, of_ce = self.mask_of(rows), columns.stop - columns.start, {}
+        if ce_weight is not None:
+            place = {"first_token": self.first_token + columns.start, "total_vocab": self.total_vocab}
+            of_ce = self.metrics_of(rows, ce_weight=ce_weight[rows], **place)
         self.epilogues.grad(logits, mask, weight[rows], stats[rows], dz, width, self.options, **of_ce)
 
     def statistics(self, loss: Tensor, stats: Tensor, chunk_rows: int, tile: int) -> None:
         """Loss and stats from tiles of logits."""
-        N, arguments = loss.shape[0], (self.mask, loss, stats)
-        state, sums = (loss.new_empty((1, fields, N)) for fields in (NUM_STATE, NUM_SUMS))
-        labels, metrics, _ = self.of_tokens
-        metric_state = None if metrics is None else loss.new_empty((1, NUM_METRIC_STATE, N))
-        for columns in _slices(0, self.vocab_size, tile):
-            for rows in _slices(0, N, chunk_rows):
-                self.epilogues.tile_stats(
-                    self.logits(rows, columns),
-                    self.mask_of(rows),
-                    state[0][:, rows],
-                    columns.start == 0,
-                    self.options,
-                    **(
-                        {}
-                        if metric_state is None
-                        else {
-                            "labels": None if labels is None else labels[rows],
-                            "metric_state": metric_state[0][:, rows],
-                            "first_token": columns.start,
-                        }
-                    ),
-                )
-        finish = {"labels": labels, "metric_states": metric_state, "metrics": metrics}
-        more = {} if metrics is None else {**finish, "total_vocab": self.vocab_size}
-        self.epilogues.finish_stats(state, *arguments, self.options, **more)
-        if not self.options.divergence.needs_second_look:
-            return
-        for columns in _slices(0, self.vocab_size, tile):
-            for rows in _slices(0, N, chunk_rows):
-                self.epilogues.tile_mixture(
-                    self.logits(rows, columns),
-                    self.mask_of(rows),
-                    stats[rows],
-                    sums[0][:, rows],
-                    columns.start == 0,
-                    self.options,
-                )
-        self.epilogues.finish_mixture(sums, *arguments, self.options)
+        statistics(self, loss, stats, chunk_rows, tile)
+
+    def store(self, chunks: list[slice], loss: Tensor, stats: Tensor) -> Iterator[tuple[slice, Any]]:
+        """Loss and stats of chunks of rows over a shared vocabulary; then each chunk's logits."""
+        return store(self, chunks, loss, stats)
 
 
 def _operands(side: Side, vocab_size: int) -> Side:
     hidden, head, bias = side
     hidden, head = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (hidden, head))
-    return hidden, head[:vocab_size], None if bias is None else bias[:vocab_size].float().contiguous()
+    if bias is not None:
+        bias = bias[:vocab_size].to(torch.promote_types(hidden.dtype, torch.float32)).contiguous()
+    return hidden, head[:vocab_size], bias
 
 
 @summed_in_fp32()
@@ -243,6 +217,8 @@ def linear_kl_loss_(
     workspace_bytes: int,
     epilogues: Epilogues,
     of_tokens: TokenMetrics = NO_METRICS,
+    shard: Shard | None = None,
+    hidden_sum: HiddenSum | None = None,
 ) -> None:
     """Fills the outputs of the op linear_kl_loss: loss, stats and the gradients that are needed.
 
@@ -261,37 +237,59 @@ def linear_kl_loss_(
         workspace_bytes: budget of the scratch memory.
         epilogues: kernels to use.
         of_tokens: labels, metrics and the weight of the cross-entropy.
+        shard: where ranks share the vocabulary; heads and vocab_size are this one's.
+        hidden_sum: what is to start once the gradient to the hidden states, its `partial`, is written.
     """
+    call = Call(student, teacher, mask, vocab_size, options, epilogues, of_tokens, shard)
+    fused = bool(outputs[0].numel()) and not any(needs_grad) and call.fused
+    if fused:
+        call.fused_statistics(*outputs[:2])  # without a plan: it has no scratch that a budget bounds
+    else:
+        given = (row_weight, stats, grad_head_accumulator, needs_grad, schedule, workspace_bytes)
+        run(call, outputs, *given, hidden_sum)
+
+
+def run(
+    call: Call,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    row_weight: Tensor | None,
+    stats: Tensor | None,
+    grad_head_accumulator: Tensor | None,
+    needs_grad: tuple[bool, bool, bool],
+    schedule: str,
+    workspace_bytes: int,
+    hidden_sum: HiddenSum | None = None,
+) -> None:
+    """The schedule of a call; see linear_kl_loss_() for the arguments."""
     loss, new_stats, grad_hidden, grad_head, grad_bias = outputs
-    N, H = student[0].shape
+    mask, vocab_size, shard = call.mask, call.vocab_size, call.shard
+    N, H = call.student[0].shape
     for grad in (grad_head, grad_bias):
         grad[vocab_size if N else 0 :].zero_()
     if N == 0:
         return
-    call = _Call(student, teacher, mask, vocab_size, options, epilogues, of_tokens)
-    if not any(needs_grad) and call.fused:
-        call.fused_statistics(loss, new_stats)  # without a plan: it has no scratch that a budget bounds
-        return
-    kind = torch.promote_types(student[0].dtype, student[1].dtype)
+    kind = torch.promote_types(call.student[0].dtype, call.student[1].dtype)
     # in fp16, how far the gradients of reverse KL reach is to be known before the first is stored
-    stats_first = kind == torch.float16 and options.divergence is Divergence.REVERSE_KL
+    stats_first = kind == torch.float16 and call.options.divergence is Divergence.REVERSE_KL
     adds = grad_head_accumulator is not None
     head_out = grad_head if grad_head_accumulator is None else grad_head_accumulator
+    sums = sums_with_memory(grad_hidden.dtype, head_out.dtype, kind, adds)
+    if hidden_sum is not None:
+        sums["hidden_sum"] = not hidden_sum.in_place
     problem = GpuProblem(
         N,
-        vocab_size,
+        vocab_size if shard is None else shard.widest,  # all ranks cut the rows alike
         H,
-        teacher[0].shape[1],
         itemsize=kind.itemsize,
-        teacher_itemsize=torch.promote_types(teacher[0].dtype, teacher[1].dtype).itemsize,
         grad_hidden=needs_grad[0],
         grad_head=needs_grad[1],
         grad_bias=needs_grad[2],
-        **sums_with_memory(grad_hidden.dtype, head_out.dtype, kind, adds),
+        **sums,
+        ranks=1 if shard is None else shard.group.size(),
         stats_first=stats_first,
         stats_known=stats is not None,
-        looks=1 + options.divergence.needs_second_look,
-        gpu=figures_of(student[0].device),
+        gpu=figures_of(loss.device),
+        **call.of_teacher,
     )
     chosen = plan(problem, schedule, workspace_bytes)
     if chosen.schedule == "forward":
@@ -304,62 +302,43 @@ def linear_kl_loss_(
             call.statistics(loss, stats, chosen.chunk_rows, chosen.tile)
             known = True
 
-    weight, ce_weight, unscale = _weights(row_weight, of_tokens.ce_weight, mask, kind, options, stats)
+    weight, ce_weight, unscale = gradient_weights(
+        row_weight, call.of_tokens.ce_weight, mask, kind, call.options, call.kl_of(loss, stats)
+    )
+    call.prepare(stats, weight, known)
     if mask is not None and needs_grad[1]:  # 0 * NaN of a row that is not valid would spread
         call.student = (call.student[0].masked_fill(~mask[:, None], 0), *call.student[1:])
     hidden, head, _ = call.student
-    kept, tiles = list(_slices(0, N, chosen.dz_rows)), list(_slices(0, vocab_size, chosen.tile))
+    kept, tiles = list(slices(0, N, chosen.dz_rows)), list(slices(0, vocab_size, chosen.tile))
+    if not tiles:  # padding alone: a part of 0 in what the ranks exchange
+        for rows in [] if known else kept:
+            for _ in call.store(list(slices(rows.start, rows.stop, chosen.chunk_rows)), loss, stats):
+                pass
+        grad_hidden.zero_()
+        return
     # never rounded by a GEMM: its sum is over the vocabulary, and a few bytes a row
-    hidden_sums = [_Sum(grad_hidden[rows], kind, len(tiles), unscale, rounds=False) for rows in kept]
+    hidden_sums = [GradientSum(grad_hidden[rows], kind, len(tiles), unscale, rounds=False) for rows in kept]
     for columns in tiles:
-        head_sum = _Sum(head_out[columns], kind, len(kept), unscale, adds=adds)
+        head_sum = GradientSum(head_out[columns], kind, len(kept), unscale, adds=adds)
         for i, rows in enumerate(kept):
             dz = call.buffer("dz", rows.stop - rows.start, columns.stop - columns.start, kind)
-            for part in _slices(rows.start, rows.stop, chosen.chunk_rows):
-                dz_part = dz[part.start - rows.start : part.stop - rows.start]
-                call.grad(part, columns, None if known else loss, stats, weight, ce_weight, dz_part)
+            chunks = list(slices(rows.start, rows.stop, chosen.chunk_rows))
+            parts = {part.start: dz[part.start - rows.start : part.stop - rows.start] for part in chunks}
+            if shard is None or known:
+                for part in chunks:
+                    with_loss = None if known else loss
+                    call.grad(part, columns, with_loss, stats, weight, ce_weight, parts[part.start])
+            else:
+                for part, logits in call.store(chunks, loss, stats):
+                    dz_part = parts[part.start]
+                    call.grad_of_logits(logits, part, columns, stats, weight, ce_weight, dz_part)
             if needs_grad[0]:
                 hidden_sums[i].add(dz, head[columns].to(kind))
+                if hidden_sum is not None and columns is tiles[-1] and rows is kept[-1]:
+                    hidden_sum.start()
             if needs_grad[1]:
                 head_sum.add(dz.t(), hidden[rows].to(kind))
             if needs_grad[2]:
-                _add_rows(dz, grad_bias[columns], i == 0)
+                add_rows(dz, grad_bias[columns], i == 0)
     if needs_grad[2] and unscale is not None:
         grad_bias[:vocab_size] *= unscale
-
-
-def _add_rows(dz: Tensor, out: Tensor, first: bool) -> None:
-    total = dz.sum(0, dtype=torch.float32)
-    out.copy_(total) if first else out.add_(total)
-
-
-def _weights(
-    row_weight: Tensor | None,
-    ce_weight: Tensor | None,
-    mask: Tensor | None,
-    kind: torch.dtype,
-    options: LossOptions,
-    stats: Tensor,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Factors of the rows' divergence and cross-entropy, [N] fp32, and what products are multiplied by.
-
-    In fp16 the gradient of a mean would lie below the smallest number, and that of a low temperature or of
-    reverse KL where the teacher has all but ruled out a token beyond the largest: all are scaled to reach
-    _HALF_REACH. A row's |dz| is at most its weight times scale / tau, for reverse KL times 1 + its loss; and
-    that of the cross-entropy its weight times scale.
-    """
-    rows = stats.shape[0]
-    weight = stats.new_ones(()) if row_weight is None else row_weight.to(torch.float32)
-    of_ce = None if ce_weight is None else ce_weight.to(torch.float32)
-    if kind != torch.float16:
-        return weight.expand(rows), None if of_ce is None else of_ce.expand(rows), None
-    reach = weight.abs() * (options.inv_tau * options.student_scale)
-    if options.divergence is Divergence.REVERSE_KL:
-        # a row whose loss is infinite has no gradient, the others keep theirs
-        reach = reach * (1.0 + torch.nan_to_num(stats[:, STAT_KL], nan=0.0, posinf=0.0))
-    if of_ce is not None:
-        reach = reach + of_ce.abs() * options.student_scale
-    valid = reach if mask is None else torch.where(mask, reach, 0.0)
-    top = valid.amax().clamp_min(torch.finfo(torch.float32).tiny)
-    of_ce = None if of_ce is None else (of_ce / top * _HALF_REACH).expand(rows)
-    return (weight / top * _HALF_REACH).expand(rows), of_ce, top / _HALF_REACH

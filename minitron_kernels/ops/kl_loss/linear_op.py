@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +11,24 @@ from torch import Tensor
 from minitron_kernels import _workspace
 from minitron_kernels.ops.kl_loss.divergence import NUM_METRICS, NUM_STATS
 from minitron_kernels.ops.kl_loss.epilogues import EPILOGUES
-from minitron_kernels.ops.kl_loss.linear_gpu import TokenMetrics, linear_kl_loss_
+from minitron_kernels.ops.kl_loss.linear_gpu import linear_kl_loss_
+from minitron_kernels.ops.kl_loss.linear_rows import Side, TokenMetrics
+from minitron_kernels.ops.kl_loss.linear_shard import linear_kl_loss_of_shard
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.plan import grad_dtype
 from minitron_kernels.ops.kl_loss.plan_cpu import operand_type
 from minitron_kernels.ops.kl_loss.plan_cpu import plan as plan_cpu
+from minitron_kernels.ops.kl_loss.sparse_cpu import sparse_kl_loss_cpu
+from minitron_kernels.ops.kl_loss.sparse_gpu import linear_sparse_kl_loss_
+from minitron_kernels.ops.kl_loss.sparse_teacher import SparseTeacher
+from minitron_kernels.ops.kl_loss.student_torch import cpu_epilogues
+from minitron_kernels.ops.kl_loss.vocab_parallel import (
+    HiddenSum,
+    Parallel,
+    check_labels,
+    find_shard,
+    group_size,
+)
 
 
 def _loss_dtype(x: Tensor) -> torch.dtype:
@@ -26,10 +39,12 @@ def _loss_dtype(x: Tensor) -> torch.dtype:
 def linear_kl_loss_op(
     student_hidden: Tensor,
     student_head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
     student_bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
     teacher_bias: Tensor | None,
+    ids: Tensor | None,
+    teacher_outcomes: Tensor | None,
     mask: Tensor | None,
     row_weight: Tensor | None,
     stats: Tensor | None,
@@ -48,47 +63,123 @@ def linear_kl_loss_op(
     schedule: str,
     workspace_bytes: int,
     engine: str | None,
+    group: str | None,
+    sequence_parallel: bool,
+    vocab_range: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Row losses [N], stats [N, 6], metrics [N, 4] and gradients, those that are needed, else empty.
 
+    The teacher is hidden states, head and bias, or sparse: ids [N, k] and outcomes [N, k + 1], as
+    sparse_teacher.py makes them. Then stats are the student's outcomes, [N, k + 1].
     The gradients are those of sum(row_weight * loss + ce_weight * cross-entropy). Both weights: [N] or 0-dim;
     row_weight None for 1, ce_weight None for 0; ce_weight needs labels, [N] int64, -1 where there is none.
     With `stats` (and `metrics`, for a ce_weight) of an earlier call, only the gradients are made.
-    `numbers` and `values` are those of LossOptions.as_arguments().
+    `numbers` and `values` are those of LossOptions.as_arguments(), the last three those of Parallel.
+    With a group N is the number of all tokens, vocab_size that of the whole vocabulary, 0 if not known.
     """
     options = LossOptions.from_arguments(numbers, values)
-    N, loss_dtype = student_hidden.shape[0], _loss_dtype(student_hidden)
     outputs = _fake(
         student_hidden,
         student_head,
+        teacher_outcomes,
         stats,
         grad_head_accumulator,
         needs_hidden,
         needs_head,
         needs_bias,
         needs_metrics,
+        group if sequence_parallel else None,
     )
     loss, new_stats, grad_hidden, grad_head, grad_bias, new_metrics = outputs
     if metrics is None and needs_metrics:
         metrics = new_metrics
-    if student_hidden.device.type != "cpu":
-        linear_kl_loss_(
-            outputs[:5],
-            (student_hidden, student_head, student_bias),
-            (teacher_hidden, teacher_head, teacher_bias),
-            mask,
-            row_weight,
-            stats,
-            grad_head_accumulator,
-            (needs_hidden, needs_head, needs_bias),
+    needs_grad = (needs_hidden, needs_head, needs_bias)
+    shard, hidden_sum = None, None
+    if group is not None:
+        operands = (x for x in (student_hidden, student_head, teacher_hidden, teacher_head) if x is not None)
+        asked = (*needs_grad, needs_metrics, stats is None, ce_weight is None, schedule, backend)
+        of_ids = "" if ids is None else str(ids.shape)
+        shard = find_shard(
+            Parallel(group, sequence_parallel, vocab_range),
+            student_head.shape[0],
+            student_head.shape[0] if teacher_head is None else teacher_head.shape[0],
             vocab_size,
-            options,
-            schedule,
+            student_hidden.shape[0],
+            (*asked, *(str(x.dtype) for x in operands), of_ids),
             workspace_bytes,
-            EPILOGUES[backend](),
-            TokenMetrics(labels, metrics, ce_weight),
+            student_hidden.device,
         )
-        return outputs
+        vocab_size = shard.width
+        check_labels(labels, shard.total_vocab)
+        student_hidden = shard.all_tokens(_rows(student_hidden))
+        if teacher_hidden is not None:
+            teacher_hidden = shard.all_tokens(_rows(teacher_hidden))
+        if needs_hidden:
+            hidden_sum = HiddenSum(grad_hidden, _loss_dtype(student_hidden), shard)
+            grad_hidden = hidden_sum.partial
+    written = (loss, new_stats, grad_hidden, grad_head, grad_bias)
+    student = (student_hidden, student_head, student_bias)
+    given = (
+        mask,
+        row_weight,
+        stats,
+        grad_head_accumulator,
+        needs_grad,
+        vocab_size,
+        options,
+        schedule,
+        workspace_bytes,
+    )
+    of_tokens, on_cpu = TokenMetrics(labels, metrics, ce_weight), student_hidden.device.type == "cpu"
+    if ids is not None and teacher_outcomes is not None:
+        sparse = (written, student, SparseTeacher(ids, teacher_outcomes), *given)
+        if on_cpu and shard is None:
+            sparse_kl_loss_cpu(*sparse, engine, of_tokens)
+        else:
+            epilogues = cpu_epilogues() if on_cpu else EPILOGUES[backend]()
+            linear_sparse_kl_loss_(*sparse, epilogues, of_tokens, shard, hidden_sum)
+    else:
+        assert teacher_hidden is not None and teacher_head is not None
+        dense = (written, student, (teacher_hidden, teacher_head, teacher_bias), *given)
+        if not on_cpu:
+            linear_kl_loss_(*dense, EPILOGUES[backend](), of_tokens, shard, hidden_sum)
+        elif shard is None:
+            linear_kl_loss_cpu_(*dense, engine, of_tokens)
+        else:
+            run = functools.partial(linear_kl_loss_cpu_, engine=engine)
+            linear_kl_loss_of_shard(run, dense, of_tokens, shard)
+    if hidden_sum is not None:
+        hidden_sum.finish()
+    return outputs
+
+
+def linear_kl_loss_cpu_(
+    outputs: tuple[Tensor, ...],
+    student: Side,
+    teacher: Side,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    stats: Tensor | None,
+    grad_head_accumulator: Tensor | None,
+    needs_grad: tuple[bool, bool, bool],
+    vocab_size: int,
+    options: LossOptions,
+    schedule: str,
+    workspace_bytes: int,
+    engine: str | None,
+    of_tokens: TokenMetrics,
+    total_vocab: int = 0,
+) -> None:
+    """What linear_kl_loss_() of linear_gpu.py does on a GPU: fills the outputs that are needed.
+
+    engine: as the planner has it; None for what is fastest. total_vocab: where vocab_size is a shard's.
+    """
+    loss, new_stats, grad_hidden, grad_head, grad_bias = outputs
+    (student_hidden, student_head, student_bias), (teacher_hidden, teacher_head, teacher_bias) = (
+        student,
+        teacher,
+    )
+    N, loss_dtype = student_hidden.shape[0], _loss_dtype(student_hidden)
     count = N if mask is None else int(mask.sum())
     plan = plan_cpu(
         count,
@@ -96,14 +187,14 @@ def linear_kl_loss_op(
         student_hidden.shape[1],
         teacher_hidden.shape[1],
         dtype=grad_dtype(student_head.dtype),
-        grad_hidden=needs_hidden,
-        grad_head=needs_head,
-        grad_bias=needs_bias,
+        grad_hidden=needs_grad[0],
+        grad_head=needs_grad[1],
+        grad_bias=needs_grad[2],
         grad_head_accumulator=grad_head_accumulator is not None,
         divergence_needs_kl=options.divergence.needs_second_look,
         schedule=schedule,
         workspace_bytes=workspace_bytes,
-        metrics=metrics is not None,
+        metrics=of_tokens.metrics is not None,
         engine=engine
         or operand_type(student_hidden.dtype, student_head.dtype, teacher_hidden.dtype, teacher_head.dtype),
     )
@@ -127,21 +218,21 @@ def linear_kl_loss_op(
             loss,
             new_stats if stats is None else stats.contiguous(),
             stats is not None,
-            grad_hidden if needs_hidden else None,
-            grad_head if grad_head.numel() else None,
-            grad_bias[:vocab_size] if needs_bias else None,
-            grad_head_accumulator,
+            grad_hidden if needs_grad[0] else None,
+            grad_head if needs_grad[1] and grad_head.numel() else None,
+            grad_bias[:vocab_size] if needs_grad[2] else None,
+            grad_head_accumulator if needs_grad[1] else None,
             workspace,
             vocab_size,
             options,
             plan.numbers,
-            labels,
-            metrics,
-            per_row(ce_weight),
+            of_tokens.labels,
+            of_tokens.metrics,
+            per_row(of_tokens.ce_weight),
+            total_vocab,
         )
-    if needs_bias:
+    if needs_grad[2]:
         grad_bias[vocab_size:] = 0
-    return outputs
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -151,26 +242,30 @@ def _rows(x: Tensor) -> Tensor:
 def _fake(
     student_hidden: Tensor,
     student_head: Tensor,
+    teacher_outcomes: Tensor | None,
     stats: Tensor | None,
     grad_head_accumulator: Tensor | None,
     needs_hidden: bool,
     needs_head: bool,
     needs_bias: bool,
     needs_metrics: bool,
+    gathered_over: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (N, H), rows = student_hidden.shape, student_head.shape[0]
     loss_dtype = _loss_dtype(student_hidden)
+    tokens = N if gathered_over is None else N * group_size(gathered_over)
+    columns = NUM_STATS if teacher_outcomes is None else teacher_outcomes.shape[1]
 
     def grad(x: Tensor, shape: tuple[int, ...], wanted: bool) -> Tensor:
         return x.new_empty(shape if wanted else (0,), dtype=grad_dtype(x.dtype))
 
     return (
-        student_hidden.new_empty(N, dtype=loss_dtype),
-        student_hidden.new_empty((N, NUM_STATS) if stats is None else (0,), dtype=loss_dtype),
+        student_hidden.new_empty(tokens, dtype=loss_dtype),
+        student_hidden.new_empty((tokens, columns) if stats is None else (0,), dtype=loss_dtype),
         grad(student_hidden, (N, H), needs_hidden),
         grad(student_head, (rows, H), needs_head and grad_head_accumulator is None),
         student_hidden.new_empty(rows if needs_bias else 0, dtype=loss_dtype),
-        student_hidden.new_empty((N, NUM_METRICS) if needs_metrics else (0,), dtype=loss_dtype),
+        student_hidden.new_empty((tokens, NUM_METRICS) if needs_metrics else (0,), dtype=loss_dtype),
     )
 
 
@@ -178,10 +273,12 @@ def _fake(
 def _(
     student_hidden: Tensor,
     student_head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
     student_bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
     teacher_bias: Tensor | None,
+    ids: Tensor | None,
+    teacher_outcomes: Tensor | None,
     mask: Tensor | None,
     row_weight: Tensor | None,
     stats: Tensor | None,
@@ -193,15 +290,26 @@ def _(
     needs_head: bool,
     needs_bias: bool,
     needs_metrics: bool,
-    *_: Any,
+    vocab_size: int,
+    numbers: Sequence[float],
+    values: Tensor | None,
+    backend: str,
+    schedule: str,
+    workspace_bytes: int,
+    engine: str | None,
+    group: str | None,
+    sequence_parallel: bool,
+    vocab_range: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _fake(
         student_hidden,
         student_head,
+        teacher_outcomes,
         stats,
         grad_head_accumulator,
         needs_hidden,
         needs_head,
         needs_bias,
         needs_metrics,
+        group if sequence_parallel else None,
     )

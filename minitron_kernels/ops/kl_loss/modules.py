@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from minitron_kernels.ops.kl_loss.op import kl_loss, linear_kl_loss
 from minitron_kernels.ops.kl_loss.record import LossRecord
+from minitron_kernels.ops.kl_loss.sparse import linear_sparse_kl_loss
+from minitron_kernels.ops.kl_loss.sparse_teacher import LogTail
 
 
 def _keywords(loss: Callable[..., Any]) -> list[str]:
@@ -76,4 +78,31 @@ class LinearKLLoss(_Loss):
         """The loss; keywords given here (labels, mask, num_items, ...) win over those of the module."""
         return linear_kl_loss(
             student_hidden, student_head, teacher_hidden, teacher_head, **{**self.options, **options}
+        )
+
+
+class LinearSparseKLLoss(_Loss):
+    """linear_sparse_kl_loss() with options fixed.
+
+    Args:
+        **options: any keyword of linear_sparse_kl_loss().
+
+    Raises:
+        TypeError: linear_sparse_kl_loss() has no such keyword.
+    """
+
+    _name, _known = "linear_sparse_kl_loss", _keywords(linear_sparse_kl_loss)
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_head: Tensor,
+        ids: Tensor,
+        logprobs: Tensor,
+        log_tail: LogTail,
+        **options: Any,
+    ) -> Tensor | LossRecord:
+        """The loss; keywords given here (labels, mask, num_items, ...) win over those of the module."""
+        return linear_sparse_kl_loss(
+            student_hidden, student_head, ids, logprobs, log_tail, **{**self.options, **options}
         )

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from minitron_kernels._backend import pick
 from minitron_kernels.ops.kl_loss import reference
-from minitron_kernels.ops.kl_loss.budget import CPU_WORKSPACE_BYTES, GPU_WORKSPACE_BYTES, SCHEDULES
+from minitron_kernels.ops.kl_loss.budget import SCHEDULES, workspace_budget
 from minitron_kernels.ops.kl_loss.checks import (
+    as_rows,
     as_saved,
-    byte_count,
+    autocast,
+    check_accumulator,
+    check_bias,
     check_constant,
     check_floating,
-    check_tensor,
+    check_linear,
     check_transforms,
     positive,
 )
-from minitron_kernels.ops.kl_loss.linear import linear_kl_rows
+from minitron_kernels.ops.kl_loss.linear import Teacher, linear_kl_rows
 from minitron_kernels.ops.kl_loss.options import check_vocab_size, loss_options
 from minitron_kernels.ops.kl_loss.record import LossRecord, TokenTerms
 from minitron_kernels.ops.kl_loss.rows import kl_rows, kl_rows_with_metrics
 from minitron_kernels.ops.kl_loss.tokens import Tokens
+from minitron_kernels.ops.kl_loss.vocab_parallel import LABELS_CHECKED_LATER, Parallel
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def kl_loss(
@@ -142,8 +150,8 @@ def kl_loss(
         return_parts=return_parts,
         vocab_sizes=(V, student_logits.shape[-1]),
     )
-    student = _as_rows(student_logits)
-    teacher = _as_rows(teacher_logits.detach())
+    student = as_rows(student_logits)
+    teacher = as_rows(teacher_logits.detach())
     computed, targets = tokens.computed, tokens.targets
     if chosen == "reference":
         terms = TokenTerms(
@@ -185,6 +193,9 @@ def linear_kl_loss(
     schedule: str = "auto",
     workspace_bytes: int | None = None,
     return_parts: bool = False,
+    tp_group: ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    vocab_range: tuple[int, int] | None = None,
     backend: str = "auto",
 ) -> Tensor | LossRecord:
     """kl_loss() of student_hidden·student_headᵀ and teacher_hidden·teacher_headᵀ, logits that never exist.
@@ -238,13 +249,28 @@ def linear_kl_loss(
             between calls (see release_workspaces()), and 4 GiB of torch's own on a GPU, of
             which a call takes what its plan needs.
         return_parts: see kl_loss().
+        tp_group: the ranks that share the vocabulary (tensor parallelism): heads, biases and accumulator are
+            this rank's rows, contiguous in the order of the group's ranks; all else is the same on all ranks,
+            and so is the incoming gradient. vocab_size is that of the whole vocabulary. All ranks call.
+        sequence_parallel: with tp_group, hidden states are this rank's part of the tokens, cut along their
+            first dimension into equal parts, as Megatron-LM does; labels, mask and token_weights are those
+            of all tokens. The result is of all tokens, the gradient of this rank's.
+        vocab_range: (start, end), the tokens of this rank, where its shards have padding behind them: rows
+            beyond end - start are not read. By default padding is behind the last token of the vocabulary.
         backend: see kl_loss().
 
     Returns:
-        As kl_loss(). Bitwise the same from run to run and for any number of threads.
+        As kl_loss(). Bitwise the same from run to run and for any number of threads, and on all ranks.
 
     Raises:
-        As kl_loss(); ValueError too for a workspace too small (says the least that would do).
+        As kl_loss(); ValueError too for a workspace too small (says the least that would do), or if ranks
+        call differently. A rank that raises alone lets the others wait for the timeout of the group.
+
+    With tp_group a call sends, in bytes that each rank contributes: 64, then for each chunk of tokens 20 a
+    token (36 with cross-entropy or parts; JSD 8 more) in one all-gather (JSD: two), which a GPU does while it
+    makes the next chunk's logits, then 4 H a token of the hidden gradient in one all-reduce or, with sequence
+    parallelism, reduce-scatter; there the hidden states are gathered before. On the CPU a call is one chunk,
+    and logits are made twice: 6 GEMMs. float64 doubles the numbers' bytes.
 
     Source: Minitron (arXiv 2407.14679) section 3, (arXiv 2408.11796) section 3.
     """
@@ -255,24 +281,24 @@ def linear_kl_loss(
         teacher_head=teacher_head,
     )
     check_constant("teacher_hidden", teacher_hidden)
-    for side, hidden, head in (
-        ("student", student_hidden, student_head),
-        ("teacher", teacher_hidden, teacher_head),
-    ):
-        if hidden.dim() < 1 or head.dim() != 2 or hidden.shape[-1] != head.shape[1]:
-            raise ValueError(
-                f"{side}_hidden [..., H] and {side}_head [V, H] must have the same H, got "
-                f"{tuple(hidden.shape)} and {tuple(head.shape)}"
-            )
+    check_linear("student", student_hidden, student_head)
+    check_linear("teacher", teacher_hidden, teacher_head)
     if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
         raise ValueError(
             "student_hidden and teacher_hidden must have the same leading dimensions, got "
             f"{tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}"
         )
-    V = check_vocab_size(vocab_size, student_head.shape[0], teacher_head.shape[0])
-    _check_bias("student_bias", student_bias, student_head)
-    _check_bias("teacher_bias", teacher_bias, teacher_head)
-    _check_accumulator(grad_head_accumulator, student_head)
+    parallel = Parallel.of(tp_group, sequence_parallel, vocab_range)
+    shape, vocab_sizes = student_hidden.shape[:-1], (student_head.shape[0], teacher_head.shape[0])
+    if parallel.group is None:
+        V = check_vocab_size(vocab_size, *vocab_sizes)
+        labels_below = V, vocab_sizes[0]
+    else:
+        V, shape = parallel.sizes(vocab_size, shape)
+        labels_below = LABELS_CHECKED_LATER
+    check_bias("student_bias", student_bias, student_head)
+    check_bias("teacher_bias", teacher_bias, teacher_head)
+    check_accumulator(grad_head_accumulator, student_head)
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
     options = loss_options(
@@ -300,30 +326,26 @@ def linear_kl_loss(
         reduction=reduction,
         num_items=num_items,
         return_parts=return_parts,
-        vocab_sizes=(V, student_head.shape[0]),
+        vocab_sizes=labels_below,
+        shape=shape,
     )
 
-    student_hidden, student_head = _autocast(student_hidden, student_head)
-    teacher_hidden, teacher_head = _autocast(teacher_hidden.detach(), teacher_head.detach())
-    student = (_as_rows(student_hidden), student_head, student_bias)
-    teacher = (
-        _as_rows(teacher_hidden),
-        teacher_head,
-        None if teacher_bias is None else teacher_bias.detach(),
-    )
+    student_hidden, student_head = autocast(student_hidden, student_head)
+    teacher_hidden, teacher_head = autocast(teacher_hidden.detach(), teacher_head.detach())
+    student = (as_rows(student_hidden), student_head, student_bias)
+    bias = None if teacher_bias is None else teacher_bias.detach()
+    teacher = Teacher(as_rows(teacher_hidden), teacher_head, bias)
     if chosen == "reference":
-        if grad_head_accumulator is not None:
-            raise ValueError(
-                "grad_head_accumulator needs native or triton; the reference leaves gradients to autograd"
-            )
-        s, t = ((as_saved(x), as_saved(w), as_saved(b)) for x, w, b in (student, teacher))
+        for name, given in (("grad_head_accumulator", grad_head_accumulator), ("tp_group", tp_group)):
+            if given is not None:
+                raise ValueError(f"{name} needs native or triton; the reference leaves gradients to autograd")
+        s = (as_saved(student[0]), as_saved(student[1]), as_saved(student[2]))
+        t = (as_saved(as_rows(teacher_hidden)), as_saved(teacher_head), as_saved(teacher.bias))
         of_tokens = as_saved(tokens.computed), as_saved(tokens.targets)
         terms = TokenTerms(
             *reference.linear_rows(s, t, *of_tokens, V, tokens.needs_metrics, **options._asdict())
         )
         return tokens.result(tokens.loss(terms), terms)
-    default = CPU_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
-    budget = default if workspace_bytes is None else byte_count("workspace_bytes", workspace_bytes)
     row_weight, row_ce_weight = tokens.row_weights()
     result, of_rows = linear_kl_rows(
         student,
@@ -335,53 +357,12 @@ def linear_kl_loss(
         options,
         chosen,
         schedule,
-        budget,
+        workspace_budget(workspace_bytes, device),
         labels=tokens.targets,
         ce_weight=row_ce_weight,
         needs_metrics=tokens.needs_metrics,
+        parallel=parallel,
     )
     if row_weight is None:
         result = tokens.loss(TokenTerms(result) if of_rows is None else of_rows)
     return tokens.result(result, of_rows)
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """[..., C] -> [N, C] with stride 1 along C, a view where possible."""
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
-
-
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """Under autocast the operands take its dtype, as those of any linear layer do."""
-    kind = tensors[0].device.type
-    # meta has no autocast; torch.amp.is_autocast_available(), which knows, is not compiled by torch 2.11
-    if kind == "meta" or not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
-        return list(tensors)
-    return [x.to(torch.get_autocast_dtype(kind)) for x in tensors]
-
-
-def _check_bias(name: str, bias: Tensor | None, head: Tensor) -> None:
-    if bias is None:
-        return
-    check_floating(**{name: bias})
-    if bias.shape != head.shape[:1] or bias.device != head.device:
-        raise ValueError(
-            f"{name} must be [V] = [{head.shape[0]}] on {head.device}, got {tuple(bias.shape)} on "
-            f"{bias.device}"
-        )
-
-
-def _check_accumulator(buffer: Tensor | None, head: Tensor) -> None:
-    if buffer is None:
-        return
-    dtype = torch.float64 if head.dtype == torch.float64 else torch.float32
-    check_tensor("grad_head_accumulator", buffer)
-    if buffer.dtype != dtype:
-        raise TypeError(f"grad_head_accumulator must be a {dtype} tensor, got {buffer.dtype}")
-    fits = buffer.shape == head.shape and buffer.device == head.device
-    if not fits or buffer.stride(1) != 1 or buffer.stride(0) < head.shape[1]:
-        raise ValueError(
-            f"grad_head_accumulator must have student_head's shape {tuple(head.shape)} on {head.device} with "
-            "stride 1 along H and rows that do not overlap, got "
-            f"{tuple(buffer.shape)} on {buffer.device} with strides {buffer.stride()}"
-        )

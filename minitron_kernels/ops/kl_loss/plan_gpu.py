@@ -27,7 +27,7 @@ _PANEL = GEMM_TILE[0]
 _MOST_ROWS = 4096  # of a chunk: more gain nothing
 _TILES = (8192, 4096, 2048, 1024, 512, 256, 128)  # of the vocabulary, for recompute
 _HARDLY_SLOWER = 1.005
-_PAIR = 8  # bytes of a logit of each model, in fp32
+_LOGIT = 4  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class GpuProblem:
     num_tokens: int
     vocab_size: int
     student_hidden_size: int
-    teacher_hidden_size: int
+    teacher_hidden_size: int  # 0 for a sparse teacher, which has no logits
     itemsize: int = 2  # of the student's operands, and so of dz
     teacher_itemsize: int = 2
     grad_hidden: bool = True
@@ -93,10 +93,27 @@ class GpuProblem:
     hidden_sum: bool = True
     head_sum: bool = False
     head_sum_of_parts: bool = True
+    spare_columns: int = 0  # behind those of a tile, in the buffers of logits and dz
     stats_first: bool = False  # statistics of all rows before the first dz
     stats_known: bool = False
     looks: int = 1  # at each logit for the statistics; 2 for JSD
+    ranks: int = 1  # that share the vocabulary; vocab_size is the largest of their parts
     gpu: GpuFigures = FIGURES["H100"]
+
+    @property
+    def models(self) -> int:
+        """Whose logits are made: the student, and a teacher with a head."""
+        return 1 + (self.teacher_hidden_size > 0)
+
+    @property
+    def entry_bytes(self) -> int:
+        """The fp32 logits of an entry of the vocabulary, those of all models."""
+        return _LOGIT * self.models
+
+    def logit_buffers(self, schedule: str, chunk_rows: int, dz_rows: int) -> int:
+        """Store has two chunks of logits where ranks exchange their statistics: one waits for them."""
+        exchanged = self.ranks > 1 and schedule == "store" and not (self.stats_known or self.stats_first)
+        return 2 if exchanged and chunk_rows < dz_rows else 1
 
     def head_sum_beside(self, parts: int) -> bool:
         """Whether the head's gradient has an fp32 sum beside it, where it is made of so many products."""
@@ -190,24 +207,32 @@ class _Planner:
         """Rows whose dz is kept: the most that the budget allows beside a chunk's logits, in equal parts."""
         if schedule == "forward" or self.problem.num_tokens == 0:
             return [self.problem.num_tokens]
-        width = padded(tile)
+        width = padded(tile + self.problem.spare_columns)
         counts = set()
-        for chunk in (1, *(_PANEL << shift for shift in range(5))):
-            room = self.budget - self.tile_bytes(schedule, tile) - _PAIR * width * chunk
-            rows = min(self.problem.num_tokens, room // (self.problem.itemsize * width))
-            if rows >= 1:
-                counts.add(_even(self.problem.num_tokens, rows))
+        logits = self.problem.entry_bytes * width
+        most = self.problem.logit_buffers(schedule, 0, 1)
+        for buffers in range(1, most + 1):
+            for chunk in (1, *(_PANEL << shift for shift in range(5))):
+                room = self.budget - self.tile_bytes(schedule, tile) - buffers * logits * chunk
+                rows = min(self.problem.num_tokens, room // (self.problem.itemsize * width))
+                if buffers < most:  # one buffer is enough for one chunk
+                    rows = min(rows, chunk)
+                if rows >= 1:
+                    counts.add(_even(self.problem.num_tokens, rows))
         return sorted(counts)
 
     def chunk_sizes(self, tile: int, dz_rows: int, schedule: str) -> list[int]:
         """Rows of a chunk: whole panels up to what the budget leaves, or the few rows that it leaves."""
-        width = padded(tile)
+        width = padded(tile + self.problem.spare_columns)
         kept = 0 if schedule == "forward" else self.problem.itemsize * width * dz_rows
         room = self.budget - kept - self.tile_bytes(schedule, tile)
-        most = min(max(dz_rows, 1), _MOST_ROWS, room // (_PAIR * width))
-        if most < 1:
-            return []
-        return sorted({*range(_PANEL, most + 1, _PANEL), _even(max(dz_rows, 1), most)})
+        rows, logits = max(dz_rows, 1), self.problem.entry_bytes * width
+        buffers = self.problem.logit_buffers(schedule, 0, 1)
+        sizes = {rows} if buffers > 1 and rows <= min(_MOST_ROWS, room // logits) else set()
+        most = min(rows, _MOST_ROWS, room // (buffers * logits))
+        if most >= 1:
+            sizes |= {*range(_PANEL, most + 1, _PANEL), _even(rows, most)}
+        return sorted(sizes)
 
     def smallest(self, schedule: str) -> GpuPlan:
         tile = self.problem.vocab_size if schedule == "store" else min(_TILES[-1], self.problem.vocab_size)
@@ -221,16 +246,16 @@ class _Planner:
 
     def candidate(self, schedule: str, tile: int, dz_rows: int, chunk_rows: int) -> GpuPlan:
         """The plan with these numbers, fitting or not."""
-        p, width = self.problem, padded(tile)
+        p, width = self.problem, padded(tile + self.problem.spare_columns)
         grads = schedule != "forward"
         parts = -(-p.num_tokens // max(1, dz_rows))
         tiles = -(-p.vocab_size // max(1, tile))
         # of a sum over several tiles all rows wait; over one, those that are at work
-        waiting_rows = p.num_tokens if tiles > 1 else dz_rows
+        waiting_rows = p.num_tokens if tiles > 1 or p.ranks > 1 else dz_rows
         hidden_sum = grads and p.grad_hidden and p.hidden_sum
         head_sum_bytes = 4 * tile * p.student_hidden_size * (grads and p.head_sum_beside(parts))
         part_bytes = (
-            _PAIR * chunk_rows * width,
+            p.entry_bytes * chunk_rows * width * p.logit_buffers(schedule, chunk_rows, dz_rows),
             p.itemsize * dz_rows * width * grads,
             head_sum_bytes if schedule == "recompute" else 0,
             4 * waiting_rows * p.student_hidden_size * hidden_sum,
@@ -245,7 +270,7 @@ class _Planner:
             vocab_size=p.vocab_size,
             student_hidden_size=p.student_hidden_size,
             teacher_hidden_size=p.teacher_hidden_size,
-            num_gemms=2 * logits + grads * (p.grad_hidden + p.grad_head),
+            num_gemms=p.models * logits + grads * (p.grad_hidden + p.grad_head),
             flops=2 * p.num_tokens * p.vocab_size * widths,
             chunk_rows=chunk_rows,
             tile=tile,
@@ -285,6 +310,7 @@ class _Planner:
             for rows, many in chunks
             for columns, count in tiles
             for width, itemsize in ((H, p.itemsize), (p.teacher_hidden_size, p.teacher_itemsize))
+            if width
         )
         logits *= self.passes(schedule)
         hidden = head = 0.0
@@ -308,14 +334,15 @@ class _Planner:
     def epilogue_seconds(self, schedule: str) -> float:
         p, gpu = self.problem, self.problem.gpu
         pairs = p.num_tokens * p.vocab_size
-        looks = _PAIR * p.looks * pairs  # of the statistics
-        grad = (_PAIR + p.itemsize) * pairs
+        looks = p.entry_bytes * p.looks * pairs  # of the statistics
+        grad = (p.entry_bytes + p.itemsize) * pairs
         if schedule == "forward":
             return gpu.traffic_seconds(looks)
         bias = 2 * p.grad_bias * p.itemsize * pairs
         if p.stats_known:
             return gpu.traffic_seconds(grad + bias)
-        if schedule == "store" and not p.stats_first and gpu.clusters:
+        one_look = schedule == "store" and not p.stats_first and p.models == 2 and p.ranks == 1
+        if one_look and gpu.clusters:
             # a row is read once from memory, and for all that follows out of L2
             return gpu.traffic_seconds(grad + bias, out_of_l2=looks)
         return gpu.traffic_seconds(looks + grad + bias)

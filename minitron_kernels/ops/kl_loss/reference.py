@@ -5,6 +5,7 @@ arXiv 2306.13649 (GKD) with beta = 0 read as forward and beta = 1 as reverse KL.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,8 +120,76 @@ def rows(
     return terms if mask is None else tuple(term.masked_fill(~mask, 0.0) for term in terms)
 
 
+def sparse_rows(
+    student: Tensor,
+    ids: Tensor,
+    outcomes: Tensor,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    vocab_size: int,
+    needs_metrics: bool = False,
+    **options: float,
+) -> Terms:
+    """rows() with a teacher of k ids: [N, Vs], [N, k] with -1 for none, [N, k + 1] -> [N].
+
+    The outcomes are the teacher's log-probabilities of the ids, and of any other token.
+    """
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    if mask is not None:
+        student = student.masked_fill(~mask[:, None], 0.0)
+    student = student[:, :vocab_size].to(dtype)
+    s = transform_logits(
+        student,
+        scale=options["student_scale"],
+        softcap=options["student_softcap"],
+        inv_tau=options["inv_tau"],
+    )
+    s = torch.where(s == -math.inf, s.detach(), s)
+    given = ids >= 0
+    places = torch.where(given, ids, vocab_size)
+    named = torch.zeros(s.shape[0], vocab_size + 1, dtype=torch.bool, device=s.device)
+    named = named.scatter(1, places, True)[:, :vocab_size]
+    rest = s.masked_fill(named, -math.inf)
+    some = (rest > -math.inf).any(1)  # logsumexp of nothing has no derivative
+    tail = torch.where(some, rest.masked_fill(~some[:, None], 0.0).logsumexp(1), -math.inf)
+    at_ids = s.gather(1, ids.clamp(min=0)).masked_fill(~given, -math.inf)
+    of_student = torch.cat((at_ids, tail[:, None]), 1)
+    terms: Terms = (kl_divergence_rows(of_student, outcomes, beta=options["beta"]),)
+    if needs_metrics:
+        terms += metrics_rows(student, labels, vocab_size=vocab_size, **options)
+    return terms if mask is None else tuple(term.masked_fill(~mask, 0.0) for term in terms)
+
+
 Side = tuple[Tensor, Tensor, Tensor | None]  # hidden states, head, bias
 _BLOCK = 256  # tokens whose logits exist at a time
+
+
+def _logits(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, keep: Tensor | None, vocab_size: int
+) -> Tensor:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if keep is not None:
+        hidden = hidden.masked_fill(~keep[:, None], 0.0)
+    z = hidden.to(dtype) @ head[:vocab_size].to(dtype).T
+    return z if bias is None else z + bias[:vocab_size].to(dtype)
+
+
+def _in_blocks(
+    block: Callable[..., Terms], per_row: tuple[Tensor | None, ...], params: tuple[Any, ...]
+) -> Terms:
+    """The terms of block(*per_row, *params), some rows at a time; logits are made again for the gradient."""
+    # torch.func has no rule for checkpoint's hooks
+    again = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    hidden, blocks = per_row[0], []
+    assert hidden is not None
+    for begin in range(0, max(hidden.shape[0], 1), _BLOCK):  # one block of nothing for no tokens
+        arguments = (*(None if x is None else x[begin : begin + _BLOCK] for x in per_row), *params)
+        blocks.append(
+            torch.utils.checkpoint.checkpoint(block, *arguments, use_reentrant=False)
+            if again
+            else block(*arguments)
+        )
+    return tuple(map(torch.cat, zip(*blocks, strict=True)))
 
 
 def linear_rows(
@@ -132,36 +201,47 @@ def linear_rows(
     needs_metrics: bool = False,
     **options: float,
 ) -> Terms:
-    """The same from hidden states [N, H], a block at a time, its logits made again for its gradient."""
-    dtype = torch.float64 if student[0].dtype == torch.float64 else torch.float32
-
-    def logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
-        z = hidden.to(dtype) @ head[:vocab_size].to(dtype).T
-        return z if bias is None else z + bias[:vocab_size].to(dtype)
+    """rows() from hidden states [N, H] of both."""
 
     def block(
-        student_rows: Tensor, teacher_rows: Tensor, keep: Tensor | None, targets: Tensor | None, *params: Any
+        hidden: Tensor,
+        teacher_hidden: Tensor,
+        keep: Tensor | None,
+        targets: Tensor | None,
+        head: Tensor,
+        bias: Tensor | None,
+        teacher_head: Tensor,
+        teacher_bias: Tensor | None,
     ) -> Terms:
-        student_head, student_bias, teacher_head, teacher_bias = params
-        if keep is not None:
-            student_rows, teacher_rows = (
-                x.masked_fill(~keep[:, None], 0.0) for x in (student_rows, teacher_rows)
-            )
-        student_logits = logits(student_rows, student_head, student_bias)
-        teacher_logits = logits(teacher_rows, teacher_head, teacher_bias)
+        student_logits = _logits(hidden, head, bias, keep, vocab_size)
+        teacher_logits = _logits(teacher_hidden, teacher_head, teacher_bias, keep, vocab_size)
         return rows(student_logits, teacher_logits, keep, targets, vocab_size, needs_metrics, **options)
 
-    params = (student[1], student[2], teacher[1], teacher[2])
-    # torch.func has no rule for checkpoint's hooks
-    again = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
-    blocks = []
-    for begin in range(0, max(student[0].shape[0], 1), _BLOCK):  # one block of nothing for no tokens
-        part = slice(begin, begin + _BLOCK)
-        keep, targets = (None if x is None else x[part] for x in (mask, labels))
-        arguments = (student[0][part], teacher[0][part], keep, targets, *params)
-        blocks.append(
-            torch.utils.checkpoint.checkpoint(block, *arguments, use_reentrant=False)
-            if again
-            else block(*arguments)
-        )
-    return tuple(map(torch.cat, zip(*blocks, strict=True)))
+    return _in_blocks(block, (student[0], teacher[0], mask, labels), (*student[1:], *teacher[1:]))
+
+
+def linear_sparse_rows(
+    student: Side,
+    ids: Tensor,
+    outcomes: Tensor,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    vocab_size: int,
+    needs_metrics: bool = False,
+    **options: float,
+) -> Terms:
+    """sparse_rows() from hidden states [N, H] of the student."""
+
+    def block(
+        hidden: Tensor,
+        row_ids: Tensor,
+        row_outcomes: Tensor,
+        keep: Tensor | None,
+        targets: Tensor | None,
+        head: Tensor,
+        bias: Tensor | None,
+    ) -> Terms:
+        logits = _logits(hidden, head, bias, keep, vocab_size)
+        return sparse_rows(logits, row_ids, row_outcomes, keep, targets, vocab_size, needs_metrics, **options)
+
+    return _in_blocks(block, (student[0], ids, outcomes, mask, labels), student[1:])

@@ -48,13 +48,14 @@ class Tokens:
         num_items: float | Tensor | None,
         return_parts: bool,
         vocab_sizes: tuple[int, int],
+        shape: torch.Size | None = None,
     ) -> Tokens:
-        """Checks what is said of the tokens of `student`, [..., C].
+        """Checks what is said of the tokens of `student`, [..., C], or of `shape`.
 
         temperature: where the KL carries its square. vocab_sizes: the tokens that are shared, and those that
         a label may name where it only says which tokens count.
         """
-        shape, device = student.shape[:-1], student.device
+        shape, device = student.shape[:-1] if shape is None else shape, student.device
         kl_weight, ce_weight = (
             value if number(name, value) == 0 else positive(name, value)
             for name, value in (("kl_weight", kl_weight), ("ce_weight", ce_weight))
@@ -64,7 +65,7 @@ class Tokens:
         looks_up = bool(ce_weight) or return_parts
         valid = rows_mask(labels, ignore_index, mask, shape, vocab_sizes[not looks_up], device)
         scale, divisor = row_factor(reduction, num_items, shape.numel(), valid)
-        weights = _token_weights(token_weights, valid, student)
+        weights = _token_weights(token_weights, valid, student, shape)
         computed = valid
         if weights is not None:  # a token of weight 0 adds nothing, even if its loss is infinite
             computed = weights != 0 if valid is None else valid & (weights != 0)
@@ -143,12 +144,14 @@ class Tokens:
         return total * scale if self.divisor is None else total * (self.divisor * scale).to(total.dtype)
 
 
-def _token_weights(token_weights: Tensor | None, valid: Tensor | None, student: Tensor) -> Tensor | None:
+def _token_weights(
+    token_weights: Tensor | None, valid: Tensor | None, student: Tensor, shape: torch.Size
+) -> Tensor | None:
     """[N] in the dtype of the loss, 0 at rows that do not count, whatever stood there."""
     if token_weights is None:
         return None
     check_tensor("token_weights", token_weights)
-    check_per_token("token_weights", token_weights, student.shape[:-1], student.device)
+    check_per_token("token_weights", token_weights, shape, student.device)
     if not token_weights.is_floating_point():
         raise TypeError(f"token_weights must be floating point, got {token_weights.dtype}")
     if token_weights.requires_grad and torch.is_grad_enabled():

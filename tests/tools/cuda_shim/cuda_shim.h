@@ -167,6 +167,8 @@ void store_scalar(T* p, T v) {
   *p = v;
 }
 
+inline float mul_rounded(float x, float y) { return x * y; }
+
 inline unsigned cluster_rank() { return cuda_shim::cluster_rank(); }
 inline void cluster_sync(std::source_location at = std::source_location::current()) {
   cuda_shim::cluster_barrier(at.file_name(), at.line());
