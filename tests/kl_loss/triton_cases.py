@@ -167,6 +167,7 @@ def test_metrics_of_fused_statistics(kernels, beta, setting):
     """The fused kernel: several splits, whose first has no token; labels in each of them and in none."""
     tensors = problem(kernels, torch.bfloat16, padded=PADDED)
     bias = torch.linspace(-9, 9, PADDED, device=kernels.device)
+    bias = -bias if beta else bias  # the last split has the maximum, or the first
     bias[:64] = -INF
     mask = torch.arange(N, device=kernels.device) != 3
     labels = torch.where(mask, metric_cases.labels_for(N, V, kernels.device), -1)
