@@ -10,19 +10,19 @@ from kl_loss.cases import DTYPES, INF, assert_near, named, numpy_of
 from kl_loss.metric_cases import SETTINGS, labels_for, nan_like, weights_for
 from kl_loss.oracle import _transform, oracle_metrics
 
-COLUMNS, TILE, OTHERS = 301, 64, 50  # OTHERS: tokens of the vocabulary that are not among these
+WIDTH, TILE, OTHERS = 301, 64, 50  # OTHERS: tokens of the vocabulary that are not among these
 # rows: nothing taken out; some tokens, the label among them; the first tile; the last; all; not valid
-SOME, FIRST, LAST, ALL, MASKED, ROWS = 1, 2, 3, 4, 5, 6
+SOME, FIRST, LAST, ALL, MASKED, COUNT = 1, 2, 3, 4, 5, 6
 
 
 def student_problem(kernels, bias=True):
     """Logits with tokens taken out, their bias, the mask, labels; and the sums of both, nothing taken out."""
     g = torch.Generator().manual_seed(7)
-    full = (torch.randn(ROWS, COLUMNS, generator=g) * 3 + torch.linspace(-9, 9, COLUMNS)).to(kernels.device)
-    bias = torch.linspace(3, -3, COLUMNS, device=kernels.device) if bias else None
-    labels = labels_for(ROWS, COLUMNS, kernels.device)
+    full = (torch.randn(COUNT, WIDTH, generator=g) * 3 + torch.linspace(-9, 9, WIDTH)).to(kernels.device)
+    bias = torch.linspace(3, -3, WIDTH, device=kernels.device) if bias else None
+    labels = labels_for(COUNT, WIDTH, kernels.device)
     labels[:4] = torch.tensor([TILE, 17, TILE - 1, 2 * TILE], device=kernels.device)
-    mask = torch.arange(ROWS, device=kernels.device) != MASKED
+    mask = torch.arange(COUNT, device=kernels.device) != MASKED
     logits = full.clone()
     logits[SOME, 3:40] = logits[FIRST, :TILE] = logits[LAST, 256:] = logits[ALL] = -INF
     logits[MASKED] = math.nan
@@ -43,12 +43,12 @@ def log_sum_exp(x):
         return top + np.log(np.exp(x - top[:, None]).sum(1))
 
 
-def states(kernels, problem_, options, *, tile=COLUMNS, metrics=True, first_token=0):
+def states(kernels, problem_, options, *, tile=WIDTH, metrics=True, first_token=0):
     """The state and the metrics' state, from tiles."""
     logits, bias, mask, labels, _ = problem_
-    state, metric_state = nan_like(kernels, 2, ROWS), nan_like(kernels, 4, ROWS)
-    for at in range(0, COLUMNS, tile):
-        cut = slice(at, min(at + tile, COLUMNS))
+    state, metric_state = nan_like(kernels, 2, COUNT), nan_like(kernels, 4, COUNT)
+    for at in range(0, WIDTH, tile):
+        cut = slice(at, min(at + tile, WIDTH))
         of_tile = logits[:, cut], None if bias is None else bias[cut].contiguous(), mask
         more = {"labels": labels, "metric_state": metric_state, "first_token": at + first_token}
         arguments = (state, at == 0, (0.0, *options))
@@ -56,7 +56,7 @@ def states(kernels, problem_, options, *, tile=COLUMNS, metrics=True, first_toke
     return numpy_of(state), numpy_of(metric_state)
 
 
-@pytest.mark.parametrize("tile", [COLUMNS, TILE])
+@pytest.mark.parametrize("tile", [WIDTH, TILE])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_student_stats(kernels, setting, tile):
     """Log-sum-exp of what is left, and the metrics' state, tile by tile and at once."""
@@ -96,27 +96,27 @@ def test_student_grad(kernels, setting, dtype):
     logits, bias, mask, labels, full = student_problem(kernels)
     (s, slope), tau = transformed(logits, bias, options), 1 / options[0]
     lse = log_sum_exp(s)
-    weight, ce_weight = weights_for(ROWS, kernels.device)
+    weight, ce_weight = weights_for(COUNT, kernels.device)
     # of the whole vocabulary, as if the others' logits were 0
-    whole = torch.cat([full, torch.zeros(ROWS, OTHERS, device=full.device)], 1)
+    whole = torch.cat([full, torch.zeros(COUNT, OTHERS, device=full.device)], 1)
     with np.errstate(all="ignore"):
         of_ce = oracle_metrics(
             numpy_of(whole), labels.cpu().numpy(), label_smoothing=options[5], **named(options)
         )[3]
         of_lse = np.exp(s - lse[:, None]) * slope
     truth = np.where(np.isneginf(s), 0.0, of_lse) * numpy_of(weight)[:, None]
-    both = truth + np.where(np.isneginf(s), 0.0, of_ce[:, :COLUMNS]) * numpy_of(ce_weight)[:, None]
+    both = truth + np.where(np.isneginf(s), 0.0, of_ce[:, :WIDTH]) * numpy_of(ce_weight)[:, None]
     lse_y = log_sum_exp(transformed(whole, None, options)[0] * tau)
     given = [torch.from_numpy(x).float().to(kernels.device) for x in (lse, lse_y)]
     for with_ce, expected in ((False, truth), (True, both)):
-        grad = nan_like(kernels, ROWS, COLUMNS, dtype=dtype)
-        for at in range(0, COLUMNS, 2 * TILE):
-            cut = slice(at, min(at + 2 * TILE, COLUMNS))
-            width, dz = cut.stop - at, nan_like(kernels, ROWS, cut.stop - at + 3, dtype=dtype)
+        grad = nan_like(kernels, COUNT, WIDTH, dtype=dtype)
+        for at in range(0, WIDTH, 2 * TILE):
+            cut = slice(at, min(at + 2 * TILE, WIDTH))
+            width, dz = cut.stop - at, nan_like(kernels, COUNT, cut.stop - at + 3, dtype=dtype)
             of_tile = logits[:, cut], bias[cut].contiguous(), mask
             # the tile is the vocabulary's from token 9 on
             more = {"labels": labels + 9, "lse_y": given[1], "ce_weight": ce_weight}
-            more |= {"first_token": at + 9, "total_vocab": COLUMNS + OTHERS}
+            more |= {"first_token": at + 9, "total_vocab": WIDTH + OTHERS}
             arguments = (weight, given[0], dz, width, (0.0, *options))
             kernels.epilogues.student_grad(*of_tile, *arguments, **(more if with_ce else {}))
             assert (dz[:, width:] == 0).all()
@@ -134,8 +134,8 @@ def test_student_of_no_weight_and_nan(kernels):
     lse = torch.tensor([-INF, 3.0, -INF, 12.0], device=kernels.device)
     weight, options = torch.ones(4, device=kernels.device), (0.0, *SETTINGS["plain"])
     for more in ({}, {"labels": labels[:4], "lse_y": lse.abs(), "ce_weight": 0 * weight}):
-        grad = nan_like(kernels, 4, COLUMNS)
-        kernels.epilogues.student_grad(logits, None, None, weight, lse, grad, COLUMNS, options, **more)
+        grad = nan_like(kernels, 4, WIDTH)
+        kernels.epilogues.student_grad(logits, None, None, weight, lse, grad, WIDTH, options, **more)
         assert grad[1].isnan().any() and (grad[[0, 2]] == 0).all()
         assert grad[3].isfinite().all() and (grad[3] != 0).any()
     state = nan_like(kernels, 2, 4)
@@ -144,6 +144,6 @@ def test_student_of_no_weight_and_nan(kernels):
     logits[1] = -INF
     kernels.epilogues.student_stats(logits, None, None, state, True, options)
     assert (state[0, 1], state[1, 1]) == (-INF, 0.0)
-    empty = nan_like(kernels, 2, 0), nan_like(kernels, 0, COLUMNS)
+    empty = nan_like(kernels, 2, 0), nan_like(kernels, 0, WIDTH)
     kernels.epilogues.student_stats(logits[:0], None, None, empty[0], True, options)
-    kernels.epilogues.student_grad(logits[:0], None, None, weight[:0], lse[:0], empty[1], COLUMNS, options)
+    kernels.epilogues.student_grad(logits[:0], None, None, weight[:0], lse[:0], empty[1], WIDTH, options)
