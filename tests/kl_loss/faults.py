@@ -10,8 +10,8 @@ PAIRS, MIXTURE = "kl_loss/cuda/row_pairs.cuh", "kl_loss/cuda/tile_mixture.cuh"
 TRITON_ROWS, TRITON_MATH, TRITON_LINEAR, TRITON_SCALE, TRITON_METRICS = (
     f"kl_loss/kernel_triton/{name}.py" for name in ("rows", "divergence", "linear", "scale", "metrics")
 )
-TRITON_ARGUMENTS, TRITON_LAUNCH_LINEAR = (
-    f"kl_loss/kernel_triton/{name}.py" for name in ("arguments", "launch_linear")
+TRITON_ARGUMENTS, TRITON_LAUNCH_LINEAR, TRITON_STUDENT = (
+    f"kl_loss/kernel_triton/{name}.py" for name in ("arguments", "launch_linear", "student")
 )
 CLUSTERS = "kl_loss/cuda/cluster_kernels.cuh"
 ALIGNED_LOAD = "    if (aligned) {\n#pragma unroll\n      for (int i = 0; i < kAccesses; ++i) {\n"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import minitron_kernels as mk
-from kl_loss import metric_cases, oracle
+from kl_loss import metric_cases, student_cases
 from kl_loss.cases import *  # noqa: F403
 from kl_loss.cases import (
     BETAS,
@@ -45,9 +45,10 @@ from kl_loss.metric_cases import test_metrics_of_unknown_labels  # noqa: F401
 from kl_loss.oracle import oracle_linear, oracle_rows
 from kl_loss.problems import make_linear, make_rows
 from kl_loss.scaling_cases import check as check_scaling
+from kl_loss.student_cases import test_student_of_no_weight_and_nan  # noqa: F401
 from minitron_kernels.ops.kl_loss import gemm_gpu
 from minitron_kernels.ops.kl_loss.epilogues import triton_epilogues
-from minitron_kernels.ops.kl_loss.kernel_triton import launch, launch_linear, scale
+from minitron_kernels.ops.kl_loss.kernel_triton import launch, launch_linear, launch_student, scale
 from minitron_kernels.ops.kl_loss.linear_rows import TokenMetrics
 
 
@@ -66,6 +67,8 @@ def kernels():
 def small_blocks(monkeypatch):
     monkeypatch.setattr(launch, "FORWARD_BLOCK", 128)
     monkeypatch.setattr(launch, "GRAD_BLOCK", 128)
+    monkeypatch.setattr(launch_student, "STATS_BLOCK", 128)
+    monkeypatch.setattr(launch_student, "GRAD_BLOCK", 128)
     monkeypatch.setattr(launch_linear, "FINISH_BLOCK", 32)
     blocks = launch_linear.LinearBlocks(16, 32, 32, 4, 2, group=2)
     monkeypatch.setattr(launch_linear, "linear_blocks", lambda *_: blocks)
@@ -164,6 +167,7 @@ def test_metrics_of_fused_statistics(kernels, beta, setting):
     """The fused kernel: several splits, whose first has no token; labels in each of them and in none."""
     tensors = problem(kernels, torch.bfloat16, padded=PADDED)
     bias = torch.linspace(-9, 9, PADDED, device=kernels.device)
+    bias = -bias if beta else bias  # the last split has the maximum, or the first
     bias[:64] = -INF
     mask = torch.arange(N, device=kernels.device) != 3
     labels = torch.where(mask, metric_cases.labels_for(N, V, kernels.device), -1)
@@ -186,61 +190,16 @@ def test_metrics_of_fused_statistics(kernels, beta, setting):
     assert (metrics[1:3, 1] == INF).all() and (metrics[1:3, 3] == -INF).all() and (metrics[3] == 0).all()
 
 
-@pytest.mark.parametrize("setting", ["plain", "capped"])
-def test_student_alone(kernels, setting):
-    """Tiles of the student's logits: states, metrics and gradients; rows that have no token in some tiles, or
-    in any, a row that does not count, padding.
-    """
-    options, columns, epilogues = metric_cases.SETTINGS[setting], 301, kernels.epilogues
-    student = make_rows(6, columns, torch.float32, rising=True)[0].to(kernels.device)
-    student[1, :128], student[2], student[3] = -INF, -INF, math.nan
-    bias = torch.linspace(-3, 3, columns, device=kernels.device)
-    mask = torch.arange(6, device=kernels.device) != 3
-    labels = torch.tensor([127, 128, 5, -1, 300, 0], device=kernels.device)
-    state, metric_state = (metric_cases.nan_like(kernels, fields, 6) for fields in (2, 4))
-    cuts = [slice(0, 128), slice(128, 200), slice(200, columns)]
-    for cut in cuts:
-        more = {"labels": labels, "metric_state": metric_state, "first_token": cut.start}
-        tile = student[:, cut], bias[cut].contiguous(), mask, state, cut.start == 0, (0.0, *options)
-        epilogues.student_stats(*tile, **more)
-        alone = metric_cases.nan_like(kernels, 2, 6)
-        epilogues.student_stats(*tile[:3], alone, True, (0.0, *options))
-    assert state[:, 2:4].T.tolist() == [[-INF, 0.0]] * 2
-    known, full = [0, 1, 4, 5], student + bias
-    s, slope = oracle._transform(numpy_of(full), options[1], options[2], options[0])
-    y = s[known] / options[0]
-    lse, lse_y = (np.log(np.exp(x).sum(1)) for x in (s[known], y))
-    np.testing.assert_allclose(numpy_of(state[0] + state[1].log())[known], lse, rtol=1e-6)
-    log_sum = numpy_of(metric_state[0].log())[known]
-    np.testing.assert_allclose(numpy_of(state[0])[known] / options[0] + log_sum, lse_y, rtol=1e-6)
-    truth = metric_cases.metrics_truth(full[known], labels[known], options)
-    entropy = log_sum - numpy_of(metric_state[1] / metric_state[0])[known]
-    np.testing.assert_allclose(entropy, truth[1], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(numpy_of(metric_state[3])[known] - lse_y, truth[2], rtol=1e-5)
-    if options[5]:
-        np.testing.assert_allclose(numpy_of(metric_state[2])[[0, 4, 5]], y[[0, 2, 3]].sum(1), rtol=1e-5)
+@pytest.mark.parametrize(("setting", "tile"), [("plain", 301), ("smooth", 64), ("capped", 64)])
+def test_student_stats(kernels, setting, tile):
+    student_cases.test_student_stats(kernels, setting, tile)
 
-    lse_, lse_y_ = (torch.full((6,), -INF, device=kernels.device) for _ in range(2))
-    lse_[3] = lse_y_[3] = math.nan
-    for x, values in ((lse_, lse), (lse_y_, lse_y)):
-        x[known] = torch.from_numpy(values).float().to(kernels.device)
-    weight, ce_weight = metric_cases.weights_for(6, kernels.device)
-    gradients = numpy_of(weight)[known, None] * np.exp(s[known] - lse[:, None]) * slope[known]
-    of_both = gradients + numpy_of(ce_weight)[known, None] * truth[3]
-    of_ce = {"labels": labels, "ce_weight": ce_weight, "total_vocab": columns}
-    calls = [({}, gradients), ({**of_ce, "lse_y": lse_y_}, of_both)]
-    if options[0] == 1:  # without a second exponential
-        calls.append(({**of_ce, "lse_y": lse_}, of_both))
-    for more, expected in calls:
-        grad = metric_cases.nan_like(kernels, 6, columns)
-        for cut in cuts:
-            width, dz = cut.stop - cut.start, metric_cases.nan_like(kernels, 6, cut.stop - cut.start + 3)
-            tile = student[:, cut], bias[cut].contiguous(), mask, weight, lse_, dz, width, (0.0, *options)
-            epilogues.student_grad(*tile, **more, **({"first_token": cut.start} if more else {}))
-            assert (dz[:, width:] == 0).all()
-            grad[:, cut] = dz[:, :width]
-        assert (grad[2:4] == 0).all()
-        assert_near(grad[known], expected, 4e-6, 2e-6)
+
+@pytest.mark.parametrize(
+    ("setting", "dtype"), [("plain", DTYPES[0]), ("capped", DTYPES[1]), ("warm", DTYPES[2])]
+)
+def test_student_grad(kernels, setting, dtype):
+    student_cases.test_student_grad(kernels, setting, dtype)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])

@@ -87,15 +87,16 @@ def student_stats_kernel(
             label_y = tl.maximum(label_y, of_tile)
     for begin in range(0, end, BLOCK_V):
         offs_v = begin + tl.arange(0, BLOCK_V)[None, :]
-        inside = offs_v < end
-        s = load_logits(student_ptr, student_bias_ptr, offs_v, inside, s_factor, s_over_cap, s_cap, CAP_S)
+        s = load_logits(
+            student_ptr, student_bias_ptr, offs_v, offs_v < end, s_factor, s_over_cap, s_cap, CAP_S
+        )
         b_max_s, e_s, b_sum_s = block_mass(s)
         a_max_s, a_sum_y = max_s, sum_y if TEMPERED else sum_s
         max_s, sum_s = _merge_masses(max_s, sum_s, b_max_s, b_sum_s)
         if metric_state_ptr is not None:
             b_sum_y, b_dot_y, b_total_y = block_metrics(
-                s, e_s, b_max_s, b_sum_s, inside, tau, TEMPERED, SMOOTHED
-            )
+                s, e_s, b_max_s, b_sum_s, s != -INF, tau, TEMPERED, SMOOTHED
+            )  # total_y is without tokens that are taken out
             merged, dot_y = merge_metrics(
                 max_s, a_max_s, a_sum_y, dot_y, b_max_s, b_sum_y, b_dot_y, tau, TEMPERED
             )
