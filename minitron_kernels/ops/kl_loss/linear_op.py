@@ -62,9 +62,9 @@ def linear_kl_loss_op(
     schedule: str,
     workspace_bytes: int,
     engine: str | None,
-    group: str | None,
-    sequence_parallel: bool,
-    vocab_range: Sequence[int],
+    group: str | None = None,
+    sequence_parallel: bool = False,
+    vocab_range: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Row losses [N], stats [N, 6], metrics [N, 4] and gradients, those that are needed, else empty.
 
@@ -120,7 +120,7 @@ def linear_kl_loss_op(
     if group is not None:
         dtypes = (str(x.dtype) for x in (student_hidden, student_head, teacher_hidden, teacher_head))
         shard = find_shard(
-            Parallel(group, sequence_parallel, vocab_range),
+            Parallel(group, sequence_parallel, vocab_range or ()),
             student_head.shape[0],
             teacher_head.shape[0],
             vocab_size,
@@ -309,9 +309,9 @@ def _(
     schedule: str,
     workspace_bytes: int,
     engine: str | None,
-    group: str | None,
-    sequence_parallel: bool,
-    vocab_range: Sequence[int],
+    group: str | None = None,
+    sequence_parallel: bool = False,
+    vocab_range: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _fake(
         student_hidden,
