@@ -63,9 +63,9 @@ def linear_kl_loss_op(
     schedule: str,
     workspace_bytes: int,
     engine: str | None,
-    group: str | None,
-    sequence_parallel: bool,
-    vocab_range: Sequence[int],
+    group: str | None = None,
+    sequence_parallel: bool = False,
+    vocab_range: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Row losses [N], stats [N, 6], metrics [N, 4] and gradients, those that are needed, else empty.
 
@@ -100,7 +100,7 @@ def linear_kl_loss_op(
         asked = (*needs_grad, needs_metrics, stats is None, ce_weight is None, schedule, backend)
         of_ids = "" if ids is None else str(ids.shape)
         shard = find_shard(
-            Parallel(group, sequence_parallel, vocab_range),
+            Parallel(group, sequence_parallel, vocab_range or ()),
             student_head.shape[0],
             student_head.shape[0] if teacher_head is None else teacher_head.shape[0],
             vocab_size,
@@ -297,9 +297,9 @@ def _(
     schedule: str,
     workspace_bytes: int,
     engine: str | None,
-    group: str | None,
-    sequence_parallel: bool,
-    vocab_range: Sequence[int],
+    group: str | None = None,
+    sequence_parallel: bool = False,
+    vocab_range: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _fake(
         student_hidden,

@@ -306,11 +306,11 @@ def linear_kl_loss(
             f"{tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}"
         )
     shape, vocab_sizes = student_hidden.shape[:-1], (student_head.shape[0], teacher_head.shape[0])
-    if parallel.group is None:
+    if tp_group is None:
         V = check_vocab_size(vocab_size, *vocab_sizes)
         labels_below = V, vocab_sizes[0]
     else:
-        V, shape = parallel.sizes(vocab_size, shape)
+        V, shape = parallel.sizes(tp_group, sequence_parallel, vocab_size, shape)
         labels_below = LABELS_CHECKED_LATER
     check_bias("student_bias", student_bias, student_head)
     check_bias("teacher_bias", teacher_bias, teacher_head)

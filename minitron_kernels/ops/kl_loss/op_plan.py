@@ -30,6 +30,7 @@ def plan_linear_kl_loss(
     engine: str | None = None,
     device: str | torch.device = "cpu",
     gpu: str | None = None,
+    tp_size: int = 1,
 ) -> LinearKLPlan:
     """Plans a call of linear_kl_loss without making it; print(plan.explain()) shows schedule and memory.
 
@@ -59,6 +60,8 @@ def plan_linear_kl_loss(
         device: "cpu", or "cuda" for CUDA and ROCm.
         gpu: "A100", "H100", "H200" or "B200", whose rates are assumed. By default those of the GPU at
             `device`, or of an H100 where there is none.
+        tp_size: ranks of tp_group, which share the vocabulary: vocab_size is then that of one rank, the
+            largest. The time of what they exchange is not in the prediction. GPU only.
 
     Returns:
         The plan; total_bytes, and for a GPU predicted_seconds, say what it costs.
@@ -86,10 +89,13 @@ def plan_linear_kl_loss(
             grad_head_accumulator,
             2 if divergence_needs_kl else 1,
             figures_of(target) if gpu is None else FIGURES[gpu],
+            tp_size,
         )
         return plan_gpu.plan(
             problem, schedule, GPU_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
         )
+    if tp_size != 1:
+        raise ValueError(f"tp_size is for device='cuda'; got {tp_size} with device={device!r}")
     if gpu is not None:
         raise ValueError(f"gpu is for device='cuda'; got {gpu!r} with device={device!r}")
     if not _native.available():
@@ -122,6 +128,7 @@ def _gpu_problem(
     accumulator: bool,
     looks: int,
     gpu: GpuFigures,
+    ranks: int,
 ) -> GpuProblem:
     """What linear_gpu.py would ask for, where all operands of a side have one dtype."""
     for name, dtype in zip(("dtype", "teacher_dtype"), dtypes, strict=True):
@@ -139,5 +146,6 @@ def _gpu_problem(
         **plan_gpu.sums_with_memory(grad, torch.float32 if accumulator else grad, student, accumulator),
         stats_first=accumulator,  # the forward makes them, the backward the gradients
         looks=looks,
+        ranks=ranks,
         gpu=gpu,
     )

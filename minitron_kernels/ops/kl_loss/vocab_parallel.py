@@ -68,23 +68,25 @@ class Parallel(NamedTuple):
                 raise ValueError(f"vocab_range must be (start, end), 0 <= start <= end; got {vocab_range}")
         return Parallel(tp_group.group_name, bool(sequence_parallel), limits)
 
-    def sizes(self, vocab_size: int | None, shape: torch.Size) -> tuple[int, torch.Size]:
+    @staticmethod
+    def sizes(
+        tp_group: dist.ProcessGroup, sequence_parallel: bool, vocab_size: int | None, shape: torch.Size
+    ) -> tuple[int, torch.Size]:
         """The number of tokens of the whole vocabulary, 0 if not known here; and the shape of all tokens.
 
         What the ranks have together is checked where they exchange it; labels then, too.
         """
-        assert self.group is not None
         if vocab_size is not None:
             vocab_size = integer("vocab_size", vocab_size)
             if vocab_size < 1:
                 refuse("vocab_size", "at least 1", vocab_size)
-        if self.sequence_parallel:
+        if sequence_parallel:
             if not shape:
                 raise ValueError(
                     "sequence_parallel=True cuts the tokens along their first dimension: hidden states must "
                     "be [..., H] with at least one dimension of tokens, got [H]"
                 )
-            shape = torch.Size((shape[0] * group_size(self.group), *shape[1:]))
+            shape = torch.Size((shape[0] * tp_group.size(), *shape[1:]))
         return vocab_size or 0, shape
 
 
