@@ -1,4 +1,4 @@
-"""linear_sparse_kl_loss with a vocabulary over several ranks: cases for vocab_parallel_cases.py."""
+"""linear_sparse_kl_loss with a vocabulary over several ranks: cases for ranks.py."""
 
 import torch
 import torch.distributed as dist

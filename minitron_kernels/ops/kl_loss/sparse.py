@@ -139,11 +139,11 @@ def linear_sparse_kl_loss(
     check_floating(student_hidden=student_hidden, student_head=student_head)
     check_linear("student", student_hidden, student_head)
     shape, rows = student_hidden.shape[:-1], student_head.shape[0]
-    if parallel.group is None:
+    if tp_group is None:
         V = check_vocab_size(vocab_size, rows, rows)
         labels_below = V, rows
     else:
-        V, shape = parallel.sizes(vocab_size, shape)
+        V, shape = parallel.sizes(tp_group, sequence_parallel, vocab_size, shape)
         if V == 0:
             raise ValueError("vocab_size must be given with tp_group: a rank's head does not say it")
         labels_below = LABELS_CHECKED_LATER
