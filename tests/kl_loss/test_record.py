@@ -482,7 +482,7 @@ def test_opcheck():
         ops.kl_rows_forward_metrics.default, (student, teacher, mask, labels, 50, numbers, None, "native")
     )
     tensors = make_linear(6, 16, 20, 50, torch.float32)
-    rest = (True, True, False, True, 50, numbers, None, "native", "store", 1 << 24, None)
+    rest = (True, True, False, True, 50, numbers, None, "native", "store", 1 << 24, None, None, False, ())
     inputs = (*tensors[:2], None, *tensors[2:], None, None, None, mask, weight, None, None, labels, weight)
     opcheck(ops.linear_kl_loss.default, (*inputs, None, *rest))
 

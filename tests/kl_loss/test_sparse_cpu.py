@@ -373,7 +373,7 @@ def test_opcheck_and_ids_that_kernels_refuse():
     hidden, head = make_linear(20, 16, 16, 50, torch.float32)[:2]
     ids, outcomes = make_teacher(20, 50, 4, torch.float32)
     numbers = [0.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.1]
-    rest = (True, True, False, True, 50, numbers, None, "native", "store", 1 << 24, None)
+    rest = (True, True, False, True, 50, numbers, None, "native", "store", 1 << 24, None, None, False, ())
     of_tokens = (labels_of(ids, 50), torch.rand(20), None)
     mask, weight = torch.arange(20) % 3 > 0, torch.rand(20)
 
