@@ -585,7 +585,50 @@ TRITON_VALUES |= {  # of metrics and cross-entropy
     ),
 }
 
+TRITON_VALUES |= {  # of the student alone
+    "a state of the student that nobody wrote": (
+        "student_stats and smooth",
+        Fault(
+            TRITON_STUDENT,
+            "    if not FIRST:\n        max_s",
+            "    if FIRST or not FIRST:\n        max_s",
+        ),
+        DIFFERS,
+    ),
+    "no rescale between the student's blocks": (
+        "student_stats and plain",
+        Fault(TRITON_STUDENT, "a_sum * tl.exp(a_max - base)", "a_sum"),
+        DIFFERS,
+    ),
+    "tokens taken out among those that smoothing spreads over": (
+        "student_stats and smooth",
+        Fault(TRITON_STUDENT, "b_max_s, b_sum_s, s != -INF, tau", "b_max_s, b_sum_s, s == s, tau"),
+        f"AssertionError|{DIFFERS}",
+    ),
+    "log-sum-exp of no tokens": (
+        "student_of_no_weight",
+        Fault(TRITON_STUDENT, "tl.where(lse == -INF, 0.0, grad)", "grad"),
+        "AssertionError",
+    ),
+    "the student's padding not zeroed": (
+        "student_grad and plain",
+        Fault(TRITON_STUDENT, "mask=offs_v < columns", "mask=(offs_v < columns) & (offs_v < V)"),
+        "AssertionError",
+    ),
+    "one log-sum-exp for both": (
+        "student_grad and plain",
+        Fault(TRITON_STUDENT, "at_temperature_one(s, tau, TEMPERED) - lse_y)", "s - lse)"),
+        "AssertionError",
+    ),
+}
+
 # test_triton.py::test_planted_extra_pass_is_found plants them
+TRITON_STUDENT_TRAFFIC = Fault(
+    TRITON_STUDENT,
+    "        b_max_s, e_s, b_sum_s = block_mass(s)\n",
+    "        s += 0.0 * tl.load(student_ptr + offs_v, mask=offs_v < end, other=0.0).to(tl.float32)\n"
+    "        b_max_s, e_s, b_sum_s = block_mass(s)\n",
+)
 TRITON_METRICS_TRAFFIC = Fault(
     TRITON_ROWS,
     "        if METRICS:\n            b_sum_y",

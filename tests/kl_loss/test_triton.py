@@ -8,7 +8,13 @@ import re
 
 import pytest
 
-from kl_loss.faults import TRITON_METRICS_TRAFFIC, TRITON_SCALE_TRAFFIC, TRITON_TRAFFIC, TRITON_VALUES
+from kl_loss.faults import (
+    TRITON_METRICS_TRAFFIC,
+    TRITON_SCALE_TRAFFIC,
+    TRITON_STUDENT_TRAFFIC,
+    TRITON_TRAFFIC,
+    TRITON_VALUES,
+)
 from tools.triton_runs import assert_cases_pass, assert_fault_is_found, needs, traffic, wrong_traffic
 
 needs_ttsem, needs_triton = needs("triton", "ttsem"), needs("triton")
@@ -61,9 +67,12 @@ def test_planted_extra_pass_is_found(tmp_path):
 
 
 @needs_triton
-def test_planted_extra_pass_for_metrics_is_found(tmp_path):
-    wrong = wrong_traffic(traffic("kl_loss", tmp_path, (TRITON_METRICS_TRAFFIC,)), MINIMUM)
-    assert wrong and all(re.match(r"metrics .*: student ", line) for line in wrong)
+def test_planted_extra_passes_for_metrics_and_of_the_student_are_found(tmp_path):
+    wrong = wrong_traffic(
+        traffic("kl_loss", tmp_path, (TRITON_METRICS_TRAFFIC, TRITON_STUDENT_TRAFFIC)), MINIMUM
+    )
+    cases = ["metrics rows", "metrics student stats", "metrics tile_stats", "student stats"]
+    assert sorted(line.split(":")[0] for line in wrong) == cases
 
 
 @needs_triton
