@@ -14,6 +14,7 @@ from minitron_kernels.ops.importance.op import (
     head_scores_from_channels,
 )
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
+from minitron_kernels.ops.kl_loss.heads import EffectiveHead, Head, head_of
 from minitron_kernels.ops.kl_loss.labels import shift_labels
 from minitron_kernels.ops.kl_loss.modules import KLLoss, LinearKLLoss, LinearSparseKLLoss
 from minitron_kernels.ops.kl_loss.op import kl_loss, linear_kl_loss
@@ -25,6 +26,8 @@ from minitron_kernels.ops.kl_loss.sparse import linear_sparse_kl_loss, sparse_kl
 __version__ = "0.1.0"
 __all__ = [
     "ChannelIndex",
+    "EffectiveHead",
+    "Head",
     "ImportanceState",
     "KLLoss",
     "LinearKLLoss",
@@ -38,6 +41,7 @@ __all__ = [
     "accumulate_importance_",
     "gather_channels",
     "gather_optimizer_state_",
+    "head_of",
     "head_scores_from_channels",
     "kl_loss",
     "linear_kl_loss",

@@ -18,19 +18,32 @@ def check_tensor(name: str, x: Any) -> None:
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if type(x) is not Tensor and _is_dtensor(x):
+    if is_dtensor(x):
         raise TypeError(
             f"{name} is a DTensor: pass {name}.full_tensor(), which gathers the shards and hands the "
             "gradient back to them; or .to_local() where every rank holds the whole"
         )
     if x.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {x.layout}: pass {name}.to_dense()")
+    check_gathered(name, x)
+
+
+def check_gathered(name: str, x: Tensor) -> None:
+    """Checks that a tensor has the memory that its shape says.
+
+    Raises:
+        ValueError: its storage was freed, or DeepSpeed has partitioned it.
+    """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return  # these tensors have no memory; the kernels see the real ones
-    if x.untyped_storage().nbytes() == 0 and x.numel():
+    # ZeRO-3 leaves shape (0,) and says so beside it; FSDP leaves the shape and frees the storage
+    status = getattr(x, "ds_status", None)
+    partitioned = status is not None and getattr(status, "name", status) != "AVAILABLE"
+    if partitioned or (not is_dtensor(x) and x.numel() and x.untyped_storage().nbytes() == 0):
         raise ValueError(
-            f"{name} has no memory: its storage was freed, as ZeRO-3 and FSDP do outside of the module's own "
-            f"forward; gather it first (deepspeed.zero.GatheredParameters, FSDP.summon_full_params)"
+            f"{name} has no memory: its storage was freed, as ZeRO-3 and FSDP do outside of the wrapped "
+            "module's forward. Call inside of that forward, where its gradient is reduced too; or, where it "
+            "needs no gradient, gather it first (deepspeed.zero.GatheredParameters, FSDP.summon_full_params)"
         )
 
 
@@ -47,6 +60,9 @@ def check_no_tangent(op: str, **tensors: Tensor) -> None:
             )
 
 
-def _is_dtensor(x: Tensor) -> bool:
+def is_dtensor(x: Any) -> bool:
+    """Whether `x` is a DTensor; does not import torch.distributed.tensor."""
+    if type(x) is Tensor:
+        return False
     module = sys.modules.get("torch.distributed.tensor")  # no tensor is a DTensor before this is imported
     return module is not None and isinstance(x, module.DTensor)

@@ -128,7 +128,7 @@ def plain_name(symbol):
 def gate_of(symbol):
     """The name of its gate: kernels with metrics have their own."""
     name = plain_name(symbol)
-    return f"{name} with metrics" if "Metrics" in symbol[symbol.index(name) + len(name) :] else name
+    return f"{name} with metrics" if re.search("Metrics|CrossEntropy", symbol.split(name)[1]) else name
 
 
 @functools.cache

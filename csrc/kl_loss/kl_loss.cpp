@@ -46,10 +46,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
       "Tensor? teacher_bias, Tensor? mask, Tensor weight, Tensor stats, Tensor(a!) grad, int vocab_size, "
       "float[] options, Tensor? labels=None, Tensor? metrics=None, Tensor? ce_weight=None, "
       "int first_token=0, int total_vocab=0) -> ()");
-  // The same two for the student alone. state [2, N]: max_s, sum_s. Logits of -inf add nothing to total_y: they
-  // are tokens that a sparse teacher names, or masked out. Of what its tokens say together, one
-  // number a row, lse = log sum exp s, the gradient is that of sum(weight * lse + ce_weight * cross-entropy),
-  // with lse_y that of all y, at temperature 1.
+  // The same two for the student alone. state [2, N]: max_s, sum_s. Logits of -inf add nothing to total_y:
+  // they are tokens that a sparse teacher names, or masked out. Of what its tokens say together, one number a
+  // row, lse = log sum exp s, the gradient is that of sum(weight * lse + ce_weight * cross-entropy), with
+  // lse_y that of all y, at temperature 1.
   m.def(
       "kl_student_stats_(Tensor student_logits, Tensor? student_bias, Tensor? mask, Tensor(a!) state, "
       "bool first, float[] options, Tensor? labels=None, Tensor(b!)? metric_state=None, int first_token=0) "

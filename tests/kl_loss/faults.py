@@ -7,8 +7,11 @@ ROW_KERNELS, DIVERGENCE = "kl_loss/cuda/row_kernels.cuh", "kl_loss/cuda/divergen
 REDUCE, VEC = "common/cuda/reduce.cuh", "common/cuda/vec.cuh"
 STATE, TILES = "kl_loss/cuda/row_state.cuh", "kl_loss/cuda/tile_kernels.cuh"
 PAIRS, MIXTURE = "kl_loss/cuda/row_pairs.cuh", "kl_loss/cuda/tile_mixture.cuh"
-TRITON_ROWS, TRITON_MATH, TRITON_LINEAR, TRITON_LAUNCH, TRITON_SCALE = (
-    f"kl_loss/kernel_triton/{name}.py" for name in ("rows", "divergence", "linear", "launch", "scale")
+TRITON_ROWS, TRITON_MATH, TRITON_LINEAR, TRITON_SCALE, TRITON_METRICS = (
+    f"kl_loss/kernel_triton/{name}.py" for name in ("rows", "divergence", "linear", "scale", "metrics")
+)
+TRITON_ARGUMENTS, TRITON_LAUNCH_LINEAR, TRITON_STUDENT = (
+    f"kl_loss/kernel_triton/{name}.py" for name in ("arguments", "launch_linear", "student")
 )
 CLUSTERS = "kl_loss/cuda/cluster_kernels.cuh"
 ALIGNED_LOAD = "    if (aligned) {\n#pragma unroll\n      for (int i = 0; i < kAccesses; ++i) {\n"
@@ -278,7 +281,7 @@ CUDA_CLUSTERS = {
 }
 
 METRICS = "kl_loss/cuda/metrics.cuh"
-WRONG = "assert|error|Mismatch|expected"
+WRONG = "assert|error|expected|not equal"
 # test_metrics_cuda.py::test_planted_fault_is_found plants them: name: (check, fault, what the failure says)
 CUDA_METRICS = {
     "dot of another maximum": ("rows", Fault(METRICS, "dot + y * sum)", "dot)"), WRONG),
@@ -347,6 +350,38 @@ CUDA_METRICS = {
     ),
 }
 
+STUDENT = "kl_loss/cuda/student_kernels.cuh"
+# test_student_cuda.py::test_planted_fault_is_found plants them: name: (check, fault, what the failure says)
+CUDA_STUDENT = {
+    "a total of what was taken out": (
+        "stats",
+        Fault(STUDENT, "return !masked_out(s[i]);", "return s[i] == s[i];"),
+        DIFFERS,
+    ),
+    "a state forgotten": ("stats", Fault(STUDENT, "threadIdx.x == 0 && !first", "false"), DIFFERS),
+    "the last run counted several times": (
+        "stats",
+        Fault(STUDENT, "first + i * step < split.runs ? run[j] : -INFINITY", "run[j]"),
+        DIFFERS,
+    ),
+    "of no token": (
+        "nothing",
+        Fault(STUDENT, "row_lse == -INFINITY ? INFINITY : row_lse", "row_lse"),
+        "assert",
+    ),
+    "the sum of the loss's temperature": (
+        "grad",
+        Fault(STUDENT, "lse * inv_tau, 1.0f, weight", "lse, 1.0f, weight"),
+        "error|assert",
+    ),
+    "padding not zeroed": ("grad", Fault(STUDENT, ZERO_PADDING, f"-1 + {ZERO_PADDING}"), "assert"),
+    "runs one by one": (
+        "traffic",
+        Fault(STUDENT, "split(student.logits, options.vocab_size)", "split(student.logits, 0)"),
+        "assert",
+    ),
+}
+
 TRITON_ARTIFACTS = {  # name: launches, faults, what the gate says
     "none": ("rows forward bf16", (), None),
     "spills": (
@@ -363,37 +398,43 @@ TRITON_ARTIFACTS = {  # name: launches, faults, what the gate says
                 'tl.dot(x.to(tl.float32), tl.trans(w).to(tl.float32), z, input_precision="ieee")',
             ),
             Fault(
-                TRITON_LAUNCH,
+                TRITON_LAUNCH_LINEAR,
                 "return LinearBlocks(128, 128) if generation in (9, 10)",
                 "return LinearBlocks(32, 32) if generation in (9, 10)",
             ),
         ),
         "no HGMMA",
     ),
+    "spills of metrics": (
+        "linear smoothed with metrics",
+        (Fault(TRITON_LAUNCH_LINEAR, " and not crowded", ""),),
+        "spilled registers",
+    ),
     "scalar accesses": (
         "grad forward bf16",
-        (Fault(TRITON_ROWS, '["stride_mn", "stride_wn"]', '["stride_mn", "stride_sn"]'),),
+        (Fault(TRITON_ROWS, '["stride_mn", "stride_wn", ', '["stride_mn", "stride_sn", '),),
         "wide_loads 2, at least",
     ),
     "few loads together": (  # four times the threads, so that each has a quarter of the loads
         "tile_stats forward",
-        (Fault(TRITON_LAUNCH, "block // 512", "block // 128"),),
+        (Fault(TRITON_ARGUMENTS, "block // 512", "block // 128"),),
         "loads_together 2, at least 8",
     ),
     "registers": (
         "rows forward bf16",
-        (Fault(TRITON_LAUNCH, "block // 512", "block // 2048"),),
+        (Fault(TRITON_ARGUMENTS, "block // 512", "block // 2048"),),
         "registers",
     ),
 }
 
 TRITON_RECOMPILES = [  # fault, the kernels that are then compiled anew
     (
-        Fault(TRITON_ROWS, '["stride_mn", "stride_state"]', '["stride_mn"]'),
+        Fault(TRITON_ROWS, '["stride_mn", "stride_state", ', '["stride_mn", '),
         {"tile_stats_kernel"},
     ),
+    (Fault(TRITON_ROWS, '"stride_ln", "stride_metric", ', '"stride_ln", '), {"tile_stats_kernel"}),
     (
-        Fault(TRITON_ROWS, 'PER_ROW = ("mask_ptr", ', "PER_ROW = ("),
+        Fault(TRITON_ROWS, 'PER_ROW = (\n    "mask_ptr", ', "PER_ROW = (\n    "),
         {"forward_kernel", "grad_kernel"},
     ),
 ]
@@ -462,7 +503,97 @@ TRITON_VALUES = {
     ),
 }
 
+LABEL_OF_FIRST = "load_label(labels_ptr, row, stride_ln, 0, V)"
+SPLITS_AT_ONE = "                b_max_s, a_max_s, sum_y, dot_y, b_max_s, b_sum_y"
+TRITON_VALUES |= {  # of metrics and cross-entropy
+    "a lower maximum's terms taken for the higher one's": (
+        "metrics_of_rows and plain and 0.0",
+        Fault(TRITON_METRICS, "share * (dot_y + sum_y * fall)", "share * dot_y"),
+        "AssertionError",
+    ),
+    "the entropy of a masked-out token": (
+        "metrics_of_masked_out_tokens and plain",
+        Fault(TRITON_METRICS, "tl.maximum(below, LOWEST)", "below"),
+        "Not equal to tolerance",
+    ),
+    "no temperature": (
+        "metrics_of_masked_out_tokens and warm",
+        Fault(TRITON_METRICS, "        below *= tau\n", ""),
+        "Not equal to tolerance",
+    ),
+    "padding among the tokens that smoothing spreads over": (
+        "metrics_of_rows and smooth",
+        Fault(TRITON_METRICS, "tl.where(in_vocab, at_temperature_one(s, tau, TEMPERED), 0.0)", "s"),
+        "AssertionError",
+    ),
+    "metrics of a row that does not count": (
+        "metrics_of_rows_that_do_not_count",
+        Fault(TRITON_METRICS, "tl.where(counts, ce, 0.0)", "ce"),
+        "AssertionError",
+    ),
+    "a label that is no token": (
+        "metrics_of_unknown_labels",
+        Fault(TRITON_ROWS, "(label >= 0) & (label < end)", "label >= 0"),
+        r"KernelFault.*reads \d+ element|AssertionError",
+    ),
+    "a divergence of weight 0": (
+        "metrics_of_unknown_labels",
+        Fault(TRITON_ROWS, "tl.where(weight == 0.0, 0.0, grad * weight)", "grad * weight"),
+        "AssertionError",
+    ),
+    "the label of an earlier tile": (
+        "metrics_of_tiles and 0.0",
+        Fault(TRITON_ROWS, "label_y = tl.maximum(label_y, of_tile)", "label_y = of_tile"),
+        "AssertionError",
+    ),
+    "every tile taken for the first": (
+        "metrics_of_tiles and 0.0",
+        Fault(TRITON_ROWS, "load_label(labels_ptr, row, stride_ln, first_token, V)", LABEL_OF_FIRST),
+        "AssertionError",
+    ),
+    "a state of metrics that nobody wrote": (
+        "metrics_of_tiles and 0.0",
+        Fault(
+            TRITON_ROWS,
+            "        if not FIRST:\n            sum_y",
+            "        if FIRST or not FIRST:\n            sum_y",
+        ),
+        "AssertionError",
+    ),
+    "the cross-entropy's gradient at the wrong temperature": (
+        "metrics_of_masked_out_tokens and warm",
+        Fault(
+            TRITON_ROWS,
+            "at_temperature_one(tl.load(ce_weight_ptr + row * stride_cn), tau, TEMPERED)",
+            "tl.load(ce_weight_ptr + row * stride_cn)",
+        ),
+        "AssertionError",
+    ),
+    "a label counted from where the split begins": (
+        "metrics_of_fused_statistics and plain",
+        Fault(
+            TRITON_LINEAR,
+            "is_label = offs_v[None, :] == label[:, None]",
+            "is_label = offs_v[None, :] - first * BLOCK_V == label[:, None]",
+        ),
+        "Not equal to tolerance",
+    ),
+    "splits whose metrics are added without their maxima": (
+        "metrics_of_fused_statistics and warm",
+        Fault(TRITON_LINEAR, "                max_s, a_max_s, sum_y, dot_y, b_max_s, b_sum_y", SPLITS_AT_ONE),
+        "Not equal to tolerance",
+    ),
+}
+
 # test_triton.py::test_planted_extra_pass_is_found plants them
+TRITON_METRICS_TRAFFIC = Fault(
+    TRITON_ROWS,
+    "        if METRICS:\n            b_sum_y",
+    "        if METRICS:\n"
+    "            s = load_logits(student_ptr, student_bias_ptr, offs_v, offs_v < end, s_factor, s_over_cap,\n"
+    "                            s_cap, CAP_S)\n"
+    "            b_sum_y",
+)
 TRITON_SCALE_TRAFFIC = Fault(TRITON_SCALE, "if factor != 1.0:", "if factor == factor:")
 TRITON_TRAFFIC = Fault(
     TRITON_ROWS,

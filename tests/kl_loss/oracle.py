@@ -125,3 +125,48 @@ def oracle_linear(
     if ce_weight is not None:
         dz = dz + oracle_metrics(zs, labels, **options)[3] * np.asarray(ce_weight, np.float64)[:, None]
     return loss, dz @ W, dz.T @ X, dz.sum(0)
+
+
+def oracle_sparse(
+    student_hidden,
+    student_head,
+    ids,
+    teacher_outcomes,
+    *,
+    student_bias=None,
+    row_weight=None,
+    labels=None,
+    ce_weight=None,
+    **options,
+):
+    """As oracle_linear() with a teacher of k ids a row (-1: none), and one outcome for all other tokens.
+
+    Returns the divergence of rows, the student's outcomes [N, k + 1], gradients to hidden, head and bias.
+    """
+    X, W = np.asarray(student_hidden, np.float64), np.asarray(student_head, np.float64)
+    z = X @ W.T + (0.0 if student_bias is None else np.asarray(student_bias, np.float64))
+    beta = options.get("beta", 0.0)
+    transform = [options.get(f"student_{name}", default) for name, default in (("scale", 1), ("softcap", 0))]
+    with np.errstate(all="ignore"):
+        s, slope = _transform(z, *transform, options.get("inv_tau", 1.0))
+        outcomes, p_in_tail = [], np.zeros_like(s)
+        for n, row in enumerate(np.asarray(ids)):
+            tail = np.ones(s.shape[1], bool)
+            tail[row[row >= 0]] = False
+            rest = s[n, tail]
+            top = rest.max() if rest.size and np.isfinite(rest.max()) else 0.0
+            mass = np.exp(rest - top).sum()
+            p_in_tail[n, tail] = np.exp(rest - top) / mass if mass > 0 else 0.0
+            of_ids = np.where(row >= 0, s[n, np.maximum(row, 0)], -np.inf)
+            outcomes.append([*of_ids, top + np.log(mass)])
+        outcomes = np.array(outcomes).reshape(len(s), -1)
+        loss, g = oracle_rows(outcomes, teacher_outcomes, beta=beta)
+        dz = p_in_tail * g[:, -1:]
+        for n, row in enumerate(np.asarray(ids)):
+            dz[n, row[row >= 0]] = g[n, :-1][row >= 0]
+        dz = np.where(slope == 0.0, 0.0, dz * slope)
+    if row_weight is not None:
+        dz = dz * np.asarray(row_weight, np.float64)[:, None]
+    if ce_weight is not None:
+        dz = dz + oracle_metrics(z, labels, **options)[3] * np.asarray(ce_weight, np.float64)[:, None]
+    return loss, outcomes, dz @ W, dz.T @ X, dz.sum(0)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from kl_loss.sparse_parallel_cases import check_sparse, sparse_cases
 from kl_loss.vocab_parallel_calls import CASES
 from kl_loss.vocab_parallel_cases import check, value_cases
 
@@ -19,11 +20,12 @@ def cases_of(world):
     """By name functions and their arguments; groups of more than two run what depends on their size."""
     cases = {name: (check, options) for name, options in value_cases(world).items()}
     cases |= {name: (f, {}) for name, f in CASES.items()}
+    cases |= {name: (check_sparse, options) for name, options in sparse_cases(world).items()}
     chosen = {
         3: ("uneven", "parts", "gpu_parts_store", "padding_inside", "padding_behind", "bias_jsd",
-            "bias_reverse", "what_is_sent"),
+            "bias_reverse", "what_is_sent", "sparse_store_chunks", "sparse_reverse_double"),
         4: ("padding_only", "padding_only_reverse", "gpu_padding_only", "parts_jsd_none", "double_jsd",
-            "recompute", "what_does_not_fit"),
+            "recompute", "what_does_not_fit", "sparse_padding_only"),
     }  # fmt: skip
     return {name: cases[name] for name in chosen.get(world, cases)}
 

@@ -13,7 +13,7 @@ from kl_loss.triton_cases import *  # noqa: F403
 from kl_loss.triton_cases import triton_kernels
 from minitron_kernels import _backend
 from minitron_kernels.ops.kl_loss.epilogues import native_epilogues
-from minitron_kernels.ops.kl_loss.kernel_triton import launch
+from minitron_kernels.ops.kl_loss.kernel_triton import launch, launch_linear
 from minitron_kernels.ops.kl_loss.reference import kl_divergence_rows
 
 pytestmark = [
@@ -213,7 +213,7 @@ def test_no_recompilation(full_blocks):
         launch.forward_kernel,
         launch.grad_kernel,
         launch.tile_stats_kernel,
-        launch.linear_kernel,
+        launch_linear.linear_kernel,
     )
     counts = []
     for rows, vocab in sizes:

@@ -275,25 +275,6 @@ def test_freed_storages_in_importance():
         torch.ops.minitron_kernels.importance_moments(x, freed(mask), None, 0, 1)
 
 
-def test_a_dtensor_is_refused_by_name(tmp_path):
-    """And what the message says to pass works, gradient included."""
-    import torch.distributed as dist
-    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        tensors = make_linear(N, H, HT, V, torch.float32)
-        expected = mk.linear_kl_loss(*tensors)
-        head = distribute_tensor(tensors[1], DeviceMesh("cpu", [0]), [Shard(0)]).requires_grad_()
-        with pytest.raises(TypeError, match=r"student_head is a DTensor: pass student_head\.full_tensor\(\)"):
-            linear(student_head=head)
-        loss = linear(student_head=head.full_tensor())
-        loss.backward()
-        assert torch.equal(loss, expected) and head.grad.full_tensor().abs().sum() > 0
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("module", [mk.KLLoss, mk.LinearKLLoss])
 def test_a_misspelt_option_of_a_module(module):
     with pytest.raises(TypeError, match=r"no option 'temprature' .*kl_loss\(\): did you mean temperature\?"):

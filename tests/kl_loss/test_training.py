@@ -67,7 +67,7 @@ def test_compile_with_a_lent_accumulator():
 def test_opcheck():
     hidden, head, teacher_hidden, teacher_head = make_linear(20, 16, 24, 100, torch.float32)
     numbers = [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
-    rest = (100, numbers, None, "native", "auto", 1 << 29, None)
+    rest = (100, numbers, None, "native", "auto", 1 << 29, None, None, False, ())
     inputs = (hidden, head, torch.zeros(100), teacher_hidden, teacher_head, None, None, None)
     mask, weight = torch.arange(20) % 3 > 0, torch.tensor(0.5)
     for accumulator in (None, torch.zeros(100, 16)):
@@ -227,7 +227,7 @@ def test_labels_of_a_hugging_face_batch_are_shifted_as_documented():
     student_hidden, teacher_hidden = student_hidden.reshape(2, 12, 16), teacher_hidden.reshape(2, 12, 20)
     labels = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(0))
     labels[0, :5], labels[1, 9:] = -100, -100  # a prompt, padding
-    names = {**locals(), "batch": {"labels": labels}, "linear_kl_loss": mk.linear_kl_loss, "torch": torch}
+    names = {**locals(), "batch": {"labels": labels}, "torch": torch, **vars(mk)}
     exec(snippet('batch["labels"]'), names)
     predicts = torch.zeros(2, 12, dtype=torch.bool)
     predicts[0, 4:11], predicts[1, :8] = True, True  # what comes next is a token that counts
@@ -235,37 +235,29 @@ def test_labels_of_a_hugging_face_batch_are_shifted_as_documented():
     assert torch.equal(names["loss"], expected)
 
 
-def lora_layer(kind):
+def lora_layer():
     """A LoRA layer on a head [50, 16], rank 4, with a B that is not 0."""
     torch.manual_seed(0)
-    base = nn.Linear(16, 50, bias=False)
-    if kind == "peft":
-        peft = pytest.importorskip("peft")
-        model = peft.get_peft_model(
-            nn.Sequential(base), peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"])
-        )
-        layer = model.base_model.model[0]
-    else:
-        layer = SimpleNamespace(
-            base_layer=base.requires_grad_(False),
-            lora_A={"default": nn.Linear(16, 4, bias=False)},
-            lora_B={"default": nn.Linear(4, 50, bias=False)},
-            scaling={"default": 1.5},
-        )
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(16, 50, bias=False)),
+        peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"]),
+    )
+    layer = model.base_model.model[0]
     nn.init.normal_(layer.lora_B["default"].weight)
     return layer
 
 
-@pytest.mark.parametrize("kind", ["plain", "peft"])
-def test_lora_on_the_head_as_documented(kind):
+def test_lora_on_the_head_as_documented():
     """The same as the merged head, gradients of the adapter included."""
-    layer = lora_layer(kind)
+    layer = lora_layer()
     hidden, _, *teacher = make_linear(24, 16, 20, 50, torch.float32)
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     learning = [hidden.requires_grad_(), A, B]
-    names = {"torch": torch, "student_hidden": hidden, "student": SimpleNamespace(lm_head=layer)}
-    exec(snippet("with_lora"), names)
-    loss = mk.linear_kl_loss(names["student_hidden"], names["student_head"], *teacher)
+    names = {**vars(mk), "student_hidden": hidden, "student": SimpleNamespace(lm_head=layer)}
+    names |= {"teacher_hidden": teacher[0], "teacher_head": teacher[1]}
+    exec(snippet("head_of"), names)
+    loss = names["loss"]
     merged = layer.base_layer.weight + 1.5 * B @ A
     expected = mk.linear_kl_loss(hidden, merged, *teacher)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)

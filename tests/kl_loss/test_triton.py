@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from kl_loss.faults import TRITON_SCALE_TRAFFIC, TRITON_TRAFFIC, TRITON_VALUES
+from kl_loss.faults import TRITON_METRICS_TRAFFIC, TRITON_SCALE_TRAFFIC, TRITON_TRAFFIC, TRITON_VALUES
 from tools.triton_runs import assert_cases_pass, assert_fault_is_found, needs, traffic, wrong_traffic
 
 needs_ttsem, needs_triton = needs("triton", "ttsem"), needs("triton")
@@ -33,6 +33,14 @@ MINIMUM = {
     "rows jsd": {"student": (2, 0), "teacher": (2, 0), "loss": (0, 1), "stats": (0, 1)},
     "grad": {"student": (1, 0), "teacher": (1, 0), "grad": (0, 1)},
     "tile_stats": {"student": (1, 0), "teacher": (1, 0), "state": (1, 1)},
+    # one logit of each row more, which has 512: the label's
+    "metrics rows": {"student": (1 + 1 / 512, 0), "teacher": (1, 0), "labels": (1, 0), "metrics": (0, 1)},
+    "metrics grad": {"student": (1, 0), "teacher": (1, 0), "grad": (0, 1)},
+    "metrics tile_stats": {"student": (1 + 1 / 512, 0), "teacher": (1, 0), "metric_state": (1, 1)},
+    "metrics student stats": {"student": (1 + 1 / 512, 0), "state": (1, 1), "metric_state": (1, 1)},
+    "metrics student grad": {"student": (1, 0), "grad": (0, 1)},
+    "student stats": {"student": (1, 0), "state": (1, 1)},
+    "student grad": {"student": (1, 0), "grad": (0, 1)},
     "tile_mixture": {"student": (1, 0), "teacher": (1, 0), "sums": (1, 1)},
     "scale by one": {"grad": (0, 0)},
     "scale": {"grad": (1, 1)},
@@ -42,14 +50,20 @@ MINIMUM = {
 @needs_triton
 def test_traffic(tmp_path):
     report = traffic("kl_loss", tmp_path)
-    assert len(report) == 20
+    assert len(report) == 27
     assert wrong_traffic(report, MINIMUM) == []
 
 
 @needs_triton
 def test_planted_extra_pass_is_found(tmp_path):
     wrong = wrong_traffic(traffic("kl_loss", tmp_path, (TRITON_TRAFFIC,)), MINIMUM)
-    assert wrong and all(re.match(r"rows .*: student ", line) for line in wrong)
+    assert wrong and all(re.match(r"(metrics )?rows.*: student ", line) for line in wrong)
+
+
+@needs_triton
+def test_planted_extra_pass_for_metrics_is_found(tmp_path):
+    wrong = wrong_traffic(traffic("kl_loss", tmp_path, (TRITON_METRICS_TRAFFIC,)), MINIMUM)
+    assert wrong and all(re.match(r"metrics .*: student ", line) for line in wrong)
 
 
 @needs_triton

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import minitron_kernels as mk
+from kl_loss import metric_cases, student_cases
 from kl_loss.cases import *  # noqa: F403
 from kl_loss.cases import (
     BETAS,
@@ -40,17 +41,21 @@ from kl_loss.edge_cases import (
     some,
 )
 from kl_loss.edges import finite_rows, masked_out_rows
+from kl_loss.metric_cases import test_metrics_of_unknown_labels  # noqa: F401
 from kl_loss.oracle import oracle_linear, oracle_rows
 from kl_loss.problems import make_linear, make_rows
 from kl_loss.scaling_cases import check as check_scaling
+from kl_loss.student_cases import test_student_of_no_weight_and_nan  # noqa: F401
 from minitron_kernels.ops.kl_loss import gemm_gpu
 from minitron_kernels.ops.kl_loss.epilogues import triton_epilogues
-from minitron_kernels.ops.kl_loss.kernel_triton import launch, scale
+from minitron_kernels.ops.kl_loss.kernel_triton import launch, launch_linear, launch_student, scale
+from minitron_kernels.ops.kl_loss.linear_rows import TokenMetrics
 
 
 def triton_kernels():
     forward, backward = launch.kl_loss_forward, launch.kl_loss_backward
-    return Kernels("triton", "cuda", forward, backward, triton_epilogues())
+    metrics = launch.kl_loss_forward_metrics
+    return Kernels("triton", "cuda", forward, backward, triton_epilogues(), metrics)
 
 
 @pytest.fixture
@@ -62,10 +67,12 @@ def kernels():
 def small_blocks(monkeypatch):
     monkeypatch.setattr(launch, "FORWARD_BLOCK", 128)
     monkeypatch.setattr(launch, "GRAD_BLOCK", 128)
-    monkeypatch.setattr(launch, "FINISH_BLOCK", 32)
-    blocks = launch.LinearBlocks(16, 32, 32, 4, 2, group=2)
-    monkeypatch.setattr(launch, "linear_blocks", lambda mixture: blocks)
-    monkeypatch.setattr(launch, "processors", lambda device: 12)
+    monkeypatch.setattr(launch_student, "STATS_BLOCK", 128)
+    monkeypatch.setattr(launch_student, "GRAD_BLOCK", 128)
+    monkeypatch.setattr(launch_linear, "FINISH_BLOCK", 32)
+    blocks = launch_linear.LinearBlocks(16, 32, 32, 4, 2, group=2)
+    monkeypatch.setattr(launch_linear, "linear_blocks", lambda *_: blocks)
+    monkeypatch.setattr(launch_linear, "processors", lambda device: 12)
     monkeypatch.setattr(scale, "BLOCK", 128)
     monkeypatch.setattr(scale, "PROGRAMS", 3)
     if torch.version.cuda is None and torch.version.hip is None:
@@ -94,7 +101,7 @@ def test_linear_fused_statistics(kernels, beta, dtype):
     tensors[0][3], tensors[2][3] = math.nan, math.nan
     setup = {"beta": beta, "options": CAPPED, "biases": (bias, bias * 0.5), "vocab_size": V}
     nothing = {"needs_grad": (False, False, False), "mask": mask}
-    assert launch.splits_for(N, V, launch.linear_blocks(False), 12) == 2
+    assert launch_linear.splits_for(N, V, launch_linear.linear_blocks(False), 12) == 2
     fused = linear(kernels, tensors, **setup, **nothing)
     unfused = replace(kernels.epilogues, linear_stats=None)
     tiled = linear(kernels, tensors, budget=BUDGET["recompute"], epilogues=unfused, **setup, **nothing)
@@ -117,6 +124,82 @@ def test_linear_fused_widths(kernels, beta, width, teacher_width):
     loss = linear(kernels, tensors, beta=beta, needs_grad=(False, False, False))[0]
     truth = oracle_linear(*map(numpy_of, tensors), beta=beta)[0]
     np.testing.assert_allclose(numpy_of(loss), truth, rtol=1e-5)
+
+
+# Of the metrics too, a choice: which of tau, softcap, label smoothing and divergence meet.
+@pytest.mark.parametrize(("beta", "setting"), [(0.0, "plain"), (1.0, "all smooth"), (0.3, "capped")])
+def test_metrics_of_rows(kernels, beta, setting):
+    metric_cases.test_metrics_of_rows(kernels, beta, setting)
+
+
+def test_metrics_of_rows_in_16_bit(kernels):
+    metric_cases.test_metrics_of_rows_in_16_bit(kernels, 0.0, torch.bfloat16)
+
+
+def test_metrics_of_rows_that_do_not_count(kernels):
+    metric_cases.test_metrics_of_rows_that_do_not_count(kernels, 1.0)
+
+
+@pytest.mark.parametrize(("beta", "setting"), [(1.0, "plain"), (0.0, "warm"), (0.3, "smooth")])
+def test_metrics_of_masked_out_tokens(kernels, beta, setting):
+    metric_cases.test_metrics_of_masked_out_tokens(kernels, beta, setting)
+
+
+@pytest.mark.parametrize(("beta", "setting"), [(0.0, "smooth"), (1.0, "capped")])
+def test_metrics_of_tiles(kernels, beta, setting):
+    metric_cases.test_metrics_of_tiles(kernels, beta, setting)
+
+
+def test_metrics_of_whole_rows(kernels):
+    metric_cases.test_metrics_of_whole_rows(kernels, 0.3, "smooth")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "beta", "dtype"),
+    [("store", 0.3, DTYPES[2]), ("recompute", 1.0, DTYPES[1])],
+)
+def test_linear_with_metrics(kernels, monkeypatch, schedule, beta, dtype):
+    metric_cases.test_linear_with_metrics(kernels, monkeypatch, schedule, beta, dtype)
+
+
+@pytest.mark.parametrize(("beta", "setting"), [(0.0, "plain"), (1.0, "warm"), (0.3, "smooth")])
+def test_metrics_of_fused_statistics(kernels, beta, setting):
+    """The fused kernel: several splits, whose first has no token; labels in each of them and in none."""
+    tensors = problem(kernels, torch.bfloat16, padded=PADDED)
+    bias = torch.linspace(-9, 9, PADDED, device=kernels.device)
+    bias = -bias if beta else bias  # the last split has the maximum, or the first
+    bias[:64] = -INF
+    mask = torch.arange(N, device=kernels.device) != 3
+    labels = torch.where(mask, metric_cases.labels_for(N, V, kernels.device), -1)
+    labels[:3] = torch.tensor([127, V, 10**12], device=kernels.device)
+    options, metrics = metric_cases.SETTINGS[setting], torch.full((N, 4), math.nan, device=kernels.device)
+    of_tokens = TokenMetrics(labels, metrics)
+    setup = {"beta": beta, "options": options, "biases": (bias, None), "vocab_size": V, "mask": mask}
+    loss = linear(kernels, tensors, needs_grad=(False, False, False), of_tokens=of_tokens, **setup)[0]
+    plain = linear(kernels, tensors, needs_grad=(False, False, False), **setup)[0]
+    np.testing.assert_allclose(numpy_of(loss), numpy_of(plain), rtol=1e-5)
+    logits = tensors[0].double() @ tensors[1][:V].double().T + bias[:V].double()
+    known = mask.clone()
+    known[1:3] = False
+    if setting == "smooth":  # a token that is masked out
+        assert (metrics[known, 1] == INF).all()
+    truth = metric_cases.metrics_truth(logits[known], labels[known], options)
+    for column in (2, 3) if setting == "smooth" else (1, 2, 3):
+        found = numpy_of(metrics[known, column])
+        np.testing.assert_allclose(found, truth[column - 1], rtol=1e-5, atol=1e-5)
+    assert (metrics[1:3, 1] == INF).all() and (metrics[1:3, 3] == -INF).all() and (metrics[3] == 0).all()
+
+
+@pytest.mark.parametrize(("setting", "tile"), [("plain", 301), ("smooth", 64), ("capped", 64)])
+def test_student_stats(kernels, setting, tile):
+    student_cases.test_student_stats(kernels, setting, tile)
+
+
+@pytest.mark.parametrize(
+    ("setting", "dtype"), [("plain", DTYPES[0]), ("capped", DTYPES[1]), ("warm", DTYPES[2])]
+)
+def test_student_grad(kernels, setting, dtype):
+    student_cases.test_student_grad(kernels, setting, dtype)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])

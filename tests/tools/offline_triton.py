@@ -3,7 +3,7 @@
 A driver that only names a target is made active, and JITFunction.run stops after compiling. The launchers get
 meta tensors of real sizes, so that alignment and divisibility are what a real call has.
 Run as a script, it compiles to_compile() of <op>/launches.py for one target and prints a JSON list of
-kernels.
+kernels. Those of a case whose name ends in "with X" have "with X" in their names too, and so their own gates.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class Artifact:
 
 def artifact(case: str, kernel, target: GPUTarget) -> Artifact:
     read = _amd if target.backend == "hip" else _nvidia
-    return Artifact(case, kernel.metadata.name, shared_bytes=kernel.metadata.shared, **read(kernel))
+    name = kernel.metadata.name + "".join(re.findall(r" with \w+$", case))
+    return Artifact(case, name, shared_bytes=kernel.metadata.shared, **read(kernel))
 
 
 def _count(pattern: str, text: str) -> int:
@@ -175,7 +176,9 @@ def artifacts(target_name: str, op: str, only: str = "") -> list[Artifact]:
             call()
         for kernel in compiled:
             one = artifact(name, kernel, target)
-            found.setdefault((kernel.hash, one.kernel), one)  # a kernel that several cases share, once
+            found.setdefault(
+                (kernel.hash, kernel.metadata.name), one
+            )  # a kernel that several cases share, once
     return list(found.values())
 
 

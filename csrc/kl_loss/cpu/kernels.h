@@ -65,6 +65,22 @@ struct PanelCrossEntropy {
   int64_t total_vocab;
 };
 
+// The outcomes of a panel's tokens, k + 1 in a row: k ids, and any other token, which is the tail.
+template <typename A>
+struct PanelOutcomes {
+  const int64_t* ids;   // [N, k], ascending in a row, -1 behind them
+  A* student;           // [N, k + 1]: the transformed logits of the ids, log-sum-exp of the tail
+  const int64_t* rows;  // [tokens] of these two
+  int64_t tokens;       // the panel's others only fill it up
+  int64_t k, first_token;
+};
+
+// Of their gradient: values per token, and those of outcomes, [tokens, k + 1].
+template <typename A>
+struct PanelOutcomeGrads {
+  const A *tail_lse, *tail_grad, *grads;
+};
+
 // A = float or double: the type in which logits are held and summed.
 template <typename A>
 struct KlKernels {
@@ -87,6 +103,14 @@ struct KlKernels {
                    int64_t stride, A* kl, A* loss);
   void (*panel_grad)(const A* student, const A* teacher, int64_t entries, const LossOptions&, const A* stats,
                      int64_t stride, const A* row_weight, const PanelCrossEntropy<A>*, A* dz, A* loss);
+  // linear_sparse_kl_loss, the same: what it needs is kPartMaxS and kPartSumS of the tail, and the logits of
+  // the ids, in whose place it leaves -inf. `write`: into the student's outcomes. metric_state is that of the
+  // tail, but for the label's logit, if it is an id. In PanelCrossEntropy inv_sum_y is log sum exp y.
+  void (*sparse_panel_stats)(A* student, int64_t entries, const A* bias, const LossOptions&,
+                             const PanelOutcomes<A>&, bool write, A* partials, int64_t stride,
+                             const PanelLabels&, A* metric_state);
+  void (*sparse_panel_grad)(const A* student, int64_t entries, const LossOptions&, const PanelOutcomes<A>&,
+                            const PanelOutcomeGrads<A>&, const PanelCrossEntropy<A>*, A* dz);
   // sums[v] += the sum over tokens of the panel's entry v.
   void (*panel_entry_sums)(const A* panel, int64_t entries, A* sums);
   Gemm<A, A> gemm;

@@ -3,6 +3,7 @@
 #include "common/cpu/portable_gemm.h"
 #include "kl_loss/cpu/panel_kernels.h"
 #include "kl_loss/cpu/row_kernels.h"
+#include "kl_loss/cpu/sparse_panel_kernels.h"
 
 namespace minitron::MINITRON_SIMD {
 namespace {
@@ -48,8 +49,9 @@ constexpr PackKernels<A, Op> pack_kernels() {
 
 template <typename A>
 constexpr KlKernels<A> kl_kernels() {
-  return {&row_forward<A>, &row_backward<A>,     &panel_stats<A>,     &panel_kl<A>,
-          &panel_grad<A>,  &panel_entry_sums<A>, &portable_gemm<A, A>};
+  return {&row_forward<A>,       &row_backward<A>,     &panel_stats<A>,
+          &panel_kl<A>,          &panel_grad<A>,       &sparse_panel_stats<A>,
+          &sparse_panel_grad<A>, &panel_entry_sums<A>, &portable_gemm<A, A>};
 }
 
 }  // namespace

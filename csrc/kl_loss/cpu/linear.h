@@ -8,20 +8,31 @@
 //   merge   one task per panel of tokens: tiles in order, in double; so any thread count gives the same bits
 //   grad    one task per tile of V: dz from logits and row stats, and the tile's dW, finished or added up
 //   hidden  one task per block of columns: dX += dz W over the tiles in order
+//
+// What is made of a panel of logits, and how tiles merge, is the Teacher's: HeadTeacher in head_teacher.h,
+// SparseTeacher in sparse_teacher.h.
 #pragma once
 
-#include "kl_loss/cpu/row_merger.h"
+#include "kl_loss/cpu/linear_workspace.h"
 
 namespace minitron {
 
-template <typename Op, typename A>
+// Both logits of a panel, [entries of the vocabulary, kPanel tokens]; no teacher's with a sparse one.
+template <typename A>
+struct PanelLogits {
+  A *student, *teacher;
+};
+
+template <typename Op, typename A, typename Teacher>
 class LinearKL {
  public:
-  LinearKL(const LinearProblem& problem, const LinearShape& shape, Gemm<Op, A> gemm, char* memory)
+  template <typename... Args>
+  LinearKL(const LinearProblem& problem, const LinearShape& shape, Gemm<Op, A> gemm, char* memory,
+           const Args&... of_teacher)
       : problem_(problem),
         shape_(shape),
         workspace_(shape, memory),
-        rows_(problem_, shape_, workspace_),
+        teacher_(problem_, shape_, workspace_, of_teacher...),
         kernels_(cpu_kernels().kl<A>()),
         pack_(cpu_kernels().pack<Op>()),
         gemm_(gemm) {
@@ -37,7 +48,7 @@ class LinearKL {
   }
 
   void run() {
-    for (int64_t i = 0; i < shape_.chunks(); ++i) rows_.load_labels(shape_.chunk(i));
+    for (int64_t i = 0; i < shape_.chunks(); ++i) teacher_.load_labels(shape_.chunk(i));
     if (shape_.plan.schedule == Schedule::kStore) {
       for (int64_t i = 0; i < shape_.chunks(); ++i) run_stored(shape_.chunk(i));
     } else {
@@ -57,7 +68,7 @@ class LinearKL {
     pack(chunk);
     reduce_logits(chunk);
     if (problem_.stats_given) {
-      rows_.load_stats(chunk);
+      teacher_.load_stats(chunk);
     } else {
       merge_stats(chunk);
     }
@@ -69,8 +80,11 @@ class LinearKL {
     for (int64_t i = 0; i < shape_.chunks(); ++i) {
       const Chunk chunk = shape_.chunk(i);
       if (problem_.stats_given) {
-        rows_.load_stats(chunk);
-        if (!shape_.has_grad()) sum_kl_of_shard(chunk);
+        teacher_.load_stats(chunk);
+        if (!shape_.has_grad() && teacher_.looks_again()) {  // of a shard: the stats are those of all
+          pack(chunk);
+          look_again(chunk);
+        }
         continue;
       }
       pack(chunk);
@@ -98,7 +112,7 @@ class LinearKL {
                          packed + first * shape_.depth(x.cols));
       };
       side(problem_.student_hidden, workspace_.student_packed());
-      side(problem_.teacher_hidden, workspace_.teacher_packed());
+      if (shape_.sides() == 2) side(problem_.teacher_hidden, workspace_.teacher_packed());
     });
     if (!shape_.grad_head) return;
     const Matrix& x = problem_.student_hidden;
@@ -132,93 +146,67 @@ class LinearKL {
     }
   }
 
-  // Both logits of the panels from `first` on: stored with the chunk, or in this thread's scratch.
-  struct Logits {
-    A *student, *teacher;
-  };
-  Logits logits_of(const Chunk& chunk, const Tile& tile, int64_t first, int64_t slot) const {
+  // The logits of the panels from `first` on: stored with the chunk, or in this thread's scratch.
+  PanelLogits<A> logits_of(const Chunk& chunk, const Tile& tile, int64_t first, int64_t slot) const {
+    const bool both = shape_.sides() == 2;
     if (shape_.is_stored(tile.index)) {
       const int64_t offset = first * shape_.plan.tile * kPanel;
       return {workspace_.stored_logits(chunk, tile.index, false) + offset,
-              workspace_.stored_logits(chunk, tile.index, true) + offset};
+              both ? workspace_.stored_logits(chunk, tile.index, true) + offset : nullptr};
     }
     A* block = workspace_.logits_block(slot);
-    return {block, block + shape_.plan.tile * std::min(shape_.padded_chunk(), kTokenBlock)};
+    const int64_t size = shape_.plan.tile * std::min(shape_.padded_chunk(), kTokenBlock);
+    return {block, both ? block + size : nullptr};
   }
 
-  // Calls f(panel, student, teacher) for each panel of a tile; `make` says whether the logits must be made.
+  // Calls f(panel, logits) for each panel of a tile; `make` says whether the logits must be made.
   template <typename F>
   void each_panel(const Chunk& chunk, const Tile& tile, int64_t slot, bool make, F&& f) const {
     constexpr int64_t kBlockPanels = kTokenBlock / kPanel;
     for (int64_t first = 0; first < chunk.padded / kPanel; first += kBlockPanels) {
       const int64_t last = std::min(first + kBlockPanels, chunk.padded / kPanel);
-      const Logits logits = logits_of(chunk, tile, first, slot);
+      const PanelLogits<A> logits = logits_of(chunk, tile, first, slot);
       if (make) {
         make_logits(problem_.student_head, workspace_.student_packed(), tile, first, last, logits.student,
                     slot);
+      }
+      if (make && logits.teacher) {
         make_logits(problem_.teacher_head, workspace_.teacher_packed(), tile, first, last, logits.teacher,
                     slot);
       }
       for (int64_t panel = first; panel < last; ++panel) {
         const int64_t offset = (panel - first) * shape_.plan.tile * kPanel;
-        f(panel, logits.student + offset, logits.teacher + offset);
+        f(panel, PanelLogits<A>{logits.student + offset, logits.teacher ? logits.teacher + offset : nullptr});
       }
     }
-  }
-
-  // metrics: for the first time, or else only to transform logits that are made again.
-  void transform_and_reduce(const Chunk& chunk, const Tile& tile, int64_t panel, A* student, A* teacher,
-                            bool metrics) const {
-    const auto bias = [&](const void* b) { return b ? static_cast<const A*>(b) + tile.begin : nullptr; };
-    kernels_.panel_stats(student, teacher, tile.entries, bias(problem_.student_bias),
-                         bias(problem_.teacher_bias), problem_.options, rows_.needs_tile_kl(),
-                         workspace_.partials(chunk, tile.index) + panel * kPanel, chunk.padded,
-                         labels_of(chunk, tile, panel),
-                         metrics ? workspace_.metric_state(chunk, tile.index) + panel * kPanel : nullptr);
-  }
-
-  PanelLabels labels_of(const Chunk& chunk, const Tile& tile, int64_t panel) const {
-    return {shape_.metrics ? workspace_.labels(chunk) + panel * kPanel : nullptr, tile.begin};
   }
 
   void reduce_logits(const Chunk& chunk) const {
     parallel_tasks(shape_.tiles(), [&](int64_t index, int64_t slot) {
       const Tile tile = shape_.tile(index);
-      each_panel(chunk, tile, slot, true, [&](int64_t panel, A* student, A* teacher) {
-        transform_and_reduce(chunk, tile, panel, student, teacher, shape_.metrics && !problem_.stats_given);
+      each_panel(chunk, tile, slot, true, [&](int64_t panel, const PanelLogits<A>& logits) {
+        teacher_.reduce(chunk, tile, panel, logits, !problem_.stats_given);
       });
       brgemm_release();
     });
   }
 
   void merge_stats(const Chunk& chunk) const {
-    rows_.merge_stats(chunk);
-    if (needs_second_look(problem_.options.divergence())) sum_kl(chunk);
+    teacher_.merge(chunk);
+    if (teacher_.looks_again()) look_again(chunk);
   }
 
-  // JSD's loss, and KL(S || M) of each token, which its gradient needs: both take a second look at the
-  // logits, when the stats are known.
-  void sum_kl(const Chunk& chunk) const {
+  void look_again(const Chunk& chunk) const {
     parallel_tasks(shape_.tiles(), [&](int64_t index, int64_t slot) {
       const Tile tile = shape_.tile(index);
       const bool make = !shape_.is_stored(index);
-      each_panel(chunk, tile, slot, make, [&](int64_t panel, A* student, A* teacher) {
-        if (make) transform_and_reduce(chunk, tile, panel, student, teacher, false);
-        const int64_t n = panel * kPanel;
-        kernels_.panel_kl(student, teacher, tile.entries, problem_.options, workspace_.row_stats(chunk) + n,
-                          chunk.padded, workspace_.tile_kl(chunk, index) + n,
-                          workspace_.tile_loss(chunk, index) + n);
+      each_panel(chunk, tile, slot, make, [&](int64_t panel, const PanelLogits<A>& logits) {
+        if (make) teacher_.reduce(chunk, tile, panel, logits, false);
+        teacher_.look_again(chunk, tile, panel, logits);
       });
       brgemm_release();
     });
-    rows_.merge_mixture_kl(chunk);
-  }
-
-  // The same of a shard of the vocabulary, whose stats are those of all its shards: what they sum up to.
-  void sum_kl_of_shard(const Chunk& chunk) {
-    if (!needs_second_look(problem_.options.divergence())) return;
-    pack(chunk);
-    sum_kl(chunk);
+    teacher_.merge_again(chunk);
   }
 
   // The gradients of a tile group.
@@ -228,7 +216,7 @@ class LinearKL {
       grad_of_tile(chunk, shape_.tile(first_tile + i), first_tile, slot);
       brgemm_release();
     });
-    rows_.merge_loss(chunk, first_tile, last_tile);
+    teacher_.merge_grads(chunk, first_tile, last_tile);
     if (shape_.grad_hidden) hidden_of_tiles(chunk, first_tile, last_tile);
   }
 
@@ -239,13 +227,10 @@ class LinearKL {
     A* sums = workspace_.entry_sums(slot);
     const auto dz = workspace_.dz(chunk, tile.index, first_tile);
     if (problem_.grad_bias) std::fill_n(sums, tile.entries, A(0));
-    each_panel(chunk, tile, slot, make, [&](int64_t panel, A* student, A* teacher) {
-      if (make) transform_and_reduce(chunk, tile, panel, student, teacher, false);
+    each_panel(chunk, tile, slot, make, [&](int64_t panel, const PanelLogits<A>& logits) {
+      if (make) teacher_.reduce(chunk, tile, panel, logits, false);
+      teacher_.grad(chunk, tile, panel, logits, dz_panel);
       const int64_t n = panel * kPanel;
-      const PanelCrossEntropy<A> ce = cross_entropy_of(chunk, tile, panel);
-      kernels_.panel_grad(student, teacher, tile.entries, problem_.options, workspace_.row_stats(chunk) + n,
-                          chunk.padded, workspace_.row_weights(chunk) + n, problem_.ce_weight ? &ce : nullptr,
-                          dz_panel, workspace_.tile_loss(chunk, tile.index) + n);
       if (problem_.grad_bias) kernels_.panel_entry_sums(dz_panel, tile.entries, sums);
       if (shape_.grad_head) pack_.cast_panel(dz_panel, tile.entries, transposed + n, chunk.padded);
       if (shape_.grad_hidden) {
@@ -260,13 +245,6 @@ class LinearKL {
       for (int64_t v = 0; v < tile.entries; ++v) bias[v] = (chunk.index ? bias[v] : A(0)) + sums[v];
     }
     if (shape_.grad_head) head_of_tile(chunk, tile, first_tile, transposed, slot);
-  }
-
-  PanelCrossEntropy<A> cross_entropy_of(const Chunk& chunk, const Tile& tile, int64_t panel) const {
-    if (!problem_.ce_weight) return {};
-    const int64_t n = panel * kPanel;
-    return {labels_of(chunk, tile, panel), workspace_.inv_sum_y(chunk) + n, workspace_.ce_weights(chunk) + n,
-            problem_.total_vocab};
   }
 
   // dW of a tile = dz^T X, over the tokens of the chunk in chains of kMaxChain.
@@ -336,7 +314,7 @@ class LinearKL {
   const LinearProblem& problem_;
   const LinearShape shape_;
   const Workspace<Op, A> workspace_;
-  const RowMerger<Op, A> rows_;
+  const Teacher teacher_;
   const KlKernels<A>& kernels_;
   const PackKernels<A, Op>& pack_;
   const Gemm<Op, A> gemm_;

@@ -28,16 +28,20 @@ struct LinearShape {
   bool grad_hidden, grad_head;  // which gradients are needed (the bias' takes no space)
   bool head_in_place;  // the head's gradient adds up in the output or in the caller's grad_head_accumulator
   bool metrics;        // whether more is known of a row than the divergence
+  int64_t outcomes;    // of a sparse teacher; 0 for one with a head, whose logits are made too
   LinearPlan plan;
   int64_t threads;
 
   // Values of type A that a tile, and a chunk, hold of each token.
-  int64_t partial_columns() const { return kNumPartials + 2 + (metrics ? int64_t(kNumMetricState) : 0); }
+  int64_t partial_columns() const {
+    return (outcomes ? 2 : kNumPartials + 2) + (metrics ? int64_t(kNumMetricState) : 0);
+  }
   int64_t row_columns() const { return kNumStats + 1 + (metrics ? 2 : 0); }
   int64_t operand_bytes() const { return bytes_of(plan.operands); }
   int64_t chunk_size() const { return std::min(plan.chunk_tokens, tokens); }
   int64_t padded_chunk() const { return round_up(chunk_size(), kPanel); }
   int64_t chunks() const { return chunk_size() ? ceil_div(tokens, chunk_size()) : 0; }
+  int64_t sides() const { return outcomes ? 1 : 2; }  // models whose logits are made
   int64_t tiles() const { return ceil_div(vocab_size, plan.tile); }
   // Tiles whose dz is held at the same time in memory of its own; a stored tile's takes that of its logits.
   int64_t held_tiles() const { return std::min(plan.tile_group, tiles() - plan.stored_tiles); }
@@ -105,7 +109,7 @@ inline LinearLayout make_layout(const LinearShape& shape) {
   const int64_t operand = shape.operand_bytes(), accumulate = shape.accumulate_bytes;
   const bool store = plan.schedule == Schedule::kStore;
 
-  layout.logits = take(2 * plan.stored_tiles * tile * tokens * accumulate);
+  layout.logits = take(shape.sides() * plan.stored_tiles * tile * tokens * accumulate);
   layout.dz = take(shape.grad_hidden ? shape.held_tiles() * tile * tokens * operand : 0);
 
   const int64_t begin = cursor;
@@ -115,14 +119,15 @@ inline LinearLayout make_layout(const LinearShape& shape) {
   layout.packed = {begin, cursor - begin};
 
   layout.partials = take(shape.tiles() * shape.partial_columns() * tokens * accumulate);
-  const int64_t of_row = shape.row_columns() * accumulate + int64_t(sizeof(double));
+  const int64_t of_row = (shape.row_columns() + shape.outcomes) * accumulate + int64_t(sizeof(double));
   layout.row_stats =
       take(shape.chunks() * tokens * (of_row + (shape.metrics ? int64_t(sizeof(int64_t)) : 0)));
 
   const int64_t shared = cursor;
   cursor = 0;
   layout.a_block = take(tile * kMaxChain * operand);
-  layout.logits_block = take(plan.stored_tiles < shape.tiles() ? 2 * tile * block * accumulate : 0);
+  layout.logits_block =
+      take(plan.stored_tiles < shape.tiles() ? shape.sides() * tile * block * accumulate : 0);
   layout.dz_transposed = take(shape.grad_head ? tile * tokens * operand : 0);
   layout.head_panels = take(shape.grad_hidden ? shape.depth(tile) * kHiddenBlock * operand : 0);
   layout.panel = take(shape.has_grad() ? tile * kPanel * accumulate : 0);

@@ -9,10 +9,10 @@ namespace minitron {
 
 // The tensors of a call; absent ones are null. "Accumulate type" is fp32, for fp64 problems fp64.
 struct LinearProblem {
-  Matrix student_hidden, student_head, teacher_hidden, teacher_head;
-  const void *student_bias, *teacher_bias;  // [V], accumulate type, or null
-  std::vector<int64_t> valid_tokens;        // their indices among the rows of the tensors
-  const void* row_weight;                   // [N], accumulate type, or null for 1
+  Matrix student_hidden, student_head, teacher_hidden, teacher_head;  // a sparse teacher has neither
+  const void *student_bias, *teacher_bias;                            // [V], accumulate type, or null
+  std::vector<int64_t> valid_tokens;  // their indices among the rows of the tensors
+  const void* row_weight;             // [N], accumulate type, or null for 1
   LossOptions options;
   const int64_t* labels;  // [N]; -1, and null, for none
   const void* ce_weight;  // [N], accumulate type, or null for 0
@@ -46,15 +46,15 @@ class Workspace {
   A* panel(int64_t slot) const { return scratch<A>(layout_.panel, slot); }
   A* entry_sums(int64_t slot) const { return scratch<A>(layout_.entry_sums, slot); }
 
-  // Panels of a stored tile; those of the teacher follow the student's. After the gradient, the teacher's
-  // hold dz.
+  // Panels of a stored tile; those of the teacher, if it has logits, follow the student's. After the
+  // gradient, the last ones hold dz.
   A* stored_logits(const Chunk& chunk, int64_t tile, bool teacher) const {
     const int64_t index = (teacher ? shape_.plan.stored_tiles : 0) + tile;
     return at<A>(layout_.logits.offset) + index * shape_.plan.tile * chunk.padded;
   }
 
-  // What a tile says of each token: [kNumPartials][padded], then its part of the loss, then of JSD's KL;
-  // then, where metrics are asked for, [kNumMetricState][padded].
+  // What a tile says of each token: [kNumPartials][padded], then its part of the loss, then of JSD's KL; with
+  // a sparse teacher kPartMaxS and kPartSumS alone. Where metrics are asked for [kNumMetricState][padded].
   A* partials(const Chunk& chunk, int64_t tile) const {
     return at<A>(layout_.partials.offset) + tile * shape_.partial_columns() * chunk.padded;
   }
@@ -62,7 +62,9 @@ class Workspace {
     return partials(chunk, tile) + kNumPartials * chunk.padded;
   }
   A* tile_kl(const Chunk& chunk, int64_t tile) const { return tile_loss(chunk, tile) + chunk.padded; }
-  A* metric_state(const Chunk& chunk, int64_t tile) const { return tile_kl(chunk, tile) + chunk.padded; }
+  A* metric_state(const Chunk& chunk, int64_t tile) const {
+    return partials(chunk, tile) + (shape_.partial_columns() - kNumMetricState) * chunk.padded;
+  }
 
   // [kNumStats][padded]: the stats of a chunk's tokens; [padded]: their weights. With metrics [padded] each:
   // the weights of their cross-entropy, kInvSumY. And the losses, in double; with metrics, the labels.
@@ -81,6 +83,16 @@ class Workspace {
     const int64_t losses = shape_.chunks() * shape_.padded_chunk();
     return reinterpret_cast<int64_t*>(row_losses(shape_.chunk(0)) + losses) +
            chunk.index * shape_.padded_chunk();
+  }
+  PanelLabels panel_labels(const Chunk& chunk, const Tile& tile, int64_t panel) const {
+    return {shape_.metrics ? labels(chunk) + panel * kPanel : nullptr, tile.begin};
+  }
+  // [padded, outcomes]: the gradient to a sparse teacher's outcomes.
+  A* outcome_grads(const Chunk& chunk) const {
+    const int64_t rows = shape_.chunks() * shape_.padded_chunk();
+    double* end = row_losses(shape_.chunk(0)) + rows;
+    if (shape_.metrics) end = reinterpret_cast<double*>(labels(shape_.chunk(0)) + rows);
+    return reinterpret_cast<A*>(end) + chunk.index * shape_.padded_chunk() * shape_.outcomes;
   }
 
   // kPanel columns of a chunk's dX from `column` on: [padded][kPanel], so that a GEMM's C is one piece.
@@ -103,7 +115,7 @@ class Workspace {
   Dz dz(const Chunk& chunk, int64_t tile, int64_t first_tile) const {
     const int64_t size = shape_.plan.tile;
     if (shape_.is_stored(tile)) {
-      return {reinterpret_cast<Op*>(stored_logits(chunk, tile, true)),
+      return {reinterpret_cast<Op*>(stored_logits(chunk, tile, shape_.sides() == 2)),
               size * int64_t(sizeof(A) / sizeof(Op))};
     }
     const int64_t index = tile - std::max(first_tile, shape_.plan.stored_tiles);

@@ -128,6 +128,15 @@ void panel_stats_of(const A* student, const A* teacher, int64_t entries, const L
   }
 }
 
+// The logits of the labels; -inf where a token's is not in the panel.
+template <typename A>
+inline void take_labels(const A* student, int64_t entries, const PanelLabels& labels, A* out) {
+  for (int c = 0; c < kPanel; ++c) {
+    const int64_t v = labels.labels[c] - labels.first_token;
+    out[c] = v >= 0 && v < entries ? student[v * kPanel + c] : -std::numeric_limits<A>::infinity();
+  }
+}
+
 template <typename A>
 void panel_stats(A* student, A* teacher, int64_t entries, const A* student_bias, const A* teacher_bias,
                  const LossOptions& o, bool needs_kl, A* partials, int64_t stride, const PanelLabels& labels,
@@ -137,11 +146,7 @@ void panel_stats(A* student, A* teacher, int64_t entries, const A* student_bias,
   with_unit_temperature(metric_state != nullptr, o, [&](auto y) {
     panel_stats_of<A, y()>(student, teacher, entries, o, needs_kl, partials, stride, metric_state);
   });
-  for (int c = 0; metric_state && c < kPanel; ++c) {
-    const int64_t v = labels.labels[c] - labels.first_token;
-    metric_state[kStateLabel * stride + c] =
-        v >= 0 && v < entries ? student[v * kPanel + c] : -std::numeric_limits<A>::infinity();
-  }
+  if (metric_state) take_labels(student, entries, labels, metric_state + kStateLabel * stride);
 }
 
 // JSD: each token's loss over these entries, and KL(student || mixture), which its gradient needs first.

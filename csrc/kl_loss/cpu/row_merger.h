@@ -5,16 +5,19 @@
 #include <cmath>
 #include <limits>
 
-#include "kl_loss/cpu/linear_workspace.h"
 #include "kl_loss/cpu/metrics.h"
+#include "kl_loss/cpu/token_rows.h"
 
 namespace minitron {
 
 template <typename Op, typename A>
-class RowMerger {
+class RowMerger : public TokenRows<Op, A> {
  public:
+  using Rows = TokenRows<Op, A>;
+  using Rows::load_weights;
+
   RowMerger(const LinearProblem& problem, const LinearShape& shape, const Workspace<Op, A>& workspace)
-      : problem_(problem), shape_(shape), workspace_(workspace), divergence_(problem.options.divergence()) {}
+      : Rows(problem, shape, workspace), divergence_(problem.options.divergence()) {}
 
   // Whether the tiles' own KL is needed: for reverse KL, whose gradient needs that of the row first, and
   // where no gradient pass sums the loss; never for JSD.
@@ -24,7 +27,7 @@ class RowMerger {
   }
 
   // The stats of each token from the partials of its tiles, and its loss where the tiles have their KL.
-  void merge_stats(const Chunk& chunk) const {
+  void merge(const Chunk& chunk) const {
     A* stats = workspace_.row_stats(chunk);
     parallel_tasks(chunk.padded / kPanel, [&](int64_t panel, int64_t) {
       for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel; ++n) {
@@ -47,7 +50,7 @@ class RowMerger {
   }
 
   // JSD: KL(S || M) of each token from its tiles, and the loss.
-  void merge_mixture_kl(const Chunk& chunk) const {
+  void merge_again(const Chunk& chunk) const {
     parallel_tasks(chunk.padded / kPanel, [&](int64_t panel, int64_t) {
       for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel; ++n) {
         double kl = 0;
@@ -56,12 +59,12 @@ class RowMerger {
       }
     });
     write_stats(chunk);
-    merge_loss(chunk, 0, shape_.tiles());
+    merge_grads(chunk, 0, shape_.tiles());
   }
 
   // Adds a tile group's part of the loss to that of the groups before it, in double: both schedules give the
   // same bits.
-  void merge_loss(const Chunk& chunk, int64_t first_tile, int64_t last_tile) const {
+  void merge_grads(const Chunk& chunk, int64_t first_tile, int64_t last_tile) const {
     for (int64_t n = 0; n < chunk.tokens; ++n) {
       double& loss = workspace_.row_losses(chunk)[n];
       if (first_tile == 0) loss = 0;
@@ -70,7 +73,7 @@ class RowMerger {
     }
   }
 
-  // In place of merge_stats(): the stats of an earlier call.
+  // In place of merge(): the stats of an earlier call.
   void load_stats(const Chunk& chunk) const {
     for (int64_t n = 0; n < chunk.padded; ++n) {
       for (int which = 0; which < kNumStats; ++which) {
@@ -84,31 +87,16 @@ class RowMerger {
     load_weights(chunk);
   }
 
-  // The labels of a chunk, which its tiles look for.
-  void load_labels(const Chunk& chunk) const {
-    for (int64_t n = 0; shape_.metrics && n < chunk.padded; ++n) {
-      workspace_.labels(chunk)[n] =
-          problem_.labels && n < chunk.tokens ? problem_.labels[row_of(chunk, n)] : -1;
-    }
-  }
+ protected:
+  using Rows::metrics_of;
+  using Rows::problem_;
+  using Rows::row_of;
+  using Rows::set_loss;
+  using Rows::shape_;
+  using Rows::workspace_;
 
- private:
-  struct MergedSum {
-    double max = -std::numeric_limits<double>::infinity(), sum = 0;
-    // What a tile's sum is multiplied by; 0 for a tile whose tokens are all masked out, with a maximum of
-    // -inf.
-    double scale(double tile_max) const { return tile_max == max ? 1.0 : std::exp(tile_max - max); }
-  };
   MergedSum merge_sum(const Chunk& chunk, int64_t n, int max_column, int sum_column) const {
-    MergedSum merged;
-    for (int64_t t = 0; t < shape_.tiles(); ++t) {
-      merged.max = std::max(merged.max, double(workspace_.partials(chunk, t)[max_column * chunk.padded + n]));
-    }
-    for (int64_t t = 0; t < shape_.tiles(); ++t) {
-      const A* part = workspace_.partials(chunk, t) + n;
-      merged.sum += merged.scale(part[max_column * chunk.padded]) * part[sum_column * chunk.padded];
-    }
-    return merged;
+    return minitron::merge_sum(shape_, workspace_, chunk, n, max_column, sum_column);
   }
 
   // The tiles' sums at temperature 1, each measured from its own maximum.
@@ -166,15 +154,8 @@ class RowMerger {
             !(tile_max > -std::numeric_limits<double>::infinity() || tile_sum != 0)};
   }
 
-  int64_t row_of(const Chunk& chunk, int64_t n) const { return problem_.valid_tokens[chunk.begin + n]; }
-  void set_loss(const Chunk& chunk, int64_t n, double value) const {
-    static_cast<A*>(problem_.loss)[row_of(chunk, n)] = A(value);
-  }
   A* stats_of(const Chunk& chunk, int64_t n) const {
     return static_cast<A*>(problem_.stats) + row_of(chunk, n) * kNumStats;
-  }
-  A* metrics_of(const Chunk& chunk, int64_t n) const {
-    return static_cast<A*>(problem_.metrics) + row_of(chunk, n) * kNumMetrics;
   }
   void write_stats(const Chunk& chunk) const {
     for (int64_t n = 0; n < chunk.tokens; ++n) {
@@ -183,21 +164,7 @@ class RowMerger {
       }
     }
   }
-  // Tokens that only fill up a panel have a weight of 0.
-  void load_weights(const Chunk& chunk) const {
-    const A* weight = static_cast<const A*>(problem_.row_weight);
-    const A* ce_weight = static_cast<const A*>(problem_.ce_weight);
-    for (int64_t n = 0; n < chunk.padded; ++n) {
-      workspace_.row_weights(chunk)[n] = n >= chunk.tokens ? A(0) : weight ? weight[row_of(chunk, n)] : A(1);
-      if (shape_.metrics) {
-        workspace_.ce_weights(chunk)[n] = n < chunk.tokens && ce_weight ? ce_weight[row_of(chunk, n)] : A(0);
-      }
-    }
-  }
 
-  const LinearProblem& problem_;
-  const LinearShape& shape_;
-  const Workspace<Op, A>& workspace_;
   const Divergence divergence_;
 };
 

@@ -126,37 +126,37 @@ __global__ void __launch_bounds__(kClusterThreads, kClusterBlocksPerSM)
     const float inv_sum_y = 1.0f / state.sum_y(metrics.tau());
     return metrics.ce().at(row, options.vocab_size, state.row.student.max, inv_sum_y, row_weight);
   };
-  const auto term = [&](const RowStats& stat) {
-    return [&](int, float s, float t) { return PairTerms<kDivergence>::grad(s, t, stat, shares); };
-  };
-  const float factor = sizeof...(Metrics) == 0 ? row_weight : 1.0f;
   constexpr bool kSumsAlone = needs_second_look(kDivergence) || !grad_needs_kl(kDivergence);
   using State = StateOf<std::conditional_t<kSumsAlone, RowSums, RowState<kDivergence>>, Metrics...>;
   MINITRON_SHARED(ClusterPartials<State>, shared_state, 1);
   const State state = cluster.state(shared_state, of_metrics.tau()...);
   RowStats stat = state.stats();
   float value;
+  const auto write_grad = [&](auto pass, auto term, const auto&... ce) {
+    cluster.template write_grad<pass()>(
+        grad, sizeof...(ce) == 0 ? row_weight : 1.0f,
+        [&](int column, float s, float t) { return combined(term(s, t), column, s, ce...); });
+  };
+  const auto term = [&](float s, float t) { return PairTerms<kDivergence>::grad(s, t, stat, shares); };
   if constexpr (needs_second_look(kDivergence)) {
     MINITRON_SHARED(ClusterPartials<MixtureSums>, shared_mixture, 1);
     const MixtureSums mixture = cluster.mixture(stat, shared_mixture);
     stat.kl = mixture.student;
     value = mixture.loss(shares);
-    cluster.template write_grad<Pass::kLastForwards>(
-        grad, factor, with_cross_entropy(term(stat), of_ce(of_metrics, state)...));
+    write_grad(std::integral_constant<Pass, Pass::kLastForwards>(), term, of_ce(of_metrics, state)...);
   } else if constexpr (grad_needs_kl(kDivergence)) {
     value = state.loss();
-    cluster.template write_grad<Pass::kLastBackwards>(
-        grad, factor, with_cross_entropy(term(stat), of_ce(of_metrics, state)...));
+    write_grad(std::integral_constant<Pass, Pass::kLastBackwards>(), term, of_ce(of_metrics, state)...);
   } else {
     MINITRON_SHARED(ClusterPartials<float>, shared_loss, 1);
     float terms = 0.0f;
-    const auto term_and_loss = [&](int, float s, float t) {
+    const auto term_and_loss = [&](float s, float t) {
       const auto [pair_loss, pair_grad] = PairTerms<kDivergence>::loss_and_grad(s, t, stat);
       terms += pair_loss;
       return pair_grad;
     };
-    cluster.template write_grad<Pass::kLastBackwards>(
-        grad, factor, with_cross_entropy(term_and_loss, of_ce(of_metrics, state)...));
+    write_grad(std::integral_constant<Pass, Pass::kLastBackwards>(), term_and_loss,
+               of_ce(of_metrics, state)...);
     value = cluster_reduce<kClusterBlocks>(terms, 0.0f, shared_loss, [](float a, float b) { return a + b; });
   }
   if (writes) {

@@ -135,14 +135,10 @@ __device__ __forceinline__ void store_grads(G* row, int column, bool aligned, co
   }
 }
 
-// make(column, s, t) of a divergence, for store_grads(). With a cross-entropy it is weighted already.
-template <typename Make>
-__device__ __forceinline__ Make with_cross_entropy(Make make) {
-  return make;
-}
-template <typename Make>
-__device__ __forceinline__ auto with_cross_entropy(Make make, const RowCrossEntropy& ce) {
-  return [=](int column, float s, float t) { return ce.combined(make(column, s, t), column, s); };
+// A token's gradient, of a divergence alone not yet weighted; with a cross-entropy it is.
+__device__ __forceinline__ float combined(float grad, int, float) { return grad; }
+__device__ __forceinline__ float combined(float grad, int column, float s, const RowCrossEntropy& ce) {
+  return ce.combined(grad, column, s);
 }
 
 template <Divergence kDivergence, typename S, typename T, typename G,
@@ -162,13 +158,18 @@ __global__ void __launch_bounds__(kGradThreads, kGradBlocksPerSM)
   const PairRow<S, T, kRunOf<S, T, G>> pairs(rows, row, options);
   const bool grad_aligned = aligned16(grad + pairs.split.head);
   constexpr int kRuns = kGradRuns<S, T, G>;
-  const auto make = with_cross_entropy(
-      [&](int, float s, float t) { return PairTerms<kDivergence>::grad(s, t, stat, options.shares); },
-      of_metrics.at(row, options.vocab_size, stat.max_s, weight)...);
-  pairs.template for_each<kRuns, Pass::kForwards>(begin, step, [&](int column, const auto& s, const auto& t) {
-    store_grads<false>(grad, column, grad_aligned, s, t, sizeof...(Metrics) == 0 ? weight : 1.0f,
-                       options.student, make);
-  });
+  const auto write = [&](const auto&... ce) {
+    const auto make = [&](int column, float logit_s, float logit_t) {
+      const float of_pair = PairTerms<kDivergence>::grad(logit_s, logit_t, stat, options.shares);
+      return combined(of_pair, column, logit_s, ce...);
+    };
+    pairs.template for_each<kRuns, Pass::kForwards>(
+        begin, step, [&](int column, const auto& s, const auto& t) {
+          store_grads<false>(grad, column, grad_aligned, s, t, sizeof...(ce) == 0 ? weight : 1.0f,
+                             options.student, make);
+        });
+  };
+  write(of_metrics.at(row, options.vocab_size, stat.max_s, weight)...);
   fill_zero(grad + options.vocab_size, columns - options.vocab_size, begin, step);
 }
 

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from minitron_kernels._tensors import check_tensor
 
 T = TypeVar("T", bound=Tensor | None)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def refuse(name: str, wanted: str, value: Any) -> NoReturn:
@@ -62,7 +62,7 @@ def check_floating(**tensors: Tensor) -> None:
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
         check_tensor(name, x)
-        if x.dtype not in _DTYPES:
+        if x.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
         if x.device != first.device:
             raise ValueError(f"{name} is on {x.device}, but {first_name} is on {first.device}")

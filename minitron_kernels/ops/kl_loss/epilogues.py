@@ -34,6 +34,7 @@ class Epilogues:
 def triton_epilogues() -> Epilogues:
     """The Triton kernels."""
     from minitron_kernels.ops.kl_loss.kernel_triton import launch as k
+    from minitron_kernels.ops.kl_loss.kernel_triton import launch_linear, launch_student
 
     return Epilogues(
         k.forward,
@@ -41,11 +42,11 @@ def triton_epilogues() -> Epilogues:
         k.forward_grad,
         k.tile_stats,
         k.tile_mixture,
-        k.finish_stats,
-        k.finish_mixture,
-        k.student_stats,
-        k.student_grad,
-        k.linear_stats,
+        launch_linear.finish_stats,
+        launch_linear.finish_mixture,
+        launch_student.student_stats,
+        launch_student.student_grad,
+        launch_linear.linear_stats,
     )
 
 

@@ -26,8 +26,8 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 
 @functools.cache
 def _writes_fp32(device: str, dtype: torch.dtype) -> bool:
-    """Whether the vendor's GEMM of 16-bit operands writes fp32: always on CUDA, on ROCm as torch has it."""
-    if torch.version.hip is None:
+    """Whether the GEMM of 16-bit operands writes fp32: always on CUDA, on ROCm and CPUs as torch has it."""
+    if device == "cuda" and torch.version.hip is None:
         return True
     x = torch.zeros(16, 16, dtype=dtype, device=device)
     try:

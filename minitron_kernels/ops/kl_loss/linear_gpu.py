@@ -16,6 +16,7 @@ All memory is torch's, on the current stream, so that a call can be captured in 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -105,8 +106,8 @@ class Call:
         """Each row's KL, which bounds the gradient of reverse KL; where that is not known yet, anything."""
         return stats[:, STAT_KL]
 
-    def prepare(self, stats: Tensor, weight: Tensor) -> None:
-        """Called before the first grad() that has no statistics to make."""
+    def prepare(self, stats: Tensor, weight: Tensor, known: bool) -> None:
+        """Called before the first dz is made; known: whether stats are."""
 
     @property
     def fused(self) -> bool:
@@ -187,11 +188,17 @@ class Call:
         """Loss and stats from tiles of logits."""
         statistics(self, loss, stats, chunk_rows, tile)
 
+    def store(self, chunks: list[slice], loss: Tensor, stats: Tensor) -> Iterator[tuple[slice, Any]]:
+        """Loss and stats of chunks of rows over a shared vocabulary; then each chunk's logits."""
+        return store(self, chunks, loss, stats)
+
 
 def _operands(side: Side, vocab_size: int) -> Side:
     hidden, head, bias = side
     hidden, head = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (hidden, head))
-    return hidden, head[:vocab_size], None if bias is None else bias[:vocab_size].float().contiguous()
+    if bias is not None:
+        bias = bias[:vocab_size].to(torch.promote_types(hidden.dtype, torch.float32)).contiguous()
+    return hidden, head[:vocab_size], bias
 
 
 @summed_in_fp32()
@@ -298,15 +305,14 @@ def run(
     weight, ce_weight, unscale = gradient_weights(
         row_weight, call.of_tokens.ce_weight, mask, kind, call.options, call.kl_of(loss, stats)
     )
-    if known:
-        call.prepare(stats, weight)
+    call.prepare(stats, weight, known)
     if mask is not None and needs_grad[1]:  # 0 * NaN of a row that is not valid would spread
         call.student = (call.student[0].masked_fill(~mask[:, None], 0), *call.student[1:])
     hidden, head, _ = call.student
     kept, tiles = list(slices(0, N, chosen.dz_rows)), list(slices(0, vocab_size, chosen.tile))
     if not tiles:  # padding alone: a part of 0 in what the ranks exchange
         for rows in [] if known else kept:
-            for _ in store(call, list(slices(rows.start, rows.stop, chosen.chunk_rows)), loss, stats):
+            for _ in call.store(list(slices(rows.start, rows.stop, chosen.chunk_rows)), loss, stats):
                 pass
         grad_hidden.zero_()
         return
@@ -323,7 +329,7 @@ def run(
                     with_loss = None if known else loss
                     call.grad(part, columns, with_loss, stats, weight, ce_weight, parts[part.start])
             else:
-                for part, logits in store(call, chunks, loss, stats):
+                for part, logits in call.store(chunks, loss, stats):
                     dz_part = parts[part.start]
                     call.grad_of_logits(logits, part, columns, stats, weight, ce_weight, dz_part)
             if needs_grad[0]:

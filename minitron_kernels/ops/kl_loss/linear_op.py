@@ -21,6 +21,7 @@ from minitron_kernels.ops.kl_loss.plan_cpu import plan as plan_cpu
 from minitron_kernels.ops.kl_loss.sparse_cpu import sparse_kl_loss_cpu
 from minitron_kernels.ops.kl_loss.sparse_gpu import linear_sparse_kl_loss_
 from minitron_kernels.ops.kl_loss.sparse_teacher import SparseTeacher
+from minitron_kernels.ops.kl_loss.student_torch import cpu_epilogues
 from minitron_kernels.ops.kl_loss.vocab_parallel import (
     HiddenSum,
     Parallel,
@@ -92,53 +93,33 @@ def linear_kl_loss_op(
     loss, new_stats, grad_hidden, grad_head, grad_bias, new_metrics = outputs
     if metrics is None and needs_metrics:
         metrics = new_metrics
-    student = (student_hidden, student_head, student_bias)
-    of_tokens = TokenMetrics(labels, metrics, ce_weight)
     needs_grad = (needs_hidden, needs_head, needs_bias)
-    if ids is not None and teacher_outcomes is not None:
-        sparse = (
-            outputs[:5],
-            student,
-            SparseTeacher(ids, teacher_outcomes),
-            mask,
-            row_weight,
-            stats,
-            grad_head_accumulator,
-            needs_grad,
-            vocab_size,
-            options,
-            schedule,
-            workspace_bytes,
-        )
-        if student_hidden.device.type == "cpu":
-            sparse_kl_loss_cpu(*sparse, engine, of_tokens)
-        else:
-            linear_sparse_kl_loss_(*sparse, EPILOGUES[backend](), of_tokens)
-        return outputs
-    assert teacher_hidden is not None and teacher_head is not None
-    shard, hidden_sum, hiddens = None, None, (student_hidden, teacher_hidden)
+    shard, hidden_sum = None, None
     if group is not None:
-        dtypes = (str(x.dtype) for x in (student_hidden, student_head, teacher_hidden, teacher_head))
+        operands = (x for x in (student_hidden, student_head, teacher_hidden, teacher_head) if x is not None)
+        asked = (*needs_grad, needs_metrics, stats is None, ce_weight is None, schedule, backend)
+        of_ids = "" if ids is None else str(ids.shape)
         shard = find_shard(
             Parallel(group, sequence_parallel, vocab_range or ()),
             student_head.shape[0],
-            teacher_head.shape[0],
+            student_head.shape[0] if teacher_head is None else teacher_head.shape[0],
             vocab_size,
             student_hidden.shape[0],
-            (*needs_grad, needs_metrics, stats is None, ce_weight is None, schedule, backend, *dtypes),
+            (*asked, *(str(x.dtype) for x in operands), of_ids),
             workspace_bytes,
             student_hidden.device,
         )
         vocab_size = shard.width
         check_labels(labels, shard.total_vocab)
-        hiddens = shard.all_tokens(_rows(student_hidden)), shard.all_tokens(_rows(teacher_hidden))
+        student_hidden = shard.all_tokens(_rows(student_hidden))
+        if teacher_hidden is not None:
+            teacher_hidden = shard.all_tokens(_rows(teacher_hidden))
         if needs_hidden:
             hidden_sum = HiddenSum(grad_hidden, _loss_dtype(student_hidden), shard)
             grad_hidden = hidden_sum.partial
-    arguments = (
-        (loss, new_stats, grad_hidden, grad_head, grad_bias),
-        (hiddens[0], student_head, student_bias),
-        (hiddens[1], teacher_head, teacher_bias),
+    written = (loss, new_stats, grad_hidden, grad_head, grad_bias)
+    student = (student_hidden, student_head, student_bias)
+    given = (
         mask,
         row_weight,
         stats,
@@ -149,20 +130,27 @@ def linear_kl_loss_op(
         schedule,
         workspace_bytes,
     )
-    if _on_gpu(student_hidden):
-        linear_kl_loss_(*arguments, EPILOGUES[backend](), of_tokens, shard, hidden_sum)
-    elif shard is None:
-        linear_kl_loss_cpu_(*arguments, engine, of_tokens)
+    of_tokens, on_cpu = TokenMetrics(labels, metrics, ce_weight), student_hidden.device.type == "cpu"
+    if ids is not None and teacher_outcomes is not None:
+        sparse = (written, student, SparseTeacher(ids, teacher_outcomes), *given)
+        if on_cpu and shard is None:
+            sparse_kl_loss_cpu(*sparse, engine, of_tokens)
+        else:
+            epilogues = cpu_epilogues() if on_cpu else EPILOGUES[backend]()
+            linear_sparse_kl_loss_(*sparse, epilogues, of_tokens, shard, hidden_sum)
     else:
-        run = functools.partial(linear_kl_loss_cpu_, engine=engine)
-        linear_kl_loss_of_shard(run, arguments, of_tokens, shard)
+        assert teacher_hidden is not None and teacher_head is not None
+        dense = (written, student, (teacher_hidden, teacher_head, teacher_bias), *given)
+        if not on_cpu:
+            linear_kl_loss_(*dense, EPILOGUES[backend](), of_tokens, shard, hidden_sum)
+        elif shard is None:
+            linear_kl_loss_cpu_(*dense, engine, of_tokens)
+        else:
+            run = functools.partial(linear_kl_loss_cpu_, engine=engine)
+            linear_kl_loss_of_shard(run, dense, of_tokens, shard)
     if hidden_sum is not None:
         hidden_sum.finish()
     return outputs
-
-
-def _on_gpu(x: Tensor) -> bool:
-    return x.device.type != "cpu"
 
 
 def linear_kl_loss_cpu_(

@@ -26,6 +26,7 @@ from minitron_kernels.ops.kl_loss.options import check_vocab_size, loss_options
 from minitron_kernels.ops.kl_loss.record import LossRecord, TokenTerms
 from minitron_kernels.ops.kl_loss.reference_parallel import gather_sides
 from minitron_kernels.ops.kl_loss.rows import kl_rows, kl_rows_with_metrics
+from minitron_kernels.ops.kl_loss.sharded import local_side, local_tokens
 from minitron_kernels.ops.kl_loss.tokens import Tokens
 from minitron_kernels.ops.kl_loss.vocab_parallel import LABELS_CHECKED_LATER, Parallel
 
@@ -117,6 +118,8 @@ def kl_loss(
     Source: Minitron (arXiv 2407.14679) section 3, L = L_CE + L_logits; generalised JSD: GKD
     (arXiv 2306.13649).
     """
+    student_logits = local_tokens("student_logits", student_logits)
+    teacher_logits = local_tokens("teacher_logits", teacher_logits)
     check_floating(student_logits=student_logits, teacher_logits=teacher_logits)
     if student_logits.dim() < 1 or student_logits.shape[:-1] != teacher_logits.shape[:-1]:
         raise ValueError(
@@ -214,7 +217,8 @@ def linear_kl_loss(
     Args:
         student_hidden: [..., H] float32, bfloat16, float16 or float64.
         student_head: [V, H], the output projection, as in nn.Linear(H, V).weight. May be tied to the
-            embedding.
+            embedding. head_of() has it of a layer with adapters. A DTensor is gathered, but over tp_group;
+            its gradient is averaged over the other mesh dimensions, as FSDP2 averages, and scattered.
         teacher_hidden: [..., Ht], the same leading dimensions; Ht may differ from H. A constant: if it
             requires grad, it is refused.
         teacher_head: [V, Ht]. No gradient flows to it either, whether or not it requires grad.
@@ -276,6 +280,19 @@ def linear_kl_loss(
 
     Source: Minitron (arXiv 2407.14679) section 3, (arXiv 2408.11796) section 3.
     """
+    parallel = Parallel.of(tp_group, sequence_parallel, vocab_range)
+    student_hidden, student_head, student_bias = local_side(
+        "student",
+        student_hidden,
+        student_head,
+        student_bias,
+        tp_group,
+        sequence_parallel,
+        grad_head_accumulator,
+    )
+    teacher_hidden, teacher_head, teacher_bias = local_side(
+        "teacher", teacher_hidden, teacher_head, teacher_bias, tp_group, sequence_parallel
+    )
     check_floating(
         student_hidden=student_hidden,
         student_head=student_head,
@@ -290,7 +307,6 @@ def linear_kl_loss(
             "student_hidden and teacher_hidden must have the same leading dimensions, got "
             f"{tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}"
         )
-    parallel = Parallel.of(tp_group, sequence_parallel, vocab_range)
     shape, vocab_sizes = student_hidden.shape[:-1], (student_head.shape[0], teacher_head.shape[0])
     if tp_group is None:
         V = check_vocab_size(vocab_size, *vocab_sizes)

@@ -7,6 +7,8 @@
                6 GEMMs (8 for JSD), memory that does not grow with the vocabulary.
     forward    no gradient needed: logits are reduced and dropped. 2 GEMMs (4 for JSD).
 
+A sparse teacher has no logits: 3, 4 and 1 GEMMs.
+
 The bytes come from the kernel's own layout function, so a plan says what a call will use.
 """
 
@@ -126,8 +128,12 @@ def plan(
     workspace_bytes: int | None,
     engine: str,
     metrics: bool = False,
+    outcomes: int = 0,
 ) -> CpuPlan:
-    """The cheapest plan within the budget; see plan_linear_kl_loss() for the arguments and errors."""
+    """The cheapest plan within the budget; see plan_linear_kl_loss() for the arguments and errors.
+
+    outcomes: k + 1 of a sparse teacher, whose hidden size is 0; 0 for a teacher with a head.
+    """
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     planner = _Planner(
         num_tokens,
@@ -144,6 +150,7 @@ def plan(
         budget=CPU_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
         threads=torch.get_num_threads(),
         metrics=metrics,
+        outcomes=outcomes,
     )
     return _plan(planner, schedule if grad_hidden or grad_head or grad_bias else "forward")
 
@@ -166,6 +173,7 @@ class _Planner:
     budget: int
     threads: int
     metrics: bool
+    outcomes: int
 
     def plan(self, schedule: str) -> CpuPlan:
         """The cheapest plan within the budget; ValueError if there is none."""
@@ -268,6 +276,7 @@ class _Planner:
             _plan_numbers(schedule, self.engine, chunk_rows, self.tile, tile_group, stored_tiles),
             self.threads,
             self.metrics,
+            self.outcomes,
         )
         looks = 1 + self.divergence_needs_kl  # at each logit, for sums
         # with a grad_head_accumulator the backward makes them once more, see linear.py
@@ -286,7 +295,7 @@ class _Planner:
             vocab_size=self.vocab_size,
             student_hidden_size=self.student_hidden_size,
             teacher_hidden_size=self.teacher_hidden_size,
-            num_gemms=2 * logits + grads,
+            num_gemms=(1 if self.outcomes else 2) * logits + grads,
             flops=2 * self.num_tokens * (self.vocab_size * widths + again),
             chunk_rows=chunk_rows,
             tile=self.tile,

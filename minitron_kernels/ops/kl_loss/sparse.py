@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from minitron_kernels._backend import pick
@@ -21,9 +23,14 @@ from minitron_kernels.ops.kl_loss.checks import (
 from minitron_kernels.ops.kl_loss.linear import Teacher, linear_kl_rows
 from minitron_kernels.ops.kl_loss.options import check_vocab_size, loss_options
 from minitron_kernels.ops.kl_loss.record import LossRecord, TokenTerms
+from minitron_kernels.ops.kl_loss.sharded import local_side, local_tokens
 from minitron_kernels.ops.kl_loss.sparse_rows import sparse_rows
 from minitron_kernels.ops.kl_loss.sparse_teacher import LogTail, sparse_teacher
 from minitron_kernels.ops.kl_loss.tokens import Tokens
+from minitron_kernels.ops.kl_loss.vocab_parallel import LABELS_CHECKED_LATER, Parallel
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_sparse_kl_loss(
@@ -50,6 +57,9 @@ def linear_sparse_kl_loss(
     student_softcap: float | None = None,
     student_logit_scale: float = 1.0,
     grad_head_accumulator: Tensor | None = None,
+    tp_group: ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    vocab_range: tuple[int, int] | None = None,
     schedule: str = "auto",
     workspace_bytes: int | None = None,
     return_parts: bool = False,
@@ -97,6 +107,10 @@ def linear_sparse_kl_loss(
         student_softcap: as above.
         student_logit_scale: as above.
         grad_head_accumulator: as above.
+        tp_group: as above; ids are those of the whole vocabulary, and vocab_size must be given. A chunk has
+            an all-reduce of its k logits a token, too.
+        sequence_parallel: as above; ids, logprobs and log_tail are those of all tokens.
+        vocab_range: as above.
         schedule: as above.
         workspace_bytes: as above.
         return_parts: as above; `kl` is that of the k + 1 outcomes.
@@ -112,9 +126,27 @@ def linear_sparse_kl_loss(
 
     Source: the k + 1 outcomes as in distillation from cached top-k logits; sampled ids: arXiv 2503.16870.
     """
+    parallel = Parallel.of(tp_group, sequence_parallel, vocab_range)
+    student_hidden, student_head, student_bias = local_side(
+        "student",
+        student_hidden,
+        student_head,
+        student_bias,
+        tp_group,
+        sequence_parallel,
+        grad_head_accumulator,
+    )
     check_floating(student_hidden=student_hidden, student_head=student_head)
     check_linear("student", student_hidden, student_head)
-    V = check_vocab_size(vocab_size, student_head.shape[0], student_head.shape[0])
+    shape, rows = student_hidden.shape[:-1], student_head.shape[0]
+    if tp_group is None:
+        V = check_vocab_size(vocab_size, rows, rows)
+        labels_below = V, rows
+    else:
+        V, shape = parallel.sizes(tp_group, sequence_parallel, vocab_size, shape)
+        if V == 0:
+            raise ValueError("vocab_size must be given with tp_group: a rank's head does not say it")
+        labels_below = LABELS_CHECKED_LATER
     check_bias("student_bias", student_bias, student_head)
     check_accumulator(grad_head_accumulator, student_head)
     if schedule not in SCHEDULES:
@@ -144,13 +176,15 @@ def linear_sparse_kl_loss(
         reduction=reduction,
         num_items=num_items,
         return_parts=return_parts,
-        vocab_sizes=(V, student_head.shape[0]),
+        vocab_sizes=labels_below,
+        shape=shape,
     )
     teacher = sparse_teacher(
         ids,
         logprobs,
         log_tail,
         student=student_hidden,
+        shape=tokens.shape,
         valid=tokens.computed,
         vocab_size=V,
         temperature=temperature,
@@ -159,10 +193,9 @@ def linear_sparse_kl_loss(
     student_hidden, student_head = autocast(student_hidden, student_head)
     student = (as_rows(student_hidden), student_head, student_bias)
     if chosen == "reference":
-        if grad_head_accumulator is not None:
-            raise ValueError(
-                "grad_head_accumulator needs native or triton; the reference leaves gradients to autograd"
-            )
+        for name, given in (("grad_head_accumulator", grad_head_accumulator), ("tp_group", tp_group)):
+            if given is not None:
+                raise ValueError(f"{name} needs native or triton; the reference leaves gradients to autograd")
         side = (as_saved(student[0]), as_saved(student[1]), as_saved(student[2]))
         of_tokens = as_saved(tokens.computed), as_saved(tokens.targets)
         terms = TokenTerms(
@@ -186,6 +219,7 @@ def linear_sparse_kl_loss(
         labels=tokens.targets,
         ce_weight=row_ce_weight,
         needs_metrics=tokens.needs_metrics,
+        parallel=parallel,
     )
     if row_weight is None:
         result = tokens.loss(TokenTerms(result) if of_rows is None else of_rows)
@@ -252,6 +286,7 @@ def sparse_kl_loss(
 
     Source: as linear_sparse_kl_loss().
     """
+    student_logits = local_tokens("student_logits", student_logits)
     check_floating(student_logits=student_logits)
     if student_logits.dim() < 1:
         raise ValueError("student_logits must be [..., V], got a tensor without dimensions")
@@ -286,6 +321,7 @@ def sparse_kl_loss(
         logprobs,
         log_tail,
         student=student_logits,
+        shape=tokens.shape,
         valid=tokens.computed,
         vocab_size=V,
         temperature=temperature,

@@ -1,4 +1,4 @@
-"""linear_sparse_kl_loss on CUDA and ROCm tensors: the schedules of linear_gpu.py with a teacher of k ids.
+"""linear_sparse_kl_loss by the schedules of linear_gpu.py, with a teacher of k ids.
 
 Of a tile of the student's logits those of the ids are taken out, and -inf is written in their place. What is
 left is the tail: its sum of exponentials is one of positive terms, and nothing is subtracted to get it. The
@@ -7,26 +7,31 @@ kernel; its gradient g goes to the ids as it is, and over the tail in the propor
 
     store      3 GEMMs: logits, dX, dW.     recompute  4 GEMMs.     forward  1 GEMM.
 
-What has the size of [N, k] is done by torch's own kernels.
+What has the size of [N, k] is done by torch's own kernels. See sparse_outcomes.py for what is known of rows.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minitron_kernels.ops.kl_loss import gemm_gpu
-from minitron_kernels.ops.kl_loss.divergence import NUM_METRIC_STATE, NUM_STATS
+from minitron_kernels.ops.kl_loss.divergence import NUM_STATS
 from minitron_kernels.ops.kl_loss.epilogues import Epilogues
 from minitron_kernels.ops.kl_loss.gemm_gpu import summed_in_fp32
 from minitron_kernels.ops.kl_loss.linear_gpu import Call, run
 from minitron_kernels.ops.kl_loss.linear_rows import NO_METRICS, Side, TokenMetrics, slices
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.reference import transform_logits
+from minitron_kernels.ops.kl_loss.sparse_outcomes import RowOutcomes
 from minitron_kernels.ops.kl_loss.sparse_teacher import SparseTeacher
+from minitron_kernels.ops.kl_loss.vocab_parallel import HiddenSum, Shard
+
+Tail = tuple[Tensor, Tensor | None]  # a tile of the student's logits without the ids', and its bias
 
 
 class SparseCall(Call):
@@ -44,13 +49,16 @@ class SparseCall(Call):
         options: LossOptions,
         epilogues: Epilogues,
         of_tokens: TokenMetrics,
+        shard: Shard | None = None,
     ) -> None:
-        super().__init__(student, None, mask, vocab_size, options, epilogues, of_tokens)
-        self._begin(teacher)
+        super().__init__(student, student, mask, vocab_size, options, epilogues, of_tokens, shard)
+        self.begin(teacher)
 
-    def _begin(self, teacher: SparseTeacher) -> None:
+    def begin(self, teacher: SparseTeacher) -> None:
+        """Memory of the size of the outcomes."""
         self.ids, self.outcomes = teacher
         N, count = self.outcomes.shape
+        self.weight: Tensor | None = None
         self.row_stats = self.outcomes.new_empty((N, NUM_STATS))
         self.grad_outcomes = self.outcomes.new_empty((N, count))
         self.row_options = LossOptions(self.options.beta, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0)
@@ -60,44 +68,52 @@ class SparseCall(Call):
         """See Call."""
         return {"teacher_hidden_size": 0, "spare_columns": self.spare_columns}
 
+    @property
+    def fused(self) -> bool:
+        """There is no kernel of which no logit leaves the registers."""
+        return False
+
     def kl_of(self, loss: Tensor, stats: Tensor) -> Tensor:
         """See Call."""
         return loss
 
-    def prepare(self, stats: Tensor, weight: Tensor) -> None:
-        """The gradient to the outcomes, of all rows."""
-        self._divide(slice(None), stats, weight, torch.empty_like(weight))
+    def prepare(self, stats: Tensor, weight: Tensor, known: bool) -> None:
+        """The gradient to the outcomes, of all rows where they are known."""
+        self.weight = weight
+        if known:
+            self.divide(slice(0, len(weight)), stats, torch.empty_like(weight))
 
-    def _divide(self, rows: slice, outcomes: Tensor, weight: Tensor | None, loss: Tensor) -> None:
-        """The loss of rows from their outcomes, and with a weight its gradient to them."""
+    def divide(self, rows: slice, outcomes: Tensor, loss: Tensor) -> None:
+        """The loss of rows from their outcomes; once there are weights, its gradient to them too."""
         logits = outcomes[rows], self.outcomes[rows], None, None
         mask, stats, count = self.mask_of(rows), self.row_stats[rows], outcomes.shape[1]
         self.epilogues.forward(logits, mask, loss[rows], stats, count, self.row_options)
-        if weight is not None:
-            out = self.grad_outcomes[rows]
-            self.epilogues.grad(logits, mask, weight[rows], stats, out, count, self.row_options)
+        if self.weight is not None:
+            weight, out = self.weight[rows], self.grad_outcomes[rows]
+            self.epilogues.grad(logits, mask, weight, stats, out, count, self.row_options)
 
     def _places(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """Which ids are in a tile, and their columns: for the others one behind the tile's last."""
-        ids = self.ids[rows]
-        inside = (ids >= columns.start) & (ids < columns.stop)
-        return inside, torch.where(inside, ids - columns.start, columns.stop - columns.start)
+        column = self.ids[rows] - (self.first_token + columns.start)
+        width = columns.stop - columns.start
+        inside = (column >= 0) & (column < width)
+        return inside, torch.where(inside, column, width)
 
-    def _tail(self, rows: slice, columns: slice, outcomes: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The student's logits of a tile with -inf in place of the ids, and its bias.
+    def tail(self, rows: slice, columns: slice, outcomes: Tensor | None, slot: int = 0) -> Tail:
+        """A tile of the student's logits with -inf in place of the ids'.
 
         The ids' own, transformed, go into `outcomes`.
         """
         bias, width = self.student[2], columns.stop - columns.start
-        tile = self.buffer("student", rows.stop - rows.start, width, self.outcomes.dtype)
-        self._make(tile, rows, columns)
+        tile = self.buffer(f"student{slot}", rows.stop - rows.start, width, self.outcomes.dtype)
+        self.make(tile, rows, columns)
         wide = _with_spare(tile)
         wide[:, width:] = -math.inf
         inside, places = self._places(rows, columns)
         if outcomes is not None:
             at_ids = wide.gather(1, places)
             if bias is not None:
-                at_ids = at_ids + bias[self.ids[rows].clamp(min=0)]
+                at_ids = at_ids + bias[columns][places.clamp(max=width - 1)]
             options = self.options
             at_ids = transform_logits(
                 at_ids, scale=options.student_scale, softcap=options.student_softcap, inv_tau=options.inv_tau
@@ -107,108 +123,52 @@ class SparseCall(Call):
         wide.scatter_(1, places, -math.inf)
         return tile, None if bias is None else bias[columns]
 
-    def _make(self, tile: Tensor, rows: slice, columns: slice) -> None:
+    def make(self, tile: Tensor, rows: slice, columns: slice) -> None:
         """The student's raw logits."""
         hidden, head, _ = self.student
         kind = torch.promote_types(hidden.dtype, head.dtype)
         gemm_gpu.matmul(hidden[rows].to(kind), head[columns].to(kind).t(), tile, False)
 
-    def _reduce(
-        self,
-        tile: Tensor,
-        bias: Tensor | None,
-        rows: slice,
-        columns: slice,
-        state: Tensor,
-        metrics: Tensor | None,
-    ) -> None:
-        """Merges a tile, from which the ids have been taken, into the states of its rows."""
-        labels, of_metrics = self.of_tokens.labels, {}
-        if metrics is not None:
-            of_metrics = {
-                "labels": None if labels is None else labels[rows],
-                "metric_state": metrics[:, rows],
-                "first_token": columns.start,
-            }
-        first = columns.start == 0
-        self.epilogues.student_stats(
-            tile, bias, self.mask_of(rows), state[:, rows], first, self.options, **of_metrics
-        )
-
-    def _states(self, N: int) -> tuple[Tensor, Tensor | None]:
-        state = self.outcomes.new_empty((2, N))
-        none = self.of_tokens.metrics is None
-        return state, None if none else self.outcomes.new_empty((NUM_METRIC_STATE, N))
-
-    def _finish(self, rows: slice, state: Tensor, metric_state: Tensor | None, outcomes: Tensor) -> None:
-        """The last outcome, and the metrics, of some rows."""
-        top, total = state[:, rows]
-        outcomes[rows, -1] = top + total.log()
-        metrics = self.of_tokens.metrics
-        if metric_state is not None and metrics is not None:
-            labels = self.of_tokens.labels
-            metrics[rows] = self._metrics(
-                top,
-                metric_state[:, rows],
-                outcomes[rows, :-1],
-                self.ids[rows],
-                None if labels is None else labels[rows],
-                self._masked_out(rows),
-            )
-            mask = self.mask_of(rows)
-            if mask is not None:
-                metrics[rows] = torch.where(mask[:, None], metrics[rows], 0.0)
-
-    def _masked_out(self, rows: slice) -> Tensor | None:
+    def masked_out(self, rows: slice) -> Tensor | None:
         """Whether a token of the vocabulary is masked out, of each row or of all."""
         bias = self.student[2]
         return None if bias is None else (bias == -math.inf).any()
 
-    def _metrics(
-        self,
-        top: Tensor,
-        metric_state: Tensor,
-        of_ids: Tensor,
-        ids: Tensor,
-        labels: Tensor | None,
-        masked_out: Tensor | None,
-    ) -> Tensor:
-        """[n, NUM_METRICS]: lse_y, cross-entropy, entropy, log p(label), of tail and ids together."""
-        tau, smoothing = 1.0 / self.options.inv_tau, self.options.label_smoothing
-        tail_top, y = top * tau, of_ids * tau
-        tail_sum, tail_dot, total, label = metric_state
-        top_y = torch.maximum(tail_top, y.amax(1)) if y.shape[1] else tail_top
-        base = top_y.clamp(min=torch.finfo(top_y.dtype).min)
-        exps, tail = (y - base[:, None]).exp(), (tail_top - base).exp()
-        below = (y - base[:, None]).masked_fill(exps == 0, 0.0)
-        tail_below = (tail_top - base).masked_fill(tail == 0, 0.0)
-        sums = tail * tail_sum + exps.sum(1)
-        dot = tail * (tail_dot + tail_below * tail_sum) + (exps * below).sum(1)
-        lse_y = top_y + sums.log()
-        out = [lse_y, torch.zeros_like(lse_y), sums.log() - dot / sums, torch.zeros_like(lse_y)]
-        if labels is not None:
-            named = ids == labels[:, None]
-            label = torch.maximum(label, y.masked_fill(~named, -math.inf).amax(1)) if y.shape[1] else label
-            out[3] = label - lse_y
-            out[1] = -(1.0 - smoothing) * out[3]
-            if smoothing:
-                total = total + y.masked_fill(ids < 0, 0.0).sum(1)
-                if masked_out is not None:  # of such a token log p is -inf
-                    total = total.masked_fill(masked_out, -math.inf)
-                out[1] = out[1] + smoothing * (lse_y - total / self.vocab_size)
-        return torch.stack(out, 1)
-
     def statistics(self, loss: Tensor, stats: Tensor, chunk_rows: int, tile: int) -> None:
-        """Loss, outcomes and metrics from tiles of logits."""
+        """Loss, outcomes and metrics from tiles of logits; ranks exchange chunks of rows."""
         N = loss.shape[0]
-        state, metric_state = self._states(N)
-        stats.fill_(-math.inf)
-        for columns in slices(0, self.vocab_size, tile):
-            for rows in slices(0, N, chunk_rows):
-                logits, bias = self._tail(rows, columns, stats)
-                self._reduce(logits, bias, rows, columns, state, metric_state)
-        self._finish(slice(0, N), state, metric_state, stats)
-        self._divide(slice(0, N), stats, None, loss)
+        waiting = [
+            RowOutcomes(self, rows, loss, stats)
+            for rows in slices(0, N, N if self.shard is None else chunk_rows)
+        ]
+        tiles = list(slices(0, self.vocab_size, tile)) or [slice(0, 0)]
+        for columns in tiles:
+            for some in waiting:
+                if self.vocab_size:
+                    for rows in slices(some.rows.start, some.rows.stop, chunk_rows):
+                        some.add(self.tail(rows, columns, stats), rows, columns)
+                if columns is tiles[-1]:
+                    some.send()
+        for some in waiting:
+            some.receive()
+
+    def store(self, chunks: list[slice], loss: Tensor, stats: Tensor) -> Iterator[tuple[slice, Any]]:
+        """See Call: while ranks exchange a chunk, the next one's logits are made in another buffer."""
+        columns, before = slice(0, self.vocab_size), None
+        for i, rows in enumerate((*chunks, None)):
+            some = None
+            if rows is not None:
+                some = RowOutcomes(self, rows, loss, stats)
+                logits = None
+                if self.vocab_size:
+                    logits = self.tail(rows, columns, stats, i % 2)
+                    some.add(logits, rows, columns)
+                some.send()
+            if before is not None:
+                before[0].receive()
+                if before[1] is not None:
+                    yield before[0].rows, before[1]
+            before = None if some is None else (some, logits)
 
     def grad(
         self,
@@ -221,14 +181,26 @@ class SparseCall(Call):
         dz: Tensor,
     ) -> None:
         """See Call."""
-        if loss is not None:
-            stats[rows] = -math.inf
-        logits, bias = self._tail(rows, columns, None if loss is None else stats)
-        if loss is not None:
-            state, metric_state = self._states(loss.shape[0])
-            self._reduce(logits, bias, rows, columns, state, metric_state)
-            self._finish(rows, state, metric_state, stats)
-            self._divide(rows, stats, weight, loss)
+        if loss is None:
+            logits = self.tail(rows, columns, None)
+        else:
+            some = RowOutcomes(self, rows, loss, stats)
+            logits = self.tail(rows, columns, stats)
+            some.add(logits, rows, columns)
+            some.receive()
+        self.grad_of_logits(logits, rows, columns, stats, weight, ce_weight, dz)
+
+    def grad_of_logits(
+        self,
+        logits: Any,
+        rows: slice,
+        columns: slice,
+        stats: Tensor,
+        weight: Tensor,
+        ce_weight: Tensor | None,
+        dz: Tensor,
+    ) -> None:
+        """See Call."""
         width, g = columns.stop - columns.start, self.grad_outcomes[rows]
         labels, metrics, _ = self.of_tokens
         of_ce: dict[str, Any] = {}
@@ -237,13 +209,11 @@ class SparseCall(Call):
                 "labels": labels[rows],
                 "lse_y": metrics[rows, 0].contiguous(),
                 "ce_weight": ce_weight[rows],
-                "first_token": columns.start,
-                "total_vocab": self.vocab_size,
+                "first_token": self.first_token + columns.start,
+                "total_vocab": self.total_vocab,
             }
-        lse = stats[rows, -1].contiguous()
-        self.epilogues.student_grad(
-            logits, bias, self.mask_of(rows), g[:, -1].contiguous(), lse, dz, width, self.options, **of_ce
-        )
+        of_tail = g[:, -1].contiguous(), stats[rows, -1].contiguous()
+        self.epilogues.student_grad(*logits, self.mask_of(rows), *of_tail, dz, width, self.options, **of_ce)
         self._put(rows, columns, stats[rows, :-1], g[:, :-1], of_ce, dz)
 
     def _put(
@@ -254,8 +224,8 @@ class SparseCall(Call):
         if of_ce:
             y, smoothing = s * tau, options.label_smoothing
             p = (y - of_ce["lse_y"][:, None]).exp()
-            target = (self.ids[rows] == of_ce["labels"][:, None]) * (1.0 - smoothing)
-            target = target + smoothing / self.vocab_size
+            target = (self.ids[rows] == of_ce["labels"][:, None]).to(s.dtype) * (1.0 - smoothing)
+            target = target + smoothing / self.total_vocab
             g = g + of_ce["ce_weight"][:, None] * tau * (p - target)
         g = g * (options.student_scale * options.inv_tau)
         if options.student_softcap:
@@ -290,7 +260,10 @@ def linear_sparse_kl_loss_(
     workspace_bytes: int,
     epilogues: Epilogues,
     of_tokens: TokenMetrics = NO_METRICS,
+    shard: Shard | None = None,
+    hidden_sum: HiddenSum | None = None,
 ) -> None:
     """As linear_kl_loss_() with a sparse teacher; `stats` are the student's outcomes, [N, k + 1]."""
-    call = SparseCall(student, teacher, mask, vocab_size, options, epilogues, of_tokens)
-    run(call, outputs, row_weight, stats, grad_head_accumulator, needs_grad, schedule, workspace_bytes)
+    call = SparseCall(student, teacher, mask, vocab_size, options, epilogues, of_tokens, shard)
+    given = (row_weight, stats, grad_head_accumulator, needs_grad, schedule, workspace_bytes)
+    run(call, outputs, *given, hidden_sum)

@@ -44,14 +44,15 @@ class _Rows(SparseCall):
         self.mask, self.vocab_size, self.options, self.epilogues = mask, vocab_size, options, epilogues
         self.of_tokens = of_tokens
         self.any_masked_out = torch.zeros(logits.shape[:1], dtype=torch.bool, device=logits.device)
-        self._begin(teacher)
+        self.shard, self.first_token, self.total_vocab = None, 0, vocab_size
+        self.begin(teacher)
 
-    def _make(self, tile: Tensor, rows: slice, columns: slice) -> None:
+    def make(self, tile: Tensor, rows: slice, columns: slice) -> None:
         tile.copy_(self.student[0][rows, columns])
         if self.options.label_smoothing:
             self.any_masked_out[rows] = (tile == -math.inf).any(1)
 
-    def _masked_out(self, rows: slice) -> Tensor | None:
+    def masked_out(self, rows: slice) -> Tensor | None:
         return self.any_masked_out[rows]
 
     @property
@@ -173,7 +174,7 @@ def _backward(
     ce_weight = None if ce_weight is None else ce_weight.to(outcomes.dtype).contiguous()
     if student.shape[0] == 0:
         return grad
-    call.prepare(of_student, weight)
+    call.prepare(of_student, weight, True)
     whole = slice(0, vocab_size)
     for rows in slices(0, student.shape[0], call.chunk_rows):
         dz = call.buffer("dz", rows.stop - rows.start, vocab_size, student.dtype)

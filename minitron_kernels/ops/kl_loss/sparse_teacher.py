@@ -33,17 +33,20 @@ def sparse_teacher(
     log_tail: LogTail,
     *,
     student: Tensor,
+    shape: torch.Size,
     valid: Tensor | None,
     vocab_size: int,
     temperature: float,
     beta: float,
 ) -> SparseTeacher:
-    """Checks what is given for the tokens of `student` [..., C], and brings it into the form of the kernels.
+    """Checks what is given for tokens of `shape`, and brings it into the form of the kernels.
+
+    `student`: in its dtype, on its device.
 
     `valid` [N]: rows that count, whose entries are looked at; None for all. See linear_sparse_kl_loss() for
     the rest.
     """
-    shape, device = student.shape[:-1], student.device
+    device = student.device
     for name, x in (("ids", ids), ("logprobs", logprobs)):
         check_tensor(name, x)
         if x.dim() != len(shape) + 1 or x.shape[:-1] != shape:

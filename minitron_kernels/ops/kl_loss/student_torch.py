@@ -1,4 +1,7 @@
-"""student_stats and student_grad of epilogues.py in plain torch: for logits that exist, on the CPU."""
+"""student_stats and student_grad of epilogues.py in plain torch, for the CPU.
+
+They serve where logits exist, and where ranks share the vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -30,26 +33,53 @@ def student_stats(
     metric_state: Tensor | None = None,
     first_token: int = 0,
 ) -> None:
-    """As the op kl_student_stats_, of whole rows only."""
-    if not first or first_token:
-        raise NotImplementedError("logits that exist are looked at in whole rows")
+    """As the op kl_student_stats_; rows that do not count have what their logits say, which nobody reads."""
     s = _transformed(logits, bias, options)
-    top = s.amax(1)
-    base = top.clamp(min=torch.finfo(s.dtype).min)[:, None]
-    state[0] = top
-    state[1] = (s - base).exp_().sum(1)
-    if metric_state is None:
-        return
-    tau = 1.0 / options.inv_tau
-    below = (s - base).mul_(tau)
-    exps = below.exp()
-    metric_state[0] = exps.sum(1)
-    metric_state[1] = exps.mul_(below.masked_fill_(exps == 0, 0.0)).sum(1)
-    metric_state[2] = s.masked_fill(s == -math.inf, 0.0).sum(1).mul_(tau) if options.label_smoothing else 0.0
-    metric_state[3] = -math.inf
-    if labels is not None:
-        at = s.gather(1, labels.clamp(min=0)[:, None])[:, 0] * tau
-        metric_state[3] = at.masked_fill(labels < 0, -math.inf)
+    tau, top = 1.0 / options.inv_tau, s.amax(1)
+    above = _finite(top)[:, None]
+    total = (s - above).exp_().sum(1)
+    if metric_state is not None:
+        below = (s - above).mul_(tau)
+        exps = below.exp()
+        sum_y = exps.sum(1)
+        dot_y = exps.mul_(below.masked_fill_(exps == 0, 0.0)).sum(1)
+        total_y = torch.zeros_like(top)
+        if options.label_smoothing:
+            total_y = s.masked_fill(s == -math.inf, 0.0).sum(1).mul_(tau)
+        label = torch.full_like(top, -math.inf)
+        if labels is not None:
+            column = labels - first_token
+            here = (column >= 0) & (column < s.shape[1])
+            at = s.gather(1, torch.where(here, column, 0)[:, None])[:, 0] * tau
+            label = torch.where(here, at, label)
+        new = torch.stack((sum_y, dot_y, total_y, label))
+        metric_state.copy_(new if first else _merged(state[0], metric_state, top, new, tau))
+    if not first:
+        all_top = torch.maximum(state[0], top)
+        total = _scaled(state[1], state[0], all_top) + _scaled(total, top, all_top)
+        top = all_top
+    state[0], state[1] = top, total
+
+
+def _finite(top: Tensor) -> Tensor:
+    """What to subtract for a maximum, so that exp(-inf - it) is 0 and not NaN."""
+    return top.clamp(min=torch.finfo(top.dtype).min)
+
+
+def _scaled(total: Tensor, top: Tensor, all_top: Tensor) -> Tensor:
+    return total * (top - _finite(all_top)).exp()
+
+
+def _merged(a_top: Tensor, a: Tensor, b_top: Tensor, b: Tensor, tau: float) -> Tensor:
+    """The metric states of two parts of the vocabulary, whose maxima are given, as one."""
+    base = _finite(torch.maximum(a_top, b_top))
+    sum_y, dot_y = torch.zeros_like(a[0]), torch.zeros_like(a[0])
+    for top, part in ((a_top, a), (b_top, b)):
+        below = (top - base) * tau
+        scale = below.exp()
+        dot_y += scale * (part[1] + below.masked_fill(scale == 0, 0.0) * part[0])
+        sum_y += scale * part[0]
+    return torch.stack((sum_y, dot_y, a[2] + b[2], torch.maximum(a[3], b[3])))
 
 
 def student_grad(
@@ -67,7 +97,7 @@ def student_grad(
     first_token: int = 0,
     total_vocab: int = 0,
 ) -> None:
-    """As the op kl_student_grad_, of whole rows only."""
+    """As the op kl_student_grad_."""
     s = _transformed(logits, bias, options)
     # of a row without any token weight is 0, and so is its gradient
     lse = lse.masked_fill(lse == -math.inf, 0.0)
@@ -77,8 +107,10 @@ def student_grad(
         of_ce = (s * tau).sub_(lse_y[:, None]).exp_()
         if smoothing:
             of_ce.sub_(smoothing / (total_vocab or vocab_size))
-        at = (labels >= 0).to(of_ce.dtype)[:, None] * (smoothing - 1.0)
-        of_ce.scatter_add_(1, labels.clamp(min=0)[:, None], at)
+        column = labels - first_token
+        here = (column >= 0) & (column < s.shape[1])
+        at = here.to(of_ce.dtype)[:, None] * (smoothing - 1.0)
+        of_ce.scatter_add_(1, torch.where(here, column, 0)[:, None], at)
         grad.add_(of_ce.mul_(ce_weight[:, None] * tau))
     factor = options.student_scale * options.inv_tau
     if options.student_softcap:

@@ -43,7 +43,8 @@ class GradientSum:
     def add(self, a: Tensor, b: Tensor) -> None:
         """The sum, plus a @ b."""
         if self.sum is None:
-            self.sum = torch.empty(self.out.shape, dtype=torch.float32, device=self.out.device)
+            dtype = torch.promote_types(self.out.dtype, torch.float32)
+            self.sum = torch.empty(self.out.shape, dtype=dtype, device=self.out.device)
         gemm_gpu.matmul(a, b, self.sum, self.started)
         self.started = True
         self.missing -= 1
@@ -60,7 +61,7 @@ class GradientSum:
 
 def add_rows(dz: Tensor, out: Tensor, first: bool) -> None:
     """The bias's gradient of some rows."""
-    total = dz.sum(0, dtype=torch.float32)
+    total = dz.sum(0, dtype=out.dtype)
     out.copy_(total) if first else out.add_(total)
 
 
@@ -80,8 +81,8 @@ def gradient_weights(
     that of the cross-entropy its weight times scale.
     """
     rows = kl.shape[0]
-    weight = kl.new_ones(()) if row_weight is None else row_weight.to(torch.float32)
-    of_ce = None if ce_weight is None else ce_weight.to(torch.float32)
+    weight = kl.new_ones(()) if row_weight is None else row_weight.to(kl.dtype)
+    of_ce = None if ce_weight is None else ce_weight.to(kl.dtype)
     if kind != torch.float16:
         return weight.expand(rows), None if of_ce is None else of_ce.expand(rows), None
     reach = weight.abs() * (options.inv_tau * options.student_scale)

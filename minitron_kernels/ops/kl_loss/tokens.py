@@ -63,7 +63,7 @@ class Tokens:
         if ce_weight and labels is None:
             raise ValueError(f"ce_weight={ce_weight} needs labels, the targets of the cross-entropy")
         looks_up = bool(ce_weight) or return_parts
-        valid = rows_mask(labels, ignore_index, mask, shape, vocab_sizes[not looks_up], device)
+        valid = rows_mask(labels, ignore_index, mask, shape, vocab_sizes[0 if looks_up else 1], device)
         scale, divisor = row_factor(reduction, num_items, shape.numel(), valid)
         weights = _token_weights(token_weights, valid, student, shape)
         computed = valid

@@ -139,25 +139,39 @@ def _block_kl(x, e_x, max_x, sum_x, y, e_y, max_y, sum_y, KEEP_EXP: tl.constexpr
 
 
 @triton.jit
-def block_state(s, t, DIVERGENCE: tl.constexpr, KEEP_EXP: tl.constexpr):
-    """The state of the tokens of one block; JSD has no kl before the whole row is known: 0.
+def block_mass(x):
+    """The maximum of one side's tokens of one block, their exponentials less it, and the sum of these."""
+    top = tl.max(x, 1)  # skips a NaN, which the sum then keeps
+    # subtract a finite maximum, so that exp(-inf - max) is 0 and not NaN
+    e = tl.exp(x - tl.maximum(top, LOWEST)[:, None])
+    return top, e, tl.sum(e, 1)
+
+
+@triton.jit
+def block_masses(s, t):
+    """block_mass() of both sides. Both maxima come first: until then all that is loaded is on its way."""
+    max_s, max_t = tl.max(s, 1), tl.max(t, 1)
+    e_s = tl.exp(s - tl.maximum(max_s, LOWEST)[:, None])
+    e_t = tl.exp(t - tl.maximum(max_t, LOWEST)[:, None])
+    return max_s, e_s, tl.sum(e_s, 1), max_t, e_t, tl.sum(e_t, 1)
+
+
+@triton.jit
+def block_kl(
+    s, e_s, max_s, sum_s, t, e_t, max_t, sum_t, DIVERGENCE: tl.constexpr, KEEP_EXP: tl.constexpr
+):  # fmt: skip
+    """The kl of the tokens of one block; JSD has none before the whole row is known: 0.
 
     KEEP_EXP: the exponentials stay in registers for the kl, beside the logits. Without it, where registers
     are short, they are computed twice, and log-ratios always from each side's own maximum.
     """
-    max_s, max_t = tl.max(s, 1), tl.max(t, 1)  # skips a NaN, which the sums then keep
-    # subtract a finite maximum, so that exp(-inf - max) is 0 and not NaN
-    e_s = tl.exp(s - tl.maximum(max_s, LOWEST)[:, None])
-    e_t = tl.exp(t - tl.maximum(max_t, LOWEST)[:, None])
-    sum_s, sum_t = tl.sum(e_s, 1), tl.sum(e_t, 1)
     if DIVERGENCE == FORWARD_KL:
-        kl = _block_kl(t, e_t, max_t, sum_t, s, e_s, max_s, sum_s, KEEP_EXP)
+        return _block_kl(t, e_t, max_t, sum_t, s, e_s, max_s, sum_s, KEEP_EXP)
     elif DIVERGENCE == REVERSE_KL:
-        kl = _block_kl(s, e_s, max_s, sum_s, t, e_t, max_t, sum_t, KEEP_EXP)
+        return _block_kl(s, e_s, max_s, sum_s, t, e_t, max_t, sum_t, KEEP_EXP)
     else:
         tl.static_assert(DIVERGENCE == JSD)
-        kl = tl.zeros_like(max_s)
-    return max_s, sum_s, max_t, sum_t, kl
+        return tl.zeros_like(max_s)
 
 
 @triton.jit

@@ -2,9 +2,11 @@
 
     linear_kernel   grid (blocks of rows * splits of the vocabulary): for each tile of its split, both logits
                     are made by tl.dot from hidden states and heads, in fp32, reduced to the state of their
-                    rows and dropped. Reads hidden states and heads, writes (splits, 5, N).
+                    rows and dropped. Reads hidden states and heads, writes (splits, 5, N), and for
+                    metrics (splits, 4, N).
                     With final stats given it adds up JSD's terms instead, in a second run: (splits, 2, N).
-    finish_stats    grid (blocks of rows): states or sums of the splits, merged in order -> loss, stats.
+    finish_stats    grid (blocks of rows): states or sums of the splits, merged in order -> loss, stats,
+                    metrics.
     finish_mixture
 
 Programs that run together are those of all splits of a group of blocks of rows: the hidden states of a group
@@ -24,12 +26,24 @@ import triton.language as tl
 
 from minitron_kernels.ops.kl_loss.kernel_triton.divergence import (
     INF,
-    block_state,
+    block_kl,
+    block_mass,
+    block_masses,
     empty_state,
     merge_states,
     mixture_terms,
     row_stats,
     transform,
+)
+from minitron_kernels.ops.kl_loss.kernel_triton.metrics import (
+    block_metrics,
+    empty_metrics,
+    label_in,
+    load_metric_state,
+    merge_metrics,
+    row_metrics,
+    store_metric_state,
+    store_metrics,
 )
 from minitron_kernels.ops.kl_loss.kernel_triton.rows import store_stats
 
@@ -59,7 +73,10 @@ def _logits(
     return tl.where((offs_v < V)[None, :], transform(z, factor, over_cap, cap, CAP), -INF)
 
 
-@triton.jit(do_not_specialize=["N", "splits", "tiles_per_split"])
+@triton.jit(
+    do_not_specialize=["N", "splits", "tiles_per_split", "stride_ln"],
+    do_not_specialize_on_alignment=["labels_ptr"],
+)
 def linear_kernel(
     student_ptr,  # (N, H), stride 1 in H
     student_head_ptr,  # (>= V, H), likewise
@@ -69,11 +86,14 @@ def linear_kernel(
     teacher_bias_ptr,  # (V) or None
     stats_ptr,  # (N, 6) fp32; None in the first run
     out_ptr,  # (splits, 5, N) fp32; (splits, 2, N) with stats
+    labels_ptr,  # (N) int64 or None
+    metric_out_ptr,  # (splits, 4, N) fp32 or None
     N, V, H, Ht, stride_sn, stride_swv, stride_tn, stride_twv, splits, tiles_per_split,
-    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, share_s, share_t,
+    s_factor, s_over_cap, s_cap, t_factor, t_over_cap, t_cap, share_s, share_t, stride_ln, tau,
     DIVERGENCE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
     EVEN_S: tl.constexpr, EVEN_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
+    TEMPERED: tl.constexpr, SMOOTHED: tl.constexpr,
 ):  # fmt: skip
     """States of rows over a split of the vocabulary, or with stats given their sums for JSD."""
     group, place = tl.program_id(0) // (GROUP * splits), tl.program_id(0) % (GROUP * splits)
@@ -85,6 +105,11 @@ def linear_kernel(
     inside = rows < N
     if stats_ptr is None:
         max_s, sum_s, max_t, sum_t, kl = empty_state(BLOCK_N)
+        sum_y, dot_y, total_y = empty_metrics(BLOCK_N)
+        label_y = max_s
+        if labels_ptr is not None:
+            label = tl.load(labels_ptr + rows.to(tl.int64) * stride_ln, mask=inside, other=-1)
+            label = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
     else:
         row_ptr = stats_ptr + rows.to(tl.int64) * 6
         max_s, inv_sum_s = tl.load(row_ptr, mask=inside), tl.load(row_ptr + 1, mask=inside)
@@ -98,15 +123,35 @@ def linear_kernel(
             student_ptr, student_head_ptr, student_bias_ptr, rows, N, offs_v, V, H, stride_sn, stride_swv,
             s_factor, s_over_cap, s_cap, CAP_S, EVEN_S, BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
+        if metric_out_ptr is not None:  # before the registers hold the teacher's logits too
+            if labels_ptr is not None:
+                is_label = offs_v[None, :] == label[:, None]
+                label_y = tl.maximum(label_y, label_in(s, is_label, tau, TEMPERED))
+            b_max_s, e_s, b_sum_s = block_mass(s)
+            b_sum_y, b_dot_y, b_total_y = block_metrics(
+                s, e_s, b_max_s, b_sum_s, (offs_v < V)[None, :], tau, TEMPERED, SMOOTHED
+            )
         t = _logits(
             teacher_ptr, teacher_head_ptr, teacher_bias_ptr, rows, N, offs_v, V, Ht, stride_tn, stride_twv,
             t_factor, t_over_cap, t_cap, CAP_T, EVEN_T, BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
         if stats_ptr is None:
-            b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl = block_state(s, t, DIVERGENCE, KEEP_EXP=False)
+            if metric_out_ptr is None:
+                b_max_s, e_s, b_sum_s, b_max_t, e_t, b_sum_t = block_masses(s, t)
+            else:
+                b_max_t, e_t, b_sum_t = block_mass(t)
+            b_kl = block_kl(s, e_s, b_max_s, b_sum_s, t, e_t, b_max_t, b_sum_t, DIVERGENCE, KEEP_EXP=False)
+            a_max_s, a_sum_y = max_s, sum_y if TEMPERED else sum_s
             max_s, sum_s, max_t, sum_t, kl = merge_states(
                 max_s, sum_s, max_t, sum_t, kl, b_max_s, b_sum_s, b_max_t, b_sum_t, b_kl, DIVERGENCE
             )
+            if metric_out_ptr is not None:
+                merged, dot_y = merge_metrics(
+                    max_s, a_max_s, a_sum_y, dot_y, b_max_s, b_sum_y, b_dot_y, tau, TEMPERED
+                )
+                total_y += b_total_y
+                if TEMPERED:  # else it is sum_s
+                    sum_y = merged
         else:
             s, t = s - max_s[:, None], t - max_t[:, None]
             d = (t - s) + lse_diff[:, None]
@@ -122,6 +167,11 @@ def linear_kernel(
         tl.store(out + 2 * stride, max_t, mask=inside)
         tl.store(out + 3 * stride, sum_t, mask=inside)
         tl.store(out + 4 * stride, kl, mask=inside)
+        if metric_out_ptr is not None:
+            if not TEMPERED:
+                sum_y = sum_s
+            metric_out = metric_out_ptr + split * 4 * stride + rows
+            store_metric_state(metric_out, stride, inside, sum_y, dot_y, total_y, label_y)
     else:
         out = out_ptr + split * 2 * stride + rows
         tl.store(out, of_teacher, mask=inside)
@@ -134,28 +184,48 @@ def finish_stats_kernel(
     mask_ptr,  # (N) uint8 or None
     loss_ptr,  # (N) fp32
     stats_ptr,  # (N, 6) fp32
-    N, splits, stride_mn, DIVERGENCE: tl.constexpr, BLOCK_N: tl.constexpr,
+    metric_states_ptr,  # (splits, 4, N) fp32 or None
+    metrics_ptr,  # (N, 4) fp32 or None
+    N, splits, stride_mn, tau, smoothing, inv_vocab, DIVERGENCE: tl.constexpr, BLOCK_N: tl.constexpr,
+    LABELED: tl.constexpr, TEMPERED: tl.constexpr, SMOOTHED: tl.constexpr,
 ):  # fmt: skip
-    """Merges the splits of states into loss and stats."""
+    """Merges the splits of states into loss, stats and metrics."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
     stride = N.to(tl.int64)
     max_s, sum_s, max_t, sum_t, kl = empty_state(BLOCK_N)
+    sum_y, dot_y, total_y = empty_metrics(BLOCK_N)
+    label_y = max_s
     for split in range(splits):
         part = states_ptr + split * 5 * stride + rows
+        a_max_s, b_max_s = max_s, tl.load(part, mask=inside, other=0.0)
         max_s, sum_s, max_t, sum_t, kl = merge_states(
             max_s, sum_s, max_t, sum_t, kl,
-            tl.load(part, mask=inside, other=0.0), tl.load(part + stride, mask=inside, other=0.0),
+            b_max_s, tl.load(part + stride, mask=inside, other=0.0),
             tl.load(part + 2 * stride, mask=inside, other=0.0),
             tl.load(part + 3 * stride, mask=inside, other=0.0),
             tl.load(part + 4 * stride, mask=inside, other=0.0), DIVERGENCE,
         )  # fmt: skip
+        if metric_states_ptr is not None:
+            b_sum_y, b_dot_y, b_total_y, b_label_y = load_metric_state(
+                metric_states_ptr + split * 4 * stride + rows, stride, inside, LABELED, True, SMOOTHED
+            )
+            sum_y, dot_y = merge_metrics(
+                max_s, a_max_s, sum_y, dot_y, b_max_s, b_sum_y, b_dot_y, tau, TEMPERED
+            )
+            total_y += b_total_y
+            label_y = tl.maximum(label_y, b_label_y)
     inv_sum_s, inv_sum_t, lse_diff, loss, kl = row_stats(max_s, sum_s, max_t, sum_t, kl, DIVERGENCE)
     counts = inside
     if mask_ptr is not None:
         counts = tl.load(mask_ptr + rows * stride_mn, mask=inside, other=0) != 0
     tl.store(loss_ptr + rows, tl.where(counts, loss, 0.0), mask=inside)
     store_stats(stats_ptr, rows, inside, counts, max_s, inv_sum_s, max_t, inv_sum_t, lse_diff, kl)
+    if metric_states_ptr is not None:
+        inv_sum_y, ce, entropy, label_logprob = row_metrics(
+            max_s, sum_y, dot_y, total_y, label_y, smoothing, inv_vocab, tau, LABELED, TEMPERED, SMOOTHED
+        )
+        store_metrics(metrics_ptr, rows, inside, counts, inv_sum_y, ce, entropy, label_logprob)
 
 
 @triton.jit(do_not_specialize=["N", "splits", "stride_mn"])

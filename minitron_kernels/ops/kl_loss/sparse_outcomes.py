@@ -1,0 +1,152 @@
+"""The student's outcomes of rows with a sparse teacher: merged from tiles, and from ranks that share the
+vocabulary.
+
+Of the tail a rank knows max and sum of exp (and the running sums of metrics); ranks gather these as those of
+two models. An id's logit is with one rank: the others add 0 to it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minitron_kernels.ops.kl_loss.divergence import NUM_METRIC_STATE
+from minitron_kernels.ops.kl_loss.epilogues import Epilogues
+from minitron_kernels.ops.kl_loss.linear_rows import TokenMetrics
+from minitron_kernels.ops.kl_loss.options import LossOptions
+from minitron_kernels.ops.kl_loss.vocab_parallel import Gathered, Shard
+
+_TAIL = 2  # fields: max_s, sum_s
+
+
+class Rows(Protocol):
+    """One call of a sparse teacher."""
+
+    ids: Tensor
+    vocab_size: int  # of this rank
+    first_token: int  # that its column 0 is
+    total_vocab: int
+    options: LossOptions
+    epilogues: Epilogues
+    of_tokens: TokenMetrics
+    shard: Shard | None
+
+    def mask_of(self, rows: slice) -> Tensor | None:
+        """Which of the rows are valid."""
+
+    def masked_out(self, rows: slice) -> Tensor | None:
+        """Whether a token of the vocabulary is masked out."""
+
+    def divide(self, rows: slice, outcomes: Tensor, loss: Tensor) -> None:
+        """The loss from the outcomes."""
+
+
+class RowOutcomes:
+    """Some rows in one look at their logits: add() for all tiles, send(), receive().
+
+    Between send() and receive() the parts of other ranks are on their way, and this one's may not be touched.
+    """
+
+    def __init__(self, call: Rows, rows: slice, loss: Tensor, outcomes: Tensor) -> None:
+        self.rows, self._call, self._loss, self._outcomes = rows, call, loss, outcomes
+        self._with_metrics = call.of_tokens.metrics is not None
+        fields = _TAIL + NUM_METRIC_STATE * self._with_metrics
+        self._part = loss.new_empty((fields, rows.stop - rows.start))
+        if not call.vocab_size:
+            self._part.zero_()
+            self._part[0] = -math.inf
+            self._part[_TAIL + NUM_METRIC_STATE - 1 :] = -math.inf
+        outcomes[rows] = -math.inf
+        self._gathered: Gathered | None = None
+        self._of_ids: Tensor | None = None
+        self._work: dist.Work | None = None
+
+    def add(self, logits: tuple[Tensor, Tensor | None], rows: slice, columns: slice) -> None:
+        """A tile of some of the rows, from which the ids have been taken; other tokens stand before it."""
+        call, begin = self._call, self.rows.start
+        part = self._part[:, rows.start - begin : rows.stop - begin]
+        of_metrics: dict[str, Any] = {}
+        if self._with_metrics:
+            labels = call.of_tokens.labels
+            of_metrics = {
+                "labels": None if labels is None else labels[rows],
+                "metric_state": part[_TAIL:],
+                "first_token": call.first_token + columns.start,
+            }
+        first, mask = columns.start == 0, call.mask_of(rows)
+        call.epilogues.student_stats(*logits, mask, part[:_TAIL], first, call.options, **of_metrics)
+
+    def send(self) -> None:
+        """This rank's part goes to the others."""
+        call = self._call
+        if call.shard is None:
+            return
+        self._note_masked_out()
+        self._gathered = call.shard.gather(self._part)
+        own = call.ids[self.rows] - call.first_token
+        here = (own >= 0) & (own < call.vocab_size)
+        self._of_ids = torch.where(here, self._outcomes[self.rows, :-1], 0.0)
+        if self._of_ids.numel():
+            self._work = dist.all_reduce(self._of_ids, group=call.shard.group, async_op=True)
+
+    def _note_masked_out(self) -> None:
+        """Of a token that is masked out log p is -inf, and so is the mean of all, which smoothing takes."""
+        if not (self._with_metrics and self._call.options.label_smoothing):
+            return
+        masked_out = self._call.masked_out(self.rows)
+        if masked_out is not None:
+            self._part[_TAIL + 2].masked_fill_(masked_out, -math.inf)
+
+    def receive(self) -> None:
+        """Writes what all parts say together: outcomes, metrics and loss."""
+        call, rows = self._call, self.rows
+        outcomes = self._outcomes[rows]
+        if self._gathered is None:
+            self._note_masked_out()
+            parts = self._part[None]
+        else:
+            parts = self._gathered.wait()
+            if self._work is not None:
+                self._work.wait()
+            assert self._of_ids is not None
+            outcomes[:, :-1] = torch.where(call.ids[rows] < 0, -math.inf, self._of_ids)
+        top = parts[:, 0].amax(0)
+        base = top.clamp(min=torch.finfo(top.dtype).min)
+        outcomes[:, -1] = top + (parts[:, 1] * (parts[:, 0] - base).exp()).sum(0).log()
+        metrics = call.of_tokens.metrics
+        if metrics is not None:
+            of_rows = self._metrics(parts, outcomes[:, :-1])
+            mask = call.mask_of(rows)
+            metrics[rows] = of_rows if mask is None else of_rows.masked_fill(~mask[:, None], 0.0)
+        call.divide(rows, self._outcomes, self._loss)
+
+    def _metrics(self, parts: Tensor, of_ids: Tensor) -> Tensor:
+        """[n, NUM_METRICS]: lse_y, cross-entropy, entropy, log p(label), of the tail's parts and the ids."""
+        call, ids = self._call, self._call.ids[self.rows]
+        tau, smoothing = 1.0 / call.options.inv_tau, call.options.label_smoothing
+        # an id is a part of one token: its sum is 1, and its sum of exp(y - max) (y - max) is 0
+        y, sum_y, dot_y, total_y, label = parts[:, 0] * tau, *parts[:, _TAIL:].unbind(1)
+        y = torch.cat((y, (of_ids * tau).T))
+        top = y.amax(0)
+        below = y - top.clamp(min=torch.finfo(top.dtype).min)
+        exps = below.exp()
+        below = below.masked_fill(exps == 0, 0.0)
+        count = len(parts)
+        sums = (exps[:count] * sum_y).sum(0) + exps[count:].sum(0)
+        dot = (exps[:count] * (dot_y + below[:count] * sum_y)).sum(0) + (exps[count:] * below[count:]).sum(0)
+        lse_y = top + sums.log()
+        out = [lse_y, torch.zeros_like(lse_y), sums.log() - dot / sums, torch.zeros_like(lse_y)]
+        labels = call.of_tokens.labels
+        if labels is not None:
+            named = ids == labels[self.rows, None]
+            at_label = torch.cat((label, (of_ids * tau).masked_fill(~named, -math.inf).T)).amax(0)
+            out[3] = at_label - lse_y
+            out[1] = -(1.0 - smoothing) * out[3]
+            if smoothing:
+                total = total_y.sum(0) + (of_ids * tau).masked_fill(ids < 0, 0.0).sum(1)
+                out[1] = out[1] + smoothing * (lse_y - total / call.total_vocab)
+        return torch.stack(out, 1)
