@@ -25,9 +25,9 @@ def even(world, total=V):
 
 
 @contextmanager
-def gpu_schedule(**numbers):
+def gpu_schedule(fused=False, **numbers):
     """The schedules of GPUs, on CPU tensors: with the CUDA kernels that the shim runs, and plans of these
-    numbers. Gives the plans and calls that are made.
+    numbers. Gives the plans and calls that are made. `fused`: stats come as of a fused kernel.
     """
     made, calls, plan, begin = [], [], linear_gpu.plan, linear_gpu.Call.__init__
 
@@ -40,7 +40,15 @@ def gpu_schedule(**numbers):
         begin(self, *arguments)
         calls.append(self)
 
-    kernels = native_epilogues(load("kl_loss").ops)
+    kernels = native = native_epilogues(load("kl_loss").ops)
+
+    def linear_stats(student, teacher, mask, loss, stats, vocab_size, options):
+        nothing, frozen = loss.new_empty(0, student[0].shape[1]), (False, False, False)
+        arguments = (mask, None, None, None, frozen, vocab_size, options, "auto", 1 << 29, native)
+        linear_gpu.linear_kl_loss_((loss, stats, *[nothing] * 3), student, teacher, *arguments)
+
+    if fused:
+        kernels = dataclasses.replace(native, linear_stats=linear_stats)
     with ExitStack() as stack:
         for where, name, what in (
             (linear_op, "_on_gpu", lambda x: True),
@@ -73,6 +81,7 @@ class Problem:
             self.bias[0] += torch.linspace(-9, 9, self.total).to(dtype)
         if biased and biased != "finite":
             self.bias[0][: self.total // 8] = -torch.inf
+        if biased is True:
             self.bias[1][: self.total // 8] = -torch.inf
         self.padding = padding or [(0, 0)] * len(widths)  # of student and teacher, rows behind each shard
 
@@ -104,7 +113,15 @@ def same_on_all_ranks(x, group):
 
 
 ORACLE = {"student_logit_scale": "student_scale"}
-NOT_OF_LOSS = ("schedule", "workspace_bytes", "ce_weight", "return_parts", "label_smoothing", "temperature")
+NOT_OF_LOSS = (
+    "schedule",
+    "workspace_bytes",
+    "backend",
+    "ce_weight",
+    "return_parts",
+    "label_smoothing",
+    "temperature",
+)
 
 
 def check(
@@ -196,8 +213,10 @@ REVERSE, JSD = {"divergence": "reverse_kl"}, {"divergence": "jsd"}
 BF16, FP16, FP64 = ({"dtype": x} for x in (torch.bfloat16, torch.float16, torch.float64))
 SEQUENCE, BIASED, EXPLICIT = {"sequence_parallel": True}, {"biased": True}, {"explicit": True}
 PARTS = {"return_parts": True, "ce_weight": 0.7, "label_smoothing": 0.1}
+REFERENCE = {"backend": "reference", "dtype": torch.float64}
 # several chunks of rows, groups of them and tiles
 STORE = {"gpu": {"chunk_rows": 7, "dz_rows": 15}, "schedule": "store"}
+FUSED = {"gpu": {"fused": True}, "frozen": ("hidden", "head", "bias")}
 RECOMPUTE = {"gpu": {"chunk_rows": 7, "dz_rows": 15, "tile": 64}, "schedule": "recompute"}
 
 
@@ -208,6 +227,7 @@ def value_cases(world):
     inside = EXPLICIT | {"padding": [(3 * r, 5 - r) for r in range(world)]}
     nothing = {"widths": [*even(world - 1), 0], "padding": [*full, (6, 4)]}
     first_nothing = EXPLICIT | {"widths": [0, *even(world - 1)], "padding": [(5, 2), *full]}
+    masked_out = {"widths": [V // 8, *even(world - 1, V - V // 8)]}  # with a bias: all of the first shard
     small = {"workspace_bytes": 400_000}
     capped = BIASED | {"student_softcap": 6.0}
     return {
@@ -220,6 +240,11 @@ def value_cases(world):
         "bias_forward": BIASED | {"teacher_softcap": 9.0, "student_logit_scale": 1.2},
         "bias_reverse": BIASED | REVERSE | uneven,
         "bias_jsd": BIASED | JSD | uneven | {"reduction": "none"},
+        "masked_out": BIASED | masked_out,
+        "masked_out_reverse": REVERSE | masked_out | {"biased": "student", "reduction": "none"},
+        "masked_out_in_student": masked_out | {"biased": "student"},
+        "gpu_masked_out": STORE | BIASED | masked_out,
+        "gpu_masked_out_in_student": STORE | masked_out | {"biased": "student"},
         "uneven": BF16 | uneven,
         "padding_inside": uneven | inside,
         "padding_behind": {"padding": [*full, (7, 2)]},
@@ -234,11 +259,15 @@ def value_cases(world):
         "accumulator_bf16": BF16 | SEQUENCE | {"accumulator": True},
         "frozen_head": {"frozen": ("head",)},
         "frozen_hidden": REVERSE | {"frozen": ("hidden",)},
+        "reference": REFERENCE | REVERSE | SEQUENCE | uneven | inside | BIASED,
+        "reference_parts": REFERENCE | PARTS | JSD | nothing | {"reduction": "none"},
         "fp16": FP16 | REVERSE,
         "parts": PARTS | uneven | {"biased": "finite", "temperature": 2.0},
         "parts_jsd_none": PARTS | JSD | SEQUENCE | {"reduction": "none"},
         "parts_double": PARTS | FP64 | REVERSE | {"student_softcap": 6.0},
         "parts_unsmoothed": BF16 | nothing | {"return_parts": True, "ce_weight": 0.5},
+        "parts_alone": uneven | {"return_parts": True, "label_smoothing": 0.1},
+        "gpu_parts_alone": STORE | JSD | {"return_parts": True},
         "parts_accumulator": PARTS | inside | {"accumulator": True},
         "gpu_store": STORE | BF16,
         "gpu_store_jsd": STORE | uneven | capped | {"divergence": 0.3},
@@ -248,6 +277,8 @@ def value_cases(world):
         "gpu_recompute": RECOMPUTE | REVERSE | BF16 | SEQUENCE | BIASED | uneven,
         "gpu_recompute_jsd": RECOMPUTE | JSD | BIASED,
         "gpu_forward": JSD | uneven | {"gpu": {}, "frozen": ("hidden", "head")},
+        "gpu_fused": BF16 | BIASED | masked_out | FUSED,
+        "gpu_fused_reverse": BF16 | REVERSE | masked_out | FUSED | {"biased": "student"},
         "gpu_none": STORE | JSD | BF16 | {"reduction": "none", "accumulator": True},
         "gpu_padding_only": STORE | JSD | nothing,
         "gpu_padding_only_recompute": RECOMPUTE | REVERSE | SEQUENCE | first_nothing,

@@ -53,6 +53,8 @@ def linear_kl_loss_of_shard(
         return
     unused = loss.new_empty(loss.shape)  # the shard's part of the loss
     sides = (student, teacher, mask, row_weight, stats, accumulator, needs_grad)
+    if of_tokens.ce_weight is None:
+        of_tokens = NO_METRICS
     run((unused, stats, *grads), *sides, *rest, of_tokens=of_tokens, total_vocab=shard.total_vocab)
 
 

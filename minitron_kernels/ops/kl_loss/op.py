@@ -24,6 +24,7 @@ from minitron_kernels.ops.kl_loss.checks import (
 from minitron_kernels.ops.kl_loss.linear import Teacher, linear_kl_rows
 from minitron_kernels.ops.kl_loss.options import check_vocab_size, loss_options
 from minitron_kernels.ops.kl_loss.record import LossRecord, TokenTerms
+from minitron_kernels.ops.kl_loss.reference_parallel import gather_sides
 from minitron_kernels.ops.kl_loss.rows import kl_rows, kl_rows_with_metrics
 from minitron_kernels.ops.kl_loss.sharded import local_side, local_tokens
 from minitron_kernels.ops.kl_loss.tokens import Tokens
@@ -274,7 +275,8 @@ def linear_kl_loss(
     token (36 with cross-entropy or parts; JSD 8 more) in one all-gather (JSD: two), which a GPU does while it
     makes the next chunk's logits, then 4 H a token of the hidden gradient in one all-reduce or, with sequence
     parallelism, reduce-scatter; there the hidden states are gathered before. On the CPU a call is one chunk,
-    and logits are made twice: 6 GEMMs. float64 doubles the numbers' bytes.
+    and logits are made twice: 6 GEMMs. float64 doubles the numbers' bytes. backend="reference" gathers the
+    heads instead.
 
     Source: Minitron (arXiv 2407.14679) section 3, (arXiv 2408.11796) section 3.
     """
@@ -352,12 +354,15 @@ def linear_kl_loss(
     bias = None if teacher_bias is None else teacher_bias.detach()
     teacher = Teacher(as_rows(teacher_hidden), teacher_head, bias)
     if chosen == "reference":
-        for name, given in (("grad_head_accumulator", grad_head_accumulator), ("tp_group", tp_group)):
-            if given is not None:
-                raise ValueError(f"{name} needs native or triton; the reference leaves gradients to autograd")
+        if grad_head_accumulator is not None:
+            raise ValueError(
+                "grad_head_accumulator needs native or triton; the reference leaves gradients to autograd"
+            )
         s = (as_saved(student[0]), as_saved(student[1]), as_saved(student[2]))
         t = (as_saved(as_rows(teacher_hidden)), as_saved(teacher_head), as_saved(teacher.bias))
         of_tokens = as_saved(tokens.computed), as_saved(tokens.targets)
+        if tp_group is not None:
+            s, t, V = gather_sides(parallel, s, t, tokens.targets, V)
         terms = TokenTerms(
             *reference.linear_rows(s, t, *of_tokens, V, tokens.needs_metrics, **options._asdict())
         )
