@@ -278,3 +278,24 @@ def test_entries_of_tokens_that_do_not_count_are_not_looked_at():
     assert torch.equal(*(mk.linear_sparse_kl_loss(**x, mask=mask) for x in (good, bad)))
     weights = mask.float()
     assert torch.equal(*(mk.linear_sparse_kl_loss(**x, token_weights=weights) for x in (good, bad)))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_plans(device):
+    """No logits of a teacher: a GEMM less, and half of the logits' memory."""
+    shape = (512, 32768, 1024)
+    plans = {
+        schedule: [
+            mk.plan_linear_kl_loss(
+                *shape, Ht, sparse_ids=ids, schedule=schedule, device=device, workspace_bytes=1 << 32
+            )
+            for Ht, ids in ((1024, None), (0, 128))
+        ]
+        for schedule in ("store", "recompute")
+    }
+    assert [[plan.num_gemms for plan in pair] for pair in plans.values()] == [[4, 3], [6, 4]]
+    dense, sparse = plans["store"]
+    assert sparse.part_bytes[0] < 0.51 * dense.part_bytes[0] and sparse.flops == 0.75 * dense.flops
+    with pytest.raises(ValueError, match="sparse_ids must be at least 0, and teacher_hidden_size 0"):
+        mk.plan_linear_kl_loss(*shape, 1024, sparse_ids=128, device=device)

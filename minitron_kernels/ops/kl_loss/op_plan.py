@@ -31,8 +31,11 @@ def plan_linear_kl_loss(
     device: str | torch.device = "cpu",
     gpu: str | None = None,
     tp_size: int = 1,
+    sparse_ids: int | None = None,
 ) -> LinearKLPlan:
     """Plans a call of linear_kl_loss without making it; print(plan.explain()) shows schedule and memory.
+
+    Or one of linear_sparse_kl_loss, where sparse_ids is given.
 
     On a GPU, which need not be here, it also predicts the time: from the flops at the rate of the vendor's
     GEMMs, with whole waves of their tiles, and the bytes at the rate of a copy. What is predicted has not
@@ -60,6 +63,7 @@ def plan_linear_kl_loss(
         device: "cpu", or "cuda" for CUDA and ROCm.
         gpu: "A100", "H100", "H200" or "B200", whose rates are assumed. By default those of the GPU at
             `device`, or of an H100 where there is none.
+        sparse_ids: ids a token of a sparse teacher, k. teacher_hidden_size must then be 0.
         tp_size: ranks of tp_group, which share the vocabulary: vocab_size is then that of one rank, the
             largest. The time of what they exchange is not in the prediction. GPU only.
 
@@ -74,6 +78,11 @@ def plan_linear_kl_loss(
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
+    if sparse_ids is not None and (teacher_hidden_size or sparse_ids < 0):
+        raise ValueError(
+            "sparse_ids must be at least 0, and teacher_hidden_size 0 beside it; got "
+            f"{sparse_ids} and {teacher_hidden_size}"
+        )
     target, teacher_dtype = torch.device(device), teacher_dtype or dtype
     if target.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda'; got {device!r}")
@@ -90,6 +99,7 @@ def plan_linear_kl_loss(
             2 if divergence_needs_kl else 1,
             figures_of(target) if gpu is None else FIGURES[gpu],
             tp_size,
+            sparse_ids is not None,
         )
         return plan_gpu.plan(
             problem, schedule, GPU_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
@@ -118,6 +128,7 @@ def plan_linear_kl_loss(
         schedule=schedule,
         workspace_bytes=workspace_bytes,
         engine=engine or plan_cpu.operand_type(dtype, teacher_dtype),
+        outcomes=0 if sparse_ids is None else sparse_ids + 1,
     )
 
 
@@ -129,6 +140,7 @@ def _gpu_problem(
     looks: int,
     gpu: GpuFigures,
     ranks: int,
+    sparse: bool,
 ) -> GpuProblem:
     """What linear_gpu.py would ask for, where all operands of a side have one dtype."""
     for name, dtype in zip(("dtype", "teacher_dtype"), dtypes, strict=True):
@@ -147,5 +159,6 @@ def _gpu_problem(
         stats_first=accumulator,  # the forward makes them, the backward the gradients
         looks=looks,
         ranks=ranks,
+        spare_columns=int(sparse),
         gpu=gpu,
     )
