@@ -58,8 +58,8 @@ def assert_metrics(metrics, stats, logits, truth, options):
         np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
         finite = np.isfinite(expected)
         np.testing.assert_array_equal(found[~finite], expected[~finite])
-        expected = np.where(finite, expected, 0.0)
-        wrong = ~(np.abs(found - expected) <= atol + 4e-6 * np.abs(expected))  # also what is infinite
+        known = np.where(finite, expected, 0.0)
+        wrong = ~(np.abs(found - known) <= atol + 4e-6 * np.abs(known))
         assert not wrong[finite].any(), f"{found[finite]}, expected {expected[finite]}"
     if stats is not None and options[0] == 1.0:
         np.testing.assert_array_equal(numpy_of(metrics[:, 0]), numpy_of(stats[:, 1]))
