@@ -593,7 +593,7 @@ TRITON_VALUES |= {  # of the student alone
             "    if not FIRST:\n        max_s",
             "    if FIRST or not FIRST:\n        max_s",
         ),
-        DIFFERS,
+        f"AssertionError|{DIFFERS}",
     ),
     "no rescale between the student's blocks": (
         "student_stats and plain",

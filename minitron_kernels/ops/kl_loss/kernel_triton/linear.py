@@ -178,7 +178,10 @@ def linear_kernel(
         tl.store(out + stride, of_student, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "splits", "stride_mn"])
+@triton.jit(
+    do_not_specialize=["N", "splits", "stride_mn"],
+    do_not_specialize_on_alignment=["metric_states_ptr"],  # they may lie behind states of N rows
+)
 def finish_stats_kernel(
     states_ptr,  # (splits, 5, N) fp32
     mask_ptr,  # (N) uint8 or None
