@@ -146,6 +146,32 @@ def test_weights_of_sampled_ids_are_normalised(backend):
     torch.testing.assert_close(losses[0], (weights * (weights.log() - log_q)).sum(1).mean())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("where", ["id", "tail"])
+def test_smoothing_over_a_masked_out_token(backend, where):
+    """Of such a token log p is -inf, and so is the mean; its gradient is 0, and that of others finite."""
+    hidden, head = student()
+    _, ids, logprobs, tail = teacher(4)
+    token = int(ids[2, 1]) if where == "id" else next(v for v in range(V) if not (ids == v).any())
+    bias = torch.zeros(V, dtype=torch.float64)
+    bias[token] = -math.inf
+    bias.requires_grad_()
+    labels = (torch.arange(N) + token + 1) % V
+    setup = {
+        "student_bias": bias,
+        "labels": labels,
+        "ce_weight": 1.0,
+        "return_parts": True,
+        "backend": backend,
+    }
+    setup |= {"kl_weight": 0.0, "reduction": "none"}
+    plain = mk.linear_sparse_kl_loss(hidden, head, ids, logprobs, tail, **setup)
+    smooth = mk.linear_sparse_kl_loss(hidden, head, ids, logprobs, tail, label_smoothing=0.1, **setup)
+    assert plain.ce.isfinite().all() and (smooth.ce == math.inf).all()
+    (grad,) = torch.autograd.grad(smooth.loss.sum(), bias)
+    assert grad.isfinite().all() and grad[token] == 0 and (grad != 0).sum() == V - 1
+
+
 OPTIONS = {
     "temperature": 2.0,
     "temperature_squared": True,
