@@ -279,6 +279,7 @@ def value_cases(world):
         "gpu_forward": JSD | uneven | {"gpu": {}, "frozen": ("hidden", "head")},
         "gpu_fused": BF16 | BIASED | masked_out | FUSED,
         "gpu_fused_reverse": BF16 | REVERSE | masked_out | FUSED | {"biased": "student"},
+        "gpu_fused_infinite": BF16 | masked_out | FUSED | {"biased": "student"},
         "gpu_none": STORE | JSD | BF16 | {"reduction": "none", "accumulator": True},
         "gpu_padding_only": STORE | JSD | nothing,
         "gpu_padding_only_recompute": RECOMPUTE | REVERSE | SEQUENCE | first_nothing,
