@@ -133,7 +133,7 @@ CUDA_LINEAR = {
     "last row of a finishing grid": (
         "finish",
         Fault(
-            "kl_loss/cuda/linear_launch.cuh",
+            "kl_loss/cuda/linear_torch.cuh",
             "(rows + kFinishThreads - 1) / kFinishThreads",
             "(rows + kFinishThreads - 2) / kFinishThreads",
         ),

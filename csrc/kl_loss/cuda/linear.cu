@@ -2,7 +2,7 @@
 // nothing, and do not wait for the GPU.
 #include <optional>
 
-#include "kl_loss/cuda/linear_launch.cuh"
+#include "kl_loss/cuda/linear_torch.cuh"
 #include "kl_loss/cuda/tile_mixture.cuh"
 
 namespace minitron::cuda {

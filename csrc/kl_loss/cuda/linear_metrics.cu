@@ -1,5 +1,5 @@
 // The kernels of linear.cu with metrics.
-#include "kl_loss/cuda/linear_launch.cuh"
+#include "kl_loss/cuda/linear_torch.cuh"
 
 namespace minitron::cuda {
 
