@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -33,6 +34,7 @@ CSRC = TESTS.parent / "csrc"
 _BUILD = runpy.run_path(str(TESTS.parent / "build_backend/tools.py"))
 TORCH_TARGET = f"-DTORCH_TARGET_VERSION={_BUILD['TORCH_TARGET_VERSION']}"
 FORWARD, REVERSE = 0, 1  # orders of threads; from 2 on, the seed of a shuffle
+NAMESPACE = "minitron_kernels_shim_"
 SANITIZERS = "-fsanitize=address,undefined"
 SANITIZE = os.environ.get("MINITRON_TEST_SHIM_SANITIZE") == "1"  # set by run_sanitized() for its child
 
@@ -108,27 +110,46 @@ def compile_shim(op: str, faults: tuple[Fault, ...] = (), sanitize: bool = False
     flags += [] if faults else ["-Werror"]
     tools = (flags, version, torch.__version__)
     digest = digest_of(texts, shim, *tools)
-    namespace = f"minitron_kernels_shim_{digest}"
+    namespace = f"{NAMESPACE}{digest}"
     cache = cache_folder()
 
+    # Units are compiled under a namespace that is the same in all builds, and kept by what they include: most
+    # faults touch few of them. Then the build's own, of the same length, is written over it.
+    anyone = NAMESPACE + "0" * len(digest)
+    texts = {path: text.replace("(minitron_kernels, m)", f"({anyone}, m)") for path, text in texts.items()}
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         csrc = Path(folder) / "csrc"
-        # the schemas, under the build's own namespace
-        texts = {
-            path: text.replace("(minitron_kernels, m)", f"({namespace}, m)") for path, text in texts.items()
-        }
         write_sources(texts, csrc)
-        include = [f"-I{SHIM}", f"-I{csrc}", f"-DMINITRON_CUDA_LIBRARY={namespace}"]
+        include = [f"-I{SHIM}", f"-I{csrc}", f"-DMINITRON_CUDA_LIBRARY={anyone}"]
         units = {
-            csrc / path: cache / f"{digest}_{path.replace('/', '_')}.o"
+            csrc / path: cache
+            / f"{digest_of(included(path, texts), shim, *tools)}_{path.replace('/', '_')}.o"
             for path in texts
             if path.endswith((".cu", ".cpp"))
         }
-        scheduler = cache / f"{digest_of(shim, *tools)}_shim.o"  # in all builds the same
-        units[SHIM / "cuda_shim.cpp"] = scheduler
+        units[SHIM / "cuda_shim.cpp"] = cache / f"{digest_of(shim, *tools)}_shim.o"
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             commands = [[*flags, *include, "-x", "c++", "-c", str(unit)] for unit in units]
-            objects = list(pool.map(compile_to, commands, units.values()))
+            compiled = list(pool.map(compile_to, commands, units.values()))
+        objects = [Path(folder) / path.name for path in compiled]
+        for path, own in zip(compiled, objects, strict=True):
+            own.write_bytes(path.read_bytes().replace(anyone.encode(), namespace.encode()))
+        return _linked(objects, cache / f"{namespace}.so", torch_folder, sanitize), namespace
+
+
+def included(path: str, texts: dict[str, str]) -> dict[str, str]:
+    """A file and all those of `texts` that it includes, and these in turn."""
+    found: dict[str, str] = {}
+    waiting = [path]
+    while waiting:
+        name = waiting.pop()
+        if name in texts and name not in found:
+            found[name] = texts[name]
+            waiting += re.findall(r'#include "([^"]+)"', texts[name])
+    return found
+
+
+def _linked(objects: list[Path], target: Path, torch_folder: Path, sanitize: bool) -> Path:
     link = [
         "g++",
         "-shared",
@@ -138,7 +159,7 @@ def compile_shim(op: str, faults: tuple[Fault, ...] = (), sanitize: bool = False
         "-ltorch_cpu",
         "-lc10",
     ]
-    return compile_to([*link, *([SANITIZERS] if sanitize else [])], cache / f"{namespace}.so"), namespace
+    return compile_to([*link, *([SANITIZERS] if sanitize else [])], target)
 
 
 @dataclass
