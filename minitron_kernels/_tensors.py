@@ -47,6 +47,11 @@ def check_gathered(name: str, x: Tensor) -> None:
         )
 
 
+def with_unit_stride(x: Tensor) -> Tensor:
+    """The tensor, or a copy of it, with stride 1 in its last dimension."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def check_no_tangent(op: str, **tensors: Tensor) -> None:
     """Checks that no tensor carries a tangent, for ops without a derivative: AD would silently give zero.
 

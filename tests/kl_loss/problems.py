@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minitron_kernels import _native
-from minitron_kernels.ops.kl_loss import linear_op, plan_cpu, sparse_cpu
+from minitron_kernels.ops.kl_loss import linear_cpu, plan_cpu
 
 # Whether this CPU and libtorch multiply bf16 operands as they are (AVX512_BF16, AMX).
 HAS_BF16 = bool(_native.build_info().get("bf16_microkernel"))
@@ -74,7 +74,7 @@ def force_operands(monkeypatch, kind):
     if kind == "bf16" and not HAS_BF16:
         pytest.skip("the bf16 microkernel needs a CPU with AVX512_BF16 or AMX")
     if kind is not None:
-        for module in (linear_op, sparse_cpu, plan_cpu):
+        for module in (linear_cpu, plan_cpu):
             monkeypatch.setattr(module, "operand_type", lambda *dtypes: kind)
 
 
@@ -104,8 +104,7 @@ def force_plan(monkeypatch, **numbers):
         made.append(dataclasses.replace(p, part_bytes=tuple(parts)))
         return made[-1]
 
-    monkeypatch.setattr(linear_op, "plan_cpu", planned)
-    monkeypatch.setattr(sparse_cpu, "plan", planned)
+    monkeypatch.setattr(linear_cpu, "plan", planned)
     return made
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from minitron_kernels._tensors import check_tensor
+from minitron_kernels._tensors import check_tensor, with_unit_stride
 
 T = TypeVar("T", bound=Tensor | None)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -106,7 +106,7 @@ def as_saved(x: T) -> T:
 def as_rows(x: Tensor) -> Tensor:
     """[..., C] -> [N, C] with stride 1 along C, a view where possible."""
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+    return with_unit_stride(rows)
 
 
 def autocast(*tensors: Tensor) -> list[Tensor]:

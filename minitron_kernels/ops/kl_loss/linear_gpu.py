@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitron_kernels._tensors import with_unit_stride
 from minitron_kernels.ops.kl_loss import gemm_gpu
 from minitron_kernels.ops.kl_loss.divergence import STAT_KL, Divergence
 from minitron_kernels.ops.kl_loss.epilogues import Epilogues
@@ -195,7 +196,7 @@ class Call:
 
 def _operands(side: Side, vocab_size: int) -> Side:
     hidden, head, bias = side
-    hidden, head = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (hidden, head))
+    hidden, head = map(with_unit_stride, (hidden, head))
     if bias is not None:
         bias = bias[:vocab_size].to(torch.promote_types(hidden.dtype, torch.float32)).contiguous()
     return hidden, head[:vocab_size], bias

@@ -8,17 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minitron_kernels import _workspace
+from minitron_kernels._tensors import with_unit_stride
 from minitron_kernels.ops.kl_loss.divergence import NUM_METRICS, NUM_STATS
 from minitron_kernels.ops.kl_loss.epilogues import EPILOGUES
+from minitron_kernels.ops.kl_loss.linear_cpu import linear_kl_loss_cpu_, linear_sparse_kl_loss_cpu_
 from minitron_kernels.ops.kl_loss.linear_gpu import linear_kl_loss_
-from minitron_kernels.ops.kl_loss.linear_rows import Side, TokenMetrics
+from minitron_kernels.ops.kl_loss.linear_rows import TokenMetrics
 from minitron_kernels.ops.kl_loss.linear_shard import linear_kl_loss_of_shard
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.plan import grad_dtype
-from minitron_kernels.ops.kl_loss.plan_cpu import operand_type
-from minitron_kernels.ops.kl_loss.plan_cpu import plan as plan_cpu
-from minitron_kernels.ops.kl_loss.sparse_cpu import sparse_kl_loss_cpu
 from minitron_kernels.ops.kl_loss.sparse_gpu import linear_sparse_kl_loss_
 from minitron_kernels.ops.kl_loss.sparse_teacher import SparseTeacher
 from minitron_kernels.ops.kl_loss.student_torch import cpu_epilogues
@@ -32,7 +30,7 @@ from minitron_kernels.ops.kl_loss.vocab_parallel import (
 
 
 def _loss_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 @torch.library.custom_op("minitron_kernels::linear_kl_loss", mutates_args=("grad_head_accumulator",))
@@ -111,9 +109,9 @@ def linear_kl_loss_op(
         )
         vocab_size = shard.width
         check_labels(labels, shard.total_vocab)
-        student_hidden = shard.all_tokens(_rows(student_hidden))
+        student_hidden = shard.all_tokens(with_unit_stride(student_hidden))
         if teacher_hidden is not None:
-            teacher_hidden = shard.all_tokens(_rows(teacher_hidden))
+            teacher_hidden = shard.all_tokens(with_unit_stride(teacher_hidden))
         if needs_hidden:
             hidden_sum = HiddenSum(grad_hidden, _loss_dtype(student_hidden), shard)
             grad_hidden = hidden_sum.partial
@@ -134,7 +132,7 @@ def linear_kl_loss_op(
     if ids is not None and teacher_outcomes is not None:
         sparse = (written, student, SparseTeacher(ids, teacher_outcomes), *given)
         if on_cpu and shard is None:
-            sparse_kl_loss_cpu(*sparse, engine, of_tokens)
+            linear_sparse_kl_loss_cpu_(*sparse, engine, of_tokens)
         else:
             epilogues = cpu_epilogues() if on_cpu else EPILOGUES[backend]()
             linear_sparse_kl_loss_(*sparse, epilogues, of_tokens, shard, hidden_sum)
@@ -155,92 +153,6 @@ def linear_kl_loss_op(
 
 def _on_gpu(x: Tensor) -> bool:  # apart, so that tests can run the schedules of GPUs on CPU tensors
     return x.device.type != "cpu"
-
-
-def linear_kl_loss_cpu_(
-    outputs: tuple[Tensor, ...],
-    student: Side,
-    teacher: Side,
-    mask: Tensor | None,
-    row_weight: Tensor | None,
-    stats: Tensor | None,
-    grad_head_accumulator: Tensor | None,
-    needs_grad: tuple[bool, bool, bool],
-    vocab_size: int,
-    options: LossOptions,
-    schedule: str,
-    workspace_bytes: int,
-    engine: str | None,
-    of_tokens: TokenMetrics,
-    total_vocab: int = 0,
-) -> None:
-    """What linear_kl_loss_() of linear_gpu.py does on a GPU: fills the outputs that are needed.
-
-    engine: as the planner has it; None for what is fastest. total_vocab: where vocab_size is a shard's.
-    """
-    loss, new_stats, grad_hidden, grad_head, grad_bias = outputs
-    (student_hidden, student_head, student_bias), (teacher_hidden, teacher_head, teacher_bias) = (
-        student,
-        teacher,
-    )
-    N, loss_dtype = student_hidden.shape[0], _loss_dtype(student_hidden)
-    count = N if mask is None else int(mask.sum())
-    plan = plan_cpu(
-        count,
-        vocab_size,
-        student_hidden.shape[1],
-        teacher_hidden.shape[1],
-        dtype=grad_dtype(student_head.dtype),
-        grad_hidden=needs_grad[0],
-        grad_head=needs_grad[1],
-        grad_bias=needs_grad[2],
-        grad_head_accumulator=grad_head_accumulator is not None,
-        divergence_needs_kl=options.divergence.needs_second_look,
-        schedule=schedule,
-        workspace_bytes=workspace_bytes,
-        metrics=of_tokens.metrics is not None,
-        engine=engine
-        or operand_type(student_hidden.dtype, student_head.dtype, teacher_hidden.dtype, teacher_head.dtype),
-    )
-
-    def vector(x: Tensor | None, length: int) -> Tensor | None:
-        return None if x is None else x[:length].to(loss_dtype).contiguous()
-
-    def per_row(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(loss_dtype).expand(N).contiguous()
-
-    with _workspace.borrow(plan.total_bytes, student_hidden.device) as workspace:
-        torch.ops.minitron_kernels.linear_kl_loss_cpu_(
-            _rows(student_hidden),
-            _rows(student_head),
-            _rows(teacher_hidden),
-            _rows(teacher_head),
-            vector(student_bias, vocab_size),
-            vector(teacher_bias, vocab_size),
-            mask,
-            per_row(row_weight),
-            loss,
-            new_stats if stats is None else stats.contiguous(),
-            stats is not None,
-            grad_hidden if needs_grad[0] else None,
-            grad_head if needs_grad[1] and grad_head.numel() else None,
-            grad_bias[:vocab_size] if needs_grad[2] else None,
-            grad_head_accumulator if needs_grad[1] else None,
-            workspace,
-            vocab_size,
-            options,
-            plan.numbers,
-            of_tokens.labels,
-            of_tokens.metrics,
-            per_row(of_tokens.ce_weight),
-            total_vocab,
-        )
-    if needs_grad[2]:
-        grad_bias[vocab_size:] = 0
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _fake(
