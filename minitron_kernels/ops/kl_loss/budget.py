@@ -18,6 +18,12 @@ def workspace_budget(workspace_bytes: int | float | None, device: torch.device) 
     return CPU_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
 
 
+def check_schedule(schedule: str) -> None:
+    """It is one of SCHEDULES."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
+
+
 def too_small(budget: int, least: int, schedule: str, vocab_size: int, more: str = "") -> ValueError:
     """The error for a budget with which no plan fits; `least` would do."""
     return ValueError(

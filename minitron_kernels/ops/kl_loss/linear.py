@@ -17,10 +17,11 @@ from minitron_kernels.ops.kl_loss.checks import as_saved
 from minitron_kernels.ops.kl_loss.divergence import METRIC_CE
 from minitron_kernels.ops.kl_loss.linear_op import linear_kl_loss_op
 from minitron_kernels.ops.kl_loss.options import LossOptions
-from minitron_kernels.ops.kl_loss.record import TokenTerms
+from minitron_kernels.ops.kl_loss.record import LossRecord, TokenTerms
 from minitron_kernels.ops.kl_loss.rows import columns, no_second_derivative
 from minitron_kernels.ops.kl_loss.scaling import scaled
 from minitron_kernels.ops.kl_loss.sums import sum_rows
+from minitron_kernels.ops.kl_loss.tokens import Tokens
 from minitron_kernels.ops.kl_loss.vocab_parallel import Parallel
 
 
@@ -282,3 +283,38 @@ def linear_kl_rows(
         terms = TokenTerms(loss, *columns(metrics)) if needs_metrics else TokenTerms(loss)
     result = terms.kl if row_weight is None else _weighted_sum(terms.kl, row_weight, terms.ce, ce_weight)
     return result, terms if needs_metrics else None
+
+
+def linear_result(
+    tokens: Tokens,
+    student: tuple[Tensor, Tensor, Tensor | None],
+    teacher: Teacher,
+    grad_head_accumulator: Tensor | None,
+    vocab_size: int,
+    options: LossOptions,
+    backend: str,
+    schedule: str,
+    workspace_bytes: int,
+    parallel: Parallel,
+) -> Tensor | LossRecord:
+    """What linear_kl_loss() and linear_sparse_kl_loss() return; see linear_kl_rows()."""
+    row_weight, ce_weight = tokens.row_weights()
+    result, terms = linear_kl_rows(
+        student,
+        teacher,
+        tokens.computed,
+        row_weight,
+        grad_head_accumulator,
+        vocab_size,
+        options,
+        backend,
+        schedule,
+        workspace_bytes,
+        labels=tokens.targets,
+        ce_weight=ce_weight,
+        needs_metrics=tokens.needs_metrics,
+        parallel=parallel,
+    )
+    if row_weight is None:
+        result = tokens.loss(TokenTerms(result) if terms is None else terms)
+    return tokens.result(result, terms)

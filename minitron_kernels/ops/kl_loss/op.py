@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minitron_kernels._backend import pick
 from minitron_kernels.ops.kl_loss import reference
-from minitron_kernels.ops.kl_loss.budget import SCHEDULES, workspace_budget
+from minitron_kernels.ops.kl_loss.budget import check_schedule, workspace_budget
 from minitron_kernels.ops.kl_loss.checks import (
     as_rows,
     as_saved,
@@ -21,7 +21,7 @@ from minitron_kernels.ops.kl_loss.checks import (
     check_transforms,
     positive,
 )
-from minitron_kernels.ops.kl_loss.linear import Teacher, linear_kl_rows
+from minitron_kernels.ops.kl_loss.linear import Teacher, linear_result
 from minitron_kernels.ops.kl_loss.options import check_vocab_size, loss_options
 from minitron_kernels.ops.kl_loss.record import LossRecord, TokenTerms
 from minitron_kernels.ops.kl_loss.reference_parallel import gather_sides
@@ -317,8 +317,7 @@ def linear_kl_loss(
     check_bias("student_bias", student_bias, student_head)
     check_bias("teacher_bias", teacher_bias, teacher_head)
     check_accumulator(grad_head_accumulator, student_head)
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
+    check_schedule(schedule)
     options = loss_options(
         divergence=divergence,
         temperature=temperature,
@@ -367,23 +366,6 @@ def linear_kl_loss(
             *reference.linear_rows(s, t, *of_tokens, V, tokens.needs_metrics, **options._asdict())
         )
         return tokens.result(tokens.loss(terms), terms)
-    row_weight, row_ce_weight = tokens.row_weights()
-    result, of_rows = linear_kl_rows(
-        student,
-        teacher,
-        tokens.computed,
-        row_weight,
-        grad_head_accumulator,
-        V,
-        options,
-        chosen,
-        schedule,
-        workspace_budget(workspace_bytes, device),
-        labels=tokens.targets,
-        ce_weight=row_ce_weight,
-        needs_metrics=tokens.needs_metrics,
-        parallel=parallel,
-    )
-    if row_weight is None:
-        result = tokens.loss(TokenTerms(result) if of_rows is None else of_rows)
-    return tokens.result(result, of_rows)
+    budget = workspace_budget(workspace_bytes, device)
+    rest = (grad_head_accumulator, V, options, chosen, schedule, budget, parallel)
+    return linear_result(tokens, student, teacher, *rest)

@@ -6,7 +6,7 @@ import torch
 
 from minitron_kernels import _native
 from minitron_kernels.ops.kl_loss import plan_cpu, plan_gpu
-from minitron_kernels.ops.kl_loss.budget import GPU_WORKSPACE_BYTES, SCHEDULES
+from minitron_kernels.ops.kl_loss.budget import GPU_WORKSPACE_BYTES, check_schedule
 from minitron_kernels.ops.kl_loss.gpu_figures import FIGURES, GpuFigures, figures_of
 from minitron_kernels.ops.kl_loss.plan import LinearKLPlan, grad_dtype
 from minitron_kernels.ops.kl_loss.plan_gpu import GpuProblem
@@ -76,8 +76,7 @@ def plan_linear_kl_loss(
             least that would do.
         RuntimeError: a plan for the CPU, and the extension is not built.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
+    check_schedule(schedule)
     if sparse_ids is not None and (teacher_hidden_size or sparse_ids < 0):
         raise ValueError(
             "sparse_ids must be at least 0, and teacher_hidden_size 0 beside it; got "

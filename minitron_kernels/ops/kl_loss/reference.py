@@ -110,7 +110,7 @@ def rows(
     **options: float,
 ) -> Terms:
     """[N, Vs], [N, Vt] -> [N], at least in fp32; masked rows are replaced before they can spread a NaN."""
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(student.dtype, torch.float32)
     if mask is not None:
         student, teacher = (x.masked_fill(~mask[:, None], 0.0) for x in (student, teacher))
     student = student.to(dtype)
@@ -134,7 +134,7 @@ def sparse_rows(
 
     The outcomes are the teacher's log-probabilities of the ids, and of any other token.
     """
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(student.dtype, torch.float32)
     if mask is not None:
         student = student.masked_fill(~mask[:, None], 0.0)
     student = student[:, :vocab_size].to(dtype)
@@ -167,7 +167,7 @@ _BLOCK = 256  # tokens whose logits exist at a time
 def _logits(
     hidden: Tensor, head: Tensor, bias: Tensor | None, keep: Tensor | None, vocab_size: int
 ) -> Tensor:
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
     if keep is not None:
         hidden = hidden.masked_fill(~keep[:, None], 0.0)
     z = hidden.to(dtype) @ head[:vocab_size].to(dtype).T

@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minitron_kernels._tensors import check_gathered, is_dtensor
-
-Side = tuple[Tensor, Tensor, Tensor | None]  # hidden states, head, bias
+from minitron_kernels.ops.kl_loss.linear_rows import Side
 
 
 def local_side(

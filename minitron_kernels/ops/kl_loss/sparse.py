@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minitron_kernels._backend import pick
 from minitron_kernels.ops.kl_loss import reference
-from minitron_kernels.ops.kl_loss.budget import SCHEDULES, workspace_budget
+from minitron_kernels.ops.kl_loss.budget import check_schedule, workspace_budget
 from minitron_kernels.ops.kl_loss.checks import (
     as_rows,
     as_saved,
@@ -20,7 +20,7 @@ from minitron_kernels.ops.kl_loss.checks import (
     check_transforms,
     positive,
 )
-from minitron_kernels.ops.kl_loss.linear import Teacher, linear_kl_rows
+from minitron_kernels.ops.kl_loss.linear import Teacher, linear_result
 from minitron_kernels.ops.kl_loss.options import check_vocab_size, loss_options
 from minitron_kernels.ops.kl_loss.record import LossRecord, TokenTerms
 from minitron_kernels.ops.kl_loss.sharded import local_side, local_tokens
@@ -149,8 +149,7 @@ def linear_sparse_kl_loss(
         labels_below = LABELS_CHECKED_LATER
     check_bias("student_bias", student_bias, student_head)
     check_accumulator(grad_head_accumulator, student_head)
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
+    check_schedule(schedule)
     options = loss_options(
         divergence=divergence,
         temperature=temperature,
@@ -204,26 +203,10 @@ def linear_sparse_kl_loss(
             )
         )
         return tokens.result(tokens.loss(terms), terms)
-    row_weight, row_ce_weight = tokens.row_weights()
-    result, of_rows = linear_kl_rows(
-        student,
-        Teacher(ids=teacher.ids, outcomes=teacher.outcomes),
-        tokens.computed,
-        row_weight,
-        grad_head_accumulator,
-        V,
-        options,
-        chosen,
-        schedule,
-        workspace_budget(workspace_bytes, device),
-        labels=tokens.targets,
-        ce_weight=row_ce_weight,
-        needs_metrics=tokens.needs_metrics,
-        parallel=parallel,
-    )
-    if row_weight is None:
-        result = tokens.loss(TokenTerms(result) if of_rows is None else of_rows)
-    return tokens.result(result, of_rows)
+    of_teacher = Teacher(ids=teacher.ids, outcomes=teacher.outcomes)
+    budget = workspace_budget(workspace_bytes, device)
+    rest = (grad_head_accumulator, V, options, chosen, schedule, budget, parallel)
+    return linear_result(tokens, student, of_teacher, *rest)
 
 
 def sparse_kl_loss(

@@ -51,7 +51,7 @@ class SparseCall(Call):
         of_tokens: TokenMetrics,
         shard: Shard | None = None,
     ) -> None:
-        super().__init__(student, student, mask, vocab_size, options, epilogues, of_tokens, shard)
+        super().__init__(student, None, mask, vocab_size, options, epilogues, of_tokens, shard)
         self.begin(teacher)
 
     def begin(self, teacher: SparseTeacher) -> None:
@@ -187,6 +187,7 @@ class SparseCall(Call):
             some = RowOutcomes(self, rows, loss, stats)
             logits = self.tail(rows, columns, stats)
             some.add(logits, rows, columns)
+            some.send()
             some.receive()
         self.grad_of_logits(logits, rows, columns, stats, weight, ce_weight, dz)
 

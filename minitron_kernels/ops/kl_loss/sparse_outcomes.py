@@ -81,11 +81,11 @@ class RowOutcomes:
         call.epilogues.student_stats(*logits, mask, part[:_TAIL], first, call.options, **of_metrics)
 
     def send(self) -> None:
-        """This rank's part goes to the others."""
+        """All tiles have been added: this rank's part goes to the others."""
         call = self._call
+        self._note_masked_out()
         if call.shard is None:
             return
-        self._note_masked_out()
         self._gathered = call.shard.gather(self._part)
         own = call.ids[self.rows] - call.first_token
         here = (own >= 0) & (own < call.vocab_size)
@@ -106,7 +106,6 @@ class RowOutcomes:
         call, rows = self._call, self.rows
         outcomes = self._outcomes[rows]
         if self._gathered is None:
-            self._note_masked_out()
             parts = self._part[None]
         else:
             parts = self._gathered.wait()

@@ -65,7 +65,7 @@ def sparse_teacher(
             "log_tail=None, for sampled ids, goes with divergence='forward_kl' alone: a token that was not "
             "sampled may have any probability"
         )
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(student.dtype, torch.float32)
     ids, logprobs, tail = _sorted_outcomes(
         ids.reshape(-1, ids.shape[-1]) if ids.numel() else ids.reshape(shape.numel(), ids.shape[-1]),
         logprobs.detach().reshape(shape.numel(), ids.shape[-1]).to(dtype),

@@ -158,6 +158,6 @@ def _token_weights(
         raise ValueError(
             "token_weights requires grad, but no gradient flows to it: pass token_weights.detach()"
         )
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(student.dtype, torch.float32)
     weights = token_weights.detach().reshape(-1).to(dtype)
     return weights if valid is None else torch.where(valid, weights, 0.0)
