@@ -18,6 +18,7 @@ from minitron_kernels.ops.kl_loss.divergence import NUM_METRIC_STATE
 from minitron_kernels.ops.kl_loss.epilogues import Epilogues
 from minitron_kernels.ops.kl_loss.linear_rows import TokenMetrics
 from minitron_kernels.ops.kl_loss.options import LossOptions
+from minitron_kernels.ops.kl_loss.states import finite, merge_metric_states
 from minitron_kernels.ops.kl_loss.vocab_parallel import Gathered, Shard
 
 _TAIL = 2  # fields: max_s, sum_s
@@ -114,8 +115,7 @@ class RowOutcomes:
             assert self._of_ids is not None
             outcomes[:, :-1] = torch.where(call.ids[rows] < 0, -math.inf, self._of_ids)
         top = parts[:, 0].amax(0)
-        base = top.clamp(min=torch.finfo(top.dtype).min)
-        outcomes[:, -1] = top + (parts[:, 1] * (parts[:, 0] - base).exp()).sum(0).log()
+        outcomes[:, -1] = top + (parts[:, 1] * (parts[:, 0] - finite(top)).exp()).sum(0).log()
         metrics = call.of_tokens.metrics
         if metrics is not None:
             of_rows = self._metrics(parts, outcomes[:, :-1])
@@ -127,25 +127,21 @@ class RowOutcomes:
         """[n, NUM_METRICS]: lse_y, cross-entropy, entropy, log p(label), of the tail's parts and the ids."""
         call, ids = self._call, self._call.ids[self.rows]
         tau, smoothing = 1.0 / call.options.inv_tau, call.options.label_smoothing
+        y, labels = (of_ids * tau).T, call.of_tokens.labels
         # an id is a part of one token: its sum is 1, and its sum of exp(y - max) (y - max) is 0
-        y, sum_y, dot_y, total_y, label = parts[:, 0] * tau, *parts[:, _TAIL:].unbind(1)
-        y = torch.cat((y, (of_ids * tau).T))
-        top = y.amax(0)
-        below = y - top.clamp(min=torch.finfo(top.dtype).min)
-        exps = below.exp()
-        below = below.masked_fill(exps == 0, 0.0)
-        count = len(parts)
-        sums = (exps[:count] * sum_y).sum(0) + exps[count:].sum(0)
-        dot = (exps[:count] * (dot_y + below[:count] * sum_y)).sum(0) + (exps[count:] * below[count:]).sum(0)
-        lse_y = top + sums.log()
-        out = [lse_y, torch.zeros_like(lse_y), sums.log() - dot / sums, torch.zeros_like(lse_y)]
-        labels = call.of_tokens.labels
+        at_label = torch.full_like(y, -math.inf)
         if labels is not None:
-            named = ids == labels[self.rows, None]
-            at_label = torch.cat((label, (of_ids * tau).masked_fill(~named, -math.inf).T)).amax(0)
-            out[3] = at_label - lse_y
+            at_label = torch.where((ids == labels[self.rows, None]).T, y, at_label)
+        total = y.masked_fill(ids.T < 0, 0.0)
+        ones = torch.stack((torch.ones_like(y), torch.zeros_like(y), total, at_label), 1)
+        tops = torch.cat((parts[:, 0] * tau, y))
+        top, state = merge_metric_states(tops, torch.cat((parts[:, _TAIL:], ones)))
+        sum_y, dot_y, total_y, label = state
+        lse_y = top + sum_y.log()
+        out = [lse_y, torch.zeros_like(lse_y), sum_y.log() - dot_y / sum_y, torch.zeros_like(lse_y)]
+        if labels is not None:
+            out[3] = label - lse_y
             out[1] = -(1.0 - smoothing) * out[3]
             if smoothing:
-                total = total_y.sum(0) + (of_ids * tau).masked_fill(ids < 0, 0.0).sum(1)
-                out[1] = out[1] + smoothing * (lse_y - total / call.total_vocab)
+                out[1] = out[1] + smoothing * (lse_y - total_y / call.total_vocab)
         return torch.stack(out, 1)

@@ -1,5 +1,7 @@
-"""What shards of a vocabulary know of each token, merged in float64 torch: for the CPU, whose tiles merge so
-in csrc/kl_loss/cpu/row_merger.h. GPUs merge by their kernels of finish_stats.
+"""What parts of a vocabulary know of each token, merged in torch.
+
+Shards of two models in float64, for the CPU, whose tiles merge so in csrc/kl_loss/cpu/row_merger.h; GPUs
+merge them by their kernels of finish_stats. And metric states of a student alone, for a sparse teacher.
 """
 
 from __future__ import annotations
@@ -66,6 +68,22 @@ def merge_metrics(
             columns[1] = columns[1] + e * (side.total.log() - from_top / sum(widths))
     metrics = torch.stack(columns, 1)
     return (metrics if mask is None else metrics.masked_fill(~mask[:, None], 0.0)).to(states.dtype)
+
+
+def finite(top: Tensor) -> Tensor:
+    """What to subtract for a maximum, so that exp(-inf - it) is 0 and not NaN."""
+    return top.clamp(min=torch.finfo(top.dtype).min)
+
+
+def merge_metric_states(tops: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Max_y [P, N] and metric states [P, 4, N] of parts of a vocabulary, as one: [N] and [4, N]."""
+    sum_y, dot_y, total_y, label = parts.unbind(1)
+    top = tops.amax(0)
+    below = tops - finite(top)
+    scale = below.exp()
+    below = below.masked_fill(scale == 0, 0.0)
+    dot = (scale * (dot_y + below * sum_y)).sum(0)
+    return top, torch.stack(((scale * sum_y).sum(0), dot, total_y.sum(0), label.amax(0)))
 
 
 class _Side(NamedTuple):

@@ -13,6 +13,7 @@ from torch import Tensor
 from minitron_kernels.ops.kl_loss.epilogues import Epilogues
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.reference import transform_logits
+from minitron_kernels.ops.kl_loss.states import finite, merge_metric_states
 
 
 def _transformed(logits: Tensor, bias: Tensor | None, options: LossOptions) -> Tensor:
@@ -36,7 +37,7 @@ def student_stats(
     """As the op kl_student_stats_; rows that do not count have what their logits say, which nobody reads."""
     s = _transformed(logits, bias, options)
     tau, top = 1.0 / options.inv_tau, s.amax(1)
-    above = _finite(top)[:, None]
+    above = finite(top)[:, None]
     total = (s - above).exp_().sum(1)
     if metric_state is not None:
         below = (s - above).mul_(tau)
@@ -53,7 +54,10 @@ def student_stats(
             at = s.gather(1, torch.where(here, column, 0)[:, None])[:, 0] * tau
             label = torch.where(here, at, label)
         new = torch.stack((sum_y, dot_y, total_y, label))
-        metric_state.copy_(new if first else _merged(state[0], metric_state, top, new, tau))
+        if not first:
+            tops = torch.stack((state[0], top)) * tau
+            _, new = merge_metric_states(tops, torch.stack((metric_state, new)))
+        metric_state.copy_(new)
     if not first:
         all_top = torch.maximum(state[0], top)
         total = _scaled(state[1], state[0], all_top) + _scaled(total, top, all_top)
@@ -61,25 +65,8 @@ def student_stats(
     state[0], state[1] = top, total
 
 
-def _finite(top: Tensor) -> Tensor:
-    """What to subtract for a maximum, so that exp(-inf - it) is 0 and not NaN."""
-    return top.clamp(min=torch.finfo(top.dtype).min)
-
-
 def _scaled(total: Tensor, top: Tensor, all_top: Tensor) -> Tensor:
-    return total * (top - _finite(all_top)).exp()
-
-
-def _merged(a_top: Tensor, a: Tensor, b_top: Tensor, b: Tensor, tau: float) -> Tensor:
-    """The metric states of two parts of the vocabulary, whose maxima are given, as one."""
-    base = _finite(torch.maximum(a_top, b_top))
-    sum_y, dot_y = torch.zeros_like(a[0]), torch.zeros_like(a[0])
-    for top, part in ((a_top, a), (b_top, b)):
-        below = (top - base) * tau
-        scale = below.exp()
-        dot_y += scale * (part[1] + below.masked_fill(scale == 0, 0.0) * part[0])
-        sum_y += scale * part[0]
-    return torch.stack((sum_y, dot_y, a[2] + b[2], torch.maximum(a[3], b[3])))
+    return total * (top - finite(all_top)).exp()
 
 
 def student_grad(
