@@ -214,6 +214,18 @@ def test_from_logits(monkeypatch, dtype, reduction, divergence):
 
 
 @pytest.mark.native
+def test_all_smoothing_and_a_label_that_is_masked_out():
+    """The label's own part has no weight then; the mean over all tokens is infinite."""
+    hidden, head = student()
+    logits = (hidden @ head.T).detach()
+    logits[1, 7] = -math.inf
+    labels = torch.full((N,), 7)
+    setup = {"labels": labels, "ce_weight": 1.0, "kl_weight": 0.0, "label_smoothing": 1.0}
+    record = mk.sparse_kl_loss(logits, *teacher(3)[1:], return_parts=True, reduction="none", **setup)
+    assert record.ce[1] == math.inf and record.ce.isfinite().sum() == N - 1
+
+
+@pytest.mark.native
 def test_from_logits_and_from_hidden_states():
     hidden, head = student()
     _, ids, logprobs, tail = teacher(5, tau=2.0)

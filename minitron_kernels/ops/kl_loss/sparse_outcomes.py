@@ -141,7 +141,8 @@ class RowOutcomes:
         out = [lse_y, torch.zeros_like(lse_y), sum_y.log() - dot_y / sum_y, torch.zeros_like(lse_y)]
         if labels is not None:
             out[3] = label - lse_y
-            out[1] = -(1.0 - smoothing) * out[3]
+            if smoothing < 1:  # neither part where it has no weight: it may be infinite
+                out[1] = -(1.0 - smoothing) * out[3]
             if smoothing:
                 out[1] = out[1] + smoothing * (lse_y - total_y / call.total_vocab)
         return torch.stack(out, 1)
