@@ -173,12 +173,13 @@ def test_shapes():
 
 
 def test_rows_of_a_gpu(monkeypatch):
-    """The default rows of each device: the library's by backend, Liger's Triton losses on a GPU alone."""
+    """The default rows of each device: the library's by backend, and the others' that need a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     gpu, cpu = kl_loss.parse_args(["--device", "cuda"]), kl_loss.parse_args([])
-    only = {"native-store", "native-recompute", "triton-store", "triton-recompute", "liger-jsd", "liger-kl"}
-    only |= {"liger-jsd-cute", "liger-ce", "quack-ce", "torch-ce"}
-    assert set(gpu.impl) - set(cpu.impl) == only and set(cpu.impl) - set(gpu.impl) == {"store", "recompute"}
+    ours = {"store", "recompute", "record", "sparse", "ce"}
+    only = {f"{backend}-{row}" for backend in ("native", "triton") for row in ours}
+    only |= {"liger-jsd", "liger-kl", "liger-jsd-cute", "liger-ce", "quack-ce"}
+    assert set(gpu.impl) - set(cpu.impl) == only and set(cpu.impl) - set(gpu.impl) == ours
     assert gpu.shape == ["S", "M", "XL"] and not gpu.restrict_m and cpu.restrict_m
     assert IMPLEMENTATIONS["native-store"].label == "minitron, CUDA C++, store"
     monkeypatch.setattr(type(IMPLEMENTATIONS["naive"]), "version", lambda _: "1")

@@ -1,5 +1,6 @@
-"""Every Triton kernel compiled for every target, and what the compiler made of it: no spills; registers,
-shared memory, 128-bit accesses and tensor-core instructions within triton_artifacts.json. Needs no GPU.
+"""Every Triton kernel compiled for AMD and for the archs of tools/archs.py, and what the compiler made of it:
+no spills; registers, shared memory, 128-bit accesses and tensor-core instructions within
+triton_artifacts.json. Needs no GPU.
 
 The gates are those of the installed Triton. Folders in MINITRON_TEST_TRITON hold other versions, whose code
 for sm_90 has to meet the same gates but for what triton_artifacts_other.json grants them.
@@ -17,12 +18,13 @@ from pathlib import Path
 
 import pytest
 
+from tools.archs import tested_archs
 from tools.triton_runs import TESTS, faults_of, needs, ops_with, other_tritons, planted, python
 
 pytestmark = needs("triton")
 
 GATES = json.loads((TESTS / "triton_artifacts.json").read_text())
-ARCHS = json.loads((TESTS / "cuda_artifacts.json").read_text())["archs"]
+ARCHS = tested_archs(json.loads((TESTS / "cuda_artifacts.json").read_text())["archs"])
 TARGETS = sorted((*(f"sm_{arch}" for arch in ARCHS), "gfx942"), key="sm_90".__ne__)  # the longest first
 OPS = ops_with("TRITON_ARTIFACTS")
 # {first two numbers of a version: {kernel: {what: its gate there}}}, only where the gate is another
