@@ -57,7 +57,8 @@ MAY_IMPORT = {
     "pruning.checkpoint": {"pruning.checkpoint", "pruning.cut", "pruning.plan", "pruning.families", "op"},
     "pruning.cli": {"top", "pruning", *(f"pruning.{room}" for room in ROOMS)},
     "pruning": {f"pruning.{room}" for room in ROOMS},
-    "distillation": {"distillation", "pruning", "op"},
+    # of the checkpoint room, its safetensors files and its writing to the disk
+    "distillation": {"distillation", "pruning", "pruning.checkpoint", "op"},
     # not pruning nor distillation: who imports the kernels alone must not load them
     "top": {"_native", "_workspace", "_backend", "op"},
 }
