@@ -29,8 +29,8 @@ _ATTACHED = "_minitron_attached"
 _VERIFIED = "_minitron_logits"  # of a model: its LogitOptions, once probe() has seen them
 # what is said here, or only the whole model understands, and not its decoder
 _NOT_FOR_THE_DECODER = (
-    "labels", "shift_labels", "logits_to_keep", "num_items_in_batch", "return_loss", "return_dict", "use_cache",
-    "output_hidden_states", "output_attentions", "output_router_logits",
+    "labels", "shift_labels", "logits_to_keep", "num_items_in_batch", "return_loss", "return_dict",
+    "use_cache", "output_hidden_states", "output_attentions", "output_router_logits",
 )  # fmt: skip
 _CACHES = ("cache", "past_key_values", "cache_params")
 
@@ -217,7 +217,7 @@ def attach(model: Any) -> nn.Module:
     inner: Any = unwrapped(model)
     if not getattr(type(inner), _ATTACHED, False):
         CausalLM(inner).verify_where_possible()
-        cls = _attached(type(inner))
+        cls = _attached(type(inner))  # type: ignore[arg-type]
         own = vars(inner).get("forward")
         if own is not None:  # it would hide the class's
             if "_old_forward" not in vars(inner):

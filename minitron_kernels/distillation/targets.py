@@ -68,15 +68,16 @@ def targets_of(batch: Mapping[str, Any], ignore_index: int = -100) -> tuple[Tens
         ValueError: no labels, and an attention mask that does not say which tokens are real.
     """
     counts = predicts_next(batch)
-    labels, shifted = batch.get("labels"), batch.get("shift_labels")
-    if labels is None and shifted is None:
+    targets = batch.get("shift_labels")
+    if targets is None and batch.get("labels") is not None:
+        targets = shift_labels(batch["labels"], ignore_index)
+    if targets is None:
         if counts is None:
             raise ValueError(
                 "this batch has no labels, and its attention_mask is not [batch, tokens]: which of its "
                 "tokens are padding is not known. Add labels, -100 at what does not count"
             )
         return None, counts
-    targets = shift_labels(labels, ignore_index) if shifted is None else shifted
     if counts is not None:
         targets = targets.masked_fill(~counts, ignore_index)
     return targets, None
