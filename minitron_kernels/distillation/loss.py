@@ -287,6 +287,7 @@ class DistillationLoss(nn.Module):
             ignore_index = self.options["ignore_index"]
             layers = student.layers, getattr(teacher, "layers", {})
             hidden = self.hidden_states(*layers, labels, **tokens, ignore_index=ignore_index)
+        record: Any
         if isinstance(teacher, SparseSignal):
             operands = teacher.ids, teacher.logprobs, teacher.log_tail
             record = linear_sparse_kl_loss(student.hidden, student.head, *operands, **common)
