@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "pruning.checkpoint": {"pruning.checkpoint", "pruning.cut", "pruning.plan", "pruning.families", "op"},
     "pruning.cli": {"top", "pruning", *(f"pruning.{room}" for room in ROOMS)},
     "pruning": {f"pruning.{room}" for room in ROOMS},
-    "distillation": {"distillation", "pruning", "op"},
+    "distillation": {"distillation", "pruning", "op", "_tensors"},
     # not pruning nor distillation: who imports the kernels alone must not load them
     "top": {"_native", "_workspace", "_backend", "op"},
 }

@@ -308,7 +308,7 @@ class DistillationLoss(nn.Module):
             return DistillationRecord(*record)
         weight = self._weight(record.kl, hidden.detach())
         loss = record.loss + weight * hidden
-        return DistillationRecord(loss, *record[1:], hidden.detach(), weight)
+        return DistillationRecord(*record)._replace(loss=loss, hidden=hidden.detach(), hidden_weight=weight)
 
     @torch.no_grad()
     def _weight(self, kl: Tensor, hidden: Tensor) -> Tensor:
