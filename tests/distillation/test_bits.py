@@ -79,8 +79,15 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.parametrize(
     ("vocab_size", "padded", "bits"),
     [
-        (1, False, 1), (2, False, 1), (2, True, 2), (131072, False, 17), (131072, True, 18), 
-        (131071, True, 17), (151936, False, 18), (262144, False, 18), (262144, True, 19),
+        (1, False, 1),
+        (2, False, 1),
+        (2, True, 2),
+        (131072, False, 17),
+        (131072, True, 18),
+        (131071, True, 17),
+        (151936, False, 18),
+        (262144, False, 18),
+        (262144, True, 19),
     ],
 )
 def test_ids(vocab_size, padded, bits):
