@@ -3,6 +3,8 @@
 from typing import Any
 
 from minitron_kernels.distillation.causal_lm import CausalLM, attach, detach
+from minitron_kernels.distillation.hidden_states import HiddenStatesLoss
+from minitron_kernels.distillation.layer_pairs import layer_pairs, layer_pairs_of
 from minitron_kernels.distillation.loss import DistillationLoss, DistillationRecord
 from minitron_kernels.distillation.signals import DenseSignal, SparseSignal, TeacherSignal
 from minitron_kernels.distillation.step import DistillationCall, step
@@ -22,6 +24,7 @@ __all__ = [
     "DistillationCall",
     "DistillationLoss",
     "DistillationRecord",
+    "HiddenStatesLoss",
     "ModelTeacher",
     "SparseSignal",
     "Teacher",
@@ -29,6 +32,8 @@ __all__ = [
     "attach",
     "count_targets",
     "detach",
+    "layer_pairs",
+    "layer_pairs_of",
     "step",
     "targets_of",
 ]
