@@ -4,7 +4,6 @@ import pytest
 
 pytest.importorskip("transformers", reason="DistillationTrainer is a transformers.Trainer")
 
-import torch
 
 from distillation.trainer_cases import (
     FAMILIES,
@@ -13,7 +12,6 @@ from distillation.trainer_cases import (
     big_batch,
     models,
     ragged,
-    terms,
     trainer,
 )
 

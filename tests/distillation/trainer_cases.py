@@ -58,7 +58,7 @@ def collate(rows):
 
 
 def terms(student, teacher, row):
-    """(KL, cross-entropy, -log p(label) summed; count) of one sequence: full logits in fp32, plain PyTorch."""
+    """(summed KL, summed cross-entropy, count) of one sequence: full logits in fp32, plain PyTorch."""
     ids, targets = row["input_ids"][None], row["labels"][1:]
     counts = targets != -100
     s = student(ids).logits[0, :-1].float().log_softmax(-1)

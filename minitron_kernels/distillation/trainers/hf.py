@@ -211,6 +211,7 @@ class DistillationTrainer(Trainer):
         with self._training.paused():
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
             means = self._evaluation.means(self.accelerator)
+        assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 

@@ -83,7 +83,8 @@ def check_models(student: Any, teacher: Any, loss: DistillationLoss) -> None:
             f"teacher shares {len(shared)} parameters that are to be trained with model ({shared[0]}, ...): "
             "it is frozen; give it weights of its own (copy.deepcopy, or load it again)"
         )
-    sizes = [model.get_output_embeddings().weight.shape[0] for model in (student, other)]
+    models: tuple[Any, Any] = student, other
+    sizes = [model.get_output_embeddings().weight.shape[0] for model in models]
     if sizes[0] != sizes[1] and loss.options["vocab_size"] is None:
         raise ValueError(
             f"model has {sizes[0]} tokens and teacher {sizes[1]}: if the first ones are the same, say "
