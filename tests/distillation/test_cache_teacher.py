@@ -19,6 +19,7 @@ from minitron_kernels.distillation.cache.teacher import CachedTeacher
 from minitron_kernels.distillation.causal_lm import attach
 from minitron_kernels.distillation.loss import DistillationLoss
 from minitron_kernels.distillation.step import step
+from minitron_kernels.distillation.teacher import ModelTeacher
 from pruning.tiny_models import tiny_model
 
 V = 96
@@ -193,8 +194,6 @@ def test_what_is_there_is_skipped(tmp_path, teacher):
         calls.append(batch["input_ids"].shape)
         return live(batch, layers)
 
-    from minitron_kernels.distillation.teacher import ModelTeacher
-
     live = ModelTeacher(teacher)
     options = {"k": 3, "teacher_name": "tiny", "progress": False}
     cache_teacher(counting, [padded(rows[:2])], tmp_path / "c", **options)
@@ -339,7 +338,8 @@ def test_softcaps_and_scales(tmp_path):
 
 def test_teachers_that_say_nothing_finite(tmp_path):
     model = tiny_model("llama", seed=1)
+    live = ModelTeacher(model)
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
     with pytest.raises(ValueError, match="not finite for the sequence of 4 tokens"):
-        cache_teacher(model, [torch.tensor([[1, 2, 3, 4]])], tmp_path / "c", k=3, progress=False)
+        cache_teacher(live, [torch.tensor([[1, 2, 3, 4]])], tmp_path / "c", k=3, progress=False)
