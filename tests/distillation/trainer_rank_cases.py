@@ -14,7 +14,7 @@ def groups(count, batch):
 
 
 def fsdp2(family="llama"):
-    """Options of TrainingArguments for FSDP2, which accelerate only switches on on GPUs: see fsdp_on_cpu()."""
+    """Options of TrainingArguments for FSDP2."""
     fsdp_on_cpu()
     return {
         "fsdp": True,
@@ -24,6 +24,7 @@ def fsdp2(family="llama"):
 
 @functools.cache
 def fsdp_on_cpu():
+    """Lets accelerate take its FSDP2 path on a CPU too, where it would leave the plugin aside, silently."""
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
