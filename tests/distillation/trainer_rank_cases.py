@@ -44,7 +44,7 @@ def fsdp_on_cpu():
 def gradient(
     folder, *, batch=2, steps=2, family="llama", together=True, masked=(), changes=None, options=None
 ):
-    """One step's gradient is that of one big batch; without `together`, the mean over ranks of their means."""
+    """One step's gradient is that of one big batch; without `together`, the ranks' mean."""
     data = ragged(masked=masked)[: batch * steps * 2]
     student, teacher = models(family, **(changes or {}))
     own = groups(len(data), batch)
