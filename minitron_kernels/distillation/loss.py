@@ -292,8 +292,8 @@ class DistillationLoss(nn.Module):
             of_student = self.options["vocab_size"] or student.head.shape[0]
             if teacher.vocab_size not in (None, of_student):
                 raise ValueError(
-                    f"the teacher has {teacher.vocab_size} tokens and the student {of_student}: if the student's "
-                    f"first ones are the same, say so: DistillationLoss(vocab_size={teacher.vocab_size})"
+                    f"the teacher has {teacher.vocab_size} tokens and the student {of_student}: if the "
+                    f"student's first ones are these, give DistillationLoss(vocab_size={teacher.vocab_size})"
                 )
             operands = teacher.ids, teacher.logprobs, teacher.log_tail
             record = linear_sparse_kl_loss(student.hidden, student.head, *operands, **common)
