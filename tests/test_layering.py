@@ -22,7 +22,7 @@ def part_of(module: str) -> str:
     parts = module.split(".")[1:]
     if parts in ([], ["__main__"]):
         return "top"
-    if parts[0] in ("_native", "_workspace", "_backend", "_tensors", "distillation"):
+    if parts[0] in ("_native", "_workspace", "_backend", "_tensors", "_command", "distillation"):
         return parts[0]
     if parts[0] == "pruning":  # a room of it, or what is around the rooms
         return ".".join(parts[:2]) if len(parts) > 1 and parts[1] != "__main__" else "pruning"
@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "_native": set(),
     "_workspace": set(),
     "_tensors": set(),
+    "_command": {"_command"},
     "_backend": {"_native"},
     "ops": set(),
     "reference": set(),
@@ -51,13 +52,23 @@ MAY_IMPORT = {
     "kernel_triton": {"kernel_triton", "divergence"},
     "op": {"op", "divergence", "reference", "kernel_triton", "_backend", "_workspace", "_native", "_tensors"},
     "pruning.families": {"pruning.families"},
-    "pruning.score": {"pruning.score", "pruning.families", "op"},
+    "pruning.score": {"pruning.score", "pruning.families", "op", "_command"},
     "pruning.plan": {"pruning.plan", "pruning.families"},
     "pruning.cut": {"pruning.cut", "pruning.plan", "pruning.families", "op"},
-    "pruning.checkpoint": {"pruning.checkpoint", "pruning.cut", "pruning.plan", "pruning.families", "op"},
-    "pruning.cli": {"top", "pruning", *(f"pruning.{room}" for room in ROOMS)},
+    "pruning.checkpoint": {
+        *("pruning.checkpoint", "pruning.cut", "pruning.plan", "pruning.families", "op", "_command"),
+    },
+    "pruning.cli": {"top", "_command", "pruning", *(f"pruning.{room}" for room in ROOMS)},
     "pruning": {f"pruning.{room}" for room in ROOMS},
-    "distillation": {"distillation", "pruning", "op"},
+    "distillation": {
+        "distillation",
+        "pruning",
+        "pruning.families",
+        "pruning.checkpoint",
+        "op",
+        "_command",
+        "top",
+    },
     # not pruning nor distillation: who imports the kernels alone must not load them
     "top": {"_native", "_workspace", "_backend", "op"},
 }

@@ -311,9 +311,9 @@ def test_the_script_that_pip_installs():
 
 
 def test_sizes_in_bytes():
-    from minitron_kernels.pruning.cli.arguments import _byte_count, _count
+    from minitron_kernels._command.values import byte_count, count
 
     sizes = {"5GB": 5_000_000_000, "1.5GiB": 1610612736, "20KB": 20_000, "7": 7}
-    assert {text: _byte_count(text) for text in sizes} == sizes
-    assert (_count("8.4B"), _count("500M"), _count("8.4e9")) == (8.4e9, 5e8, 8.4e9)
-    assert json.dumps(_count("2K")) == "2000.0"
+    assert {text: byte_count(text) for text in sizes} == sizes
+    assert (count("8.4B"), count("500M"), count("8.4e9")) == (8.4e9, 5e8, 8.4e9)
+    assert json.dumps(count("2K")) == "2000.0"

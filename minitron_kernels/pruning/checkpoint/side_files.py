@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minitron_kernels._command.models import check_no_adapter
+
 _COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model*", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "*.tiktoken"),
@@ -24,7 +26,6 @@ _COPIED = (
     *("LICEN[SC]E*", "COPYING*", "NOTICE*", "USE_POLICY*", "CITATION*", "SECURITY.md"),
 )
 _COPIED_FOLDERS = {"additional_chat_templates": ("*.jinja",)}
-_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # files of ModelOpt, AutoGPTQ and AutoAWQ
 _QUANTISED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 # config keys of transformers, compressed-tensors and MLX
@@ -83,14 +84,3 @@ def check_plain(folder: Path, config: Mapping[str, Any]) -> None:
             f"{where or f'{quantised[0]}: the checkpoint is quantised'}, and its scales would no longer fit; "
             "prune the checkpoint it was made from"
         )
-
-
-def check_no_adapter(folder: Path) -> None:
-    """Raises ValueError if there is an adapter beside the weights."""
-    for name in _ADAPTERS:
-        if os.path.lexists(folder / name):
-            raise ValueError(
-                f"{folder / name}: the checkpoint has an adapter, whose weights are not in the model's: "
-                "merge it first (peft: model.merge_and_unload().save_pretrained()), or move the adapter's "
-                "files away to go on without it"
-            )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from minitron_kernels import __version__
+from minitron_kernels._command.values import DTYPES, at_least, byte_count, count, typed
 
 EXAMPLES = """\
 from a checkpoint and text to a smaller checkpoint:
@@ -37,7 +36,6 @@ examples:
   minitron-prune score SmolLM2-135M text.txt -o scores --samples 256 --seq-len 512
   minitron-prune score Mistral-NeMo-12B tokens.npy -o scores --device cuda --dtype bfloat16
 """
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 # option -> names of that size in configs
 SIZES = {
     "hidden-size": ("hidden_size",),
@@ -50,30 +48,6 @@ SIZES = {
 }
 
 
-def _count(text: str) -> float:
-    """A number such as 8.4e9, 8.4B or 500M."""
-    units = {"K": 1e3, "M": 1e6, "B": 1e9}
-    count = float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
-    if not 0 < count < math.inf:
-        raise ValueError(text)
-    return count
-
-
-def _byte_count(text: str) -> int:
-    """A size such as 2GB, 500MB or 1GiB, or a number of bytes."""
-    units = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "KB": 10**3}
-    for unit, size in units.items():
-        if text.endswith(unit):
-            return _positive(int(float(text.removesuffix(unit)) * size))
-    return _positive(int(text))
-
-
-def _positive(size: int) -> int:
-    if size < 1:
-        raise ValueError(size)
-    return size
-
-
 def _layers(text: str) -> list[int]:
     """16-20,23 -> [16, ..., 20, 23]."""
     from minitron_kernels.pruning.plan.selection import parse_runs
@@ -81,31 +55,6 @@ def _layers(text: str) -> list[int]:
     if any(len(number) > 6 for number in text.replace(",", "-").split("-")):
         raise ValueError(text)  # before a range with billions of entries is made a list
     return list(parse_runs(text))
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """A parser of whole numbers that must not be less."""
-
-    def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {least} on, got {text!r}")
-        return value
-
-    return read
-
-
-def _typed(name: str, parse: Any) -> Any:
-    """`parse`, with the name that argparse shows in error messages."""
-
-    def typed(text: str) -> Any:
-        return parse(text)
-
-    typed.__name__ = name
-    return typed
 
 
 def parser_of(runs: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse.ArgumentParser:
@@ -179,10 +128,10 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
         target.add_argument(f"--{option}", type=at_least(1), metavar="N")
     target.add_argument("--ratio", nargs="+", metavar="[NAME=]X", help="of hidden and MLP sizes, or by name")
     target.add_argument(
-        "--params", type=_typed("number", _count), metavar="N", help="parameter budget: 8.4e9 or 8.4B"
+        "--params", type=typed("number", count), metavar="N", help="parameter budget: 8.4e9 or 8.4B"
     )
     target.add_argument(
-        "--drop-layers", type=_typed("layers", _layers), metavar="LAYERS", help="layers to drop, as 16-20,23"
+        "--drop-layers", type=typed("layers", _layers), metavar="LAYERS", help="layers to drop, as 16-20,23"
     )
     target.add_argument("--num-experts-per-tok", type=at_least(1), metavar="N", help="for the new config")
     how = sub.add_argument_group("how")
@@ -217,7 +166,7 @@ def _add_prune(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is at dst")
     sub.add_argument(
         "--max-shard-size",
-        type=_typed("size", _byte_count),
+        type=typed("size", byte_count),
         default=5_000_000_000,
         metavar="SIZE",
         help="of one file: 5GB (default), 500MB, 1GiB",

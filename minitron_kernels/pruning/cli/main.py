@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
+from minitron_kernels._command.messages import few, message_of, say, show
+from minitron_kernels._command.models import check_free, check_model, device_of, load_model, load_tokenizer
 from minitron_kernels.pruning.cli.arguments import SIZES, parser_of
 
 WHY_FILES = "they may describe the old weights; copy those that you know to be valid still"
 WHY_TENSORS = "tensors that are not part of the model"
 ARGUMENTS = ("params", "divisor", "drop_layers", "seq", "batch", "ratio", "num_experts_per_tok")
-# what wrappers add to names (pruning removes it too) -> what it is replaced by
-PREFIXES = {
-    r"_orig_mod\.": "",
-    r"^(module\.|language_model\.)+": "",
-    r"^model\.language_model\.": "model.",
-}
 # patterns in the library's messages -> options of the command line; None: see _as_option()
 WORDS = (
     (r"(,? or )loadable=False", r"\1--allow-unloadable"),
@@ -53,21 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        _say("error", _message(error))
+        _say("error", message_of(error, _in_words))
         return 1
     return 0
 
 
 def _say(kind: str, message: object) -> None:
-    print(f"minitron-prune: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return _in_words(f"{error.filename}: {error.strerror}")
-    if isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError) and str(error):
-        return _in_words(str(error))
-    return f"{type(error).__name__}: {error} (--debug shows where)"  # an unexpected error
+    say("minitron-prune", kind, message)
 
 
 def _in_words(message: str) -> str:
@@ -85,20 +70,11 @@ def _as_option(found: re.Match[str]) -> str:
     return found[0].replace(found[1], f"--{option}", 1) if known else found[0]
 
 
-def _print(text: str) -> None:
-    """Prints with substitutes for characters that standard output cannot encode, so that it never fails."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    for sign, plain in (("→", "->"), ("·", "*"), ("√", "root of ")):
-        if sign.encode(encoding, errors="ignore") == b"":
-            text = text.replace(sign, plain)
-    print(text.encode(encoding, errors="replace").decode(encoding))
-
-
 def score(args: argparse.Namespace) -> None:
     """Calibration text -> scores folder."""
-    _check_free(args.output, args.overwrite, folder=True)
-    _check_model(args.model)
-    device = _device(args.device)
+    check_free(args.output, args.overwrite, folder=True)
+    check_model(args.model)
+    device = device_of(args.device)
     from transformers import AutoConfig
     from transformers.utils import logging
 
@@ -115,7 +91,7 @@ def score(args: argparse.Namespace) -> None:
     if args.seq_len > longest:
         raise ValueError(f"--seq-len must be at most the model's {longest} positions, got {args.seq_len}")
     text = any(file.suffix != ".npy" for file in args.text)
-    tokenizer = _tokenizer(args.model) if text else None
+    tokenizer = load_tokenizer(args.model) if text else None
     windows = calibration_windows(
         args.text, tokenizer, length=args.seq_len, samples=args.samples, seed=args.seed
     )
@@ -127,7 +103,7 @@ def score(args: argparse.Namespace) -> None:
         )
     if len(windows) < args.samples:
         _say("warning", f"the text has {len(windows)} windows of {args.seq_len} tokens, not {args.samples}")
-    model = _load(args.model, args.dtype).to(device)
+    model = load_model(args.model, args.dtype).to(device)
     scores = collect_importance(
         model,
         list(windows.split(args.batch_size)),
@@ -139,7 +115,7 @@ def score(args: argparse.Namespace) -> None:
         progress=False if args.quiet else None,
     )
     scores.save(args.output)
-    _print(f"{args.output}: {scores.tokens:,} tokens, {', '.join(scores.axes)}")
+    show(f"{args.output}: {scores.tokens:,} tokens, {', '.join(scores.axes)}")
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -147,7 +123,7 @@ def plan(args: argparse.Namespace) -> None:
     from minitron_kernels.pruning.plan.make_plan import make_plan
     from minitron_kernels.pruning.score.scores import ImportanceScores
 
-    _check_free(args.output, args.overwrite, folder=False)
+    check_free(args.output, args.overwrite, folder=False)
     scores = ImportanceScores.load(args.scores)
     sizes = {}
     for option, names in SIZES.items():
@@ -173,7 +149,7 @@ def plan(args: argparse.Namespace) -> None:
         **sizes,
     )
     made.save(args.output)
-    _print(made.summary())
+    show(made.summary())
 
 
 def prune(args: argparse.Namespace) -> None:
@@ -194,10 +170,10 @@ def prune(args: argparse.Namespace) -> None:
     )
     for what in (done.left_out_files, done.left_out_tensors):
         if what:
-            _say("left out", f"{_few(what)}: {WHY_FILES if what is done.left_out_files else WHY_TENSORS}")
+            _say("left out", f"{few(what)}: {WHY_FILES if what is done.left_out_files else WHY_TENSORS}")
     kept = f", {len(done.resumed_files)} of them from before" if done.resumed_files else ""
     files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}{kept}"
-    _print(
+    show(
         f"{args.dst}: {done.parameters_before:,} → {done.parameters_after:,} parameters, "
         f"{done.nbytes / 1e9:.2f} GB in {files}"
     )
@@ -207,84 +183,7 @@ def info(args: argparse.Namespace) -> None:
     """Prints what each path is."""
     from minitron_kernels.pruning.cli.info import describe
 
-    _print("\n\n".join(describe(path) for path in args.paths))
-
-
-def _check_free(path: Path, overwrite: bool, *, folder: bool) -> None:
-    """Checks that `path` can be written, before hours of work."""
-    if path.exists() and not overwrite:
-        raise FileExistsError(17, "is there already; take another --output, or --overwrite", str(path))
-    if path.exists() and path.is_dir() != folder:
-        kind = "a folder" if folder else "a file"
-        raise FileExistsError(17, f"is not {kind}, and is not replaced: take another --output", str(path))
-    parent = next(
-        above for above in (path if folder else path.parent, *path.absolute().parents) if above.exists()
-    )
-    if not folder and not path.parent.exists():
-        raise FileNotFoundError(2, "there is no such folder to write --output to", str(path.parent))
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise PermissionError(13, "cannot be written to: take another --output", str(parent))
-
-
-def _check_model(path: Path) -> None:
-    if (path / "config.json").is_file():
-        return
-    reason = "is not the folder of a checkpoint (it has no config.json)"
-    if not path.exists():
-        reason = "there is no such folder"
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-            reason += f"; a model of the hub is downloaded first: hf download {path} --local-dir {path.name}"
-    raise FileNotFoundError(2, reason, str(path))
-
-
-def _device(name: str) -> Any:
-    """The device; checks that a tensor can be put on it."""
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name}: cannot be used here: {reason}") from None
-    return device
-
-
-def _tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # tokenizers raise different errors for missing files
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{path}: has no tokenizer that transformers loads ({reason}): put its files there, or give "
-            "token ids, as .npy"
-        ) from None
-
-
-def _load(path: Path, dtype: str) -> Any:
-    """The model; checks that at most the head's weights are missing: transformers makes up missing ones."""
-    from transformers import AutoModelForCausalLM
-
-    from minitron_kernels.pruning.checkpoint.side_files import check_no_adapter
-
-    check_no_adapter(path)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, key_mapping=PREFIXES, output_loading_info=True
-    )
-    model, report = loaded
-    lacking = sorted(name for name in report["missing_keys"] if not name.startswith("lm_head."))
-    if lacking or report["mismatched_keys"]:
-        wrong = lacking or sorted(str(entry[0]) for entry in report["mismatched_keys"])
-        raise ValueError(
-            f"{path}: does not hold {_few(wrong)} as config.json says: random weights would be scored"
-        )
-    return model
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    show("\n\n".join(describe(path) for path in args.paths))
 
 
 def _ratio(given: list[str] | None) -> float | dict[str, float] | None:

@@ -1,0 +1,1 @@
+"""What the commands minitron-prune and minitron-distill share."""

@@ -1,0 +1,109 @@
+"""Checkpoints, tokenizers and devices that a command line names; errors say what to give instead."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from minitron_kernels._command.messages import few
+
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# what wrappers add to names (pruning removes it too) -> what it is replaced by
+PREFIXES = {
+    r"_orig_mod\.": "",
+    r"^(module\.|language_model\.)+": "",
+    r"^model\.language_model\.": "model.",
+}
+
+
+def check_free(path: Path, overwrite: bool, *, folder: bool, option: str = "--output") -> None:
+    """Checks that `path` can be written, before hours of work."""
+    if path.exists() and not overwrite:
+        raise FileExistsError(17, f"is there already; take another {option}, or --overwrite", str(path))
+    if path.exists() and path.is_dir() != folder:
+        kind = "a folder" if folder else "a file"
+        raise FileExistsError(17, f"is not {kind}, and is not replaced: take another {option}", str(path))
+    parent = next(
+        above for above in (path if folder else path.parent, *path.absolute().parents) if above.exists()
+    )
+    if not folder and not path.parent.exists():
+        raise FileNotFoundError(2, f"there is no such folder to write {option} to", str(path.parent))
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise PermissionError(13, f"cannot be written to: take another {option}", str(parent))
+
+
+def check_model(path: Path) -> None:
+    """Raises FileNotFoundError unless there is a folder with a config.json."""
+    if (path / "config.json").is_file():
+        return
+    reason = "is not the folder of a checkpoint (it has no config.json)"
+    if not path.exists():
+        reason = "there is no such folder"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+            reason += f"; a model of the hub is downloaded first: hf download {path} --local-dir {path.name}"
+    raise FileNotFoundError(2, reason, str(path))
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Raises ValueError if there is an adapter beside the weights."""
+    for name in _ADAPTERS:
+        if os.path.lexists(folder / name):
+            raise ValueError(
+                f"{folder / name}: the checkpoint has an adapter, whose weights are not in the model's: "
+                "merge it first (peft: model.merge_and_unload().save_pretrained()), or move the adapter's "
+                "files away to go on without it"
+            )
+
+
+def device_of(name: str) -> Any:
+    """The device; checks that a tensor can be put on it."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: cannot be used here: {reason}") from None
+    return device
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a checkpoint's folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # tokenizers raise different errors for missing files
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path}: has no tokenizer that transformers loads ({reason}): put its files there, or give "
+            "token ids, as .npy"
+        ) from None
+
+
+def load_model(path: Path, dtype: str, *, otherwise: str = "scored", with_head: bool = False) -> Any:
+    """The model; checks that no weights are missing, since transformers makes up missing ones.
+
+    Args:
+        path: the folder.
+        dtype: of DTYPES.
+        otherwise: what would happen to random weights, for the error.
+        with_head: whether the head's weights must be there too, or be tied to the embedding.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_no_adapter(path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, key_mapping=PREFIXES, output_loading_info=True
+    )
+    model, report = loaded
+    lacking = sorted(name for name in report["missing_keys"] if with_head or not name.startswith("lm_head."))
+    if lacking or report["mismatched_keys"]:
+        wrong = lacking or sorted(str(entry[0]) for entry in report["mismatched_keys"])
+        raise ValueError(
+            f"{path}: does not hold {few(wrong)} as config.json says: random weights would be {otherwise}"
+        )
+    return model
