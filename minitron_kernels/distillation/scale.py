@@ -1,13 +1,10 @@
 """Memory and communication of a distillation step on many ranks, without making a model.
 
-    python -m minitron_kernels.distillation.scale                     # the tables of docs/scale.md
-    python -m minitron_kernels.distillation.scale --write docs/scale.md
-
-What is planned, and confirmed by runs at 2 and 4 ranks (tests/distillation/test_scale.py): student and teacher
-under tensor parallelism, one input of each block prepared for all of its linear layers; FSDP2 around each
-decoder layer and around the whole model, with its defaults; the loss inside the student's forward, by
-linear_kl_loss(tp_group=); the teacher without gradients. The optimizer's own traffic (a norm of gradients, a
-loss to be logged) is a few bytes and left out.
+What is planned, and confirmed by runs at 2 and 4 ranks (tests/distillation/test_scale.py): student and
+teacher under tensor parallelism, one input of each block prepared for all of its linear layers; FSDP2 around
+each decoder layer and around the whole model, with its defaults; the loss inside the student's forward, by
+linear_kl_loss(tp_group=); the teacher without gradients. A norm of gradients for clipping and a loss to be
+logged are a few bytes, and left out. scale_tables.py makes the tables of docs/scale.md.
 """
 
 from __future__ import annotations
@@ -122,15 +119,22 @@ def plan_distillation(
     ):
         if kind not in (torch.bfloat16, torch.float16, torch.float32):
             raise TypeError(f"{name} must be bfloat16, float16 or float32, got {kind}")
-    micro_steps, rest = divmod(global_batch, fsdp * micro_batch)
+    at_once = fsdp * micro_batch
+    micro_steps, rest = divmod(global_batch, at_once)
     if rest:
         raise ValueError(
-            f"global_batch must be a multiple of fsdp × micro_batch = {fsdp * micro_batch}, got {global_batch}: "
-            f"take {global_batch - rest or fsdp * micro_batch} or {global_batch - rest + fsdp * micro_batch}"
+            f"global_batch must be a multiple of fsdp × micro_batch = {at_once}, got {global_batch}: take "
+            f"{f'{global_batch - rest} or ' if micro_steps else ''}{global_batch - rest + at_once}"
         )
     shapes = _shapes(student, teacher, tp)
     tokens, dtypes = micro_batch * sequence_length, (dtype, teacher_dtype)
-    how = {"schedule": schedule, "workspace_bytes": workspace_bytes, "device": device, "gpu": gpu, "return_parts": return_parts}
+    how: dict[str, Any] = {
+        "schedule": schedule,
+        "workspace_bytes": workspace_bytes,
+        "device": device,
+        "gpu": gpu,
+        "return_parts": return_parts,
+    }
     loss = scale_loss.loss_plan(*shapes, tokens, dtypes, **how)
     on_cpu = torch.device(device).type == "cpu"
     # what both ways have in common
@@ -239,7 +243,8 @@ def _working(
     of_teacher = layer_bytes(teacher, tokens, teacher_dtype.itemsize, fused_norms)
     parts = [
         Part("student: activations", kept, (LOSS, BACKWARD)),
-        Part("student: hidden states behind the last norm", dtype.itemsize * tokens * student.hidden, (LOSS,)),
+        Part("student: hidden states behind the last norm", dtype.itemsize * tokens * student.hidden,
+             (LOSS,)),
         Part("teacher: a layer at work, at most", of_teacher, (TEACHER,)),
         Part("teacher: hidden states behind the last norm", teacher_dtype.itemsize * tokens * teacher.hidden,
              (TEACHER, LOSS)),
@@ -250,16 +255,15 @@ def _working(
     ]  # fmt: skip
     if checkpointing:
         parts.append(Part("student: a layer made again", at_work, (BACKWARD,)))
-    if fsdp > 1:
-        parts += [
-            Part("student: embedding, norm and head, gathered", _gathered([root], fsdp, dtype),
-                 (LOSS, BACKWARD, END)),
-            Part("student: two layers, gathered", _gathered(two, fsdp, dtype), (BACKWARD,)),
-            # FSDP2 leaves them gathered behind the forward of the outermost module, whose backward never comes
-            Part("teacher: embedding, norm and head, gathered once",
-                 _gathered([teacher.root], fsdp, teacher_dtype), ALWAYS),
-            Part("teacher: two layers, gathered", _gathered(two_of_teacher, fsdp, teacher_dtype), (TEACHER,)),
-        ]  # fmt: skip
+    # FSDP2 leaves the outermost group gathered behind the forward, until a backward, which a teacher has not
+    parts += [
+        Part("student: embedding, norm and head, gathered", _gathered([root], fsdp, dtype),
+             (LOSS, BACKWARD, END)),
+        Part("student: two layers, gathered", _gathered(two, fsdp, dtype), (BACKWARD,)),
+        Part("teacher: embedding, norm and head, gathered once",
+             _gathered([teacher.root], fsdp, teacher_dtype), ALWAYS),
+        Part("teacher: two layers, gathered", _gathered(two_of_teacher, fsdp, teacher_dtype), (TEACHER,)),
+    ]  # fmt: skip
     return parts
 
 
@@ -283,7 +287,12 @@ def _fsdp_collectives(
         return Collective(name, kind, "fsdp", fsdp, micro_steps * count, micro_steps * nbytes)
 
     return [
-        one("student: weights, forward and backward", "all-gather", 1 + 2 * layers, dtypes[0].itemsize * gathered),
+        one(
+            "student: weights, forward and backward",
+            "all-gather",
+            1 + 2 * layers,
+            dtypes[0].itemsize * gathered,
+        ),
         one("student: gradients", "reduce-scatter", 1 + layers, reduce_dtype.itemsize * summed),
         one("teacher: weights", "all-gather", teacher.layers, dtypes[1].itemsize * of_teacher),
     ]
@@ -309,14 +318,3 @@ def _tp_collectives(
         one("student: layers, backward", student, dtypes[0], 2 * student.layers + again),
         one("teacher: layers", teacher, dtypes[1], 1 + 2 * teacher.layers),
     ]
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Prints the tables of docs/scale.md, or writes them into it."""
-    from minitron_kernels.distillation.scale_tables import run
-
-    run(argv)
-
-
-if __name__ == "__main__":
-    main()

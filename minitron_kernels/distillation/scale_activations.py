@@ -1,4 +1,4 @@
-"""What a decoder keeps for its backward, counted as Korthikanti et al. count it (2022, arXiv 2205.05198, 4.1).
+"""What a decoder keeps for its backward, counted as Korthikanti et al. do it (2022, arXiv 2205.05198, 4.1).
 
 Each linear layer keeps its input, each norm its input, attention its queries, keys and values, and so on; a
 tensor that two layers need counts once. Of a token, with b bytes an element, on one of t ranks:
@@ -12,8 +12,8 @@ tensor that two layers need counts once. Of a token, with b bytes an element, on
 h hidden, f MLP width, a query heads, k key/value heads, d head_dim. Their 34 s b h for GPT (GELU, f = 4 h,
 a = k, d a = h, dropout) are the same count: 8 h of norms, 8 h of attention, 16 h of the MLP, and 2 h of
 dropout masks, which decoders of today do not have. Attention is flash attention, whose [s, s] matrix is never
-kept. A fused norm (Liger, Apex) keeps its input and 1 / rms, n = b; those of transformers keep an fp32 copy of
-their input, and the normalised one: n = b + 4.
+kept. A fused norm (Liger, Apex) keeps its input and 1 / rms, n = b; those of transformers keep an fp32 copy
+of their input, and the normalised one: n = b + 4.
 
 With activation checkpointing a layer keeps its input alone, b h, and one layer at a time is made again.
 """
@@ -22,6 +22,9 @@ from __future__ import annotations
 
 from minitron_kernels.distillation.scale_shape import ModelShape
 
+# families whose layers keep what the formulas say; others come near: gemma's norms are all in fp32, phi3
+# keeps fused projections whole, nemotron has a LayerNorm
+COUNTED = ("llama", "mistral", "qwen2", "qwen3")
 _SUM = 4  # bytes of an fp32 number of a token: a norm's 1 / rms, a head's log-sum-exp
 
 

@@ -65,7 +65,12 @@ def loss_collectives(plan: LinearKLPlan, tp: int, parts_wanted: bool, micro_step
     count = 1 + exchanges(plan)
     return [
         Collective(
-            "the loss: statistics of tokens", "all-gather", "tp", tp, micro_steps * count, micro_steps * states
+            "the loss: statistics of tokens",
+            "all-gather",
+            "tp",
+            tp,
+            micro_steps * count,
+            micro_steps * states,
         ),
         Collective(
             "the loss: gradient to the hidden states",
@@ -95,8 +100,6 @@ def stock_collectives(
     pairs = micro_steps * plan.num_tokens * plan.vocab_size
     gradient = micro_steps * dtypes[0].itemsize * plan.num_tokens * plan.student_hidden_size
     return [
-        Collective(
-            f"full logits of the {name}", "all-gather", "tp", tp, micro_steps, dtype.itemsize * pairs
-        )
+        Collective(f"full logits of the {name}", "all-gather", "tp", tp, micro_steps, dtype.itemsize * pairs)
         for name, dtype in zip(("student", "teacher"), dtypes, strict=True)
     ] + [Collective("gradient to the hidden states", "all-reduce", "tp", tp, micro_steps, gradient)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from minitron_kernels.distillation.scale_activations import COUNTED
 from minitron_kernels.distillation.scale_parts import MOMENTS, Way, size_text
 from minitron_kernels.distillation.scale_shape import ModelShape
 from minitron_kernels.ops.kl_loss.plan import LinearKLPlan
@@ -38,17 +39,24 @@ class DistillationPlan:
     ours: Way
     stock: Way
 
+    @property
+    def activations_counted(self) -> bool:
+        """Whether the bytes of the student's activations are exact, and not near: by its family."""
+        return self.student.model_type in COUNTED
+
     def explain(self) -> str:
         """The plan as text for people: memory by moment, traffic by collective, ours and the stock way."""
         lines = [
             f"distillation of {self.student.parameters / 1e9:.3g} B parameters from "
             f"{self.teacher.parameters / 1e9:.3g} B, vocabulary {self.student.vocab}",
-            f"ranks      {self.tp * self.fsdp}: tensor parallel {self.tp}, FSDP2 {self.fsdp}; the numbers below "
-            "are those of one",
-            f"step       {self.global_tokens} tokens in {self.micro_steps} micro-steps of {self.tokens} a rank"
-            f"{', layers made again in the backward' if self.checkpointing else ''}",
+            f"ranks      {self.tp * self.fsdp}: tensor parallel {self.tp}, FSDP2 {self.fsdp}; the numbers "
+            "below are those of one",
+            f"step       {self.global_tokens} tokens in {self.micro_steps} micro-steps of {self.tokens} a "
+            f"rank{', layers made again in the backward' if self.checkpointing else ''}",
             f"loss       {self.loss.schedule}, chunks of {self.loss.chunk_rows} rows",
         ]
+        if not self.activations_counted:
+            lines.append(f"activations are estimated: they are exact for {', '.join(COUNTED)}")
         for way in (self.ours, self.stock):
             lines += ["", way.name]
             lines += [f"{size_text(part.nbytes):>12}  {part.name}" for part in way.parts if part.nbytes]
@@ -58,7 +66,8 @@ class DistillationPlan:
                 for moment, name in MOMENTS.items()
             ]
             lines += [
-                f"{size_text(one.sent_bytes):>12}  sent in {one.count} {one.kind}s over {one.group}: {one.name}"
+                f"{size_text(one.sent_bytes):>12}  sent in {one.count} {one.kind}s over {one.group}: "
+                f"{one.name}"
                 for one in way.collectives
             ]
             lines.append(f"{size_text(way.sent_bytes):>12}  sent in a step, in all, by rings")
@@ -70,6 +79,6 @@ class DistillationPlan:
             return []
         return [
             "",
-            f"{seconds * 1e3:9.2f} ms   of a micro-step are the loss, without what ranks exchange: predicted for an "
-            f"{gpu}, not measured",
+            f"{seconds * 1e3:9.2f} ms   of a micro-step are the loss, without what ranks exchange: predicted "
+            f"for an {gpu}, not measured",
         ]

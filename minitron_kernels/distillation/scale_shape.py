@@ -1,4 +1,4 @@
-"""A model's parameters as ranks hold them: what tensor parallelism leaves of each, and what FSDP2 does of that.
+"""A model's parameters as ranks hold them: what tensor parallelism leaves of each, and FSDP2 of that.
 
 Tensor parallelism is Megatron-LM's (arXiv 1909.08053): rows of q_proj, k_proj, v_proj, gate_proj, up_proj, of
 the embedding and of the head; columns of o_proj and down_proj; norms, and biases of what is cut by columns,
@@ -16,8 +16,7 @@ from typing import Any
 from minitron_kernels.pruning.families.configs import Config, completed
 from minitron_kernels.pruning.families.registry import family_of
 
-_CUT = ("heads", "kv_heads", "mlp", "vocab")  # axes along which a parameter is cut
-_REFUSED = ("experts", "expert_mlp")
+_CUT = frozenset(("heads", "kv_heads", "mlp", "vocab"))  # axes along which a parameter is cut
 Group = tuple[tuple[int, int], ...]  # (rows, elements of a row) of each parameter of a rank
 
 
@@ -84,27 +83,26 @@ def shape_of(name: str, config: Config | Mapping[str, Any], tp: int) -> ModelSha
     config = completed(config)
     family = family_of(config)
     sizes = family.sizes(config)
+    if family.taps.experts is not None:
+        raise ValueError(
+            f"{name} must be a dense decoder, got {config['model_type']}, whose layers have experts: what "
+            "ranks exchange for them is not planned"
+        )
     for axis in ("heads", "kv_heads", "mlp"):
         if axis not in sizes:
             raise ValueError(f"{name} has no {family.keys_of(axis)[0]}, which a plan needs")
         if sizes[axis] % tp:
             raise ValueError(
-                f"tp must divide {family.keys_of(axis)[0]} = {sizes[axis]} of {name}, got {tp}: take another, "
-                "or a model whose sizes it divides"
+                f"tp must divide {family.keys_of(axis)[0]} = {sizes[axis]} of {name}, got {tp}: take "
+                "another, or a model whose sizes it divides"
             )
     groups: dict[int | None, list[tuple[int, int]]] = {}
     for parameter in family.parameters(config):
         if parameter.buffer:
             continue
         lengths = list(parameter.shape(sizes))
-        axes = [set(parts) for parts in parameter.dims]
-        if any(parts & set(_REFUSED) for parts in axes):
-            raise ValueError(
-                f"{name} must be a dense decoder, got {config['model_type']} with experts in "
-                f"{parameter.name}: what ranks exchange for experts is not planned"
-            )
-        for i, parts in enumerate(axes):
-            if parts & set(_CUT):
+        for i, parts in enumerate(parameter.dims):
+            if not _CUT.isdisjoint(parts):
                 lengths[i] = -(-lengths[i] // tp)
                 break
         rows, *row = lengths or [1]

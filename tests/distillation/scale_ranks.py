@@ -31,6 +31,14 @@ COMMON = dict(model_type="llama", num_attention_heads=8, num_key_value_heads=4, 
               max_position_embeddings=64, tie_word_embeddings=False, pad_token_id=0)  # fmt: skip
 STUDENT = COMMON | dict(hidden_size=48, intermediate_size=84, num_hidden_layers=2)
 TEACHER = COMMON | dict(hidden_size=72, intermediate_size=100, num_hidden_layers=3)
+CASES = {  # name: (layout, checkpointing)
+    "fsdp 2": ("fsdp 2", False),
+    "tp 2": ("tp 2", False),
+    "fsdp 4, checkpointing": ("fsdp 4", True),
+    "fsdp 2, tp 2": ("fsdp 2, tp 2", False),
+    "fsdp 2, tp 2, checkpointing": ("fsdp 2, tp 2", True),
+    "tp 4, checkpointing": ("tp 4", True),
+}
 LENGTH, MICRO_BATCH, MICRO_STEPS = 24, 2, 2
 KINDS = {
     "all_gather_into_tensor": "all-gather",
@@ -91,7 +99,14 @@ class Sent(TorchDispatchMode):
 
 
 # below the functions of torch.distributed that are counted
-SEEN_ABOVE = {"wait_tensor", "_wrap_tensor_autograd", "_allgather_base_", "_reduce_scatter_base_", "allreduce_", "barrier"}
+SEEN_ABOVE = {
+    "wait_tensor",
+    "_wrap_tensor_autograd",
+    "_allgather_base_",
+    "_reduce_scatter_base_",
+    "allreduce_",
+    "barrier",
+}
 
 
 def model_of(config, seed):
@@ -123,10 +138,14 @@ def split(model, mesh):
             input_kwarg_layouts={"hidden_states": Replicate()},
             desired_input_kwarg_layouts={"hidden_states": Replicate()},
         )
-        plan[f"{layer}.mlp"] = PrepareModuleInput(
-            input_layouts=everywhere, desired_input_layouts=everywhere
-        )
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+        plan[f"{layer}.mlp"] = PrepareModuleInput(input_layouts=everywhere, desired_input_layouts=everywhere)
+        for name in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+        ):
             plan[f"{layer}.{name}"] = ColwiseParallel()
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             plan[f"{layer}.{name}"] = RowwiseParallel()
@@ -140,6 +159,11 @@ def shard(model, mesh, **options):
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
+
+
+def checkpoint_layers(model):
+    """Activation checkpointing by transformers, which has given it another name."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
 class Keep:
@@ -201,7 +225,7 @@ def run(layout, checkpointing):
     teacher.to(torch.bfloat16).eval().requires_grad_(False)
     student.train()
     if checkpointing:
-        student.gradient_checkpointing_enable()
+        checkpoint_layers(student)
     if tp > 1:
         split(student, mesh["tp"])
         split(teacher, mesh["tp"])
@@ -242,13 +266,15 @@ def run(layout, checkpointing):
         "teacher: hidden states behind the last norm": heads["hidden"],
         "the loss: scratch memory": _workspace.workspace_bytes_held(),
     }
-    if fsdp > 1:
-        teacher.reshard()
+    teacher.reshard()
     held["teacher: shards of the weights"] = storage_bytes(teacher.parameters())
     found = {name: [plan.ours.part(name), nbytes] for name, nbytes in held.items()}
     if tp > 1:  # in 16 bits the sum over ranks is torch's memory, not the workspace
         found["the loss: scratch memory"][0] = plan.loss.total_bytes
-    found["teacher's head, gathered"] = [2 * plan.teacher.rows_of_vocab * plan.teacher.hidden, heads["teacher"]]
+    found["teacher's head, gathered"] = [
+        2 * plan.teacher.rows_of_vocab * plan.teacher.hidden,
+        heads["teacher"],
+    ]
     calls, nbytes = Counter(), Counter()
     for one in plan.ours.collectives:
         key = f"{'teacher' if one.name.startswith('teacher') else 'student'}/{one.group}/{one.kind}"
@@ -261,19 +287,17 @@ def run(layout, checkpointing):
 
 
 def run_rank(rank, folder):
-    faulthandler.dump_traceback_later(60, exit=True)
+    faulthandler.dump_traceback_later(150, exit=True)
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
     report = {}
-    for name, layout in LAYOUTS.items():
-        for checkpointing in (False, True):
-            key = f"{name}{', checkpointing' if checkpointing else ''}"
-            try:
-                report[key] = run(layout, checkpointing)
-            except Exception:
-                report[key] = traceback.format_exc()[-3000:]
-                break  # the others wait for this rank
+    for name, (layout, checkpointing) in CASES.items():
+        try:
+            report[name] = run(LAYOUTS[layout], checkpointing)
+        except Exception:
+            report[name] = traceback.format_exc()[-3000:]
+            break  # the others wait for this rank
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 
@@ -281,7 +305,7 @@ def run_rank(rank, folder):
 def fork_all(folder):
     """One process imports everything, and is copied for each rank."""
     import torch.distributed.fsdp
-    import torch.distributed.tensor.parallel
+    import torch.distributed.tensor.parallel  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
 
     import minitron_kernels.distillation.scale
@@ -307,7 +331,11 @@ def start(folder, timeout=180):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     code = f"import distillation.scale_ranks as ranks; ranks.fork_all({str(folder)!r})"
     process = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", code],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         _, errors = process.communicate(timeout=timeout)
