@@ -67,6 +67,7 @@ MAY_IMPORT = {
         "pruning.checkpoint",
         "op",
         "divergence",
+        "_tensors",
         "_command",
         "top",
     },

@@ -8,76 +8,292 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from minitron_kernels.distillation.layers import collect_layers, num_layers
+from minitron_kernels.distillation.logits import (
+    KNOWN_TYPES,
+    LogitOptions,
+    logit_options,
+    probe,
+    why_not_now,
+)
 from minitron_kernels.distillation.signals import DenseSignal
 from minitron_kernels.ops.kl_loss.heads import head_of
 
 _ATTACHED = "_minitron_attached"
-# what only the whole model understands, and not its decoder
-_NOT_FOR_THE_DECODER = ("labels", "logits_to_keep", "num_items_in_batch", "return_loss")
+_VERIFIED = "_minitron_logits"  # of a model: its LogitOptions, once probe() has seen them
+# what is said here, or only the whole model understands, and not its decoder
+_NOT_FOR_THE_DECODER = (
+    "labels", "shift_labels", "logits_to_keep", "num_items_in_batch", "return_loss", "return_dict",
+    "use_cache", "output_hidden_states", "output_attentions", "output_router_logits",
+)  # fmt: skip
+_CACHES = ("cache", "past_key_values", "cache_params")
 
 
 class CausalLM:
-    """What distillation needs to know of a causal language model of transformers."""
+    """What distillation needs to know of a causal language model of transformers.
+
+    `model` is the language model or a PEFT model around it, not wrapped by DDP, FSDP1 or torch.compile: the
+    gradients of what is called around such a wrapper are not synchronised.
+
+    Raises:
+        TypeError: a wrapper; an encoder-decoder; a model without base_model or output layer; an output layer
+            that head_of() does not know.
+    """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
-        self.head = head_of(self.model.get_output_embeddings())
-        self.logit_scale, self.softcap = logit_options(self.model.config)
+        self.model = unwrapped(model)
+        name = type(self.model).__name__
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            raise TypeError(
+                f"{name} is an encoder-decoder, whose decoder sees other tokens than the batch's input_ids: "
+                "distillation here is of causal language models. Use linear_kl_loss() on its decoder's states"
+            )
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if head is None or self.decoder is self.model:
+            raise TypeError(
+                f"{name} has no output layer beside a base model (get_output_embeddings(), base_model): "
+                "distillation needs a causal language model of transformers, such as AutoModelForCausalLM "
+                "loads. For another model call DistillationLoss with DenseSignals of your own"
+            )
+        self.head = head_of(head)
 
     @property
     def decoder(self) -> Any:
         """The model without its output layer."""
-        return self.model.base_model
+        return getattr(self.model, "base_model", self.model)
 
-    def signal(self, batch: dict[str, Any], layers: Iterable[int] = ()) -> DenseSignal:
-        """Runs the decoder on a batch of the model's own arguments; no logits are made."""
-        layers = tuple(layers)
-        inputs = {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_DECODER}
-        out = self.decoder(**inputs, use_cache=False, output_hidden_states=bool(layers), return_dict=True)
-        hidden, weight, bias = self.head(out.last_hidden_state)
-        kept: dict[int, Tensor] = {layer: out.hidden_states[layer + 1] for layer in layers}
-        return DenseSignal(hidden, weight, bias, self.logit_scale, self.softcap, kept)
+    @property
+    def num_layers(self) -> int:
+        """The decoder's layers, as its config counts them."""
+        return num_layers(self.model.config)
+
+    @property
+    def logit_scale(self) -> float:
+        """What multiplies head(hidden)."""
+        return self.logit_options.logit_scale
+
+    @property
+    def softcap(self) -> float | None:
+        """The c of c·tanh(z/c), or None."""
+        return self.logit_options.softcap
+
+    @property
+    def logit_options(self) -> LogitOptions:
+        """As probe() found them; before it could run, as the config says."""
+        return getattr(self.model, _VERIFIED, None) or logit_options(self.model.config)
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether the model's own logits were seen to be what logit_options says."""
+        return getattr(self.model, _VERIFIED, None) is not None
+
+    def verify(self) -> LogitOptions:
+        """Runs the model once on a few tokens and compares its logits with what is said of them here.
+
+        Done by attach() and ModelTeacher, or at the first distillation step where the weights are not whole
+        before (meta device, FSDP, ZeRO-3).
+
+        Raises:
+            TypeError: they are something else; see probe().
+        """
+        found = probe(self.model, self.decoder, self.head, lambda batch: self.states(batch)[0])
+        setattr(self.model, _VERIFIED, found)
+        return found
+
+    def verify_where_possible(self) -> None:
+        """verify() once, if the weights are whole and on a device."""
+        if not self.is_verified and why_not_now(self.model) is None:
+            self.verify()
+
+    def states(
+        self, batch: Mapping[str, Any], layers: Iterable[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The decoder's last hidden states [B, T, H], after its final norm, and outputs of layers.
+
+        Raises:
+            ValueError: a cache in the batch, logits_to_keep, or a layer that does not exist.
+        """
+        out, kept = collect_layers(self.decoder, self.model.config, self.decoder_inputs(batch), tuple(layers))
+        return out.last_hidden_state, kept
+
+    def signal(self, batch: Mapping[str, Any], layers: Iterable[int] = ()) -> DenseSignal:
+        """Runs the decoder on a batch of the model's own arguments; no logits are made.
+
+        All that the batch has goes to the decoder as it is (attention_mask, position_ids, cu_seq_lens_q,
+        inputs_embeds, ...), but for labels and what says which outputs are wanted. Key-value caches are off.
+
+        Args:
+            batch: the model's arguments by name; tensors [B, T] mostly.
+            layers: whose outputs are kept, from 0; the last one's output is `hidden`, after the final norm.
+
+        Raises:
+            ValueError: see states(); or compiled before its logits could be verified.
+            TypeError: logits that are something else than head(hidden) with a factor and a softcap.
+        """
+        self.ensure_verified()
+        states, kept = self.states(batch, layers)
+        hidden, weight, bias = self.head(states)
+        if weight.device.type == "meta" and hidden.device.type != "meta":
+            raise ValueError(
+                f"the output layer of {type(self.model).__name__} is offloaded (its weight is on meta): keep "
+                "it on a device, by a device_map that says so of lm_head"
+            )
+        scale, softcap = self.logit_options
+        return DenseSignal(hidden, weight, bias, scale, softcap, kept)
+
+    def decoder_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a batch the decoder is called with."""
+        for name in _CACHES:
+            if batch.get(name) is not None:
+                raise ValueError(f"{name} cannot be in a batch to distil on: sequences are seen whole")
+        keep = batch.get("logits_to_keep")
+        if keep is not None and not (isinstance(keep, int) and keep == 0):
+            raise ValueError(
+                "logits_to_keep cannot choose positions here: set the labels of all others to -100"
+            )
+        return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_DECODER}
+
+    def ensure_verified(self) -> None:
+        """verify() once, within a forward; a graph that is being compiled cannot, and trusts known "
+        "families."""
+        if self.is_verified:
+            return
+        if not torch.compiler.is_compiling():
+            self.verify()
+        elif getattr(self.model.config, "model_type", None) not in KNOWN_TYPES:
+            raise ValueError(
+                f"the logits of {type(self.model).__name__} could not be verified before it was compiled: "
+                "run one step without torch.compile first, or CausalLM(model).verify() with its weights whole"
+            )
 
 
-def logit_options(config: Any) -> tuple[float, float | None]:
-    """(factor, softcap) of a model's logits, out of its config."""
-    scale = 1.0
-    if getattr(config, "logits_scaling", None):  # Granite divides
-        scale = 1.0 / config.logits_scaling
-    elif getattr(config, "logit_scale", None):  # Cohere
-        scale = config.logit_scale
-    return scale, getattr(config, "final_logit_softcapping", None)
+def unwrapped(model: Any) -> Any:
+    """The model within a PEFT model; wrappers that must be called themselves are refused."""
+    if hasattr(model, "get_base_model"):
+        config = getattr(model, "active_peft_config", None)
+        if getattr(config, "is_prompt_learning", False):
+            raise TypeError(
+                f"{type(model).__name__} puts virtual tokens before the batch's (prompt or prefix tuning), "
+                "which have no teacher: use adapters within the layers (LoRA), or merge them"
+            )
+        return model.get_base_model()
+    for name in ("_orig_mod", "_fsdp_wrapped_module", "module"):
+        if isinstance(getattr(model, name, None), nn.Module):
+            raise TypeError(
+                f"got a {type(model).__name__} around the model: attach() the language model itself before "
+                "it is wrapped by DDP, FSDP, DeepSpeed or torch.compile, and call the wrapper"
+            )
+    return model
 
 
 def attach(model: Any) -> nn.Module:
     """Lets model(**batch, distillation=call) return call(signal), made inside the model's own forward.
 
-    `model` is the language model itself or a PEFT model around it, before DDP, FSDP2 or compile wrap it.
-    Its class becomes a subclass of what it was, of the same name; without `distillation` it does what it did.
+    Without `distillation` the model does what it did, and its signature stays. Its class becomes a subclass
+    of what it was, of the same name, so that copies, pickles, save_pretrained() and fully_shard() (before or
+    after) go on; a pickle of the whole model needs this package to be loaded. detach() undoes it.
+
+    The model's logits are verified: it is run once on six tokens, in evaluation mode, and must do to
+    head(hidden) what its config says. Where its weights are not whole yet (meta device, sharded by FSDP2,
+    ZeRO-3), the first distillation step does this instead.
+
+    Args:
+        model: a causal language model of transformers or a PEFT model around it, before DDP, FSDP1,
+            DeepSpeed, accelerate's prepare() or compile wrap it.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: a model that is not known, a wrapper, or logits that are something else; see CausalLM.
+        ValueError: its forward was replaced on the instance.
     """
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = unwrapped(model)
     if not getattr(type(inner), _ATTACHED, False):
-        CausalLM(inner)  # what is not known is refused here
-        inner.__class__ = _attached(type(inner))  # type: ignore[arg-type]
+        CausalLM(inner).verify_where_possible()
+        cls = _attached(type(inner))  # type: ignore[arg-type]
+        own = vars(inner).get("forward")
+        if own is not None:  # it would hide the class's
+            if "_old_forward" not in vars(inner):
+                raise ValueError(
+                    f"the forward of this {type(inner).__name__} was replaced on the instance (by "
+                    "accelerate's prepare()?), which would hide attach(): attach the model before that"
+                )
+            inner._old_forward = functools.partial(cls.forward, inner)  # type: ignore[attr-defined]
+        inner.__class__ = cls
     module: nn.Module = model
     return module
+
+
+def detach(model: Any) -> nn.Module:
+    """Undoes attach(): the model's class is what it was.
+
+    Raises:
+        ValueError: fully_shard() has made a class of its own of the attached one.
+    """
+    inner: Any = unwrapped(model)
+    cls: Any = type(inner)
+    if getattr(cls, _ATTACHED, False):
+        if _ATTACHED not in vars(cls):
+            raise ValueError(
+                f"{cls.__name__} was made of an attached class by fully_shard(): it stays attached"
+            )
+        original = cls.__mro__[1]
+        if "_old_forward" in vars(inner):
+            inner._old_forward = functools.partial(original.forward, inner)
+        inner.__class__ = original
+    vars(inner).pop(_VERIFIED, None)
+    module: nn.Module = model
+    return module
+
+
+def is_attached(model: Any) -> bool:
+    """Whether a call of this model, or of one within its wrappers, understands `distillation`."""
+    if not isinstance(model, nn.Module):
+        return False
+    return any(getattr(type(module), _ATTACHED, False) for module in model.modules())
 
 
 @functools.cache
 def _attached(cls: Any) -> type:
     original: Callable[..., Any] = cls.forward
+    names = list(inspect.signature(original).parameters)[1:]
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, distillation: Any = None, **batch: Any) -> Any:
         if distillation is None:
             return original(self, *args, **batch)
-        names = list(inspect.signature(original).parameters)[1:]
         batch.update(zip(names, args, strict=False))
-        return distillation(CausalLM(self).signal(batch, distillation.layers))
+        lm = CausalLM(self)
+        if getattr(distillation, "wants_states", False):  # a teacher, whose head is taken outside
+            return distillation.states(lm, batch)
+        _check_no_router_loss(self)
+        return distillation(lm.signal(batch, distillation.layers))
 
-    return type(cls.__name__, (cls,), {"forward": forward, _ATTACHED: True, "__module__": cls.__module__})
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _restored, (cls,), state
+
+    members = {"forward": forward, "__reduce_ex__": __reduce_ex__, _ATTACHED: True}
+    members |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls.__name__, (cls,), members)
+
+
+def _restored(cls: Any) -> Any:
+    """An empty model of the attached class, for pickle and deepcopy."""
+    attached: Any = _attached(cls)
+    return attached.__new__(attached)
+
+
+def _check_no_router_loss(model: Any) -> None:
+    if model.training and getattr(model.config, "output_router_logits", False):
+        raise ValueError(
+            "config.output_router_logits asks for the load-balancing loss of the experts' router, which is "
+            "a part of the model's own loss and not of distillation: set it to False"
+        )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from minitron_kernels.distillation.causal_lm import is_attached
 from minitron_kernels.distillation.loss import DistillationLoss, DistillationRecord
 from minitron_kernels.distillation.signals import DenseSignal, TeacherSignal
+from minitron_kernels.distillation.targets import targets_of
 from minitron_kernels.distillation.teacher import Teacher
-from minitron_kernels.ops.kl_loss.labels import shift_labels
+
+_NOT_FOR_MODELS = ("labels", "shift_labels", "num_items_in_batch")
 
 
 @dataclass(eq=False)
@@ -23,6 +27,7 @@ class DistillationCall:
     labels: Tensor | None  # the targets of their positions
     token_weights: Tensor | None = None
     num_items: float | Tensor | None = None
+    mask: Tensor | None = None  # True: the position counts
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -32,7 +37,12 @@ class DistillationCall:
     def __call__(self, student: DenseSignal) -> DistillationRecord:
         """The loss of this batch."""
         return self.loss(
-            student, self.teacher, self.labels, token_weights=self.token_weights, num_items=self.num_items
+            student,
+            self.teacher,
+            self.labels,
+            mask=self.mask,
+            token_weights=self.token_weights,
+            num_items=self.num_items,
         )
 
 
@@ -43,16 +53,63 @@ def step(
     loss: DistillationLoss,
     *,
     num_items: float | Tensor | None = None,
+    token_weights: Tensor | None = None,
 ) -> DistillationRecord:
     """The loss of a batch, ready for backward(): teacher, student and DistillationLoss in one call.
 
-    `student` was given to attach() before it was wrapped. The batch's `labels`, if any, are aligned with
-    `input_ids` as Hugging Face has them; they are shifted here.
+        student = DistributedDataParallel(attach(student))
+        record = step(student, ModelTeacher(teacher), batch, DistillationLoss())
+        record.loss.backward()
+
+    Which positions count: those with a label, aligned with `input_ids` as Hugging Face has them (shifted
+    here); without labels all whose token and next token are real by `attention_mask`. In either case not
+    those in the padding, nor the last one of each sequence packed into a row: see targets_of().
+
+    Args:
+        student: given to attach() before it was wrapped; called through its wrapper (DDP, FSDP2, compiled,
+            ...).
+        teacher: ModelTeacher, CachedTeacher, or any callable like them; gets the batch without its labels.
+        batch: the student's arguments by name, [B, T] tensors on its device.
+        loss: what is made of both signals.
+        num_items: divides the sum over tokens, in place of this batch's valid tokens: count_targets() of all
+            micro-batches of an optimizer step. Where DDP or FSDP average over ranks, those of all ranks
+            divided by the number of ranks.
+        token_weights: [B, T] float, multiplies each position's loss.
+
+    Returns:
+        The record; `record.loss` has the gradient.
+
+    Raises:
+        TypeError: a student that was not attached.
+        ValueError: from the models, targets_of() or the loss.
     """
-    labels = batch.get("labels")
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    check_student(student)
+    inputs = {name: value for name, value in batch.items() if name not in _NOT_FOR_MODELS}
+    labels, mask = targets_of(batch, loss.options["ignore_index"])
+    check_apart = getattr(teacher, "check_apart", None)
+    if check_apart is not None:
+        check_apart(student)
     signal = teacher(inputs, loss.teacher_layers)
-    targets = None if labels is None else shift_labels(labels)
-    call = DistillationCall(loss, signal, targets, num_items=num_items)
-    record: DistillationRecord = student(**inputs, distillation=call)
+    call = DistillationCall(loss, signal, labels, token_weights, num_items, mask)
+    record: Any = student(**inputs, distillation=call)
+    if not isinstance(record, DistillationRecord):
+        raise TypeError(
+            f"{type(student).__name__}(**batch, distillation=call) returned a {type(record).__name__} and "
+            "not what call(signal) returns: give the model to attach() before it is wrapped"
+        )
     return record
+
+
+def check_student(student: nn.Module) -> None:
+    """Checks that a call of the student understands `distillation`.
+
+    Raises:
+        TypeError: it would be ignored, or handed on to something that ignores it.
+    """
+    if is_attached(student):
+        return
+    if "distillation" not in inspect.signature(student.forward).parameters:
+        raise TypeError(
+            f"this {type(student).__name__} was not attached: call attach(model) on the language model, "
+            "before DDP, FSDP or torch.compile wrap it"
+        )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from minitron_kernels.distillation.causal_lm import CausalLM
+from minitron_kernels._tensors import is_dtensor
+from minitron_kernels.distillation.causal_lm import CausalLM, attach, is_attached
+from minitron_kernels.distillation.logits import eval_mode
 from minitron_kernels.distillation.signals import DenseSignal, TeacherSignal
+from minitron_kernels.ops.kl_loss.heads import EffectiveHead
 
 
 class Teacher(Protocol):
@@ -20,13 +24,162 @@ class Teacher(Protocol):
 
 
 class ModelTeacher:
-    """A model that is run at every step, without gradients."""
+    """A model that is run at every step, without gradients and without dropout.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self._lm = CausalLM(model)
+        teacher = ModelTeacher(model, device="cuda:1", dtype=torch.bfloat16)
+        student_as_its_own = ModelTeacher(peft_model, disable_adapters=True)
+
+    The batch goes to the teacher's device, its signal comes back to the batch's. The model is in evaluation
+    mode during each call, whatever mode somebody has set; `requires_grad` of its parameters is left as it is,
+    since nothing of it is differentiated. The signal's head is the model's own parameter where it lies on the
+    batch's device, else a copy that is made again only when the parameter changes.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around it; or an attached one within
+            DDP, FSDP1, FSDP2 or torch.compile, which is called through its wrapper. It is attached if it was
+            not.
+        device: moves the model there, for good.
+        dtype: casts its floating-point weights, for good.
+        disable_adapters: the base of a PEFT model is the teacher, the model itself may be the student.
+
+    Raises:
+        TypeError: a model that is not known (see CausalLM), or disable_adapters without adapters.
+        ValueError: device or dtype together with disable_adapters, or for weights that are sharded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        disable_adapters: bool = False,
+    ) -> None:
+        self.model = model
+        self.disable_adapters = disable_adapters
+        self._lm: CausalLM | None = None
+        self._moved: tuple[Any, Tensor] | None = None
+        self._apart_from: int | None = None
+        adapted = self._inside("disable_adapter")
+        if disable_adapters and adapted is None:
+            raise TypeError(f"disable_adapters=True needs a PEFT model, got {type(model).__name__}")
+        if device is not None or dtype is not None:
+            self._move(device, dtype)
+        if not is_attached(model):
+            attach(model)
+        if not disable_adapters:
+            model.eval()
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any], layers: Iterable[int] = ()) -> DenseSignal:
-        """The model's hidden states for the batch, and its head."""
-        return self._lm.signal(dict(batch), layers)
+        """The model's hidden states for the batch, and its head.
+
+        Args:
+            batch: the model's arguments by name; labels are not for it and are left out.
+            layers: of the teacher, whose outputs are wanted.
+        """
+        source = _device_of(batch)
+        target = self._device()
+        inputs = {
+            name: value.to(target) if isinstance(value, Tensor) and target is not None else value
+            for name, value in batch.items()
+        }
+        with eval_mode(self.model), self._adapters_off():
+            call = _States(tuple(layers))
+            hidden, kept = self.model(**inputs, distillation=call)
+            assert call.lm is not None
+            hidden, weight, bias = call.lm.head(hidden) if call.head is None else call.head
+            scale, softcap = call.lm.logit_options
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        if is_dtensor(weight) and weight.dtype != hidden.dtype:  # sharded in fp32, computed with in bf16
+            weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        if source is not None and hidden.device != source:
+            hidden = hidden.to(source)
+            kept = {layer: x.to(source) for layer, x in kept.items()}
+            weight, bias = self._at(weight, source), None if bias is None else bias.to(source)
+        return DenseSignal(hidden, weight, bias, scale, softcap, kept)
+
+    def check_apart(self, student: nn.Module) -> None:
+        """Checks once that training the student does not change this teacher.
+
+        Raises:
+            ValueError: they share memory of a parameter that is trained, and disable_adapters is not set.
+        """
+        if self.disable_adapters or self._apart_from == id(student):
+            return
+        own = {_memory(x): name for name, x in self.model.named_parameters() if _memory(x)}
+        for name, x in student.named_parameters():
+            if x.requires_grad and _memory(x) in own:
+                raise ValueError(
+                    f"the student trains {name}, whose memory is also the teacher's {own[_memory(x)]}: the "
+                    "teacher would change at every step. Give it a copy (copy.deepcopy), freeze the "
+                    "parameter, or for adapters use ModelTeacher(model, disable_adapters=True)"
+                )
+        self._apart_from = id(student)
+
+    def _inside(self, name: str) -> Any:
+        """The first module within the wrappers that has a method."""
+        return next((module for module in self.model.modules() if hasattr(module, name)), None)
+
+    def _adapters_off(self) -> AbstractContextManager[Any]:
+        return self._inside("disable_adapter").disable_adapter() if self.disable_adapters else nullcontext()
+
+    def _move(self, device: Any, dtype: torch.dtype | None) -> None:
+        if self.disable_adapters:
+            raise ValueError(
+                "device and dtype cannot be set with disable_adapters=True: the model is the student"
+            )
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point dtype, got {dtype}")
+        if any(is_dtensor(x) or hasattr(x, "ds_id") for x in self.model.parameters()):
+            raise ValueError(
+                "a teacher whose weights are sharded is not moved or cast: do it before sharding"
+            )
+        self.model.to(device=device, dtype=dtype)
+
+    def _device(self) -> torch.device | None:
+        """Where the model wants its batches: where its input embeddings are."""
+        embeddings = self._inside("get_input_embeddings").get_input_embeddings()
+        device: torch.device = embeddings.weight.device
+        return None if device.type == "meta" else device
+
+    def _at(self, weight: Tensor, device: torch.device) -> Tensor:
+        """The head on another device, moved again only when it was changed."""
+        if is_dtensor(weight):
+            raise ValueError(f"a teacher's sharded head on {weight.device} cannot be used on {device}")
+        key = (weight.data_ptr(), weight._version, weight.shape, weight.dtype, device)
+        if self._moved is None or self._moved[0] != key:
+            self._moved = key, weight.to(device)
+        return self._moved[1]
+
+
+class _States:
+    """Asks an attached model for its states; its head is taken outside, where FSDP2 leaves it in one "
+    "piece."""
+
+    wants_states = True
+
+    def __init__(self, layers: tuple[int, ...]) -> None:
+        self.layers = layers
+        self.lm: CausalLM | None = None
+        self.head: EffectiveHead | None = None
+
+    def states(self, lm: CausalLM, batch: Mapping[str, Any]) -> tuple[Tensor, dict[int, Tensor]]:
+        self.lm = lm
+        lm.ensure_verified()
+        return lm.states(batch, self.layers)
+
+
+def _device_of(batch: Mapping[str, Any]) -> torch.device | None:
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(batch.get(name), Tensor):
+            return batch[name].device
+    return next((x.device for x in batch.values() if isinstance(x, Tensor)), None)
+
+
+def _memory(x: Any) -> tuple[Any, int] | None:
+    """What tells two parameters apart that share their memory; None: it has none of its own here."""
+    local = x._local_tensor if is_dtensor(x) else x
+    if local.device.type == "meta" or local.numel() == 0 or local.untyped_storage().nbytes() == 0:
+        return None
+    return local.device, local.untyped_storage().data_ptr()

@@ -12,8 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from distillation import scale_ranks
 from distillation.scale_ranks import checkpoint_layers
-from minitron_kernels.distillation import scale_tables
-from minitron_kernels.distillation.scale import plan_distillation
+from minitron_kernels.distillation import plan_distillation, scale_tables
 from minitron_kernels.distillation.scale_activations import COUNTED, kept_bytes, layer_bytes
 from minitron_kernels.distillation.scale_loss import STOCK_LOGIT_BYTES, exchanges
 from minitron_kernels.distillation.scale_parts import Collective, size_text

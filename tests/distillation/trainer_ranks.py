@@ -1,0 +1,100 @@
+"""Two processes of this machine, joined by gloo, that run the cases of DistillationTrainer."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+RANKS = 2
+
+
+def run_all(rank, folder, names):
+    """All cases; what went wrong on this rank goes into a file."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=120))
+    from distillation.trainer_rank_cases import CASES
+
+    reports = {}
+    for name in names or CASES:
+        place = Path(folder) / name
+        place.mkdir(exist_ok=True)
+        try:
+            with forget_accelerator():
+                CASES[name](place)
+            reports[name] = None
+        except Exception:
+            reports[name] = traceback.format_exc()[-3000:]
+        dist.barrier()
+    (Path(folder) / f"report{rank}.json").write_text(json.dumps(reports))
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def forget_accelerator():
+    """accelerate keeps the settings of its first Accelerator; the next case has others."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def start(folder, names=(), timeout=600):
+    """Reports of both ranks: by case, the errors by rank."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "WORLD_SIZE": str(RANKS),
+        "LOCAL_WORLD_SIZE": str(RANKS),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29999",  # nothing listens there: the group is joined by a file
+    }
+    code = "import sys; from distillation.trainer_ranks import run_all"
+    code += "; run_all(int(sys.argv[1]), sys.argv[2], sys.argv[3:])"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), str(folder), *names],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    errors = []
+    try:
+        for rank, process in enumerate(processes):
+            _, text = process.communicate(timeout=timeout)
+            if process.returncode:
+                errors.append(f"rank {rank}: {text[-3000:]}")
+    finally:
+        for process in processes:
+            process.kill()
+    assert not errors, "\n".join(errors)
+    found = {}
+    for rank in range(RANKS):
+        for name, error in json.loads((Path(folder) / f"report{rank}.json").read_text()).items():
+            found.setdefault(name, {})[rank] = error
+    return found
+
+
+if __name__ == "__main__":
+    import shutil
+    import tempfile
+
+    folder = tempfile.mkdtemp()
+    try:
+        reports = start(folder, sys.argv[1:])
+    finally:
+        shutil.rmtree(folder)
+    for name, errors in reports.items():
+        bad = {rank: error for rank, error in errors.items() if error}
+        print(name, "ok" if not bad else "\n".join(f"{r}: {e[-1200:]}" for r, e in bad.items()))
