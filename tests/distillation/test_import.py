@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from minitron_kernels.distillation.cache import CachedTeacher, CacheSpec, TeacherCache, TeacherCacheWriter
 from minitron_kernels.distillation.cache.import_ import (
+    add_all,
     read_distillkit,
     read_megatron,
     read_vllm_hidden_states,
@@ -480,3 +482,47 @@ def test_vllm_prompt_logprobs_refuse():
     # -inf, as vLLM's server writes it, is dropped
     ((_, payload),) = read_vllm_prompt_logprobs([([1, 2], [None, {5: -0.1, 6: -9999.0}])], V, tail="rest")
     assert payload["ids"].tolist() == [[5, -1], [-1, -1]]
+
+
+# into the cache
+
+
+@pytest.mark.parametrize("tool", ["distillkit", "vllm_prompt_logprobs", "vllm_hidden_states"])
+def test_imports_go_into_the_cache_and_come_out(tool, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch", reason="vLLM writes safetensors")
+    common = {"vocab_size": V, "teacher": f"captured by {tool}"}
+    made = [teacher(6 + seed, 7, seed) for seed in range(3)]
+    if tool == "vllm_hidden_states":
+        hidden = [torch.randn(len(tokens), 2, 16).bfloat16() for tokens, *_ in made]
+        for i, (tokens, *_) in enumerate(made):
+            tensors = {"hidden_states": hidden[i], "token_ids": tokens}
+            safetensors.save_file(tensors, tmp_path / f"{i}.safetensors")
+        norm = rms_norm(torch.full((16,), 2.0), 1e-6)
+        rows = list(read_vllm_hidden_states(tmp_path, norm, layer_ids=[3, 4], num_layers=4))
+        spec = CacheSpec(tier="hidden", hidden_size=16, **common)
+    elif tool == "distillkit":
+        rows = list(read_distillkit([plain_row(seed, T=6 + seed)[0] for seed in range(3)], PLAIN))
+        spec = CacheSpec(tier="topk", k=7, **common)
+    else:
+        pairs = [(tokens, prompt_logprobs(tokens, full, 7, "json")) for tokens, full, *_ in made]
+        rows = list(read_vllm_prompt_logprobs(pairs, V, tail="rest"))
+        spec = CacheSpec(tier="topk", k=8, **common)
+    with TeacherCacheWriter(tmp_path / "cache", spec) as writer:
+        assert add_all(writer, rows) == 3
+        assert add_all(writer, rows) == 0
+    cache = TeacherCache(tmp_path / "cache")
+    for tokens, payload in rows:
+        found = cache.row(tokens)
+        if tool == "vllm_hidden_states":
+            assert torch.equal(found["hidden"], payload["hidden"])
+            continue
+        k = found["ids"].shape[1]
+        order = found["ids"].sort(-1)
+        expected = payload["ids"].sort(-1)
+        assert torch.equal(order.values, expected.values[:, -k:])
+        got = found["logprobs"].exp().gather(-1, order.indices)
+        torch.testing.assert_close(
+            got, payload["logprobs"].exp().gather(-1, expected.indices)[:, -k:], atol=0.01, rtol=0.02
+        )
+        signal = CachedTeacher(cache)({"input_ids": tokens[None]})
+        sparse_kl_loss(torch.randn(1, len(tokens), V), signal.ids, signal.logprobs, signal.log_tail)
