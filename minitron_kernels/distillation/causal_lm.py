@@ -102,7 +102,13 @@ class CausalLM:
         Raises:
             TypeError: they are something else; see probe().
         """
-        found = probe(self.model, self.decoder, self.head, lambda batch: self.states(batch)[0])
+
+        def alone(inputs: dict[str, Any]) -> Tensor:
+            # with all hidden states: transformers then sets up what a compiled graph could not
+            options = {"use_cache": False, "return_dict": True, "output_hidden_states": True}
+            return self.decoder(**inputs, **options).last_hidden_state
+
+        found = probe(self.model, self.decoder, self.head, alone)
         setattr(self.model, _VERIFIED, found)
         return found
 

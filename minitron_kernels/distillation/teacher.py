@@ -139,8 +139,8 @@ class ModelTeacher:
             if i and own[i - 1][0] == device and own[i - 1][2] > start:
                 raise ValueError(
                     f"the student trains {name}, whose memory is also the teacher's {own[i - 1][3]}: the "
-                    "teacher would change at every step. Give it a copy (copy.deepcopy), freeze the parameter; "
-                    "for adapters use ModelTeacher(model, disable_adapters=True)"
+                    "teacher would change at every step. Give it a copy (copy.deepcopy), freeze it, "
+                    "or for adapters use ModelTeacher(model, disable_adapters=True)"
                 )
         self._apart_from = weakref.ref(student)
 
