@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minitron_kernels._tensors import is_dtensor
 from minitron_kernels.distillation.causal_lm import CausalLM, attach, is_attached
-from minitron_kernels.distillation.logits import eval_mode, why_not_now
+from minitron_kernels.distillation.logits import eval_mode
 from minitron_kernels.distillation.signals import DenseSignal, TeacherSignal
 from minitron_kernels.ops.kl_loss.heads import EffectiveHead
 
@@ -88,12 +88,7 @@ class ModelTeacher:
             for name, value in batch.items()
         }
         with eval_mode(self.model), self._adapters_off():
-            try:
-                hidden, weight, bias, kept, options = self._run(inputs, layers)
-            except HeadElsewhereError:
-                self._head_inside = True
-                hidden, weight, bias, kept, options = self._run(inputs, layers)
-        scale, softcap = options
+            hidden, weight, bias, kept, (scale, softcap) = self._run(inputs, tuple(layers))
         bias = None if bias is None else bias.detach()
         if is_dtensor(weight) and weight.dtype != hidden.dtype:  # sharded in fp32, computed with in bf16
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
@@ -104,9 +99,9 @@ class ModelTeacher:
         weight = weight.detach()
         return DenseSignal(hidden, weight, bias, scale, softcap, kept)
 
-    def _run(self, inputs: dict[str, Any], layers: Iterable[int]) -> tuple[Any, ...]:
-        """(hidden, weight, bias, layers, options of the logits); one forward pass."""
-        call = _States(tuple(layers), self._head_inside)
+    def _run(self, inputs: dict[str, Any], layers: tuple[int, ...]) -> tuple[Any, ...]:
+        """(hidden, weight, bias, layers, options of the logits); a forward pass."""
+        call = _States(layers, self._head_inside)
         hidden, kept = self.model(**inputs, distillation=call)
         lm = call.lm
         assert lm is not None
@@ -114,10 +109,9 @@ class ModelTeacher:
             return *call.head, kept, lm.logit_options
         try:
             return *lm.head(hidden), kept, lm.logit_options
-        except ValueError as error:
-            if why_not_now(lm.model) is None:
-                raise
-            raise HeadElsewhereError from error
+        except ValueError:  # FSDP1 and ZeRO-3 have it in one piece within the forward only
+            self._head_inside = True
+            return self._run(inputs, layers)
 
     def check_apart(self, student: nn.Module) -> None:
         """Checks once that training the student does not change this teacher.
@@ -182,10 +176,6 @@ class ModelTeacher:
         return self._moved[2]
 
 
-class HeadElsewhereError(Exception):
-    """The head has no memory outside of the wrapper's forward."""
-
-
 class _States:
     """Asks an attached model for its states; its head is taken outside, where FSDP2 leaves it in one "
     "piece."""
@@ -201,7 +191,7 @@ class _States:
         self.lm = lm
         lm.ensure_verified()
         hidden, kept = lm.states(batch, self.layers)
-        if self.head_inside:  # by ZeRO-3 and FSDP1, who take its memory away again
+        if self.head_inside:  # a copy, since its memory is taken away again
             x, weight, bias = lm.head(hidden)
             self.head = EffectiveHead(x, weight.clone(), None if bias is None else bias.clone())
         return hidden, kept
