@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minitron_kernels.distillation.causal_lm import is_attached
+from minitron_kernels.distillation.causal_lm import is_attached, prepare_layers
 from minitron_kernels.distillation.loss import DistillationLoss, DistillationRecord
 from minitron_kernels.distillation.signals import DenseSignal, TeacherSignal
 from minitron_kernels.distillation.targets import targets_of
@@ -104,6 +104,8 @@ def step(
     check_apart = getattr(teacher, "check_apart", None)
     if check_apart is not None:
         check_apart(student)
+    if loss.student_layers:
+        prepare_layers(student)
     signal = teacher(inputs, loss.teacher_layers)
     call = DistillationCall(loss, signal, labels, token_weights, num_items, mask)
     record: Any = student(**inputs, distillation=call)
