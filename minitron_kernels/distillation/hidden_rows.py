@@ -87,9 +87,8 @@ class _Loss(torch.autograd.Function):
         wanted = list(ctx.needs_input_grad[6 : 6 + ctx.pairs])
         of_weight = ctx.needs_input_grad[2]
         grads = _grad_op(grad_loss, student, teacher, *rest, valid, *ctx.options, wanted, of_weight)
-        grad_weight = grads.pop().to(weight.dtype) if of_weight else None
-        made = iter(grads)
-        of_states = [next(made) if needed else None for needed in wanted]
+        grad_weight = grads[-1].to(weight.dtype) if of_weight else None
+        of_states = [grads[sum(wanted[:i])] if needed else None for i, needed in enumerate(wanted)]
         return (None, None, grad_weight, None, None, None, *of_states, *(None,) * ctx.pairs)
 
 

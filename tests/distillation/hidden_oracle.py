@@ -1,7 +1,9 @@
-"""The hidden-state term and the whole loss in plain PyTorch, on full tensors; no code of the library."""
+"""The hidden-state term and the whole loss in plain PyTorch, on full tensors, and a model of two layers."""
 
 import torch
 import torch.nn.functional as F
+
+from minitron_kernels.distillation import DenseSignal
 
 
 def norm_rows(x, norm):
@@ -41,3 +43,20 @@ def kl_loss(student_logits, teacher_logits, valid, count):
         student_logits.log_softmax(-1), teacher_logits.log_softmax(-1), reduction="none", log_target=True
     ).sum(-1)
     return rows[valid].sum() / count
+
+
+class Toy(torch.nn.Module):
+    """Layers and a head, that hands its signal to the loss as attached models do."""
+
+    def __init__(self, vocab, width, layers=2, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = torch.nn.Embedding(vocab, width)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(layers))
+        self.head = torch.nn.Linear(width, vocab, bias=False)
+
+    def forward(self, ids, distillation=lambda signal: signal):
+        x, states = self.embed(ids), {}
+        for i, layer in enumerate(self.layers):
+            states[i] = x = x + layer(x).tanh()
+        return distillation(DenseSignal(x, self.head.weight, layers=states))

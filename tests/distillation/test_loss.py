@@ -1,10 +1,14 @@
 """DistillationLoss against full logits and full states in plain PyTorch."""
 
+import dataclasses
+import pickle
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from distillation.hidden_oracle import hidden_loss, kl_loss
+from distillation.hidden_oracle import Toy, hidden_loss, kl_loss
 from minitron_kernels.distillation import DenseSignal, DistillationLoss, HiddenStatesLoss, SparseSignal
 
 LAYERS = {0: 1, 1: 3}
@@ -125,3 +129,189 @@ def test_dynamic_weight_of_what_is_zero_or_not_finite():
     assert loss._weight(torch.tensor(torch.inf), torch.tensor(0.5)) == 0
     student.layers[0].data[1, 1, 0] = torch.nan  # not hidden by a weight of 0
     assert loss(student, same).loss.isnan()
+
+
+def reference_loss(**options):
+    return DistillationLoss(hidden_states=hidden_module(), backend="reference", **options)
+
+
+def test_one_weight_a_micro_batch():
+    """The gradient of micro-batches is the sum of theirs, each with its own weight."""
+    parts = [signals(seed=seed) for seed in (1, 2)]
+    loss = reference_loss()
+    weight = loss.hidden_states.map.weight
+    records = [loss(*part[:2], labels_of(), num_items=16) for part in parts]
+    assert records[0].hidden_weight != records[1].hidden_weight
+    sum(record.loss for record in records).backward()
+    wanted = torch.zeros_like(weight)
+    for (student, teacher, _), record in zip(parts, records, strict=True):
+        truth = oracle(student, teacher, weight, labels_of(), 16, float(record.hidden_weight))
+        wanted += torch.autograd.grad(truth[0], weight)[0]
+    torch.testing.assert_close(weight.grad, wanted)
+
+
+def test_a_smoothed_weight_is_that_of_running_means():
+    loss = reference_loss(hidden_weight_smoothing=0.75)
+    kl, hidden = 0.0, 0.0
+    for seed in range(4):
+        student, teacher, _ = signals(seed=seed)
+        record = loss(student, teacher, labels_of(), num_items=7)
+        kl = 0.75 * kl + 0.25 * float(record.kl)
+        hidden = 0.75 * hidden + 0.25 * float(record.hidden)
+        assert record.hidden_weight == pytest.approx(kl / hidden)
+        torch.testing.assert_close(
+            record.loss.detach(), record.kl + record.hidden_weight * record.hidden, rtol=1e-12, atol=0
+        )
+    means = loss.hidden_weight_means.clone()
+    record = loss.eval()(student, teacher, labels_of())  # looked at, not moved
+    assert record.hidden_weight == pytest.approx(kl / hidden)
+    assert torch.equal(loss.hidden_weight_means, means)
+    loss.train()._weight(torch.tensor(torch.nan), torch.tensor(1.0))
+    assert torch.equal(loss.hidden_weight_means, means)
+    again = reference_loss(hidden_weight_smoothing=0.75)
+    again.load_state_dict(loss.state_dict())
+    assert torch.equal(again.hidden_weight_means, means)
+    fresh = reference_loss(hidden_weight_smoothing=0.75).eval()  # before training there are no means
+    assert fresh(student, teacher).hidden_weight == reference_loss()(student, teacher).hidden_weight
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"temprature": 2.0}, TypeError, "no option 'temprature': did you mean temperature?"),
+        ({"hidden_loss": 2.0}, TypeError, "no option 'hidden_loss': did you mean hidden_states?"),
+        ({"zzz": 1}, TypeError, "no option 'zzz'; there are kl_weight, ce_weight"),
+        ({"reduction": "sum"}, TypeError, "no option 'reduction': the loss is the mean over valid tokens"),
+        ({"num_items": 3}, TypeError, "no option 'num_items': give it to every call"),
+        (
+            {"student_softcap": 3.0},
+            TypeError,
+            "no option 'student_softcap': it comes with the model's signal",
+        ),
+        ({"kl_weight": -1}, ValueError, "kl_weight must be finite and greater than 0"),
+        ({"temperature": 0}, ValueError, "temperature must be finite"),
+        ({"divergence": "kl"}, ValueError, "divergence must be one of"),
+        ({"schedule": "fast"}, ValueError, "schedule must be one of"),
+        ({"hidden_weight": 1.0}, ValueError, "weigh a hidden-state term, and there is none"),
+        ({"hidden_states": {0: 1}}, TypeError, "hidden_states must be a HiddenStatesLoss, got dict"),
+    ],
+)
+def test_wrong_options(options, error, message):
+    with pytest.raises(error, match=message.replace("?", "[?]")):
+        DistillationLoss(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_weight": "adaptive"}, "hidden_weight must be a number or \"dynamic\", got 'adaptive'"),
+        ({"hidden_weight": -0.5}, "hidden_weight must be finite and greater than 0"),
+        ({"hidden_weight": float("nan")}, "hidden_weight must be finite"),
+        ({"kl_weight": 0, "ce_weight": 1}, "which kl_weight=0 makes 0: pass a number"),
+        ({"hidden_weight_smoothing": 1.0}, "hidden_weight_smoothing must be in [0, 1)"),
+        ({"hidden_weight": 2.0, "hidden_weight_smoothing": 0.5}, 'options of hidden_weight="dynamic"'),
+        ({"sequence_parallel": True}, "sequence_parallel=True are not served"),
+    ],
+)
+def test_options_that_contradict(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DistillationLoss(hidden_states=HiddenStatesLoss({0: 0}), **options)
+
+
+def test_what_signals_lack():
+    student, teacher, _ = signals()
+    loss = reference_loss()
+    with pytest.raises(ValueError, match=r"the teacher's signal has no layers, .* needs layers 1, 3"):
+        loss(student, dataclasses.replace(sparse_of(teacher), layers={}))
+    with pytest.raises(ValueError, match=r"the student's signal has layers 0, .* needs layers 0, 1"):
+        loss(dataclasses.replace(student, layers={0: student.layers[0]}), teacher)
+    with pytest.raises(TypeError, match="student must be a DenseSignal, got SparseSignal"):
+        loss(sparse_of(teacher), teacher)
+    with pytest.raises(TypeError, match="teacher must be a DenseSignal or a SparseSignal, got Tensor"):
+        DistillationLoss()(student, teacher.hidden)
+    assert loss.student_layers == (0, 1) and loss.teacher_layers == (1, 3)
+
+
+def test_repr_and_picklable():
+    loss = DistillationLoss(temperature=2.0, hidden_states=hidden_module(), hidden_weight=0.5)
+    text = repr(loss)
+    assert text.startswith("DistillationLoss(\n  temperature=2.0, hidden_weight=0.5\n")
+    assert "layers={0: 1, 1: 3}, kind='cosine', norm='rms'" in text
+    assert "StateMap(student_width=6, teacher_width=9)" in text
+    again = pickle.loads(pickle.dumps(loss))
+    student, teacher, _ = signals()
+    assert torch.equal(again(student, teacher).loss, loss(student, teacher).loss)
+
+
+def test_compiled_without_a_graph_break():
+    student, teacher, leaves = signals(torch.float32)
+    loss = DistillationLoss(
+        ce_weight=0.5, hidden_states=hidden_module(torch.float32), hidden_weight_smoothing=0.5
+    )
+    labels = labels_of()
+    leaves = [*leaves, loss.hidden_states.map.weight]
+
+    def call(hidden, head, layers, labels):
+        return loss(DenseSignal(hidden, head, layers=layers), teacher, labels, num_items=6.0)
+
+    operands = student.hidden, student.head, student.layers, labels
+    wanted = call(*operands)
+    grads = torch.autograd.grad(wanted.loss, leaves)
+    loss.hidden_weight_means.zero_()
+    actual = torch.compile(call, fullgraph=True, backend="aot_eager")(*operands)
+    for a, b in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(torch.autograd.grad(actual.loss, leaves), grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_map_becomes_a_part_of_the_student():
+    student = Toy(V, H)
+    loss = DistillationLoss(hidden_states=hidden_module(torch.float32))
+    assert loss.attach_map(student) is student and loss.attach_map(student) is student
+    weight = loss.hidden_states.map.weight
+    assert any(p is weight for p in student.parameters())
+    assert "distillation_map.weight" in student.state_dict()
+    with pytest.raises(ValueError, match="has a distillation_map of another loss"):
+        DistillationLoss(hidden_states=hidden_module()).attach_map(student)
+    loss.detach_map(student)
+    assert "distillation_map.weight" not in student.state_dict()
+    with pytest.raises(ValueError, match=r"attach_map.. comes before"):
+        loss.attach_map(torch.compile(student))
+    assert not hasattr(DistillationLoss().attach_map(Toy(V, H)), "distillation_map")
+
+
+def test_a_depth_pruned_student_learns_the_map(tmp_path):
+    pytest.importorskip("transformers", reason="needs transformers")
+    from distillation.plain import batch_of, tiny
+    from minitron_kernels.distillation import ModelTeacher, attach, step
+    from minitron_kernels.pruning import prune_model
+    from pruning.plans import plan_of
+
+    teacher = tiny("llama", num_hidden_layers=4)
+    plan = plan_of(teacher.config, hidden_size=16, num_hidden_layers=2, divisor=8)
+    student = attach(prune_model(teacher, plan))
+    hidden = HiddenStatesLoss.from_plan(plan)
+    kept = [entry.layer for entry in plan.layers]
+    assert hidden.layers == {0: kept[0], 1: kept[1]} and hidden.widths == (16, 32)
+    assert hidden.map.weight[plan.hidden[5]].tolist() == [float(i == 5) for i in range(16)]
+    loss = DistillationLoss(hidden_states=hidden)
+    loss.attach_map(student)
+    start = hidden.map.weight.detach().clone()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    source, batch, records = ModelTeacher(teacher), batch_of(), []
+    for _ in range(12):
+        record = step(student, source, batch, loss)
+        record.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        records.append(record)
+    assert records[-1].hidden < 0.8 * records[0].hidden and records[-1].kl < records[0].kl
+    assert (hidden.map.weight - start).abs().max() > 0.01
+    torch.save(student.state_dict(), tmp_path / "student.pt")
+    fresh = attach(prune_model(teacher, plan))
+    other = DistillationLoss(hidden_states=HiddenStatesLoss.from_plan(plan))
+    other.attach_map(fresh).load_state_dict(torch.load(tmp_path / "student.pt"))
+    assert torch.equal(other.hidden_states.map.weight, hidden.map.weight)
+    with torch.no_grad():
+        assert torch.equal(step(fresh, source, batch, other).loss, step(student, source, batch, loss).loss)

@@ -1,19 +1,28 @@
 """DistillationTrainer in one process against plain PyTorch with full logits."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("transformers", reason="DistillationTrainer is a transformers.Trainer")
 
 
+import torch
+
 from distillation.trainer_cases import (
     FAMILIES,
+    VOCAB,
     arguments,
     assert_same_gradients,
     big_batch,
     models,
     ragged,
+    terms,
     trainer,
 )
+from minitron_kernels.distillation import DistillationLoss
+from pruning.tiny_models import tiny_model
 
 
 def step(family="llama", *, batch=2, steps=2, data=None, teacher_dtype=None, changes=None, **args):
@@ -53,3 +62,393 @@ def test_tied_head():
     gradients, expected, made = step("llama", changes={"tie_word_embeddings": True})
     assert made.model.lm_head.weight is made.model.model.embed_tokens.weight
     assert_same_gradients(gradients, expected)
+
+
+def sequences(lengths, seed=0):
+    """Rows with all their tokens, for packing."""
+    return ragged(lengths, seed=seed)
+
+
+def test_packed_without_padding():
+    from transformers import DataCollatorWithFlattening
+
+    data = sequences((9, 5, 12, 7))
+    student, teacher = models()
+    expected, _ = big_batch(student, teacher, data, 0.5)
+    student, teacher = models()
+    lists = [{name: x.tolist() for name, x in row.items()} for row in data]
+    args = arguments(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    made, keep = trainer(student, teacher, lists, args=args, data_collator=DataCollatorWithFlattening())
+    made.train()
+    assert_same_gradients(keep.gradients, expected)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["q_proj", "lm_head"]])
+def test_adapters(targets):
+    peft = pytest.importorskip("peft", reason="adapters are peft's")
+    data = ragged()[:4]
+
+    def adapted():
+        student, teacher = models()
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+        return peft.get_peft_model(student, config), teacher
+
+    expected, _ = big_batch(*adapted(), data, 0.5)
+    assert expected and all("lora" in name for name in expected)
+    student, teacher = adapted()
+    made, keep = trainer(student, teacher, data, args=arguments(gradient_accumulation_steps=2))
+    made.train()
+    assert_same_gradients(keep.gradients, expected)
+    assert set(keep.gradients) == set(expected)
+
+
+def test_teacher_in_bf16_and_student_in_fp32():
+    """The teacher's bf16 states times its bf16 head, multiplied in fp32, are its logits."""
+    data = ragged()[:4]
+
+    class InFp32(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            hidden = self.model.model(ids).last_hidden_state
+            return SimpleNamespace(logits=hidden.float() @ self.model.lm_head.weight.float().T)
+
+    student, teacher = models()
+    expected, _ = big_batch(student, InFp32(teacher.bfloat16()), data, 0.5)
+    student, teacher = models()
+    made, keep = trainer(
+        student,
+        teacher.bfloat16(),
+        data,
+        args=arguments(per_device_train_batch_size=1, gradient_accumulation_steps=4),
+    )
+    made.train()
+    assert {p.dtype for p in made.model.parameters()} == {torch.float32}
+    # the teacher rounds to bf16 within its layers, row by row the same; attention may round once differently
+    assert_same_gradients(keep.gradients, expected, ulps=2**12)
+
+
+def no_worse(actual, plain, truth, factor=2.0):
+    """Errors of all gradients together are at most `factor` times those of plain PyTorch, against fp32."""
+
+    def error(found):
+        return sum(float((found[name].float() - x).square().sum()) for name, x in truth.items()) ** 0.5
+
+    assert error(actual) <= factor * error(plain), (error(actual), error(plain))
+
+
+def test_autocast_in_bf16():
+    data = ragged()[:4]
+    truth, _ = big_batch(*models(), data, 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, _ = big_batch(*models(), data, 0.5)
+    made, keep = trainer(*models(), data, args=arguments(gradient_accumulation_steps=2, bf16=True))
+    made.train()
+    assert {p.dtype for p in made.model.parameters()} == {torch.float32}
+    no_worse(keep.gradients, plain, truth)
+    assert any((keep.gradients[name] != x).any() for name, x in truth.items())
+
+
+def test_gradients_of_a_scaled_loss_in_fp16():
+    """Under a GradScaler's factor no gradient is lost that plain PyTorch keeps."""
+    from distillation.trainer_cases import collate
+
+    data = ragged()[:4]
+    truth, _ = big_batch(*models(), data, 0.5)
+    scale, items = 2.0**14, torch.tensor(2.0**14)  # of so many tokens, unscaled gradients are lost in fp16
+
+    def gradients(loss, student):
+        (loss * scale).backward()
+        return {name: p.grad / scale * (items / count) for name, p in student.named_parameters()}
+
+    count = sum(terms(*models(), row)[2] for row in data)
+    student, teacher = models()
+    with torch.autocast("cpu", torch.float16):
+        total = sum(kl + 0.5 * ce for kl, ce, _ in (terms(student, teacher, row) for row in data))
+    plain = gradients(total / items, student)
+    student, teacher = models()
+    made, _ = trainer(student, teacher, data)
+    student.train()
+    with torch.autocast("cpu", torch.float16):
+        loss = made.compute_loss(student, collate(data), num_items_in_batch=items)
+    no_worse(gradients(loss, student), plain, truth)
+
+
+def test_compiled():
+    data = sequences((8, 8, 8, 8))
+    gradients, expected, _ = step(
+        data=data, changes={"num_hidden_layers": 1}, torch_compile=True, torch_compile_backend="eager"
+    )
+    assert_same_gradients(gradients, expected)
+
+
+class Rows(torch.utils.data.Dataset):
+    """A data set of rows, which the trainer can only take by index."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def plain_means(student, teacher, data, ce_weight):
+    """The metrics of evaluate() from full logits, over all tokens."""
+    student.eval()
+    with torch.no_grad():
+        found = [terms(student, teacher, row) for row in data]
+    count = sum(n for *_, n in found)
+    kl, ce = (float(sum(row[i] for row in found)) / count for i in range(2))
+    return {"loss": kl + ce_weight * ce, "kl": kl, "ce": ce, "perplexity": math.exp(ce), "tokens": count}
+
+
+def test_evaluation_is_a_mean_over_tokens():
+    data = ragged()
+    expected = plain_means(*models(), data, 0.5)
+    made, _ = trainer(*models(), data, eval_dataset=Rows(data), args=arguments(per_device_eval_batch_size=3))
+    forward = made.model.lm_head.forward
+    made.model.lm_head.forward = None  # no logits are made
+    metrics = made.evaluate()
+    made.model.lm_head.forward = forward
+    for name, value in expected.items():
+        assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-5), name
+    assert made.evaluate(metric_key_prefix="test")["test_kl"] == metrics["eval_kl"]
+    assert not made._training.sums  # nothing of it is logged as training
+
+
+def test_evaluation_of_packed_rows():
+    from transformers import DataCollatorWithFlattening
+
+    data = sequences((9, 5, 12, 7))
+    expected = plain_means(*models(), data, 0.5)
+    lists = [{name: x.tolist() for name, x in row.items()} for row in data]
+    made, _ = trainer(*models(), lists, eval_dataset=lists, data_collator=DataCollatorWithFlattening())
+    metrics = made.evaluate()
+    assert {name: metrics[f"eval_{name}"] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_logs_are_means_over_tokens_of_all_micro_batches():
+    """Over two steps of two micro-batches, with a learning rate of 0."""
+    data = ragged()
+    expected = plain_means(*models(), data, 0.5)
+    args = arguments(gradient_accumulation_steps=2, max_steps=2, logging_steps=2, learning_rate=0.0)
+    made, _ = trainer(*models(), data, args=args)
+    made.train()
+    log = made.state.log_history[0]
+    for name in ("kl", "ce"):
+        assert log[name] == pytest.approx(expected[name], rel=1e-5)
+    assert 0 < log["entropy"] < math.log(VOCAB)
+    assert log["tokens_per_second"] > 0 and 0 < log["teacher_share"] < 1
+    assert "hidden" not in log
+
+
+def test_the_clock_stands_still_in_evaluation(monkeypatch):
+    from minitron_kernels.distillation.trainers import hf_metrics
+
+    now = [0.0]
+    monkeypatch.setattr(hf_metrics.time, "perf_counter", lambda: now[0])
+    window = hf_metrics.Window(torch.device("cpu"))
+    accelerator = SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x)
+    window.start()
+    with window.teacher_timed():
+        now[0] += 1
+    with window.paused(), window.teacher_timed():
+        now[0] += 100
+    now[0] += 3
+    assert window.close(accelerator)["teacher_share"] == 0.25
+    now[0] += 2
+    assert window.close(accelerator)["teacher_share"] == 0
+
+
+def mapped(weight=0.5, **options):
+    """A loss with a learned map between the students and teachers of narrow()."""
+    from minitron_kernels.distillation.hidden_states import HiddenStatesLoss
+
+    torch.manual_seed(0)
+    states = HiddenStatesLoss({1: 1}, student_width=32, teacher_width=48)
+    return DistillationLoss(ce_weight=0.5, hidden_states=states, hidden_weight=weight, **options)
+
+
+def narrow():
+    return models(hidden_size=32)
+
+
+def test_parameters_of_the_loss_are_trained(tmp_path):
+    data = ragged()[:4]
+    loss = mapped()
+    made, keep = trainer(*narrow(), data, loss=loss)
+    before = loss.hidden_states.map.weight.detach().clone()
+    made.train()
+    one = keep.gradients
+    assert (loss.hidden_states.map.weight != before).any()
+    log = made.state.log_history[0]
+    assert log["hidden"] > 0 and log["hidden_weight"] == 0.5
+    args = arguments(per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    other, keep = trainer(*narrow(), data, loss=mapped(), args=args)
+    other.train()
+    # one batch of two sequences against four of one
+    assert any("map" in name for name in one) and set(one) == set(keep.gradients)
+    # what is saved is the model that it was
+    plain = set(narrow()[0].state_dict())
+    assert set(made.model.state_dict()) == plain
+    made.save_model(str(tmp_path))
+    from transformers import AutoModelForCausalLM
+
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert set(again.state_dict()) == plain
+    assert not list(tmp_path.glob("distillation_loss*"))
+    made.model.load_state_dict(again.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["map", "adapters"])
+def test_resumed_to_the_bit(tmp_path, kind):
+    """Three steps and three more are six: weights, the loss's map and running means, dropout, logs."""
+    data = ragged((9, 5, 12, 4, 7, 3, 8, 10) * 2)
+
+    def make(**changes):
+        loss = mapped("dynamic", hidden_weight_smoothing=0.5)
+        student, teacher = narrow()
+        if kind == "adapters":
+            peft = pytest.importorskip("peft", reason="adapters are peft's")
+            torch.manual_seed(0)
+            student = peft.get_peft_model(
+                student, peft.LoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj"])
+            )
+        options = {
+            "gradient_accumulation_steps": 2,
+            "max_steps": 6,
+            "save_strategy": "steps",
+            "save_steps": 3,
+        }
+        made, _ = trainer(student, teacher, data, loss=loss, args=arguments(output_dir=tmp_path, **options))
+        return made
+
+    whole = make()
+    whole.train()
+    resumed = make()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for name, value in whole.model.named_parameters():
+        assert torch.equal(value, dict(resumed.model.named_parameters())[name]), name
+    for name, value in whole.distillation_loss.state_dict().items():
+        assert torch.equal(value, resumed.distillation_loss.state_dict()[name]), name
+    timed = ("tokens_per_second", "teacher_share", "train_runtime")
+    logs = [
+        {key: value for key, value in log.items() if key not in timed}
+        for made in (whole, resumed)
+        for log in made.state.log_history[3:6]
+    ]
+    assert logs[:3] == logs[3:]
+
+
+def test_a_checkpoint_without_the_parameters_of_the_loss(tmp_path):
+    data = ragged()
+    args = arguments(output_dir=tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    made, _ = trainer(*narrow(), data, args=args)
+    made.train()
+    other, _ = trainer(*narrow(), data, args=args, loss=mapped())
+    with pytest.raises(ValueError, match=r"distillation_loss\.pt is missing, but the loss has .*map\.weight"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_best_model_is_loaded_with_its_loss(tmp_path):
+    data = ragged()
+    args = arguments(
+        output_dir=tmp_path, max_steps=3, learning_rate=3.0, greater_is_better=True, save_strategy="steps", save_steps=1,
+        eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, lr_scheduler_type="constant",
+    )  # fmt: skip
+    loss = mapped()
+    made, _ = trainer(*narrow(), data, loss=loss, args=args, eval_dataset=data)
+    made.train()
+    history = [log["eval_loss"] for log in made.state.log_history if "eval_loss" in log]
+    assert history[-1] < max(history)  # such a learning rate does no good, and for once that is wanted
+    assert made.evaluate()["eval_loss"] == pytest.approx(max(history), rel=1e-5)
+    saved = torch.load(f"{made.state.best_model_checkpoint}/distillation_loss.pt")
+    assert torch.equal(saved["hidden_states.map.weight"], loss.hidden_states.map.weight)
+
+
+def test_another_kind_of_teacher():
+    """Any callable with a signal: here the k largest of a model's, and all others together."""
+    from minitron_kernels.distillation import ModelTeacher, SparseSignal
+
+    student, model = models()
+    live, seen = ModelTeacher(model), []
+
+    def teacher(batch, layers=()):
+        seen.append(sorted(batch))
+        signal = live(batch, layers)
+        logprobs, ids = (signal.hidden @ signal.head.T).log_softmax(-1).topk(8)
+        tail = torch.log1p(-logprobs.exp().sum(-1))
+        return SparseSignal(ids, logprobs, tail)
+
+    made, _ = trainer(student, teacher, ragged(), eval_dataset=ragged())
+    made.train()
+    assert seen == [["attention_mask", "input_ids"]]
+    assert 0 < made.evaluate()["eval_kl"] < plain_means(*models(), ragged(), 0.5)["kl"]
+
+
+def test_students_made_by_model_init():
+    made = trainer(None, models()[1], ragged(), model_init=lambda: models()[0])[0]
+    made.train()
+    assert "kl" in made.state.log_history[0]
+
+
+def refused(match, error=ValueError, *, student=None, teacher=None, loss=None, args=None, **options):
+    own, other = models()
+    with pytest.raises(error, match=match):
+        trainer(student or own, teacher or other, ragged(), loss=loss, args=args, **options)
+
+
+def test_what_would_be_ignored_is_refused():
+    refused("compute_loss_func would be ignored", compute_loss_func=lambda *x: 0)
+    refused("compute_metrics needs logits", compute_metrics=lambda x: {})
+    refused("preprocess_logits_for_metrics needs logits", preprocess_logits_for_metrics=lambda x, y: x)
+    refused("label_smoothing_factor=0.1 would be", args=arguments(label_smoothing_factor=0.1))
+    refused("label_names must be", args=arguments(label_names=["target"]))
+    refused("use_liger_kernel replaces", args=arguments(use_liger_kernel=True))
+    refused("unknown arguments: tokeniser", TypeError, tokeniser=None)
+    refused("loss must be a DistillationLoss", TypeError, loss=torch.nn.MSELoss())
+    refused("teacher must be a causal language model or a Teacher", TypeError, teacher="a/name")
+    refused("model_init makes students anew", loss=mapped(), model_init=lambda: narrow()[0])
+    with pytest.raises(RuntimeError, match=r"predict.*returns logits"):
+        trainer(*models(), ragged())[0].predict(ragged())
+
+
+def test_models_that_do_not_fit_are_refused():
+    refused("TypeError|CausalLM|output layer", TypeError, student=torch.nn.Linear(2, 2))
+    refused("no output layer", TypeError, teacher=models()[1].model)
+    refused("model has 96 tokens and teacher 128", teacher=tiny_model("llama", vocab_size=128))
+    trainer(models()[0], tiny_model("llama", vocab_size=128), ragged(), loss=DistillationLoss(vocab_size=96))
+    student, _ = models()
+    refused("memory is also the teacher's", student=student, teacher=student)
+    refused("no parameter that requires grad", student=models()[0].requires_grad_(False))
+    moe = tiny_model("mixtral")
+    moe.config.output_router_logits = True
+    refused("router's auxiliary loss", student=moe, teacher=tiny_model("mixtral", seed=1))
+
+
+def test_several_gpus_in_one_process_are_refused():
+    args = arguments()
+    args._n_gpu = 2
+    refused("this process sees 2 GPUs", args=args)
+
+
+def test_replaced_forward_is_found():
+    """As Liger and Unsloth do it, after attach()."""
+    made, _ = trainer(*models(), ragged(), args=arguments(remove_unused_columns=False))
+    original = type(made.model).__mro__[1].forward
+    made.model.forward = lambda *args, distillation=None, **batch: original(made.model, *args, **batch)
+    with pytest.raises(TypeError, match="distillation=call"):
+        made.train()
+
+
+def test_evaluation_without_labels_is_refused():
+    rows = [{"input_ids": row["input_ids"]} for row in ragged((5, 5))]
+    made, _ = trainer(*models(), ragged(), eval_dataset=rows, data_collator=None)
+    with pytest.raises(ValueError, match="must have labels, got input_ids"):
+        made.evaluate()

@@ -14,7 +14,7 @@ def groups(count, batch):
 
 
 def fsdp2(family="llama"):
-    """Options of TrainingArguments for FSDP2, which accelerate only switches on on GPUs: see fsdp_on_cpu()."""
+    """Options of TrainingArguments for FSDP2."""
     fsdp_on_cpu()
     return {
         "fsdp": True,
@@ -24,6 +24,7 @@ def fsdp2(family="llama"):
 
 @functools.cache
 def fsdp_on_cpu():
+    """Lets accelerate take its FSDP2 path on a CPU too, where it would leave the plugin aside, silently."""
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
@@ -43,7 +44,7 @@ def fsdp_on_cpu():
 def gradient(
     folder, *, batch=2, steps=2, family="llama", together=True, masked=(), changes=None, options=None
 ):
-    """One step's gradient is that of one big batch; without `together`, the mean over ranks of their means."""
+    """One step's gradient is that of one big batch; without `together`, the ranks' mean."""
     data = ragged(masked=masked)[: batch * steps * 2]
     student, teacher = models(family, **(changes or {}))
     own = groups(len(data), batch)

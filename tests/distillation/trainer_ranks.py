@@ -1,4 +1,4 @@
-"""Two processes of this machine, joined by gloo, that run the cases of DistillationTrainer on several ranks."""
+"""Two processes of this machine, joined by gloo, that run the cases of DistillationTrainer."""
 
 import contextlib
 import json

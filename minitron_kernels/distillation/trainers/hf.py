@@ -7,7 +7,7 @@ evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,10 +16,13 @@ from transformers import Trainer, TrainingArguments
 
 from minitron_kernels.distillation.causal_lm import attach
 from minitron_kernels.distillation.loss import DistillationLoss, DistillationRecord
-from minitron_kernels.distillation.step import DistillationCall
+from minitron_kernels.distillation.signals import TeacherSignal
+from minitron_kernels.distillation.step import step
+from minitron_kernels.distillation.targets import count_targets
 from minitron_kernels.distillation.teacher import ModelTeacher, Teacher
-from minitron_kernels.distillation.trainers.hf_batches import count_targets, take_targets, without_repeats
+from minitron_kernels.distillation.trainers.hf_batches import without_repeats
 from minitron_kernels.distillation.trainers.hf_checks import (
+    can_be_moved,
     check_arguments,
     check_models,
     check_options,
@@ -39,8 +42,8 @@ class DistillationTrainer(Trainer):
         trainer.train()
 
     The loss of an optimizer step is the sum over the tokens of all its micro-batches, divided by their
-    number: its gradient is that of one big batch. Tokens are those whose position has a target: labels other
-    than the loss's `ignore_index`, after the shift. With `average_tokens_across_devices` (the default of
+    number: its gradient is that of one big batch. Which tokens count: see step(); a label at the first token
+    of a sequence is no position's target and does not. With `average_tokens_across_devices` (the default of
     TrainingArguments) they are counted over all processes; without it, each process divides by its own count,
     and gradients are averaged over processes.
 
@@ -61,14 +64,14 @@ class DistillationTrainer(Trainer):
     Args:
         model: a causal language model of transformers, or a PEFT model around one; as in Trainer.
         args: TrainingArguments. Under `bf16` the teacher runs in autocast too.
-        teacher: a causal language model, which is set to eval() and frozen and moved to the student's device;
-            or any Teacher, such as CachedTeacher. The batches that it gets are the student's, without labels.
+        teacher: a causal language model, which becomes a ModelTeacher and is moved to the student's device;
+            or any Teacher, such as CachedTeacher. It gets the student's batches, without labels.
         loss: a DistillationLoss; by default forward KL alone.
         options: the other arguments of Trainer by name: train_dataset, eval_dataset, data_collator, ...
 
     Raises:
         TypeError, ValueError: at construction, what would be ignored or is not known: the message says what.
-            At the first step, a batch without labels.
+            At the first step, what step() refuses.
 
     Source: Minitron (arXiv 2407.14679) section 3. Trainer: huggingface/transformers.
     """
@@ -90,36 +93,29 @@ class DistillationTrainer(Trainer):
         if args is not None:
             check_arguments(args)
         self.distillation_loss = loss
-        if model is not None:
-            self._take(model, teacher)
         self.teacher: Teacher = ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
+        if model is not None:
+            self._take(model)
         super().__init__(model=model, args=args, **options)
         self.model_accepts_loss_kwargs = True  # for versions that do not know loss_is_scaled_for_ga
         check_setup(self)
-        self._place()
+        loss.to(self.args.device)
+        if isinstance(teacher, nn.Module) and can_be_moved(teacher, self.args):
+            self._move_model_to_device(teacher, self.args.device)
         self._training = Window(self.args.device)
         self._evaluation = Sums(self.args.device)
 
-    def _take(self, model: Any, teacher: Any) -> None:
-        """Checks a student, and lets it hand over its signal."""
-        check_models(model, teacher, self.distillation_loss)
+    def _take(self, model: Any) -> None:
+        """Checks a student, and lets it hand over its signal and train the loss's parameters."""
         attach(model)
+        check_models(model, self.teacher, self.distillation_loss)
         add_to_student(model, self.distillation_loss)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """The model that `model_init` makes, ready for distillation."""
         model = super().call_model_init(trial)
-        self._take(model, getattr(self, "teacher", None))
+        self._take(model)
         return model
-
-    def _place(self) -> None:
-        """Moves the teacher and the loss to where the student is trained."""
-        device = self.args.device
-        self.distillation_loss.to(device)
-        model = getattr(self.teacher, "model", None)
-        spread = getattr(model, "hf_device_map", None) or getattr(model, "quantization_method", None)
-        if isinstance(model, nn.Module) and not spread and self.args.place_model_on_device is not False:
-            self._move_model_to_device(model, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """The number of targets in the micro-batches of a step; of all processes, if args say so."""
@@ -159,17 +155,11 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int | None
     ) -> DistillationRecord:
         loss = self.distillation_loss.train(model.training)
-        targets, batch = take_targets(inputs, loss.options["ignore_index"])
+        return step(model, self._timed_teacher, inputs, loss, num_items=num_items)
+
+    def _timed_teacher(self, batch: Mapping[str, Any], layers: Iterable[int] = ()) -> TeacherSignal:
         with self._training.teacher_timed(), torch.no_grad(), self.accelerator.autocast():
-            signal = self.teacher(batch, loss.teacher_layers)
-        record = model(**batch, distillation=DistillationCall(loss, signal, targets, num_items=num_items))
-        if not isinstance(record, DistillationRecord):
-            raise TypeError(
-                f"the student's forward() returned a {type(record).__name__}, not a DistillationRecord: "
-                "something replaced it after attach(), as Liger Kernel or Unsloth do; give the model as "
-                "transformers makes it"
-            )
-        return record
+            return self.teacher(batch, layers)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer; the clock of the logs runs from the first one."""
@@ -191,6 +181,11 @@ class DistillationTrainer(Trainer):
     ) -> tuple[Tensor | None, None, None]:
         """The loss of a batch; its parts are summed for evaluate(). There are no logits."""
         inputs = self._prepare_inputs(inputs)
+        if inputs.get("labels") is None and inputs.get("shift_labels") is None:
+            raise ValueError(
+                f"batches to evaluate on must have labels, got {', '.join(sorted(inputs))}: take a collator "
+                "that makes them, such as DataCollatorForLanguageModeling(tokenizer, mlm=False)"
+            )
         ignore_index = self.distillation_loss.options["ignore_index"]
         inputs = without_repeats(inputs, self.accelerator, self.args.per_device_eval_batch_size, ignore_index)
         with torch.no_grad(), self.compute_loss_context_manager():

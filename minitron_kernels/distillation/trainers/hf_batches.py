@@ -1,4 +1,4 @@
-"""The targets of a batch of transformers: which positions count, and how many they are."""
+"""Samples that a distributed sampler repeats: they are not counted twice."""
 
 from __future__ import annotations
 
@@ -7,35 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from minitron_kernels.ops.kl_loss.labels import shift_labels
-
-
-def take_targets(inputs: Mapping[str, Any], ignore_index: int) -> tuple[Tensor, dict[str, Any]]:
-    """The targets [B, T] of a batch, and what is left of it.
-
-    `shift_labels`, which some collators make, are targets already; `labels` stand at their own tokens.
-    """
-    batch = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-    shifted = inputs.get("shift_labels")
-    return (_shifted(inputs, ignore_index) if shifted is None else shifted), batch
-
-
-def _shifted(inputs: Mapping[str, Any], ignore_index: int) -> Tensor:
-    labels = inputs.get("labels")
-    if labels is None:
-        raise ValueError(
-            "the batch must have labels, which say which tokens count, got only "
-            f"{', '.join(sorted(inputs)) or 'nothing'}: take a collator that makes them, such as "
-            "DataCollatorForLanguageModeling(tokenizer, mlm=False) or DataCollatorWithFlattening()"
-        )
-    return shift_labels(labels, ignore_index)
-
-
-def count_targets(inputs: Mapping[str, Any], ignore_index: int) -> Tensor:
-    """How many positions have a target, 0-dim; a label at the first token is no position's target."""
-    targets, _ = take_targets(inputs, ignore_index)
-    return (targets != ignore_index).sum()
 
 
 def without_repeats(

@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from minitron_kernels._tensors import is_dtensor
 from minitron_kernels.distillation.loss import DistillationLoss
+from minitron_kernels.distillation.teacher import ModelTeacher
 
 _TRAINER_OPTIONS = frozenset(inspect.signature(Trainer.__init__).parameters) - {"self", "model", "args"}
 _NO_LOGITS = "compute_metrics", "preprocess_logits_for_metrics"
@@ -61,8 +63,7 @@ def check_arguments(args: TrainingArguments) -> None:
 
 
 def check_models(student: Any, teacher: Any, loss: DistillationLoss) -> None:
-    """Checks a student, against its teacher where that is a model."""
-    _check_causal_lm("model", student)
+    """Checks an attached student, against its teacher where that is a model."""
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError(
             "model has no parameter that requires grad: a student that was pruned from a frozen teacher is "
@@ -73,18 +74,10 @@ def check_models(student: Any, teacher: Any, loss: DistillationLoss) -> None:
             "model.config.output_router_logits asks for the router's auxiliary loss, which would be ignored: "
             "set it to False"
         )
-    other = teacher if isinstance(teacher, nn.Module) else getattr(teacher, "model", None)
-    if not isinstance(other, nn.Module):
+    if not isinstance(teacher, ModelTeacher):
         return
-    _check_causal_lm("teacher", other)
-    own = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
-    if shared := [name for name, parameter in other.named_parameters() if id(parameter) in own]:
-        raise ValueError(
-            f"teacher shares {len(shared)} parameters that are to be trained with model ({shared[0]}, ...): "
-            "it is frozen; give it weights of its own (copy.deepcopy, or load it again)"
-        )
-    models: tuple[Any, Any] = student, other
-    sizes = [model.get_output_embeddings().weight.shape[0] for model in models]
+    teacher.check_apart(student)
+    sizes = [_head(model).weight.shape[0] for model in (student, teacher.model)]
     if sizes[0] != sizes[1] and loss.options["vocab_size"] is None:
         raise ValueError(
             f"model has {sizes[0]} tokens and teacher {sizes[1]}: if the first ones are the same, say "
@@ -92,18 +85,20 @@ def check_models(student: Any, teacher: Any, loss: DistillationLoss) -> None:
         )
 
 
-def _check_causal_lm(name: str, model: Any) -> None:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if not isinstance(model, nn.Module) or head is None:
-        raise TypeError(
-            f"{name} must be a causal language model of transformers with an output layer, got "
-            f"{type(model).__name__}: load it by AutoModelForCausalLM"
-        )
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise TypeError(
-            f"{name} must be a causal language model, got an encoder-decoder: {type(model).__name__}"
-        )
+def _head(model: nn.Module) -> Any:
+    """The output layer of a language model, or of the one within a wrapper."""
+    inner: Any = next(module for module in model.modules() if hasattr(module, "get_output_embeddings"))
+    return inner.get_output_embeddings()
+
+
+def can_be_moved(model: Any, args: TrainingArguments) -> bool:
+    """Whether a teacher may go to the student's device: nobody has placed, sharded or quantised it."""
+    placed = getattr(model, "hf_device_map", None) or getattr(model, "quantization_method", None)
+    return (
+        not placed
+        and args.place_model_on_device is not False
+        and not any(map(is_dtensor, model.parameters()))
+    )
 
 
 def check_setup(trainer: Any) -> None:
@@ -120,7 +115,8 @@ def check_setup(trainer: Any) -> None:
                 f"{name}_size={size}: DistillationTrainer knows data parallelism (DDP, FSDP2) alone; a "
                 "vocabulary over several ranks is linear_kl_loss(tp_group=...) in a loop of one's own"
             )
-    if not any(True for _ in trainer.distillation_loss.parameters()):
+    own = list(trainer.distillation_loss.parameters())
+    if not own:
         return
     if trainer.is_deepspeed_enabled:
         raise ValueError(
@@ -130,4 +126,11 @@ def check_setup(trainer: Any) -> None:
     if plugin is not None and getattr(plugin, "cpu_ram_efficient_loading", False):
         raise ValueError(
             "fsdp_config's cpu_ram_efficient_loading does not load a loss with parameters: set it to False"
+        )
+    dtypes = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+    if plugin is not None and trainer.accelerator.mixed_precision == "no" and len(dtypes) > 1:
+        raise ValueError(
+            "FSDP2 shards trained parameters of one dtype together, and loss and model have "
+            f"{', '.join(sorted(map(str, dtypes)))}: "
+            "give them one (loss.to(model.dtype)), or train with bf16=True"
         )

@@ -125,7 +125,9 @@ class Window:
         logs = {name: value for name, value in means_of(totals).items() if name in _LOGGED}
         if totals["seconds"] > 0:
             # seconds are summed over processes, and they all ran at the same time
-            logs["tokens_per_second"] = totals["tokens"] / totals["seconds"] * accelerator.num_processes
+            logs["tokens_per_second"] = (
+                totals.get("tokens", 0.0) / totals["seconds"] * accelerator.num_processes
+            )
             logs["teacher_share"] = totals["teacher"] / totals["seconds"]
         self.sums, self._teacher, self._seconds = Sums(self._device), 0.0, 0.0
         if running:

@@ -115,9 +115,9 @@ class SafetensorsFile:
             header = self._read_header()
             self.header_sha256 = hashlib.sha256(header).hexdigest()
             data_begin = 8 + len(header)
-            self.tensors = {
-                tensor.name: tensor for tensor in _entries(self, _parse_json(path, header), data_begin)
-            }
+            parsed = _parse_json(path, header)
+            self.metadata: dict[str, str] = parsed.get("__metadata__", {})  # checked with the entries
+            self.tensors = {tensor.name: tensor for tensor in _entries(self, parsed, data_begin)}
         except BaseException:
             self.close()
             raise

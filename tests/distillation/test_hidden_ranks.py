@@ -1,0 +1,20 @@
+"""Hidden-state terms on two ranks: who averages the map, which weight a rank has."""
+
+import pytest
+import torch.distributed as dist
+
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("needs gloo", allow_module_level=True)
+
+from distillation import hidden_ranks
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    return hidden_ranks.start(2, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in hidden_ranks.CASES])
+def test_two_ranks(case, reports):
+    errors = {rank: error for rank, error in reports[case].items() if error}
+    assert not errors, "\n".join(f"rank {rank}: {error}" for rank, error in errors.items())
