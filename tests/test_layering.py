@@ -66,6 +66,7 @@ MAY_IMPORT = {
         "pruning.families",
         "pruning.checkpoint",
         "op",
+        "divergence",
         "_tensors",
         "_command",
         "top",

@@ -14,8 +14,10 @@ from minitron_kernels.distillation.teacher import ModelTeacher, Teacher
 # what needs more packages than torch, by the module that has it; imported when it is asked for
 _LAZY = {
     "CachedTeacher": "minitron_kernels.distillation.cache.teacher",
+    "DistillationPlan": "minitron_kernels.distillation.scale",
     "DistillationTrainer": "minitron_kernels.distillation.trainers.hf",
     "TeacherCacheWriter": "minitron_kernels.distillation.cache.writer",
+    "plan_distillation": "minitron_kernels.distillation.scale",
 }
 
 __all__ = [

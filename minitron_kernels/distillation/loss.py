@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from minitron_kernels._tensors import is_dtensor
 from minitron_kernels.distillation.hidden_states import HiddenStatesLoss
+from minitron_kernels.distillation.map_watch import MapWatch
 from minitron_kernels.distillation.signals import DenseSignal, SparseSignal, TeacherSignal
 from minitron_kernels.ops.kl_loss.budget import check_schedule
 from minitron_kernels.ops.kl_loss.checks import number, positive, refuse
@@ -174,7 +174,7 @@ class DistillationLoss(nn.Module):
         self._check_hidden_weight(kl_weight)
         means = torch.zeros(2, dtype=torch.float64) if hidden_weight_smoothing else None
         self.register_buffer("hidden_weight_means", means)
-        self._attached = self._warned = False
+        self._watch = MapWatch()
 
     def _check_hidden_weight(self, kl_weight: float) -> None:
         weight, smoothing = self.hidden_weight, self.hidden_weight_smoothing
@@ -213,8 +213,8 @@ class DistillationLoss(nn.Module):
         checkpoints keep it. The loss keeps using it, inside the student's forward as step() and the trainers
         call it. Call it before the student is wrapped and before the optimizer is made. The map goes to the
         student's device; in a student that FSDP2 shards in one dtype, give it that first:
-        loss.hidden_states.to(dtype). Without a map nothing is done. Otherwise the optimizer must be given
-        loss.parameters() too, and the ranks' gradients of it must be averaged.
+        loss.hidden_states.to(dtype). Without a map nothing is done. Who does not call this must give the
+        optimizer loss.parameters() too, and average the ranks' gradients of it; a warning says so.
 
         Raises:
             ValueError: the student is wrapped already, or has another loss's map.
@@ -236,13 +236,21 @@ class DistillationLoss(nn.Module):
         device = next((p.device for p in student.parameters()), torch.device("cpu"))
         self.to(device)
         student.add_module(MAP_NAME, chosen)
-        self._attached = True
+        self._watch.attached = True
         return student
 
     def detach_map(self, student: nn.Module) -> nn.Module:
-        """Takes the map out of the student again, as before it is exported, and returns the student."""
-        if student._modules.pop(MAP_NAME, None) is not None:
-            self._attached = False
+        """Takes the map out of the student again, as before it is exported, and returns the student.
+
+        Raises:
+            ValueError: the student has another loss's map.
+        """
+        own = None if self.hidden_states is None else self.hidden_states.map
+        if MAP_NAME in student._modules:
+            if student._modules[MAP_NAME] is not own:
+                raise ValueError(f"the student's {MAP_NAME} is that of another loss")
+            del student._modules[MAP_NAME]
+            self._watch.attached = False
         return student
 
     def forward(
@@ -283,12 +291,19 @@ class DistillationLoss(nn.Module):
         }
         hidden = None
         if self.hidden_states is not None:  # first, since it names what signals lack
-            self._warn_of_ranks()
+            if self.hidden_states.map is not None:
+                self._watch.look(self.hidden_states.map.weight, student.head)
             ignore_index = self.options["ignore_index"]
             layers = student.layers, getattr(teacher, "layers", {})
             hidden = self.hidden_states(*layers, labels, **tokens, ignore_index=ignore_index)
         record: Any
         if isinstance(teacher, SparseSignal):
+            of_student = self.options["vocab_size"] or student.head.shape[0]
+            if teacher.vocab_size not in (None, of_student):
+                raise ValueError(
+                    f"the teacher has {teacher.vocab_size} tokens and the student {of_student}: if the "
+                    f"student's first ones are these, give DistillationLoss(vocab_size={teacher.vocab_size})"
+                )
             operands = teacher.ids, teacher.logprobs, teacher.log_tail
             record = linear_sparse_kl_loss(student.hidden, student.head, *operands, **common)
         elif isinstance(teacher, DenseSignal):
@@ -325,21 +340,13 @@ class DistillationLoss(nn.Module):
                 means.copy_(torch.where(terms.isfinite().all(), moved, means.to(terms)))
             terms = torch.where(means[1] > 0, means, terms)  # before training there are none
         quotient = terms[0] / terms[1]
-        return torch.where((terms[1] > 0) & quotient.isfinite(), quotient, 0.0).to(hidden.dtype)
+        return torch.where((terms > 0).all() & quotient.isfinite(), quotient, 0.0).to(hidden.dtype)
 
-    def _warn_of_ranks(self) -> None:
-        alone = self._attached or self._warned or torch.compiler.is_compiling() or not torch.is_grad_enabled()
-        if alone or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-            return
-        learned = None if self.hidden_states is None else self.hidden_states.map
-        if learned is not None and not is_dtensor(learned.weight):
-            self._warned = True
-            warnings.warn(
-                "the map of the hidden states is not a part of the student: its gradients stay those of this "
-                "rank unless you average them. loss.attach_map(student), before the student is wrapped, "
-                "lets DDP and FSDP do it",
-                stacklevel=4,
-            )
+    def _apply(self, fn: Any, recurse: bool = True) -> DistillationLoss:
+        super()._apply(fn, recurse)
+        if self.hidden_weight_means is not None:  # loss.bfloat16() would stop them from moving
+            self.hidden_weight_means = self.hidden_weight_means.double()
+        return self
 
     def extra_repr(self) -> str:
         """What differs from the defaults."""

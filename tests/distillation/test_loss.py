@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 import re
+import warnings
 
 import pytest
 import torch
@@ -274,6 +275,8 @@ def test_the_map_becomes_a_part_of_the_student():
     assert "distillation_map.weight" in student.state_dict()
     with pytest.raises(ValueError, match="has a distillation_map of another loss"):
         DistillationLoss(hidden_states=hidden_module()).attach_map(student)
+    with pytest.raises(ValueError, match="distillation_map is that of another loss"):
+        DistillationLoss(hidden_states=hidden_module()).detach_map(student)
     loss.detach_map(student)
     assert "distillation_map.weight" not in student.state_dict()
     with pytest.raises(ValueError, match=r"attach_map.. comes before"):
@@ -315,3 +318,28 @@ def test_a_depth_pruned_student_learns_the_map(tmp_path):
     assert torch.equal(other.hidden_states.map.weight, hidden.map.weight)
     with torch.no_grad():
         assert torch.equal(step(fresh, source, batch, other).loss, step(student, source, batch, loss).loss)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_map_that_nobody_trains_is_told(trained):
+    student, teacher = Toy(V, H), Toy(V, HT, layers=4, seed=1).requires_grad_(False)
+    loss = DistillationLoss(hidden_states=hidden_module(torch.float32))
+    ids = torch.arange(10).view(2, 5)
+    parameters = [*student.parameters(), *(loss.parameters() if trained else ())]
+    optimizer = torch.optim.SGD(parameters, lr=0.01)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for micro_batch in range(8):
+            student(ids, lambda signal: loss(signal, teacher(ids))).loss.backward()
+            if micro_batch % 2:
+                optimizer.step()
+                assert len(caught) == 0 or micro_batch > 4
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == (0 if trained else 1)
+    assert trained or "optimizer does not have the map" in told[0]
+
+
+def test_running_means_keep_their_digits():
+    loss = reference_loss(hidden_weight_smoothing=0.999).bfloat16()
+    assert loss.hidden_weight_means.dtype == torch.float64
+    assert loss.hidden_states.map.weight.dtype == torch.bfloat16

@@ -32,6 +32,7 @@ def plan_linear_kl_loss(
     gpu: str | None = None,
     tp_size: int = 1,
     sparse_ids: int | None = None,
+    return_parts: bool = False,
 ) -> LinearKLPlan:
     """Plans a call of linear_kl_loss without making it; print(plan.explain()) shows schedule and memory.
 
@@ -66,6 +67,7 @@ def plan_linear_kl_loss(
         sparse_ids: ids a token of a sparse teacher, k. teacher_hidden_size must then be 0.
         tp_size: ranks of tp_group, which share the vocabulary: vocab_size is then that of one rank, the
             largest. The time of what they exchange is not in the prediction. GPU only.
+        return_parts: whether a cross-entropy or parts are asked for, which take some memory on a CPU.
 
     Returns:
         The plan; total_bytes, and for a GPU predicted_seconds, say what it costs.
@@ -127,6 +129,7 @@ def plan_linear_kl_loss(
         schedule=schedule,
         workspace_bytes=workspace_bytes,
         engine=engine or plan_cpu.operand_type(dtype, teacher_dtype),
+        metrics=return_parts,
         outcomes=0 if sparse_ids is None else sparse_ids + 1,
     )
 

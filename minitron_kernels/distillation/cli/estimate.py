@@ -1,0 +1,191 @@
+"""`--dry-run`: sizes, memory, steps and tokens of a run; the bytes of a cache. No weights are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from minitron_kernels.distillation.cli.job import Job, own_device
+
+
+def of_training(config: Mapping[str, Any], job: Job, device: str, held_out: int) -> str:
+    """What a run of train would do and need."""
+    student, own = _meta(config["student"], config["dtype"])
+    lines = [f"train, on {device}; nothing is written", f"  run       {job}"]
+    if held_out:
+        lines.append(f"  held out  {held_out:,} windows, every {config['eval_every'] or job.steps:,} steps")
+    lines.append(f"  student   {_described(student, own)}")
+    teacher = None
+    if config["teacher"] is not None and config["cache"] is None:
+        teacher, other = _meta(config["teacher"], config["teacher_dtype"])
+        lines.append(f"  teacher   {_described(teacher, other)}")
+    if config["cache"] is not None:
+        from minitron_kernels.distillation.cache import TeacherCache
+
+        summary = TeacherCache(config["cache"]).summary()
+        lines.append(f"  cache     {summary}".replace("\n", "\n          "))
+    parts = _kept(student, own)
+    if teacher is not None:
+        parts["teacher's weights"] = _parameters(teacher) * other.itemsize
+    computed = torch.bfloat16 if _autocasts(config, device) else own
+    tokens = config["batch_size"] * config["seq_len"]
+    activations = _activations(student.config, tokens, computed, config["gradient_checkpointing"])
+    if activations is not None:
+        parts["activations of the student"] = activations
+    loss = _loss_bytes(config, student, teacher, tokens, computed, device)
+    if loss is not None:
+        parts["scratch memory of the loss"] = loss
+    lines.append(f"  memory of {'each' if job.processes > 1 else 'the'} process, estimated:")
+    lines += [f"    {size_text(nbytes):>12}  {name}" for name, nbytes in parts.items()]
+    note = ", without activations, which are not known for this family" if activations is None else ""
+    lines.append(f"    {size_text(sum(parts.values())):>12}  in all{note}")
+    if device == "cuda":
+        lines.append(f"    {size_text(torch.cuda.mem_get_info(own_device(device))[1]):>12}  the GPU has")
+    checkpoint = 3 * _parameters(student) * own.itemsize
+    lines.append(
+        f"  disk      {size_text(checkpoint)} a checkpoint, {config['keep']} are kept; and the model"
+    )
+    lines.append(
+        f"  lr        0 → {config['lr']:g} in {config['warmup']:,} steps, {config['lr_schedule']} to "
+        f"{config['lr'] if config['lr_schedule'] == 'constant' else config['lr_min']:g} at {job.steps:,}"
+    )
+    return "\n".join(lines)
+
+
+def of_cache(config: Mapping[str, Any], windows: int, device: str) -> str:
+    """What a run of cache would need, and the bytes it would write."""
+    teacher, dtype = _meta(config["teacher"], config["dtype"])
+    tokens = windows * config["seq_len"]
+    each, spec = _bytes_a_token(config, teacher, dtype)
+    kept = {
+        "topk": f"up to {spec.k} ids a position, log-probabilities as {spec.quantiser}",
+        "sampled": f"{spec.samples} draws a position",
+        "hidden": f"hidden states of {spec.hidden_size} in bfloat16",
+    }[spec.tier]
+    about = "at most " if spec.tier == "sampled" or spec.mass is not None else ""
+    return "\n".join(
+        [
+            f"cache, on {device}; nothing is written",
+            f"  teacher   {_described(teacher, dtype)}",
+            f"  text      {windows:,} windows of {config['seq_len']:,} = {tokens:,} tokens, in "
+            f"{-(-windows // config['batch_size']):,} batches",
+            f"  tier      {spec.tier}: {kept}",
+            f"  disk      {about}{each:,.1f} bytes a token, {size_text(each * tokens)} in all",
+        ]
+    )
+
+
+def size_text(nbytes: float) -> str:
+    """Bytes for people: 1.5 GiB."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= size:
+            return f"{nbytes / size:.4g} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def _meta(folder: str, dtype: str) -> tuple[Any, torch.dtype]:
+    """A checkpoint's model without its weights, and the dtype that these would have."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return model, (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+
+
+def _parameters(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())  # tied ones once
+
+
+def _described(model: Any, dtype: torch.dtype) -> str:
+    config = model.config
+    return (
+        f"{_parameters(model):,} parameters in {str(dtype).removeprefix('torch.')}, "
+        f"{config.num_hidden_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size:,}"
+    )
+
+
+def _kept(student: Any, dtype: torch.dtype) -> dict[str, int]:
+    """What training keeps in memory from step to step."""
+    weights = _parameters(student) * dtype.itemsize
+    return {"student's weights": weights, "its gradients": weights, "AdamW's moments": 2 * weights}
+
+
+def _autocasts(config: Mapping[str, Any], device: str) -> bool:
+    return config["autocast"] == "bfloat16" or (config["autocast"] == "auto" and device == "cuda")
+
+
+def _activations(config: Any, tokens: int, dtype: torch.dtype, checkpointing: bool) -> int | None:
+    """What the student keeps for its backward; None where its family is not known."""
+    from minitron_kernels.distillation.scale_activations import kept_bytes
+    from minitron_kernels.distillation.scale_shape import shape_of
+
+    try:
+        shape = shape_of("student", config, 1)
+    except ValueError:
+        return None
+    return kept_bytes(shape, tokens, dtype.itemsize, fused_norms=False, checkpointing=checkpointing)
+
+
+def _loss_bytes(
+    config: Mapping[str, Any], student: Any, teacher: Any, tokens: int, dtype: torch.dtype, device: str
+) -> int | None:
+    """What linear_kl_loss() or linear_sparse_kl_loss() allocates; None where it cannot be planned here."""
+    from minitron_kernels.ops.kl_loss.op_plan import plan_linear_kl_loss
+
+    sparse, width = None, student.config.hidden_size
+    if config["cache"] is not None:
+        from minitron_kernels.distillation.cache import TeacherCache
+
+        spec = TeacherCache(config["cache"]).spec
+        sparse, width = (spec.k, 0) if spec.tier != "hidden" else (None, spec.hidden_size)
+    elif teacher is not None:
+        width = teacher.config.hidden_size
+    try:
+        plan = plan_linear_kl_loss(
+            tokens,
+            config["vocab_size"] or student.config.vocab_size,
+            student.config.hidden_size,
+            width,
+            dtype=dtype,
+            divergence_needs_kl=config["divergence"] not in ("forward_kl", "reverse_kl", 0.0, 1.0),
+            schedule=config["loss_schedule"],
+            workspace_bytes=config["loss_workspace"],
+            device=device,
+            sparse_ids=sparse,
+        )
+    except (ValueError, TypeError, RuntimeError):
+        return None
+    return plan.total_bytes
+
+
+def _bytes_a_token(config: Mapping[str, Any], teacher: Any, dtype: torch.dtype) -> tuple[float, Any]:
+    """Bytes of a token in a shard, of a window that has all ids that it may; and the cache's spec."""
+    from minitron_kernels.distillation.cache import CacheSpec
+    from minitron_kernels.distillation.cache.payload import encode
+
+    vocab = config["vocab_size"] or teacher.config.vocab_size
+    tier, length = config["tier"], min(config["seq_len"], 256)
+    of_tier: dict[str, Any] = {"hidden_size": teacher.config.hidden_size}
+    if tier == "topk":
+        temperatures = tuple(config["temperatures"] or ())
+        of_tier = {"k": min(config["k"] or 128, vocab), "mass": config["mass"], "temperatures": temperatures}
+        of_tier["quantiser"] = config["quantiser"]
+    elif tier == "sampled":
+        draws = config["draws"] or 12
+        of_tier = {"k": min(draws, vocab), "samples": draws}
+    spec = CacheSpec(tier, vocab_size=vocab, teacher="estimate", **of_tier)
+    if tier == "hidden":
+        payload: dict[str, Any] = {"hidden": torch.zeros(length, spec.hidden_size or 0, dtype=torch.bfloat16)}
+    else:
+        ids = torch.arange(spec.k or 0).expand(length, -1)
+        payload = {"ids": ids, "counts": torch.ones_like(ids)}
+        if tier == "topk":
+            logprobs = torch.full(ids.shape, math.log(0.5 / ids.shape[1]))
+            tail = {temperature: torch.full((length,), math.log(0.5)) for temperature in spec.temperatures}
+            payload = {"ids": ids, "logprobs": logprobs, "log_tail": tail}
+    fields = encode(torch.zeros(length, dtype=torch.int64), payload, spec)
+    return sum(x.numel() * x.element_size() for x in fields.values()) / length, spec

@@ -1,0 +1,78 @@
+"""Describes the run or the cache in a folder, for `minitron-distill info`. Loads no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minitron_kernels.distillation.cli import record as records
+
+
+def describe(path: Path, *, verify: bool = False) -> str:
+    """A few lines about the run or the cache in `path`.
+
+    Args:
+        path: the folder.
+        verify: read all files of a cache and check their sums; of a run, that its checkpoints are complete.
+
+    Raises:
+        FileNotFoundError, ValueError: there is nothing, something else, or a damaged file.
+    """
+    if not path.exists():
+        raise FileNotFoundError(2, "No such file or folder", str(path))
+    from minitron_kernels.distillation.cache.spec import SPEC_FILE
+
+    if (path / records.RECORD).is_file():
+        return _about_run(path, verify)
+    if (path / SPEC_FILE).is_file():
+        return _about_cache(path, verify)
+    hint = "; for a checkpoint: minitron-prune info" if (path / "config.json").is_file() else ""
+    raise ValueError(
+        f"{path}: has neither {records.RECORD} nor {SPEC_FILE}: it is not a run, nor a teacher's cache{hint}"
+    )
+
+
+def _about_cache(path: Path, verify: bool) -> str:
+    from minitron_kernels.distillation.cache import TeacherCache
+
+    cache = TeacherCache(path)
+    lines = [str(cache.verify() if verify else cache.summary())]
+    if verify:
+        lines.append("  verified: every checksum and every sequence's tokens are right")
+    return "\n".join(lines)
+
+
+def _about_run(path: Path, verify: bool) -> str:
+    record = records.read_record(path)
+    config, job, log = record["config"], record["job"], record.get("log", [])
+    step = record.get("step", 0)
+    teacher = config["cache"] or config["teacher"]
+    lines = [
+        f"{path}: distillation run, {record['status']}, step {step:,} of {job['steps']:,}",
+        f"  {config['student']} from {teacher}",
+        f"  {record.get('parameters', 0):,} parameters; "
+        f"{step * job['per_step'] * job['seq_len']:,} tokens of "
+        f"{job['steps'] * job['per_step'] * job['seq_len']:,}, {job['per_step']:,} windows of "
+        f"{job['seq_len']:,} in a step",
+        f"  started {record['started']}, last written {record.get('updated', 'never')}",
+        "  " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+    ]
+    lines += _losses(log)
+    whole, broken = records.checkpoints(path)
+    names = ", ".join(checkpoint.name for checkpoint in whole) or "none"
+    lines.append(f"  checkpoints: {names}" + (f"; not complete: {len(broken)}" if broken else ""))
+    if record["status"] not in ("done", "running") and whole:
+        lines.append(f"  minitron-distill train --resume -o {path} goes on")
+    if verify and broken:
+        raise ValueError(f"{broken[0]}: is not complete: delete it; the run goes on from another one")
+    return "\n".join(lines)
+
+
+def _losses(log: list[dict[str, Any]]) -> list[str]:
+    """First and last value of each curve."""
+    lines = []
+    for name, (steps, values) in records.curves(log).items():
+        lines.append(
+            f"  {name:<14}{values[0]:>10.4f} at step {steps[0]:,} → {values[-1]:.4f} at {steps[-1]:,}"
+        )
+    return lines

@@ -1,0 +1,138 @@
+"""What a run leaves beside its model: distillation.toml, distillation.json and distillation.png."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+CONFIG, RECORD, PICTURE = "distillation.toml", "distillation.json", "distillation.png"
+COMPLETE = "complete"  # a file in a checkpoint's folder, written after all others
+FORMAT, VERSION = "minitron-distillation-run", 1
+_PACKAGES = ("torch", "transformers", "accelerate", "triton", "numpy", "safetensors")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in one step: the old one or the new one, whole."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(aside, path)
+
+
+def versions() -> dict[str, str]:
+    """What the run is made with."""
+    import minitron_kernels
+
+    found = {"minitron_kernels": minitron_kernels.__version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class RunRecord:
+    """distillation.json, which is written anew when something has happened.
+
+    Entries: format, version, status (running, interrupted, stopped, failed, done), config, versions, sizes of
+    the run, step, log (what was logged, in order: of training and of evaluation), times in UTC.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any], *, writes: bool) -> None:
+        self.path = folder / RECORD
+        self._writes = writes
+        self.entries: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "status": "running",
+            **about,
+            "versions": versions(),
+            "started": now(),
+        }
+
+    def update(self, **entries: Any) -> None:
+        """Sets entries and writes the file."""
+        self.entries |= entries
+        self.entries["updated"] = now()
+        if self._writes:
+            write_text(self.path, json.dumps(self.entries, indent=1, ensure_ascii=False) + "\n")
+
+
+def now() -> str:
+    """The time in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a run.
+
+    Raises:
+        ValueError: it is damaged, or of another format.
+    """
+    path = folder / RECORD
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is damaged: {error}") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version") != VERSION:
+        raise ValueError(f"{path}: is not the record of a run of this release of minitron-distill")
+    return found
+
+
+def checkpoints(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(complete checkpoints, broken ones), each by step."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
+    found.sort(key=lambda path: int(path.name.split("-")[1]))
+    whole = [path for path in found if (path / COMPLETE).is_file()]
+    return whole, [path for path in found if path not in whole]
+
+
+def curves(log: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    """{name: (steps, values)} of the losses in a log; those of evaluation are named "kl, held out"."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for entry in log:
+        for key, value in entry.items():
+            name = key.removeprefix("eval_")
+            if name not in ("loss", "kl", "ce", "hidden") or not isinstance(value, int | float):
+                continue
+            steps, values = found.setdefault(f"{name}, held out" if name != key else name, ([], []))
+            steps.append(entry["step"])
+            values.append(value)
+    return found
+
+
+def draw(log: Sequence[Mapping[str, Any]], path: Path, title: str) -> bool:
+    """Draws the curves of a log as PNG; False where there is no matplotlib, or no two points."""
+    found = curves(log)
+    if not any(len(steps) > 1 for steps, _ in found.values()):
+        return False
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    colors = {"loss": "C7", "kl": "C0", "ce": "C1", "hidden": "C2"}
+    for name, (steps, values) in found.items():
+        held_out = name.endswith("held out")
+        style = {"marker": "o", "markersize": 4, "linestyle": "--"} if held_out else {"linestyle": "-"}
+        axes.plot(steps, values, label=name, color=colors[name.split(",")[0]], **style)
+    axes.set(xlabel="optimizer step", ylabel="nats a token", title=title)
+    low = min(min(values) for _, values in found.values())
+    if low > 0 and max(max(values) for _, values in found.values()) > 20 * low:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    figure.savefig(aside, format="png", dpi=120)
+    os.replace(aside, path)
+    return True

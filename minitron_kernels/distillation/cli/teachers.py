@@ -1,0 +1,182 @@
+"""The models of a command line: student, teacher or cache, and the loss between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minitron_kernels._command.models import check_model, load_model, load_tokenizer
+from minitron_kernels.distillation.cli.data import Chosen, needs_tokenizer
+
+
+def check_sources(config: Mapping[str, Any]) -> None:
+    """Checks, before anything is loaded, that student and teacher are there.
+
+    Raises:
+        ValueError, FileNotFoundError: they are not; neither a teacher nor a cache, or both.
+    """
+    check_model(Path(config["student"]))
+    if config["cache"] is None:
+        if config["teacher"] is None:
+            raise ValueError("train needs --teacher (a checkpoint's folder) or --cache (what it said)")
+        check_model(Path(config["teacher"]))
+        return
+    from minitron_kernels.distillation.cache import TeacherCache
+
+    spec = TeacherCache(config["cache"]).spec
+    tier = spec.tier
+    if tier == "hidden":
+        if config["teacher"] is None:
+            raise ValueError("--cache holds hidden states: give the --teacher too, of which the head is read")
+        check_model(Path(config["teacher"]))
+        return
+    if config["teacher"] is not None:
+        raise ValueError(f"--teacher and --cache: a cache of tier {tier} needs no teacher, leave one out")
+    if config["hidden_layers"]:
+        raise ValueError(f"--hidden-layers needs a --teacher that runs: a cache of tier {tier} has no layers")
+    if tier == "sampled" and (config["temperature"] != 1 or config["divergence"] not in ("forward_kl", 0)):
+        raise ValueError("a --cache of sampled tokens needs --temperature 1 and --divergence forward_kl")
+    if tier == "topk" and config["temperature"] not in spec.temperatures:
+        there = ", ".join(f"{temperature:g}" for temperature in spec.temperatures)
+        raise ValueError(
+            f"--temperature must be one at which the cache has the tail, {there}, got "
+            f"{config['temperature']:g}: minitron-distill cache --temperatures makes others"
+        )
+
+
+def check_tokenizers(config: Mapping[str, Any]) -> Any:
+    """The student's tokenizer, None where it has none; refuses a teacher with other tokens.
+
+    Raises:
+        ValueError: the same ids are other tokens for the teacher.
+    """
+    from minitron_kernels.distillation.cache import tokenizer_hash
+
+    own = tokenizer_if_any(config["student"])
+    if own is None or config["teacher"] is None:
+        return own
+    other = tokenizer_if_any(config["teacher"])
+    if other is None or tokenizer_hash(own) == tokenizer_hash(other):
+        return own
+    ours, theirs = own.get_vocab(), other.get_vocab()
+    by_id = {number: token for token, number in theirs.items()}
+    limit = config["vocab_size"] or max(len(ours), len(theirs))
+    differ = [n for token, n in ours.items() if n < limit and by_id.get(n) != token]
+    if differ or (len(ours) != len(theirs) and config["vocab_size"] is None):
+        raise ValueError(
+            f"--teacher {config['teacher']}: its tokenizer has other tokens than the student's "
+            f"({len(differ)} ids differ), and the loss would compare different words; if the first ones are "
+            "the same, give --vocab-size"
+        )
+    return own
+
+
+def tokenizer_if_any(folder: str) -> Any:
+    """The tokenizer in a checkpoint's folder; None where there is none that transformers loads."""
+    try:
+        return load_tokenizer(Path(folder))
+    except ValueError:
+        return None
+
+
+def load_teacher(config: Mapping[str, Any], tokenizer: Any, student_tokens: int) -> Any:
+    """A model, or a CachedTeacher."""
+    if config["cache"] is None:
+        return load_model(
+            Path(config["teacher"]), config["teacher_dtype"], otherwise="a teacher", with_head=True
+        )
+    from minitron_kernels.distillation.cache import CachedTeacher
+
+    return CachedTeacher(
+        config["cache"],
+        head=config["teacher"],
+        vocab_size=config["vocab_size"] or student_tokens,
+        tokenizer=tokenizer,
+    )
+
+
+def only_cached(config: Mapping[str, Any], data: Chosen, option: str = "--data") -> int:
+    """Leaves out the windows that are not in the cache; how many these are.
+
+    Raises:
+        ValueError: none is there.
+    """
+    if config["cache"] is None:
+        return 0
+    from minitron_kernels.distillation.cache import TeacherCache
+
+    cache = TeacherCache(config["cache"])
+    found = [index for index in data.chosen if data.windows[index] in cache]
+    absent = len(data.chosen) - len(found)
+    if not found:
+        advice = "the tokenizer's files and --seq-len" if needs_tokenizer(config["data"]) else "--seq-len"
+        raise ValueError(
+            f"{config['cache']}: has none of the {absent} windows of {option}: it was made of other text, or "
+            f"with other {advice}"
+        )
+    data.chosen = found
+    return absent
+
+
+def make_loss(config: Mapping[str, Any], student: Any, teacher: Any) -> Any:
+    """DistillationLoss as configured.
+
+    Raises:
+        ValueError, TypeError: options that contradict each other; layers that there are not.
+    """
+    from minitron_kernels.distillation import DistillationLoss
+
+    options: dict[str, Any] = {
+        name: config[name]
+        for name in (
+            *("kl_weight", "ce_weight", "divergence", "temperature", "temperature_squared"),
+            *("label_smoothing", "vocab_size"),
+        )
+    }
+    if config["label_smoothing"] and not config["ce_weight"]:
+        raise ValueError("--label-smoothing is that of the cross-entropy: give --ce-weight too")
+    if config["hidden_layers"]:
+        options |= _hidden_states(config, student.config, getattr(teacher, "config", None))
+    elif config["hidden_weight"] != "dynamic" or config["hidden_kind"] != "cosine":
+        raise ValueError(
+            "--hidden-weight and --hidden-kind are of the hidden-state term: give --hidden-layers"
+        )
+    return DistillationLoss(
+        **options, schedule=config["loss_schedule"], workspace_bytes=config["loss_workspace"]
+    )
+
+
+def _hidden_states(config: Mapping[str, Any], student: Any, teacher: Any) -> dict[str, Any]:
+    """Arguments of DistillationLoss for the hidden-state term."""
+    from minitron_kernels.distillation.hidden_states import HiddenStatesLoss
+    from minitron_kernels.pruning import PruningPlan
+    from minitron_kernels.pruning.checkpoint.model_card import PLAN_FILE
+
+    if teacher is None:  # a cache of hidden states: a map is learnt without the teacher's channels
+        from transformers import AutoConfig
+
+        teacher = AutoConfig.from_pretrained(config["teacher"])
+    layers: dict[int, int] = {}
+    for text in config["hidden_layers"]:
+        own, other = map(int, text.split(":"))
+        for layer, model, which in ((own, student, "student"), (other, teacher, "teacher")):
+            if layer >= model.num_hidden_layers:
+                last = model.num_hidden_layers - 1
+                raise ValueError(f"--hidden-layers {text}: the {which}'s layers are 0 to {last}")
+        if own in layers:
+            raise ValueError(f"--hidden-layers {text}: the student's layer {own} is given twice")
+        layers[own] = other
+    kept = None
+    plan = Path(config["student"]) / PLAN_FILE
+    if student.hidden_size != teacher.hidden_size and plan.is_file():
+        hidden = PruningPlan.load(plan).hidden
+        kept = hidden if hidden is not None and len(hidden) == student.hidden_size else None
+    term = HiddenStatesLoss(
+        layers,
+        kind=config["hidden_kind"],
+        student_width=student.hidden_size,
+        teacher_width=teacher.hidden_size,
+        kept_channels=kept,
+    )
+    return {"hidden_states": term, "hidden_weight": config["hidden_weight"]}

@@ -1,0 +1,281 @@
+"""`minitron-distill train`: a configuration to a distilled model."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from minitron_kernels._command.messages import few, say, show
+from minitron_kernels._command.models import check_free, load_model
+from minitron_kernels.distillation.cli import config as configs
+from minitron_kernels.distillation.cli import record as records
+from minitron_kernels.distillation.cli.arguments import flags_of
+from minitron_kernels.distillation.cli.data import Chosen, read_windows
+from minitron_kernels.distillation.cli.interrupt import Interrupt, Stopped, exit_code
+from minitron_kernels.distillation.cli.job import Job, choose_device, job_of, rank
+from minitron_kernels.distillation.cli.teachers import (
+    check_sources,
+    check_tokenizers,
+    load_teacher,
+    make_loss,
+    only_cached,
+)
+
+_PATHS = ("student", "teacher", "cache", "data", "eval_data", "out")
+
+
+def tell(kind: str, message: object) -> None:
+    """A line on standard error, of the first process alone."""
+    if rank() == 0:
+        say("minitron-distill", kind, message)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Runs train; returns the exit code."""
+    config = configs.load("train", args.config, flags_of(args))
+    if args.resume:
+        config = _of_the_run(config, args)
+    if args.print_config:
+        show(configs.to_toml("train", config).rstrip("\n"))
+        return 0
+    configs.check_required("train", config)
+    if config["lr_min"] >= config["lr"] and config["lr_schedule"] != "constant":
+        raise ValueError(f"--lr-min must be below --lr {config['lr']:g}, got {config['lr_min']:g}")
+    check_sources(config)
+    config = _absolute(config)
+    if not args.dry_run:
+        _check_out(config, resume=args.resume, overwrite=args.overwrite)
+    device = choose_device(config["device"])
+    data = _windows(config, "data", "samples")
+    held_out = _windows(config, "eval_data", "eval_samples") if config["eval_data"] else None
+    tokenizer = check_tokenizers(config)
+    job = job_of(config, len(data))
+    if args.dry_run:
+        from minitron_kernels.distillation.cli.estimate import of_training
+
+        show(of_training(config, job, device, len(held_out) if held_out is not None else 0))
+        return 0
+    return _run(config, job, device, data, held_out, tokenizer, resume=args.resume)
+
+
+def _run(
+    config: dict[str, Any],
+    job: Job,
+    device: str,
+    data: Chosen,
+    held_out: Chosen | None,
+    tokenizer: Any,
+    *,
+    resume: bool,
+) -> int:
+    from transformers.utils import logging
+
+    from minitron_kernels.distillation.cli import training
+
+    if config["quiet"] or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    out = Path(config["out"])
+    student = load_model(Path(config["student"]), config["dtype"], otherwise="trained", with_head=True)
+    written = _stored_dtype(student, config)
+    head = student.get_output_embeddings().weight.shape[0]
+    teacher = load_teacher(config, tokenizer, head)
+    loss = make_loss(config, student, teacher)
+    about = {"config": config, "job": vars(job), "data": _digest(data)}
+    checkpoint = _last_checkpoint(out, about) if resume else None
+    record = records.RunRecord(out, about, writes=rank() == 0)
+    if rank() == 0:
+        if not resume and out.exists():  # --overwrite
+            _clear(out)
+        out.mkdir(parents=True, exist_ok=True)
+        text = configs.to_toml(
+            "train", config, about="of this run; `minitron-distill train --resume` reads it"
+        )
+        records.write_text(out / records.CONFIG, text)
+    record.update(parameters=sum(p.numel() for p in student.parameters()))
+    if not config["quiet"]:
+        tell("distilling", f"{job}, on {device}")
+    interrupt = Interrupt(_say_wait)
+    models, windows = (student, teacher, loss), (data, held_out)
+    try:
+        student, watch = training.run(config, job, device, models, windows, record, interrupt, checkpoint)
+    except Stopped as stop:
+        record.update(status="stopped")
+        tell("stopped", f"at once; {_how_to_go_on(out)}")
+        return exit_code(stop.number)
+    except BaseException:
+        record.update(status="failed")
+        raise
+    drawn = config["picture"] and rank() == 0
+    drawn = drawn and records.draw(record.entries.get("log", ()), out / records.PICTURE, out.name)
+    if watch.stopped_by is not None:
+        record.update(status="interrupted")
+        step = record.entries["step"]
+        name = training.name_of(watch.stopped_by)
+        tell("interrupted", f"by {name} after step {step} of {job.steps}; {_how_to_go_on(out)}")
+        return exit_code(watch.stopped_by)
+    training.save(student, tokenizer, config, written)
+    record.update(status="done")
+    if rank() == 0:
+        show(_summary(out, job, record.entries.get("log", ()), drawn))
+    return 0
+
+
+def _of_the_run(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The configuration of the run in --out, with what may change and was given.
+
+    Raises:
+        ValueError: there is no run; an option differs that must not.
+    """
+    if config["out"] is None:
+        raise ValueError("--resume needs --out, the run's folder")
+    out = Path(config["out"])
+    if not (out / records.CONFIG).is_file():
+        raise FileNotFoundError(2, f"has no {records.CONFIG}: there is no run to resume", str(out))
+    before = configs.load("train", out / records.CONFIG, {})
+    given = {} if args.config is None else configs.read_toml("train", args.config)
+    given = _absolute({**given, **flags_of(args)})
+    now = {**before, **given, "out": config["out"]}
+    if changed := configs.differences("train", before, now):
+        raise ValueError(
+            f"{out}: the run to resume has another {few(changed)}; start a new one in another --out"
+        )
+    return now
+
+
+def _absolute(config: dict[str, Any]) -> dict[str, Any]:
+    """With paths that hold in another folder too."""
+
+    def full(value: Any) -> Any:
+        return [os.path.abspath(one) for one in value] if isinstance(value, list) else os.path.abspath(value)
+
+    return {
+        name: full(value) if name in _PATHS and value is not None else value for name, value in config.items()
+    }
+
+
+def _check_out(config: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Checks that the run's folder can be written."""
+    out = Path(config["out"])
+    for name in ("student", "teacher", "cache"):
+        if config[name] is not None and os.path.realpath(config[name]) == os.path.realpath(out):
+            raise ValueError(f"--out must be another folder than --{name}, got {out}")
+    if resume:
+        return
+    if (out / records.RECORD).is_file() and not overwrite:
+        raise FileExistsError(17, "has a run already; --resume, --overwrite, or another --out", str(out))
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if overwrite and out.is_dir() and not (out / records.CONFIG).is_file():
+        raise FileExistsError(17, "is not the folder of a run, and is not replaced: another --out", str(out))
+    check_free(out, overwrite, folder=True, option="--out")
+
+
+def _clear(out: Path) -> None:
+    """Removes the checkpoints, weights and record of a run, and nothing else."""
+    whole, broken = records.checkpoints(out)
+    for folder in (*whole, *broken):
+        shutil.rmtree(folder)
+    for path in (out / records.RECORD, out / records.PICTURE, *out.glob("model*.safetensors*")):
+        path.unlink(missing_ok=True)
+
+
+def _windows(config: dict[str, Any], key: str, samples: str) -> Chosen:
+    """The windows of --data or --eval-data."""
+    option = "--" + key.replace("_", "-")
+    data = read_windows(
+        config[key],
+        config["student"],
+        seq_len=config["seq_len"],
+        samples=config[samples],
+        seed=config["seed"],
+        option=option,
+    )
+    if config[samples] is not None and len(data) < config[samples]:
+        tell(
+            "warning",
+            f"{option} has {len(data)} windows of {config['seq_len']} tokens, not {config[samples]}",
+        )
+    if absent := only_cached(config, data, option):
+        tell(
+            "warning",
+            f"{absent} of {absent + len(data)} windows of {option} are not in the cache, and left out",
+        )
+    return data
+
+
+def _digest(data: Chosen) -> dict[str, Any]:
+    """What must be the same where a run is resumed: the number of windows, and 64 of them."""
+    step = max(1, len(data) // 64)
+    sums = hashlib.sha256()
+    for index in range(0, len(data), step):
+        sums.update(data[index]["input_ids"].numpy().tobytes())
+    return {"windows": len(data), "sha256": sums.hexdigest()}
+
+
+def _stored_dtype(student: Any, config: dict[str, Any]) -> Any:
+    """The dtype in which the student is written."""
+    import torch
+    from transformers import AutoConfig
+
+    name = config["save_dtype"]
+    if name == "auto":
+        found = AutoConfig.from_pretrained(config["student"]).dtype
+        return found or student.dtype
+    return getattr(torch, name)
+
+
+def _last_checkpoint(out: Path, about: dict[str, Any]) -> Path | None:
+    """The newest complete checkpoint of the run; None: it begins anew.
+
+    Raises:
+        ValueError: the data or the number of windows in a step are others than the run's.
+    """
+    before = records.read_record(out)
+    if before["data"] != about["data"]:
+        raise ValueError(f"{out}: the run to resume has other --data: its files have changed since")
+    if before["job"]["per_step"] != about["job"]["per_step"]:
+        raise ValueError(
+            f"{out}: the run to resume has {before['job']['per_step']} windows in a step, of "
+            f"{before['job']['processes']} processes; with {about['job']['processes']} they are "
+            f"{about['job']['per_step']}"
+        )
+    whole, broken = records.checkpoints(out)
+    if broken:
+        tell("warning", f"{few([path.name for path in broken])}: not complete, and not used")
+    if not whole:
+        tell("warning", f"{out}: has no complete checkpoint: the run begins anew")
+    return whole[-1] if whole else None
+
+
+def _say_wait(number: int) -> None:
+    # a handler runs inside whatever the process is doing, perhaps inside a write to stderr's buffer
+    if rank() == 0:
+        os.write(2, b"\nminitron-distill: stopping after this step; once more to stop at once\n")
+
+
+def _how_to_go_on(out: Path) -> str:
+    whole, _ = records.checkpoints(out)
+    where = f"from {whole[-1].name}" if whole else "from the beginning, there is no checkpoint yet"
+    return f"minitron-distill train --resume -o {out} goes on {where}"
+
+
+def _summary(out: Path, job: Job, log: Any, drawn: bool) -> str:
+    """The run in a line or two."""
+    last: Any = next((entry for entry in reversed(log) if "loss" in entry), {})
+    held_out = [entry for entry in log if "eval_kl" in entry]
+    figures = ", ".join(f"{name} {last[name]:.4f}" for name in ("loss", "kl", "ce") if name in last)
+    lines = [f"{out}: {job.steps:,} steps, {job.tokens:,} tokens; at the end {figures}"]
+    if held_out:
+        first, final = held_out[0], held_out[-1]
+        lines.append(
+            f"  held out: kl {first['eval_kl']:.4f} → {final['eval_kl']:.4f}, perplexity "
+            f"{first['eval_perplexity']:.4g} → {final['eval_perplexity']:.4g}"
+        )
+    names = [records.RECORD, records.CONFIG] + [records.PICTURE] * bool(drawn)
+    lines.append(f"  the model, its tokenizer, {', '.join(names)}")
+    return "\n".join(lines)

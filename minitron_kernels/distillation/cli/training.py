@@ -1,0 +1,200 @@
+"""A run of train: DistillationTrainer with the command's progress, record, signals and checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from minitron_kernels.distillation.cli.data import Shuffled, collate
+from minitron_kernels.distillation.cli.interrupt import Interrupt
+from minitron_kernels.distillation.cli.job import Job, rank
+from minitron_kernels.distillation.cli.progress import Progress
+from minitron_kernels.distillation.cli.record import COMPLETE, RunRecord, write_text
+from minitron_kernels.distillation.trainers.hf import DistillationTrainer
+
+_SHOWN = {"loss": "loss", "kl": "kl", "tokens_per_second": "tokens/s"}
+
+
+def arguments_of(
+    config: Mapping[str, Any], job: Job, device: str, *, resumes: bool, has_experts: bool
+) -> TrainingArguments:
+    """TrainingArguments as configured."""
+    autocast = config["autocast"]
+    schedules: dict[str, tuple[str, dict[str, float]]] = {
+        "cosine": ("cosine_with_min_lr", {"min_lr": config["lr_min"]}),
+        "linear": ("polynomial", {"lr_end": config["lr_min"], "power": 1.0}),
+        "constant": ("constant_with_warmup", {}),
+    }
+    schedule, of_schedule = schedules[config["lr_schedule"]]
+    return TrainingArguments(
+        output_dir=config["out"],
+        max_steps=job.steps,
+        per_device_train_batch_size=config["batch_size"],
+        per_device_eval_batch_size=config["batch_size"],
+        gradient_accumulation_steps=config["accumulation"],
+        learning_rate=config["lr"],
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=of_schedule,
+        warmup_steps=config["warmup"],
+        weight_decay=config["weight_decay"],
+        adam_beta1=config["beta1"],
+        adam_beta2=config["beta2"],
+        max_grad_norm=config["max_grad_norm"],
+        seed=config["seed"],
+        bf16=autocast == "bfloat16" or (autocast == "auto" and device == "cuda"),
+        use_cpu=device == "cpu",
+        ddp_backend="gloo" if device == "cpu" and job.processes > 1 else None,
+        ddp_find_unused_parameters=has_experts if job.processes > 1 else None,
+        **(_checkpointing() if config["gradient_checkpointing"] else {}),
+        save_strategy="steps",
+        save_steps=config["save_every"],
+        save_total_limit=config["keep"],
+        logging_steps=config["log_every"],
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would replace what must be seen
+        eval_strategy="steps" if config["eval_data"] else "no",
+        eval_steps=config["eval_every"] or job.steps,
+        eval_on_start=bool(config["eval_data"]) and not resumes,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential",  # Shuffled has the order
+        dataloader_pin_memory=device == "cuda",
+    )
+
+
+def _checkpointing() -> dict[str, Any]:
+    """Arguments for gradient checkpointing, which transformers 5 renames."""
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation" if "activation_checkpointing" in names else "gradient"
+    return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
+
+
+class Watch(TrainerCallback):
+    """Progress, record, checkpoints' marks and the stop between two steps."""
+
+    def __init__(self, record: RunRecord, interrupt: Interrupt, job: Job, *, quiet: bool) -> None:
+        self._record, self._interrupt, self._job, self._quiet = record, interrupt, job, quiet
+        self._progress: Progress | None = None
+        self._group: Any = None
+        self.stopped_by: int | None = None
+        self.saved: Path | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Shows the first step."""
+        if self._job.processes > 1:
+            # signals reach processes at different steps; they must stop at the same one
+            self._group = dist.new_group(backend="gloo")
+        quiet = self._quiet or not state.is_world_process_zero
+        self._progress = Progress("distilling", self._job.steps, done=state.global_step, quiet=quiet)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Counts the step; stops after it, with a checkpoint, if a signal came."""
+        assert self._progress is not None
+        self._progress.advance(more_comes=control.should_log)
+        number = self._interrupt.number or 0
+        if self._group is not None:
+            shared = torch.tensor(number)
+            dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
+            number = int(shared)
+        if number and state.global_step < self._job.steps:
+            self.stopped_by = number
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+        """Shows and keeps what was logged; stops at a loss that is not a number."""
+        logs = logs or {}
+        if self._progress is not None:
+            self._progress.show({_SHOWN[name]: logs[name] for name in _SHOWN if name in logs})
+        self._record.update(step=state.global_step, log=state.log_history)
+        loss = logs.get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} at step {state.global_step}: take a lower --lr or a longer --warmup; "
+                "checkpoints of earlier steps are kept"
+            )
+
+    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Marks the checkpoint: all its files are written."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._group is not None:
+            dist.barrier(group=self._group)
+        if state.is_world_process_zero:
+            write_text(folder / COMPLETE, f"step {state.global_step}\n")
+        self.saved = folder
+        self._record.update(step=state.global_step, log=state.log_history)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._progress is not None:
+            self._progress.close()
+
+
+def run(
+    config: Mapping[str, Any],
+    job: Job,
+    device: str,
+    models: tuple[Any, Any, Any],
+    data: tuple[Any, Any],
+    record: RunRecord,
+    interrupt: Interrupt,
+    checkpoint: Path | None,
+) -> tuple[Any, Watch]:
+    """Trains from a checkpoint of this run, or from the beginning.
+
+    Args:
+        config: of train.
+        job: how much.
+        device: "cpu" or "cuda".
+        models: student, teacher, loss.
+        data: windows for training, and held-out ones or None.
+        record: to be kept up to date.
+        interrupt: entered while it trains.
+        checkpoint: to go on from.
+
+    Returns:
+        The student, and what happened.
+    """
+    student, teacher, loss = models
+    train_data, eval_data = data
+    # an expert that got no token has no gradient, which DDP must be prepared for
+    has_experts = any(getattr(student.config, name, None) for name in ("num_experts", "num_local_experts"))
+    watch = Watch(record, interrupt, job, quiet=config["quiet"])
+    trainer = DistillationTrainer(
+        student,
+        arguments_of(config, job, device, resumes=checkpoint is not None, has_experts=has_experts),
+        teacher=teacher,
+        loss=loss,
+        train_dataset=Shuffled(train_data, job.steps * job.per_step, config["seed"]),
+        eval_dataset=eval_data,
+        data_collator=collate,
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        with interrupt:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        watch.close()
+    return trainer.accelerator.unwrap_model(trainer.model), watch
+
+
+def save(student: Any, tokenizer: Any, config: Mapping[str, Any], dtype: Any) -> None:
+    """Writes the model and its tokenizer into the run's folder, on the first process."""
+    if rank() == 0:
+        student.to(dtype).save_pretrained(config["out"])
+        if tokenizer is not None:
+            tokenizer.save_pretrained(config["out"])
+
+
+def name_of(number: int) -> str:
+    """A signal's name."""
+    return signal.Signals(number).name
