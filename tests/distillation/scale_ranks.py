@@ -38,6 +38,8 @@ CASES = {  # name: (layout, checkpointing)
     "fsdp 2, tp 2": ("fsdp 2, tp 2", False),
     "fsdp 2, tp 2, checkpointing": ("fsdp 2, tp 2", True),
     "tp 4, checkpointing": ("tp 4", True),
+    "activations, tp 2": ("tp 2", False),
+    "activations, tp 4": ("tp 4", False),
 }
 LENGTH, MICRO_BATCH, MICRO_STEPS = 24, 2, 2
 KINDS = {
@@ -288,6 +290,44 @@ def run(layout, checkpointing):
     return found
 
 
+def kept_bytes_of(model, ids):
+    """What autograd keeps of a model's layers and last norm, on this rank, by the memory that it lies in."""
+
+    def local(x):
+        return getattr(x, "_local_tensor", x)
+
+    angles = ids.shape[1] * model.config.head_dim  # of all layers: cos and sin
+    not_counted = {local(x).untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    kept, alive = {}, []
+
+    def pack(x):
+        if x.is_floating_point() and local(x).numel() != angles:
+            storage = local(x).untyped_storage()
+            if storage.data_ptr() not in not_counted:
+                kept[storage.data_ptr()] = storage.nbytes()
+                alive.append(x)  # so that its place is not another's
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model.model(input_ids=ids, use_cache=False)
+    return sum(kept.values())
+
+
+def run_activations(layout):
+    """What a rank of tensor parallelism keeps for its backward: {what: [planned, found]}."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from minitron_kernels.distillation.scale_activations import kept_bytes
+    from minitron_kernels.distillation.scale_shape import shape_of
+
+    mesh = init_device_mesh("cpu", layout, mesh_dim_names=("copy", "fsdp", "tp"))
+    model = model_of(STUDENT, 0).to(torch.bfloat16).train()
+    split(model, mesh["tp"])
+    ids = torch.arange(MICRO_BATCH * LENGTH).reshape(MICRO_BATCH, LENGTH) % COMMON["vocab_size"]
+    planned = kept_bytes(shape_of("student", STUDENT, layout[2]), ids.numel(), 2, False, False)
+    return {"activations": [planned, kept_bytes_of(model, ids)]}
+
+
 def run_rank(rank, folder):
     faulthandler.dump_traceback_later(150, exit=True)
     torch.set_num_threads(1)
@@ -296,7 +336,10 @@ def run_rank(rank, folder):
     report = {}
     for name, (layout, checkpointing) in CASES.items():
         try:
-            report[name] = run(LAYOUTS[layout], checkpointing)
+            if name.startswith("activations"):
+                report[name] = run_activations(LAYOUTS[layout])
+            else:
+                report[name] = run(LAYOUTS[layout], checkpointing)
         except Exception:
             report[name] = traceback.format_exc()[-3000:]
             break  # the others wait for this rank
