@@ -296,12 +296,11 @@ def kept_bytes_of(model, ids):
     def local(x):
         return getattr(x, "_local_tensor", x)
 
-    angles = ids.shape[1] * model.config.head_dim  # of all layers: cos and sin
     not_counted = {local(x).untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     kept, alive = {}, []
 
     def pack(x):
-        if x.is_floating_point() and local(x).numel() != angles:
+        if x.is_floating_point() and x.shape[:1] != (1,):  # not the angles, which all sequences share
             storage = local(x).untyped_storage()
             if storage.data_ptr() not in not_counted:
                 kept[storage.data_ptr()] = storage.nbytes()
