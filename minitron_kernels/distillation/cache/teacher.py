@@ -118,7 +118,7 @@ class CachedTeacher:
             for found, payload in zip(absent, fresh, strict=True):
                 # as they would come out of the cache
                 fields = encode(found.tokens, payload, self.spec)
-                of_model[found.tokens.numpy().tobytes()] = decode(fields, self.spec)
+                of_model[found.tokens.numpy().tobytes()] = decode(fields, len(found.tokens), self.spec)
         payloads = [
             of_model[key]
             if (key := found.tokens.numpy().tobytes()) in of_model
@@ -140,10 +140,11 @@ class CachedTeacher:
             return DenseSignal(hidden, self._weight, self._bias, spec.logit_scale or 1.0, spec.softcap, kept)
         if spec.tier == "sampled":
             counts = rows["counts"].float()
+            # as sampled_logprobs(), but for positions of padding, which have none
             logprobs = counts.log() - counts.sum(-1, keepdim=True).clamp(min=1).log()
-            return SparseSignal(rows["ids"], logprobs, None)
+            return SparseSignal(rows["ids"], logprobs, None, vocab_size=spec.vocab_size)
         tail = {t: rows["log_tail"][..., i] for i, t in enumerate(spec.temperatures)}
-        return SparseSignal(rows["ids"], rows["logprobs"], tail)
+        return SparseSignal(rows["ids"], rows["logprobs"], tail, vocab_size=spec.vocab_size)
 
 
 def _head(head: Any, spec: CacheSpec) -> tuple[Tensor | None, Tensor | None]:
