@@ -19,7 +19,7 @@ def run_all(rank, folder, names):
     """All cases; what went wrong on this rank goes into a file."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=30))
     from distillation.trainer_rank_cases import CASES
 
     reports = {}
@@ -31,9 +31,11 @@ def run_all(rank, folder, names):
                 CASES[name](place)
             reports[name] = None
         except Exception:
-            reports[name] = traceback.format_exc()[-3000:]
+            reports[name] = traceback.format_exc()[-6000:]
+            if "Timed out" in reports[name] or "Connection closed" in reports[name]:
+                raise  # the other rank has left this one alone
+        (Path(folder) / f"report{rank}.json").write_text(json.dumps(reports))
         dist.barrier()
-    (Path(folder) / f"report{rank}.json").write_text(json.dumps(reports))
     dist.destroy_process_group()
 
 
@@ -74,7 +76,10 @@ def start(folder, names=(), timeout=600):
         for rank, process in enumerate(processes):
             _, text = process.communicate(timeout=timeout)
             if process.returncode:
-                errors.append(f"rank {rank}: {text[-3000:]}")
+                report = Path(folder) / f"report{rank}.json"
+                errors.append(
+                    f"rank {rank}: {report.read_text()[-6000:] if report.exists() else text[-6000:]}"
+                )
     finally:
         for process in processes:
             process.kill()
