@@ -19,7 +19,7 @@ def run_all(rank, folder, names):
     """All cases; what went wrong on this rank goes into a file."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
     from distillation.trainer_rank_cases import CASES
 
     reports = {}
