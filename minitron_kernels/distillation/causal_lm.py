@@ -9,15 +9,22 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from minitron_kernels.distillation.layers import collect_layers, num_layers
+from minitron_kernels.distillation.layers import (
+    collect_layers,
+    compare_states,
+    forget_recorders,
+    num_layers,
+    prepare_recorders,
+)
 from minitron_kernels.distillation.logits import (
     KNOWN_TYPES,
     LogitOptions,
+    NotCalledError,
     logit_options,
     probe,
     why_not_now,
@@ -26,13 +33,21 @@ from minitron_kernels.distillation.signals import DenseSignal
 from minitron_kernels.ops.kl_loss.heads import head_of
 
 _ATTACHED = "_minitron_attached"
-_VERIFIED = "_minitron_logits"  # of a model: its LogitOptions, once probe() has seen them
+_VERIFIED = "_minitron_verified"  # of a model: what verify() has found
 # what is said here, or only the whole model understands, and not its decoder
 _NOT_FOR_THE_DECODER = (
     "labels", "shift_labels", "logits_to_keep", "num_items_in_batch", "return_loss", "return_dict",
     "use_cache", "output_hidden_states", "output_attentions", "output_router_logits",
 )  # fmt: skip
 _CACHES = ("cache", "past_key_values", "cache_params")
+
+
+class Verified(NamedTuple):
+    """What verify() has seen of a model; kept on it."""
+
+    logits: LogitOptions
+    decoder: int  # which of the modules that decoders() names the model's forward calls
+    states_are_layers: bool  # whether its hidden_states[layer + 1] is the output of a layer
 
 
 class CausalLM:
@@ -55,7 +70,7 @@ class CausalLM:
                 "distillation here is of causal language models. Use linear_kl_loss() on its decoder's states"
             )
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
-        if head is None or self.decoder is self.model:
+        if head is None or not self._decoders():
             raise TypeError(
                 f"{name} has no output layer beside a base model (get_output_embeddings(), base_model): "
                 "distillation needs a causal language model of transformers, such as AutoModelForCausalLM "
@@ -66,7 +81,19 @@ class CausalLM:
     @property
     def decoder(self) -> Any:
         """The model without its output layer."""
-        return getattr(self.model, "base_model", self.model)
+        verified = self._verified
+        return self._decoders()[0 if verified is None else verified.decoder]
+
+    def _decoders(self) -> list[Any]:
+        """Which modules may be the decoder, the likeliest first."""
+        model = self.model
+        found = [getattr(model, "base_model", None), getattr(model, "get_decoder", lambda: None)()]
+        found.append(getattr(model, "model", None))
+        return [x for x in dict.fromkeys(found) if isinstance(x, nn.Module) and x is not model]
+
+    @property
+    def _verified(self) -> Verified | None:
+        return getattr(self.model, _VERIFIED, None)
 
     @property
     def num_layers(self) -> int:
@@ -86,12 +113,13 @@ class CausalLM:
     @property
     def logit_options(self) -> LogitOptions:
         """As probe() found them; before it could run, as the config says."""
-        return getattr(self.model, _VERIFIED, None) or logit_options(self.model.config)
+        verified = self._verified
+        return logit_options(self.model.config) if verified is None else verified.logits
 
     @property
     def is_verified(self) -> bool:
         """Whether the model's own logits were seen to be what logit_options says."""
-        return getattr(self.model, _VERIFIED, None) is not None
+        return self._verified is not None
 
     def verify(self) -> LogitOptions:
         """Runs the model once on a few tokens and compares its logits with what is said of them here.
@@ -102,9 +130,25 @@ class CausalLM:
         Raises:
             TypeError: they are something else; see probe().
         """
-        found = probe(self.model, self.decoder, self.head, lambda batch: self.states(batch)[0])
-        setattr(self.model, _VERIFIED, found)
-        return found
+        decoders = self._decoders()
+        for index, decoder in enumerate(decoders):
+            alike: list[bool] = []
+
+            def alone(inputs: dict[str, Any], decoder: Any = decoder, alike: list[bool] = alike) -> Tensor:
+                with forget_recorders(decoder):
+                    states, are_layers = compare_states(decoder, self.model.config, inputs)
+                alike.append(are_layers)
+                return states
+
+            try:
+                found = probe(self.model, decoder, self.head, alone)
+            except NotCalledError:
+                if index + 1 < len(decoders):
+                    continue
+                raise
+            setattr(self.model, _VERIFIED, Verified(found, index, alike[0]))
+            break
+        return self.logit_options
 
     def verify_where_possible(self) -> None:
         """verify() once, if the weights are whole and on a device."""
@@ -119,7 +163,11 @@ class CausalLM:
         Raises:
             ValueError: a cache in the batch, logits_to_keep, or a layer that does not exist.
         """
-        out, kept = collect_layers(self.decoder, self.model.config, self.decoder_inputs(batch), tuple(layers))
+        verified, inputs = self._verified, self.decoder_inputs(batch)
+        states_are_layers = verified is None or verified.states_are_layers
+        out, kept = collect_layers(
+            self.decoder, self.model.config, inputs, tuple(layers), states_are_layers=states_are_layers
+        )
         return out.last_hidden_state, kept
 
     def signal(self, batch: Mapping[str, Any], layers: Iterable[int] = ()) -> DenseSignal:
@@ -216,15 +264,15 @@ def attach(model: Any) -> nn.Module:
     """
     inner: Any = unwrapped(model)
     if not getattr(type(inner), _ATTACHED, False):
+        instance = vars(inner)
+        if "forward" in instance and "_old_forward" not in instance:
+            raise ValueError(
+                f"the forward of this {type(inner).__name__} was replaced on the instance (by accelerate's "
+                "prepare()?), which would hide attach(): attach the model before that"
+            )
         CausalLM(inner).verify_where_possible()
         cls = _attached(type(inner))  # type: ignore[arg-type]
-        own = vars(inner).get("forward")
-        if own is not None:  # it would hide the class's
-            if "_old_forward" not in vars(inner):
-                raise ValueError(
-                    f"the forward of this {type(inner).__name__} was replaced on the instance (by "
-                    "accelerate's prepare()?), which would hide attach(): attach the model before that"
-                )
+        if "_old_forward" in instance:  # accelerate's hooks call that one
             inner._old_forward = functools.partial(cls.forward, inner)  # type: ignore[attr-defined]
         inner.__class__ = cls
     module: nn.Module = model
@@ -258,6 +306,29 @@ def is_attached(model: Any) -> bool:
     if not isinstance(model, nn.Module):
         return False
     return any(getattr(type(module), _ATTACHED, False) for module in model.modules())
+
+
+def prepare_layers(model: nn.Module) -> None:
+    """Before a compiled model is asked for outputs of layers; without torch.compile it does nothing.
+
+    In one graph (fullgraph=True) transformers cannot set up what records them.
+    """
+    modules = list(model.modules()) if is_compiled(model) else []
+    for module in modules:
+        if getattr(type(module), _ATTACHED, False):
+            prepare_recorders(CausalLM(module).decoder)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile wraps a model, or one of the wrappers around it."""
+    names = ("_orig_mod", "module")
+    while True:
+        if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+            return True
+        inner = next((x for name in names if isinstance(x := getattr(model, name, None), nn.Module)), None)
+        if inner is None:
+            return False
+        model = inner
 
 
 @functools.cache

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_INSTALLED = "_output_capturing_hooks_installed"  # transformers' word for it
 
 
 def num_layers(config: Any) -> int:
@@ -29,7 +33,12 @@ def decoder_layers(decoder: nn.Module, config: Any) -> nn.ModuleList | None:
 
 
 def collect_layers(
-    decoder: Any, config: Any, inputs: Mapping[str, Any], layers: tuple[int, ...]
+    decoder: Any,
+    config: Any,
+    inputs: Mapping[str, Any],
+    layers: tuple[int, ...],
+    *,
+    states_are_layers: bool = True,
 ) -> tuple[Any, dict[int, Tensor]]:
     """Runs a decoder; its output, and {layer: its output [B, T, H]}, the last one's after the final norm.
 
@@ -47,11 +56,12 @@ def collect_layers(
     if not inner:
         out = decoder(**inputs, use_cache=False, return_dict=True)
         return out, {layer: out.last_hidden_state for layer in layers}
+    # hooks that come and go are not for a compiled graph
     modules = None if torch.compiler.is_compiling() else decoder_layers(decoder, config)
     if modules is None:
         out = decoder(**inputs, use_cache=False, output_hidden_states=True, return_dict=True)
         states = out.hidden_states
-        if states is None or len(states) != last + 2:
+        if states is None or len(states) != last + 2 or not states_are_layers:
             raise ValueError(
                 f"{type(decoder).__name__} does not give the outputs of its {last + 1} layers as "
                 "hidden_states: leave out the terms that need them"
@@ -62,6 +72,50 @@ def collect_layers(
     if last in layers:
         kept[last] = out.last_hidden_state
     return out, kept
+
+
+@contextmanager
+def forget_recorders(decoder: nn.Module) -> Iterator[None]:
+    """Removes the hooks that transformers leaves on layers when hidden states are first asked for.
+
+    A model that has them cannot be pickled.
+    """
+    modules = list(decoder.modules())
+    before = [dict(module._forward_hooks) for module in modules]
+    flagged = [module for module in modules if _INSTALLED in vars(module)]
+    try:
+        yield
+    finally:
+        for module, hooks in zip(modules, before, strict=True):
+            for key in [key for key in module._forward_hooks if key not in hooks]:
+                del module._forward_hooks[key]
+            if _INSTALLED in vars(module) and module not in flagged:
+                delattr(module, _INSTALLED)
+
+
+def prepare_recorders(decoder: Any) -> None:
+    """Has transformers put those hooks on layers now: within a graph that is being compiled it cannot."""
+    recorders: Any = sys.modules.get("transformers.utils.output_capturing")
+    if recorders is not None and hasattr(decoder, "config"):
+        recorders.maybe_install_capturing_hooks(decoder)
+
+
+def compare_states(decoder: Any, config: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, bool]:
+    """(last hidden states, whether hidden_states[layer + 1] is a layer's output), of a decoder run once."""
+    modules, last = decoder_layers(decoder, config), num_layers(config) - 1
+    inputs = {**inputs, "output_hidden_states": True}
+    if modules is None:
+        out = decoder(**inputs, use_cache=False, return_dict=True)
+        return out.last_hidden_state, True
+    try:
+        out, kept = _hooked(decoder, modules, inputs, list(range(last)))
+    except ValueError:  # layers that run twice, or never
+        out, kept = decoder(**inputs, use_cache=False, return_dict=True), {}
+    states = getattr(out, "hidden_states", None)
+    if states is None or len(states) != last + 2 or len(kept) != last:
+        return out.last_hidden_state, False
+    alike = all(torch.equal(states[layer + 1], x) for layer, x in kept.items())
+    return out.last_hidden_state, alike and torch.equal(states[-1], out.last_hidden_state)
 
 
 def _hooked(

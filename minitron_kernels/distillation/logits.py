@@ -40,6 +40,10 @@ class LogitOptions(NamedTuple):
     softcap: float | None
 
 
+class NotCalledError(TypeError):
+    """The model's forward does not call the module that was taken for its decoder."""
+
+
 def logit_options(config: Any) -> LogitOptions:
     """What a config says of the logits; for a model type outside of KNOWN_TYPES a guess, until probe() "
     "agrees."""
@@ -125,8 +129,9 @@ def probe(
         finally:
             hook.remove()
         if "fed" not in seen:
-            raise TypeError(
-                f"{name}.forward does not call its base_model, so its hidden states are not known"
+            raise NotCalledError(
+                f"{name}.forward does not call its {type(decoder).__name__}, whose hidden states would be "
+                "taken: give linear_kl_loss() the hidden states and head yourself"
             )
         logits = getattr(out, "logits", None)
         product = _product(head, seen["fed"])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from minitron_kernels.distillation.causal_lm import is_attached
+from minitron_kernels.distillation.causal_lm import is_attached, prepare_layers
 from minitron_kernels.distillation.loss import DistillationLoss, DistillationRecord
 from minitron_kernels.distillation.signals import DenseSignal, TeacherSignal
 from minitron_kernels.distillation.targets import targets_of
@@ -18,16 +17,32 @@ from minitron_kernels.distillation.teacher import Teacher
 _NOT_FOR_MODELS = ("labels", "shift_labels", "num_items_in_batch")
 
 
-@dataclass(eq=False)
 class DistillationCall:
-    """What an attached student does with its signal: the loss against this teacher's."""
+    """What an attached student does with its signal: the loss against this teacher's.
 
-    loss: DistillationLoss
-    teacher: TeacherSignal
-    labels: Tensor | None  # the targets of their positions
-    token_weights: Tensor | None = None
-    num_items: float | Tensor | None = None
-    mask: Tensor | None = None  # True: the position counts
+    No dataclass and no tuple: wrappers look into those for tensors to cast and move, and this is not theirs.
+
+    Args:
+        loss: what is made of both signals.
+        teacher: the teacher's signal for the batch.
+        labels: [B, T] int64, the targets of their positions, or None.
+        token_weights: [B, T] float.
+        num_items: divides the sum over tokens, in place of the number of valid ones.
+        mask: [B, T] bool, True where a position counts.
+    """
+
+    def __init__(
+        self,
+        loss: DistillationLoss,
+        teacher: TeacherSignal,
+        labels: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> None:
+        self.loss, self.teacher = loss, teacher
+        self.labels, self.mask, self.token_weights = labels, mask, token_weights
+        self.num_items = num_items
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -89,6 +104,8 @@ def step(
     check_apart = getattr(teacher, "check_apart", None)
     if check_apart is not None:
         check_apart(student)
+    if loss.student_layers:
+        prepare_layers(student)
     signal = teacher(inputs, loss.teacher_layers)
     call = DistillationCall(loss, signal, labels, token_weights, num_items, mask)
     record: Any = student(**inputs, distillation=call)

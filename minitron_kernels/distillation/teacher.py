@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -58,8 +60,9 @@ class ModelTeacher:
         self.model = model
         self.disable_adapters = disable_adapters
         self._lm: CausalLM | None = None
-        self._moved: tuple[Any, Tensor] | None = None
-        self._apart_from: int | None = None
+        self._head_inside = False  # whether only the forward of a wrapper holds the head in one piece
+        self._moved: tuple[Any, Any, Tensor] | None = None
+        self._apart_from: weakref.ref[nn.Module] | None = None
         adapted = self._inside("disable_adapter")
         if disable_adapters and adapted is None:
             raise TypeError(f"disable_adapters=True needs a PEFT model, got {type(model).__name__}")
@@ -85,19 +88,30 @@ class ModelTeacher:
             for name, value in batch.items()
         }
         with eval_mode(self.model), self._adapters_off():
-            call = _States(tuple(layers))
-            hidden, kept = self.model(**inputs, distillation=call)
-            assert call.lm is not None
-            hidden, weight, bias = call.lm.head(hidden) if call.head is None else call.head
-            scale, softcap = call.lm.logit_options
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
+            hidden, weight, bias, kept, (scale, softcap) = self._run(inputs, tuple(layers))
+        bias = None if bias is None else bias.detach()
         if is_dtensor(weight) and weight.dtype != hidden.dtype:  # sharded in fp32, computed with in bf16
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         if source is not None and hidden.device != source:
             hidden = hidden.to(source)
             kept = {layer: x.to(source) for layer, x in kept.items()}
             weight, bias = self._at(weight, source), None if bias is None else bias.to(source)
+        weight = weight.detach()
         return DenseSignal(hidden, weight, bias, scale, softcap, kept)
+
+    def _run(self, inputs: dict[str, Any], layers: tuple[int, ...]) -> tuple[Any, ...]:
+        """(hidden, weight, bias, layers, options of the logits); a forward pass."""
+        call = _States(layers, self._head_inside)
+        hidden, kept = self.model(**inputs, distillation=call)
+        lm = call.lm
+        assert lm is not None
+        if call.head is not None:
+            return *call.head, kept, lm.logit_options
+        try:
+            return *lm.head(hidden), kept, lm.logit_options
+        except ValueError:  # FSDP1 and ZeRO-3 have it in one piece within the forward only
+            self._head_inside = True
+            return self._run(inputs, layers)
 
     def check_apart(self, student: nn.Module) -> None:
         """Checks once that training the student does not change this teacher.
@@ -105,17 +119,24 @@ class ModelTeacher:
         Raises:
             ValueError: they share memory of a parameter that is trained, and disable_adapters is not set.
         """
-        if self.disable_adapters or self._apart_from == id(student):
+        if self.disable_adapters or (self._apart_from is not None and self._apart_from() is student):
             return
-        own = {_memory(x): name for name, x in self.model.named_parameters() if _memory(x)}
+        own = sorted(
+            (*memory, name) for name, x in self.model.named_parameters() if (memory := _memory(x)) is not None
+        )
         for name, x in student.named_parameters():
-            if x.requires_grad and _memory(x) in own:
+            memory = _memory(x) if x.requires_grad else None
+            if memory is None:
+                continue
+            device, start, end = memory
+            i = bisect.bisect_left(own, (device, end))  # those that begin before it ends
+            if i and own[i - 1][0] == device and own[i - 1][2] > start:
                 raise ValueError(
-                    f"the student trains {name}, whose memory is also the teacher's {own[_memory(x)]}: the "
-                    "teacher would change at every step. Give it a copy (copy.deepcopy), freeze the "
-                    "parameter, or for adapters use ModelTeacher(model, disable_adapters=True)"
+                    f"the student trains {name}, whose memory is also the teacher's {own[i - 1][3]}: the "
+                    "teacher would change at every step. Give it a copy (copy.deepcopy), freeze it, "
+                    "or for adapters use ModelTeacher(model, disable_adapters=True)"
                 )
-        self._apart_from = id(student)
+        self._apart_from = weakref.ref(student)
 
     def _inside(self, name: str) -> Any:
         """The first module within the wrappers that has a method."""
@@ -147,10 +168,12 @@ class ModelTeacher:
         """The head on another device, moved again only when it was changed."""
         if is_dtensor(weight):
             raise ValueError(f"a teacher's sharded head on {weight.device} cannot be used on {device}")
-        key = (weight.data_ptr(), weight._version, weight.shape, weight.dtype, device)
-        if self._moved is None or self._moved[0] != key:
-            self._moved = key, weight.to(device)
-        return self._moved[1]
+        if not isinstance(weight, nn.Parameter):  # made for this call alone
+            return weight.to(device)
+        key = (weight._version, device)
+        if self._moved is None or self._moved[0] is not weight or self._moved[1] != key:
+            self._moved = weight, key, weight.detach().to(device)
+        return self._moved[2]
 
 
 class _States:
@@ -159,15 +182,19 @@ class _States:
 
     wants_states = True
 
-    def __init__(self, layers: tuple[int, ...]) -> None:
-        self.layers = layers
+    def __init__(self, layers: tuple[int, ...], head_inside: bool) -> None:
+        self.layers, self.head_inside = layers, head_inside
         self.lm: CausalLM | None = None
         self.head: EffectiveHead | None = None
 
     def states(self, lm: CausalLM, batch: Mapping[str, Any]) -> tuple[Tensor, dict[int, Tensor]]:
         self.lm = lm
         lm.ensure_verified()
-        return lm.states(batch, self.layers)
+        hidden, kept = lm.states(batch, self.layers)
+        if self.head_inside:  # a copy, since its memory is taken away again
+            x, weight, bias = lm.head(hidden)
+            self.head = EffectiveHead(x, weight.clone(), None if bias is None else bias.clone())
+        return hidden, kept
 
 
 def _device_of(batch: Mapping[str, Any]) -> torch.device | None:
@@ -177,9 +204,11 @@ def _device_of(batch: Mapping[str, Any]) -> torch.device | None:
     return next((x.device for x in batch.values() if isinstance(x, Tensor)), None)
 
 
-def _memory(x: Any) -> tuple[Any, int] | None:
-    """What tells two parameters apart that share their memory; None: it has none of its own here."""
+def _memory(x: Any) -> tuple[str, int, int] | None:
+    """(device, first byte, behind the last byte) of a parameter here; None: it has no memory of its own."""
     local = x._local_tensor if is_dtensor(x) else x
     if local.device.type == "meta" or local.numel() == 0 or local.untyped_storage().nbytes() == 0:
         return None
-    return local.device, local.untyped_storage().data_ptr()
+    start = local.data_ptr()
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(local.shape, local.stride(), strict=True))
+    return str(local.device), start, start + extent * local.element_size()

@@ -11,6 +11,7 @@ from torch import nn
 pytest.importorskip("transformers", reason="needs transformers")
 
 from distillation.plain import (
+    COMMON,
     FAMILIES,
     assert_same_grads,
     batch_of,
@@ -22,6 +23,7 @@ from distillation.plain import (
 from minitron_kernels.distillation import (
     CausalLM,
     DistillationLoss,
+    HiddenStatesLoss,
     ModelTeacher,
     attach,
     detach,
@@ -83,17 +85,6 @@ def test_a_reentrant_checkpoint_gives_no_layers_without_a_gradient():
     signal = model(**batch, distillation=Keep((0,)))  # outputs outside of the checkpoint have one
     assert signal.layers[0].requires_grad
 
-    class Inside(nn.Module):  # as in transformers 4, whose layers are checkpointed with their hooks
-        def __init__(self, layer):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x, **options):
-            return self.layer(x, **options)
-
-        def __call__(self, *args, **options):
-            return torch.utils.checkpoint.checkpoint(super().__call__, *args, use_reentrant=True, **options)
-
     with pytest.raises((ValueError, RuntimeError), match="reentrant"):
         model.gradient_checkpointing_disable()
         layer = model.model.layers[0]
@@ -121,12 +112,7 @@ def test_the_probe_needs_no_more_than_a_look(monkeypatch):
 
 
 def test_logits_that_are_something_else_are_refused():
-    class Half(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-
     model = tiny("granite")
-    model.config.logits_scaling = 4.0
     forward = type(model).forward
 
     class Twice(type(model)):
@@ -151,7 +137,7 @@ def test_logits_that_are_something_else_are_refused():
         ModelTeacher(model)
 
 
-def test_the_same_name_may_multiply(monkeypatch):
+def test_the_same_name_may_multiply():
     model = tiny("granite")
     forward = type(model).forward
 
@@ -164,6 +150,132 @@ def test_the_same_name_may_multiply(monkeypatch):
     model.__class__ = Multiplies
     attach(model)
     assert CausalLM(model).logit_scale == 4.0
+
+
+OPTIONS = {
+    "mixtral": {"num_local_experts": 2},
+    "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
+    "granitemoe": {"num_local_experts": 2, "num_experts_per_tok": 1, "logits_scaling": 3.0},
+    "cohere2": {"logit_scale": 0.3},
+    "gemma3_text": {"final_logit_softcapping": 5.0},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1,
+                  "mamba_d_state": 8, "lm_head_multiplier": 0.3},
+}  # fmt: skip
+
+
+def test_known_types_are_what_their_configs_say():
+    scales = {"granite": 0.25, "granitemoe": 1 / 3, "cohere": 0.25, "cohere2": 0.3, "falcon_h1": 0.3}
+    softcaps = {"gemma2": 3.0, "gemma3_text": 5.0}
+    for family in KNOWN_TYPES:
+        model = attach(tiny(family, num_hidden_layers=1, **OPTIONS.get(family, {})))
+        found = CausalLM(model).logit_options
+        assert found == logit_options(model.config), family
+        assert found == (scales.get(family, 1.0), softcaps.get(family)), family
+
+
+def test_what_a_config_does_not_tell_is_seen():
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    try:  # its logits_scaling is a factor, Granite's a divisor
+        assert CausalLM(attach(tiny("hyperclovax", logits_scaling=3.0))).logit_scale == 3.0
+    except ValueError as error:  # older versions of transformers
+        assert "hyperclovax" in str(error)
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2)
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={**COMMON, "model_type": "gemma3_text", "final_logit_softcapping": 5.0},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=1,
+        image_token_index=60,
+    )
+    model = attach(AutoModelForImageTextToText.from_config(config)).eval()
+    batch = batch_of(labels=False)
+    batch["input_ids"] %= 60
+    logits, states = model(**batch).logits, model(**batch, output_hidden_states=True).hidden_states
+    signal = model(**batch, distillation=Keep((1,)))
+    torch.testing.assert_close(signal.layers[1], states[2])
+    product = signal.hidden @ signal.head.T * signal.logit_scale
+    capped = product if signal.softcap is None else signal.softcap * torch.tanh(product / signal.softcap)
+    torch.testing.assert_close(capped, logits)
+    opt = attach(tiny("opt", word_embed_proj_dim=32, ffn_dim=32))  # calls the decoder of its base model
+    torch.testing.assert_close(
+        opt.eval()(**batch, distillation=Keep()).hidden @ opt.lm_head.weight.T, opt(**batch).logits
+    )
+    with pytest.raises(TypeError, match="logits of BertLMHeadModel are not"):
+        attach(tiny("bert", is_decoder=True))
+
+
+def test_compiles_in_one_graph():
+    student, batch = attach(tiny(seed=0, num_hidden_layers=2)), batch_of()
+    teacher = ModelTeacher(tiny("gemma2", seed=1, num_hidden_layers=2))
+
+    def run(model):
+        student.zero_grad()
+        terms = HiddenStatesLoss({0: 0, 1: 1})
+        loss = DistillationLoss(ce_weight=0.5, hidden_states=terms, hidden_weight=0.5)
+        record = step(model, teacher, batch, loss)
+        record.loss.backward()
+        return record.loss.detach(), grads_of(student)
+
+    expected = run(student)
+    loss, gradients = run(torch.compile(student, fullgraph=True, backend="eager"))
+    torch.testing.assert_close(loss, expected[0])
+    assert_same_grads(gradients, expected[1])
+
+
+def test_known_families_are_trusted_in_a_graph_and_others_refused(monkeypatch):
+    model = attach(tiny())
+    del model._minitron_verified
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    batch = batch_of(labels=False)
+    assert model(**batch, distillation=Keep()).logit_scale == 1 and not CausalLM(model).is_verified
+    model.config.model_type = "something"
+    with pytest.raises(ValueError, match="could not be verified before it was compiled"):
+        model(**batch, distillation=Keep())
+
+
+def test_autocast_loses_no_more_than_the_models_own_logits():
+    student, teacher, batch = tiny(seed=0), tiny(seed=1).eval(), batch_of()
+    truth = plain_loss(student, teacher, batch, counted(batch))
+    truth.backward()
+    expected = grads_of(student)
+    attach(student)
+
+    def error_of(run):
+        student.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = run()
+        loss.backward()
+        off = [(x - expected[name]).norm() for name, x in grads_of(student).items()]
+        return float((loss - truth).abs()), float(torch.stack(off).norm())
+
+    own = error_of(lambda: plain_loss(student, teacher, batch, counted(batch)))
+    found = error_of(lambda: step(student, ModelTeacher(teacher), batch, DistillationLoss()).loss)
+    assert own[1] > 0 and found[1] <= 2 * own[1] and found[0] <= 2 * own[0] + 1e-2, (found, own)
+
+
+def test_forwards_that_accelerate_replaces():
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    batch = batch_of(labels=False)
+    expected = attach(tiny())(**batch, distillation=Keep()).hidden
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare_model(attach(tiny()))
+    hidden = prepared(**batch, distillation=lambda_call(lambda signal: signal.hidden)).float()
+    torch.testing.assert_close(hidden, expected, rtol=0.05, atol=0.1)
+    assert not torch.equal(hidden, expected)  # under its autocast
+    with pytest.raises(ValueError, match="replaced on the instance"):
+        attach(accelerator.prepare_model(tiny()))
+
+    hooked = tiny()  # as a device_map makes them
+    accelerate.hooks.add_hook_to_module(hooked, accelerate.hooks.AlignDevicesHook(execution_device="cpu"))
+    torch.testing.assert_close(attach(hooked)(**batch, distillation=Keep()).hidden, expected)
+    accelerate.hooks.remove_hook_from_module(hooked)
+    torch.testing.assert_close(hooked(**batch, distillation=Keep()).hidden, expected)
+
+
+def lambda_call(f):
+    f.layers = ()
+    return f
 
 
 def test_models_that_are_not_known_are_refused():

@@ -27,6 +27,7 @@ from distillation.cli_runs import (
     train_of,
 )
 from minitron_kernels.distillation.cli.data import Shuffled
+from minitron_kernels.distillation.cli.job import Job, job_of
 from minitron_kernels.distillation.cli.progress import Progress
 from minitron_kernels.distillation.cli.record import checkpoints, read_record
 
@@ -107,6 +108,70 @@ def test_a_live_teacher(folder):
     assert held_out[-1]["eval_kl"] < held_out[0]["eval_kl"]
 
 
+def test_the_order_of_windows():
+    order = [int(Shuffled(list(range(7)), 21, seed)[i]) for seed in (0, 0, 1) for i in range(21)]
+    first, again, other = order[:21], order[21:42], order[42:]
+    assert first == again != other and first[:7] != first[7:14] != first[14:]
+    assert all(sorted(order[i : i + 7]) == list(range(7)) for i in range(0, 63, 7))
+
+
+def test_options_reach_the_trainer(tmp_path):
+    from minitron_kernels.distillation.cli.config import load
+    from minitron_kernels.distillation.cli.training import arguments_of
+
+    given = {
+        "batch_size": 3,
+        "accumulation": 5,
+        "lr": 0.5,
+        "lr_min": 0.25,
+        "warmup": 2,
+        "weight_decay": 0.125,
+        "beta1": 0.75,
+        "beta2": 0.625,
+        "max_grad_norm": 7.0,
+        "seed": 11,
+        "autocast": "bfloat16",
+        "save_every": 13,
+        "keep": 17,
+        "log_every": 19,
+        "eval_data": ["x"],
+        "eval_every": 23,
+        "gradient_checkpointing": True,
+        "out": str(tmp_path / "a"),
+    }
+    job = Job(windows=90, seq_len=4, processes=1, per_step=15, steps=29)
+    made = arguments_of(load("train", None, given), job, "cpu", resumes=True, has_experts=False)
+    assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (3, 5)
+    assert (made.learning_rate, made.lr_scheduler_kwargs, made.warmup_steps) == (0.5, {"min_lr": 0.25}, 2)
+    assert (made.weight_decay, made.adam_beta1, made.adam_beta2) == (0.125, 0.75, 0.625)
+    assert (made.max_grad_norm, made.seed, made.bf16, made.max_steps) == (7.0, 11, True, 29)
+    assert (made.save_steps, made.save_total_limit, made.logging_steps, made.eval_steps) == (13, 17, 19, 23)
+    assert not made.eval_on_start and "gradient_checkpointing=True" in repr(made).replace(
+        "activation", "gradient"
+    )
+    plain = arguments_of(load("train", None, {"out": "x"}), job, "cpu", resumes=False, has_experts=False)
+    assert not plain.bf16 and plain.eval_strategy == "no"
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({}, 4),
+        ({"steps": 9}, 9),
+        ({"tokens": 97}, 3),
+        ({"tokens": 96}, 2),
+        ({"epochs": 2.0}, 7),
+        ({"epochs": 0.1}, 1),
+    ],
+)
+def test_how_many_steps(given, steps):
+    from minitron_kernels.distillation.cli.config import load
+
+    config = load("train", None, {"batch_size": 3, "accumulation": 2, "seq_len": 8, **given})
+    job = job_of(config, 20)
+    assert (job.steps, job.per_step, job.tokens) == (steps, 6, steps * 48)
+
+
 def test_what_a_run_leaves(folder):
     live = folder / "live"
     tokenizer = AutoTokenizer.from_pretrained(live)
@@ -143,6 +208,15 @@ def test_hidden_states_of_a_cache_and_windows_that_it_lacks(folder, tmp_path, ca
     np.save(tmp_path / "other.npy", np.arange(64) % 90)
     other = train_of(folder, tmp_path / "b", "--cache", tmp_path / "cache", "--data", tmp_path / "other.npy")
     assert "has none of the 4 windows of --data" in one_line(capsys, *other)
+
+
+def test_dtypes(folder, tmp_path):
+    kinds = ["--dtype", "bfloat16", "--save-dtype", "float16", "--teacher-dtype", "bfloat16"]
+    assert run(*train_of(folder, tmp_path / "a", "--steps", 1, *kinds)) == 0
+    saved = load_file(tmp_path / "a" / "model.safetensors")
+    kept = load_file(tmp_path / "a" / "checkpoint-1" / "model.safetensors")
+    assert {x.dtype for x in saved.values()} == {torch.float16}
+    assert {x.dtype for x in kept.values()} == {torch.bfloat16}
 
 
 def test_terms_of_the_loss(folder, tmp_path):
@@ -190,7 +264,7 @@ def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
     kept = {"student's weights": 4, "its gradients": 4, "AdamW's moments": 8}
     for name, each in kept.items():
         assert f"{PARAMETERS * each / 1024:.4g} KiB  {name}" in out, out
-    assert "scratch memory of the loss" in out
+    assert "activations of the student" in out and "scratch memory of the loss" in out
     assert "held out  4 windows" in out and "0 → 0.002 in 1 steps, cosine to 0.0002 at 16" in out
     assert run(*train_of(folder, tmp_path / "a", "--steps", 1, "--dry-run", teacher="--cache")) == 0
     assert "topk (up to 96 ids" in capsys.readouterr().out
@@ -237,6 +311,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     assert "stopping after this step; once more to stop at once" in err
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert read_record(out)["status"] == status and not (out / "model.safetensors").exists()
+    if signals == [signal.SIGTERM]:
+        return  # it leaves what SIGINT leaves
     if status == "stopped":  # a checkpoint that is not complete is not taken
         shutil.copytree(out / "checkpoint-2", out / "checkpoint-3")
         (out / "checkpoint-3" / "complete").unlink()

@@ -1,6 +1,7 @@
 """Two processes of this machine, joined by gloo, that run the cases of DistillationTrainer."""
 
 import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -15,13 +16,12 @@ import torch.distributed as dist
 RANKS = 2
 
 
-def run_all(rank, folder, names):
+def run_all(rank, folder, module, names):
     """All cases; what went wrong on this rank goes into a file."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
-    from distillation.trainer_rank_cases import CASES
-
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=120))
+    CASES = importlib.import_module(f"distillation.{module}").CASES
     reports = {}
     for name in names or CASES:
         place = Path(folder) / name
@@ -49,7 +49,7 @@ def forget_accelerator():
     GradientState._reset_state()
 
 
-def start(folder, names=(), timeout=600):
+def start(folder, names=(), timeout=600, module="trainer_rank_cases"):
     """Reports of both ranks: by case, the errors by rank."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -60,10 +60,10 @@ def start(folder, names=(), timeout=600):
         "MASTER_PORT": "29999",  # nothing listens there: the group is joined by a file
     }
     code = "import sys; from distillation.trainer_ranks import run_all"
-    code += "; run_all(int(sys.argv[1]), sys.argv[2], sys.argv[3:])"
+    code += "; run_all(int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:])"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(folder), *names],
+            [sys.executable, "-c", code, str(rank), str(folder), module, *names],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -32,12 +32,16 @@ def of_training(config: Mapping[str, Any], job: Job, device: str, held_out: int)
         parts["teacher's weights"] = _parameters(teacher) * other.itemsize
     computed = torch.bfloat16 if _autocasts(config, device) else own
     tokens = config["batch_size"] * config["seq_len"]
+    activations = _activations(student.config, tokens, computed, config["gradient_checkpointing"])
+    if activations is not None:
+        parts["activations of the student"] = activations
     loss = _loss_bytes(config, student, teacher, tokens, computed, device)
     if loss is not None:
         parts["scratch memory of the loss"] = loss
     lines.append(f"  memory of {'each' if job.processes > 1 else 'the'} process, estimated:")
     lines += [f"    {size_text(nbytes):>12}  {name}" for name, nbytes in parts.items()]
-    lines.append(f"    {size_text(sum(parts.values())):>12}  in all, without activations")
+    note = ", without activations, which are not known for this family" if activations is None else ""
+    lines.append(f"    {size_text(sum(parts.values())):>12}  in all{note}")
     if device == "cuda":
         lines.append(f"    {size_text(torch.cuda.mem_get_info(own_device(device))[1]):>12}  the GPU has")
     checkpoint = 3 * _parameters(student) * own.itemsize
@@ -112,6 +116,18 @@ def _kept(student: Any, dtype: torch.dtype) -> dict[str, int]:
 
 def _autocasts(config: Mapping[str, Any], device: str) -> bool:
     return config["autocast"] == "bfloat16" or (config["autocast"] == "auto" and device == "cuda")
+
+
+def _activations(config: Any, tokens: int, dtype: torch.dtype, checkpointing: bool) -> int | None:
+    """What the student keeps for its backward; None where its family is not known."""
+    from minitron_kernels.distillation.scale_activations import kept_bytes
+    from minitron_kernels.distillation.scale_shape import shape_of
+
+    try:
+        shape = shape_of("student", config, 1)
+    except ValueError:
+        return None
+    return kept_bytes(shape, tokens, dtype.itemsize, fused_norms=False, checkpointing=checkpointing)
 
 
 def _loss_bytes(
