@@ -298,6 +298,12 @@ class DistillationLoss(nn.Module):
             hidden = self.hidden_states(*layers, labels, **tokens, ignore_index=ignore_index)
         record: Any
         if isinstance(teacher, SparseSignal):
+            of_student = self.options["vocab_size"] or student.head.shape[0]
+            if teacher.vocab_size not in (None, of_student):
+                raise ValueError(
+                    f"the teacher has {teacher.vocab_size} tokens and the student {of_student}: if the "
+                    f"student's first ones are these, give DistillationLoss(vocab_size={teacher.vocab_size})"
+                )
             operands = teacher.ids, teacher.logprobs, teacher.log_tail
             record = linear_sparse_kl_loss(student.hidden, student.head, *operands, **common)
         elif isinstance(teacher, DenseSignal):

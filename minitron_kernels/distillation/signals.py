@@ -33,6 +33,7 @@ class SparseSignal:
     # [...], or {temperature: [...]}; None: the ids are sampled
     log_tail: Tensor | Mapping[float, Tensor] | None
     layers: Mapping[int, Tensor] = field(default_factory=dict)  # as in DenseSignal, where a cache keeps them
+    vocab_size: int | None = None  # V of the teacher, where it is known: that of the student must be the same
 
 
 TeacherSignal = DenseSignal | SparseSignal

@@ -16,8 +16,11 @@ import pytest
 import torch
 
 from distillation.cache_rows import TIERS, V, payload_of, same, spec_of, tokens_of, write
+from minitron_kernels.distillation.cache.id_sets import pack_id_sets, unpack_id_sets
+from minitron_kernels.distillation.cache.quantise import quantiser
 from minitron_kernels.distillation.cache.reader import TeacherCache, UncachedError
 from minitron_kernels.distillation.cache.sequences import digest, sequences_of
+from minitron_kernels.distillation.cache.spec import CacheSpec
 from minitron_kernels.distillation.cache.writer import TeacherCacheWriter
 from pruning.system_calls import Disk
 
@@ -35,7 +38,7 @@ def shards_of(folder):
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_what_goes_in_comes_out(tmp_path, tier):
-    cache = filled(tmp_path / "c", tier, range(20), shard_bytes=700)
+    cache = filled(tmp_path / "c", tier, range(20), shard_bytes=300)
     assert len(shards_of(tmp_path / "c")) > 3
     assert len(cache) == 20 and cache.tokens == sum(len(tokens_of(n)) for n in range(20))
     for n in range(20):
@@ -49,6 +52,62 @@ def test_what_goes_in_comes_out(tmp_path, tier):
     assert len(cache) == 20
     cache.refresh()
     assert len(cache) == 25
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 37, 1 << 17])
+@pytest.mark.parametrize("most", [0, 1, 5, 130])
+def test_sets_of_ids(vocab_size, most):
+    generator = torch.Generator().manual_seed(most)
+    k = torch.randint(0, min(most, vocab_size) + 1, (9,), generator=generator)
+    sets = [torch.randperm(vocab_size, generator=generator)[:n].sort().values for n in k]
+    sets[0][: len(sets[0])] = torch.arange(vocab_size - len(sets[0]), vocab_size)  # the last ones
+    ids = torch.cat(sets)
+    data = pack_id_sets(ids, k, vocab_size)
+    assert torch.equal(unpack_id_sets(data, k, vocab_size), ids)
+    for damaged in (data[:-1], torch.cat((data, data[:1])), data[:0]):
+        with pytest.raises(ValueError, match="damaged"):
+            unpack_id_sets(damaged, k, vocab_size)
+
+
+@pytest.mark.parametrize(("tier", "most"), [("sampled", 36), ("topk", 330), ("hidden", 2 * 64 + 3)])
+def test_bytes_a_token(tmp_path, tier, most):
+    """Of a vocabulary of 131072, as documented: 12 draws, 128 ids with their tail, 2 H of hidden states."""
+    big, T = 1 << 17, 256
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, big, (T,), generator=generator)
+    ids = torch.randint(0, big // 128, (T, 128), generator=generator) + torch.arange(128) * (big // 128)
+    log_p = (torch.randn(T, 129, generator=generator) * 3).log_softmax(-1)
+    options, payload = {
+        "sampled": (
+            {"k": 12, "samples": 12},
+            {"ids": ids[:, :12], "counts": torch.ones(T, 12, dtype=torch.int64)},
+        ),
+        "topk": ({"k": 128}, {"ids": ids, "logprobs": log_p[:, :128], "log_tail": log_p[:, 128]}),
+        "hidden": ({"hidden_size": 64}, {"hidden": torch.randn(T, 64, generator=generator)}),
+    }[tier]
+    spec = CacheSpec(tier, big, "a teacher", **options)
+    with TeacherCacheWriter(tmp_path / "c", spec) as writer:
+        for n in range(16):
+            tokens[0] = n
+            writer.add(tokens, payload)
+    summary = TeacherCache(tmp_path / "c").verify()
+    assert summary.tokens == 16 * T and most * 0.85 < summary.bytes_per_token < most
+
+
+@pytest.mark.parametrize("name", ["log8", "log12", "fp16"])
+def test_log_probabilities_are_as_near_as_the_quantiser_says(tmp_path, name):
+    spec, tokens = spec_of("topk", quantiser=name), tokens_of(3)
+    payload = payload_of(tokens, "topk")
+    with TeacherCacheWriter(tmp_path / "c", spec) as writer:
+        writer.add(tokens, payload)
+    got = TeacherCache(tmp_path / "c").row(tokens)
+    order = torch.where(payload["ids"] >= 0, payload["ids"], V).argsort(dim=1)
+    want = payload["logprobs"].gather(1, order)[:, : got["ids"].shape[1]]
+    off = torch.where(got["ids"] >= 0, (got["logprobs"] - want).abs(), 0)
+    assert bool((off <= 2 * quantiser(name).error_at(want.clamp(-40, 0)) + 1e-6).all()) and off.max() > 0
+    total = got["logprobs"].exp().sum(1) + got["log_tail"][:, 0].exp()
+    assert torch.allclose(total, torch.ones(len(tokens)), atol=1e-6)
+    assert torch.equal(got["log_tail"], payload["log_tail"])
 
 
 def test_the_key_is_sha256_of_the_ids():

@@ -96,7 +96,8 @@ def student():
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_topk_is_the_kl_of_k_and_one_outcomes(tmp_path, teacher, student, temperature):
     rows = sequences()
-    run = cache_teacher(teacher, [padded(rows)], tmp_path / "c", k=7, temperatures=(1.0, 2.0), progress=False)
+    options = {"k": 7, "temperatures": (1.0, 2.0), "quantiser": "fp32", "progress": False}
+    run = cache_teacher(teacher, [padded(rows)], tmp_path / "c", **options)
     assert (run.added, run.skipped, run.tokens) == (3, 0, sum(LENGTHS))
     cached = CachedTeacher(tmp_path / "c")
 
@@ -167,10 +168,9 @@ def test_the_cache_is_the_same_however_it_was_filled(tmp_path, teacher, tier):
         "alone": [row[None] for row in rows[::-1]],
     }
     caches = {}
+    options = {"k": 6, "quantiser": "fp32"} if tier == "topk" else {}
     for name, batches in ways.items():
-        run = cache_teacher(
-            teacher, batches, tmp_path / name, tier=tier, k=6 if tier == "topk" else None, progress=False
-        )
+        run = cache_teacher(teacher, batches, tmp_path / name, tier=tier, progress=False, **options)
         assert run.cache.sequences == 5
         caches[name] = TeacherCache(tmp_path / name)
     for row in rows:
@@ -243,7 +243,7 @@ def test_ids_by_mass(tmp_path, teacher):
     best, ids = p.sort(descending=True)
     for t in range(12):
         k = int((best[t].cumsum(0) < 0.6).sum()) + 1
-        assert payload["ids"][t, : k + 1].tolist()[:k] == ids[t, :k].tolist()
+        assert payload["ids"][t, :k].tolist() == sorted(ids[t, :k].tolist())
         assert bool((payload["ids"][t, k:] == -1).all())
         rest = best[t, k:]
         for i, tau in enumerate((1.0, 3.0)):
@@ -307,6 +307,40 @@ def test_a_student_of_another_vocabulary_is_refused(tmp_path, teacher):
         cache_teacher(teacher, [], tmp_path / "c", **{**options, "tokenizer": None})
 
 
+@pytest.mark.parametrize("tier", ["topk", "sampled", "hidden"])
+def test_the_loss_refuses_a_student_of_another_vocabulary(tmp_path, teacher, tier):
+    rows = sequences()
+    cache_teacher(teacher, [padded(rows)], tmp_path / "c", tier=tier, progress=False)
+    head = teacher.get_output_embeddings() if tier == "hidden" else None
+    cached = CachedTeacher(tmp_path / "c", head=head)
+    larger = attach(tiny_model("llama", seed=2, vocab_size=V + 4))
+    with pytest.raises(ValueError, match=r"96.*100|100.*96"):
+        step(larger, cached, padded(rows), DistillationLoss())
+    assert step(larger, cached, padded(rows), DistillationLoss(vocab_size=V)).loss > 0
+
+
+@pytest.mark.parametrize(
+    ("tier", "options", "message"),
+    [
+        ("hidden", {"k": 5}, "k is not for tier 'hidden'"),
+        ("hidden", {"temperatures": (2.0,)}, "temperatures is not for tier 'hidden'"),
+        ("sampled", {"k": 5}, "k is for tier topk"),
+        ("sampled", {"quantiser": "log8"}, "quantiser is not for tier 'sampled'"),
+        ("topk", {"samples": 5}, "samples is not for tier 'topk'"),
+        ("topk", {"quantiser": "log7"}, "quantiser must be one of"),
+        ("topk", {"temperatures": (0.0,)}, "temperatures must be finite and above 0"),
+        ("topk", {"temperatures": (2.0, 2)}, "temperatures must differ"),
+        ("topk", {"mass": 1.5}, "mass must be"),
+        ("topk", {"vocab_size": V + 1}, "at most the 96 rows"),
+        ("best", {}, "tier must be one of"),
+    ],
+)
+def test_options_that_cannot_be(tmp_path, teacher, tier, options, message):
+    with pytest.raises(ValueError, match=message):
+        cache_teacher(teacher, [], tmp_path / "c", tier=tier, teacher_name="t", progress=False, **options)
+    assert not (tmp_path / "c").exists()
+
+
 def test_fingerprints(teacher):
     assert model_fingerprint(teacher) == model_fingerprint(tiny_model("llama", seed=1))
     others = [tiny_model("llama", seed=3), tiny_model("llama", seed=1, dtype=torch.bfloat16)]
@@ -327,7 +361,7 @@ def test_softcaps_and_scales(tmp_path):
     """Gemma 2 caps its logits; what is cached is what it says."""
     model = tiny_model("gemma2", seed=1)
     rows = sequences(lengths=(5,))
-    cache_teacher(model, [rows[0][None]], tmp_path / "c", k=V, progress=False)
+    cache_teacher(model, [rows[0][None]], tmp_path / "c", k=V, quantiser="fp32", progress=False)
     payload = TeacherCache(tmp_path / "c").row(rows[0])
     want = live_logits(model, rows[0]).log_softmax(-1).gather(1, payload["ids"])
     assert torch.allclose(payload["logprobs"].double(), want, atol=1e-5)

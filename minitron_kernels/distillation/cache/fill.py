@@ -65,23 +65,25 @@ def teacher_spec(
         "teacher": teacher_name or model_fingerprint(model),  # type: ignore[arg-type]
         "tokenizer": None if tokenizer is None else tokenizer_hash(tokenizer),
     }
-    if tier == "hidden":
-        config = getattr(model, "config", None)
-        return CacheSpec(
-            tier,
-            **common,
-            hidden_size=signal.hidden.shape[-1],
-            num_layers=getattr(config, "num_hidden_layers", None),
-            head=head_fingerprint(signal.head, signal.bias),
-            head_dtype=str(signal.head.dtype).removeprefix("torch."),
-            logit_scale=signal.logit_scale,
-            softcap=signal.softcap,
-        )
     if tier == "sampled":
+        if k is not None:
+            raise ValueError("k is for tier topk; tier sampled has samples=, draws a position")
         samples = samples or 12
-        return CacheSpec(tier, **common, k=min(samples, vocab_size), samples=samples)
-    k = min(k or 128, vocab_size)
-    return CacheSpec(tier, **common, k=k, mass=mass, temperatures=tuple(temperatures), quantiser=quantiser)
+        k = min(samples, vocab_size)
+    elif tier == "topk":
+        k = min(k or 128, vocab_size)
+    elif tier == "hidden":
+        common |= {
+            "hidden_size": signal.hidden.shape[-1],
+            "num_layers": getattr(getattr(model, "config", None), "num_hidden_layers", None),
+            "head": head_fingerprint(signal.head, signal.bias),
+            "head_dtype": str(signal.head.dtype).removeprefix("torch."),
+            "logit_scale": signal.logit_scale,
+            "softcap": signal.softcap,
+        }
+    return CacheSpec(
+        tier, k=k, samples=samples, mass=mass, temperatures=tuple(temperatures), quantiser=quantiser, **common
+    )
 
 
 def cache_teacher(
@@ -197,7 +199,10 @@ class _Progress:
             if progress:
                 raise
             return
-        total = len(batches) if hasattr(batches, "__len__") else None
+        try:
+            total = len(batches)
+        except TypeError:  # an iterator, or a DataLoader of one
+            total = None
         self._bar = tqdm(
             total=total, desc="caching", unit="batch", disable=None if progress is None else False
         )

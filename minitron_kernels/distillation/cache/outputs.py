@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitron_kernels.distillation.cache.sampling import sample_ids
 from minitron_kernels.distillation.cache.sequences import Sequence, described, digest
 from minitron_kernels.distillation.cache.spec import CacheSpec
 from minitron_kernels.distillation.signals import DenseSignal
@@ -71,7 +72,7 @@ def _chunks(hidden: Tensor, signal: DenseSignal, spec: CacheSpec, key: bytes) ->
         if spec.tier == "topk":
             yield topk_payload(logits, spec.k or 1, spec.temperatures, spec.mass)
         else:
-            yield sampled_payload(logits, spec.samples or 1, generator)
+            yield sample_ids(logits, spec.samples or 1, generator)._asdict()
 
 
 def logits_of(hidden: Tensor, signal: DenseSignal, vocab_size: int) -> Tensor:
@@ -121,15 +122,3 @@ def topk_payload(
         [(logits / t).logsumexp(1) if t != 1 else logits.logsumexp(1) for t in temperatures], 1
     )
     return {"ids": ids, "logprobs": logprobs, "log_tail": tail}
-
-
-def sampled_payload(logits: Tensor, samples: int, generator: torch.Generator | None) -> Payload:
-    """`samples` draws a position out of softmax(logits [N, V]): ids, each once, and how often they came."""
-    drawn = torch.multinomial(logits.softmax(1), samples, replacement=True, generator=generator)
-    drawn = drawn.sort(dim=1).values
-    new = torch.ones_like(drawn, dtype=torch.bool)
-    new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
-    place = new.cumsum(1) - 1
-    counts = torch.zeros_like(drawn).scatter_add_(1, place, torch.ones_like(drawn))
-    ids = torch.full_like(drawn, -1).scatter_(1, place, drawn)
-    return {"ids": ids, "counts": counts}

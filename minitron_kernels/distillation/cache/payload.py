@@ -7,7 +7,9 @@ A payload is a mapping of tensors with one row a position, T of them:
               {temperature: [T]}, or with one declared temperature [T]
     hidden    hidden [T, H], after the final norm
 
-Ids of -1 fill a position up. In a shard positions lie behind each other without what fills them up.
+Ids of -1 fill a position up. In a shard nothing fills up: token ids have ceil(log2 V) bits, ids lie ascending
+as sets (id_sets.py), k and counts in as many bits as the spec needs, log-probabilities as the quantiser's
+codes, and tails in fp32.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitron_kernels.distillation.cache.bits import pack_bits, pack_ids, unpack_bits, unpack_ids
+from minitron_kernels.distillation.cache.id_sets import pack_id_sets, unpack_id_sets
+from minitron_kernels.distillation.cache.quantise import quantiser
 from minitron_kernels.distillation.cache.spec import CacheSpec
 
 NAMES = {
@@ -53,25 +58,31 @@ def encode(tokens: Tensor, payload: Mapping[str, Any], spec: CacheSpec) -> dict[
     if not isinstance(payload, Mapping) or set(payload) != set(NAMES[spec.tier]):
         got = ", ".join(map(str, payload)) if isinstance(payload, Mapping) else type(payload).__name__
         raise ValueError(f"payload of tier {spec.tier} must have {', '.join(NAMES[spec.tier])}; got {got}")
-    fields = {"tokens": tokens.to(torch.int32)}
+    fields = {"tokens": pack_ids(tokens, spec.vocab_size, padded=False)}
     if spec.tier == "hidden":
         return fields | {"hidden": _hidden(payload["hidden"], len(tokens), spec)}
     ids = _rows("ids", payload["ids"], len(tokens)).to(torch.int64)
     given = ids != -1
-    fields["k"] = given.sum(1).to(torch.int32)
     _check_ids(ids, given, spec)
-    fields["ids"] = ids[given].to(torch.int32)
+    ids, order = torch.where(given, ids, spec.vocab_size).sort(dim=1)
+    given, k = ids < spec.vocab_size, given.sum(1)
+    whole = bool(k.eq(spec.k or 0).all())
+    fields["k"] = ids.new_empty(0, dtype=torch.uint8) if whole else pack_bits(k, _bits_of(spec.k))
+    fields["ids"] = pack_id_sets(ids[given], k, spec.vocab_size)
     if spec.tier == "sampled":
         counts = _rows("counts", payload["counts"], len(tokens))
         _same_shape(ids, counts, "counts")
         if counts.is_floating_point():
             raise TypeError(f"counts must be integers, got {counts.dtype}")
+        counts = counts.gather(1, order)
         _refuse(given & (counts < 1), "counts must be at least 1", counts)
-        _refuse(~given.any(1), "a position must have sampled ids", fields["k"])
-        return fields | {"counts": counts[given].to(torch.int32)}
+        _refuse(k < 1, "a position must have sampled ids", k)
+        total = torch.where(given, counts, 0).sum(1)
+        _refuse(total > (spec.samples or 0), f"a position's counts must be {spec.samples} together", total)
+        return fields | {"counts": pack_bits(counts[given], _bits_of(spec.samples))}
     logprobs = _rows("logprobs", payload["logprobs"], len(tokens))
     _same_shape(ids, logprobs, "logprobs")
-    logprobs = logprobs.to(torch.float32)
+    logprobs = logprobs.to(torch.float32).gather(1, order)
     _refuse(given & ~(logprobs <= _SLACK), "logprobs must be logarithms of probabilities, not NaN", logprobs)
     tail = _tail(payload["log_tail"], len(tokens), spec).to(torch.float32)
     _refuse(~(tail < torch.inf), "log_tail must be a logarithm, not NaN", tail)
@@ -83,25 +94,46 @@ def encode(tokens: Tensor, payload: Mapping[str, Any], spec: CacheSpec) -> dict[
             "the probabilities of a position's ids and tail must sum to 1",
             total,
         )
-    return fields | {"logprobs": logprobs[given], "log_tail": tail}
+    codes = quantiser(spec.quantiser or "").encode(logprobs[given].clamp(max=0))
+    fields["logprobs"] = pack_bits(codes, quantiser(spec.quantiser or "").bits)
+    return fields | {"log_tail": tail}
 
 
-def decode(fields: Mapping[str, Tensor], spec: CacheSpec) -> dict[str, Tensor]:
-    """The payload of encode(): ids int64 with -1 behind a position's own, log_tail [T, temperatures]."""
+def decode_tokens(fields: Mapping[str, Tensor], length: int, spec: CacheSpec) -> Tensor:
+    """The token ids [T] int64 of encode()."""
+    return unpack_ids(fields["tokens"], spec.vocab_size, length, padded=False)
+
+
+def decode(fields: Mapping[str, Tensor], length: int, spec: CacheSpec) -> dict[str, Tensor]:
+    """The payload of encode(): ids [T, k] int64, ascending with -1 behind them; log_tail [T, temperatures].
+
+    Log-probabilities are as near as the quantiser keeps them, shifted so that they sum to 1 with the tail.
+    """
     if spec.tier == "hidden":
         return {"hidden": fields["hidden"]}
-    k = fields["k"].long()
-    given = torch.arange(int(k.max()) if len(k) else 0) < k[:, None]
+    assert spec.k is not None
+    k = torch.full((length,), spec.k)
+    if len(fields["k"]):
+        k = unpack_bits(fields["k"], _bits_of(spec.k), length)
+    given = torch.arange(int(k.max())) < k[:, None]
+    count = int(k.sum())
     payload = {"ids": torch.full(given.shape, -1, dtype=torch.int64)}
-    payload["ids"][given] = fields["ids"].long()
+    payload["ids"][given] = unpack_id_sets(fields["ids"], k, spec.vocab_size)
     if spec.tier == "sampled":
         payload["counts"] = torch.zeros(given.shape, dtype=torch.int64)
-        payload["counts"][given] = fields["counts"].long()
+        payload["counts"][given] = unpack_bits(fields["counts"], _bits_of(spec.samples), count)
         return payload
-    payload["logprobs"] = torch.full(given.shape, -torch.inf)
-    payload["logprobs"][given] = fields["logprobs"]
-    payload["log_tail"] = fields["log_tail"]
-    return payload
+    kept = quantiser(spec.quantiser or "")
+    logprobs = torch.full(given.shape, -torch.inf)
+    logprobs[given] = kept.decode(unpack_bits(fields["logprobs"], kept.bits, count))
+    if kept.name != "fp32" and 1.0 in spec.temperatures:
+        logprobs = kept.sum_to_one(logprobs, fields["log_tail"][:, spec.temperatures.index(1.0)])
+    return payload | {"logprobs": logprobs, "log_tail": fields["log_tail"]}
+
+
+def _bits_of(most: int | None) -> int:
+    """Bits of a number from 0 to `most`."""
+    return max(most or 0, 1).bit_length()
 
 
 def _rows(name: str, x: Any, length: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minitron_kernels.distillation.cache.format import Shard
 from minitron_kernels.distillation.cache.index import CacheIndex
-from minitron_kernels.distillation.cache.payload import decode
+from minitron_kernels.distillation.cache.payload import decode, decode_tokens
 from minitron_kernels.distillation.cache.sequences import Sequence, described, digest, sequences_of
 from minitron_kernels.distillation.cache.spec import CacheSpec, read_spec
 
@@ -113,9 +113,10 @@ class TeacherCache:
             raise UncachedError(f"{described(token_ids)} is not in the cache {self.folder}")
         shard, number = found
         fields = shard.read(number, check=self.check)
-        if not torch.equal(fields["tokens"].long(), token_ids.to("cpu", torch.int64)):
+        length = int(shard.lengths[number])
+        if not torch.equal(decode_tokens(fields, length, self.spec), token_ids.to("cpu", torch.int64)):
             raise ValueError(f"{shard.path}: sequence {number} has other tokens than its digest says")
-        return decode(fields, self.spec)
+        return decode(fields, length, self.spec)
 
     def missing(self, batch: Mapping[str, Any]) -> list[Sequence]:
         """The sequences of a batch that are not there; see sequences_of() for what a batch is."""
@@ -175,10 +176,10 @@ class TeacherCache:
 
 
 def _verify(shard: Shard, number: int, spec: CacheSpec) -> None:
-    fields = shard.read(number)
-    if digest(fields["tokens"]) != shard.digests[number].tobytes():
+    fields, length = shard.read(number), int(shard.lengths[number])
+    if digest(decode_tokens(fields, length, spec)) != shard.digests[number].tobytes():
         raise ValueError(f"{shard.path}: sequence {number} has other tokens than its digest says")
-    if any(len(x) != int(shard.lengths[number]) for x in decode(fields, spec).values()):
+    if any(len(x) != length for x in decode(fields, length, spec).values()):
         raise ValueError(f"{shard.path}: sequence {number} has another number of rows than tokens")
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from minitron_kernels.distillation.cache.files import disk_error, publish
+from minitron_kernels.distillation.cache.quantise import quantiser
 from minitron_kernels.pruning.checkpoint.safetensors_files import read_json
 
 FORMAT, VERSION = "minitron-teacher-cache", 1
 SPEC_FILE = "cache.json"
+DEFAULT_QUANTISER = "log8"
 TIERS = ("sampled", "topk", "hidden")
 _OF_TIER = {
     "k": ("sampled", "topk"),
@@ -43,9 +45,9 @@ class CacheSpec:
         tokenizer: tokenizer_hash() of what made the token ids; None: not known.
         k: topk, sampled: the most ids that a position may have.
         mass: topk: the probability at which a position has ids enough; None: always k. Only a record.
-        samples: sampled: draws a position.
+        samples: sampled: draws a position; the most that counts sum to.
         temperatures: topk: those at which the tail is kept. 1 may be missing.
-        quantiser: topk: how log-probabilities are stored; "float32" keeps them as they are.
+        quantiser: topk: how log-probabilities are stored, see quantise.py; "fp32" keeps them as they are.
         hidden_size: hidden: H.
         num_layers: hidden: the teacher's number of layers, where it is known.
         head: hidden: head_fingerprint() of the teacher's output layer; None: not known.
@@ -79,13 +81,13 @@ class CacheSpec:
         set_ = object.__setattr__
         if self.tier == "topk":
             set_(self, "temperatures", tuple(float(t) for t in self.temperatures) or (1.0,))
-            set_(self, "quantiser", self.quantiser or "float32")
+            set_(self, "quantiser", quantiser(self.quantiser or DEFAULT_QUANTISER).name)
         if self.tier == "hidden" and self.logit_scale is None:
             set_(self, "logit_scale", 1.0)
         for name, tiers in _OF_TIER.items():
             if getattr(self, name) not in (None, ()) and self.tier not in tiers:
                 raise ValueError(f"{name} is not for tier {self.tier!r} but for {', '.join(tiers)}")
-        needed = {"topk": ("k",), "sampled": ("k",), "hidden": ("hidden_size",)}[self.tier]
+        needed = {"topk": ("k",), "sampled": ("k", "samples"), "hidden": ("hidden_size",)}[self.tier]
         for name in ("vocab_size", *needed):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -94,6 +96,8 @@ class CacheSpec:
                 )
         if self.k is not None and self.k > self.vocab_size:
             raise ValueError(f"k must be at most vocab_size {self.vocab_size}, got {self.k}")
+        if self.mass is not None and not 0 < self.mass <= 1:
+            raise ValueError(f"mass must be a probability in (0, 1], got {self.mass}")
         if not isinstance(self.teacher, str) or not self.teacher:
             raise ValueError(f"teacher must say who it is, by fingerprint or name; got {self.teacher!r}")
         if any(not (t > 0 and math.isfinite(t)) for t in self.temperatures):
