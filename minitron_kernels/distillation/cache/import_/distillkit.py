@@ -114,6 +114,7 @@ def read_distillkit(
     source: str | Path | Iterable[Mapping[str, Any]],
     config: DistillKitConfig | Mapping[str, Any] | None = None,
     *,
+    pad_id: int | None = None,
     tail: str = "rest",
     slack: float = 0.02,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
@@ -123,6 +124,10 @@ def read_distillkit(
         source: the folder that DistillKit's capture wrote (data_0.parquet, ..., compression_config.yaml;
             needs pyarrow and PyYAML), or rows: mappings with its columns, as a datasets.Dataset gives them.
         config: its configuration; by default that of the folder.
+        pad_id: the tokenizer's pad_token_id (or eos_token_id, where it has none). DistillKit appends it to a
+            sequence that is shorter than its limit, to have a row at each token before it; it is dropped
+            where it is the last token and has no row. Not given, such a sequence is found only by data that
+            end in the same token.
         tail: "rest": what the k probabilities leave of 1 (they are of a softmax over all tokens); or
             "renormalise", see tails.py.
         slack: how far above 1 a position's sum may be for what the compression lost, before it is refused.
@@ -147,11 +152,15 @@ def read_distillkit(
         rows = ((f"row {number}", row) for number, row in enumerate(source))
     if not isinstance(config, DistillKitConfig):
         config = DistillKitConfig.of(config)
-    return _sequences(rows, config, tail, slack)
+    return _sequences(rows, config, pad_id, tail, slack)
 
 
 def _sequences(
-    rows: Iterable[tuple[str, Mapping[str, Any]]], config: DistillKitConfig, tail: str, slack: float
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    config: DistillKitConfig,
+    pad_id: int | None,
+    tail: str,
+    slack: float,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     for where, row in rows:
         if all(name in row for name in _LEGACY):
@@ -174,6 +183,8 @@ def _sequences(
             refuse(
                 where, f"input_ids must be in [0, {config.d}), got {int(tokens.min())} to {int(tokens.max())}"
             )
+        if len(data) == len(tokens) - 1 and pad_id is not None and int(tokens[-1]) == pad_id:
+            tokens = tokens[:-1]
         ids = _high_bit_first(packed, config.id_bits, config.k)
         options = {"tail": tail, "vocab_size": config.d, "length": len(tokens), "slack": slack}
         yield tokens, topk_payload(where, ids, _logprobs(data, config), **options)  # type: ignore[arg-type]
