@@ -27,6 +27,7 @@ from minitron_kernels.distillation.logits import (
     NotCalledError,
     logit_options,
     probe,
+    proposals,
     why_not_now,
 )
 from minitron_kernels.distillation.signals import DenseSignal
@@ -48,6 +49,7 @@ class Verified(NamedTuple):
     logits: LogitOptions
     decoder: int  # which of the modules that decoders() names the model's forward calls
     states_are_layers: bool  # whether its hidden_states[layer + 1] is the output of a layer
+    proposals: tuple[LogitOptions, ...]  # of the config then: one that was changed is looked at again
 
 
 class CausalLM:
@@ -93,7 +95,10 @@ class CausalLM:
 
     @property
     def _verified(self) -> Verified | None:
-        return getattr(self.model, _VERIFIED, None)
+        found: Verified | None = getattr(self.model, _VERIFIED, None)
+        if found is None or torch.compiler.is_compiling():
+            return found
+        return found if found.proposals == tuple(proposals(self.model.config)) else None
 
     @property
     def num_layers(self) -> int:
@@ -130,7 +135,7 @@ class CausalLM:
         Raises:
             TypeError: they are something else; see probe().
         """
-        decoders = self._decoders()
+        decoders, seen = self._decoders(), tuple(proposals(self.model.config))
         for index, decoder in enumerate(decoders):
             alike: list[bool] = []
 
@@ -146,7 +151,7 @@ class CausalLM:
                 if index + 1 < len(decoders):
                     continue
                 raise
-            setattr(self.model, _VERIFIED, Verified(found, index, alike[0]))
+            setattr(self.model, _VERIFIED, Verified(found, index, alike[0], seen))
             break
         return self.logit_options
 
