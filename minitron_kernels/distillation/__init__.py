@@ -16,8 +16,10 @@ _LAZY = {
     "CachedTeacher": "minitron_kernels.distillation.cache.teacher",
     "DistillationPlan": "minitron_kernels.distillation.scale",
     "DistillationTrainer": "minitron_kernels.distillation.trainers.hf",
+    "TeacherCache": "minitron_kernels.distillation.cache.reader",
     "TeacherCacheWriter": "minitron_kernels.distillation.cache.writer",
     "plan_distillation": "minitron_kernels.distillation.scale",
+    "cache_teacher": "minitron_kernels.distillation.cache.fill",
 }
 
 __all__ = [

@@ -30,7 +30,7 @@ from minitron_kernels.distillation.logits import (
     why_not_now,
 )
 from minitron_kernels.distillation.signals import DenseSignal
-from minitron_kernels.ops.kl_loss.heads import head_of
+from minitron_kernels.ops.kl_loss.heads import EffectiveHead, head_of
 
 _ATTACHED = "_minitron_attached"
 _VERIFIED = "_minitron_verified"  # of a model: what verify() has found
@@ -186,14 +186,23 @@ class CausalLM:
         """
         self.ensure_verified()
         states, kept = self.states(batch, layers)
-        hidden, weight, bias = self.head(states)
-        if weight.device.type == "meta" and hidden.device.type != "meta":
+        hidden, weight, bias = self.operands(states)
+        scale, softcap = self.logit_options
+        return DenseSignal(hidden, weight, bias, scale, softcap, kept)
+
+    def operands(self, states: Tensor) -> EffectiveHead:
+        """Hidden states, weight and bias whose product the output layer computes.
+
+        Raises:
+            ValueError: an output layer that a device_map offloads, or without memory outside of a wrapper.
+        """
+        found = self.head(states)
+        if found.weight.device.type == "meta" and states.device.type != "meta":
             raise ValueError(
                 f"the output layer of {type(self.model).__name__} is offloaded (its weight is on meta): keep "
                 "it on a device, by a device_map that says so of lm_head"
             )
-        scale, softcap = self.logit_options
-        return DenseSignal(hidden, weight, bias, scale, softcap, kept)
+        return found
 
     def decoder_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What of a batch the decoder is called with."""
@@ -339,7 +348,7 @@ def _attached(cls: Any) -> type:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, distillation: Any = None, **batch: Any) -> Any:
         if distillation is None:
-            return original(self, *args, **batch)
+            return cls.forward(self, *args, **batch)
         batch.update(zip(names, args, strict=False))
         lm = CausalLM(self)
         if getattr(distillation, "wants_states", False):  # a teacher, whose head is taken outside

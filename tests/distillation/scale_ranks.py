@@ -30,7 +30,7 @@ LAYOUTS = {  # name: (copies of the run on other ranks, fsdp, tp)
 COMMON = dict(model_type="llama", num_attention_heads=8, num_key_value_heads=4, head_dim=8, vocab_size=251,
               max_position_embeddings=64, tie_word_embeddings=False, pad_token_id=0)  # fmt: skip
 STUDENT = COMMON | dict(hidden_size=48, intermediate_size=84, num_hidden_layers=2)
-TEACHER = COMMON | dict(hidden_size=72, intermediate_size=100, num_hidden_layers=3)
+TEACHER = COMMON | dict(hidden_size=72, intermediate_size=100, num_hidden_layers=1)
 CASES = {  # name: (layout, checkpointing)
     "fsdp 2": ("fsdp 2", False),
     "tp 2": ("tp 2", False),
@@ -38,6 +38,8 @@ CASES = {  # name: (layout, checkpointing)
     "fsdp 2, tp 2": ("fsdp 2, tp 2", False),
     "fsdp 2, tp 2, checkpointing": ("fsdp 2, tp 2", True),
     "tp 4, checkpointing": ("tp 4", True),
+    "activations, tp 2": ("tp 2", False),
+    "activations, tp 4": ("tp 4", False),
 }
 LENGTH, MICRO_BATCH, MICRO_STEPS = 24, 2, 2
 KINDS = {
@@ -248,7 +250,8 @@ def run(layout, checkpointing):
         heads["hidden"] = local_bytes([signal.hidden])
 
     micro_step()  # the first gathers the teacher's outermost group
-    optimizer.step()
+    if not checkpointing:  # which changes nothing of its states, and DTensors make it slow
+        optimizer.step()
     optimizer.zero_grad()
     mk.release_workspaces()
     with sent:
@@ -262,11 +265,12 @@ def run(layout, checkpointing):
     held = {
         "student: shards of the weights": storage_bytes(student.parameters()),
         "student: shards of the gradients": storage_bytes(x.grad for x in student.parameters()),
-        "student: shards of the optimizer's states": local_bytes(moments),
         "teacher: hidden states behind the last norm": heads["hidden"],
         "the loss: scratch memory": _workspace.workspace_bytes_held(),
     }
     teacher.reshard()
+    if moments:
+        held["student: shards of the optimizer's states"] = local_bytes(moments)
     held["teacher: shards of the weights"] = storage_bytes(teacher.parameters())
     found = {name: [plan.ours.part(name), nbytes] for name, nbytes in held.items()}
     if tp > 1:  # in 16 bits the sum over ranks is torch's memory, not the workspace
@@ -286,6 +290,43 @@ def run(layout, checkpointing):
     return found
 
 
+def kept_bytes_of(model, ids):
+    """What autograd keeps of a model's layers and last norm, on this rank, by the memory that it lies in."""
+
+    def local(x):
+        return getattr(x, "_local_tensor", x)
+
+    not_counted = {local(x).untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    kept, alive = {}, []
+
+    def pack(x):
+        if x.is_floating_point() and x.shape[:1] != (1,):  # not the angles, which all sequences share
+            storage = local(x).untyped_storage()
+            if storage.data_ptr() not in not_counted:
+                kept[storage.data_ptr()] = storage.nbytes()
+                alive.append(x)  # so that its place is not another's
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model.model(input_ids=ids, use_cache=False)
+    return sum(kept.values())
+
+
+def run_activations(layout):
+    """What a rank of tensor parallelism keeps for its backward: {what: [planned, found]}."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from minitron_kernels.distillation.scale_activations import kept_bytes
+    from minitron_kernels.distillation.scale_shape import shape_of
+
+    mesh = init_device_mesh("cpu", layout, mesh_dim_names=("copy", "fsdp", "tp"))
+    model = model_of(STUDENT, 0).to(torch.bfloat16).train()
+    split(model, mesh["tp"])
+    ids = torch.arange(MICRO_BATCH * LENGTH).reshape(MICRO_BATCH, LENGTH) % COMMON["vocab_size"]
+    planned = kept_bytes(shape_of("student", STUDENT, layout[2]), ids.numel(), 2, False, False)
+    return {"activations": [planned, kept_bytes_of(model, ids)]}
+
+
 def run_rank(rank, folder):
     faulthandler.dump_traceback_later(150, exit=True)
     torch.set_num_threads(1)
@@ -294,7 +335,10 @@ def run_rank(rank, folder):
     report = {}
     for name, (layout, checkpointing) in CASES.items():
         try:
-            report[name] = run(LAYOUTS[layout], checkpointing)
+            if name.startswith("activations"):
+                report[name] = run_activations(LAYOUTS[layout])
+            else:
+                report[name] = run(LAYOUTS[layout], checkpointing)
         except Exception:
             report[name] = traceback.format_exc()[-3000:]
             break  # the others wait for this rank

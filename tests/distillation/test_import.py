@@ -109,8 +109,8 @@ def test_distillkit_files(tmp_path):
         ]
     )
     made = [plain_row(seed, T=4 + seed) for seed in range(5)]
-    # 0, 1, 10: in the order of their numbers
-    for number, part in ((0, made[:3]), (1, made[3:4]), (10, made[4:])):
+    # in the order of their numbers, which is not that of their names
+    for number, part in ((0, made[:3]), (2, made[3:4]), (10, made[4:])):
         table = pyarrow.Table.from_pylist([row for row, *_ in part], schema=schema)
         parquet.write_table(table, tmp_path / f"data_{number}.parquet")
     with pytest.raises(ValueError, match=r"has no compression_config\.yaml"):
@@ -121,9 +121,9 @@ def test_distillkit_files(tmp_path):
     for (tokens, payload), (_, expected, ids, logprobs) in zip(got, made, strict=True):
         assert torch.equal(tokens, expected)
         check_payload(payload, ids, logprobs, rows=len(tokens) - 1)
-    whole = (tmp_path / "data_1.parquet").read_bytes()
-    (tmp_path / "data_1.parquet").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"data_1\.parquet: is damaged"):
+    whole = (tmp_path / "data_2.parquet").read_bytes()
+    (tmp_path / "data_2.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"data_2\.parquet: is damaged"):
         list(read_distillkit(tmp_path))
     with pytest.raises(ValueError, match="has no data_0"):
         read_distillkit(tmp_path.parent, PLAIN)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from minitron_kernels.distillation.cache import sampling
 from minitron_kernels.distillation.cache.sampling import (
     sample_ids,
     sample_ids_of_hidden,
@@ -44,6 +45,17 @@ def test_draws_are_the_inverse_of_the_distribution_function(dtype):
         known = [token for token in row if token >= 0]
         assert known == sorted(set(known)) and row == known + [-1] * (20 - len(known))
     assert not (sampled.ids == 7).any()
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2.0**-53, 1.0])
+def test_what_is_impossible_is_not_drawn_at_either_end(u, monkeypatch):
+    def always(rows, n, *_):
+        return torch.full((rows, n), u, dtype=torch.float64)
+
+    monkeypatch.setattr(sampling, "_uniform", always)
+    logits = torch.tensor([-math.inf, -math.inf, 0.3, 0.1, 1 / 3, -math.inf])
+    sampled = sample_ids(logits, 2)
+    assert sampled.ids.tolist() == [2 if u == 0 else 4, -1] and sampled.counts.tolist() == [2, 0]
 
 
 def test_positions_at_a_time_change_nothing():

@@ -199,7 +199,10 @@ class _Progress:
             if progress:
                 raise
             return
-        total = len(batches) if hasattr(batches, "__len__") else None
+        try:
+            total = len(batches)
+        except TypeError:  # an iterator, or a DataLoader of one
+            total = None
         self._bar = tqdm(
             total=total, desc="caching", unit="batch", disable=None if progress is None else False
         )

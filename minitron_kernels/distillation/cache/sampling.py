@@ -162,7 +162,7 @@ def _draw(logits: Tensor, u: Tensor, first: int) -> Tensor:
         )
     below = (logits.to(torch.float64) - top.to(torch.float64)).exp_().cumsum(-1)
     total = below[:, -1:].contiguous()
-    # u < 1, but its product may round to the sum, behind the last token
+    # were u 1, as a generator may round it, the place would be behind the last token
     at = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(below, at, right=True)
 

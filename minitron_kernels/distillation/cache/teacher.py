@@ -63,7 +63,13 @@ class CachedTeacher:
         if fallback is not None:
             self._fallback, self._fallback_device = as_teacher(fallback)
             model = getattr(self._fallback, "model", None)
-            if self.spec.teacher.startswith("model:") and model_fingerprint(model) != self.spec.teacher:  # type: ignore[arg-type]
+            if not self.spec.teacher.startswith("model:"):
+                pass  # known by a name, which a model does not have
+            elif not isinstance(model, nn.Module):
+                raise TypeError(
+                    "fallback must be a model or a ModelTeacher, to be compared with the cached one"
+                )
+            elif model_fingerprint(model) != self.spec.teacher:
                 raise ValueError("fallback is not the teacher that was cached: its config or weights differ")
         self.check_student(vocab_size, tokenizer)
 
@@ -100,15 +106,14 @@ class CachedTeacher:
                 f"{self.cache.folder}: keeps no output of layer {refused[0]}: losses of hidden states need a "
                 "ModelTeacher" + ("" if last is None else f", or layer {last}, the last")
             )
-        ids = batch["input_ids"]
         with torch.no_grad():
             rows = self._lookup(batch)
-            device = self.device or ids.device
+            device = self.device or batch["input_ids"].device
             rows = {name: x.to(device, non_blocking=True) for name, x in rows.items()}
             return self._signal(rows, layers)
 
     def _lookup(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        if self._fallback is None:
+        if self._fallback is None and "input_ids" in batch:
             return self.cache.lookup(**batch)
         sequences = sequences_of(batch)
         absent = [found for found in sequences if found.tokens not in self.cache]
