@@ -14,9 +14,13 @@ from distillation.trainer_cases import (
     FAMILIES,
     VOCAB,
     arguments,
+    assert_no_worse,
     assert_same_gradients,
     big_batch,
+    mapped,
     models,
+    narrow,
+    plain_means,
     ragged,
     terms,
     trainer,
@@ -131,15 +135,6 @@ def test_teacher_in_bf16_and_student_in_fp32():
     assert_same_gradients(keep.gradients, expected, ulps=2**12)
 
 
-def no_worse(actual, plain, truth, factor=2.0):
-    """Errors of all gradients together are at most `factor` times those of plain PyTorch, against fp32."""
-
-    def error(found):
-        return sum(float((found[name].float() - x).square().sum()) for name, x in truth.items()) ** 0.5
-
-    assert error(actual) <= factor * error(plain), (error(actual), error(plain))
-
-
 def test_autocast_in_bf16():
     data = ragged()[:4]
     truth, _ = big_batch(*models(), data, 0.5)
@@ -148,7 +143,7 @@ def test_autocast_in_bf16():
     made, keep = trainer(*models(), data, args=arguments(gradient_accumulation_steps=2, bf16=True))
     made.train()
     assert {p.dtype for p in made.model.parameters()} == {torch.float32}
-    no_worse(keep.gradients, plain, truth)
+    assert_no_worse(keep.gradients, plain, truth)
     assert any((keep.gradients[name] != x).any() for name, x in truth.items())
 
 
@@ -174,7 +169,7 @@ def test_gradients_of_a_scaled_loss_in_fp16():
     student.train()
     with torch.autocast("cpu", torch.float16):
         loss = made.compute_loss(student, collate(data), num_items_in_batch=items)
-    no_worse(gradients(loss, student), plain, truth)
+    assert_no_worse(gradients(loss, student), plain, truth)
 
 
 def test_compiled():
@@ -196,16 +191,6 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return self.rows[index]
-
-
-def plain_means(student, teacher, data, ce_weight):
-    """The metrics of evaluate() from full logits, over all tokens."""
-    student.eval()
-    with torch.no_grad():
-        found = [terms(student, teacher, row) for row in data]
-    count = sum(n for *_, n in found)
-    kl, ce = (float(sum(row[i] for row in found)) / count for i in range(2))
-    return {"loss": kl + ce_weight * ce, "kl": kl, "ce": ce, "perplexity": math.exp(ce), "tokens": count}
 
 
 def test_evaluation_is_a_mean_over_tokens():
@@ -264,19 +249,6 @@ def test_the_clock_stands_still_in_evaluation(monkeypatch):
     assert window.close(accelerator)["teacher_share"] == 0.25
     now[0] += 2
     assert window.close(accelerator)["teacher_share"] == 0
-
-
-def mapped(weight=0.5, **options):
-    """A loss with a learned map between the students and teachers of narrow()."""
-    from minitron_kernels.distillation.hidden_states import HiddenStatesLoss
-
-    torch.manual_seed(0)
-    states = HiddenStatesLoss({1: 1}, student_width=32, teacher_width=48)
-    return DistillationLoss(ce_weight=0.5, hidden_states=states, hidden_weight=weight, **options)
-
-
-def narrow():
-    return models(hidden_size=32)
 
 
 def test_parameters_of_the_loss_are_trained(tmp_path):
@@ -359,8 +331,9 @@ def test_a_checkpoint_without_the_parameters_of_the_loss(tmp_path):
 def test_best_model_is_loaded_with_its_loss(tmp_path):
     data = ragged()
     args = arguments(
-        output_dir=tmp_path, max_steps=3, learning_rate=3.0, greater_is_better=True, save_strategy="steps", save_steps=1,
-        eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, lr_scheduler_type="constant",
+        output_dir=tmp_path, max_steps=3, learning_rate=3.0, lr_scheduler_type="constant",
+        save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, greater_is_better=True,
     )  # fmt: skip
     loss = mapped()
     made, _ = trainer(*narrow(), data, loss=loss, args=args, eval_dataset=data)

@@ -1,6 +1,7 @@
 """Models, batches and plain PyTorch for the tests of DistillationTrainer."""
 
 import functools
+import math
 import tempfile
 
 import torch
@@ -84,6 +85,30 @@ def big_batch(student, teacher, data, ce_weight, groups=None):
     return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, loss.detach()
 
 
+def plain_means(student, teacher, data, ce_weight):
+    """The metrics of evaluate() from full logits, over all tokens."""
+    student.eval()
+    with torch.no_grad():
+        found = [terms(student, teacher, row) for row in data]
+    count = sum(n for *_, n in found)
+    kl, ce = (float(sum(row[i] for row in found)) / count for i in range(2))
+    return {"loss": kl + ce_weight * ce, "kl": kl, "ce": ce, "perplexity": math.exp(ce), "tokens": count}
+
+
+def mapped(weight=0.5, **options):
+    """A loss with a learned map between the students and teachers of narrow()."""
+    from minitron_kernels.distillation import DistillationLoss
+    from minitron_kernels.distillation.hidden_states import HiddenStatesLoss
+
+    torch.manual_seed(0)
+    states = HiddenStatesLoss({1: 1}, student_width=32, teacher_width=48)
+    return DistillationLoss(ce_weight=0.5, hidden_states=states, hidden_weight=weight, **options)
+
+
+def narrow():
+    return models(hidden_size=32)
+
+
 def arguments(**changes):
     """TrainingArguments of one optimizer step on the CPU, with nothing written and gradients as they are."""
     from transformers import TrainingArguments
@@ -112,7 +137,7 @@ def gradients_callback():
     class Keep(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
             self.gradients = {
-                name.replace("module.", "").replace("_orig_mod.", ""): _whole(p.grad).clone()
+                name.replace("module.", "").replace("_orig_mod.", ""): whole(p.grad).clone()
                 for name, p in model.named_parameters()
                 if p.grad is not None
             }
@@ -120,7 +145,7 @@ def gradients_callback():
     return Keep()
 
 
-def _whole(x):
+def whole(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
@@ -160,3 +185,12 @@ def assert_same_gradients(actual, expected, *, ulps=64):
         error = (actual[name].float() - x.float()).abs().max()
         scale = max(float(x.abs().max()), 1e-6)
         assert error <= ulps * 2**-24 * scale, f"{name}: {float(error):.3g} of {scale:.3g}"
+
+
+def assert_no_worse(actual, plain, truth, factor=2.0):
+    """Errors of all gradients together are at most `factor` times those of plain PyTorch, against fp32."""
+
+    def error(found):
+        return sum(float((found[name].float() - x).square().sum()) for name, x in truth.items()) ** 0.5
+
+    assert error(actual) <= factor * error(plain), (error(actual), error(plain))

@@ -2,7 +2,22 @@
 
 import functools
 
-from distillation.trainer_cases import arguments, assert_same_gradients, big_batch, models, ragged, trainer
+import torch
+
+from distillation.trainer_cases import (
+    arguments,
+    assert_no_worse,
+    assert_same_gradients,
+    big_batch,
+    collate,
+    mapped,
+    models,
+    narrow,
+    plain_means,
+    ragged,
+    trainer,
+    whole,
+)
 
 DECODER_LAYERS = {"llama": "LlamaDecoderLayer", "gemma2": "Gemma2DecoderLayer", "qwen3": "Qwen3DecoderLayer"}
 
@@ -65,6 +80,131 @@ def gradient(
     assert abs(made.state.log_history[0]["loss"] - float(loss)) < 1e-5 * float(loss)
 
 
+def ddp_with_checkpointing():
+    """Without a search for unused parameters."""
+    return {"activation_checkpointing": True}
+
+
+def bf16(options=None):
+    return {"bf16": True, **(options() if options else {})}
+
+
+def rounded(folder, *, options=None):
+    """Under bf16 errors are at most twice those of plain PyTorch's autocast in one process."""
+    data = ragged()
+    truth, _ = big_batch(*models(), data, 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, _ = big_batch(*models(), data, 0.5)
+    args = arguments(output_dir=str(folder), gradient_accumulation_steps=2, **bf16(options))
+    made, keep = trainer(*models(), data, args=args)
+    made.train()
+    assert_no_worse(keep.gradients, plain, truth)
+
+
+def adapters(folder, *, options=None):
+    """LoRA on a layer and on the head."""
+    peft = __import__("peft")
+    data = ragged()
+
+    def adapted():
+        student, teacher = models()
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+        return peft.get_peft_model(student, config), teacher
+
+    expected, _ = big_batch(*adapted(), data, 0.5)
+    args = arguments(output_dir=str(folder), gradient_accumulation_steps=2, **(options() if options else {}))
+    made, keep = trainer(*adapted(), data, args=args)
+    made.train()
+    assert_same_gradients(keep.gradients, expected)
+
+
+def evaluation(folder, *, count=7, options=None, packed=False):
+    """Metrics over an odd number of sequences; a sampler repeats some to make the ranks' batches alike."""
+    from transformers import DataCollatorWithFlattening
+
+    data = ragged((9, 5, 12, 4, 7, 3, 8)[:count])
+    if packed:
+        data = [{"input_ids": row["input_ids"], "labels": row["input_ids"].clone()} for row in data]
+    expected = plain_means(*models(), data, 0.5)
+    rows = [{name: x.tolist() for name, x in row.items()} for row in data] if packed else data
+    collator = {"data_collator": DataCollatorWithFlattening()} if packed else {}
+    args = arguments(output_dir=str(folder), learning_rate=0.0, **(options() if options else {}))
+    made, _ = trainer(*models(), rows, args=args, eval_dataset=rows, **collator)
+    if options:  # accelerate prepares a model for FSDP2 together with its optimizer only
+        made.train()
+    metrics = made.evaluate()
+    for name, value in expected.items():
+        assert abs(metrics[f"eval_{name}"] - value) <= 1e-5 * value, (name, metrics, expected)
+
+
+def logs(folder):
+    """Means over tokens of both ranks, two steps and two micro-batches."""
+    data = ragged()
+    expected = plain_means(*models(), data, 0.5)
+    args = arguments(
+        output_dir=str(folder), per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=2,
+        logging_steps=2, learning_rate=0.0,
+    )  # fmt: skip
+    made, _ = trainer(*models(), data, args=args)
+    made.train()
+    log = made.state.log_history[0]
+    for name in ("kl", "ce"):
+        assert abs(log[name] - expected[name]) < 1e-5 * expected[name], (name, log, expected)
+    assert log["tokens_per_second"] > 0 and 0 < log["teacher_share"] < 1
+
+
+def map_gradient(folder, *, options=None):
+    """The map's gradient, and the student's beside it, are those of one big batch, by autograd alone."""
+    from minitron_kernels.distillation import ModelTeacher, attach, step
+
+    data = ragged()
+    student, teacher = narrow()
+    loss = mapped()
+    record = step(attach(student.train()), ModelTeacher(teacher), collate(data), loss)
+    record.loss.backward()
+    expected = {name: p.grad for name, p in student.named_parameters()}
+    expected["distillation_map.weight"] = loss.hidden_states.map.weight.grad
+    loss = mapped()
+    args = arguments(output_dir=str(folder), gradient_accumulation_steps=2, **(options() if options else {}))
+    made, keep = trainer(*narrow(), data, args=args, loss=loss)
+    made.train()
+    assert "distillation_map.weight" in keep.gradients
+    assert_same_gradients(keep.gradients, expected, ulps=256)
+    weight = whole(loss.hidden_states.map.weight)
+    others = [torch.empty_like(weight) for _ in range(2)]
+    torch.distributed.all_gather(others, weight)
+    assert torch.equal(*others)
+
+
+def resumed(folder, *, options=None):
+    """Two steps and two more are four, the map and the running means of each rank included."""
+    data = ragged((9, 5, 12, 4, 7, 3, 8, 10) * 2)
+
+    def make():
+        args = arguments(
+            output_dir=str(folder), max_steps=4, save_strategy="steps", save_steps=2,
+            **(options() if options else {}),
+        )  # fmt: skip
+        loss = mapped("dynamic", hidden_weight_smoothing=0.5)
+        return trainer(*narrow(), data, args=args, loss=loss)[0]
+
+    first = make()
+    first.train()
+    second = make()
+    second.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+    found = []
+    for made in (first, second):
+        state = dict(made.model.named_parameters()) | made.distillation_loss.state_dict()
+        found.append({name: whole(x) for name, x in state.items()})  # together, before anything is refused
+    different = [name for name, x in found[0].items() if not torch.equal(x, found[1][name])]
+    assert not different, different
+    from safetensors.torch import load_file
+
+    saved = set(load_file(f"{folder}/checkpoint-2/model.safetensors"))
+    assert saved == set(narrow()[0].state_dict())
+
+
 CASES = {
     "ddp_2x2": gradient,
     "ddp_2x1": functools.partial(gradient, batch=2, steps=1),
@@ -77,5 +217,21 @@ CASES = {
     "fsdp_1x4": functools.partial(gradient, batch=1, steps=4, options=fsdp2),
     "fsdp_apart": functools.partial(gradient, together=False, options=fsdp2),
     "fsdp_masked": functools.partial(gradient, masked=(0, 1, 4, 5), options=fsdp2),
+    "ddp_checkpointing": functools.partial(gradient, options=ddp_with_checkpointing),
+    "ddp_gemma2": functools.partial(gradient, family="gemma2"),
+    "ddp_tied": functools.partial(gradient, changes={"tie_word_embeddings": True}),
+    "ddp_bf16": rounded,
+    "ddp_adapters": adapters,
+    "ddp_map": map_gradient,
+    "ddp_resumed": resumed,
+    "evaluation": evaluation,
+    "evaluation_of_five": functools.partial(evaluation, count=5),
+    "evaluation_of_one": functools.partial(evaluation, count=1),
+    "evaluation_packed": functools.partial(evaluation, packed=True),
+    "logs": logs,
+    "fsdp_bf16": functools.partial(rounded, options=fsdp2),
+    "fsdp_adapters": functools.partial(adapters, options=fsdp2),
+    "fsdp_map": functools.partial(map_gradient, options=fsdp2),
+    "fsdp_gemma2": functools.partial(gradient, family="gemma2", options=functools.partial(fsdp2, "gemma2")),
     "fsdp_tied": functools.partial(gradient, changes={"tie_word_embeddings": True}, options=fsdp2),
 }

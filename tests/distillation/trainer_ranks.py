@@ -31,9 +31,11 @@ def run_all(rank, folder, module, names):
                 CASES[name](place)
             reports[name] = None
         except Exception:
-            reports[name] = traceback.format_exc()[-3000:]
+            reports[name] = traceback.format_exc()[-6000:]
+            if "Timed out" in reports[name] or "Connection closed" in reports[name]:
+                raise  # the other rank has left this one alone
+        (Path(folder) / f"report{rank}.json").write_text(json.dumps(reports))
         dist.barrier()
-    (Path(folder) / f"report{rank}.json").write_text(json.dumps(reports))
     dist.destroy_process_group()
 
 
@@ -74,7 +76,10 @@ def start(folder, names=(), timeout=600, module="trainer_rank_cases"):
         for rank, process in enumerate(processes):
             _, text = process.communicate(timeout=timeout)
             if process.returncode:
-                errors.append(f"rank {rank}: {text[-3000:]}")
+                report = Path(folder) / f"report{rank}.json"
+                errors.append(
+                    f"rank {rank}: {report.read_text()[-6000:] if report.exists() else text[-6000:]}"
+                )
     finally:
         for process in processes:
             process.kill()
