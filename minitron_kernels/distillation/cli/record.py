@@ -113,6 +113,10 @@ def curves(log: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[
 def draw(log: Sequence[Mapping[str, Any]], path: Path, title: str) -> bool:
     """Draws the curves of a log as PNG; False where there is no matplotlib, or no two points."""
     found = curves(log)
+    for end in ("", ", held out"):  # a loss that is the KL alone would hide it
+        loss, kl = (found.get(f"{name}{end}", ([], []))[1] for name in ("loss", "kl"))
+        if len(loss) == len(kl) and all(abs(a - b) <= 1e-4 * abs(b) for a, b in zip(loss, kl, strict=True)):
+            found.pop(f"loss{end}", None)
     if not any(len(steps) > 1 for steps, _ in found.values()):
         return False
     try:

@@ -99,6 +99,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Counts the step; stops after it, with a checkpoint, if a signal came."""
         assert self._progress is not None
+        control.should_log |= state.global_step >= self._job.steps  # the last losses, whatever log_every is
         self._progress.advance(more_comes=control.should_log)
         number = self._interrupt.number or 0
         if self._group is not None:
