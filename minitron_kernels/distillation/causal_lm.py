@@ -27,10 +27,11 @@ from minitron_kernels.distillation.logits import (
     NotCalledError,
     logit_options,
     probe,
+    proposals,
     why_not_now,
 )
 from minitron_kernels.distillation.signals import DenseSignal
-from minitron_kernels.ops.kl_loss.heads import head_of
+from minitron_kernels.ops.kl_loss.heads import EffectiveHead, head_of
 
 _ATTACHED = "_minitron_attached"
 _VERIFIED = "_minitron_verified"  # of a model: what verify() has found
@@ -48,6 +49,7 @@ class Verified(NamedTuple):
     logits: LogitOptions
     decoder: int  # which of the modules that decoders() names the model's forward calls
     states_are_layers: bool  # whether its hidden_states[layer + 1] is the output of a layer
+    proposals: tuple[LogitOptions, ...]  # of the config then: one that was changed is looked at again
 
 
 class CausalLM:
@@ -93,7 +95,10 @@ class CausalLM:
 
     @property
     def _verified(self) -> Verified | None:
-        return getattr(self.model, _VERIFIED, None)
+        found: Verified | None = getattr(self.model, _VERIFIED, None)
+        if found is None or torch.compiler.is_compiling():
+            return found
+        return found if found.proposals == tuple(proposals(self.model.config)) else None
 
     @property
     def num_layers(self) -> int:
@@ -130,7 +135,7 @@ class CausalLM:
         Raises:
             TypeError: they are something else; see probe().
         """
-        decoders = self._decoders()
+        decoders, seen = self._decoders(), tuple(proposals(self.model.config))
         for index, decoder in enumerate(decoders):
             alike: list[bool] = []
 
@@ -146,7 +151,7 @@ class CausalLM:
                 if index + 1 < len(decoders):
                     continue
                 raise
-            setattr(self.model, _VERIFIED, Verified(found, index, alike[0]))
+            setattr(self.model, _VERIFIED, Verified(found, index, alike[0], seen))
             break
         return self.logit_options
 
@@ -186,14 +191,23 @@ class CausalLM:
         """
         self.ensure_verified()
         states, kept = self.states(batch, layers)
-        hidden, weight, bias = self.head(states)
-        if weight.device.type == "meta" and hidden.device.type != "meta":
+        hidden, weight, bias = self.operands(states)
+        scale, softcap = self.logit_options
+        return DenseSignal(hidden, weight, bias, scale, softcap, kept)
+
+    def operands(self, states: Tensor) -> EffectiveHead:
+        """Hidden states, weight and bias whose product the output layer computes.
+
+        Raises:
+            ValueError: an output layer that a device_map offloads, or without memory outside of a wrapper.
+        """
+        found = self.head(states)
+        if found.weight.device.type == "meta" and states.device.type != "meta":
             raise ValueError(
                 f"the output layer of {type(self.model).__name__} is offloaded (its weight is on meta): keep "
                 "it on a device, by a device_map that says so of lm_head"
             )
-        scale, softcap = self.logit_options
-        return DenseSignal(hidden, weight, bias, scale, softcap, kept)
+        return found
 
     def decoder_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What of a batch the decoder is called with."""
@@ -339,7 +353,7 @@ def _attached(cls: Any) -> type:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, distillation: Any = None, **batch: Any) -> Any:
         if distillation is None:
-            return original(self, *args, **batch)
+            return cls.forward(self, *args, **batch)
         batch.update(zip(names, args, strict=False))
         lm = CausalLM(self)
         if getattr(distillation, "wants_states", False):  # a teacher, whose head is taken outside

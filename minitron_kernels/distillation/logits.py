@@ -47,10 +47,10 @@ class NotCalledError(TypeError):
 def logit_options(config: Any) -> LogitOptions:
     """What a config says of the logits; for a model type outside of KNOWN_TYPES a guess, until probe() "
     "agrees."""
-    return next(_proposals(config))
+    return next(proposals(config))
 
 
-def _proposals(config: Any) -> Iterator[LogitOptions]:
+def proposals(config: Any) -> Iterator[LogitOptions]:
     """The options that a config may mean, the likeliest first."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     divides = str(getattr(text, "model_type", "")).startswith(_DIVIDES)
@@ -158,7 +158,7 @@ def probe(
 def _matching(config: Any, product: Tensor, logits: Tensor, *, tolerance: float, name: str) -> LogitOptions:
     """The first proposal that the logits follow, every token within the tolerance."""
     tried = {}
-    for options in _proposals(config):
+    for options in proposals(config):
         z = product.float() * options.logit_scale
         if options.softcap is not None:
             z = options.softcap * torch.tanh(z / options.softcap)

@@ -92,10 +92,10 @@ class ModelTeacher:
         bias = None if bias is None else bias.detach()
         if is_dtensor(weight) and weight.dtype != hidden.dtype:  # sharded in fp32, computed with in bf16
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        if source is not None and hidden.device != source:
-            hidden = hidden.to(source)
-            kept = {layer: x.to(source) for layer, x in kept.items()}
-            weight, bias = self._at(weight, source), None if bias is None else bias.to(source)
+        if source is not None:
+            hidden, kept = hidden.to(source), {layer: x.to(source) for layer, x in kept.items()}
+            bias = None if bias is None else bias.to(source)
+            weight = weight if weight.device == source else self._at(weight, source)
         weight = weight.detach()
         return DenseSignal(hidden, weight, bias, scale, softcap, kept)
 
@@ -108,7 +108,7 @@ class ModelTeacher:
         if call.head is not None:
             return *call.head, kept, lm.logit_options
         try:
-            return *lm.head(hidden), kept, lm.logit_options
+            return *lm.operands(hidden), kept, lm.logit_options
         except ValueError:  # FSDP1 and ZeRO-3 have it in one piece within the forward only
             self._head_inside = True
             return self._run(inputs, layers)

@@ -23,7 +23,7 @@ from minitron_kernels.distillation.cache.reader import TeacherCache
 from minitron_kernels.distillation.cache.writer import TeacherCacheWriter
 
 CHANGES_DISK = ("open", "pwrite", "rename", "link", "unlink", "mkdir")
-SEQUENCES, A_SHARD = 40, 2
+SEQUENCES, A_SHARD = 26, 1
 TIER = "topk"
 ROWS = [(tokens_of(n), payload_of(tokens_of(n), TIER)) for n in range(SEQUENCES)]
 
@@ -48,8 +48,8 @@ def ended(pid):
 
 
 def die_at(step):
-    """Makes this process kill itself at the call number `step` that changes the disk, of two such numbers
-    before the one and after the other; returns a counter."""
+    """Makes this process kill itself at the call number `step` that changes the disk, before or after it;
+    returns a counter."""
     left, os_open = [step], os.open
 
     def wrap(call):
@@ -57,7 +57,7 @@ def die_at(step):
             left[0] -= not (call is os_open and not args[1] & os.O_CREAT)
             if left[0] >= 0:
                 return call(*args, **kwargs)
-            if step % 2:
+            if random.Random(step).random() < 0.5:
                 call(*args, **kwargs)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -80,9 +80,8 @@ def fill(folder, order=None):
 
 
 def contents(folder):
-    """{sequence: whether its payload is right} of those that are there; everything is verified."""
+    """{sequence: whether its payload is right} of those that are there; each is read, with its checksum."""
     cache = TeacherCache(folder)
-    cache.verify()
     there = [n for n in range(SEQUENCES) if ROWS[n][0] in cache]
     assert len(cache) == len(there)
     return {n: same(cache.row(ROWS[n][0]), ROWS[n][1]) for n in there}

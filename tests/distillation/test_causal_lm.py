@@ -278,6 +278,19 @@ def lambda_call(f):
     return f
 
 
+def test_what_changes_after_attach_is_looked_at_again():
+    model, batch = attach(tiny("gemma2")), batch_of(labels=False)
+    assert model(**batch, distillation=Keep()).softcap == 3.0
+    model.config.final_logit_softcapping = None
+    assert model(**batch, distillation=Keep()).softcap is None
+    with torch.device("meta"):
+        empty = attach(type(tiny())(tiny().config))
+    assert not CausalLM(empty).is_verified
+    empty.to_empty(device="cpu").load_state_dict(tiny().state_dict())
+    empty.model.rotary_emb = tiny().model.rotary_emb
+    assert empty(**batch, distillation=Keep()).logit_scale == 1 and CausalLM(empty).is_verified
+
+
 def test_models_that_are_not_known_are_refused():
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minitron_kernels.ops.kl_loss.op import kl_loss, linear_kl_loss
 
-TRL_VERSIONS = ("1.13.0", "1.14.2", "1.15.0", "1.16.0")
+TRL_VERSIONS = ("1.16.0",)
 
 
 def chunked_divergence_loss(
