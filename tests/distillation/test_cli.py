@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
     """Models and text, a cache of all tokens, and a run of six steps."""
     folder = tmp_path_factory.mktemp("cli")
     save_models(folder)
-    assert run(*cache_of(folder, folder / "cache", "--k", 96)) == 0
+    assert run(*cache_of(folder, folder / "cache", "--k", 96, "--quantiser", "fp32")) == 0
     held_out = ["--eval-data", folder / "held.jsonl", "--eval-every", 4]
     assert run(*train_of(folder, folder / "live", "--steps", STEPS, *held_out)) == 0
     return folder
@@ -284,7 +284,8 @@ def test_the_bytes_that_a_dry_run_expects(folder, tmp_path, capsys):
         assert run(*cache_of(folder, out, *tier)) == 0
         shards = list(out.rglob("*.safetensors"))
         held = sum(x.numel() * x.element_size() for path in shards for x in load_file(path).values()) / 400
-        assert said == pytest.approx(held, rel=0.15)  # beside them stand lengths and digests of windows
+        # about 90 bytes a window, its digest and the lengths of its fields, are not in what is said
+        assert said == pytest.approx(held - 90 / 16, rel=0.15)
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,7 @@ CASES = {
     "fsdp_bf16": functools.partial(rounded, options=fsdp2),
     "fsdp_adapters": functools.partial(adapters, options=fsdp2),
     "fsdp_map": functools.partial(map_gradient, options=fsdp2),
+    "fsdp_evaluation": functools.partial(evaluation, options=fsdp2),
     "fsdp_gemma2": functools.partial(gradient, family="gemma2", options=functools.partial(fsdp2, "gemma2")),
     "fsdp_tied": functools.partial(gradient, changes={"tie_word_embeddings": True}, options=fsdp2),
 }

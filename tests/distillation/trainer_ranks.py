@@ -41,12 +41,17 @@ def run_all(rank, folder, module, names):
 
 @contextlib.contextmanager
 def forget_accelerator():
-    """accelerate keeps the settings of its first Accelerator; the next case has others."""
+    """accelerate keeps the settings of its first Accelerator, in the environment too; the next has others."""
     from accelerate.state import AcceleratorState, GradientState
 
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 def start(folder, names=(), timeout=600, module="trainer_rank_cases"):

@@ -65,7 +65,7 @@ def of_cache(config: Mapping[str, Any], windows: int, device: str) -> str:
         "sampled": f"{spec.samples} draws a position",
         "hidden": f"hidden states of {spec.hidden_size} in bfloat16",
     }[spec.tier]
-    about = "at most " if spec.tier == "sampled" or spec.mass is not None else ""
+    about = "at most " if spec.tier == "sampled" or spec.mass is not None else "about "
     return "\n".join(
         [
             f"cache, on {device}; nothing is written",
@@ -168,7 +168,7 @@ def _bytes_a_token(config: Mapping[str, Any], teacher: Any, dtype: torch.dtype) 
     from minitron_kernels.distillation.cache.payload import encode
 
     vocab = config["vocab_size"] or teacher.config.vocab_size
-    tier, length = config["tier"], min(config["seq_len"], 256)
+    tier, length = config["tier"], min(config["seq_len"], 64)
     of_tier: dict[str, Any] = {"hidden_size": teacher.config.hidden_size}
     if tier == "topk":
         temperatures = tuple(config["temperatures"] or ())
@@ -181,7 +181,9 @@ def _bytes_a_token(config: Mapping[str, Any], teacher: Any, dtype: torch.dtype) 
     if tier == "hidden":
         payload: dict[str, Any] = {"hidden": torch.zeros(length, spec.hidden_size or 0, dtype=torch.bfloat16)}
     else:
-        ids = torch.arange(spec.k or 0).expand(length, -1)
+        # sets of ids are packed by their gaps: evenly drawn ones take most
+        drawn = torch.rand(length, vocab, generator=torch.Generator().manual_seed(0))
+        ids = drawn.topk(spec.k or 0).indices
         payload = {"ids": ids, "counts": torch.ones_like(ids)}
         if tier == "topk":
             logprobs = torch.full(ids.shape, math.log(0.5 / ids.shape[1]))
