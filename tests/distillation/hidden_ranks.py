@@ -1,13 +1,6 @@
 """Processes of this machine, joined by gloo, that train a student with hidden-state terms."""
 
-import json
-import os
-import subprocess
-import sys
-import traceback
 import warnings
-from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distillation.hidden_oracle import Toy
 from minitron_kernels.distillation import DenseSignal, DistillationLoss, HiddenStatesLoss
+from tools.ranks import run_cases, run_ranks
 
 V, H, HT, TOKENS = 16, 6, 9, 5
 LAYERS = {0: 1, 1: 3}
@@ -174,46 +168,10 @@ CASES = (
 )
 
 
-def run_all(rank, ranks, folder):
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder) / "store"), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
-    reports = {}
-    for case in CASES:
-        try:
-            case()
-            reports[case.__name__] = None
-        except Exception:
-            reports[case.__name__] = traceback.format_exc()[-3000:]
-        dist.barrier()
-    (Path(folder) / f"report{rank}.json").write_text(json.dumps(reports))
-    dist.destroy_process_group()
+def run_all(rank, folder, ranks):
+    run_cases({case.__name__: case for case in CASES}, rank, folder, ranks)
 
 
-def start(ranks, folder, timeout=180):
+def start(ranks, folder):
     """{case: {rank: error or None}}."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    code = (
-        f"import distillation.hidden_ranks as r, sys; r.run_all(int(sys.argv[1]), {ranks}, {str(folder)!r})"
-    )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(ranks)
-    ]
-    errors = []
-    try:
-        for rank, process in enumerate(processes):
-            _, text = process.communicate(timeout=timeout)
-            if process.returncode:
-                errors.append(f"rank {rank}: {text[-3000:]}")
-    finally:
-        for process in processes:
-            process.kill()
-    assert not errors, "\n".join(errors)
-    found = {}
-    for rank in range(ranks):
-        for name, error in json.loads((Path(folder) / f"report{rank}.json").read_text()).items():
-            found.setdefault(name, {})[rank] = error
-    return found
+    return run_ranks("distillation.hidden_ranks", ranks, folder, ranks)

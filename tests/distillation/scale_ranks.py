@@ -3,13 +3,8 @@
 Each writes what it holds and sends in a step, and beside it what plan_distillation() says.
 """
 
-import contextlib
 import faulthandler
 import json
-import os
-import signal
-import subprocess
-import sys
 import traceback
 from collections import Counter
 from datetime import timedelta
@@ -18,6 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tools.ranks import fork_ranks, run_forked
 
 RANKS = 4
 LAYOUTS = {  # name: (copies of the run on other ranks, fsdp, tp)
@@ -347,7 +344,7 @@ def run_rank(rank, folder):
 
 
 def fork_all(folder):
-    """One process imports everything, and is copied for each rank."""
+    # what each rank needs is imported once
     import torch.distributed.fsdp
     import torch.distributed.tensor.parallel  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
@@ -355,38 +352,12 @@ def fork_all(folder):
     import minitron_kernels.distillation.scale
     import minitron_kernels.pruning  # noqa: F401
 
-    children = []
-    for rank in range(RANKS):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                run_rank(rank, folder)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            os._exit(code)
-        children.append(child)
-    sys.exit(max(os.waitpid(child, 0)[1] for child in children) != 0)
+    fork_ranks(lambda rank: run_rank(rank, folder), RANKS)
 
 
-def start(folder, timeout=180):
+def start(folder):
     """Reports of all ranks."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    code = f"import distillation.scale_ranks as ranks; ranks.fork_all({str(folder)!r})"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        _, errors = process.communicate(timeout=timeout)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the ranks too
-    assert process.returncode == 0, errors[-3000:]
+    run_forked("distillation.scale_ranks", folder)
     return [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
 
 

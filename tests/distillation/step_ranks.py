@@ -1,14 +1,8 @@
 """Two processes of this machine, joined by gloo, whose step() must come to one big batch in plain PyTorch."""
 
 import copy
-import json
-import os
-import subprocess
 import sys
 import tempfile
-import traceback
-from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,6 +17,7 @@ from minitron_kernels.distillation import (
     count_targets,
     step,
 )
+from tools.ranks import fork_ranks, print_reports, read_reports, run_cases, run_forked
 
 RANKS = 2
 BATCH = batch_of(4, seed=3)
@@ -197,58 +192,18 @@ CASES = {
 }  # fmt: skip
 
 
-def run_rank(rank, folder, names):
-    """All cases; what went wrong on this rank goes into a file."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder) / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=120))
-    reports = {}
-    for name in names or CASES:
-        try:
-            CASES[name]()
-            reports[name] = None
-        except Exception:
-            reports[name] = traceback.format_exc()[-3000:]
-        dist.barrier()
-    (Path(folder) / f"report{rank}.json").write_text(json.dumps(reports))
-    dist.destroy_process_group()
+def fork_all(folder, names):
+    tiny(), tiny("gemma2")  # what each rank needs is imported once
+    cases = {name: CASES[name] for name in names or CASES}
+    fork_ranks(lambda rank: run_cases(cases, rank, folder, RANKS), RANKS)
 
 
-def run_all(folder, names):
-    """One process imports everything, and becomes two."""
-    tiny(), tiny("gemma2")
-    children = []
-    for rank in range(RANKS):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                run_rank(rank, folder, names)
-                code = 0
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    if any([os.waitpid(child, 0)[1] for child in children]):
-        sys.exit("a rank failed")
-
-
-def start(folder, names=(), timeout=600):
+def start(folder, names=()):
     """Reports of both ranks: by case, the errors by rank."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    code = "import sys; from distillation.step_ranks import run_all; run_all(sys.argv[1], sys.argv[2:])"
-    done = subprocess.run([sys.executable, "-c", code, str(folder), *names], env=environment, text=True,
-                          stderr=subprocess.PIPE, timeout=timeout)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = {}
-    for rank in range(RANKS):
-        for name, error in json.loads((Path(folder) / f"report{rank}.json").read_text()).items():
-            found.setdefault(name, {})[rank] = error
-    return found
+    run_forked("distillation.step_ranks", folder, list(names))
+    return read_reports(folder, RANKS)
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
-        for name, errors in start(place, sys.argv[1:]).items():
-            bad = {rank: error for rank, error in errors.items() if error}
-            print(name, "ok" if not bad else next(iter(bad.values()))[-1500:])
+        print_reports(start(place, sys.argv[1:]))

@@ -7,6 +7,7 @@ if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("needs gloo", allow_module_level=True)
 
 from distillation import hidden_ranks
+from tools.ranks import errors_of
 
 
 @pytest.fixture(scope="module")
@@ -16,5 +17,4 @@ def reports(tmp_path_factory):
 
 @pytest.mark.parametrize("case", [case.__name__ for case in hidden_ranks.CASES])
 def test_two_ranks(case, reports):
-    errors = {rank: error for rank, error in reports[case].items() if error}
-    assert not errors, "\n".join(f"rank {rank}: {error}" for rank, error in errors.items())
+    assert not (errors := errors_of(reports, case)), errors

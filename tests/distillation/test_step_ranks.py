@@ -9,6 +9,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
 from distillation.step_ranks import CASES, start
+from tools.ranks import errors_of
 
 
 @pytest.fixture(scope="module")
@@ -18,5 +19,4 @@ def reports(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_come_to_one_big_batch(reports, name):
-    errors = {rank: error for rank, error in reports[name].items() if error}
-    assert not errors, "\n".join(f"rank {rank}: {error}" for rank, error in errors.items())
+    assert not (errors := errors_of(reports, name)), errors

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from kl_loss.ranks import cases_of, start
 from tools.host_shim import load, missing_tool
+from tools.ranks import errors_of
 
 RANKS = 4
 
@@ -29,5 +30,4 @@ def reports_fixture(tmp_path_factory):
 def test_case(reports, world, name):
     if name.startswith("gpu") and missing_tool() is not None:
         pytest.skip(missing_tool())
-    errors = {rank: error for rank, error in reports[f"{world}-{name}"].items() if error}
-    assert not errors, "\n".join(f"rank {rank}: {error}" for rank, error in errors.items())
+    assert not (errors := errors_of(reports, f"{world}-{name}")), errors
