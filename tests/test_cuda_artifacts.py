@@ -27,6 +27,7 @@ import torch
 from minitron_kernels import _native
 from tools import sass
 from tools.archs import tested_archs
+from tools.faults import some
 from tools.host_shim import (
     CSRC,
     TESTS,
@@ -258,15 +259,12 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(("unit", "name"), FAULTS)
+@pytest.mark.parametrize(("unit", "name"), some(FAULTS))
 def test_planted_fault_is_found(unit, name):
     faults, flags, message = FAULTS[unit, name]
     fp32_only = (*faults, WITHOUT_HALF, WITHOUT_BFLOAT16)
     lines = violations(kernels_of(cubin(unit, 90, fp32_only, flags)), 90)
-    if message is None:
-        assert lines == []
-    else:
-        assert any(re.search(message, line) for line in lines), lines
+    assert any(re.search(message, line) for line in lines), lines
 
 
 def test_plain_name():

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tools.archs import tested_archs
+from tools.faults import some
 from tools.triton_runs import TESTS, faults_of, needs, ops_with, other_tritons, planted, python
 
 pytestmark = needs("triton")
@@ -100,11 +101,8 @@ def test_gates_on_another_triton(version, op):
 FAULTS = {(op, name): fault for op in OPS for name, fault in faults_of(op).TRITON_ARTIFACTS.items()}
 
 
-@pytest.mark.parametrize(("op", "name"), FAULTS)
+@pytest.mark.parametrize(("op", "name"), some(FAULTS))
 def test_planted_fault_is_found(op, name):
     only, faults, message = FAULTS[op, name]
     lines = violations(compiled("sm_90", op, only, faults), "sm_90")
-    if message is None:
-        assert lines == []
-    else:
-        assert any(re.search(message, line) for line in lines), lines
+    assert any(re.search(message, line) for line in lines), lines

@@ -10,7 +10,6 @@ NOT_TOGETHER = Fault(  # where a row lies depends on what the row before it hold
     "load16<true>(source + kept * shape.source.row_stride + (r > 0 && words[r > 0 ? r - 1 : 0].x == 77u))",
 )
 CUDA_ARTIFACTS = {  # name: faults in the source, compiler flags, what the gate says
-    "none": ((), (), None),
     "scalar loads": ((Fault(KERNEL, "  if (is_run) {", "  if (false) {"),), (), r" 0 128-bit loads"),
     "scalar stores": (
         (
@@ -98,7 +97,6 @@ CUDA = {
 
 TRITON = "gather/kernel_triton.py"
 TRITON_ARTIFACTS = {  # name: launches, faults, what the gate says
-    "none": ("both bf16", (), None),
     "scalar stores": (
         "both bf16",
         (Fault(TRITON, "    out_row = tl.multiple_of(out_row, OUT_ALIGN)\n", ""),),

@@ -5,7 +5,6 @@ from tools.faults import Fault
 UNIT = "importance/cuda/importance.cu"
 KERNELS = "importance/cuda/kernels.cuh"
 CUDA_ARTIFACTS = {  # name: faults in the source, compiler flags, what the gate says
-    "none": ((), (), None),
     "registers for too many blocks": (
         (Fault(KERNELS, "kPieceBlocksPerSM = 3;", "kPieceBlocksPerSM = 8;"),),
         (),
@@ -83,7 +82,6 @@ CUDA = {
 
 TRITON = "importance/kernel_triton.py"
 TRITON_ARTIFACTS = {  # name: launches, faults, what the gate says
-    "none": ("moments bf16 1", (), None),
     "scalar loads": (
         "moments bf16 1",
         (Fault(TRITON, '["B", "S", "C_blocks", "slots",', '["B", "S", "C_blocks", "stride_t", "slots",'),),

@@ -16,7 +16,6 @@ TRITON_ARGUMENTS, TRITON_LAUNCH_LINEAR, TRITON_STUDENT = (
 CLUSTERS = "kl_loss/cuda/cluster_kernels.cuh"
 ALIGNED_LOAD = "    if (aligned) {\n#pragma unroll\n      for (int i = 0; i < kAccesses; ++i) {\n"
 CUDA_ARTIFACTS = {  # name: faults in the source, compiler flags, what the gate says
-    "none": ((), (), None),
     "local memory": (  # indexed by what the compiler cannot know
         (
             Fault(
@@ -383,7 +382,6 @@ CUDA_STUDENT = {
 }
 
 TRITON_ARTIFACTS = {  # name: launches, faults, what the gate says
-    "none": ("rows forward bf16", (), None),
     "spills": (
         "linear forward bf16",
         (Fault(TRITON_LINEAR, "KEEP_EXP=False", "KEEP_EXP=True"),),
