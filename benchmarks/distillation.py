@@ -1,7 +1,7 @@
 """Distilling a pruned SmolLM2-135M: DistillationTrainer, beside Trainer with full logits and F.kl_div.
 
     python benchmarks/distillation.py                   # 32 steps of 1024 tokens; about 20 minutes on 2 cores
-    python benchmarks/distillation.py --quick           # a tiny model of random weights; a minute
+    python benchmarks/distillation.py --quick           # a tiny model of random weights; half a minute
     python benchmarks/distillation.py --teacher live hidden topk sampled --json out.json
 
 The teacher is scored and cut as in examples/minitron_smollm2.py (MLP 1536 -> 1152, hidden 576 -> 480). Each
@@ -33,6 +33,8 @@ from distillation_rows.worker import LABELS, TIERS
 WORKER = Path(__file__).parent / "distillation_rows/worker.py"
 SIZES = {"hidden_size": 480, "intermediate_size": 1152}
 TINY_SIZES = {"hidden_size": 160, "intermediate_size": 384}
+FULL = {"steps": 32, "length": 512, "calibration": 32, "evaluation": 12, "threads": cores()}
+QUICK = {"steps": 6, "length": 64, "calibration": 4, "evaluation": 4, "threads": 1}  # nothing to share out
 SAME = 0.01  # relative difference of the losses of rows that do the same
 
 
@@ -40,30 +42,36 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def default(what: str, name: str) -> str:
+    return f"{what} (default {FULL[name]}, {QUICK[name]} with --quick)"
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--teacher", nargs="+", default=["live"], choices=["live", *TIERS])
-    parser.add_argument("--steps", type=int, default=32, help="training steps (default 32)")
+    parser.add_argument("--steps", type=int, help=default("training steps", "steps"))
     parser.add_argument("--batch", type=int, default=2, help="windows in a step (default 2)")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a window (default 512)")
-    parser.add_argument("--calibration", type=int, default=32, help="windows to score with (default 32)")
-    parser.add_argument("--evaluation", type=int, default=12, help="windows to evaluate on (default 12)")
+    parser.add_argument("--length", type=int, help=default("tokens of a window", "length"))
+    parser.add_argument("--calibration", type=int, help=default("windows to score with", "calibration"))
+    parser.add_argument("--evaluation", type=int, help=default("windows to evaluate on", "evaluation"))
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default 5e-4)")
     parser.add_argument("--k", type=int, default=128, help="ids a position of the tier topk (default 128)")
     parser.add_argument("--samples", type=int, default=12, help="of the tier sampled (default 12)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=int, default=cores(), help="default: all cores")
+    parser.add_argument("--threads", type=int, help="default: all cores; 1 with --quick")
     parser.add_argument("--quick", action="store_true", help="a tiny random model and few steps")
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--markdown", type=Path, help="write the table here")
     args = parser.parse_args(argv)
-    if args.quick:
-        args.steps, args.length, args.calibration, args.evaluation = 6, 64, 4, 4
-    for name in ("steps", "batch", "calibration", "evaluation", "threads", "k", "samples"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name, value in (QUICK if args.quick else FULL).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("steps", "batch", "length", "calibration", "evaluation", "threads", "k", "samples"):
+        least = 2 if name == "length" else 1  # the last token predicts nothing
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
     return args
 
 
@@ -139,10 +147,9 @@ def fill(
 def gate(rows: dict[str, dict[str, Any]]) -> float:
     """The largest relative difference of a loss between rows of the live teacher; too large ends the run."""
     live = [rows[name]["losses"] for name in ("stock", "loop", "live") if name in rows]
-    worst = max(
-        (abs(a - b) / abs(b) for losses in live[1:] for a, b in zip(losses, live[0], strict=True)),
-        default=0.0,
-    )
+    pairs = [(a, b) for losses in live[1:] for a, b in zip(losses, live[0], strict=True)]
+    # of torch, whose maximum is NaN if one is
+    worst = float(torch.tensor([0.0] + [abs(a - b) / abs(b) for a, b in pairs]).max())
     if not worst <= SAME:  # NaN too
         raise SystemExit(f"wrong: losses of rows that do the same differ by {worst:.2g}, allowed {SAME}")
     return worst

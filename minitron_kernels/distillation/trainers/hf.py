@@ -161,6 +161,11 @@ class DistillationTrainer(Trainer):
         with self._training.teacher_timed(), torch.no_grad(), self.accelerator.autocast():
             return self.teacher(batch, layers)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; what an earlier run did not log is not logged by this one."""
+        self._training = Window(self.args.device)
+        return super().train(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer; the clock of the logs runs from the first one."""
         self._training.start()
