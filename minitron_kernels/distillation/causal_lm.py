@@ -214,6 +214,8 @@ class CausalLM:
         for name in _CACHES:
             if batch.get(name) is not None:
                 raise ValueError(f"{name} cannot be in a batch to distil on: sequences are seen whole")
+        if batch.get("output_router_logits"):
+            raise ValueError("output_router_logits cannot be in a batch: the router's loss would be lost")
         keep = batch.get("logits_to_keep")
         if keep is not None and not (isinstance(keep, int) and keep == 0):
             raise ValueError(
@@ -222,8 +224,7 @@ class CausalLM:
         return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_DECODER}
 
     def ensure_verified(self) -> None:
-        """verify() once, within a forward; a graph that is being compiled cannot, and trusts known "
-        "families."""
+        """verify() once, within a forward; a graph being compiled cannot, and trusts known families."""
         if self.is_verified:
             return
         if not torch.compiler.is_compiling():

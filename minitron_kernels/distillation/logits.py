@@ -45,8 +45,7 @@ class NotCalledError(TypeError):
 
 
 def logit_options(config: Any) -> LogitOptions:
-    """What a config says of the logits; for a model type outside of KNOWN_TYPES a guess, until probe() "
-    "agrees."""
+    """What a config says of the logits; outside of KNOWN_TYPES a guess, until probe() agrees."""
     return next(proposals(config))
 
 

@@ -353,7 +353,7 @@ def test_batches_pass_as_they_are():
     hook.remove()
     assert seen["cu_seq_lens_q"] is offsets and seen["anything"] == 3 and seen["use_cache"] is False
     assert "labels" not in seen
-    for name, value in (("past_key_values", object()), ("logits_to_keep", 1)):
+    for name, value in (("past_key_values", object()), ("logits_to_keep", 1), ("output_router_logits", True)):
         with pytest.raises(ValueError, match=name):
             model(**batch, **{name: value}, distillation=Keep())
 

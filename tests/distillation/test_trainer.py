@@ -462,6 +462,18 @@ def test_models_that_do_not_fit_are_refused():
     refused("router's auxiliary loss", student=moe, teacher=tiny_model("mixtral", seed=1))
 
 
+def test_a_cache_is_asked_whether_the_student_fits():
+    class Cache:
+        def __call__(self, batch, layers=()):
+            raise AssertionError("never called")
+
+        def check_student(self, vocab_size, tokenizer):
+            raise ValueError(f"{vocab_size}, {tokenizer}")
+
+    refused("96, None", teacher=Cache())
+    refused("None, words", teacher=Cache(), loss=DistillationLoss(vocab_size=64), processing_class="words")
+
+
 def test_several_gpus_in_one_process_are_refused():
     args = arguments()
     args._n_gpu = 2

@@ -94,6 +94,7 @@ class DistillationTrainer(Trainer):
             check_arguments(args)
         self.distillation_loss = loss
         self.teacher: Teacher = ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
+        self._tokenizer = options.get("processing_class")
         if model is not None:
             self._take(model)
         super().__init__(model=model, args=args, **options)
@@ -108,7 +109,7 @@ class DistillationTrainer(Trainer):
     def _take(self, model: Any) -> None:
         """Checks a student, and lets it hand over its signal and train the loss's parameters."""
         attach(model)
-        check_models(model, self.teacher, self.distillation_loss)
+        check_models(model, self.teacher, self.distillation_loss, self._tokenizer)
         add_to_student(model, self.distillation_loss)
 
     def call_model_init(self, trial: Any = None) -> Any:

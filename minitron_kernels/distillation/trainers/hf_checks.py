@@ -62,8 +62,8 @@ def check_arguments(args: TrainingArguments) -> None:
         raise ValueError(f"args.label_names must be ['labels'] or left out, got {args.label_names}")
 
 
-def check_models(student: Any, teacher: Any, loss: DistillationLoss) -> None:
-    """Checks an attached student, against its teacher where that is a model."""
+def check_models(student: Any, teacher: Any, loss: DistillationLoss, tokenizer: Any = None) -> None:
+    """Checks an attached student, against its teacher where that is a model or a cache."""
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError(
             "model has no parameter that requires grad: a student that was pruned from a frozen teacher is "
@@ -74,6 +74,9 @@ def check_models(student: Any, teacher: Any, loss: DistillationLoss) -> None:
             "model.config.output_router_logits asks for the router's auxiliary loss, which would be ignored: "
             "set it to False"
         )
+    if (check_student := getattr(teacher, "check_student", None)) is not None:  # as CachedTeacher has it
+        shared = loss.options["vocab_size"] is not None  # then the loss compares
+        check_student(None if shared else _head(student).weight.shape[0], tokenizer)
     if not isinstance(teacher, ModelTeacher):
         return
     teacher.check_apart(student)
