@@ -177,7 +177,7 @@ class ModelTeacher:
 
 
 class _States:
-    """Asks an attached model for its states; the head is taken outside, where FSDP2 leaves it in one piece."""
+    """Asks an attached model for its states; its head is taken outside, where FSDP2 leaves it whole."""
 
     wants_states = True
 
