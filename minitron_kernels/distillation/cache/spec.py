@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -109,7 +110,7 @@ class CacheSpec:
         """The contents of cache.json."""
         return {"format": FORMAT, "version": VERSION, "spec": dataclasses.asdict(self)}
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
         """A hash of all of it, which every shard carries."""
         text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
