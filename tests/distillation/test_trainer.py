@@ -384,6 +384,17 @@ def test_a_checkpoint_without_the_parameters_of_the_loss(tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+def test_a_loss_is_saved_into_a_folder_that_is_not_there_yet(tmp_path):
+    """As it is where shards of a model are saved, which come later."""
+    from minitron_kernels.distillation.trainers.hf_state import load_loss, save_loss
+
+    loss, other = mapped(), mapped()
+    torch.nn.init.normal_(loss.hidden_states.map.weight)
+    save_loss(loss, str(tmp_path / "checkpoint-1"), 0, True)
+    load_loss(other, str(tmp_path / "checkpoint-1"), 0)
+    assert torch.equal(loss.hidden_states.map.weight, other.hidden_states.map.weight)
+
+
 def test_best_model_is_loaded_with_its_loss(tmp_path):
     data = ragged()
     args = arguments(

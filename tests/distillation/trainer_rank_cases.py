@@ -44,7 +44,7 @@ def fsdp2(family="llama"):
 @functools.cache
 def fsdp_on_cpu():
     """Lets accelerate take its FSDP2 path on a CPU too, where it would leave the plugin aside, silently."""
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
     original = AcceleratorState.__init__
@@ -53,6 +53,7 @@ def fsdp_on_cpu():
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
             self.fsdp_plugin = fsdp_plugin
@@ -82,6 +83,12 @@ def gradient(
     sharded = all(hasattr(p, "full_tensor") for p in made.model.parameters())
     assert sharded == bool(args.fsdp)
     assert abs(made.state.log_history[0]["loss"] - float(loss)) < 1e-5 * float(loss)
+
+
+def fsdp2_with_sharded_checkpoints():
+    options = fsdp2()
+    options["fsdp_config"]["state_dict_type"] = "SHARDED_STATE_DICT"
+    return options
 
 
 def ddp_with_checkpointing():
@@ -183,7 +190,7 @@ def map_gradient(folder, *, options=None):
     assert torch.equal(*others)
 
 
-def resumed(folder, *, options=None):
+def resumed(folder, *, options=None, whole_file=True, weight="dynamic"):
     """Two steps and two more are four, the map and the running means of each rank included."""
     data = ragged((9, 5, 12, 4, 7, 3, 8, 10) * 2)
 
@@ -192,7 +199,7 @@ def resumed(folder, *, options=None):
             output_dir=str(folder), max_steps=4, save_strategy="steps", save_steps=2,
             **(options() if options else {}),
         )  # fmt: skip
-        loss = mapped("dynamic", hidden_weight_smoothing=0.5)
+        loss = mapped(weight, **({"hidden_weight_smoothing": 0.5} if weight == "dynamic" else {}))
         return trainer(*narrow(), data, args=args, loss=loss)[0]
 
     first = make()
@@ -205,6 +212,8 @@ def resumed(folder, *, options=None):
         found.append({name: whole(x) for name, x in state.items()})  # together, before anything is refused
     different = [name for name, x in found[0].items() if not torch.equal(x, found[1][name])]
     assert not different, different
+    if not whole_file:
+        return
     from safetensors.torch import load_file
 
     saved = set(load_file(f"{folder}/checkpoint-2/model.safetensors"))
@@ -238,6 +247,10 @@ CASES = {
     "fsdp_bf16": functools.partial(rounded, options=fsdp2),
     "fsdp_adapters": functools.partial(adapters, options=fsdp2),
     "fsdp_map": functools.partial(map_gradient, options=fsdp2),
+    "fsdp_resumed": functools.partial(resumed, options=fsdp2),
+    "fsdp_resumed_shards": functools.partial(
+        resumed, options=fsdp2_with_sharded_checkpoints, whole_file=False, weight=0.5
+    ),
     "fsdp_evaluation": functools.partial(evaluation, options=fsdp2),
     "fsdp_gemma2": functools.partial(gradient, family="gemma2", options=functools.partial(fsdp2, "gemma2")),
     "fsdp_tied": functools.partial(gradient, changes={"tie_word_embeddings": True}, options=fsdp2),

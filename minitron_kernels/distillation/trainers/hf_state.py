@@ -50,10 +50,11 @@ def save_loss(loss: nn.Module, folder: str, process: int, writes: bool) -> None:
     """Writes the state of a loss, if it has one, into a checkpoint's folder; all processes call."""
     parameters = {name: _whole(x) for name, x in loss.named_parameters()}
     buffers = _buffers(loss)
+    if parameters or buffers:  # of sharded checkpoints the folder is not there yet
+        Path(folder).mkdir(parents=True, exist_ok=True)
     if parameters and writes:
         torch.save(parameters, Path(folder) / FILE)
     if buffers:
-        Path(folder).mkdir(parents=True, exist_ok=True)
         torch.save({name: x.cpu() for name, x in buffers.items()}, _of_process(folder, process))
 
 
