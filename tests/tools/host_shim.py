@@ -7,6 +7,7 @@ cache folder under a hash of all that it was made from. A build may have faults 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -85,14 +86,16 @@ def digest_of(*parts: object) -> str:
 
 
 def compile_to(command: list[str], target: Path) -> Path:
-    """`command -o target`, unless that exists. Appears whole or not at all, whoever else is building it."""
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-            output = Path(folder) / target.name
-            done = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True)
-            if done.returncode != 0:
-                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-            os.replace(output, target)
+    """`command -o target`, unless that exists. Appears whole or not at all, made by one process for all."""
+    with target.with_name(f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests side by side want the same: the others wait for the first
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+                output = Path(folder) / target.name
+                done = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True)
+                if done.returncode != 0:
+                    raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+                os.replace(output, target)
     return target
 
 
