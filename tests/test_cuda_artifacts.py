@@ -26,7 +26,7 @@ import torch
 
 from minitron_kernels import _native
 from tools import sass
-from tools.archs import tested_archs
+from tools.archs import chosen_archs
 from tools.faults import some
 from tools.host_shim import (
     CSRC,
@@ -45,7 +45,7 @@ from tools.triton_runs import faults_of, ops_with
 
 GATES = json.loads((TESTS / "cuda_artifacts.json").read_text())
 ALL_ARCHS = [int(arch) for arch in GATES["archs"]]
-ARCHS = tested_archs(ALL_ARCHS)
+ARCHS = chosen_archs(ALL_ARCHS)
 # per SM, the same on sm_80, sm_90 and sm_100
 REGISTERS, THREADS, WARP, REGISTERS_PER_UNIT = 65536, 2048, 32, 256
 

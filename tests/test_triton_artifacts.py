@@ -18,14 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from tools.archs import tested_archs
+from tools.archs import chosen_archs
 from tools.faults import some
 from tools.triton_runs import TESTS, faults_of, needs, ops_with, other_tritons, planted, python
 
 pytestmark = needs("triton")
 
 GATES = json.loads((TESTS / "triton_artifacts.json").read_text())
-ARCHS = tested_archs(json.loads((TESTS / "cuda_artifacts.json").read_text())["archs"])
+ARCHS = chosen_archs(json.loads((TESTS / "cuda_artifacts.json").read_text())["archs"])
 TARGETS = sorted((*(f"sm_{arch}" for arch in ARCHS), "gfx942"), key="sm_90".__ne__)  # the longest first
 OPS = ops_with("TRITON_ARTIFACTS")
 # {first two numbers of a version: {kernel: {what: its gate there}}}, only where the gate is another

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 
 
-def tested_archs(known: Iterable[int | str]) -> list[int]:
+def chosen_archs(known: Iterable[int | str]) -> list[int]:
     """Those of `known` that are asked for."""
     wanted = [int(arch) for arch in os.environ.get("MINITRON_TEST_ARCHS", "90").split(",")]
     known = {int(arch) for arch in known}
