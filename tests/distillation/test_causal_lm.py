@@ -10,6 +10,7 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="needs transformers")
 
+from distillation.accelerators import forget_accelerator
 from distillation.plain import (
     COMMON,
     FAMILIES,
@@ -254,8 +255,14 @@ def test_autocast_loses_no_more_than_the_models_own_logits():
     assert own[1] > 0 and found[1] <= 2 * own[1] and found[0] <= 2 * own[0] + 1e-2, (found, own)
 
 
-def test_forwards_that_accelerate_replaces():
-    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+@pytest.fixture
+def accelerate():
+    module = pytest.importorskip("accelerate", reason="needs accelerate")
+    with forget_accelerator():
+        yield module
+
+
+def test_forwards_that_accelerate_replaces(accelerate):
     batch = batch_of(labels=False)
     expected = attach(tiny())(**batch, distillation=Keep()).hidden
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")

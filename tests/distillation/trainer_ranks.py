@@ -1,6 +1,5 @@
 """Two processes of this machine, joined by gloo, that run the cases of DistillationTrainer."""
 
-import contextlib
 import importlib
 import json
 import os
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from distillation.accelerators import forget_accelerator
 
 RANKS = 2
 
@@ -37,21 +38,6 @@ def run_all(rank, folder, module, names):
         (Path(folder) / f"report{rank}.json").write_text(json.dumps(reports))
         dist.barrier()
     dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def forget_accelerator():
-    """accelerate keeps the settings of its first Accelerator, in the environment too; the next has others."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
 
 
 def start(folder, names=(), timeout=600, module="trainer_rank_cases"):
