@@ -13,7 +13,7 @@ def reset():
 
 @contextlib.contextmanager
 def forget_accelerator():
-    """Settings of earlier tests do not hold within, nor those made here afterwards, the environment included."""
+    """Settings of earlier tests do not hold within, nor those made here afterwards (environment included)."""
     before = dict(os.environ)
     reset()
     try:
