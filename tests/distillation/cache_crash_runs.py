@@ -12,7 +12,6 @@ import random
 import shutil
 import signal
 import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -21,30 +20,12 @@ from distillation.cache_rows import payload_of, same, spec_of, tokens_of
 from minitron_kernels.distillation.cache import files
 from minitron_kernels.distillation.cache.reader import TeacherCache
 from minitron_kernels.distillation.cache.writer import TeacherCacheWriter
+from tools.crashes import ended, in_child
 
 CHANGES_DISK = ("open", "pwrite", "rename", "link", "unlink", "mkdir")
 SEQUENCES, A_SHARD = 16, 1
 TIER = "topk"
 ROWS = [(tokens_of(n), payload_of(tokens_of(n), TIER)) for n in range(SEQUENCES)]
-
-
-def in_child(work):
-    """Runs `work` in a fork; its process id."""
-    pid = os.fork()
-    if pid == 0:
-        os.fsync = lambda fd: None  # what a process wrote outlives it
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    return pid
-
-
-def ended(pid):
-    """How a child ended: its exit status, or minus the signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def die_at(step):

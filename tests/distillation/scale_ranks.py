@@ -7,14 +7,13 @@ import faulthandler
 import json
 import traceback
 from collections import Counter
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tools.ranks import fork_ranks, run_forked
+from tools.ranks import fork_ranks, joined, run_forked
 
 RANKS = 4
 LAYOUTS = {  # name: (copies of the run on other ranks, fsdp, tp)
@@ -326,21 +325,18 @@ def run_activations(layout):
 
 def run_rank(rank, folder):
     faulthandler.dump_traceback_later(150, exit=True)
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder) / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
     report = {}
-    for name, (layout, checkpointing) in CASES.items():
-        try:
-            if name.startswith("activations"):
-                report[name] = run_activations(LAYOUTS[layout])
-            else:
-                report[name] = run(LAYOUTS[layout], checkpointing)
-        except Exception:
-            report[name] = traceback.format_exc()[-3000:]
-            break  # the others wait for this rank
-    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(report))
-    dist.destroy_process_group()
+    with joined(rank, folder, RANKS):
+        for name, (layout, checkpointing) in CASES.items():
+            try:
+                if name.startswith("activations"):
+                    report[name] = run_activations(LAYOUTS[layout])
+                else:
+                    report[name] = run(LAYOUTS[layout], checkpointing)
+            except Exception:
+                report[name] = traceback.format_exc()[-3000:]
+                break  # the others wait for this rank
+        (Path(folder) / f"rank{rank}.json").write_text(json.dumps(report))
 
 
 def fork_all(folder):

@@ -8,8 +8,6 @@ import os
 import pickle
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from minitron_kernels.distillation.cache.sequences import digest, sequences_of
 from minitron_kernels.distillation.cache.spec import CacheSpec
 from minitron_kernels.distillation.cache.writer import TeacherCacheWriter
 from pruning.system_calls import Disk
+from tools.crashes import found_by
 
 
 def filled(folder, tier="topk", numbers=range(6), shard_bytes=1 << 20):
@@ -495,17 +494,6 @@ def test_many_readers(tmp_path):
 
 
 def test_killed_at_any_moment_and_many_writers(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "distillation.cache_crash_runs", str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],  # -m looks there first: not in the checkout, whose package may lack _C
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["wrong"] == [], found
+    found = found_by("distillation.cache_crash_runs", tmp_path)
     assert found["killed"] >= 100 and found["temporaries"] > 20 and found["at a shard"] > 2, found
     assert found["writers"] == 3 and found["reads"] > 3, found

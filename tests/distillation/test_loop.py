@@ -11,6 +11,7 @@ from distillation import trainer_ranks
 from distillation.plain_loop import CE, KL, check_gradients, models, plain_step, ragged
 from minitron_kernels.distillation import DistillationLoss, ModelTeacher, attach, step
 from minitron_kernels.distillation.trainers.loop import count_items
+from tools.ranks import errors_of
 
 
 def test_micro_batches_are_one_batch():
@@ -69,5 +70,4 @@ def reports(tmp_path_factory):
 def test_two_ranks(reports, name):
     if name == "lightning" and importlib.util.find_spec("lightning") is None:
         pytest.skip("pip install 'minitron-kernels[lightning]'")
-    bad = {rank: error for rank, error in reports[name].items() if error}
-    assert not bad, next(iter(bad.values()))
+    assert not (errors := errors_of(reports, name)), errors

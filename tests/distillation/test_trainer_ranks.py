@@ -6,6 +6,7 @@ pytest.importorskip("transformers", reason="DistillationTrainer is a transformer
 
 from distillation.trainer_rank_cases import CASES
 from distillation.trainer_ranks import start
+from tools.ranks import errors_of
 
 
 @pytest.fixture(scope="module")
@@ -17,5 +18,4 @@ def reports(tmp_path_factory):
 def test_on_two_ranks(case, reports):
     if case.endswith("_adapters"):
         pytest.importorskip("peft", reason="adapters are peft's")
-    errors = {rank: error for rank, error in reports[case].items() if error}
-    assert not errors, "\n".join(f"rank {rank}: {error}" for rank, error in errors.items())
+    assert not (errors := errors_of(reports, case)), errors

@@ -17,7 +17,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from minitron_kernels.pruning.checkpoint.prune import prune_checkpoint
 from minitron_kernels.pruning.checkpoint.staging import partial_path
 from minitron_kernels.pruning.cut.skeleton import expected_shapes
 from minitron_kernels.pruning.plan.make_plan import PruningPlan
+from tools.crashes import ended, in_child
 
 # an fsync changes nothing for who is killed and not unplugged; of the writes of blocks each fifth is enough
 CHANGES_DISK = ("open", "pwrite", "rename", "replace", "mkdir", "unlink", "posix_fallocate")
@@ -35,25 +35,6 @@ EVERY = {"pwrite": 5}
 
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def in_child(work):
-    """Runs `work` in a fork; its process id."""
-    pid = os.fork()
-    if pid == 0:
-        os.fsync = lambda fd: None  # what a process wrote outlives it; 5 ms for each would outlive patience
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    return pid
-
-
-def ended(pid):
-    """How a child ended: its exit status, or minus the signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def die_at(step):

@@ -2,11 +2,8 @@
 
 import errno
 import fcntl
-import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -17,6 +14,7 @@ import torch
 from minitron_kernels.pruning.checkpoint import prune, staging
 from minitron_kernels.pruning.checkpoint.prune import prune_checkpoint
 from pruning.checkpoints import plan_for, save_tiny, snapshot
+from tools.crashes import found_by
 
 SHARD = {"max_shard_bytes": 10_000, "threads": 1, "progress": False}
 
@@ -34,18 +32,7 @@ def source(tmp_path_factory):
 def test_killed_at_any_moment(source, tmp_path, kind, runs):
     folder, _ = source
     arguments = [folder / "src", folder / "plan.json", tmp_path / "dst", kind, runs]
-    done = subprocess.run(
-        [sys.executable, "-m", "pruning.crash_runs", *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        cwd=Path(__file__).parents[1],  # -m looks there first: not in the checkout, whose package may lack _C
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["wrong"] == [], found
+    found = found_by("pruning.crash_runs", *arguments)
     if kind == "times":
         assert found["killed"] == runs > 0, found
     else:
