@@ -20,7 +20,6 @@ from pruning.tiny_models import tiny_model  # noqa: E402
 
 ORIGINAL = theirs._chunked_divergence_loss
 ORIGINAL_GKD = GKDTrainer.generalized_jsd_loss
-CHUNK = {"chunk_size": 5} if "chunk_size" in ORIGINAL.__code__.co_varnames else {}
 V, H, HT = 67, 24, 40
 # every option of the function, none at its default
 OPTIONS = dict(
@@ -79,9 +78,9 @@ def test_function_is_trls(beta, options):
     }[options]
     if options == "nothing_counts":
         operands = (*operands[:4], torch.zeros_like(operands[4]), *operands[5:])
-    expected = run(ORIGINAL, operands, beta, torch.float32, **given, **CHUNK)
+    expected = run(ORIGINAL, operands, beta, torch.float32, **given)
     with use_in_trl() as served:
-        actual = run(theirs._chunked_divergence_loss, operands, beta, torch.float32, **given, **CHUNK)
+        actual = run(theirs._chunked_divergence_loss, operands, beta, torch.float32, **given)
     assert served.calls == 1
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
@@ -213,7 +212,7 @@ def test_put_back_after_nesting_and_errors():
         with use_in_trl() as inner:
             served = theirs._chunked_divergence_loss
             assert served is not ORIGINAL
-            run(served, problem(), 0.0, torch.float32, **CHUNK)
+            run(served, problem(), 0.0, torch.float32)
         assert inner.calls == 1
         assert theirs._chunked_divergence_loss is served
         assert GKDTrainer.generalized_jsd_loss is not ORIGINAL_GKD
@@ -229,7 +228,7 @@ def test_contexts_overlap_in_threads():
             entered.set()
             left.wait(30)
             seen.append(theirs._chunked_divergence_loss is not ORIGINAL)
-            run(theirs._chunked_divergence_loss, problem(), 0.0, torch.float32, **CHUNK)
+            run(theirs._chunked_divergence_loss, problem(), 0.0, torch.float32)
             seen.append(served.calls)
 
     thread = threading.Thread(target=other)
@@ -253,7 +252,7 @@ def test_leaves_what_others_put_there():
         raise NotImplementedError
 
     with pytest.warns(UserWarning, match="left as it is"), use_in_trl():
-        run(theirs._chunked_divergence_loss, problem(), 0.0, torch.float32, **CHUNK)
+        run(theirs._chunked_divergence_loss, problem(), 0.0, torch.float32)
         theirs._chunked_divergence_loss = third
     assert theirs._chunked_divergence_loss is third
     with pytest.raises(ImportError, match="something else has replaced it"), use_in_trl():

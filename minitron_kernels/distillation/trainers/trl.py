@@ -180,8 +180,7 @@ class _Target:
         signature = inspect.signature(theirs)
         names = set(signature.parameters)
         known = set(inspect.signature(self.ours).parameters)
-        unknown = sorted(names - known - {"chunk_size"})  # how many tokens it projects at once
-        if unknown or not known <= names:
+        if names != known:
             raise ImportError(
                 f"{self.label} takes {sorted(names)}, which is not the function that use_in_trl() knows; "
                 "something else has replaced it, or this TRL is not the release that it says"
@@ -189,7 +188,6 @@ class _Target:
 
         def serve(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
-            bound.arguments.pop("chunk_size", None)
             with _lock:
                 self.calls += 1
             return self.ours(**bound.arguments)
@@ -258,9 +256,8 @@ def use_in_trl(*trainers: str) -> Iterator[Served]:
     one in which no loss was served, so that training by TRL's own loss does not pass for this one.
 
     Losses and gradients are TRL's to the accuracy of the dtype; beta, temperature, masks,
-    num_items_in_batch, biases, logit scales and softcaps do the same. `chunk_size` (TRL before 1.15) is not
-    needed: memory is bounded by linear_kl_loss()'s own budget. Under DeepSpeed ZeRO-3 the heads' weights
-    are not gathered, and refused.
+    num_items_in_batch, biases, logit scales and softcaps do the same. Memory is bounded by linear_kl_loss()'s
+    own budget. Under DeepSpeed ZeRO-3 the heads' weights are not gathered, and refused.
 
     Args:
         trainers: "distillation" (DistillationTrainer; if none is named), "gkd" (the experimental GKDTrainer,
