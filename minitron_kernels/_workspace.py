@@ -24,7 +24,8 @@ def borrow(nbytes: int, device: torch.device) -> Iterator[Tensor]:
         buffer = _kept.pop(device, None)
     if buffer is None or buffer.numel() < nbytes:
         del buffer  # frees it before the larger one is made
-        buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        with torch.inference_mode(False):  # later calls may be outside of it, and write into this one
+            buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
     try:
         yield buffer
     finally:

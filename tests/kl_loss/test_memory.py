@@ -105,6 +105,16 @@ def test_the_head_accumulator_is_avoided():
     assert mk.plan_linear_kl_loss(4096, 131072, 2048, 2560, grad_head=False).part_bytes[-1] == 0
 
 
+def test_memory_kept_by_inference_mode_is_written_by_training():
+    mk.release_workspaces()
+    device = torch.device("cpu")
+    with torch.inference_mode(), UNGUARDED(64, device):
+        pass
+    with UNGUARDED(64, device) as kept:
+        kept.zero_()
+    mk.release_workspaces()
+
+
 def test_plan_beyond_32_bits():
     """N * V = 2^31 and more: bytes and flops neither wrap nor lose their sign."""
     plan = mk.plan_linear_kl_loss(1 << 20, 131072, 4096, 5120, schedule="recompute")
