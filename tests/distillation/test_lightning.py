@@ -100,6 +100,15 @@ def check_training(folder, ranks=1, clip=None):
     assert trainer.callback_metrics["val/perplexity"].log().item() == pytest.approx(ce, rel=1e-4)
 
 
+def test_perplexity_is_of_the_labels_and_not_of_smoothed_ones(tmp_path):
+    batches = ragged(2)
+    student, teacher = models()
+    trainer = trainer_of(tmp_path, Logged(), devices=1)
+    trainer.validate(module_of(student, teacher, label_smoothing=0.3), loader(batches), verbose=False)
+    _, (_, ce, _) = plain_step(student, teacher, batches)
+    assert trainer.callback_metrics["val/perplexity"].log().item() == pytest.approx(ce, rel=1e-4)
+
+
 def test_ragged_accumulation_is_one_batch(tmp_path):
     check_training(tmp_path)
 

@@ -138,13 +138,16 @@ class DistillationModule(LightningModule):
         totals, _ = self._over_ranks(self._validation)
         items = totals.pop("num_tokens")
         self._log("val/", totals, items)
-        if "ce" in totals:
-            self.log("val/perplexity", (totals["ce"] / items.clamp(min=1)).exp().float(), sync_dist=True)
+        if "label_logprob" in totals:
+            mean = totals["label_logprob"] / items.clamp(min=1)
+            self.log("val/perplexity", (-mean).exp().float(), sync_dist=True)
         self._validation = {}
 
     def _log(self, prefix: str, totals: dict[str, Tensor], items: Tensor) -> None:
-        for name, total in totals.items():
-            mean = (total / items.clamp(min=1)).float()
+        for name in _LOGGED:
+            if name not in totals:
+                continue
+            mean = (totals[name] / items.clamp(min=1)).float()
             # the same on all ranks already; without sync_dist Lightning warns of epochs
             self.log(prefix + name, mean, prog_bar=name == "loss", sync_dist=prefix == "val/")
 
@@ -160,7 +163,7 @@ class DistillationModule(LightningModule):
 
 def _add(sums: dict[str, Tensor], record: DistillationRecord) -> None:
     """Adds a micro-batch's sums over tokens, on its device, in float64: counts pass 2^24."""
-    values = {name: getattr(record, name) for name in (*_LOGGED, "num_tokens")}
+    values = {name: getattr(record, name) for name in (*_LOGGED, "label_logprob", "num_tokens")}
     for name, value in values.items():
         if value is not None:
             value = value.detach().double()
