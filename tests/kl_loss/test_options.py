@@ -227,7 +227,8 @@ def test_numbers_that_both_languages_know():
     metrics = tuple(map(constant, ("num_metrics", "metric_ce", "num_metric_state")))
     assert metrics == (NUM_METRICS, METRIC_CE, NUM_METRIC_STATE)
     assert constant("panel") == plan_cpu._PANEL
-    assert all(constant(name) == code for name, code in plan_cpu._SCHEDULE_CODES.items())
+    named = {**plan_cpu._SCHEDULE_CODES, **plan_cpu._IMPLEMENTATION_CODES}
+    assert all(constant(name) == code for name, code in named.items())
     codes = {str(dtype).removeprefix("torch."): code for dtype, code in plan_cpu._OPERAND_CODES.items()}
     assert all(constant(name) == code for name, code in codes.items())
     assert all(constant(divergence.name.lower()) == divergence.value for divergence in Divergence)

@@ -13,6 +13,7 @@
 // SparseTeacher in sparse_teacher.h.
 #pragma once
 
+#include "kl_loss/cpu/engine.h"
 #include "kl_loss/cpu/linear_workspace.h"
 
 namespace minitron {
@@ -21,21 +22,24 @@ namespace minitron {
 template <typename A>
 struct PanelLogits {
   A *student, *teacher;
+  int64_t ahead = 0;  // elements from these to the panels that are looked at next, where these are kept
 };
 
 template <typename Op, typename A, typename Teacher>
 class LinearKL {
  public:
   template <typename... Args>
-  LinearKL(const LinearProblem& problem, const LinearShape& shape, Gemm<Op, A> gemm, char* memory,
+  LinearKL(const LinearProblem& problem, const LinearShape& shape, const Engine<Op, A>& engine, char* memory,
            const Args&... of_teacher)
       : problem_(problem),
         shape_(shape),
         workspace_(shape, memory),
         teacher_(problem_, shape_, workspace_, of_teacher...),
         kernels_(cpu_kernels().kl<A>()),
-        pack_(cpu_kernels().pack<Op>()),
-        gemm_(gemm) {
+        engine_(engine),
+        pack_(*engine.pack),
+        gemm_(counted(engine.gemm)),
+        operands_(shape.operands()) {
     const Matrix& given = problem_.grad_head_accumulator;
     if (given.data) {
       head_target_ = {static_cast<A*>(const_cast<void*>(given.data)), given.ld, true};
@@ -102,6 +106,16 @@ class LinearKL {
     for (int64_t i = 0; i < shape_.chunks(); ++i) write_hidden(shape_.chunk(i));
   }
 
+  // Tasks that multiply.
+  template <typename F>
+  void gemm_tasks(int64_t n, F&& f) const {
+    parallel_tasks(n, [&](int64_t task, int64_t slot) {
+      if (engine_.begin_task) engine_.begin_task();
+      f(task, slot);
+      if (engine_.end_task) engine_.end_task();
+    });
+  }
+
   // Hidden states as B operands: transposed for the logits, and as they are for dW.
   void pack(const Chunk& chunk) {
     const int64_t* index = problem_.valid_tokens.data() + chunk.begin;
@@ -128,7 +142,7 @@ class LinearKL {
   void make_logits(const Matrix& head, const Op* packed, const Tile& tile, int64_t first, int64_t last,
                    A* out, int64_t slot) const {
     const int64_t depth = shape_.depth(head.cols);
-    const bool direct = head.dtype == kDTypeOf<Op> && depth == head.cols;
+    const bool direct = operands_.in_place && head.dtype == kDTypeOf<Op> && depth == head.cols;
     for (int64_t k = 0; k < depth; k += kMaxChain) {
       const int64_t chain = std::min(kMaxChain, depth - k);
       const char* block = head.row(tile.begin) + k * bytes_of(head.dtype);
@@ -182,12 +196,11 @@ class LinearKL {
   }
 
   void reduce_logits(const Chunk& chunk) const {
-    parallel_tasks(shape_.tiles(), [&](int64_t index, int64_t slot) {
+    gemm_tasks(shape_.tiles(), [&](int64_t index, int64_t slot) {
       const Tile tile = shape_.tile(index);
       each_panel(chunk, tile, slot, true, [&](int64_t panel, const PanelLogits<A>& logits) {
         teacher_.reduce(chunk, tile, panel, logits, !problem_.stats_given);
       });
-      brgemm_release();
     });
   }
 
@@ -197,14 +210,13 @@ class LinearKL {
   }
 
   void look_again(const Chunk& chunk) const {
-    parallel_tasks(shape_.tiles(), [&](int64_t index, int64_t slot) {
+    gemm_tasks(shape_.tiles(), [&](int64_t index, int64_t slot) {
       const Tile tile = shape_.tile(index);
       const bool make = !shape_.is_stored(index);
       each_panel(chunk, tile, slot, make, [&](int64_t panel, const PanelLogits<A>& logits) {
         if (make) teacher_.reduce(chunk, tile, panel, logits, false);
         teacher_.look_again(chunk, tile, panel, logits);
       });
-      brgemm_release();
     });
     teacher_.merge_again(chunk);
   }
@@ -212,9 +224,8 @@ class LinearKL {
   // The gradients of a tile group.
   void grad(const Chunk& chunk, int64_t first_tile) const {
     const int64_t last_tile = std::min(shape_.tiles(), first_tile + shape_.plan.tile_group);
-    parallel_tasks(last_tile - first_tile, [&](int64_t i, int64_t slot) {
+    gemm_tasks(last_tile - first_tile, [&](int64_t i, int64_t slot) {
       grad_of_tile(chunk, shape_.tile(first_tile + i), first_tile, slot);
-      brgemm_release();
     });
     teacher_.merge_grads(chunk, first_tile, last_tile);
     if (shape_.grad_hidden) hidden_of_tiles(chunk, first_tile, last_tile);
@@ -232,12 +243,10 @@ class LinearKL {
       teacher_.grad(chunk, tile, panel, logits, dz_panel);
       const int64_t n = panel * kPanel;
       if (problem_.grad_bias) kernels_.panel_entry_sums(dz_panel, tile.entries, sums);
-      if (shape_.grad_head) pack_.cast_panel(dz_panel, tile.entries, transposed + n, chunk.padded);
+      if (shape_.grad_head)
+        pack_.cast_panel(dz_panel, tile.entries, transposed + n * operands_.k_stride, chunk.padded);
       if (shape_.grad_hidden) {
-        pack_.transpose_panel(dz_panel, tile.entries, dz.data + n * dz.ld, dz.ld);
-        for (int64_t i = 0; i < kPanel && tile.entries < shape_.depth(tile.entries); ++i) {
-          dz.data[(n + i) * dz.ld + tile.entries] = Op{};
-        }
+        pack_.transpose_panel(dz_panel, tile.entries, shape_.depth(tile.entries), dz.data + n * dz.ld, dz.ld);
       }
     });
     if (problem_.grad_bias) {
@@ -263,7 +272,8 @@ class LinearKL {
       for (int64_t n = 0; n < chunk.padded; n += kMaxChain) {
         const bool add = n > 0 || (adds_up && (chunk.index > 0 || head_target_.has_value));
         gemm_(tile.entries, cols, std::min(kMaxChain, chunk.padded - n), chunk.padded, kPanel, ld, add,
-              dz_transposed + n, workspace_.hidden_packed() + h * chunk.padded + n * kPanel, out);
+              dz_transposed + n * operands_.k_stride,
+              workspace_.hidden_packed() + h * chunk.padded + n * kPanel, out);
       }
       if (last && grad_head.data && !shape_.head_in_place) {
         char* to = const_cast<char*>(grad_head.row(tile.begin)) + h * bytes_of(grad_head.dtype);
@@ -278,7 +288,7 @@ class LinearKL {
     const Matrix& head = problem_.student_head;
     const int64_t blocks = ceil_div(shape_.student_hidden_size, kHiddenBlock);
     const int64_t token_blocks = ceil_div(chunk.padded, kTokenBlock);
-    parallel_tasks(blocks * token_blocks, [&](int64_t task, int64_t slot) {
+    gemm_tasks(blocks * token_blocks, [&](int64_t task, int64_t slot) {
       const int64_t h = task % blocks * kHiddenBlock, n = task / blocks * kTokenBlock;
       const int64_t cols = std::min(kHiddenBlock, shape_.student_hidden_size - h);
       const int64_t tokens = std::min(kTokenBlock, chunk.padded - n);
@@ -294,7 +304,6 @@ class LinearKL {
                 panels + panel * depth, workspace_.hidden_panel(chunk, h + panel) + n * kPanel);
         }
       }
-      brgemm_release();
     });
   }
 
@@ -316,8 +325,10 @@ class LinearKL {
   const Workspace<Op, A> workspace_;
   const Teacher teacher_;
   const KlKernels<A>& kernels_;
+  const Engine<Op, A> engine_;
   const PackKernels<A, Op>& pack_;
   const Gemm<Op, A> gemm_;
+  const OperandLayout operands_;
   HeadTarget head_target_;
 };
 

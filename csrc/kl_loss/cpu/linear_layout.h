@@ -5,9 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/cpu/gemm.h"
-#include "kl_loss/cpu/kernels.h"
-#include "kl_loss/cpu/linear_plan.h"
+#include "kl_loss/cpu/engine.h"
 
 namespace minitron {
 
@@ -46,8 +44,9 @@ struct LinearShape {
   // Tiles whose dz is held at the same time in memory of its own; a stored tile's takes that of its logits.
   int64_t held_tiles() const { return std::min(plan.tile_group, tiles() - plan.stored_tiles); }
   bool is_stored(int64_t tile) const { return tile < plan.stored_tiles; }
-  // K of a GEMM over hidden columns: 16-bit operands come in pairs.
-  int64_t depth(int64_t columns) const { return operand_bytes() == 2 ? round_up(columns, 2) : columns; }
+  OperandLayout operands() const { return operand_layout(plan.operands, plan.implementation); }
+  // K of a GEMM over so many columns or entries.
+  int64_t depth(int64_t columns) const { return round_up(columns, operands().depth); }
   bool has_grad() const { return plan.schedule != Schedule::kForward; }
 
   Chunk chunk(int64_t index) const {
@@ -107,10 +106,11 @@ inline LinearLayout make_layout(const LinearShape& shape) {
   const int64_t tokens = shape.padded_chunk(), block = std::min(tokens, kTokenBlock), tile = plan.tile;
   const int64_t padded_hidden = round_up(shape.student_hidden_size, kPanel);
   const int64_t operand = shape.operand_bytes(), accumulate = shape.accumulate_bytes;
+  const int64_t tile_rows = round_up(tile, shape.operands().rows), tile_depth = shape.depth(tile);
   const bool store = plan.schedule == Schedule::kStore;
 
   layout.logits = take(shape.sides() * plan.stored_tiles * tile * tokens * accumulate);
-  layout.dz = take(shape.grad_hidden ? shape.held_tiles() * tile * tokens * operand : 0);
+  layout.dz = take(shape.grad_hidden ? shape.held_tiles() * tile_depth * tokens * operand : 0);
 
   const int64_t begin = cursor;
   layout.student_packed = take(shape.depth(shape.student_hidden_size) * tokens * operand).offset;
@@ -125,11 +125,11 @@ inline LinearLayout make_layout(const LinearShape& shape) {
 
   const int64_t shared = cursor;
   cursor = 0;
-  layout.a_block = take(tile * kMaxChain * operand);
+  layout.a_block = take(tile_rows * kMaxChain * operand);
   layout.logits_block =
       take(plan.stored_tiles < shape.tiles() ? shape.sides() * tile * block * accumulate : 0);
-  layout.dz_transposed = take(shape.grad_head ? tile * tokens * operand : 0);
-  layout.head_panels = take(shape.grad_hidden ? shape.depth(tile) * kHiddenBlock * operand : 0);
+  layout.dz_transposed = take(shape.grad_head ? tile_rows * tokens * operand : 0);
+  layout.head_panels = take(shape.grad_hidden ? tile_depth * kHiddenBlock * operand : 0);
   layout.panel = take(shape.has_grad() ? tile * kPanel * accumulate : 0);
   layout.entry_sums = take(tile * accumulate);
   layout.scratch_stride = cursor;

@@ -16,6 +16,9 @@ namespace minitron {
 // forward     logits are only reduced to the loss (2 GEMMs)
 enum class Schedule { kStore, kRecompute, kForward };
 
+// Whose GEMM multiplies the operands: libtorch's microkernels, or this library's own vector code, on any CPU.
+enum class Implementation { kLibtorch, kPortable };
+
 struct LinearPlan {
   Schedule schedule;
   int64_t chunk_tokens;  // whose operands are packed at a time
@@ -23,16 +26,22 @@ struct LinearPlan {
   int64_t tile_group;    // tiles whose dz is made before dX takes it in
   int64_t stored_tiles;  // store: tiles whose logits are kept
   DType operands;        // what the GEMMs multiply
-  bool portable;         // by this library's own GEMM, not by torch's
+  Implementation implementation;
 
-  // From `int[] plan` of the ops: these fields in this order, Schedule and DType as their numbers.
+  // From `int[] plan` of the ops: these fields in this order, enumerators as their numbers.
   static LinearPlan of(const std::vector<int64_t>& numbers) {
     if (numbers.size() != 7) throw std::invalid_argument("plan must be the 7 numbers of LinearPlan");
-    const int64_t schedule = numbers[0], operands = numbers[5];
-    const LinearPlan plan{Schedule(schedule), numbers[1],      numbers[2],     numbers[3],
-                          numbers[4],         DType(operands), numbers[6] != 0};
+    const int64_t schedule = numbers[0], operands = numbers[5], implementation = numbers[6];
+    const LinearPlan plan{Schedule(schedule),
+                          numbers[1],
+                          numbers[2],
+                          numbers[3],
+                          numbers[4],
+                          DType(operands),
+                          Implementation(implementation)};
     const bool known = schedule >= 0 && schedule <= int64_t(Schedule::kForward) && operands >= 0 &&
-                       operands <= int64_t(DType::kBFloat16);
+                       operands <= int64_t(DType::kBFloat16) && implementation >= 0 &&
+                       implementation <= int64_t(Implementation::kPortable);
     const bool sizes = plan.chunk_tokens > 0 && plan.tile > 0 && plan.tile % 2 == 0 && plan.tile_group > 0 &&
                        plan.stored_tiles >= 0;
     if (!known || !sizes || (plan.schedule != Schedule::kStore && plan.stored_tiles > 0)) {

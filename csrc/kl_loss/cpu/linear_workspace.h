@@ -119,7 +119,8 @@ class Workspace {
               size * int64_t(sizeof(A) / sizeof(Op))};
     }
     const int64_t index = tile - std::max(first_tile, shape_.plan.stored_tiles);
-    return {at<Op>(layout_.dz.offset) + index * size * chunk.padded, size};
+    const int64_t depth = shape_.depth(size);
+    return {at<Op>(layout_.dz.offset) + index * depth * chunk.padded, depth};
   }
 
  private:

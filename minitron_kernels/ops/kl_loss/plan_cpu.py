@@ -23,17 +23,18 @@ import torch
 from minitron_kernels.ops.kl_loss.budget import CPU_WORKSPACE_BYTES, too_small
 from minitron_kernels.ops.kl_loss.plan import LinearKLPlan
 
-# by name: the operands' type, and whether this library's own GEMM multiplies them on any CPU
+# by name: the operands' type, and whose GEMM multiplies them; see csrc/kl_loss/cpu/engine.h
 ENGINES = {
-    "bf16": (torch.bfloat16, False),
-    "portable_bf16": (torch.bfloat16, True),
-    "f32": (torch.float32, False),
-    "portable": (torch.float32, True),
-    "f64": (torch.float64, True),
+    "bf16": (torch.bfloat16, "libtorch"),
+    "portable_bf16": (torch.bfloat16, "portable"),
+    "f32": (torch.float32, "libtorch"),
+    "portable": (torch.float32, "portable"),
+    "f64": (torch.float64, "portable"),
 }
 # the numbers of LinearPlan in csrc/kl_loss/cpu/linear_plan.h, which a test compares
 _SCHEDULE_CODES = {"store": 0, "recompute": 1, "forward": 2}
 _OPERAND_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2}
+_IMPLEMENTATION_CODES = {"libtorch": 0, "portable": 1}
 _PANEL = 64  # rows come in panels of 64: kPanel in csrc/common/cpu/gemm.h, which a test compares
 _MAX_CHUNK = 4096  # more rows at a time gain nothing
 # smaller chunks multiply slowly, and a tight budget is not meant to buy an fp32 head gradient
@@ -95,9 +96,9 @@ class CpuPlan(LinearKLPlan):
 def _plan_numbers(
     schedule: str, engine: str, chunk_rows: int, tile: int, tile_group: int, stored_tiles: int
 ) -> list[int]:
-    operands, portable = ENGINES[engine]
-    codes = _SCHEDULE_CODES[schedule], _OPERAND_CODES[operands]
-    return [codes[0], chunk_rows, tile, tile_group, stored_tiles, codes[1], portable]
+    operands, implementation = ENGINES[engine]
+    codes = _OPERAND_CODES[operands], _IMPLEMENTATION_CODES[implementation]
+    return [_SCHEDULE_CODES[schedule], chunk_rows, tile, tile_group, stored_tiles, *codes]
 
 
 def operand_type(*dtypes: torch.dtype) -> str:
