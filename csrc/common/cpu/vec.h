@@ -126,12 +126,20 @@ inline void store(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-inline void store(bf16* p, Vec<float> v) {
-  // round to nearest even; a NaN keeps its sign and becomes quiet
+// fp32 as bf16 in the low half of each lane: rounded to nearest even; a NaN keeps its sign and becomes quiet.
+inline U32 bf16_bits(Vec<float> v) {
   const U32 bits = bit_cast<U32>(v);
   const U32 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const U32 quiet = bits >> 16 | 0x40;
-  const U16 raw = __builtin_convertvector(v == v ? rounded : quiet, U16);
+  return v == v ? rounded : quiet;
+}
+
+inline void store(bf16* p, Vec<float> v) {
+#if defined(__AVX512BF16__)
+  const __m256bh raw = _mm512_cvtneps_pbh(bit_cast<__m512>(v));  // denormals become zero
+#else
+  const U16 raw = __builtin_convertvector(bf16_bits(v), U16);
+#endif
   std::memcpy(p, &raw, sizeof(raw));
 }
 
