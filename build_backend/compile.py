@@ -3,6 +3,7 @@
 How a source file is compiled follows from its name:
   *.cu         by nvcc, for every CUDA arch of the plan; only where there is CUDA
   *_simd.cpp   once per SIMD level, with the level's -m flags and -DMINITRON_SIMD=<level>
+  *_<isa>.cpp  once for an instruction set of ISA_FLAGS, the same way, where the compiler knows it
   *.cpp        once
   module.cpp   once, without TORCH_TARGET_VERSION
 """
@@ -18,7 +19,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_backend.tools import SIMD_FLAGS, TORCH_TARGET_VERSION, Compiler, Cuda, Plan, Torch, find_ninja
+from build_backend.tools import (
+    ISA_FLAGS,
+    SIMD_FLAGS,
+    TORCH_TARGET_VERSION,
+    Compiler,
+    Cuda,
+    Plan,
+    Torch,
+    find_ninja,
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,10 @@ def compile_steps(root: Path, folder: Path, plan: Plan, sources: list[Path]) -> 
             for level in plan.compiler.simd_levels:
                 flags = [*host_flags(), *common, f"-DMINITRON_SIMD={level}", *SIMD_FLAGS[level]]
                 steps.append(_compile(plan.compiler.command, flags, source, stem.with_suffix(f".{level}.o")))
+        elif isa := next((isa for isa in ISA_FLAGS if source.stem.endswith(f"_{isa}")), None):
+            if isa in plan.compiler.isas:
+                flags = [*host_flags(), *common, f"-DMINITRON_SIMD={isa}", *ISA_FLAGS[isa]]
+                steps.append(_compile(plan.compiler.command, flags, source, stem.with_suffix(".o")))
         else:
             # under the macro all of torch's headers outside of its stable ABI are errors, in torch 2.11 also
             # those of pybind11, which are no part of torch
@@ -89,6 +103,7 @@ def common_flags(root: Path, folder: Path, compiler: Compiler, torch: Torch) -> 
         "-O3",
         "-DNDEBUG",
         *(f"-DMINITRON_HAVE_{level.upper()}=1" for level in compiler.simd_levels if SIMD_FLAGS[level]),
+        *(f"-DMINITRON_HAVE_{isa.upper()}=1" for isa in compiler.isas),
         f"-I{root / 'csrc'}",
         f"-I{folder}",
         *(flag for path in systems for flag in ("-isystem", str(path))),  # no warnings about others' headers

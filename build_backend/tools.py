@@ -15,6 +15,8 @@ import site
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +35,14 @@ SIMD_FLAGS = {
     "wide": ["-mavx2", "-mfma", "-mf16c", "-DMINITRON_VECTOR_BYTES=64", "-Wno-psabi", "-O1"],
     "baseline": [],
 }
+_AVX512_BF16 = [*SIMD_FLAGS["avx512"], "-mavx512bf16"]
+# name -> flags; each *_<name>.cpp is compiled once, where compiler and assembler know the instructions, and called
+# where the CPU does
+ISA_FLAGS = {
+    "amx": [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
+    "avx512_bf16": _AVX512_BF16,
+}
+_ISA_EXAMPLES = {"amx": "tdpbf16ps %tmm0, %tmm1, %tmm2", "avx512_bf16": "vdpbf16ps %zmm0, %zmm1, %zmm2"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,7 @@ class Compiler:
 
     command: list[str]
     simd_levels: list[str]
+    isas: list[str] = field(default_factory=list)  # instruction sets of ISA_FLAGS
 
 
 @dataclass(frozen=True)
@@ -172,15 +183,26 @@ def find_compiler() -> Compiler | Absent:
         return Absent("Python.h was not found: install Python's development headers (Debian: python3-dev)")
     if error := _compile_error([*command, "-std=c++20"], "#include <concepts>\n#include <span>\n"):
         return Absent(f"{' '.join(command)} does not compile C++20 ({error}): install g++ 11 or newer")
-    levels = list(SIMD_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["baseline"]
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    levels = list(SIMD_FLAGS) if x86 else ["baseline"]
+    isas = list(ISA_FLAGS) if x86 else []
     return Compiler(
-        command, [level for level in levels if not _compile_error([*command, *SIMD_FLAGS[level]], "")]
+        command,
+        [level for level in levels if not _compile_error([*command, *SIMD_FLAGS[level]], "")],
+        [isa for isa in isas if not _assembly_error([*command, *ISA_FLAGS[isa]], _ISA_EXAMPLES[isa])],
     )
 
 
-def _compile_error(command: list[str], source: str) -> str:
+def _assembly_error(command: list[str], instruction: str) -> str:
+    """The first line of the errors for an instruction, of the compiler or of its assembler; "" for none."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = ["-c", "-o", str(Path(folder, "example.o"))]
+        return _compile_error(command, f'void f() {{ asm volatile("{instruction}"); }}', output)
+
+
+def _compile_error(command: list[str], source: str, output: Sequence[str] = ("-fsyntax-only",)) -> str:
     """The first line of the compiler's errors for `source`; "" where there are none."""
-    command = [*command, "-fsyntax-only", "-x", "c++", "-"]
+    command = [*command, *output, "-x", "c++", "-"]
     try:
         done = subprocess.run(command, input=source, capture_output=True, text=True)
     except OSError as error:

@@ -6,7 +6,7 @@
 #include <string>
 
 #include "build_config.h"  // written by the build
-#include "common/cpu/gemm.h"
+#include "common/cpu/bf16_engines.h"
 #include "common/cpu/simd.h"
 
 namespace py = pybind11;

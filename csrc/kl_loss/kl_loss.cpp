@@ -104,8 +104,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
       "linear_kl_loss_layout(int tokens, int vocab_size, int student_hidden_size, int teacher_hidden_size, "
       "int accumulate_bytes, bool grad_hidden, bool grad_head, bool head_in_place, int[] plan, int threads, "
       "bool metrics=False, int outcomes=0) -> int[]");
-  // The operand type in which a bf16 product runs fastest here: "bf16" or "f32".
-  m.def("bf16_operands() -> str");
+  // The engine in which a bf16 product runs fastest here, by its name in ENGINES of ops/kl_loss/plan_cpu.py.
+  m.def("bf16_engine() -> str");
+  // Why the engine "amx" or "avx512_bf16" cannot run here; "" where it can.
+  m.def("why_no_engine(str name) -> str");
   // For tests: the numbers that Python repeats, of stats, a panel, schedules, operand types, divergences.
   m.def("kl_loss_constant(str name) -> int");
 }

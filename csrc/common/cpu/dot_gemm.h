@@ -7,14 +7,18 @@
 
 #include "common/cpu/tiles.h"
 
+// Functions that return vectors of 64 bytes are all inlined: no ABI is concerned.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 namespace minitron::MINITRON_SIMD {
 
 constexpr int kDotRows = 4, kDotVectors = kPanel / kTileRows;
 // k of a panel that is multiplied at a time: 16 KiB of it stay in an L1 cache of 32 KiB.
 constexpr int64_t kDotDepth = 128;
 
-// kDotRows rows of a strip of A by a panel of B: 16 accumulators, more than the cycles that an instruction takes.
-// Of C `rows` rows and N columns are read and written; with kWhole those are all.
+// kDotRows rows of a strip of A by a panel of B: 16 accumulators, more than the cycles that an instruction
+// takes. Of C `rows` rows and N columns are read and written; with kWhole those are all.
 template <bool kWhole, typename Dots>
 [[gnu::always_inline]] inline void dot_block(int64_t rows, int64_t N, int64_t steps, bool add, const bf16* a,
                                              const bf16* b, float* c, int64_t ldc) {
@@ -62,13 +66,13 @@ template <bool kWhole, typename Dots>
 }
 
 template <typename Dots>
-[[gnu::noinline]] void dot_edge(int64_t rows, int64_t N, int64_t steps, bool add, const bf16* a, const bf16* b,
-                                float* c, int64_t ldc) {
+[[gnu::noinline]] void dot_edge(int64_t rows, int64_t N, int64_t steps, bool add, const bf16* a,
+                                const bf16* b, float* c, int64_t ldc) {
   dot_block<false, Dots>(rows, N, steps, add, a, b, c, ldc);
 }
 
 template <typename Dots>
-inline void dot_gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t, int64_t ldc, bool add, const bf16* a,
+inline void dot_gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldc, bool add, const bf16* a,
                      const bf16* b, float* c) {
   for (int64_t k = 0; k < K; k += kDotDepth) {
     const int64_t steps = ceil_div(std::min(kDotDepth, K - k), kTileDepth);
@@ -84,7 +88,8 @@ inline void dot_gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t, int6
   }
 }
 
-// Vectors as arrays. multiply() adds up as VDPBF16PS is defined, odd k first; but it does not flush denormals.
+// Vectors as arrays. multiply() adds up as VDPBF16PS is defined, odd k first; but it does not flush
+// denormals.
 struct PortableDots {
   typedef float Sums __attribute__((vector_size(64)));
   typedef uint32_t Pairs __attribute__((vector_size(64)));
@@ -117,3 +122,5 @@ struct PortableDots {
 };
 
 }  // namespace minitron::MINITRON_SIMD
+
+#pragma GCC diagnostic pop

@@ -20,10 +20,6 @@ __attribute__((weak)) void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a,
 __attribute__((weak)) void brgemm_release(bool is_vnni);
 }  // namespace at::native::cpublas
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 namespace minitron {
 namespace {
 
@@ -88,58 +84,17 @@ std::atomic<int64_t>& flop_count() {
 
 int64_t count_gemm_flops(bool on) { return flop_count().exchange(on ? 0 : -1); }
 
-struct Cpu {
-  bool amd = false, avx512_bf16 = false, amx_bf16 = false;
-};
-
-const Cpu& cpu() {
-  static const Cpu found = [] {
-    Cpu c;
-#if defined(__x86_64__)
-    unsigned a, b, cx, d;
-    if (__get_cpuid(0, &a, &b, &cx, &d)) c.amd = b == signature_AMD_ebx;
-    if (__get_cpuid_count(7, 0, &a, &b, &cx, &d)) c.amx_bf16 = d >> 22 & 1;
-    if (__get_cpuid_count(7, 1, &a, &b, &cx, &d)) c.avx512_bf16 = a >> 5 & 1;
-#endif
-    return c;
-  }();
-  return found;
-}
-
 }  // namespace
 
 Gemm<bf16, float> brgemm_bf16() { return engines().bf16_engine; }
 Gemm<float, float> brgemm_f32() { return engines().f32_engine; }
+bool exports_brgemm() { return engines().exported; }
 
 bool counting_flops() { return flop_count() >= 0; }
 void add_flops(int64_t flops) { flop_count() += flops; }
 
 void brgemm_release() {
   if (&at::native::cpublas::brgemm_release) at::native::cpublas::brgemm_release(true);
-}
-
-// A rule and not a measurement, so that a machine gives the same bits every time. AMX, and AVX512_BF16 on AMD
-// (from Zen 4 on), multiply bf16 at least twice as fast as fp32. Without AMX, Intel's VDPBF16PS is half as
-// fast as its fp32 FMA (measured on Emerald Rapids: 87 against 165 GFLOP/s per core), and bf16 widens to fp32
-// without rounding.
-const char* bf16_operand_type() {
-  if (!engines().bf16_engine) return "f32";
-  return cpu().amx_bf16 || (cpu().amd && cpu().avx512_bf16) ? "bf16" : "f32";
-}
-
-std::string gemm_engine_report() {
-  const Engines& e = engines();
-  const std::string f32 = e.f32_engine ? "brgemm f32" : "portable f32";
-  std::string report = "fp32, fp16: " + f32 + "; bf16: ";
-  if (std::string(bf16_operand_type()) == "bf16") {
-    report += "brgemm bf16";
-  } else {
-    report += f32 + " on operands widened to fp32";
-    if (e.bf16_engine) report += " (this CPU multiplies fp32 faster than bf16)";
-  }
-  report += "; float64: portable";
-  if (!e.exported) report += ". libtorch does not export brgemm";
-  return report;
 }
 
 }  // namespace minitron

@@ -3,7 +3,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <string>
 
 #include "common/types.h"
 
@@ -24,6 +23,8 @@ using Gemm = void (*)(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb,
 // torch's brgemm microkernels, or nullptr where libtorch does not export them or this CPU cannot run them.
 Gemm<bf16, float> brgemm_bf16();
 Gemm<float, float> brgemm_f32();
+// Whether this libtorch has them at all.
+bool exports_brgemm();
 // Releases the tile registers (AMX) that brgemm_bf16 may have configured on this thread.
 void brgemm_release();
 
@@ -41,10 +42,5 @@ Gemm<Op, A> counted(Gemm<Op, A> gemm) {
     inner.load()(M, N, K, lda, ldb, ldc, add, a, b, c);
   };
 }
-
-// The operand type in which bf16 x bf16 -> fp32 runs fastest here: "bf16" or "f32" (bf16 widens exactly).
-const char* bf16_operand_type();
-// One line for people: which implementation serves which dtype, and why.
-std::string gemm_engine_report();
 
 }  // namespace minitron

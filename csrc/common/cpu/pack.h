@@ -202,4 +202,19 @@ void transpose_panel(const A* panel, int64_t rows, int64_t padded_rows, Op* dst,
   }
 }
 
+// [rows, cols] of type A, rounded to a tensor's dtype.
+template <typename A>
+void narrow_rows(const A* src, int64_t lds, int64_t rows, int64_t cols, void* dst, DType dtype, int64_t ldd) {
+  constexpr int L = kLanes<A>;
+  dispatch_readable<A>(dtype, [&](auto element) {
+    for (int64_t r = 0; r < rows; ++r) {
+      auto* out = static_cast<decltype(element)*>(dst) + r * ldd;
+      const A* in = src + r * lds;
+      int64_t c = 0;
+      for (; c + L <= cols; c += L) store(out + c, load<A>(in + c));
+      if (c < cols) store_partial(out + c, load_partial<A>(in + c, cols - c, A(0)), cols - c);
+    }
+  });
+}
+
 }  // namespace minitron::MINITRON_SIMD

@@ -1,7 +1,7 @@
-// The GEMM of operands in tiles (tiles.h): C[M, N] (+)= A[M, K] B[K, N], N <= kPanel. `Tiles` has eight registers
-// of one tile each, and the operations on them: AmxTiles (gemm_amx.cpp) or, for tests on any machine,
-// PortableTiles. lda is the k of a strip of A. K, M and N may have any value: operands are padded with zeros, and
-// of C only M rows and N columns are read and written.
+// The GEMM of operands in tiles (tiles.h): C[M, N] (+)= A[M, K] B[K, N], N <= kPanel. `Tiles` has eight
+// registers of one tile each, and the operations on them: AmxTiles (gemm_amx.cpp) or, for tests on any
+// machine, PortableTiles. lda is the k of a strip of A. K, M and N may have any value: operands are padded
+// with zeros, and of C only M rows and N columns are read and written.
 #pragma once
 
 #include <algorithm>
@@ -14,11 +14,13 @@ namespace minitron::MINITRON_SIMD {
 constexpr int kTileBlock = 2 * kTileRows;  // rows and columns of C that are in registers
 
 // kStrips strips of A by two neighbouring column tiles of B. Registers 0 to 3 are C, 4 and 5 A, 6 and 7 B: an
-// operand that is loaded serves two products. `next`: the block that comes after this one, or null.
+// operand that is loaded serves two products. `ahead` rows of `next`, the block that comes after this one,
+// are fetched with each step.
 template <int kStrips, typename Tiles>
-[[gnu::always_inline]] inline void tile_block(Tiles& t, const bf16* a, int64_t lda, const bf16* b, int64_t steps,
-                                              bool add, float* c, int64_t ldc, const float* next) {
-  const int64_t row_bytes = ldc * int64_t(sizeof(float)), prefetched = ceil_div(kTileBlock, steps);
+[[gnu::always_inline]] inline void tile_block(Tiles& t, const bf16* a, int64_t lda, const bf16* b,
+                                              int64_t steps, bool add, float* c, int64_t ldc,
+                                              const float* next, int64_t ahead) {
+  const int64_t row_bytes = ldc * int64_t(sizeof(float));
   float* const lower = c + kTileRows * ldc;
   if (add) {
     t.template load<0>(c, row_bytes);
@@ -46,7 +48,7 @@ template <int kStrips, typename Tiles>
       t.template multiply<2, 5, 6>();
       t.template multiply<3, 5, 7>();
     }
-    for (int64_t i = 0; next && i < prefetched; ++i, next += ldc) {
+    for (int64_t i = 0; i < ahead; ++i, next += ldc) {
       __builtin_prefetch(next, 1);
       __builtin_prefetch(next + kTileRows, 1);
     }
@@ -61,16 +63,16 @@ template <int kStrips, typename Tiles>
 
 // A block of which only some rows and columns are C's.
 template <typename Tiles>
-[[gnu::noinline]] void tile_edge(Tiles& t, int64_t rows, int64_t cols, const bf16* a, int64_t lda, const bf16* b,
-                                 int64_t steps, bool add, float* c, int64_t ldc) {
+[[gnu::noinline]] void tile_edge(Tiles& t, int64_t rows, int64_t cols, const bf16* a, int64_t lda,
+                                 const bf16* b, int64_t steps, bool add, float* c, int64_t ldc) {
   alignas(64) float block[kTileBlock * kTileBlock] = {};
   for (int64_t r = 0; add && r < rows; ++r) {
     std::memcpy(block + r * kTileBlock, c + r * ldc, cols * sizeof(float));
   }
   if (rows > kTileRows) {
-    tile_block<2>(t, a, lda, b, steps, add, block, kTileBlock, nullptr);
+    tile_block<2>(t, a, lda, b, steps, add, block, kTileBlock, nullptr, 0);
   } else {
-    tile_block<1>(t, a, lda, b, steps, add, block, kTileBlock, nullptr);
+    tile_block<1>(t, a, lda, b, steps, add, block, kTileBlock, nullptr, 0);
   }
   for (int64_t r = 0; r < rows; ++r) {
     std::memcpy(c + r * ldc, block + r * kTileBlock, cols * sizeof(float));
@@ -79,9 +81,9 @@ template <typename Tiles>
 
 // Two column tiles of B at a time, which stay in the L1 cache while all of A streams past.
 template <typename Tiles>
-[[gnu::always_inline]] inline void tile_gemm(Tiles& t, int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldc,
-                                             bool add, const bf16* a, const bf16* b, float* c) {
-  const int64_t steps = ceil_div(K, kTileDepth);
+[[gnu::always_inline]] inline void tile_gemm(Tiles& t, int64_t M, int64_t N, int64_t K, int64_t lda,
+                                             int64_t ldc, bool add, const bf16* a, const bf16* b, float* c) {
+  const int64_t steps = ceil_div(K, kTileDepth), lines = steps ? ceil_div(kTileBlock, steps) : 0;
   for (int64_t n = 0; n < N; n += kTileBlock) {
     const bf16* columns = b + tile_b(0, n);
     const int64_t cols = std::min<int64_t>(kTileBlock, N - n);
@@ -89,8 +91,8 @@ template <typename Tiles>
       const int64_t rows = std::min<int64_t>(kTileBlock, M - m);
       float* block = c + m * ldc + n;
       if (rows == kTileBlock && cols == kTileBlock) {
-        const float* next = m + 2 * kTileBlock <= M ? block + kTileBlock * ldc : nullptr;
-        tile_block<2>(t, a + m * lda, lda, columns, steps, add, block, ldc, next);
+        const int64_t ahead = m + 2 * kTileBlock <= M ? lines : 0;
+        tile_block<2>(t, a + m * lda, lda, columns, steps, add, block, ldc, block + kTileBlock * ldc, ahead);
       } else {
         tile_edge(t, rows, cols, a + m * lda, lda, columns, steps, add, block, ldc);
       }
@@ -98,8 +100,8 @@ template <typename Tiles>
   }
 }
 
-// The registers as arrays. multiply() adds up as TDPBF16PS is defined: even and odd k for themselves, both from
-// zero; but it does not flush denormals.
+// The registers as arrays. multiply() adds up as TDPBF16PS is defined: even and odd k for themselves, both
+// from zero; but it does not flush denormals.
 struct PortableTiles {
   typedef float Row __attribute__((vector_size(64)));
   typedef uint32_t Pairs __attribute__((vector_size(64)));

@@ -1,6 +1,8 @@
-// Packs the operands of a GEMM in tiles (tiles.h): what pack.h does for plain ones, with the same arguments. K, and
-// the rows of an A operand, are rounded up to whole tiles, and all of these is written.
+// Packs the operands of a GEMM in tiles (tiles.h): what pack.h does for plain ones, with the same arguments.
+// K (padded_rows, padded_cols) is whole tiles, and so are the rows of an A operand: all of these are written.
 #pragma once
+
+#include <algorithm>
 
 #include "common/cpu/pack.h"
 #include "common/cpu/tiles.h"
@@ -10,8 +12,9 @@ namespace minitron::MINITRON_SIMD {
 // The fp32 elements of two vectors as bf16: of each lane (low, high), as one number of 32 bits.
 inline U32 narrow_pairs(Vec<float> low, Vec<float> high) {
 #if defined(__AVX512BF16__)
-  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   return (U32)_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both);
 #else
@@ -48,7 +51,8 @@ inline void tile_transposed(const bf16* src, int64_t ld, const int64_t* index, i
         }
       }
       transpose_square<float>(block);
-      for (int i = 0; i < L; ++i) std::memcpy(panel + tile_b(k + 2 * i, n % kPanel), &block[i], sizeof(block[i]));
+      for (int i = 0; i < L; ++i)
+        std::memcpy(panel + tile_b(k + 2 * i, n % kPanel), &block[i], sizeof(block[i]));
     }
   }
 }
@@ -85,7 +89,8 @@ inline void tile_rows(const bf16* src, int64_t ld, const int64_t* index, int64_t
 }
 
 // Rows of src as an A operand, whose strips have padded_cols.
-inline void tile_convert(const bf16* src, int64_t ld, int64_t rows, int64_t cols, int64_t padded_cols, bf16* dst) {
+inline void tile_convert(const bf16* src, int64_t ld, int64_t rows, int64_t cols, int64_t padded_cols,
+                         bf16* dst) {
   for (int64_t r = 0; r < round_up(rows, kTileRows); ++r) {
     for (int64_t k = 0; k < padded_cols; k += kTileDepth) {
       const int64_t elements = r < rows ? std::min<int64_t>(kTileDepth, cols - k) : 0;
@@ -114,11 +119,14 @@ inline void tile_cast_panel(const float* panel, int64_t rows, bf16* dst, int64_t
   }
 }
 
-// A panel [rows, kPanel], transposed, as kPanel rows of an A operand; its k beyond `rows` are zero up to a tile's end.
-inline void tile_transpose_panel(const float* panel, int64_t rows, bf16* dst, int64_t ld) {
+// A panel [rows, kPanel], transposed, as kPanel rows of an A operand; its k in [rows, padded_rows) are zero.
+inline void tile_transpose_panel(const float* panel, int64_t rows, int64_t padded_rows, bf16* dst,
+                                 int64_t ld) {
   constexpr int L = kLanes<float>;
-  const auto row = [&](int64_t r, int c) { return r < rows ? load<float>(panel + r * kPanel + c) : Vec<float>{}; };
-  for (int64_t r = 0; r < round_up(rows, kTileDepth); r += 2 * L) {
+  const auto row = [&](int64_t r, int c) {
+    return r < rows ? load<float>(panel + r * kPanel + c) : Vec<float>{};
+  };
+  for (int64_t r = 0; r < padded_rows; r += 2 * L) {
     for (int c = 0; c < kPanel; c += L) {
       Vec<float> block[L];  // of pairs
       for (int i = 0; i < L; ++i) {

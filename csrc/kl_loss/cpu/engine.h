@@ -8,8 +8,11 @@
 // OperandLayout, its PackKernels (one of them per SIMD level, see kernels.h), and its case in with_engine().
 #pragma once
 
+#include "common/cpu/bf16_engines.h"
+#include "common/cpu/tiles.h"
 #include "kl_loss/cpu/kernels.h"
 #include "kl_loss/cpu/linear_plan.h"
+#include "kl_loss/cpu/tile_kernels.h"
 
 namespace minitron {
 
@@ -28,6 +31,11 @@ inline OperandLayout operand_layout(DType operands, Implementation implementatio
     case Implementation::kLibtorch:
     case Implementation::kPortable:
       break;
+    case Implementation::kAmx:
+    case Implementation::kAvx512Bf16:
+    case Implementation::kPortableAmx:
+    case Implementation::kPortableAvx512Bf16:
+      return {.depth = kTileDepth, .rows = kTileRows, .k_stride = kTileRows, .in_place = false};
   }
   return {.depth = operands == DType::kBFloat16 ? 2 : 1, .rows = 1, .k_stride = 1, .in_place = true};
 }
@@ -44,6 +52,30 @@ struct Engine {
   void (*end_task)();
 };
 
+// The engine of bf16 operands in tiles. One that cannot run here throws why.
+inline Engine<bf16, float> tile_engine(Implementation implementation) {
+  const TileKernels& portable = tile_kernels();
+  if (implementation == Implementation::kPortableAmx) {
+    return {portable.like_amx, &portable.pack, nullptr, nullptr};
+  }
+  if (implementation == Implementation::kPortableAvx512Bf16) {
+    return {portable.like_avx512_bf16, &portable.pack, nullptr, nullptr};
+  }
+  const bool is_amx = implementation == Implementation::kAmx;
+  const std::string& why = is_amx ? why_no_amx() : why_no_avx512_bf16();
+  if (!why.empty()) {
+    throw std::invalid_argument(std::string("the kernels for ") + (is_amx ? "AMX" : "AVX512_BF16") +
+                                " cannot run: " + why);
+  }
+#ifdef MINITRON_HAVE_AMX
+  if (is_amx) return {&amx::gemm, &avx512_bf16::tile_pack(), &amx::begin_task, &amx::end_task};
+#endif
+#ifdef MINITRON_HAVE_AVX512_BF16
+  if (!is_amx) return {&avx512_bf16::gemm, &avx512_bf16::tile_pack(), nullptr, nullptr};
+#endif
+  __builtin_unreachable();  // what was not compiled has a reason not to run
+}
+
 // Calls f with the Engine that a plan names.
 template <typename F>
 void with_engine(const LinearPlan& plan, F&& f) {
@@ -54,6 +86,8 @@ void with_engine(const LinearPlan& plan, F&& f) {
   } else if (plan.operands == DType::kFloat32) {
     const Gemm<float, float> own = kernels.f32.gemm, theirs = portable ? nullptr : brgemm_f32();
     f(Engine<float, float>{theirs ? theirs : own, &kernels.pack_f32, nullptr, nullptr});
+  } else if (plan.implementation >= Implementation::kAmx) {
+    f(tile_engine(plan.implementation));
   } else if (portable) {
     f(Engine<bf16, float>{kernels.gemm_bf16, &kernels.pack_bf16, nullptr, nullptr});
   } else {

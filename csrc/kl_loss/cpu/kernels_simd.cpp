@@ -32,18 +32,7 @@ constexpr PackKernels<A, Op> pack_kernels() {
   };
   k.cast_panel = &cast_panel<A, Op>;
   k.transpose_panel = &transpose_panel<A, Op>;
-  k.narrow = [](const A* src, int64_t lds, int64_t rows, int64_t cols, void* dst, DType dtype, int64_t ldd) {
-    constexpr int L = kLanes<A>;
-    dispatch_readable<A>(dtype, [&](auto element) {
-      for (int64_t r = 0; r < rows; ++r) {
-        auto* out = static_cast<decltype(element)*>(dst) + r * ldd;
-        const A* in = src + r * lds;
-        int64_t c = 0;
-        for (; c + L <= cols; c += L) store(out + c, load<A>(in + c));
-        if (c < cols) store_partial(out + c, load_partial<A>(in + c, cols - c, A(0)), cols - c);
-      }
-    });
-  };
+  k.narrow = &narrow_rows<A>;
   return k;
 }
 

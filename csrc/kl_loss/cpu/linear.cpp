@@ -41,6 +41,10 @@ int64_t kl_loss_constant(std::string name) {
   if (name == "forward") return int64_t(Schedule::kForward);
   if (name == "libtorch") return int64_t(Implementation::kLibtorch);
   if (name == "portable") return int64_t(Implementation::kPortable);
+  if (name == "amx") return int64_t(Implementation::kAmx);
+  if (name == "avx512_bf16") return int64_t(Implementation::kAvx512Bf16);
+  if (name == "portable_amx") return int64_t(Implementation::kPortableAmx);
+  if (name == "portable_avx512_bf16") return int64_t(Implementation::kPortableAvx512Bf16);
   if (name == "forward_kl") return int64_t(Divergence::kForwardKL);
   if (name == "reverse_kl") return int64_t(Divergence::kReverseKL);
   if (name == "jsd") return int64_t(Divergence::kJSD);
@@ -50,7 +54,14 @@ int64_t kl_loss_constant(std::string name) {
   STD_TORCH_CHECK(false, "kl_loss has no constant ", name);
 }
 
-std::string bf16_operands() { return bf16_operand_type(); }
+// Why bf16 operands cannot be multiplied by an engine of this library here; "" where they can.
+std::string why_no_engine(std::string name) {
+  if (name == "amx") return why_no_amx();
+  if (name == "avx512_bf16") return why_no_avx512_bf16();
+  STD_TORCH_CHECK(false, "there is no engine ", name);
+}
+
+std::string fastest_bf16_engine() { return bf16_engine(); }
 
 void linear_kl_loss_cpu_(Tensor student_hidden, Tensor student_head, Tensor teacher_hidden,
                          Tensor teacher_head, std::optional<Tensor> student_bias,
@@ -109,5 +120,6 @@ STABLE_TORCH_LIBRARY_IMPL(minitron_kernels, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(minitron_kernels, CompositeExplicitAutograd, m) {
   m.impl("linear_kl_loss_layout", TORCH_BOX(&minitron::linear_kl_loss_layout));
   m.impl("kl_loss_constant", TORCH_BOX(&minitron::kl_loss_constant));
-  m.impl("bf16_operands", TORCH_BOX(&minitron::bf16_operands));
+  m.impl("bf16_engine", TORCH_BOX(&minitron::fastest_bf16_engine));
+  m.impl("why_no_engine", TORCH_BOX(&minitron::why_no_engine));
 }

@@ -16,8 +16,10 @@ namespace minitron {
 // forward     logits are only reduced to the loss (2 GEMMs)
 enum class Schedule { kStore, kRecompute, kForward };
 
-// Whose GEMM multiplies the operands: libtorch's microkernels, or this library's own vector code, on any CPU.
-enum class Implementation { kLibtorch, kPortable };
+// Whose GEMM multiplies the operands: libtorch's microkernels; or this library's own, plain vector code on
+// any CPU, or of bf16 operands in tiles by AMX or AVX512_BF16; kPortableAmx and kPortableAvx512Bf16 are for
+// tests, the same code with plain vectors in place of these instructions.
+enum class Implementation { kLibtorch, kPortable, kAmx, kAvx512Bf16, kPortableAmx, kPortableAvx512Bf16 };
 
 struct LinearPlan {
   Schedule schedule;
@@ -41,10 +43,12 @@ struct LinearPlan {
                           Implementation(implementation)};
     const bool known = schedule >= 0 && schedule <= int64_t(Schedule::kForward) && operands >= 0 &&
                        operands <= int64_t(DType::kBFloat16) && implementation >= 0 &&
-                       implementation <= int64_t(Implementation::kPortable);
+                       implementation <= int64_t(Implementation::kPortableAvx512Bf16);
     const bool sizes = plan.chunk_tokens > 0 && plan.tile > 0 && plan.tile % 2 == 0 && plan.tile_group > 0 &&
                        plan.stored_tiles >= 0;
-    if (!known || !sizes || (plan.schedule != Schedule::kStore && plan.stored_tiles > 0)) {
+    const bool in_tiles = implementation >= int64_t(Implementation::kAmx);
+    if (!known || !sizes || (in_tiles && (plan.tile % 32 || plan.operands != DType::kBFloat16)) ||
+        (plan.schedule != Schedule::kStore && plan.stored_tiles > 0)) {
       throw std::invalid_argument("plan out of range");
     }
     return plan;

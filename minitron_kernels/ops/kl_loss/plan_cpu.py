@@ -27,6 +27,10 @@ from minitron_kernels.ops.kl_loss.plan import LinearKLPlan
 ENGINES = {
     "bf16": (torch.bfloat16, "libtorch"),
     "portable_bf16": (torch.bfloat16, "portable"),
+    "amx": (torch.bfloat16, "amx"),
+    "avx512_bf16": (torch.bfloat16, "avx512_bf16"),
+    "portable_amx": (torch.bfloat16, "portable_amx"),
+    "portable_avx512_bf16": (torch.bfloat16, "portable_avx512_bf16"),
     "f32": (torch.float32, "libtorch"),
     "portable": (torch.float32, "portable"),
     "f64": (torch.float64, "portable"),
@@ -34,7 +38,14 @@ ENGINES = {
 # the numbers of LinearPlan in csrc/kl_loss/cpu/linear_plan.h, which a test compares
 _SCHEDULE_CODES = {"store": 0, "recompute": 1, "forward": 2}
 _OPERAND_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2}
-_IMPLEMENTATION_CODES = {"libtorch": 0, "portable": 1}
+_IMPLEMENTATION_CODES = {
+    "libtorch": 0,
+    "portable": 1,
+    "amx": 2,
+    "avx512_bf16": 3,
+    "portable_amx": 4,
+    "portable_avx512_bf16": 5,
+}
 _PANEL = 64  # rows come in panels of 64: kPanel in csrc/common/cpu/gemm.h, which a test compares
 _MAX_CHUNK = 4096  # more rows at a time gain nothing
 # smaller chunks multiply slowly, and a tight budget is not meant to buy an fp32 head gradient
@@ -102,14 +113,14 @@ def _plan_numbers(
 
 
 def operand_type(*dtypes: torch.dtype) -> str:
-    """The type that GEMM operands of these dtypes are packed in: f64, bf16 or f32.
+    """The engine, a key of ENGINES, for GEMM operands of these dtypes.
 
-    bf16 only where every operand is bf16: rounding another to it would give a wrong result, silently.
+    One of bf16 operands only where every operand is bf16: rounding another would give a wrong result, silently.
     """
     if torch.float64 in dtypes:
         return "f64"
     if set(dtypes) == {torch.bfloat16}:
-        return torch.ops.minitron_kernels.bf16_operands()
+        return torch.ops.minitron_kernels.bf16_engine()
     return "f32"
 
 
