@@ -194,7 +194,8 @@ def measure(
 ) -> dict[str, Any]:
     """One table: all rows at one shape, dtype and number of threads. Calls save() with it after every row."""
     run: dict[str, Any] = {**case.to_dict(), "shape": case.name, "dtype": dtype, "device": args.device}
-    run |= {"threads": threads, "about": about, "flops": gemm_flops(case)}
+    engine = engine_note(dtype, args.device)
+    run |= {"threads": threads, "about": about, "flops": gemm_flops(case), **engine}
     del run["name"], run["file"]
     say(f"{case.describe()}, {dtype}, {threads} thread(s)")
     absent = {
@@ -211,6 +212,7 @@ def measure(
         if key in IMPLEMENTATIONS:
             implementation = IMPLEMENTATIONS[key]
             row |= {"label": implementation.label, "family": implementation.family}
+            row |= engine if implementation.package == "minitron-kernels" else {}
         if key in absent:
             row |= {"status": "absent", "reason": absent[key]}
         else:
@@ -247,12 +249,25 @@ def sum_up(run: dict[str, Any], case: Case) -> None:
 
 
 def backend_note(device: str) -> dict[str, Any]:
-    """The backend of the library that serves the loss here; {} if the library is absent."""
+    """The backend of the library that serves the loss here, on a CPU its GEMMs too; {} without the library."""
     try:
-        from minitron_kernels import _backend
+        from minitron_kernels import _backend, _native
     except ImportError:
         return {}
-    return {"backend": _backend.pick("linear_kl_loss", torch.device(device), "auto")}
+    note = {"backend": _backend.pick("linear_kl_loss", torch.device(device), "auto")}
+    gemm = _native.build_info().get("gemm") if torch.device(device).type == "cpu" else None
+    return note | ({"gemm": gemm} if gemm else {})
+
+
+def engine_note(dtype: str, device: str) -> dict[str, str]:
+    """The engine of the library's GEMMs on a CPU, as plan_linear_kl_loss() names it; {} elsewhere."""
+    try:
+        from minitron_kernels import _native, plan_linear_kl_loss
+    except ImportError:
+        return {}
+    if torch.device(device).type != "cpu" or not _native.available():
+        return {}
+    return {"engine": plan_linear_kl_loss(1, 64, 64, 64, dtype=DTYPES[dtype]).engine}
 
 
 def run_all(args: argparse.Namespace) -> dict[str, Any]:

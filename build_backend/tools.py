@@ -36,8 +36,8 @@ SIMD_FLAGS = {
     "baseline": [],
 }
 _AVX512_BF16 = [*SIMD_FLAGS["avx512"], "-mavx512bf16"]
-# name -> flags; each *_<name>.cpp is compiled once, where compiler and assembler know the instructions, and called
-# where the CPU does
+# name -> flags; each *_<name>.cpp is compiled once, where compiler and assembler know the instructions, and
+# called where the CPU does
 ISA_FLAGS = {
     "amx": [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
     "avx512_bf16": _AVX512_BF16,

@@ -1,5 +1,6 @@
 """What the build decides and the commands that it makes, with tools that stand in for compilers. No build."""
 
+import dataclasses
 import json
 import os
 import re
@@ -24,11 +25,11 @@ from build_backend.tools import Absent, Compiler, Cuda, Plan, Torch  # noqa: E40
 
 sys.path.remove(str(ROOT))
 
-LEVELS = list(tools.SIMD_FLAGS)
+LEVELS, ISAS = list(tools.SIMD_FLAGS), list(tools.ISA_FLAGS)
 CUDA = Cuda("/cuda/bin/nvcc", "13.0", [80, 90], ["/cuda/lib64"])
-PLAN = Plan(Compiler(["g++", "-m64"], LEVELS), Torch(Path("/site/torch"), "2.13.1"), CUDA)
+PLAN = Plan(Compiler(["g++", "-m64"], LEVELS, ISAS), Torch(Path("/site/torch"), "2.13.1"), CUDA)
 CPU_PLAN = Plan(PLAN.compiler, PLAN.torch, no_cuda="nvcc was not found")
-SOURCES = [Path("/r/csrc") / name for name in ("module.cpp", "a/b_simd.cpp", "a/c.cu")]
+SOURCES = [Path("/r/csrc") / name for name in ("module.cpp", "a/b_simd.cpp", "a/b_amx.cpp", "a/c.cu")]
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,7 @@ def steps_of(plan):
 def test_a_file_is_compiled_as_its_name_says(monkeypatch):
     monkeypatch.setenv("CXXFLAGS", "-g -mno-avx2")
     steps = steps_of(PLAN)
-    assert list(steps) == ["module.o", *(f"a/b_simd.{level}.o" for level in LEVELS), "a/c.cu.o"]
+    assert list(steps) == ["module.o", *(f"a/b_simd.{level}.o" for level in LEVELS), "a/b_amx.o", "a/c.cu.o"]
     for name, step in steps.items():
         assert (
             step.command[-4:-1] == ["-c", str(step.inputs[0]), "-o"] and step.command[-1] == f"/b/csrc/{name}"
@@ -64,7 +65,8 @@ def test_a_file_is_compiled_as_its_name_says(monkeypatch):
         # with it, pybind11's headers are an #error in torch 2.11
         assert ("-DTORCH_TARGET_VERSION=0x020b000000000000" in step.command) == (name != "module.o")
         have = {flag for flag in step.command if flag.startswith("-DMINITRON_HAVE_")}
-        assert have == {f"-DMINITRON_HAVE_{level.upper()}=1" for level in LEVELS if level != "baseline"}
+        known = [*(level for level in LEVELS if level != "baseline"), *ISAS]
+        assert have == {f"-DMINITRON_HAVE_{name.upper()}=1" for name in known}
         systems = [b for a, b in zip(step.command, step.command[1:], strict=False) if a == "-isystem"]
         assert systems[:2] == ["/site/torch/include", "/site/torch/include/torch/csrc/api/include"]
         assert systems[2] == sysconfig.get_path("include")
@@ -80,6 +82,9 @@ def test_a_file_is_compiled_as_its_name_says(monkeypatch):
         assert ("-mavx512f" in command) == (level == "avx512") and ("-mfma" in command) == (
             level != "baseline"
         )
+    amx = steps["a/b_amx.o"].command
+    assert "-DMINITRON_SIMD=amx" in amx and amx.index("-mamx-bf16") > amx.index("-mno-avx2")
+    assert all("-mamx-bf16" not in step.command for name, step in steps.items() if name != "a/b_amx.o")
     nvcc = steps["a/c.cu.o"].command
     assert nvcc[0] == "/cuda/bin/nvcc" and nvcc[nvcc.index("-ccbin") + 1] == "g++"
     assert [flag for flag in nvcc if flag.startswith("-gencode")] == [
@@ -88,6 +93,12 @@ def test_a_file_is_compiled_as_its_name_says(monkeypatch):
         "-gencode=arch=compute_90,code=compute_90",
     ]
     assert "-Xcompiler=-Wall,-fPIC,-fvisibility=hidden" in nvcc and "--expt-relaxed-constexpr" in nvcc
+
+
+def test_an_instruction_set_that_the_compiler_lacks_is_left_out():
+    plan = dataclasses.replace(PLAN, compiler=Compiler(["g++"], LEVELS, ["avx512_bf16"]))
+    steps = steps_of(plan)
+    assert "a/b_amx.o" not in steps and "-DMINITRON_HAVE_AMX=1" not in steps["module.o"].command
 
 
 def test_there_are_gates_for_every_arch():
@@ -284,8 +295,10 @@ def test_compilers(monkeypatch, tmp_path):
     cc = script(tmp_path / "cc", 'case "$*" in *avx512f*) echo "no such -m" >&2; exit 1;; esac')
     monkeypatch.setenv("CXX", f"{cc} -x1")
     assert tools.find_compiler() == Compiler(
-        [str(cc), "-x1"], [level for level in LEVELS if level != "avx512"]
+        [str(cc), "-x1"], [level for level in LEVELS if level != "avx512"], []
     )
+    script(cc, 'case "$*" in *amx-bf16*" -c "*) echo "no such instruction" >&2; exit 1;; esac')  # assembler's
+    assert tools.find_compiler() == Compiler([str(cc), "-x1"], LEVELS, ["avx512_bf16"])
     monkeypatch.setattr(tools.platform, "machine", lambda: "aarch64")
     assert tools.find_compiler() == Compiler([str(cc), "-x1"], ["baseline"])
     script(cc, 'echo; echo "first words" >&2; echo more >&2; exit 1')

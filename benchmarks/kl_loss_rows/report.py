@@ -116,7 +116,8 @@ def _not_measured(run: dict[str, Any]) -> list[str]:
 
 
 def _head(run: dict[str, Any]) -> list[str | None]:
-    return [title(run), run.get("about"), floor_line(run), roofline_line(run), errors_line(run)]
+    engine = f"Engine of the library's GEMMs: {run['engine']}" if "engine" in run else None
+    return [title(run), run.get("about"), floor_line(run), engine, roofline_line(run), errors_line(run)]
 
 
 def as_text(run: dict[str, Any], width: int = 200) -> str:

@@ -57,7 +57,7 @@ def test_every_combination(schedule, biased):
         check_linear(dtypes, schedule=schedule, biased=biased, seed=seed)
 
 
-@pytest.mark.parametrize("engine", ["f32", "portable", "bf16", "portable_bf16"])
+@pytest.mark.parametrize("engine", ["f32", "portable", "bf16", "portable_bf16", "portable_amx"])
 def test_every_engine(monkeypatch, engine):
     """fp32 operands serve all; bf16 ones what is bf16 throughout, and refuse the rest."""
     force_operands(monkeypatch, engine)
@@ -76,7 +76,7 @@ def test_every_engine(monkeypatch, engine):
 
 
 def test_bf16_operands_only_where_all_are(monkeypatch):
-    monkeypatch.setattr(torch.ops.minitron_kernels, "bf16_operands", lambda: "bf16")
+    monkeypatch.setattr(torch.ops.minitron_kernels, "bf16_engine", lambda: "bf16")
     for dtypes in itertools.product(NARROW, repeat=4):
         assert operand_type(*dtypes) == ("bf16" if set(dtypes) == {torch.bfloat16} else "f32")
     assert operand_type(*[torch.float64] * 4) == "f64"

@@ -229,6 +229,7 @@ def test_numbers_that_both_languages_know():
     assert constant("panel") == plan_cpu._PANEL
     named = {**plan_cpu._SCHEDULE_CODES, **plan_cpu._IMPLEMENTATION_CODES}
     assert all(constant(name) == code for name, code in named.items())
+    assert {name for _, name in plan_cpu.ENGINES.values()} == set(plan_cpu._IMPLEMENTATION_CODES)
     codes = {str(dtype).removeprefix("torch."): code for dtype, code in plan_cpu._OPERAND_CODES.items()}
     assert all(constant(name) == code for name, code in codes.items())
     assert all(constant(divergence.name.lower()) == divergence.value for divergence in Divergence)

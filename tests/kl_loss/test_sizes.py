@@ -31,6 +31,7 @@ ENGINES = [
     (torch.float16, None),
     (torch.float64, None),
 ]
+TILED = [(torch.bfloat16, "portable_amx"), (torch.bfloat16, "portable_avx512_bf16")]
 # One element may be rounded by half an ulp, and a gradient of few elements with it; bf16 ones twice.
 BOUND = {**GRADIENT_BOUND, torch.bfloat16: 2.0**-7}
 
@@ -114,7 +115,7 @@ PLANS = {
     H=st.sampled_from([1, 7, 64, 131, 260]),
     Ht=st.sampled_from([1, 6, 65, 259]),
     V=st.sampled_from([1, 2, 63, 64, 65, 130, 195]),
-    case=st.sampled_from([case for case in ENGINES if case[1] != "bf16" or HAS_BF16]),
+    case=st.sampled_from([case for case in [*ENGINES, *TILED] if case[1] != "bf16" or HAS_BF16]),
     schedule=st.sampled_from(SCHEDULES),
     divergence=st.sampled_from(list(BETA)),
     masked=st.booleans(),
@@ -129,6 +130,8 @@ PLANS = {
 def test_any_plan(N, H, Ht, V, case, schedule, divergence, masked, count, numbers):
     """Chunks, tiles, groups and stored tiles of every kind, also such as the planner never chooses."""
     mask = torch.arange(N) % 3 != 1 if masked else None
+    if case in TILED:  # which refuse smaller ones
+        numbers = {**numbers, "tile": max(numbers["tile"], 32)}
     with pytest.MonkeyPatch.context() as patch, threads(count):
         force_operands(patch, case[1])
         force_plan(patch, **numbers)

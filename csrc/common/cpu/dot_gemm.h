@@ -3,13 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "common/cpu/tiles.h"
-
-// Functions that return vectors of 64 bytes are all inlined: no ABI is concerned.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace minitron::MINITRON_SIMD {
 
@@ -91,36 +88,47 @@ inline void dot_gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldc, 
 // Vectors as arrays. multiply() adds up as VDPBF16PS is defined, odd k first; but it does not flush
 // denormals.
 struct PortableDots {
-  typedef float Sums __attribute__((vector_size(64)));
-  typedef uint32_t Pairs __attribute__((vector_size(64)));
+  struct Sums {
+    float lanes[kTileRows];
+  };
+  struct Pairs {
+    uint32_t lanes[kTileRows];
+  };
 
-  static Sums zero() { return Sums{}; }
+  static Sums zero() { return {}; }
   static Sums load(const float* p) { return load_partial(p, kTileRows); }
   static Sums load_partial(const float* p, int64_t n) {
     Sums v{};
-    if (n > 0) std::memcpy(&v, p, std::min<int64_t>(n, kTileRows) * sizeof(float));
+    if (n > 0) std::memcpy(v.lanes, p, std::min<int64_t>(n, kTileRows) * sizeof(float));
     return v;
   }
-  static void store(float* p, Sums v) { store_partial(p, v, kTileRows); }
-  static void store_partial(float* p, Sums v, int64_t n) {
-    if (n > 0) std::memcpy(p, &v, std::min<int64_t>(n, kTileRows) * sizeof(float));
+  static void store(float* p, const Sums& v) { store_partial(p, v, kTileRows); }
+  static void store_partial(float* p, const Sums& v, int64_t n) {
+    if (n > 0) std::memcpy(p, v.lanes, std::min<int64_t>(n, kTileRows) * sizeof(float));
   }
   static Pairs pairs(const bf16* p) {
     Pairs v;
-    std::memcpy(&v, p, sizeof(v));
+    std::memcpy(v.lanes, p, sizeof(v.lanes));
     return v;
   }
   static Pairs broadcast(const bf16* p) {
     uint32_t pair;
     std::memcpy(&pair, p, sizeof(pair));
-    return pair - Pairs{};
+    Pairs v;
+    for (uint32_t& lane : v.lanes) lane = pair;
+    return v;
   }
-  static Sums multiply(Sums sum, Pairs a, Pairs b) {
-    const Pairs odd_a = a & 0xffff0000u, odd_b = b & 0xffff0000u, even_a = a << 16, even_b = b << 16;
-    return (sum + Sums(odd_a) * Sums(odd_b)) + Sums(even_a) * Sums(even_b);
+  static Sums multiply(Sums sum, const Pairs& a, const Pairs& b) {
+    for (int i = 0; i < kTileRows; ++i) {
+      sum.lanes[i] += odd(a.lanes[i]) * odd(b.lanes[i]);
+      sum.lanes[i] += even(a.lanes[i]) * even(b.lanes[i]);
+    }
+    return sum;
   }
+
+ private:
+  static float odd(uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000u); }
+  static float even(uint32_t pair) { return std::bit_cast<float>(pair << 16); }
 };
 
 }  // namespace minitron::MINITRON_SIMD
-
-#pragma GCC diagnostic pop

@@ -47,7 +47,7 @@ struct LinearPlan {
     const bool sizes = plan.chunk_tokens > 0 && plan.tile > 0 && plan.tile % 2 == 0 && plan.tile_group > 0 &&
                        plan.stored_tiles >= 0;
     const bool in_tiles = implementation >= int64_t(Implementation::kAmx);
-    if (!known || !sizes || (in_tiles && (plan.tile % 32 || plan.operands != DType::kBFloat16)) ||
+    if (!known || !sizes || (in_tiles && (plan.tile < 32 || plan.operands != DType::kBFloat16)) ||
         (plan.schedule != Schedule::kStore && plan.stored_tiles > 0)) {
       throw std::invalid_argument("plan out of range");
     }

@@ -115,7 +115,8 @@ def _plan_numbers(
 def operand_type(*dtypes: torch.dtype) -> str:
     """The engine, a key of ENGINES, for GEMM operands of these dtypes.
 
-    One of bf16 operands only where every operand is bf16: rounding another would give a wrong result, silently.
+    One of bf16 operands only where every operand is bf16: rounding another would give a wrong result,
+    silently.
     """
     if torch.float64 in dtypes:
         return "f64"
