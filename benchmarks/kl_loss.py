@@ -249,7 +249,7 @@ def sum_up(run: dict[str, Any], case: Case) -> None:
 
 
 def backend_note(device: str) -> dict[str, Any]:
-    """The backend of the library that serves the loss here, on a CPU its GEMMs too; {} without the library."""
+    """The backend of the library that serves the loss here, on a CPU its GEMMs too; {} without it."""
     try:
         from minitron_kernels import _backend, _native
     except ImportError:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "minitron_kernels"
 LONGEST_FILE = 400
 SOURCES = (".h", ".cuh", ".cpp", ".cu")
+KERNELS = ("_simd.cpp", "_amx.cpp", "_avx512_bf16.cpp", ".cuh")
 TORCH = ("torch", "ATen", "c10")
 
 
@@ -166,9 +167,7 @@ def wrong_includes(root: Path) -> list[str]:
     wrong = []
     for here, names in files.items():
         parts = here.split("/")
-        kernels = here.endswith(("_simd.cpp", "_amx.cpp", "_avx512_bf16.cpp", ".cuh")) and not here.endswith(
-            "_torch.cuh"
-        )
+        kernels = here.endswith(KERNELS) and not here.endswith("_torch.cuh")
         if kernels or here == "module.cpp":  # *_torch.cuh and the launchers may know torch
             torch = sorted(name for name in reached(here, set()) if name.split("/")[0] in TORCH)
             wrong += [f"{here} reaches {name}: it must know no torch" for name in torch[:1]]

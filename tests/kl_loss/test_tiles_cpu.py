@@ -1,9 +1,9 @@
 """The CPU engines whose operands lie in tiles, AMX and AVX512_BF16: their portable twins everywhere, they
 themselves where the CPU has them.
 
-A twin is the same packing, the same loops and the same edges with plain vectors in place of the instructions. Scratch
-memory is NaN before each call (tests/tools/poison.py), so padding that nobody wrote, or that is multiplied by what
-nobody wrote, turns the results to NaN.
+A twin is the same packing, the same loops and the same edges with plain vectors in place of the instructions.
+Scratch memory is NaN before each call (tests/tools/poison.py), so padding that nobody wrote, or that is
+multiplied by what nobody wrote, turns the results to NaN.
 """
 
 import re
@@ -58,7 +58,7 @@ def assert_matches(result, truth, loss_rtol=1e-5):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("divergence", list(BETA))
 def test_every_option(monkeypatch, engine, schedule, divergence):
-    """Sizes that fill no tile, chunks that do not divide, tiles kept and made twice, -inf, NaN in masked tokens."""
+    """Sizes that fill no tile, chunks that do not divide, tiles kept and made twice, -inf, masked NaN."""
     force_operands(monkeypatch, engine)
     made = force_plan(monkeypatch, chunk_rows=128, tile=128, tile_group=3, stored_tiles=4)
     N, V, vocab_size = 197, 1100, 1037
@@ -85,7 +85,8 @@ def test_every_option(monkeypatch, engine, schedule, divergence):
     options = {
         "teacher_bias": teacher_bias, "mask": keep, "divergence": divergence, "schedule": schedule,
         "vocab_size": vocab_size, "temperature": 2.0, "temperature_squared": True, "reduction": "sum",
-        "student_logit_scale": 1.2, "student_softcap": 6.0, "teacher_logit_scale": 0.8, "teacher_softcap": 8.0,
+        "student_logit_scale": 1.2, "student_softcap": 6.0, "teacher_logit_scale": 0.8,
+        "teacher_softcap": 8.0,
     }  # fmt: skip
     result = run(tensors, student_bias=student_bias, **options)
     assert made[0].num_chunks == 2
