@@ -59,8 +59,10 @@ def plan_linear_kl_loss(
         schedule: "auto", "store" or "recompute".
         workspace_bytes: budget in bytes, 512 MiB by default, 4 GiB on a GPU. It bounds all that the call
             allocates beyond inputs and outputs, but for fp32 sums of gradients (accumulator_bytes).
-        engine: "bf16", "f32" or "f64" operands; or "portable" or "portable_bf16" ones, fp32 and bf16, which
-            vector code of this library multiplies on any CPU. What runs fastest here by default. CPU only.
+        engine: what multiplies, by default what runs fastest here. CPU only. "f32" or "f64" operands; bf16
+            ones by "amx" or "avx512_bf16", kernels of this library for these instructions, or "bf16",
+            libtorch's. On any CPU "portable" and "portable_bf16", fp32 and bf16 operands in vector code of
+            this library, and for tests "portable_amx" and "portable_avx512_bf16".
         device: "cpu", or "cuda" for CUDA and ROCm.
         gpu: "A100", "H100", "H200" or "B200", whose rates are assumed. By default those of the GPU at
             `device`, or of an H100 where there is none.
