@@ -220,7 +220,7 @@ def test_an_engine_that_cannot_run_says_why(monkeypatch, engine):
     for module in (linear_cpu, plan_cpu):
         monkeypatch.setattr(module, "operand_type", lambda *dtypes: engine)
     if why := why_not(engine):
-        with pytest.raises(RuntimeError, match=re.escape(f"cannot run: {why}")):
+        with pytest.raises(ValueError, match=re.escape(f"cannot run: {why}")):
             mk.linear_kl_loss(*tensors)
         return
     real = run(tensors)
@@ -250,5 +250,5 @@ def test_plans_that_tiles_do_not_fit():
     numbers = plan_cpu._plan_numbers("store", "portable_amx", 64, 32, 1, 0)
     assert layout(64, 100, 8, 8, 4, True, True, False, numbers, 1)
     for wrong in ([*numbers[:2], 30, *numbers[3:]], [*numbers[:5], 1, numbers[6]]):
-        with pytest.raises(RuntimeError, match="plan out of range"):
+        with pytest.raises(ValueError, match="plan out of range"):
             layout(64, 100, 8, 8, 4, True, True, False, wrong, 1)
