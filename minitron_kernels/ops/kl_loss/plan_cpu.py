@@ -96,8 +96,8 @@ class CpuPlan(LinearKLPlan):
     def _explain_more(self) -> list[str]:
         l1, l2, l3 = (f"{size >> 10} KiB" for size in self.caches)
         return [
-            f"blocks     logits of {self.blocks.token_block} tokens, {self.tile_group} tiles before dX, dX of "
-            f"{self.blocks.hidden_tokens} x {self.blocks.hidden_columns}",
+            f"blocks     logits of {self.blocks.token_block} tokens, {self.tile_group} tiles before dX, dX "
+            f"of {self.blocks.hidden_tokens} x {self.blocks.hidden_columns}",
             f"           for caches of {l1}, {l2} and {l3}; no bit of the result depends on them",
         ]
 
