@@ -12,6 +12,7 @@ import minitron_kernels as mk
 from kl_loss.oracle import oracle_linear, oracle_rows
 from kl_loss.problems import BETA, make_linear, to_numpy
 from minitron_kernels.ops.kl_loss import options, plan_cpu
+from minitron_kernels.ops.kl_loss.blocks_cpu import CHAIN, PANEL
 from minitron_kernels.ops.kl_loss.divergence import (
     METRIC_CE,
     NUM_METRIC_STATE,
@@ -226,7 +227,7 @@ def test_numbers_that_both_languages_know():
     assert constant("num_stats") == NUM_STATS and constant("stat_kl") == STAT_KL
     metrics = tuple(map(constant, ("num_metrics", "metric_ce", "num_metric_state")))
     assert metrics == (NUM_METRICS, METRIC_CE, NUM_METRIC_STATE)
-    assert constant("panel") == plan_cpu._PANEL
+    assert (constant("panel"), constant("max_chain")) == (PANEL, CHAIN)
     named = {**plan_cpu._SCHEDULE_CODES, **plan_cpu._IMPLEMENTATION_CODES}
     assert all(constant(name) == code for name, code in named.items())
     assert {name for _, name in plan_cpu.ENGINES.values()} == set(plan_cpu._IMPLEMENTATION_CODES)

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "common/cpu/gemm.h"
 #include "common/types.h"
 
 namespace minitron {
@@ -25,29 +26,49 @@ struct LinearPlan {
   Schedule schedule;
   int64_t chunk_tokens;  // whose operands are packed at a time
   int64_t tile;          // entries of the vocabulary that are one task
-  int64_t tile_group;    // tiles whose dz is made before dX takes it in
+  int64_t tile_group;    // tiles whose dz is made, and whose head is packed, before dX takes them in
   int64_t stored_tiles;  // store: tiles whose logits are kept
   DType operands;        // what the GEMMs multiply
   Implementation implementation;
 
+  // What suits the caches; no bit of a result depends on it.
+  int64_t token_block;    // tokens whose logits are made and reduced together
+  int64_t hidden_tokens;  // tokens and columns of dX that are one task
+  int64_t hidden_columns;
+  int64_t head_rows;   // rows of dW that are gathered in cache and written as one piece
+  bool stream_logits;  // kept logits are written around the caches
+  bool stream_head;    // so is dW
+
   // From `int[] plan` of the ops: these fields in this order, enumerators as their numbers.
   static LinearPlan of(const std::vector<int64_t>& numbers) {
-    if (numbers.size() != 7) throw std::invalid_argument("plan must be the 7 numbers of LinearPlan");
+    if (numbers.size() != 13) throw std::invalid_argument("plan must be the 13 numbers of LinearPlan");
     const int64_t schedule = numbers[0], operands = numbers[5], implementation = numbers[6];
-    const LinearPlan plan{Schedule(schedule),
-                          numbers[1],
-                          numbers[2],
-                          numbers[3],
-                          numbers[4],
-                          DType(operands),
-                          Implementation(implementation)};
+    const LinearPlan plan{.schedule = Schedule(schedule),
+                          .chunk_tokens = numbers[1],
+                          .tile = numbers[2],
+                          .tile_group = numbers[3],
+                          .stored_tiles = numbers[4],
+                          .operands = DType(operands),
+                          .implementation = Implementation(implementation),
+                          .token_block = numbers[7],
+                          .hidden_tokens = numbers[8],
+                          .hidden_columns = numbers[9],
+                          .head_rows = numbers[10],
+                          .stream_logits = numbers[11] != 0,
+                          .stream_head = numbers[12] != 0};
     const bool known = schedule >= 0 && schedule <= int64_t(Schedule::kForward) && operands >= 0 &&
                        operands <= int64_t(DType::kBFloat16) && implementation >= 0 &&
                        implementation <= int64_t(Implementation::kPortableAvx512Bf16);
-    const bool sizes = plan.chunk_tokens > 0 && plan.tile > 0 && plan.tile % 2 == 0 && plan.tile_group > 0 &&
-                       plan.stored_tiles >= 0;
+    // a tile of the vocabulary holds at least one of k
     const bool in_tiles = implementation >= int64_t(Implementation::kAmx);
-    if (!known || !sizes || (in_tiles && (plan.tile < 32 || plan.operands != DType::kBFloat16)) ||
+    const bool fits = !in_tiles || (plan.tile >= 32 && plan.operands == DType::kBFloat16);
+    const bool sizes = plan.chunk_tokens > 0 && plan.tile > 0 && plan.tile % 2 == 0 && plan.tile_group > 0 &&
+                       plan.stored_tiles >= 0 && plan.head_rows > 0 && plan.head_rows % 16 == 0;
+    bool blocks = true;
+    for (int64_t block : {plan.token_block, plan.hidden_tokens, plan.hidden_columns}) {
+      blocks = blocks && block > 0 && block % kPanel == 0;
+    }
+    if (!known || !sizes || !blocks || !fits ||
         (plan.schedule != Schedule::kStore && plan.stored_tiles > 0)) {
       throw std::invalid_argument("plan out of range");
     }

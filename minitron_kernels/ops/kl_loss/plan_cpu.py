@@ -20,8 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
+from minitron_kernels.ops.kl_loss.blocks_cpu import PANEL, Blocks, Caches, Work, blocks, group_of_tiles
 from minitron_kernels.ops.kl_loss.budget import CPU_WORKSPACE_BYTES, too_small
-from minitron_kernels.ops.kl_loss.plan import LinearKLPlan
+from minitron_kernels.ops.kl_loss.plan import LinearKLPlan, grad_dtype
 
 # by name: the operands' type, and whose GEMM multiplies them; see csrc/kl_loss/cpu/engine.h
 ENGINES = {
@@ -46,7 +47,6 @@ _IMPLEMENTATION_CODES = {
     "portable_amx": 4,
     "portable_avx512_bf16": 5,
 }
-_PANEL = 64  # rows come in panels of 64: kPanel in csrc/common/cpu/gemm.h, which a test compares
 _MAX_CHUNK = 4096  # more rows at a time gain nothing
 # smaller chunks multiply slowly, and a tight budget is not meant to buy an fp32 head gradient
 _MIN_STORE_ROWS = 128
@@ -60,6 +60,8 @@ class CpuPlan(LinearKLPlan):
     engine: str
     tile_group: int
     stored_tiles: int
+    blocks: Blocks
+    caches: Caches
 
     # in the order of linear_kl_loss_layout
     PARTS = (
@@ -76,9 +78,8 @@ class CpuPlan(LinearKLPlan):
     @functools.cached_property
     def numbers(self) -> list[int]:
         """`int[] plan` of the ops."""
-        return _plan_numbers(
-            self.schedule, self.engine, self.chunk_rows, self.tile, self.tile_group, self.stored_tiles
-        )
+        sizes = (self.chunk_rows, self.tile, self.tile_group, self.stored_tiles)
+        return _plan_numbers(self.schedule, self.engine, *sizes, self.blocks)
 
     @property
     def accumulator_bytes(self) -> int:
@@ -98,18 +99,29 @@ class CpuPlan(LinearKLPlan):
         return f", operands {self.engine}"
 
     def _explain_kept(self) -> str:
-        return f", logits of {self.stored_share:.0%} kept" if self.schedule == "store" else ""
+        if self.schedule != "store":
+            return ""
+        around = ", written around the caches" if self.blocks.stream_logits else ""
+        return f", logits of {self.stored_share:.0%} kept{around}"
+
+    def _explain_more(self) -> list[str]:
+        l1, l2, l3 = (f"{size >> 10} KiB" for size in self.caches)
+        return [
+            f"blocks     logits of {self.blocks.token_block} tokens, {self.tile_group} tiles before dX, dX "
+            f"of {self.blocks.hidden_tokens} x {self.blocks.hidden_columns}",
+            f"           for caches of {l1}, {l2} and {l3}; no bit of the result depends on them",
+        ]
 
     def _explain_lifetime(self) -> str:
         return ", kept between calls (release_workspaces() frees it)"
 
 
 def _plan_numbers(
-    schedule: str, engine: str, chunk_rows: int, tile: int, tile_group: int, stored_tiles: int
+    schedule: str, engine: str, chunk_rows: int, tile: int, tile_group: int, stored_tiles: int, blocks: Blocks
 ) -> list[int]:
     operands, implementation = ENGINES[engine]
     codes = _OPERAND_CODES[operands], _IMPLEMENTATION_CODES[implementation]
-    return [_SCHEDULE_CODES[schedule], chunk_rows, tile, tile_group, stored_tiles, *codes]
+    return [_SCHEDULE_CODES[schedule], chunk_rows, tile, tile_group, stored_tiles, *codes, *blocks]
 
 
 def operand_type(*dtypes: torch.dtype) -> str:
@@ -142,11 +154,14 @@ def plan(
     engine: str,
     metrics: bool = False,
     outcomes: int = 0,
+    lent: bool = False,
 ) -> CpuPlan:
     """The cheapest plan within the budget; see plan_linear_kl_loss() for the arguments and errors.
 
-    outcomes: k + 1 of a sparse teacher, whose hidden size is 0; 0 for a teacher with a head.
+    dtype: of the student's head. outcomes: k + 1 of a sparse teacher, whose hidden size is 0; 0 for a
+    teacher with a head. lent: whether the head's gradient goes to memory of the caller's.
     """
+    storage, dtype = dtype, grad_dtype(dtype)
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     planner = _Planner(
         num_tokens,
@@ -164,6 +179,10 @@ def plan(
         threads=torch.get_num_threads(),
         metrics=metrics,
         outcomes=outcomes,
+        converts_head=storage != ENGINES[engine][0] or ENGINES[engine][1] not in ("libtorch", "portable"),
+        grad_head_bytes=dtype.itemsize,
+        lent=lent,
+        caches=Caches.of_this_cpu(),
     )
     return _plan(planner, schedule if grad_hidden or grad_head or grad_bias else "forward")
 
@@ -187,6 +206,10 @@ class _Planner:
     threads: int
     metrics: bool
     outcomes: int
+    converts_head: bool
+    grad_head_bytes: int
+    lent: bool
+    caches: Caches
 
     def plan(self, schedule: str) -> CpuPlan:
         """The cheapest plan within the budget; ValueError if there is none."""
@@ -205,7 +228,7 @@ class _Planner:
 
     def smallest(self, schedule: str) -> CpuPlan:
         share = _MIN_STORED_SHARE if schedule == "store" else 0.0
-        return self.candidate(schedule, _PANEL, 1, math.ceil(share * self.num_tiles))
+        return self.candidate(schedule, PANEL, 1, math.ceil(share * self.num_tiles))
 
     def worth_storing(self, plan: CpuPlan) -> bool:
         return plan.num_chunks == 1 or plan.chunk_rows >= _MIN_STORE_ROWS
@@ -217,7 +240,7 @@ class _Planner:
         """For each size of chunk, with as many tiles stored as the budget has room for."""
         plans = []
         for rows in self.chunk_sizes(_MAX_CHUNK):
-            for tile_group in sorted({min(16, self.num_tiles), 1}, reverse=True):
+            for tile_group in self.tile_groups(rows):
                 none, one = (self.candidate("store", rows, tile_group, n) for n in (0, 1))
                 every = self.candidate("store", rows, tile_group, self.num_tiles)
                 room = self.budget - none.workspace_bytes
@@ -227,25 +250,44 @@ class _Planner:
                 plan = every if self.fits(every) else self.candidate("store", rows, tile_group, tiles)
                 if self.fits(plan) and plan.stored_share >= least_share:
                     plans.append(plan)
-                    break
-            if plans and plans[-1].stored_share == 1.0:
+            if any(plan.stored_share == 1.0 for plan in plans):
                 break  # smaller chunks only cost more
         return plans
 
     def recomputed(self) -> list[CpuPlan]:
-        groups = {max(1, min(n, self.num_tiles)) for n in (max(16, 2 * self.threads), 8, 4, 2, 1)}
         return [
             plan
             for rows in self.chunk_sizes(_MAX_CHUNK)
-            for tile_group in groups
+            for tile_group in self.tile_groups(rows)
             if self.fits(plan := self.candidate("recompute", rows, tile_group))
         ]
 
+    def tile_groups(self, rows: int) -> list[int]:
+        """Tiles between two passes of dX, the best first: smaller ones take less memory."""
+        best = group_of_tiles(self.work(rows, 0), self.caches)
+        return sorted({min(n, best, self.num_tiles) for n in (best, 8, 4, 2, 1)} - {0} or {1}, reverse=True)
+
+    def work(self, rows: int, stored_tiles: int) -> Work:
+        tokens, sides = min(rows, -(-self.num_tokens // PANEL) * PANEL), 1 if self.outcomes else 2
+        return Work(
+            tokens=tokens,
+            tile=self.tile,
+            hidden_size=self.student_hidden_size,
+            sides=sides,
+            operand_bytes=ENGINES[self.engine][0].itemsize,
+            accumulate_bytes=self.accumulate_bytes,
+            grad_head_bytes=self.grad_head_bytes,
+            converts_head=self.converts_head,
+            kept_bytes=sides * stored_tiles * self.tile * tokens * self.accumulate_bytes,
+            lent_bytes=self.vocab_size * self.student_hidden_size * self.grad_head_bytes * self.lent,
+            threads=self.threads,
+        )
+
     def chunk_sizes(self, most: int) -> list[int]:
         """Rows of a chunk, largest first: whole panels that share the tokens out evenly."""
-        panels = max(1, -(-self.num_tokens // _PANEL))
-        sizes = {-(-panels // -(-panels // size)) for size in range(1, min(most // _PANEL, panels) + 1)}
-        return [size * _PANEL for size in sorted(sizes, reverse=True)]
+        panels = max(1, -(-self.num_tokens // PANEL))
+        sizes = {-(-panels // -(-panels // size)) for size in range(1, min(most // PANEL, panels) + 1)}
+        return [size * PANEL for size in sorted(sizes, reverse=True)]
 
     def cost(self, plan: CpuPlan) -> float:
         """Flops, and what else takes time in units of flops, as measured on AVX-512 CPUs.
@@ -277,6 +319,7 @@ class _Planner:
 
     def candidate(self, schedule: str, chunk_rows: int, tile_group: int, stored_tiles: int = 0) -> CpuPlan:
         """The plan with these numbers, fitting or not."""
+        sizes = blocks(self.work(chunk_rows, stored_tiles), self.caches)
         *parts, _ = torch.ops.minitron_kernels.linear_kl_loss_layout(
             self.num_tokens,
             self.vocab_size,
@@ -286,7 +329,7 @@ class _Planner:
             self.grad_hidden,
             self.grad_head,
             self.head_in_place,
-            _plan_numbers(schedule, self.engine, chunk_rows, self.tile, tile_group, stored_tiles),
+            _plan_numbers(schedule, self.engine, chunk_rows, self.tile, tile_group, stored_tiles, sizes),
             self.threads,
             self.metrics,
             self.outcomes,
@@ -314,6 +357,8 @@ class _Planner:
             tile=self.tile,
             tile_group=tile_group,
             stored_tiles=stored_tiles,
+            blocks=sizes,
+            caches=self.caches,
             budget_bytes=self.budget,
             part_bytes=tuple(parts),
         )
