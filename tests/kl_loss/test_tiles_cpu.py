@@ -249,6 +249,6 @@ def test_plans_that_tiles_do_not_fit():
     layout = torch.ops.minitron_kernels.linear_kl_loss_layout
     numbers = mk.plan_linear_kl_loss(64, 100, 8, 8, dtype=BF16, engine="portable_amx").numbers
     assert layout(64, 100, 8, 8, 4, True, True, False, numbers, 1)
-    for wrong in ([*numbers[:2], 30, *numbers[3:]], [*numbers[:5], 1, numbers[6]]):
+    for wrong in ([*numbers[:2], 30, *numbers[3:]], [*numbers[:5], 1, *numbers[6:]]):
         with pytest.raises(ValueError, match="plan out of range"):
             layout(64, 100, 8, 8, 4, True, True, False, wrong, 1)
