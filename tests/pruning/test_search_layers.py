@@ -11,7 +11,7 @@ from pruning.pruned_models import IDS, assert_unchanged, state_of
 from pruning.score_tables import random_tables
 from pruning.tiny_models import tiny_model
 
-LAYERS = 5
+LAYERS = 4
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def loss_without(model, drop):
 
 def test_blocks_are_those_of_brute_force(model, tables, tmp_path):
     before = state_of(model)
-    found = search_layers(model, 3, LMLoss([IDS]), scores=tables, progress=False)
+    found = search_layers(model, 2, LMLoss([IDS]), scores=tables, progress=False)
     want = {start: loss_without(model, (start, start + 1)) for start in range(LAYERS - 1)}
     assert found.block_losses == pytest.approx(want, rel=1e-5)
     best = min(want, key=want.get)
@@ -48,7 +48,7 @@ def test_blocks_are_those_of_brute_force(model, tables, tmp_path):
     sums = [float(tables["layers"][start : start + 2].sum()) for start in range(LAYERS - 1)]
     assert [row.importance for row in found.rows] == pytest.approx(sums)
     assert found.by_importance is found.rows[sums.index(min(sums))]
-    by_loss = make_plan(tables, model.config, num_hidden_layers=3, block_losses=found.block_losses)
+    by_loss = make_plan(tables, model.config, num_hidden_layers=2, block_losses=found.block_losses)
     assert by_loss.dropped_layers == found.drop_layers
     text = found.summary()
     assert "Search for mistral: 2 neighbouring layers to drop" in text
@@ -61,14 +61,14 @@ def test_blocks_are_those_of_brute_force(model, tables, tmp_path):
 
 def test_one_by_one(model, tmp_path):
     found = search_layers(
-        model, 3, LMLoss([IDS]), contiguous=False, progress=False, progress_file=tmp_path / "f"
+        model, 2, LMLoss([IDS]), contiguous=False, progress=False, progress_file=tmp_path / "f"
     )
     first = min(range(LAYERS), key=lambda layer: loss_without(model, [layer]))
     second = min(set(range(LAYERS)) - {first}, key=lambda layer: loss_without(model, [first, layer]))
     assert found.drop_layers == tuple(sorted((first, second)))
     assert len(found.rows) == LAYERS + LAYERS - 1 and "2 layers, one by one" in found.summary()
     deeper = search_layers(
-        model, 2, LMLoss([IDS]), contiguous=False, progress=False, progress_file=tmp_path / "f"
+        model, 1, LMLoss([IDS]), contiguous=False, progress=False, progress_file=tmp_path / "f"
     )
     assert deeper.resumed == len(found.rows) and set(found.drop_layers) < set(deeper.drop_layers)
     with pytest.raises(ValueError, match="block_losses are of contiguous blocks"):
@@ -84,7 +84,7 @@ def test_wrong_depths(model, depth):
 def test_sizes_with_layers_by_score(model, tables, tmp_path):
     """Depth is searched as well: for each depth the block goes without which the loss is least."""
     loss = LMLoss([IDS])
-    budget = dict(params=70_000, search=["num_hidden_layers", "intermediate_size"], divisor=16, k=5)
+    budget = dict(params=55_000, search=["num_hidden_layers", "intermediate_size"], divisor=16, k=4)
     found = search_plan(
         model, tables, loss, layers_by_score=True, progress=False, progress_file=tmp_path / "f", **budget
     )
@@ -112,8 +112,8 @@ def test_sizes_with_layers_by_score(model, tables, tmp_path):
         loss,
         layers_by_score=True,
         progress=False,
-        num_hidden_layers=3,
-        params=40_000,
+        num_hidden_layers=2,
+        params=30_000,
         k=2,
         divisor=16,
     )

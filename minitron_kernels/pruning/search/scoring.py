@@ -10,6 +10,7 @@ import random
 import sys
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +32,10 @@ class Outcome:
     Args:
         score: a finite number; None where there is none.
         failure: why there is none; None where there is.
-        resumed: whether the score was read from the progress file.
     """
 
     score: float | None = None
     failure: str | None = None
-    resumed: bool = False
 
 
 def name_of(score_func: ScoreFunc, given: str | None, *, must_tell: bool) -> str:
@@ -81,11 +80,18 @@ class Scorer:
         score_func: (model) -> a finite number.
         file: where scores are kept.
         seed: of the RNGs.
+
+    Attributes:
+        resumed: the plans, by digest, whose scores an earlier run had put into the file.
+        first_error: what the function raised first.
     """
 
     def __init__(self, model: nn.Module, score_func: ScoreFunc, file: ProgressFile, seed: int) -> None:
         self.model, self.score_func, self.file, self.seed = model, score_func, file, seed
+        self.resumed: set[str] = set()
         self.first_error: Exception | None = None
+        self._old = set(file.scores)
+        self._last: weakref.ref[Any] | None = None
 
     def __call__(self, plan: PruningPlan, what: str) -> Outcome:
         """The score of the model that a plan makes. An error of the function becomes a warning and a failure.
@@ -96,7 +102,8 @@ class Scorer:
         """
         key = plan_digest(plan)
         if key in self.file.scores:
-            return Outcome(self.file.scores[key], resumed=True)
+            self.resumed |= {key} & self._old
+            return Outcome(self.file.scores[key])
         with _seeded(self.seed):
             try:
                 score = self._score(plan)
@@ -107,7 +114,8 @@ class Scorer:
                 warnings.warn(f"score_func failed for {what}: {failure}", stacklevel=3)
                 return Outcome(failure=failure)
             finally:
-                gc.collect()  # modules may be in reference cycles, and two models must not wait in memory
+                if self._last is not None and self._last() is not None:
+                    gc.collect()  # it is in a reference cycle, and models must not pile up in memory
         self.file.add(key, score)
         return Outcome(score)
 
@@ -116,6 +124,7 @@ class Scorer:
             warnings.filterwarnings("ignore", message="every parameter of the model is frozen")
             smaller = prune_model(self.model, plan)
         smaller.eval()
+        self._last = weakref.ref(smaller)
         try:
             with torch.enable_grad():
                 return _number(self.score_func(smaller))

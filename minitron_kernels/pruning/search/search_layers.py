@@ -201,8 +201,10 @@ def search_layers(
     scorer = Scorer(model, score_func, ProgressFile(progress_file, identity), seed)
     count = layers - depth
     with bar(progress, models_for(layers, count, contiguous)) as shown:
-        rows, resumed = score_layers(scorer, config, count, contiguous, lower_is_better, shown, importance)
-    return LayerSearch(tuple(rows), count, contiguous, config["model_type"], name, lower_is_better, resumed)
+        rows = score_layers(scorer, config, count, contiguous, lower_is_better, shown, importance)
+    return LayerSearch(
+        tuple(rows), count, contiguous, config["model_type"], name, lower_is_better, len(scorer.resumed)
+    )
 
 
 def models_for(layers: int, count: int, contiguous: bool) -> int:
@@ -218,25 +220,19 @@ def score_layers(
     lower_is_better: bool,
     shown: Callable[[], object],
     importance: list[float] | None = None,
-) -> tuple[list[ScoredLayers], int]:
+) -> list[ScoredLayers]:
     """Scores the model without each block of layers, or without one layer after the other.
-
-    Returns:
-        The rows; and how many scores came from a file.
 
     Raises:
         ValueError: there was no score in a round.
     """
     layers = family_of(config).sizes(config)["layers"]
-    resumed = 0
 
     def scored(choices: list[tuple[int, ...]]) -> list[ScoredLayers]:
-        nonlocal resumed
         rows, outcomes = [], []
         for drop in choices:
             outcome = _without(scorer, config, drop)
             outcomes.append(outcome)
-            resumed += outcome.resumed
             summed = None if importance is None else math.fsum(importance[layer] for layer in drop)
             rows.append(ScoredLayers(drop, outcome.score, outcome.failure, summed))
             shown()
@@ -245,7 +241,7 @@ def score_layers(
 
     if contiguous:
         starts = range(layers - count + 1)
-        return scored([tuple(range(start, start + count)) for start in starts]), resumed
+        return scored([tuple(range(start, start + count)) for start in starts])
     rows: list[ScoredLayers] = []
     gone: tuple[int, ...] = ()
     for _ in range(count):
@@ -253,7 +249,7 @@ def score_layers(
         tried = scored([tuple(sorted((*gone, layer))) for layer in left])
         gone = best_of(tried, lower_is_better).drop_layers
         rows += tried
-    return rows, resumed
+    return rows
 
 
 def _without(scorer: Scorer, config: Mapping[str, Any], drop: tuple[int, ...]) -> Outcome:

@@ -26,7 +26,6 @@ from minitron_kernels.pruning.search.scoring import ScoreFunc, Scorer, bar, name
 from minitron_kernels.pruning.search.search_layers import best_of, models_for, score_layers
 from minitron_kernels.pruning.search.table import score_text, table
 
-DEPTH = "num_hidden_layers"
 # the arguments of make_plan() by name that are not sizes
 _OPTIONS = {
     name
@@ -62,6 +61,7 @@ class PlanSearch:
         model_type: of the model.
         budgets: that the candidates keep, by name.
         score_name: of the score.
+        counted: how memory is counted: memory_dtype and kv_tokens.
         lower_is_better: whether the best score is the lowest.
         resumed: how many scores came from the progress file.
     """
@@ -71,6 +71,7 @@ class PlanSearch:
     model_type: str
     budgets: Mapping[str, float]
     score_name: str
+    counted: Mapping[str, Any]
     lower_is_better: bool = True
     resumed: int = 0
 
@@ -116,6 +117,8 @@ class PlanSearch:
         order = "lower" if self.lower_is_better else "higher"
         first = f"Search for {self.model_type}: {budgets}"
         text = [first, f"score: {self.score_name} ({order} is better)", *table(head, lines, left=1)]
+        cache = f" and the cache of {self.counted['kv_tokens']:,} tokens" if self.counted["kv_tokens"] else ""
+        text.append(f"memory: of weights{cache} in {self.counted['memory_dtype']}")
         if self.resumed:
             text.append(f"{self.resumed} scores were read from the progress file")
         return "\n".join(text)
@@ -125,6 +128,7 @@ class PlanSearch:
         return {
             "model_type": self.model_type,
             "budgets": dict(self.budgets),
+            **self.counted,
             "score": self.score_name,
             "lower_is_better": self.lower_is_better,
             "best": self.rows.index(self.best),
@@ -219,7 +223,7 @@ def search_plan(
     config = completed(source.config)
     name = name_of(score_func, score_name, must_tell=progress_file is not None)
     counted = {"memory_dtype": Footprint(memory_dtype).dtype, "kv_tokens": kv_tokens}
-    goal = _Target(scores, config, target, searches_depth=DEPTH in (search or ()))
+    goal = _Target(scores, config, target, search or ())
     identity = {}
     if progress_file is not None:
         what = {**budgets, **counted, "search": search, "layers_by_score": layers_by_score, **target}
@@ -260,8 +264,8 @@ def search_plan(
         ScoredCandidate(candidate, plan.dropped_layers, outcome.score, outcome.failure)
         for candidate, plan, outcome in zip(candidates, plans, outcomes, strict=True)
     )
-    resumed = sum(outcome.resumed for outcome in outcomes) + (by_score.resumed if by_score else 0)
-    found = PlanSearch(rows, plans[0], config["model_type"], budgets, name, lower_is_better, resumed)
+    resumed = len(scorer.resumed)
+    found = PlanSearch(rows, plans[0], config["model_type"], budgets, name, counted, lower_is_better, resumed)
     best = rows.index(found.best)
     made_with = plans[best].made_with | budgets | {"scored_by": name, "score": rows[best].score}
     if memory_bytes is not None:
@@ -279,7 +283,7 @@ class _LayersByScore:
         self, scorer: Scorer, config: Mapping[str, Any], lower_is_better: bool, progress: bool | None
     ) -> None:
         self.scorer, self.config, self.progress = scorer, config, progress
-        self.lower_is_better, self.resumed = lower_is_better, 0
+        self.lower_is_better = lower_is_better
         self.layers = family_of(config).sizes(config)["layers"]
         self._found: dict[int, tuple[int, ...]] = {}
 
@@ -288,10 +292,7 @@ class _LayersByScore:
         count = self.layers - depth
         if count and depth not in self._found:
             with bar(self.progress, models_for(self.layers, count, True)) as shown:
-                rows, resumed = score_layers(
-                    self.scorer, self.config, count, True, self.lower_is_better, shown
-                )
-            self.resumed += resumed
+                rows = score_layers(self.scorer, self.config, count, True, self.lower_is_better, shown)
             self._found[depth] = best_of(rows, self.lower_is_better).drop_layers
         return self._found.get(depth, ())
 
@@ -302,26 +303,25 @@ class _Target:
     Args:
         scores, config: as for make_plan().
         target: its other arguments.
-        searches_depth: whether candidates differ in their number of layers.
+        search: the names of the sizes in which candidates differ.
     """
 
     def __init__(
-        self, scores: Any, config: Mapping[str, Any], target: Mapping[str, Any], searches_depth: bool
+        self, scores: Any, config: Mapping[str, Any], target: Mapping[str, Any], search: Sequence[str]
     ) -> None:
         self.scores, self.config, self.target = scores, config, dict(target)
-        self.searches_depth = searches_depth
-        if searches_depth and target.get("block_losses") is not None:
-            raise ValueError(
-                f"block_losses are of one number of layers, but search chooses {DEPTH}: take layers_by_score"
-            )
         self.family = family_of(config)
         self.before = self.family.sizes(config)
         options = {key: value for key, value in target.items() if key in _OPTIONS}
         sizes = {key: value for key, value in target.items() if key not in _OPTIONS}
-        names = size_names(self.family, config)
+        self.names = size_names(self.family, config)
+        self.searches_depth = any(self.names.get(name) == "layers" for name in search)
+        if self.searches_depth and target.get("block_losses") is not None:
+            raise ValueError(
+                "block_losses are of one number of layers, but search chooses it: take layers_by_score"
+            )
         self.given = given_sizes(self.family, config, sizes, options.get("ratio"), options.get("divisor"))
-        self.fixed = named_sizes(names, self.given)
-        self.names = names
+        self.fixed = named_sizes(self.names, self.given)
         aggregations = {key: options[key] for key in ("batch", "seq") if key in options}
         self.tables = scores.tables(**aggregations) if hasattr(scores, "tables") else scores
         if not isinstance(self.tables, Mapping):
@@ -341,15 +341,18 @@ class _Target:
 
     def keeps_everything(self, candidate: Candidate) -> bool:
         """Whether a candidate is the whole model."""
-        after = {**self.before, **self.given}
-        after |= {self.names[name]: size for name, size in candidate.sizes.items()}
-        return after == self.before and not self.target.get("drop_layers")
+        return self.sizes_of(candidate) == self.before and not self.target.get("drop_layers")
+
+    def sizes_of(self, candidate: Candidate) -> dict[str, int]:
+        """The sizes of a candidate by axis."""
+        chosen = {self.names[name]: size for name, size in candidate.sizes.items()}
+        return {**self.before, **self.given, **chosen}
 
     def plan(self, candidate: Candidate, by_score: _LayersByScore | None) -> PruningPlan:
         """The plan of a candidate."""
         target = {**self.target, **candidate.sizes}
         if by_score is not None and target.get("drop_layers") is None:
-            target["drop_layers"] = by_score(candidate.sizes.get(DEPTH, self.depth)) or None
+            target["drop_layers"] = by_score(self.sizes_of(candidate)["layers"]) or None
         try:
             return make_plan(self.scores, self.config, **target)
         except ValueError as error:
