@@ -65,8 +65,8 @@ class UsageCount:
         experts_per_token: of the smaller models; None: as the config says.
 
     Raises:
-        ValueError: the model has experts, but its config does not say how many serve a token; the family does
-            not say what a layer keeps in a cache that is to be counted.
+        ValueError: the family does not say what a layer keeps in a cache that is to be counted; and from
+            usage(), the model has experts, but its config does not say how many serve a token.
     """
 
     def __init__(
@@ -87,10 +87,9 @@ class UsageCount:
             outputs = param.dims[0] if len(param.dims) == 2 else ()
             cached = self.cached.get(param.layer, 0)
             self.cached[param.layer] = cached + outputs.count("kv_heads")
-        self.per_token = experts_per_token or config_value(config, EXPERTS_PER_TOKEN)
-        routed = any(is_routed for kinds in self.kinds.values() for _, is_routed in kinds)
-        if routed and self.per_token is None:
-            raise ValueError(f"the config has experts but no {EXPERTS_PER_TOKEN}: give it")
+        self.per_token = experts_per_token
+        if experts_per_token is None and "experts" in self.axes():
+            self.per_token = config_value(config, EXPERTS_PER_TOKEN)
         other = [layer for layer, count in self.cached.items() if layer is not None and count != 2]
         if self.footprint.kv_tokens and other:
             raise ValueError(
@@ -122,6 +121,10 @@ class UsageCount:
             chosen["experts"] = min(int(self.per_token), sizes["experts"])
         total = active = 0
         for (dims, routed), number in kinds.items():
+            if routed and self.per_token is None:
+                raise ValueError(
+                    f"the config has experts but no {EXPERTS_PER_TOKEN}, by which active parameters are counted"
+                )
             total += number * _numel(dims, sizes)
             active += number * _numel(dims, chosen if routed else sizes)
         cache = 0
