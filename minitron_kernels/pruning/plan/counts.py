@@ -123,7 +123,7 @@ class UsageCount:
         for (dims, routed), number in kinds.items():
             if routed and self.per_token is None:
                 raise ValueError(
-                    f"the config has experts but no {EXPERTS_PER_TOKEN}, by which active parameters are counted"
+                    f"the config has experts but no {EXPERTS_PER_TOKEN}: active parameters are unknown"
                 )
             total += number * _numel(dims, sizes)
             active += number * _numel(dims, chosen if routed else sizes)
