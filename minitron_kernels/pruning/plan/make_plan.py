@@ -214,7 +214,7 @@ def make_plan(
         hidden=hidden,
         layers=tuple(entries),
         order=order,
-        norm_factors=_norm_factors(family, table, hidden, layers) if rescale_norms else {},
+        norm_factors=_norm_factors(family, config, table, hidden, layers) if rescale_norms else {},
         made_with=made_with,
         candidates=tuple(candidates),
     )
@@ -365,12 +365,14 @@ def _heads_of(
     )
 
 
-def _norm_factors(family: Family, table: _Tables, hidden: Keep, layers: list[int]) -> dict[str, float]:
+def _norm_factors(
+    family: Family, config: Config, table: _Tables, hidden: Keep, layers: list[int]
+) -> dict[str, float]:
     """√(share of energy kept · old size / new size) of each norm over hidden channels; {} if all stay."""
     size = table.sizes["hidden"]
     if len(hidden) == size:
         return {}
-    norms = [f"{family.layers}.{layer}.{norm}" for layer in layers for norm in family.taps.norms]
+    norms = [f"{family.layers}.{layer}.{norm}" for layer in layers for norm in family.norms_in(config, layer)]
     factors, kept = {}, torch.tensor(hidden)
     for norm in [*norms, family.final_norm]:
         energy = table.get("energy", norm, (size,), "to rescale norms (or rescale_norms=False)")

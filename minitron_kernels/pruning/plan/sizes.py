@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minitron_kernels.pruning.families.configs import Config, as_dict, completed, config_value
-from minitron_kernels.pruning.families.family import Family, elements
+from minitron_kernels.pruning.families.family import QKV, Family, elements
 from minitron_kernels.pruning.families.registry import family_of
 
 DIVISOR = 64  # of given sizes: rows are then multiples of 128 bytes in bf16, and of tensor cores' tiles
@@ -34,7 +34,8 @@ class ParameterCount:
 
     def axes(self) -> set[str]:
         """The axes of the parameters."""
-        return {axis for kinds in self.kinds.values() for dims in kinds for parts in dims for axis in parts}
+        axes = {axis for kinds in self.kinds.values() for dims in kinds for parts in dims for axis in parts}
+        return axes | {"heads", "kv_heads"} if QKV in axes else axes
 
     def uniform(self) -> bool:
         """Whether all layers have the same parameters."""
