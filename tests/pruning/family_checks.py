@@ -110,7 +110,7 @@ def check_plan(case, model, tables):
 
 def bits(folder):
     return {
-        name: (tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        name: (tensor.dtype, tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         for name, tensor in load_file(folder / "model.safetensors").items()
     }
 

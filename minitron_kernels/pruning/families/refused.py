@@ -147,6 +147,11 @@ REFUSALS: tuple[Refusal, ...] = (
         ("diffllama", "doge"),
     ),
     Refusal(
+        "other names in checkpoints than in the model, around the layers too",
+        "a Family has stored names for layers only",
+        ("exaone", "gpt_neox"),
+    ),
+    Refusal(
         "packed weights of 1.58 bits, and norms inside of attention and MLP over all their channels",
         "unpacked, it is what a Family can describe",
         ("bitnet",),

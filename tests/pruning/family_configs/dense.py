@@ -32,7 +32,6 @@ WIDE = dict(wide_norms=("self_attn.q_norm", "self_attn.k_norm"), approximate=("h
 
 CASES = (
     Case("llama", BIASES),
-    Case("exaone", BIASES),
     Case("internlm3", BIASES),
     Case("iquestcoder", BIASES),
     Case(

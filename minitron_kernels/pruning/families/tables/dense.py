@@ -47,7 +47,7 @@ def _long_rope_fits(config: Config) -> str | None:
 # ---- Llama, and what differs from it by biases, norms of queries and keys, entries of layers in the config
 
 _LLAMA = (*attention(qkv_bias=_BIAS, out_bias=_BIAS), *gated_mlp(_MLP_BIAS), *_NORMS)
-for _type in ("llama", "exaone", "internlm3", "iquestcoder"):
+for _type in ("llama", "internlm3", "iquestcoder"):
     register_family(Family((_type,), layer=_LLAMA, refuses=heads_divide_hidden))
 register_family(Family(("granite",), layer=_LLAMA))
 register_family(Family(("smollm3",), layer=_LLAMA, per_layer_keys=("layer_types", "no_rope_layers")))

@@ -165,29 +165,6 @@ register_family(
         refuses=heads_fill_hidden,
     )
 )
-_NEOX_BIAS = flag("attention_bias", True)
-register_family(
-    Family(
-        ("gpt_neox",),
-        layer=(
-            *linear("attention.query_key_value", "qkv, hidden", _NEOX_BIAS),
-            *linear("attention.dense", "hidden, heads", _NEOX_BIAS),
-            *_DENSE_MLP,
-            *norms(*TWO_NORMS, bias=True),
-        ),
-        taps=Taps(attention_out="attention.dense", **_DENSE_TAPS),
-        outer=(
-            Param("gpt_neox.embed_in.weight", "vocab, hidden"),
-            *norms("gpt_neox.final_layer_norm", bias=True),
-            Param("lm_head.weight", "vocab, hidden"),
-        ),
-        layers="gpt_neox.layers",
-        embedding="gpt_neox.embed_in",
-        final_norm="gpt_neox.final_layer_norm",
-        approximates=_HIDDEN,
-        refuses=heads_fill_hidden,
-    )
-)
 
 # ---- norms without gains: the layers that read them take over the factors
 
