@@ -142,7 +142,6 @@ register_family(
 # ---- queries, keys and values in one projection, head by head
 
 _DENSE_MLP = plain_mlp(True, "dense_h_to_4h", "dense_4h_to_h")
-_DENSE_TAPS = dict(mlp_down="mlp.dense_4h_to_h", mlp_up="mlp.dense_h_to_4h")
 _PERSIMMON_QK_NORM = flag("qk_layernorm", True)
 register_family(
     Family(
@@ -158,7 +157,7 @@ register_family(
             *_DENSE_MLP,
             *norms(*TWO_NORMS, bias=True),
         ),
-        taps=Taps(attention_out="self_attn.dense", **_DENSE_TAPS),
+        taps=Taps(attention_out="self_attn.dense", mlp_down="mlp.dense_4h_to_h", mlp_up="mlp.dense_h_to_4h"),
         outer=outer("model.final_layernorm", norm_bias=True),
         final_norm="model.final_layernorm",
         approximates=_HIDDEN,
