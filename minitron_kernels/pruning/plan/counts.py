@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from minitron_kernels.pruning.families.configs import Config, config_value
-from minitron_kernels.pruning.families.family import Family, Located, elements
+from minitron_kernels.pruning.families.family import QKV, Family, Located, elements
 from minitron_kernels.pruning.families.registry import family_of
 
 Dims = tuple[tuple[str, ...], ...]
@@ -86,7 +86,7 @@ class UsageCount:
             self.kinds.setdefault(param.layer, Counter())[dims, _is_routed(family, param)] += 1
             outputs = param.dims[0] if len(param.dims) == 2 else ()
             cached = self.cached.get(param.layer, 0)
-            self.cached[param.layer] = cached + outputs.count("kv_heads")
+            self.cached[param.layer] = cached + outputs.count("kv_heads") + 2 * outputs.count(QKV)
         self.per_token = experts_per_token
         if experts_per_token is None and "experts" in self.axes():
             self.per_token = config_value(config, EXPERTS_PER_TOKEN)
@@ -99,9 +99,10 @@ class UsageCount:
 
     def axes(self) -> set[str]:
         """The axes of the parameters."""
-        return {
+        axes = {
             axis for kinds in self.kinds.values() for dims, _ in kinds for parts in dims for axis in parts
         }
+        return axes | {"heads", "kv_heads"} if QKV in axes else axes
 
     def uniform(self) -> bool:
         """Whether all layers have the same parameters."""

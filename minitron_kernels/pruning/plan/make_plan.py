@@ -219,7 +219,7 @@ def make_plan(
         hidden=hidden,
         layers=tuple(entries),
         order=order,
-        norm_factors=norm_factors(family, table, hidden, layers) if rescale_norms else {},
+        norm_factors=norm_factors(family, config, table, hidden, layers) if rescale_norms else {},
         made_with=made_with,
         candidates=tuple(candidates),
     )

@@ -133,6 +133,9 @@ class PruningPlan:
                 f"{after['hidden']}: runtimes that take head_dim to be hidden_size / num_attention_heads "
                 "cannot run it"
             )
+        cut = {axis for axis in before if before[axis] != after[axis]}
+        said = dict.fromkeys(what for axis, what in family.approximates.items() if axis in cut)
+        found += [f"approximate: {what}" for what in said]
         if self.made_with.get("layers_by") == "importance":
             found.append(
                 "warning: layers were chosen by importance, a weak guide: compare the model's loss without "

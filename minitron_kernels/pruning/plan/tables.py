@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitron_kernels.pruning.families.configs import Config
 from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.plan.selection import Keep, best_block, checked_scores, least_loss, top
 from minitron_kernels.pruning.plan.sizes import Sizes
@@ -84,12 +85,14 @@ def kept_layers(
     return [layer for layer in range(before) if not start <= layer < start + count]
 
 
-def norm_factors(family: Family, table: Tables, hidden: Keep, layers: list[int]) -> dict[str, float]:
+def norm_factors(
+    family: Family, config: Config, table: Tables, hidden: Keep, layers: list[int]
+) -> dict[str, float]:
     """√(share of energy kept · old size / new size) of each norm over hidden channels; {} if all stay."""
     size = table.sizes["hidden"]
     if len(hidden) == size:
         return {}
-    norms = [f"{family.layers}.{layer}.{norm}" for layer in layers for norm in family.taps.norms]
+    norms = [f"{family.layers}.{layer}.{norm}" for layer in layers for norm in family.norms_in(config, layer)]
     factors, kept = {}, torch.tensor(hidden)
     for norm in [*norms, family.final_norm]:
         energy = table.get("energy", norm, (size,), "to rescale norms (or rescale_norms=False)")
