@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from minitron_kernels.pruning.families.configs import Config, config_value
+from minitron_kernels.pruning.families.configs import Config
 from minitron_kernels.pruning.families.family import QKV, Family, Located, elements
 from minitron_kernels.pruning.families.registry import family_of
 
@@ -89,7 +89,7 @@ class UsageCount:
             self.cached[param.layer] = cached + outputs.count("kv_heads") + 2 * outputs.count(QKV)
         self.per_token = experts_per_token
         if experts_per_token is None and "experts" in self.axes():
-            self.per_token = config_value(config, EXPERTS_PER_TOKEN)
+            self.per_token = family.value(config, EXPERTS_PER_TOKEN)
         other = [layer for layer, count in self.cached.items() if layer is not None and count != 2]
         if self.footprint.kv_tokens and other:
             raise ValueError(
