@@ -67,7 +67,7 @@ inline Engine<bf16, float> tile_engine(Implementation implementation) {
     throw std::invalid_argument(std::string("the kernels for ") + (is_amx ? "AMX" : "AVX512_BF16") +
                                 " cannot run: " + why);
   }
-#ifdef MINITRON_HAVE_AMX
+#if defined(MINITRON_HAVE_AMX) && defined(MINITRON_HAVE_AVX512_BF16)
   if (is_amx) return {&amx::gemm, &avx512_bf16::tile_pack(), &amx::begin_task, &amx::end_task};
 #endif
 #ifdef MINITRON_HAVE_AVX512_BF16
