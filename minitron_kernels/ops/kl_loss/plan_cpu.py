@@ -238,7 +238,8 @@ class _Planner:
                 plan = every if self.fits(every) else self.candidate("store", rows, tile_group, tiles)
                 if self.fits(plan) and plan.stored_share >= least_share:
                     plans.append(plan)
-            if any(plan.stored_share == 1.0 for plan in plans):
+                    break
+            if plans and plans[-1].stored_share == 1.0:
                 break  # smaller chunks only cost more
         return plans
 
