@@ -62,12 +62,14 @@ def gather_optimizer_state_(
     }
     taken = set(positions)
     done: list[tuple[ParameterReplacement, dict[str, Any]]] = []
+    seen: set[Tensor] = set()
     for number, given in enumerate(replacements):
         one, name = ParameterReplacement(*given), f"replacements[{number}]"
         if one.old not in positions:
             raise ValueError(f"{name}.old must be a parameter of the optimizer, got another tensor")
-        if any(one.old is other.old for other, _ in done):
+        if one.old in seen:
             raise ValueError(f"{name}.old comes a second time")
+        seen.add(one.old)
         if one.new is None:
             done.append((one, {}))
             continue

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitron_kernels._tensors import at_once
 from minitron_kernels.ops.kl_loss.checks import as_saved
 from minitron_kernels.ops.kl_loss.divergence import NUM_METRICS
 from minitron_kernels.ops.kl_loss.epilogues import EPILOGUES, Epilogues
@@ -128,8 +129,7 @@ def _call(
     return _Rows(student, teacher, mask, vocab_size, options, epilogues, of_tokens)
 
 
-@torch.library.custom_op("minitron_kernels::sparse_rows_forward", mutates_args=())
-def _forward(
+def _forward_rows(
     student: Tensor,
     ids: Tensor,
     outcomes: Tensor,
@@ -150,8 +150,7 @@ def _forward(
     return loss, of_student, metrics
 
 
-@torch.library.custom_op("minitron_kernels::sparse_rows_backward", mutates_args=())
-def _backward(
+def _backward_rows(
     student: Tensor,
     ids: Tensor,
     outcomes: Tensor,
@@ -183,7 +182,6 @@ def _backward(
     return grad
 
 
-@_forward.register_fake
 def _fake_forward(
     student: Tensor,
     ids: Tensor,
@@ -201,6 +199,15 @@ def _fake_forward(
     )
 
 
-@_backward.register_fake
-def _(student: Tensor, *_: Any) -> Tensor:
+def _fake_backward(student: Tensor, *_: Any) -> Tensor:
     return student.new_empty(student.shape)
+
+
+_forward_op = torch.library.custom_op("minitron_kernels::sparse_rows_forward", _forward_rows, mutates_args=())
+_backward_op = torch.library.custom_op(
+    "minitron_kernels::sparse_rows_backward", _backward_rows, mutates_args=()
+)
+_forward_op.register_fake(_fake_forward)
+_backward_op.register_fake(_fake_backward)
+_forward = at_once(_forward_op, _forward_rows)
+_backward = at_once(_backward_op, _backward_rows)
