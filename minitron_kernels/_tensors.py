@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-P = ParamSpec("P")
-R = TypeVar("R")
-_PLAIN = (Tensor, nn.Parameter)
+from torch import Tensor
 
 
 def check_tensor(name: str, x: Any) -> None:
@@ -78,44 +73,3 @@ def is_dtensor(x: Any) -> bool:
         return False
     module = sys.modules.get("torch.distributed.tensor")  # no tensor is a DTensor before this is imported
     return module is not None and isinstance(x, module.DTensor)
-
-
-def at_once(op: Callable[P, R], function: Callable[P, R], mutates: Sequence[int] = ()) -> Callable[P, R]:
-    """`op`, a torch.library.custom_op of `function`, or for a plain call the function itself.
-
-    The dispatcher's way to an op in Python costs 20 to 90 µs. Only who looks on needs it: torch.compile and
-    other tracers, modes (fake tensors, counted flops, selective checkpoints), functorch's transforms, and
-    subclasses of Tensor and tensors without memory, which are among the arguments themselves and in no list.
-
-    Args:
-        op: as torch.library.custom_op() gives it.
-        function: what it was made of.
-        mutates: places of the arguments that it changes, whose versions then rise as they do by the op.
-    """
-
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if kwargs or not _is_plain_call(args):
-            return op(*args, **kwargs)
-        for place in mutates:
-            changed = args[place]
-            if isinstance(changed, Tensor):
-                torch.autograd.graph.increment_version(changed)
-        return function(*args, **kwargs)
-
-    return call
-
-
-def _is_plain_call(args: tuple[Any, ...]) -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    ):
-        return False
-    # a loop, since a generator takes twice the time
-    for x in args:  # noqa: SIM110
-        if isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta):
-            return False
-    return True

@@ -62,7 +62,7 @@ def watch() -> Stopwatch:
             Boundary(gather, "_index", INDEX),
             *(Boundary(module, "linear_result", AUTOGRAD) for module in (op, sparse)),
             Boundary(op, "kl_rows", AUTOGRAD),
-            Boundary(linear, "run_linear_kl_loss", BEFORE),
+            Boundary(linear, "linear_kl_loss_op", BEFORE),
             Boundary(importance, "moments_of", BEFORE),
             Boundary(linear_cpu, "plan", PLAN),
             Boundary(_workspace, "borrow", WORKSPACE, lends=True),

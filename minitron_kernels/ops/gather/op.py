@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minitron_kernels import _native
 from minitron_kernels._backend import pick
+from minitron_kernels._opaque import opaque_op
 from minitron_kernels._tensors import check_no_tangent, check_tensor
 from minitron_kernels.ops.gather import reference
 from minitron_kernels.ops.gather.index import ChannelIndex, check_index_tensor
@@ -181,7 +182,7 @@ def _extent(x: Tensor) -> tuple[int, int]:
 
 # custom_op reads the schema off the signature: the arguments of the native op, and col_block, the number of
 # neighbouring columns that each index of `cols` stands for
-@torch.library.custom_op("minitron_kernels::gather_channels_triton_", mutates_args=("out",))
+@opaque_op("minitron_kernels::gather_channels_triton_", mutates_args=("out",))
 def _gather_triton_(
     out: Tensor, weight: Tensor, rows: Tensor | None, cols: Tensor | None, col_block: int
 ) -> None:

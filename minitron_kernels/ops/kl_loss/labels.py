@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minitron_kernels._tensors import at_once
+from minitron_kernels._opaque import opaque_op
 from minitron_kernels.ops.kl_loss.checks import check_tensor, integer
 
 
@@ -38,7 +38,8 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     return torch.cat((labels[..., 1:], last), -1)
 
 
-def _valid_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
+@opaque_op("minitron_kernels::labels_to_mask")
+def _labels_to_mask(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
     """[N] bool: labels other than ignore_index; an error if one of those is not a token."""
     valid = labels != ignore_index
     wrong = valid & ((labels < 0) | (labels >= vocab_size))
@@ -52,10 +53,6 @@ def _valid_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
     else:  # no synchronisation: the error comes from the device
         torch._assert_async(~wrong.any())
     return valid
-
-
-_labels_to_mask = torch.library.custom_op("minitron_kernels::labels_to_mask", _valid_labels, mutates_args=())
-_run_labels_to_mask = at_once(_labels_to_mask, _valid_labels)
 
 
 @_labels_to_mask.register_fake
@@ -83,7 +80,7 @@ def rows_mask(
         if labels.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
         ignore_index = integer("ignore_index", ignore_index)
-        valid = _run_labels_to_mask(labels.reshape(-1), ignore_index, vocab_size)
+        valid = _labels_to_mask(labels.reshape(-1), ignore_index, vocab_size)
         rows = valid if rows is None else rows & valid
     return None if rows is None else rows.contiguous()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minitron_kernels.ops.kl_loss.checks import as_saved
 from minitron_kernels.ops.kl_loss.divergence import METRIC_CE
-from minitron_kernels.ops.kl_loss.linear_op import run_linear_kl_loss
+from minitron_kernels.ops.kl_loss.linear_op import linear_kl_loss_op
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.record import LossRecord, TokenTerms
 from minitron_kernels.ops.kl_loss.rows import columns, no_second_derivative
@@ -67,7 +67,7 @@ class _Reduced(torch.autograd.Function):
         rest: tuple[Any, ...],
         backend: str,
     ) -> Terms:
-        loss, _, *grads, metrics = run_linear_kl_loss(
+        loss, _, *grads, metrics = linear_kl_loss_op(
             student_hidden,
             student_head,
             student_bias,
@@ -141,7 +141,7 @@ class _PerToken(torch.autograd.Function):
             outcomes,
             mask,
         )
-        loss, stats, *_, metrics = run_linear_kl_loss(
+        loss, stats, *_, metrics = linear_kl_loss_op(
             *inputs, None, None, None, labels, None, None, False, False, False, needs_metrics, *rest
         )
         ctx.save_for_backward(*map(as_saved, (*inputs, labels)), stats, metrics)
@@ -166,7 +166,7 @@ class _PerToken(torch.autograd.Function):
         if grad_loss is None:
             grad_loss = stats.new_zeros(())
         accumulator = ctx.grad_head_accumulator
-        _, _, *grads, _ = run_linear_kl_loss(
+        _, _, *grads, _ = linear_kl_loss_op(
             *inputs,
             grad_loss,
             stats,
@@ -262,7 +262,7 @@ def linear_kl_rows(
             )
         )
     else:
-        loss, *_, metrics = run_linear_kl_loss(
+        loss, *_, metrics = linear_kl_loss_op(
             hidden,
             head,
             bias,

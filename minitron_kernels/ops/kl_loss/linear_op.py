@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minitron_kernels._tensors import at_once, with_unit_stride
+from minitron_kernels._opaque import opaque_op
+from minitron_kernels._tensors import with_unit_stride
 from minitron_kernels.ops.kl_loss.divergence import NUM_METRICS, NUM_STATS
 from minitron_kernels.ops.kl_loss.epilogues import EPILOGUES
 from minitron_kernels.ops.kl_loss.linear_cpu import linear_kl_loss_cpu_, linear_sparse_kl_loss_cpu_
@@ -33,7 +34,8 @@ def _loss_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _linear_kl_loss(
+@opaque_op("minitron_kernels::linear_kl_loss", mutates_args=("grad_head_accumulator",))
+def linear_kl_loss_op(
     student_hidden: Tensor,
     student_head: Tensor,
     student_bias: Tensor | None,
@@ -182,12 +184,6 @@ def _fake(
         student_hidden.new_empty(rows if needs_bias else 0, dtype=loss_dtype),
         student_hidden.new_empty((tokens, NUM_METRICS) if needs_metrics else (0,), dtype=loss_dtype),
     )
-
-
-linear_kl_loss_op = torch.library.custom_op(
-    "minitron_kernels::linear_kl_loss", _linear_kl_loss, mutates_args=("grad_head_accumulator",)
-)
-run_linear_kl_loss = at_once(linear_kl_loss_op, _linear_kl_loss, mutates=(11,))
 
 
 @linear_kl_loss_op.register_fake

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_kernels._tensors import at_once
+from minitron_kernels._opaque import opaque_op
 from minitron_kernels.ops.kl_loss.checks import as_saved
 from minitron_kernels.ops.kl_loss.divergence import NUM_METRICS
 from minitron_kernels.ops.kl_loss.epilogues import EPILOGUES, Epilogues
@@ -129,7 +129,8 @@ def _call(
     return _Rows(student, teacher, mask, vocab_size, options, epilogues, of_tokens)
 
 
-def _forward_rows(
+@opaque_op("minitron_kernels::sparse_rows_forward")
+def _forward(
     student: Tensor,
     ids: Tensor,
     outcomes: Tensor,
@@ -150,7 +151,8 @@ def _forward_rows(
     return loss, of_student, metrics
 
 
-def _backward_rows(
+@opaque_op("minitron_kernels::sparse_rows_backward")
+def _backward(
     student: Tensor,
     ids: Tensor,
     outcomes: Tensor,
@@ -182,6 +184,7 @@ def _backward_rows(
     return grad
 
 
+@_forward.register_fake
 def _fake_forward(
     student: Tensor,
     ids: Tensor,
@@ -199,15 +202,6 @@ def _fake_forward(
     )
 
 
-def _fake_backward(student: Tensor, *_: Any) -> Tensor:
+@_backward.register_fake
+def _(student: Tensor, *_: Any) -> Tensor:
     return student.new_empty(student.shape)
-
-
-_forward_op = torch.library.custom_op("minitron_kernels::sparse_rows_forward", _forward_rows, mutates_args=())
-_backward_op = torch.library.custom_op(
-    "minitron_kernels::sparse_rows_backward", _backward_rows, mutates_args=()
-)
-_forward_op.register_fake(_fake_forward)
-_backward_op.register_fake(_fake_backward)
-_forward = at_once(_forward_op, _forward_rows)
-_backward = at_once(_backward_op, _backward_rows)

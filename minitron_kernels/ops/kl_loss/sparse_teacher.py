@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minitron_kernels._tensors import at_once
+from minitron_kernels._opaque import opaque_op
 from minitron_kernels.ops.kl_loss.checks import check_tensor, positive
 
 LogTail = Tensor | Mapping[float, Tensor] | None
@@ -67,7 +67,7 @@ def sparse_teacher(
             "sampled may have any probability"
         )
     dtype = torch.promote_types(student.dtype, torch.float32)
-    ids, logprobs, tail = _run_sorted_outcomes(
+    ids, logprobs, tail = _sorted_outcomes(
         ids.reshape(-1, ids.shape[-1]) if ids.numel() else ids.reshape(shape.numel(), ids.shape[-1]),
         logprobs.detach().reshape(shape.numel(), ids.shape[-1]).to(dtype),
         None if tail is None else tail.detach().reshape(-1).to(dtype),
@@ -107,7 +107,8 @@ def _tail_at(log_tail: LogTail, temperature: float, shape: torch.Size, student: 
     )
 
 
-def _sort_outcomes(
+@opaque_op("minitron_kernels::sorted_outcomes")
+def _sorted_outcomes(
     ids: Tensor,
     logprobs: Tensor,
     tail: Tensor | None,
@@ -165,12 +166,6 @@ def _refuse(wrong: Tensor, what: str, values: Tensor) -> None:
     if wrong.any():
         place = tuple(wrong.nonzero()[0].tolist())
         raise ValueError(f"{what}; got {values[place].item():.9g} in row {place[0]}")
-
-
-_sorted_outcomes = torch.library.custom_op(
-    "minitron_kernels::sorted_outcomes", _sort_outcomes, mutates_args=()
-)
-_run_sorted_outcomes = at_once(_sorted_outcomes, _sort_outcomes)
 
 
 @_sorted_outcomes.register_fake
