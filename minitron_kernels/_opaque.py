@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-R = TypeVar("R")
 _PLAIN = (Tensor, nn.Parameter)
 
 
-class OpaqueOp(Generic[R]):
+class OpaqueOp:
     """Made by opaque_op(); `op` is the torch.library.custom_op."""
 
-    def __init__(self, name: str, function: Callable[..., R], mutates_args: Iterable[str]) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], mutates_args: Iterable[str]) -> None:
         self.op = torch.library.custom_op(name, function, mutates_args=tuple(mutates_args))
         self._function = function
         names = list(inspect.signature(function).parameters)
         self._mutates = [(names.index(name), name) for name in mutates_args]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> R:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not _is_plain_call(args, kwargs):
             return self.op(*args, **kwargs)
         for place, name in self._mutates:
-            changed: Any = args[place] if place < len(args) else kwargs.get(name)
+            changed = args[place] if place < len(args) else kwargs.get(name)
             if changed is not None:
                 torch.autograd.graph.increment_version(changed)
         return self._function(*args, **kwargs)
@@ -37,7 +36,7 @@ class OpaqueOp(Generic[R]):
         return fake
 
 
-def opaque_op(name: str, *, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., R]], OpaqueOp[R]]:
+def opaque_op(name: str, *, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], OpaqueOp]:
     """torch.library.custom_op, whose function a plain call runs at once.
 
     The dispatcher's way to an op in Python takes longer than a small problem. Only those who look on need it:
@@ -58,7 +57,7 @@ def _is_plain_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     ):
         return False
     # a loop, since a generator takes twice the time
-    for x in (*args, *kwargs.values()):
+    for x in (*args, *kwargs.values()):  # noqa: SIM110
         if isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta):
             return False
     return True
