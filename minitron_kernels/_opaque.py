@@ -57,7 +57,7 @@ def _is_plain_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     ):
         return False
     # a loop, since a generator takes twice the time
-    for x in (*args, *kwargs.values()):  # noqa: SIM110
+    for x in (*args, *kwargs.values()):
         if isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta):
             return False
     return True
