@@ -133,8 +133,13 @@ def operand_type(*dtypes: torch.dtype) -> str:
     if torch.float64 in dtypes:
         return "f64"
     if set(dtypes) == {torch.bfloat16}:
-        return torch.ops.minitron_kernels.bf16_engine()
+        return _bf16_engine()
     return "f32"
+
+
+@functools.cache
+def _bf16_engine() -> str:
+    return torch.ops.minitron_kernels.bf16_engine()  # a property of the processor
 
 
 def plan(
@@ -161,6 +166,50 @@ def plan(
     dtype: of the student's head. outcomes: k + 1 of a sparse teacher, whose hidden size is 0; 0 for a
     teacher with a head. lent: whether the head's gradient goes to memory of the caller's.
     """
+    return _plan(
+        num_tokens,
+        vocab_size,
+        student_hidden_size,
+        teacher_hidden_size,
+        dtype,
+        grad_hidden,
+        grad_head,
+        grad_bias,
+        grad_head_accumulator,
+        divergence_needs_kl,
+        schedule,
+        CPU_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
+        engine,
+        metrics,
+        outcomes,
+        lent,
+        torch.get_num_threads(),
+        Caches.of_this_cpu(),
+    )
+
+
+# all that a plan follows from is among the arguments: what is not would give another call's plan
+@functools.lru_cache(maxsize=256)
+def _plan(
+    num_tokens: int,
+    vocab_size: int,
+    student_hidden_size: int,
+    teacher_hidden_size: int,
+    dtype: torch.dtype,
+    grad_hidden: bool,
+    grad_head: bool,
+    grad_bias: bool,
+    grad_head_accumulator: bool,
+    divergence_needs_kl: bool,
+    schedule: str,
+    budget: int,
+    engine: str,
+    metrics: bool,
+    outcomes: int,
+    lent: bool,
+    threads: int,
+    caches: Caches,
+) -> CpuPlan:
     storage, dtype = dtype, grad_dtype(dtype)
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     planner = _Planner(
@@ -175,19 +224,19 @@ def plan(
         head_in_place=grad_head_accumulator or dtype == accumulate,
         adds_to_buffer=grad_head_accumulator,
         divergence_needs_kl=divergence_needs_kl,
-        budget=CPU_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
-        threads=torch.get_num_threads(),
+        budget=budget,
+        threads=threads,
         metrics=metrics,
         outcomes=outcomes,
         converts_head=storage != ENGINES[engine][0] or ENGINES[engine][1] not in ("libtorch", "portable"),
         grad_head_bytes=dtype.itemsize,
         lent=lent,
-        caches=Caches.of_this_cpu(),
+        caches=caches,
     )
-    return _plan(planner, schedule if grad_hidden or grad_head or grad_bias else "forward")
+    return planner.plan(schedule if grad_hidden or grad_head or grad_bias else "forward")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Planner:
     """A problem and a budget, and the search for the plan."""
 
@@ -250,7 +299,8 @@ class _Planner:
                 plan = every if self.fits(every) else self.candidate("store", rows, tile_group, tiles)
                 if self.fits(plan) and plan.stored_share >= least_share:
                     plans.append(plan)
-            if any(plan.stored_share == 1.0 for plan in plans):
+                    break
+            if plans and plans[-1].stored_share == 1.0:
                 break  # smaller chunks only cost more
         return plans
 
@@ -362,8 +412,3 @@ class _Planner:
             budget_bytes=self.budget,
             part_bytes=tuple(parts),
         )
-
-
-@functools.lru_cache(maxsize=256)
-def _plan(planner: _Planner, schedule: str) -> CpuPlan:
-    return planner.plan(schedule)
