@@ -104,7 +104,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
       "linear_kl_loss_layout(int tokens, int vocab_size, int student_hidden_size, int teacher_hidden_size, "
       "int accumulate_bytes, bool grad_hidden, bool grad_head, bool head_in_place, int[] plan, int threads, "
       "bool metrics=False, int outcomes=0) -> int[]");
-  // The engine in which a bf16 product runs fastest here, by its name in ENGINES of ops/kl_loss/plan_cpu.py.
+  // The engine in which a bf16 product runs fastest here: a name in ENGINES of ops/kl_loss/engines_cpu.py.
   m.def("bf16_engine() -> str");
   // Why the engine "amx" or "avx512_bf16" cannot run here; "" where it can.
   m.def("why_no_engine(str name) -> str");

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import minitron_kernels as mk
 from kl_loss.oracle import oracle_linear, oracle_rows
 from kl_loss.problems import BETA, make_linear, to_numpy
-from minitron_kernels.ops.kl_loss import options, plan_cpu
+from minitron_kernels.ops.kl_loss import engines_cpu, options
 from minitron_kernels.ops.kl_loss.blocks_cpu import CHAIN, PANEL
 from minitron_kernels.ops.kl_loss.divergence import (
     METRIC_CE,
@@ -228,10 +228,10 @@ def test_numbers_that_both_languages_know():
     metrics = tuple(map(constant, ("num_metrics", "metric_ce", "num_metric_state")))
     assert metrics == (NUM_METRICS, METRIC_CE, NUM_METRIC_STATE)
     assert (constant("panel"), constant("max_chain")) == (PANEL, CHAIN)
-    named = {**plan_cpu._SCHEDULE_CODES, **plan_cpu._IMPLEMENTATION_CODES}
+    named = {**engines_cpu.SCHEDULE_CODES, **engines_cpu.IMPLEMENTATION_CODES}
     assert all(constant(name) == code for name, code in named.items())
-    assert {name for _, name in plan_cpu.ENGINES.values()} == set(plan_cpu._IMPLEMENTATION_CODES)
-    codes = {str(dtype).removeprefix("torch."): code for dtype, code in plan_cpu._OPERAND_CODES.items()}
+    assert {name for _, name in engines_cpu.ENGINES.values()} == set(engines_cpu.IMPLEMENTATION_CODES)
+    codes = {str(dtype).removeprefix("torch."): code for dtype, code in engines_cpu.OPERAND_CODES.items()}
     assert all(constant(name) == code for name, code in codes.items())
     assert all(constant(divergence.name.lower()) == divergence.value for divergence in Divergence)
 

@@ -25,7 +25,7 @@ from kl_loss.problems import (
     to_numpy,
 )
 from minitron_kernels import _native
-from minitron_kernels.ops.kl_loss import linear_cpu, plan_cpu
+from minitron_kernels.ops.kl_loss import engines_cpu, linear_cpu, plan_cpu
 
 pytestmark = pytest.mark.native
 SCHEDULES = ["store", "recompute"]
@@ -231,7 +231,7 @@ def test_an_engine_that_cannot_run_says_why(monkeypatch, engine):
 
 def test_the_engine_that_is_chosen():
     """The fastest that can run, and the report names it or says what stands in the way."""
-    chosen, report = plan_cpu.operand_type(BF16), _native.build_info()["gemm"]
+    chosen, report = engines_cpu.operand_type(BF16), _native.build_info()["gemm"]
     assert chosen == mk.plan_linear_kl_loss(64, 100, 8, 8, dtype=BF16).engine
     assert chosen in ("amx", "avx512_bf16", "bf16", "f32")
     if not why_not("amx"):

@@ -4,7 +4,7 @@
 // k * kPanel; C is a panel, or rows of a matrix. What differs is in OperandLayout, in the table of
 // PackKernels, which pack that way, and in the Gemm, which reads it.
 //
-// To add an engine: a number in Implementation, its name in ENGINES of ops/kl_loss/plan_cpu.py, its
+// To add an engine: a number in Implementation, its name in ENGINES of ops/kl_loss/engines_cpu.py, its
 // OperandLayout, its PackKernels (one of them per SIMD level, see kernels.h), and its case in with_engine().
 #pragma once
 

@@ -22,31 +22,17 @@ import torch
 
 from minitron_kernels.ops.kl_loss.blocks_cpu import PANEL, Blocks, Caches, Work, blocks, group_of_tiles
 from minitron_kernels.ops.kl_loss.budget import CPU_WORKSPACE_BYTES, too_small
+from minitron_kernels.ops.kl_loss.engines_cpu import (
+    ENGINES,
+    IMPLEMENTATION_CODES,
+    OPERAND_CODES,
+    SCHEDULE_CODES,
+    copies_head,
+    operand_type,
+)
 from minitron_kernels.ops.kl_loss.plan import LinearKLPlan, grad_dtype
 
-# by name: the operands' type, and whose GEMM multiplies them; see csrc/kl_loss/cpu/engine.h
-ENGINES = {
-    "bf16": (torch.bfloat16, "libtorch"),
-    "portable_bf16": (torch.bfloat16, "portable"),
-    "amx": (torch.bfloat16, "amx"),
-    "avx512_bf16": (torch.bfloat16, "avx512_bf16"),
-    "portable_amx": (torch.bfloat16, "portable_amx"),
-    "portable_avx512_bf16": (torch.bfloat16, "portable_avx512_bf16"),
-    "f32": (torch.float32, "libtorch"),
-    "portable": (torch.float32, "portable"),
-    "f64": (torch.float64, "portable"),
-}
-# the numbers of LinearPlan in csrc/kl_loss/cpu/linear_plan.h, which a test compares
-_SCHEDULE_CODES = {"store": 0, "recompute": 1, "forward": 2}
-_OPERAND_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2}
-_IMPLEMENTATION_CODES = {
-    "libtorch": 0,
-    "portable": 1,
-    "amx": 2,
-    "avx512_bf16": 3,
-    "portable_amx": 4,
-    "portable_avx512_bf16": 5,
-}
+__all__ = ["ENGINES", "CpuPlan", "operand_type", "plan"]
 _MAX_CHUNK = 4096  # more rows at a time gain nothing
 # smaller chunks multiply slowly, and a tight budget is not meant to buy an fp32 head gradient
 _MIN_STORE_ROWS = 128
@@ -120,26 +106,8 @@ def _plan_numbers(
     schedule: str, engine: str, chunk_rows: int, tile: int, tile_group: int, stored_tiles: int, blocks: Blocks
 ) -> list[int]:
     operands, implementation = ENGINES[engine]
-    codes = _OPERAND_CODES[operands], _IMPLEMENTATION_CODES[implementation]
-    return [_SCHEDULE_CODES[schedule], chunk_rows, tile, tile_group, stored_tiles, *codes, *blocks]
-
-
-def operand_type(*dtypes: torch.dtype) -> str:
-    """The engine, a key of ENGINES, for GEMM operands of these dtypes.
-
-    One of bf16 operands only where every operand is bf16: rounding another would give a wrong result,
-    silently.
-    """
-    if torch.float64 in dtypes:
-        return "f64"
-    if set(dtypes) == {torch.bfloat16}:
-        return _bf16_engine()
-    return "f32"
-
-
-@functools.cache
-def _bf16_engine() -> str:
-    return torch.ops.minitron_kernels.bf16_engine()  # a property of the processor
+    codes = OPERAND_CODES[operands], IMPLEMENTATION_CODES[implementation]
+    return [SCHEDULE_CODES[schedule], chunk_rows, tile, tile_group, stored_tiles, *codes, *blocks]
 
 
 def plan(
@@ -228,7 +196,7 @@ def _plan(
         threads=threads,
         metrics=metrics,
         outcomes=outcomes,
-        converts_head=storage != ENGINES[engine][0] or ENGINES[engine][1] not in ("libtorch", "portable"),
+        converts_head=copies_head(engine, storage),
         grad_head_bytes=dtype.itemsize,
         lent=lent,
         caches=caches,
