@@ -86,7 +86,7 @@ def score(args: argparse.Namespace) -> None:
     if args.quiet or not sys.stderr.isatty():
         logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(args.model)
-    family_of(config)
+    config = family_of(config).text(config)
     longest = config_value(config, "max_position_embeddings", args.seq_len)
     if args.seq_len > longest:
         raise ValueError(f"--seq-len must be at most the model's {longest} positions, got {args.seq_len}")
@@ -120,16 +120,18 @@ def score(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """Scores folder and a target -> plan.json."""
+    from minitron_kernels.pruning.families.registry import family_of
     from minitron_kernels.pruning.plan.make_plan import make_plan
     from minitron_kernels.pruning.score.scores import ImportanceScores
 
     check_free(args.output, args.overwrite, folder=False)
     scores = ImportanceScores.load(args.scores)
+    config = family_of(scores.config).text(scores.config)
     sizes = {}
     for option, names in SIZES.items():
         value = getattr(args, option.replace("-", "_"))
         if value is not None:
-            sizes[next((name for name in names if name in scores.config), names[0])] = value
+            sizes[next((name for name in names if name in config), names[0])] = value
     options = {
         name: getattr(args, name) for name in ("params", "drop_layers", "num_experts_per_tok", "divisor")
     }

@@ -46,6 +46,21 @@ def written_value(config: Config, key: str) -> Any:
     return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
 
 
+def nested(config: Config, key: str) -> Config:
+    """The config under `key` of another, such as the text model's in that of a model for text and images.
+
+    A dict may say less than transformers makes of it: its text config may lack a model_type, or be absent,
+    with all its entries in the dict itself. What transformers makes of them is then returned.
+    """
+    inside = written_value(config, key)
+    if not isinstance(config, Mapping) or (isinstance(inside, Mapping) and inside.get("model_type")):
+        return inside
+    made = getattr(full_config(config), key, None)
+    if made is None:
+        raise ValueError(f"config must have {key} with a model_type, got {inside!r:.80}")
+    return made
+
+
 def full_config(config: Config) -> Config | None:
     """The config that transformers makes of the dict in a config.json; None for unknown model types.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_kernels.pruning.families.configs import Config, completed, config_value
+from minitron_kernels.pruning.families.configs import Config, completed
 from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.layer_plan import LayerPlan
@@ -144,6 +144,8 @@ def make_plan(
             f"the plan keeps everything: give sizes ({', '.join(names)}), ratio=, params= or drop_layers=",
             stacklevel=2,
         )
+    if drop_layers is not None and (why := family.fixed(config).get("layers")):
+        raise ValueError(f"drop_layers: no layer can go from this {config['model_type']}: {why}")
     table = _Tables(tables, before)
     depth = given.get("layers", before["layers"])
     layers = _kept_layers(table, before["layers"], depth, "layers" in given, drop_layers, block_losses)
@@ -336,12 +338,13 @@ def _check_merge(before: Sizes, after: Sizes, kv_choice: str) -> None:
 def _settle_experts(
     family: Family, config: Config, target: dict[str, Any], after: Sizes, per_token: int | None
 ) -> None:
-    routed = config_value(config, "num_experts_per_tok") if "experts" in after else None
+    routed = family.value(config, "num_experts_per_tok") if "experts" in after else None
     if per_token is not None:
         if routed is None or isinstance(per_token, bool) or not 1 <= per_token <= after["experts"]:
             limit = after.get("experts", "no")
             raise ValueError(f"num_experts_per_tok must be from 1 to {limit} experts, got {per_token!r}")
-        target["num_experts_per_tok"] = per_token
+        text = target.get(family.text_key, target)
+        text["num_experts_per_tok"] = per_token
     elif routed is not None and routed > after["experts"]:
         raise ValueError(
             f"a token goes to {routed} experts, but only {after['experts']} stay: keep at least {routed}, "

@@ -4,4 +4,5 @@ from minitron_kernels.pruning.families.tables import (  # noqa: F401  they regis
     dense,
     experts,
     layernorm,
+    wrapped,
 )
