@@ -4,5 +4,6 @@ from minitron_kernels.pruning.families.tables import (  # noqa: F401  they regis
     dense,
     experts,
     layernorm,
+    shared_experts,
     wrapped,
 )
