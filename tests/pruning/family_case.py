@@ -34,7 +34,9 @@ class Places:
         mlp_in, mlp_part: the linear layer that gives the neurons before their gate; (index, number) of the
             equal part of its output that is them.
         mlp_out: the linear layer that reads the neurons.
-        experts: the module that holds the stacked weights of the experts.
+        experts: the module that holds the stacked weights of the experts; `neurons_first`: of down_proj's two
+            dimensions inside an expert.
+        router: that which gives [tokens, experts] weights where the experts read tokens times these; or None.
         norms: all norms over the residual stream; `scored` those of them whose output scores its channels.
     """
 
@@ -46,6 +48,8 @@ class Places:
     mlp_part: tuple[int, int] = (0, 1)
     mlp_out: str = "mlp.down_proj"
     experts: str = "mlp.experts"
+    neurons_first: bool = False
+    router: str | None = None
     norms: tuple[str, ...] = TWO
     scored: tuple[str, ...] = TWO
 
@@ -69,6 +73,11 @@ class Case:
         approximate: axes that the plan's summary must call approximate where they are cut.
         tolerance: of the logits, beside rounding, in units of the largest.
         route: (layer, kept experts), which lets the layer's router choose among these only.
+        expert: (module of all experts, number, token [hidden]) -> (neurons, output) of one expert, in numpy.
+        fixed: (axis, name of its size, a size): cannot be pruned, and is not scored.
+        kept_layer: one that cannot be dropped; None where each can.
+        images: of models that read images: the arguments of a forward pass with one.
+        follow: ends of the names of parameters outside of the text model that follow it.
     """
 
     model_type: str
@@ -82,15 +91,28 @@ class Case:
     approximate: tuple[str, ...] = ()
     tolerance: float = 0.0
     route: Callable[[Any, tuple[int, ...]], None] | None = None
+    expert: Callable[[Any, int, Any], tuple[Any, Any]] | None = None
+    fixed: tuple[str, str, int] | None = None
+    kept_layer: int | None = None
+    images: Callable[[], dict[str, Any]] | None = None
+    follow: tuple[str, ...] = ()
+
+    @property
+    def auto(self):
+        """The class of transformers that loads it."""
+        return "AutoModelForCausalLM" if self.images is None else "AutoModelForImageTextToText"
 
     def make_config(self, **changes):
-        """The config of the tiny model."""
+        """The config of the tiny model; `config` goes to that of its text model."""
         from transformers import AutoConfig
 
-        entries = {**COMMON, **self.config, **changes}
-        return AutoConfig.for_model(
-            self.model_type, **{key: value for key, value in entries.items() if value is not None}
-        )
+        outer = dict(self.config)
+        inner = outer.pop("text_config", None)
+        entries = {**COMMON, **(outer if inner is None else inner), **changes}
+        entries = {key: value for key, value in entries.items() if value is not None}
+        if inner is not None:
+            entries = {**outer, "text_config": entries}
+        return AutoConfig.for_model(self.model_type, **entries)
 
     @property
     def sizes(self):

@@ -168,6 +168,7 @@ class Family:
         size_keys: config keys of axes, in addition to SIZE_KEYS or instead of them.
         computed: {axis: (config) -> its size} of axes that no key of the config gives alone.
         fixed: (config) -> {axis: why it cannot be pruned}: what the model or its config lacks for that.
+        keeps_first: (config) -> (how many of the first layers must stay, why).
         defaults: of config keys that a config.json may leave out; only for model types that transformers does
             not know: it has its own defaults for the others.
         norm_offset: what a norm adds to its stored weight to get its gain: 1 where it stores gain - 1.
@@ -211,6 +212,7 @@ class Family:
     approximates: Mapping[str, str] = field(default_factory=dict)
     computed: Mapping[str, Callable[[Config], int]] = field(default_factory=dict)
     fixed: Callable[[Config], Mapping[str, str]] = field(default=lambda config: {})
+    keeps_first: Callable[[Config], tuple[int, str]] = field(default=lambda config: (0, ""))
     text_key: str | None = None
     config_follows: Mapping[str, str] = field(default_factory=dict)
     adds_to_residual: tuple[str, ...] = ()

@@ -40,6 +40,7 @@ class Multimodal:
         layouts: prefixes that checkpoints have instead of the model's; the model's own are accepted too.
         computed: {axis: (whole config) -> its size} of other axes of `params`, such as the encoder's width.
         fixed: (whole config) -> {axis of the text model: why it cannot be pruned}.
+        keeps_first: (whole config) -> (how many of the text model's first layers must stay, why).
         approximates: {axis: what is not exact where it is cut}, beside what the text model's family says.
 
     Example:
@@ -61,6 +62,7 @@ class Multimodal:
     computed: Mapping[str, Callable[[Config], int]] = field(default_factory=dict)
     layouts: tuple[Layout, ...] = ()
     fixed: Callable[[Config], Mapping[str, str]] = field(default=lambda config: {})
+    keeps_first: Callable[[Config], tuple[int, str]] | None = None
     approximates: Mapping[str, str] = field(default_factory=dict)
 
     def around(self, inner: Family) -> Family:
@@ -101,6 +103,7 @@ class Multimodal:
             refuses=of_text(inner.refuses),
             computed={axis: of_text(size) for axis, size in inner.computed.items()} | dict(self.computed),
             fixed=lambda config: {**inner.fixed(nested(config, key)), **self.fixed(config)},
+            keeps_first=self.keeps_first or of_text(inner.keeps_first),
             approximates={**inner.approximates, **self.approximates},
             text_key=key,
             config_follows=self.config_follows,

@@ -104,7 +104,9 @@ def experts(block: str, when: When | None = None) -> tuple[Param, ...]:
 
 
 def one_by_one(
-    block: str, when: When | None = None, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    block: str,
+    when: When | None = None,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
 ) -> tuple[Param, ...]:
     """The router, and the weights of each expert by themselves, as most checkpoints hold them."""
     inside = ("expert_mlp, hidden", "expert_mlp, hidden", "hidden, expert_mlp")

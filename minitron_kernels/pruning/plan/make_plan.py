@@ -144,11 +144,10 @@ def make_plan(
             f"the plan keeps everything: give sizes ({', '.join(names)}), ratio=, params= or drop_layers=",
             stacklevel=2,
         )
-    if drop_layers is not None and (why := family.fixed(config).get("layers")):
-        raise ValueError(f"drop_layers: no layer can go from this {config['model_type']}: {why}")
     table = _Tables(tables, before)
     depth = given.get("layers", before["layers"])
     layers = _kept_layers(table, before["layers"], depth, "layers" in given, drop_layers, block_losses)
+    _check_first(family, config, layers)
     candidates: list[Candidate] = []
     if params is not None:
         fixed = {next(name for name in names if names[name] == axis): size for axis, size in given.items()}
@@ -170,6 +169,7 @@ def make_plan(
             )
         if len(layers) != given.get("layers", len(layers)):
             layers = _kept_layers(table, before["layers"], given["layers"], True, None, block_losses)
+            _check_first(family, config, layers)
     elif search is not None:
         raise ValueError("search chooses sizes for a budget: give params as well")
     if block_losses is not None and "layers" not in given:
@@ -301,6 +301,16 @@ def _kept_layers(
     return [layer for layer in range(before) if not start <= layer < start + count]
 
 
+def _check_first(family: Family, config: Config, layers: Sequence[int]) -> None:
+    """Checks that the first layers stay that must."""
+    first, why = family.keeps_first(config)
+    if list(layers[:first]) != list(range(first)):
+        raise ValueError(
+            f"the first {first} layers of this {config['model_type']} must stay: {why}. Name layers behind "
+            "them in drop_layers"
+        )
+
+
 def _check_heads(before: Sizes, after: Sizes, kv_choice: str) -> None:
     """Checks that equally many query heads can be kept for each KV head."""
     old, new = before["heads"] // before["kv_heads"], after["heads"] // after["kv_heads"]
@@ -343,7 +353,7 @@ def _settle_experts(
         if routed is None or isinstance(per_token, bool) or not 1 <= per_token <= after["experts"]:
             limit = after.get("experts", "no")
             raise ValueError(f"num_experts_per_tok must be from 1 to {limit} experts, got {per_token!r}")
-        text = target.get(family.text_key, target)
+        text = target.get(family.text_key or "", target)
         text["num_experts_per_tok"] = per_token
     elif routed is not None and routed > after["experts"]:
         raise ValueError(

@@ -301,7 +301,7 @@ def target_config_of(config: Config, sizes: Mapping[str, int], layers: Sequence[
     family = family_of(config)
     before = family.sizes(config)["layers"]
     target = as_dict(write_sizes(family, config, sizes))
-    text = target.get(family.text_key, target)
+    text = target.get(family.text_key or "", target)
     if list(layers) == list(range(before)):
         return target
     for key in family.per_layer_keys:

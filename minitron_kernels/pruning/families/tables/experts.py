@@ -21,7 +21,6 @@ from minitron_kernels.pruning.families.parts import (
 from minitron_kernels.pruning.families.registry import register_family
 from minitron_kernels.pruning.families.tables.shared_experts import qwen_is_sparse
 
-
 _BIAS = flag("attention_bias")
 _NORMS = norms(*TWO_NORMS)
 # of families with experts in all layers
@@ -98,7 +97,7 @@ def _norms_fit_heads(config: Config) -> str | None:
     if heads * dim == hidden:
         return None
     return (
-        f"its q_norm has hidden_size {hidden} elements, but normalizes {heads} heads of {dim}: cut hidden_size "
+        f"its q_norm has hidden_size {hidden} elements, but is over {heads} heads of {dim}: cut hidden_size "
         "and num_attention_heads alike"
     )
 
@@ -163,7 +162,7 @@ register_family(
     )
 )
 
-# ---- Llama 4: the router's weight multiplies what an expert reads; the shared expert is as wide as the others
+# ---- Llama 4: the router's weight multiplies what an expert reads; all experts are as wide as the shared one
 
 
 _SAME_SIZE = (

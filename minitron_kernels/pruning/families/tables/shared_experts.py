@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from minitron_kernels.pruning.families.configs import Config, config_value
 from minitron_kernels.pruning.families.family import Family, Param, Taps, When
@@ -22,12 +22,12 @@ from minitron_kernels.pruning.families.registry import register_family
 
 _BIAS = flag("attention_bias")
 _SHARED_SIZE = (
-    "its shared experts have n_shared_experts * moe_intermediate_size neurons, so that they would have to be cut "
-    "alike; there are no scores of their neurons"
+    "its shared experts have n_shared_experts * moe_intermediate_size neurons, so that they would have to be "
+    "cut alike; there are no scores of their neurons"
 )
 _GROUPS = (
-    "tokens choose among n_group groups of experts first: equally many would have to stay in each group, which "
-    "no plan says; with n_group 1 experts can go"
+    "tokens choose among n_group groups of experts first: equally many would have to stay in each group, and "
+    "plans choose among all; with n_group 1 experts can go"
 )
 
 
@@ -135,7 +135,7 @@ def _compresses_queries(config: Config, layer: int) -> bool:
     return config_value(config, "q_lora_rank") is not None
 
 
-def _sum_of(*keys: str) -> object:
+def _sum_of(*keys: str) -> Callable[[Config], int]:
     return lambda config: sum(config_value(config, key) for key in keys)
 
 
@@ -157,7 +157,7 @@ def _one_key_for_each_head(config: Config) -> str | None:
     heads, kv = (config_value(config, f"num_{kind}_heads") for kind in ("attention", "key_value"))
     if kv in (None, heads):
         return None
-    return f"its class has a key and a value for each head, but num_key_value_heads is {kv} and heads are {heads}"
+    return f"its class has a key and a value for each of {heads} heads, but num_key_value_heads is {kv}"
 
 
 register_family(

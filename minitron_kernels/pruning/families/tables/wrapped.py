@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from minitron_kernels.pruning.families.configs import Config, config_value, nested
 from minitron_kernels.pruning.families.family import Family, Param, When
@@ -28,8 +28,8 @@ _LLAVA = (
 )
 _QWEN = (("model.visual.", "visual."), ("model.language_model.", "model."))
 _NEURONS_OF_PROJECTOR = (
-    "inside the projector of images, which is as wide as the text model, the neurons with the numbers of the "
-    "channels that stay are kept: exact for text, not for images"
+    "inside, the projector of images is as wide as the text model: of its neurons, which have no scores, "
+    "those stay that have the numbers of the channels that stay"
 )
 _MOST_MERGERS = 32  # of DeepStack: the table has an entry for each, and a config says how many there are
 
@@ -87,6 +87,9 @@ register_multimodal(
 )
 
 
+_MERGERS = "model.visual.deepstack_merger_list"
+
+
 def _mergers(config: Config) -> int:
     return len(config_value(nested(config, "vision_config"), "deepstack_visual_indexes", ()))
 
@@ -95,14 +98,9 @@ def _has_merger(number: int) -> When:
     return lambda config, layer: number < _mergers(config)
 
 
-def _deepstack_layers(config: Config) -> Mapping[str, str]:
+def _deepstack_layers(config: Config) -> tuple[int, str]:
     """DeepStack adds what its encoder says to the outputs of the first layers, one merger to each."""
-    if not _mergers(config):
-        return {}
-    return {
-        "layers": "features of images enter after each of its first layers (DeepStack), counted from the "
-        "first: which layers those are would change, and no entry of the config says it"
-    }
+    return _mergers(config), "features of images enter after each of them (DeepStack), by their numbers"
 
 
 _BIAS = flag("attention_bias")
@@ -129,7 +127,7 @@ register_multimodal(
         ),
         config_follows={"vision_config.out_hidden_size": "hidden"},
         computed={"vision": _vision("hidden_size", _merged_patches)},
-        fixed=_deepstack_layers,
+        keeps_first=_deepstack_layers,
         layouts=(_QWEN,),
     )
 )
