@@ -75,6 +75,7 @@ class Case:
         route: (layer, kept experts), which lets the layer's router choose among these only.
         expert: (module of all experts, number, token [hidden]) -> (neurons, output) of one expert, in numpy.
         fixed: (axis, name of its size, a size): cannot be pruned, and is not scored.
+        stays: whether all layers stay, since none can go.
         kept_layer: one that cannot be dropped; None where each can.
         images: of models that read images: the arguments of a forward pass with one.
         follow: ends of the names of parameters outside of the text model that follow it.
@@ -93,6 +94,7 @@ class Case:
     route: Callable[[Any, tuple[int, ...]], None] | None = None
     expert: Callable[[Any, int, Any], tuple[Any, Any]] | None = None
     fixed: tuple[str, str, int] | None = None
+    stays: bool = False
     kept_layer: int | None = None
     images: Callable[[], dict[str, Any]] | None = None
     follow: tuple[str, ...] = ()

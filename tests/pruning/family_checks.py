@@ -103,7 +103,8 @@ def check_scores(case, model):
 
 def check_plan(case, model, tables):
     """A plan that cuts every axis; its summary says what is approximate, and nothing where all stays."""
-    plan = make_plan(tables, model.config, divisor=8, drop_layers=[DROPPED_LAYER], **case.sizes)
+    dropped = None if case.stays else [DROPPED_LAYER]
+    plan = make_plan(tables, model.config, divisor=8, drop_layers=dropped, **case.sizes)
     family = family_of(model.config)
     assert set(family.approximates) == set(case.approximate)
     for text in family.approximates.values():
@@ -115,7 +116,10 @@ def check_plan(case, model, tables):
     if case.kept_layer is not None:
         with pytest.raises(ValueError, match=f"layers of this {case.model_type} must stay: "):
             make_plan(tables, model.config, drop_layers=[case.kept_layer])
-    whole = make_plan(tables, model.config, drop_layers=[DROPPED_LAYER])
+    if case.stays:
+        with pytest.raises(ValueError, match=f"no layer can go from this {case.model_type}: "):
+            make_plan(tables, model.config, drop_layers=[DROPPED_LAYER])
+    whole = make_plan(tables, model.config, drop_layers=dropped or [])
     assert not any(text in whole.summary() for text in family.approximates.values())
     return plan
 
@@ -146,7 +150,8 @@ def check_cut(case, model, plan, folder, fresh):
 
 def _check_encoder(case, before, after):
     """What is outside of the text model is the same to the bit, but for what follows it."""
-    outside = {name for name in before if name.startswith(("vis", "model.vis", "multi_modal", "model.multi"))}
+    text = ("lm_head.", "model.layers.", "model.embed_tokens.", "model.norm.")
+    outside = {name for name in before if "language_model." not in name and not name.startswith(text)}
     changed = {name for name in outside if before[name] != after[name]}
     assert len(outside) > len(changed) == len(case.follow)
     assert all(name.endswith(case.follow) for name in changed)
@@ -191,9 +196,10 @@ def _silence(case, model, plan):
     layers = model.get_submodule(places.layers)
     for entry in plan.layers:
         layer = layers[entry.layer]
-        out = layer.get_submodule(places.attention_out).weight
-        dim = out.shape[1] // config.num_attention_heads
-        for head in gone(entry.heads.query, config.num_attention_heads):
+        kept_heads = case.fixed is not None and case.fixed[0] == "heads"
+        out = None if kept_heads else layer.get_submodule(places.attention_out).weight
+        for head in () if out is None else gone(entry.heads.query, config.num_attention_heads):
+            dim = out.shape[1] // config.num_attention_heads
             out[:, head * dim : (head + 1) * dim] = 0
         if entry.mlp is not None:
             out = layer.get_submodule(places.mlp_out).weight

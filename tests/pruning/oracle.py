@@ -166,8 +166,12 @@ def tables(
     }
     for i in range(layers):
         layer = f"{places.layers}.{i}"
-        attention = of(f"{layer}.{places.attention_out}", "in")
-        if head_score == "norm":
+        attention = (
+            [] if case.fixed and case.fixed[0] == "heads" else of(f"{layer}.{places.attention_out}", "in")
+        )
+        if not attention:
+            pass
+        elif head_score == "norm":
             result["heads"][i] = score([oracle.head_norms(x, H) for x in attention])
         else:
             result["heads"][i] = np.sqrt((score(attention).reshape(H, -1) ** 2).sum(1))
@@ -191,7 +195,7 @@ def tables(
             )
         pairs = zip(of(layer, "in"), of(layer, "out"), strict=True)
         result["layers"][i] = np.concatenate([oracle.cosine_distance(x, y) for x, y in pairs]).mean()
-    unscored = case.fixed[:1] if case.fixed else ()
+    unscored = (*(case.fixed[:1] if case.fixed else ()), *(["layers"] if case.stays else ()))
     return {name: table for name, table in result.items() if len(table) and name not in unscored}
 
 

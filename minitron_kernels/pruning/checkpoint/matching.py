@@ -18,7 +18,7 @@ from minitron_kernels.pruning.checkpoint.safetensors_files import SourceFolder, 
 from minitron_kernels.pruning.cut.cuts import Cut, Cuts
 from minitron_kernels.pruning.cut.skeleton import Shapes, check_outside, check_shapes, expected_shapes
 from minitron_kernels.pruning.families.configs import config_value
-from minitron_kernels.pruning.families.family import TIE_KEY, Family
+from minitron_kernels.pruning.families.family import MTP_KEYS, TIE_KEY, Family
 from minitron_kernels.pruning.families.names import family_names, stored_prefixes
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
@@ -27,7 +27,6 @@ from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 _NOT_PARAMETERS = ".rotary_emb.inv_freq"
 # layers for multi-token prediction (MTP), which transformers does not load either
 _MTP_NAMES = ("mtp.", "mtp_layers.")
-MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers", "mtp_num_layers")
 _COMPARED_BYTES = 1 << 20
 
 

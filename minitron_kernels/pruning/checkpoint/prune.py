@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_kernels.pruning.checkpoint.matching import MTP_KEYS, check_result, match, with_tied
+from minitron_kernels.pruning.checkpoint.matching import check_result, match, with_tied
 from minitron_kernels.pruning.checkpoint.model_card import PLAN_FILE, model_card, source_name
 from minitron_kernels.pruning.checkpoint.safetensors_files import (
     INDEX_FILE,
@@ -32,6 +32,7 @@ from minitron_kernels.pruning.checkpoint.shards import Shard, is_whole, plan_sha
 from minitron_kernels.pruning.checkpoint.side_files import check_plain, side_files
 from minitron_kernels.pruning.checkpoint.staging import Staging, check_target
 from minitron_kernels.pruning.families.configs import config_value
+from minitron_kernels.pruning.families.family import MTP_KEYS
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 

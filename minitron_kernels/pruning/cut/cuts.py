@@ -346,6 +346,8 @@ class Cuts:
         writers = [norm for norm in taps.norms if norm not in taps.scored_norms]
         if writers:
             scales = {f"{family.layers}.{layer}.{norm}": scale for layer in self._layers for norm in writers}
+            for layer in self._layers:
+                scales |= {f"{family.layers}.{layer}.{name}": 1 / scale for name in family.reads_residual}
             return scales | dict.fromkeys(family.adds_to_residual, scale)
         return {family.embedding: 1 / scale} | ({family.final_norm: scale} if self.tied else {})
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minitron_kernels.pruning.cut.cuts import Cut, Cuts
 from minitron_kernels.pruning.cut.skeleton import check_shapes, skeleton, state_shapes
-from minitron_kernels.pruning.families.configs import config_value
+from minitron_kernels.pruning.families.configs import config_value, written_value
 from minitron_kernels.pruning.families.family import TIE_KEY, Family
 from minitron_kernels.pruning.families.names import family_names
 from minitron_kernels.pruning.families.registry import family_of
@@ -231,7 +231,7 @@ def _target_config(source: _Source, cuts: Cuts) -> Any:
 def _change(config: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     """Writes the entries that differ to a config, and to the configs in it."""
     for key, value in after.items():
-        inside, old = getattr(config, key, None), before.get(key)
+        inside, old = written_value(config, key), before.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping) and hasattr(inside, "to_dict"):
             _change(inside, old, value)
         elif key not in before or old != value:

@@ -53,6 +53,8 @@ ONE = "one"
 QKV = "qkv"  # queries, keys and values of each KV group in turn
 PER_HEAD_ONE = {"num_heads": "heads", "num_kv_heads": "kv_heads"}  # axes of one element a head
 TIE_KEY = "tie_word_embeddings"
+# config keys of how many layers there are for multi-token prediction (MTP), which no table describes
+MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers", "mtp_num_layers")
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ class Family:
         size_keys: config keys of axes, in addition to SIZE_KEYS or instead of them.
         computed: {axis: (config) -> its size} of axes that no key of the config gives alone.
         fixed: (config) -> {axis: why it cannot be pruned}: what the model or its config lacks for that.
+        reads_residual: linear layers inside a layer that read the residual stream without a norm.
         keeps_first: (config) -> (how many of the first layers must stay, why).
         defaults: of config keys that a config.json may leave out; only for model types that transformers does
             not know: it has its own defaults for the others.
@@ -213,6 +216,7 @@ class Family:
     computed: Mapping[str, Callable[[Config], int]] = field(default_factory=dict)
     fixed: Callable[[Config], Mapping[str, str]] = field(default=lambda config: {})
     keeps_first: Callable[[Config], tuple[int, str]] = field(default=lambda config: (0, ""))
+    reads_residual: tuple[str, ...] = ()
     text_key: str | None = None
     config_follows: Mapping[str, str] = field(default_factory=dict)
     adds_to_residual: tuple[str, ...] = ()

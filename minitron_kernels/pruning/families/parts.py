@@ -27,9 +27,9 @@ def unless(when: When) -> When:
     return lambda config, layer: not when(config, layer)
 
 
-def both(one: When, other: When) -> When:
-    """A `when` of the layers that neither of two leaves out."""
-    return lambda config, layer: one(config, layer) and other(config, layer)
+def both(*whens: When) -> When:
+    """A `when` of the layers that none of these leaves out."""
+    return lambda config, layer: all(when(config, layer) for when in whens)
 
 
 def flag(key: str, default: bool = False) -> When:
@@ -37,12 +37,17 @@ def flag(key: str, default: bool = False) -> When:
     return lambda config, layer: bool(config_value(config, key, default))
 
 
-def linear(name: str, axes: str, bias: When | bool = False) -> tuple[Param, ...]:
-    """The weight of a linear layer, with axes "out, in", and its bias if, or where, `bias` says so."""
-    weight = Param(f"{name}.weight", axes)
+def linear(name: str, axes: str, bias: When | bool = False, *, when: When | None = None) -> tuple[Param, ...]:
+    """The weight of a linear layer, with axes "out, in", and its bias if, or where, `bias` says so.
+
+    when: of both.
+    """
+    weight = Param(f"{name}.weight", axes, when)
     if bias is False:
         return (weight,)
-    return weight, Param(f"{name}.bias", axes.split(", ")[0], None if bias is True else bias)
+    if bias is True:
+        return weight, Param(f"{name}.bias", axes.split(", ")[0], when)
+    return weight, Param(f"{name}.bias", axes.split(", ")[0], bias if when is None else both(when, bias))
 
 
 def attention(

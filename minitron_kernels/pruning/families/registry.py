@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minitron_kernels.pruning.families.configs import Config, config_value, nested
-from minitron_kernels.pruning.families.family import ONE, QKV, SIZE_KEYS, Family, split_part
+from minitron_kernels.pruning.families.family import ONE, PRUNED, QKV, SIZE_KEYS, Family, split_part
 from minitron_kernels.pruning.families.multimodal import Multimodal
 from minitron_kernels.pruning.families.refused import refusal_of
 
@@ -29,12 +29,13 @@ def register_family(family: Family) -> None:
         raise TypeError(f"family must be a Family, got {type(family).__name__}")
     known = {*SIZE_KEYS, *family.size_keys, *family.computed, QKV, ONE} - {"layers"}
     for param in (*family.outer, *family.layer, *(family.stored_layer or ())):
-        if len(param.dims) > 3 or (len(param.dims) == 3 and param.dims[0] != ("experts",)):
+        names = [name for parts in param.dims for part in parts for name in split_part(part)]
+        whole = not set(names) & set(PRUNED)  # is cut nowhere
+        if len(param.dims) > 3 or (len(param.dims) == 3 and param.dims[0] != ("experts",) and not whole):
             raise ValueError(
                 f"family has {param.name} with axes {param.axes!r}: they must be at most two, or three that "
-                "begin with experts"
+                "begin with experts or are never cut"
             )
-        names = (name for parts in param.dims for part in parts for name in split_part(part))
         for axis in names:
             if axis not in known and not axis.isdecimal():
                 raise ValueError(

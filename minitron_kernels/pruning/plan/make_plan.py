@@ -303,6 +303,9 @@ def _kept_layers(
 
 def _check_first(family: Family, config: Config, layers: Sequence[int]) -> None:
     """Checks that the first layers stay that must."""
+    why = family.fixed(config).get("layers")
+    if why and len(layers) < family.sizes(config)["layers"]:
+        raise ValueError(f"drop_layers: no layer can go from this {config['model_type']}: {why}")
     first, why = family.keeps_first(config)
     if list(layers[:first]) != list(range(first)):
         raise ValueError(

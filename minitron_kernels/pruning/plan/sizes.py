@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minitron_kernels.pruning.families.configs import Config, as_dict, completed, config_value
-from minitron_kernels.pruning.families.family import QKV, Family, elements, split_part
+from minitron_kernels.pruning.families.family import MTP_KEYS, QKV, Family, elements, split_part
 from minitron_kernels.pruning.families.registry import family_of
 
 DIVISOR = 64  # of given sizes: rows are then multiples of 128 bytes in bf16, and of tensor cores' tiles
@@ -302,6 +302,7 @@ def target_config_of(config: Config, sizes: Mapping[str, int], layers: Sequence[
     before = family.sizes(config)["layers"]
     target = as_dict(write_sizes(family, config, sizes))
     text = target.get(family.text_key or "", target)
+    text.update({key: 0 for key in MTP_KEYS if text.get(key)})  # these layers are not part of the model
     if list(layers) == list(range(before)):
         return target
     for key in family.per_layer_keys:

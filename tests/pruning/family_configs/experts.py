@@ -7,6 +7,7 @@ from pruning.family_case import Case, Places
 from pruning.family_configs.dense import WIDE
 
 DENSE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+HEADS_STAY = {"num_attention_heads": None, "num_key_value_heads": None}
 CHOICE = {"num_experts": 4, **DENSE}
 # as wide as the residual stream, which is all heads, but not of its channels
 SQUARE = (
@@ -220,5 +221,22 @@ CASES = (
         route=_route_llama4,
         expert=_llama4_expert,
         fixed=("expert_mlp", "intermediate_size", 16),
+    ),
+    Case(
+        "qwen3_5_moe_text",
+        {
+            **CHOICE,
+            "shared_expert_intermediate_size": 40,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "attention_bias": True,
+        },
+        {"num_experts": 3, "moe_intermediate_size": 16, "intermediate_size": None, **HEADS_STAY},
+        norm_offset=1.0,
+        route=route(_softmax, True),
+        fixed=("heads", "num_attention_heads", 2),
     ),
 )

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from pruning.family_case import Case, Places
-from pruning.family_configs.dense import GEMMA, SQUARE, WINDOWS
+from pruning.family_configs.dense import FOUR, GEMMA, GEMMA4, GEMMA4_TARGET, SQUARE, WINDOWS
 
 INSIDE = dict(
     layers="model.language_model.layers",
@@ -42,6 +42,16 @@ def patches():
     }
 
 
+def placed_patches():
+    """Those of Gemma 4: 4 x 4 patches of 2 x 2 pixels with their positions."""
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    return {
+        "input_ids": torch.tensor(TOKENS),
+        "pixel_values": _random(1, 16, 3 * 2 * 2),
+        "image_position_ids": places[None],
+    }
+
+
 CASES = (
     Case(
         "gemma3",
@@ -60,6 +70,35 @@ CASES = (
         places=dataclasses.replace(GEMMA["places"], **INSIDE),
         images=square_image(),
         follow=("mm_input_projection_weight",),
+    ),
+    Case(
+        "gemma4",
+        {
+            "text_config": {"model_type": "gemma4_text", **GEMMA4},
+            "vision_config": {
+                "model_type": "gemma4_vision",
+                **ENCODER,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 12,
+                "patch_size": 2,
+                "pooling_kernel_size": 2,
+                "position_embedding_size": 16,
+            },
+            "image_token_id": IMAGE,
+            "audio_config": None,
+        },
+        GEMMA4_TARGET,
+        places=Places(
+            **INSIDE,
+            norms=(*FOUR, "post_per_layer_input_norm"),
+            scored=("input_layernorm", "pre_feedforward_layernorm"),
+        ),
+        images=placed_patches,
+        follow=("embed_vision.embedding_projection.weight",),
+        fixed=("heads", "num_attention_heads", 2),
+        stays=True,
     ),
     Case(
         "mistral3",

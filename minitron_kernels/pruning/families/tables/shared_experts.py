@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 from minitron_kernels.pruning.families.configs import Config, config_value
@@ -31,7 +32,7 @@ _GROUPS = (
 )
 
 
-def _shared(block: str, when: When) -> tuple[Param, ...]:
+def shared_expert(block: str, when: When) -> tuple[Param, ...]:
     """A shared expert, whose neurons stay."""
     return tuple(
         Param(f"{block}.{name}.weight", axes, when)
@@ -53,12 +54,13 @@ def qwen_is_sparse(config: Config, layer: int) -> bool:
     return layer not in dense and (layer + 1) % step == 0
 
 
+SHARED_GATE = Param("mlp.shared_expert_gate.weight", "one, hidden")
 _QWEN2_MOE = (
     *attention(qkv_bias=flag("qkv_bias", True)),
     *norms(*TWO_NORMS),
     *gated_mlp(when=unless(qwen_is_sparse)),
-    *_shared("mlp.shared_expert", qwen_is_sparse),
-    Param("mlp.shared_expert_gate.weight", "one, hidden", qwen_is_sparse),
+    *shared_expert("mlp.shared_expert", qwen_is_sparse),
+    dataclasses.replace(SHARED_GATE, when=qwen_is_sparse),
 )
 register_family(
     Family(
@@ -93,7 +95,7 @@ _CORRECTION = Param("mlp.gate.e_score_correction_bias", "experts", _is_sparse, b
 _BLOCKS = (
     *norms(*TWO_NORMS),
     *gated_mlp(when=unless(_is_sparse)),
-    *_shared("mlp.shared_experts", _is_sparse),
+    *shared_expert("mlp.shared_experts", _is_sparse),
     _CORRECTION,
 )
 

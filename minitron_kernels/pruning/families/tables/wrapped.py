@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from minitron_kernels.pruning.families.configs import Config, config_value, nested
+from minitron_kernels.pruning.families.configs import Config, config_value, nested, written_value
 from minitron_kernels.pruning.families.family import Family, Param, When
 from minitron_kernels.pruning.families.multimodal import Multimodal
 from minitron_kernels.pruning.families.parts import (
@@ -49,6 +49,22 @@ def _merged_patches(config: Config) -> int:
     return int(config_value(nested(config, "vision_config"), "spatial_merge_size")) ** 2
 
 
+def _has(key: str) -> When:
+    return lambda config, layer: written_value(config, key) is not None
+
+
+def _projected(key: str) -> Callable[[Config], int]:
+    """Gemma 4: the width of what an encoder says; 0 where the model has no such encoder."""
+
+    def width(config: Config) -> int:
+        if written_value(config, key) is None:
+            return 0
+        inside = nested(config, key)
+        return int(config_value(inside, "output_proj_dims") or config_value(inside, "hidden_size"))
+
+    return width
+
+
 register_multimodal(
     Multimodal(
         ("gemma3",),
@@ -56,6 +72,20 @@ register_multimodal(
         adds_to_residual=(f"{_PROJECTOR}.mm_input_projection_weight",),
         computed={"vision": _vision("hidden_size")},
         layouts=(_LLAVA,),
+    )
+)
+
+register_multimodal(
+    Multimodal(
+        ("gemma4",),
+        params=tuple(
+            Param(
+                f"model.embed_{kind}.embedding_projection.weight", f"hidden, {kind}", _has(f"{kind}_config")
+            )
+            for kind in ("vision", "audio")
+        ),
+        adds_to_residual=tuple(f"model.embed_{kind}.embedding_projection" for kind in ("vision", "audio")),
+        computed={kind: _projected(f"{kind}_config") for kind in ("vision", "audio")},
     )
 )
 
