@@ -81,7 +81,7 @@ REFUSALS: tuple[Refusal, ...] = (
                 "inkling2_loop_text",
             ),
             *("inkling2_text", "jamba", "kimi_linear", "lara_mini", "lfm2", "lfm2_moe", "lfm3", "minimax"),
-            *("nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text"),
+            *("nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_text"),
             *("qwen3_next", "qwen4_exp", "qwen4_exp_text", "zamba", "zamba2"),
         ),
     ),
@@ -126,9 +126,7 @@ REFUSALS: tuple[Refusal, ...] = (
             *(
                 "gemma3n",
                 "gemma3n_text",
-                "gemma4",
                 "gemma4_assistant",
-                "gemma4_text",
                 "gemma4_unified",
                 "hrm_text",
             ),

@@ -29,6 +29,7 @@ from minitron_kernels.pruning.plan.selection import (
 from minitron_kernels.pruning.plan.sizes import (
     Candidate,
     Sizes,
+    check_layers,
     find_sizes,
     given_sizes,
     size_names,
@@ -147,7 +148,7 @@ def make_plan(
     table = _Tables(tables, before)
     depth = given.get("layers", before["layers"])
     layers = _kept_layers(table, before["layers"], depth, "layers" in given, drop_layers, block_losses)
-    _check_first(family, config, layers)
+    check_layers(family, config, layers)
     candidates: list[Candidate] = []
     if params is not None:
         fixed = {next(name for name in names if names[name] == axis): size for axis, size in given.items()}
@@ -169,7 +170,7 @@ def make_plan(
             )
         if len(layers) != given.get("layers", len(layers)):
             layers = _kept_layers(table, before["layers"], given["layers"], True, None, block_losses)
-            _check_first(family, config, layers)
+            check_layers(family, config, layers)
     elif search is not None:
         raise ValueError("search chooses sizes for a budget: give params as well")
     if block_losses is not None and "layers" not in given:
@@ -299,19 +300,6 @@ def _kept_layers(
     else:
         start = best_block(table.get("layers", None, (before,), "to prune layers"), count)
     return [layer for layer in range(before) if not start <= layer < start + count]
-
-
-def _check_first(family: Family, config: Config, layers: Sequence[int]) -> None:
-    """Checks that the first layers stay that must."""
-    why = family.fixed(config).get("layers")
-    if why and len(layers) < family.sizes(config)["layers"]:
-        raise ValueError(f"drop_layers: no layer can go from this {config['model_type']}: {why}")
-    first, why = family.keeps_first(config)
-    if list(layers[:first]) != list(range(first)):
-        raise ValueError(
-            f"the first {first} layers of this {config['model_type']} must stay: {why}. Name layers behind "
-            "them in drop_layers"
-        )
 
 
 def _check_heads(before: Sizes, after: Sizes, kv_choice: str) -> None:

@@ -76,6 +76,23 @@ def _axis(name: str, names: Mapping[str, str], family: Family, config: Config) -
     raise ValueError(f"{name} is not a size that can be pruned in {model_type}: it can be {', '.join(names)}")
 
 
+def check_layers(family: Family, config: Config, layers: Sequence[int]) -> None:
+    """Checks that no layer goes that must stay.
+
+    Raises:
+        ValueError: one would; says why it must stay.
+    """
+    why = family.fixed(config).get("layers")
+    if why and len(layers) < family.sizes(config)["layers"]:
+        raise ValueError(f"drop_layers: no layer can go from this {config['model_type']}: {why}")
+    first, why = family.keeps_first(config)
+    if list(layers[:first]) != list(range(first)):
+        raise ValueError(
+            f"the first {first} layers of this {config['model_type']} must stay: {why}. Name layers behind "
+            "them in drop_layers"
+        )
+
+
 def divisor_of(divisor: int | Mapping[str, int] | None, name: str, axis: str, default: int) -> int:
     """The number that the size `name` must be a multiple of.
 
