@@ -119,7 +119,7 @@ def test_the_plan_is_for_this_text_model():
 
 
 def test_a_text_model_that_is_not_known():
-    with pytest.raises(ValueError, match="the text_config of this llava: config.model_type 'gpt2'"):
+    with pytest.raises(ValueError, match=r"the text_config of this llava: config.model_type 'gpt2'"):
         family_of({"model_type": "llava", "text_config": {"model_type": "gpt2"}})
 
 
@@ -133,7 +133,7 @@ def test_experts_in_groups_and_layers_beyond_the_model():
     """DeepSeek-V3: routing that is limited to groups of experts, MTP layers, one key for each head."""
     config = CASES["deepseek_v3"].make_config(n_group=2, topk_group=1)
     tables = random_tables(config)
-    with pytest.raises(ValueError, match="n_routed_experts cannot be pruned .* n_group groups"):
+    with pytest.raises(ValueError, match=r"n_routed_experts cannot be pruned .* n_group groups"):
         make_plan(tables, config, n_routed_experts=3)
     plan = make_plan(tables, config, num_attention_heads=2)
     assert plan.target_config["num_key_value_heads"] == 2
