@@ -175,6 +175,8 @@ class Family:
         defaults: of config keys that a config.json may leave out; only for model types that transformers does
             not know: it has its own defaults for the others.
         norm_offset: what a norm adds to its stored weight to get its gain: 1 where it stores gain - 1.
+        aliases: {name in checkpoints: name in the model} of parameters around the layers that transformers
+            stores under other names; it loads both, and pruned checkpoints have the model's.
         folds: {norm without a gain: linear layers that read it and take over the factor that its gain would
             get}, for norms inside a layer, and for the final norm.
         scales_embedding: whether embeddings are multiplied by √hidden_size.
@@ -205,6 +207,7 @@ class Family:
     size_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     norm_offset: float = 0.0
+    aliases: Mapping[str, str] = field(default_factory=dict)
     folds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     scales_embedding: bool = False
     is_sparse: When = field(default=lambda config, layer: False)

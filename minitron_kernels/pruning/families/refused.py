@@ -147,7 +147,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "other names in checkpoints than in the model, around the layers too",
         "a Family has stored names for layers only",
-        ("exaone", "gpt_neox"),
+        ("exaone",),
     ),
     Refusal(
         "packed weights of 1.58 bits, and norms inside of attention and MLP over all their channels",

@@ -47,6 +47,21 @@ CASES = (
         square=(("self_attn.dense.weight", 1),),
         **MEAN,
     ),
+    Case(
+        "gpt_neox",
+        {"head_dim": 12, "num_key_value_heads": None, "use_parallel_residual": True},
+        target=ALL_HEADS,
+        places=Places(
+            layers="gpt_neox.layers",
+            embedding="gpt_neox.embed_in",
+            final_norm="gpt_neox.final_layer_norm",
+            attention_out="attention.dense",
+            **DENSE_4H,
+        ),
+        square=(("attention.dense.weight", 1),),
+        stored_as={"lm_head.weight": "embed_out.weight"},
+        **MEAN,
+    ),
     # the epsilon of its norms, 1e-5, is in its code, where the test cannot take it out
     Case("olmo", {"attention_bias": True, "clip_qkv": 0.5}, tolerance=3e-4, **MEAN),
 )

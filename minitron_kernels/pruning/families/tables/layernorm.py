@@ -165,6 +165,31 @@ register_family(
     )
 )
 
+_NEOX_BIAS = flag("attention_bias", True)
+register_family(
+    Family(
+        ("gpt_neox",),
+        layer=(
+            *linear("attention.query_key_value", "qkv, hidden", _NEOX_BIAS),
+            *linear("attention.dense", "hidden, heads", _NEOX_BIAS),
+            *_DENSE_MLP,
+            *norms(*TWO_NORMS, bias=True),
+        ),
+        taps=Taps(attention_out="attention.dense", mlp_down="mlp.dense_4h_to_h", mlp_up="mlp.dense_h_to_4h"),
+        outer=(
+            Param("gpt_neox.embed_in.weight", "vocab, hidden"),
+            *norms("gpt_neox.final_layer_norm", bias=True),
+            Param("lm_head.weight", "vocab, hidden"),
+        ),
+        layers="gpt_neox.layers",
+        embedding="gpt_neox.embed_in",
+        final_norm="gpt_neox.final_layer_norm",
+        aliases={"embed_out.weight": "lm_head.weight"},
+        approximates=_HIDDEN,
+        refuses=heads_fill_hidden,
+    )
+)
+
 # ---- norms without gains: the layers that read them take over the factors
 
 register_family(
