@@ -38,7 +38,7 @@ def part_of(module: str) -> str:
     return "op"  # op.py and the files it is split into
 
 
-ROOMS = ("families", "score", "plan", "cut", "checkpoint", "cli")
+ROOMS = ("families", "score", "plan", "cut", "search", "checkpoint", "cli")
 # part -> what it may import of the package; `op`, `reference`, `kernel_triton` mean those of the same op
 MAY_IMPORT = {
     "_native": set(),
@@ -55,6 +55,9 @@ MAY_IMPORT = {
     "pruning.score": {"pruning.score", "pruning.families", "op", "_command"},
     "pruning.plan": {"pruning.plan", "pruning.families"},
     "pruning.cut": {"pruning.cut", "pruning.plan", "pruning.families", "op"},
+    "pruning.search": {
+        *("pruning.search", "pruning.cut", "pruning.plan", "pruning.score", "pruning.families", "_tensors"),
+    },
     "pruning.checkpoint": {
         *("pruning.checkpoint", "pruning.cut", "pruning.plan", "pruning.families", "op", "_command"),
     },

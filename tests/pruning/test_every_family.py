@@ -12,6 +12,7 @@ from pruning import family_checks as checks
 from pruning.family_configs import CASES
 from pruning.threads import one_thread  # noqa: F401  (autouse: of every test here)
 from pruning.tiny_models import random_model
+from pruning.usage_checks import check_usage
 from tools import family_page
 
 
@@ -27,6 +28,7 @@ def test_family(name, fresh, tmp_path):
     case = CASES[name]
     model = random_model(case.make_config(), auto=case.auto)
     checks.check_table(case, model)
+    check_usage(model)
     tables = checks.check_scores(case, model)
     plan = checks.check_plan(case, model, tables)
     checks.check_cut(case, model, plan, tmp_path, fresh)
