@@ -77,6 +77,7 @@ class Case:
         expert: (module of all experts, number, token [hidden]) -> (neurons, output) of one expert, in numpy.
         fixed: (axis, name of its size, a size): cannot be pruned, and is not scored.
         stays: whether all layers stay, since none can go.
+        no_cache: whether a cache of keys and values is not counted for it.
         kept_layer: one that cannot be dropped; None where each can.
         images: of models that read images: the arguments of a forward pass with one.
         follow: ends of the names of parameters outside of the text model that follow it.
@@ -97,6 +98,7 @@ class Case:
     expert: Callable[[Any, int, Any], tuple[Any, Any]] | None = None
     fixed: tuple[str, str, int] | None = None
     stays: bool = False
+    no_cache: bool = False
     kept_layer: int | None = None
     images: Callable[[], dict[str, Any]] | None = None
     follow: tuple[str, ...] = ()
@@ -105,6 +107,11 @@ class Case:
     def auto(self):
         """The class of transformers that loads it."""
         return "AutoModelForCausalLM" if self.images is None else "AutoModelForImageTextToText"
+
+    def is_of_text(self, name):
+        """Whether a parameter of the model is of the text model, or follows it."""
+        root = self.places.layers.rpartition(".")[0]
+        return self.images is None or name.startswith((f"{root}.", "lm_head.")) or name.endswith(self.follow)
 
     def make_config(self, **changes):
         """The config of the tiny model; `config` goes to that of its text model."""

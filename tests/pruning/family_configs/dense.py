@@ -114,5 +114,6 @@ CASES = (
         ),
         fixed=("heads", "num_attention_heads", 2),
         stays=True,
+        no_cache=True,
     ),
 )
