@@ -100,6 +100,9 @@ def check_scores(case, model):
 
 def check_plan(case, model, tables):
     """A plan that cuts every axis; its summary says what is approximate, and nothing where all stays."""
+    # the last heads stay, so that none keeps its number
+    heads = {layer: torch.arange(len(x), dtype=x.dtype) for layer, x in tables.get("heads", {}).items()}
+    tables = {**tables, "heads": heads}
     dropped = None if case.stays else [DROPPED_LAYER]
     plan = make_plan(tables, model.config, divisor=8, drop_layers=dropped, **case.sizes)
     family = family_of(model.config)

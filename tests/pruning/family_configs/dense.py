@@ -56,7 +56,7 @@ CASES = (
             "logits_scaling": 2.0,
         },
     ),
-    Case("smollm3", {**BIASES, **TIED, **WINDOWS, "no_rope_layers": [1, 0, 0], "use_sliding_window": True}),
+    Case("smollm3", {**BIASES, **TIED, **WINDOWS, "no_rope_layers": [1, 1, 0], "use_sliding_window": True}),
     Case("mistral"),
     Case("ministral", WINDOWS),
     Case("ministral3"),
