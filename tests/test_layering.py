@@ -22,7 +22,7 @@ def part_of(module: str) -> str:
     parts = module.split(".")[1:]
     if parts in ([], ["__main__"]):
         return "top"
-    if parts[0] in ("_native", "_workspace", "_backend", "_tensors", "_command", "distillation"):
+    if parts[0] in ("_native", "_workspace", "_backend", "_tensors", "_opaque", "_command", "distillation"):
         return parts[0]
     if parts[0] == "pruning":  # a room of it, or what is around the rooms
         return ".".join(parts[:2]) if len(parts) > 1 and parts[1] != "__main__" else "pruning"
@@ -44,13 +44,17 @@ MAY_IMPORT = {
     "_native": set(),
     "_workspace": set(),
     "_tensors": set(),
+    "_opaque": set(),
     "_command": {"_command"},
     "_backend": {"_native"},
     "ops": set(),
     "reference": set(),
     "divergence": set(),
     "kernel_triton": {"kernel_triton", "divergence"},
-    "op": {"op", "divergence", "reference", "kernel_triton", "_backend", "_workspace", "_native", "_tensors"},
+    "op": {
+        *("op", "divergence", "reference", "kernel_triton", "_backend", "_workspace", "_native", "_tensors"),
+        "_opaque",
+    },
     "pruning.families": {"pruning.families"},
     "pruning.score": {"pruning.score", "pruning.families", "op", "_command"},
     "pruning.plan": {"pruning.plan", "pruning.families"},
