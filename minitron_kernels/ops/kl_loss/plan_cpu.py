@@ -260,10 +260,8 @@ class _Planner:
             for tile_group in self.tile_groups(rows):
                 none, one = (self.candidate("store", rows, tile_group, n) for n in (0, 1))
                 every = self.candidate("store", rows, tile_group, self.num_tiles)
-                room = self.budget - none.workspace_bytes
-                tiles = max(
-                    0, min(room // max(1, one.workspace_bytes - none.workspace_bytes), self.num_tiles)
-                )
+                room, of_tile = self.budget - none.workspace_bytes, one.workspace_bytes - none.workspace_bytes
+                tiles = max(0, min(room // max(1, of_tile), self.num_tiles))
                 plan = every if self.fits(every) else self.candidate("store", rows, tile_group, tiles)
                 if self.fits(plan) and plan.stored_share >= least_share:
                     plans.append(plan)
