@@ -8,10 +8,10 @@
 Makes a Mistral-shaped bf16 checkpoint of random numbers (hidden 5120, MLP 14336, fewer layers, a smaller
 vocabulary) in a temporary folder and prunes it to hidden 4096, MLP 11520 with random sorted channels. The
 floor is `cp` of the pruned weights, file by file, each followed by fsync: it also leaves the same bytes on
-the disk. Beside it stands a plain loop of reads and writes, with fsync and without. All take turns, each call
-in a fresh process. "warm": the files that are read are in the page cache; "cold": they were dropped from it.
-A row that is faster than its floor is marked. A gate comes first: the result must be what plain indexing
-gives.
+the disk. Beside it stands a plain loop of reads and writes, with fsync and without. All take turns, each row
+in a process of its own, which has imported what it needs before the clock runs. "warm": the files that are
+read are in the page cache; "cold": they were dropped from it. A row that is faster than its floor is marked.
+A gate comes first: the result must be what plain indexing gives.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from checkpoint_rows.processes import run_worker
 from checkpoint_rows.worker import (
     FLOORS,
     LABELS,
@@ -35,7 +36,7 @@ from checkpoint_rows.worker import (
     right_tensors,
 )
 from common import tables
-from common.harness import WorkerError, run_worker, summarize, write_json
+from common.harness import WorkerError, summarize, write_json
 from common.machine import cores, describe, facts
 from minitron_kernels.pruning import PruningPlan
 

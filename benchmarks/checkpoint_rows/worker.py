@@ -1,4 +1,4 @@
-"""Prunes or copies a checkpoint once, in a fresh process; also makes the checkpoint and checks results."""
+"""Prunes or copies a checkpoint, once for each line of its input; also makes one and checks results."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common.harness import answer, status_bytes
+from common.harness import status_bytes
 from minitron_kernels.pruning import Cuts, PruningPlan, make_plan, prune_checkpoint
+from minitron_kernels.pruning.cut.skeleton import expected_shapes
 from minitron_kernels.pruning.families.registry import family_of
 
 FLOORS = ("cp", "loop_fsync", "loop")
@@ -227,6 +229,8 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     work, source, target = WORK[spec["work"]]
     folder = Path(spec["folder"])
     _set_cache(sorted((folder / source).glob("*.safetensors")), spec.get("cache", "warm"))
+    if spec["work"] == "prune":  # imports transformers here: seconds, once in a process, for any size
+        expected_shapes(PruningPlan.load(folder / "plan.json").target_config)
     os.sync()
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
     own = status_bytes("VmRSS")
@@ -246,5 +250,13 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def serve() -> None:
+    """Answers a line of JSON for each on standard input; libraries' prints go to standard error."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        print(json.dumps(main(json.loads(line))), file=out, flush=True)
+
+
 if __name__ == "__main__":
-    answer(main)
+    serve()
