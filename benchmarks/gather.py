@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from common.bandwidth import Bench, Case, Row, main
 from common.dtypes import DTYPES
+from common.memory_ways import Ways, ways_to_copy
 
 # numpy has no bfloat16, so its row moves integers; the other rows move the dtype itself
 INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -108,12 +108,10 @@ def _compiled(x: Inputs) -> Callable[[], Tensor]:
     return lambda: compiled()
 
 
-def floor(x: Inputs) -> Callable[[], Any]:
+def floor(x: Inputs) -> Ways:
     if x.weight.device.type == "cpu":
-        import minitron_kernels  # noqa: F401  registers the op
-
-        return lambda: torch.ops.minitron_kernels.copy_floor_(x.copy, x.kept)
-    return lambda: x.copy.copy_(x.kept)
+        return ways_to_copy(x.copy, x.kept)
+    return {"torch.Tensor.copy_": lambda: x.copy.copy_(x.kept)}
 
 
 def poison(x: Inputs) -> None:

@@ -12,13 +12,13 @@ After the tables comes what collecting all axes adds to the forward pass of a re
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
 from common.bandwidth import Bench, Case, Row, main
 from common.dtypes import DTYPES
+from common.memory_ways import Ways, ways_to_read
 from importance_rows import collector
 
 Call = Callable[[], torch.Tensor]
@@ -84,13 +84,11 @@ def _ours(*seq: str) -> Callable[[torch.Tensor], Call]:
     return build
 
 
-def floor(x: torch.Tensor) -> Callable[[], Any]:
+def floor(x: torch.Tensor) -> Ways:
     if x.device.type == "cpu":
-        import minitron_kernels  # noqa: F401  registers the op
-
-        return lambda: torch.ops.minitron_kernels.read_floor(x)
+        return ways_to_read(x)
     words = x.view(torch.int32)
-    return lambda: words.sum(dtype=torch.int32)
+    return {"torch.sum": lambda: words.sum(dtype=torch.int32)}
 
 
 def error(x: torch.Tensor, result: torch.Tensor) -> float:

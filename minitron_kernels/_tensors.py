@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_PIECE = 16 << 20  # elements that are copied off a device at a time
 
 
 def check_tensor(name: str, x: Any) -> None:
@@ -58,6 +61,8 @@ def check_no_tangent(op: str, **tensors: Tensor) -> None:
     Raises:
         ValueError: one of the tensors carries a tangent.
     """
+    if torch.autograd.forward_ad._current_level < 0:  # nothing has a tangent
+        return
     for name, x in tensors.items():
         if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
             raise ValueError(
@@ -71,3 +76,11 @@ def is_dtensor(x: Any) -> bool:
         return False
     module = sys.modules.get("torch.distributed.tensor")  # no tensor is a DTensor before this is imported
     return module is not None and isinstance(x, module.DTensor)
+
+
+def bytes_of(x: Tensor, dtype: torch.dtype | None = None) -> Iterator[memoryview]:
+    """The bytes of a tensor's values, in order, some MiB at a time; as `dtype`, or its own."""
+    flat = x.detach().reshape(-1)
+    for piece in flat.split(_PIECE) if len(flat) else ():
+        host = piece.cpu() if dtype is None else piece.cpu().to(dtype)
+        yield memoryview(host.contiguous().view(torch.uint8).numpy())

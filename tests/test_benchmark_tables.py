@@ -211,7 +211,7 @@ def test_a_run_that_is_cut_off_leaves_its_rows(monkeypatch, tmp_path):
 
 def test_a_cut_off_benchmark_of_memory_leaves_its_rows(monkeypatch, tmp_path):
     file = tmp_path / "out.json"
-    answer = MEASURED | {"bytes": 100, "error": 0.0}
+    answer = MEASURED | {"bytes": 100, "error": 0.0, "floor_way": "plainly", "floor_ways": 2}
     monkeypatch.setattr(_bandwidth, "run_worker", _stopped_at(3, answer))
     with pytest.raises(KeyboardInterrupt):
         gather.main(gather.BENCH, ["--quick", "--json", str(file)])

@@ -22,7 +22,7 @@ def part_of(module: str) -> str:
     parts = module.split(".")[1:]
     if parts in ([], ["__main__"]):
         return "top"
-    if parts[0] in ("_native", "_workspace", "_backend", "_tensors", "_command", "distillation"):
+    if parts[0] in ("_native", "_workspace", "_backend", "_tensors", "_opaque", "_command", "distillation"):
         return parts[0]
     if parts[0] == "pruning":  # a room of it, or what is around the rooms
         return ".".join(parts[:2]) if len(parts) > 1 and parts[1] != "__main__" else "pruning"
@@ -38,23 +38,30 @@ def part_of(module: str) -> str:
     return "op"  # op.py and the files it is split into
 
 
-ROOMS = ("families", "score", "plan", "cut", "checkpoint", "cli")
+ROOMS = ("families", "score", "plan", "cut", "search", "checkpoint", "cli")
 # part -> what it may import of the package; `op`, `reference`, `kernel_triton` mean those of the same op
 MAY_IMPORT = {
     "_native": set(),
     "_workspace": set(),
     "_tensors": set(),
+    "_opaque": set(),
     "_command": {"_command"},
     "_backend": {"_native"},
     "ops": set(),
     "reference": set(),
     "divergence": set(),
     "kernel_triton": {"kernel_triton", "divergence"},
-    "op": {"op", "divergence", "reference", "kernel_triton", "_backend", "_workspace", "_native", "_tensors"},
+    "op": {
+        *("op", "divergence", "reference", "kernel_triton", "_backend", "_workspace", "_native", "_tensors"),
+        "_opaque",
+    },
     "pruning.families": {"pruning.families"},
     "pruning.score": {"pruning.score", "pruning.families", "op", "_command"},
     "pruning.plan": {"pruning.plan", "pruning.families"},
     "pruning.cut": {"pruning.cut", "pruning.plan", "pruning.families", "op"},
+    "pruning.search": {
+        *("pruning.search", "pruning.cut", "pruning.plan", "pruning.score", "pruning.families", "_tensors"),
+    },
     "pruning.checkpoint": {
         *("pruning.checkpoint", "pruning.cut", "pruning.plan", "pruning.families", "op", "_command"),
     },

@@ -1,5 +1,6 @@
 """Benchmarks of ops that are bound by memory. Each row is timed in a fresh process, in turns with a floor
-that only reads or copies the bytes that every implementation has to.
+that only reads or copies the bytes that every implementation has to, in the fastest of several ways. A row
+that is faster than that shows that the floor is not one, and is marked.
 
 A benchmark is a script that defines a `Bench` named BENCH and calls main(BENCH); workers import the script.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -19,9 +21,12 @@ import torch
 from common import tables
 from common.harness import WorkerError, run_worker, summarize, write_json
 from common.machine import describe, facts
+from common.memory_ways import Ways
 from common.tables import MARK, MARKED
 
 WORKER = Path(__file__).with_name("bandwidth_worker.py")
+FAULT = " †"  # at the label of a row that is faster than its floor
+FAULTY = "† faster than its floor: a fault of the floor, which was not the fastest way to move these bytes"
 Case = Mapping[str, Any]  # of numbers and strings, since it goes to the worker as JSON
 
 
@@ -70,7 +75,7 @@ class Bench:
         cases: name -> case; the first is that of --quick.
         default: names of the cases of a run without --case.
         make_inputs: (case, device) -> inputs of the rows and of the floor.
-        floor: inputs -> the call that only moves the bytes.
+        floor: inputs -> the ways to only move the bytes, by name; the fastest is the floor.
         floor_label: what the floor does.
         floor_bytes: inputs -> bytes read plus bytes written by the floor.
         error: (inputs, result of a call) -> relative error against the truth.
@@ -84,7 +89,7 @@ class Bench:
     cases: Mapping[str, Case]
     default: tuple[str, ...]
     make_inputs: Callable[[Case, str], Any]
-    floor: Callable[[Any], Callable[[], Any]]
+    floor: Callable[[Any], Ways]
     floor_label: str
     floor_bytes: Callable[[Any], int]
     error: Callable[[Any, Any], float]
@@ -159,7 +164,7 @@ def measure(
             save()
             continue
         pairs = list(zip(got["floor"], got["call"], strict=True))
-        run["bytes"] = got["bytes"]
+        run["bytes"], run["floor_ways"] = got["bytes"], got["floor_ways"]
         run["rows"].append(
             entry
             | {
@@ -168,16 +173,34 @@ def measure(
                 "wall_s": summarize([wall for _, (wall, _) in pairs]),
                 "busy_s": summarize([busy for _, (_, busy) in pairs]),
                 "ratio": summarize([call[1] / floor[1] for floor, call in pairs]),
+                "floor_way": got["floor_way"],
                 "extra_peak_bytes": got["extra_peak_bytes"],
                 "launches_seen": got["launches_seen"],
                 "samples": {"floor": got["floor"], "call": got["call"]},
             }
         )
-        say(f"  {row.label}: {run['rows'][-1]['ratio']['median']:.2f} × floor")
+        say(f"  {row.label}: {run['rows'][-1]['ratio']['median']:.2f} × floor ({got['floor_way']})")
+        if is_below_floor(run["rows"][-1]):
+            say(f"  {FAULTY}")
         measured = [row for row in run["rows"] if row["status"] == "ok"]
         run["floor_busy_s"] = summarize([busy for row in measured for _, busy in row["samples"]["floor"]])
         save()
     return run
+
+
+def is_below_floor(row: dict[str, Any]) -> bool:
+    """Whether a measured row is faster than its floor, of which then the floor is at fault."""
+    return row["ratio"]["median"] < 1.0
+
+
+def _ways(run: dict[str, Any]) -> str:
+    """How many ways were tried for the floor, and which won most often; empty where there was one alone."""
+    if run.get("floor_ways", 1) == 1:
+        return ""
+    won = Counter(row["floor_way"] for row in run["rows"] if row["status"] == "ok")
+    (way, times), total = won.most_common(1)[0], sum(won.values())
+    often = "" if times == total else f", for {times} of {total} rows"
+    return f", fastest of {run['floor_ways']} ways ({way}{often})"
 
 
 def _spread(summary: dict[str, float], show: Callable[[float], str]) -> str:
@@ -186,7 +209,7 @@ def _spread(summary: dict[str, float], show: Callable[[float], str]) -> str:
 
 def head(run: dict[str, Any]) -> str:
     """The heading of a table."""
-    known = {"case", "threads", "device", "rows", "floor_label", "bytes", "floor_busy_s"}
+    known = {"case", "threads", "device", "rows", "floor_label", "floor_ways", "bytes", "floor_busy_s"}
     shape = ", ".join(f"{key} {value}" for key, value in run.items() if key not in known)
     where = (
         f"{run['threads']} thread" + "s" * (run["threads"] > 1) if run["device"] == "cpu" else run["device"]
@@ -196,14 +219,15 @@ def head(run: dict[str, Any]) -> str:
         return line
     rate = run["bytes"] / run["floor_busy_s"]["median"] / 1e9
     floor = _spread(run["floor_busy_s"], lambda s: f"{s * 1e3:.3g}")
-    return f"{line}. Floor: {run['floor_label']}, {run['bytes'] / 1e6:.0f} MB in {floor} ms, {rate:.3g} GB/s"
+    moved = f"{run['bytes'] / 1e6:.0f} MB in {floor} ms, {rate:.3g} GB/s"
+    return f"{line}. Floor: {run['floor_label']}{_ways(run)}, {moved}"
 
 
 def table(run: dict[str, Any], draw: Callable[..., str]) -> str:
     busy = "CPU ms" if run["device"] == "cpu" else "GPU ms"
     rows = [
         [
-            row["label"] + MARK * bool(row.get("launches_seen")),
+            row["label"] + MARK * bool(row.get("launches_seen")) + FAULT * is_below_floor(row),
             _spread(row["busy_s"], lambda s: f"{s * 1e3:.3g}"),
             _spread(row["ratio"], tables.ratio),
             f"{run['bytes'] / row['busy_s']['median'] / 1e9:.3g}",
@@ -219,6 +243,7 @@ def table(run: dict[str, Any], draw: Callable[..., str]) -> str:
         f"{row['label']}: {row['status']}, {row['reason']}" for row in run["rows"] if row["status"] != "ok"
     ]
     marked = [MARKED] if any(row.get("launches_seen") for row in run["rows"]) else []
+    marked += [FAULTY] if any(is_below_floor(row) for row in run["rows"] if row["status"] == "ok") else []
     return "\n\n".join(filter(None, [draw(names, rows) if rows else "", *marked, "; ".join(lines)]))
 
 

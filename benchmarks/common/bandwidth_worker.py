@@ -7,6 +7,7 @@ from typing import Any
 
 from common.bandwidth import Bench
 from common.harness import answer, extra_peak_bytes, interleave
+from common.memory_ways import fastest
 from common.scripts import script
 
 
@@ -25,13 +26,18 @@ def bench_of(name: str) -> Bench:
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Checks the result, measures the memory of a call and its time in turns with the floor, checks again."""
+    """Checks the result, chooses the fastest floor, measures the memory of a call and its time in turns with
+    the floor, checks again.
+    """
     bench, device = bench_of(spec["bench"]), spec["device"]
     inputs = bench.make_inputs(spec["case"], device)
-    call, floor = bench.row(spec["key"]).build(inputs), bench.floor(inputs)
+    call, ways = bench.row(spec["key"]).build(inputs), bench.floor(inputs)
     error = gate(bench, inputs, call)
+    way = fastest(ways, device)
+    floor = ways[way]
     floor()
     result: dict[str, Any] = {"error": error, "bytes": bench.floor_bytes(inputs)}
+    result |= {"floor_way": way, "floor_ways": len(ways)}
     result["extra_peak_bytes"] = extra_peak_bytes(call, device)
     pairs = interleave(floor, call, device, budget_s=spec["budget_s"], reps=tuple(spec["reps"]))
     result |= pairs.to_dict()

@@ -5,12 +5,16 @@ from minitron_kernels.pruning.cut.cuts import Cut, Cuts
 from minitron_kernels.pruning.cut.model import prune_model
 from minitron_kernels.pruning.families.family import Family, Located, Param, Taps
 from minitron_kernels.pruning.families.registry import known_families, register_family
+from minitron_kernels.pruning.plan.counts import Usage, count_usage
 from minitron_kernels.pruning.plan.make_plan import make_plan
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 from minitron_kernels.pruning.plan.sizes import Candidate, find_sizes
 from minitron_kernels.pruning.score.collect import collect_importance
 from minitron_kernels.pruning.score.plot import plot_importance
 from minitron_kernels.pruning.score.scores import ImportanceScores
+from minitron_kernels.pruning.search.lm_loss import LMLoss
+from minitron_kernels.pruning.search.search_layers import LayerSearch, search_layers
+from minitron_kernels.pruning.search.search_plan import PlanSearch, search_plan
 
 __all__ = [
     "Candidate",
@@ -18,12 +22,17 @@ __all__ = [
     "Cuts",
     "Family",
     "ImportanceScores",
+    "LMLoss",
+    "LayerSearch",
     "Located",
     "Param",
+    "PlanSearch",
     "PrunedCheckpoint",
     "PruningPlan",
     "Taps",
+    "Usage",
     "collect_importance",
+    "count_usage",
     "find_sizes",
     "known_families",
     "make_plan",
@@ -31,4 +40,6 @@ __all__ = [
     "prune_checkpoint",
     "prune_model",
     "register_family",
+    "search_layers",
+    "search_plan",
 ]

@@ -9,6 +9,7 @@ import torch
 import minitron_kernels as mk
 from kl_loss.oracle import oracle_linear, oracle_rows
 from kl_loss.problems import GRADIENT_BOUND, force_operands, make_linear, make_rows, relative, to_numpy
+from minitron_kernels.ops.kl_loss import plan_cpu
 from minitron_kernels.ops.kl_loss.plan_cpu import operand_type
 
 pytestmark = pytest.mark.native
@@ -76,7 +77,7 @@ def test_every_engine(monkeypatch, engine):
 
 
 def test_bf16_operands_only_where_all_are(monkeypatch):
-    monkeypatch.setattr(torch.ops.minitron_kernels, "bf16_operands", lambda: "bf16")
+    monkeypatch.setattr(plan_cpu, "_bf16_operands", lambda: "bf16")
     for dtypes in itertools.product(NARROW, repeat=4):
         assert operand_type(*dtypes) == ("bf16" if set(dtypes) == {torch.bfloat16} else "f32")
     assert operand_type(*[torch.float64] * 4) == "f64"

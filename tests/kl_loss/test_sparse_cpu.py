@@ -380,7 +380,7 @@ def test_opcheck_and_ids_that_kernels_refuse():
     def inputs(ids):
         return (hidden, head, None, None, None, None, ids, outcomes, mask, weight, None, None, *of_tokens)
 
-    torch.library.opcheck(linear_kl_loss_op, (*inputs(ids), *rest))
+    torch.library.opcheck(linear_kl_loss_op.op, (*inputs(ids), *rest))
     for wrong in ([3, 3, -1, -1], [5, 2, -1, -1], [-1, 4, -1, -1], [7, 50, -1, -1], [-2, 4, 5, -1]):
         bad = ids.clone()
         bad[1] = torch.tensor(wrong)

@@ -72,10 +72,10 @@ def test_opcheck():
     mask, weight = torch.arange(20) % 3 > 0, torch.tensor(0.5)
     for accumulator in (None, torch.zeros(100, 16)):
         torch.library.opcheck(
-            linear_kl_loss_op,
+            linear_kl_loss_op.op,
             (*inputs, mask, weight, None, accumulator, None, None, None, True, True, True, False, *rest),
         )
-    torch.library.opcheck(_labels_to_mask, (torch.tensor([1, -100, 3]), -100, 5))
+    torch.library.opcheck(_labels_to_mask.op, (torch.tensor([1, -100, 3]), -100, 5))
     student, teacher = make_rows(6, 50, torch.float32)
     ops = torch.ops.minitron_kernels
     options = (50, [0.5, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
@@ -83,8 +83,8 @@ def test_opcheck():
     loss, stats = ops.kl_loss_forward(student, teacher, None, *options)
     torch.library.opcheck(ops.kl_loss_backward.default, (loss, stats, student, teacher, None, *options))
     for given in ((numbers, None), ([], torch.tensor(numbers, dtype=torch.float64))):
-        torch.library.opcheck(_forward_op, (student, teacher, None, 50, *given, "native"))
-        torch.library.opcheck(_backward_op, (loss, stats, student, teacher, None, 50, *given, "native"))
+        torch.library.opcheck(_forward_op.op, (student, teacher, None, 50, *given, "native"))
+        torch.library.opcheck(_backward_op.op, (loss, stats, student, teacher, None, 50, *given, "native"))
 
 
 @pytest.mark.parametrize("which", ["linear", "per token", "rows"])

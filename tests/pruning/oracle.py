@@ -1,24 +1,13 @@
 """What collect_importance() should find: plain hooks that keep whole activations, then numpy float64.
 
-Shares no table with the package: where each family is tapped is written here again.
+Shares no table with the package: where each family is tapped is written again in family_configs.
 """
 
 import numpy as np
 import torch
 
 from importance import oracle
-
-TWO = ("input_layernorm", "post_attention_layernorm")
-SCORED = {name: ("input_layernorm", "pre_feedforward_layernorm") for name in ("gemma2", "gemma3_text")}
-NORMS = {
-    name: (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    )
-    for name in ("gemma2", "gemma3_text")
-}
+from pruning.family_configs import CASES
 
 
 def capture(model, batches):
@@ -125,8 +114,8 @@ def tables(
     pieces_of_one=False,
 ):
     """What ImportanceScores.tables() should give, in numpy; `pieces_of_one`: of one batch cut along S."""
-    config, kind = model.config, model.config.model_type
-    layers, H, D = config.num_hidden_layers, config.num_attention_heads, config.head_dim
+    config, places = model.config, CASES[model.config.model_type].places
+    layers, H = config.num_hidden_layers, config.num_attention_heads
     kept = capture(model, batches)
     if pieces_of_one:
         kept, batches = joined(kept, batches[0].shape[0]), [torch.cat(batches, 1)]
@@ -143,11 +132,12 @@ def tables(
         return aggregate(values, batch, seq)
 
     def names(per_layer):
-        return [f"model.layers.{i}.{norm}" for i in range(layers) for norm in per_layer] + ["model.norm"]
+        in_layers = [f"{places.layers}.{i}.{norm}" for i in range(layers) for norm in per_layer]
+        return [name for name in in_layers if (name, "out") in kept] + [places.final_norm]
 
     result = {
-        "hidden": sum(score(of(name, "out")) for name in names(SCORED.get(kind, TWO))),
-        "energy": {name: sum((x**2).sum(0) for x in of(name, "in")) for name in names(NORMS.get(kind, TWO))},
+        "hidden": sum(score(of(name, "out")) for name in names(places.scored)),
+        "energy": {name: sum((x**2).sum(0) for x in of(name, "in")) for name in names(places.norms)},
         "heads": {},
         "mlp": {},
         "experts": {},
@@ -155,22 +145,22 @@ def tables(
         "layers": np.zeros(layers),
     }
     for i in range(layers):
-        layer = f"model.layers.{i}"
-        attention = of(f"{layer}.self_attn.o_proj", "in")
+        layer = f"{places.layers}.{i}"
+        attention = of(f"{layer}.{places.attention_out}", "in")
         if head_score == "norm":
             result["heads"][i] = score([oracle.head_norms(x, H) for x in attention])
         else:
-            result["heads"][i] = np.sqrt((score(attention).reshape(H, D) ** 2).sum(1))
-        if (f"{layer}.mlp.down_proj", "in") in kept:
+            result["heads"][i] = np.sqrt((score(attention).reshape(H, -1) ** 2).sum(1))
+        if (f"{layer}.{places.mlp_out}", "in") in kept:
             if mlp_tap == "down_proj_input":
-                neurons = of(f"{layer}.mlp.down_proj", "in")
-            elif kind == "phi3":
-                neurons = [x[:, x.shape[1] // 2 :] for x in of(f"{layer}.mlp.gate_up_proj", "out")]
+                neurons = of(f"{layer}.{places.mlp_out}", "in")
             else:
-                neurons = of(f"{layer}.mlp.up_proj", "out")
+                part, parts = places.mlp_part
+                whole = of(f"{layer}.{places.mlp_in}", "out")
+                neurons = [np.split(x, parts, axis=1)[part] for x in whole]
             result["mlp"][i] = score(neurons)
         else:
-            name = f"{layer}.mlp.experts"
+            name = f"{layer}.{places.experts}"
             result["experts"][i], result["expert_mlp"][i] = experts_of(
                 model, name, kept[name, "in"], masks, batch, seq, reap
             )

@@ -132,7 +132,7 @@ def test_only_pickled_weights(source):
     [
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised .* the checkpoint it was made from"),
         ({"model_type": "mistral"}, "model_type is mistral, the plan is for llama"),
-        ({"model_type": "bert"}, "config.model_type must be one of"),
+        ({"model_type": "bert"}, "config.model_type 'bert' is not supported"),
         ({"hidden_size": 64, "num_hidden_layers": 4}, r"hidden is 64 \(plan: 48\), layers is 4 \(plan: 3\)"),
         ({"compression_config": {"bits": 4}}, "quantised .compression_config"),
         ({"quantization": {"bits": 4}}, "quantised .quantization"),

@@ -1,4 +1,4 @@
-"""minitron-prune: score, plan, prune, info; exit codes, and errors of one line."""
+"""minitron-prune: score, plan, search, prune, info; exit codes, and errors of one line."""
 
 import importlib
 import json
@@ -16,10 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from minitron_kernels.pruning import (
     ImportanceScores,
+    LMLoss,
     PruningPlan,
     collect_importance,
+    count_usage,
     make_plan,
     prune_model,
+    search_layers,
+    search_plan,
 )
 from minitron_kernels.pruning.cli.main import main
 from minitron_kernels.pruning.score.calibration import calibration_windows
@@ -317,3 +321,52 @@ def test_sizes_in_bytes():
     assert {text: byte_count(text) for text in sizes} == sizes
     assert (count("8.4B"), count("500M"), count("8.4e9")) == (8.4e9, 5e8, 8.4e9)
     assert json.dumps(count("2K")) == "2000.0"
+
+
+def test_search_by_loss(folder, tmp_path, capsys):
+    """The same as in Python: sizes for a budget, then layers."""
+    arguments = ["search", folder / "src", folder / "scores", folder / "text.txt", "--quiet"]
+    arguments += ["--samples", 3, "--seq-len", 32, "--batch-size", 2, "--divisor", 16]
+    capsys.readouterr()
+    new = [*arguments, "-o", tmp_path / "plan.json", "--table", tmp_path / "table.json"]
+    search = [*new, "--params", "60K", "-k", 3, "--progress-file", tmp_path / "progress.json"]
+    assert run(*search) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("Search for llama: params at most 60,000") and "choice of make_plan()" in out, err
+    model = AutoModelForCausalLM.from_pretrained(folder / "src")
+    scores = ImportanceScores.load(folder / "scores")
+    loss = LMLoss(windows_of_text(3).split(2))
+    want = search_plan(model, scores, loss, params=60_000, k=3, divisor=16, progress=False)
+    found = json.loads((tmp_path / "table.json").read_text())
+    assert [row["score"] for row in found["rows"]] == [row.score for row in want.rows]
+    assert PruningPlan.load(tmp_path / "plan.json").layers == want.plan.layers
+    assert "--overwrite" in fails(capsys, *search)
+    assert run(*search, "--overwrite") == 0 and "3 scores were read" in capsys.readouterr().out
+    message = fails(capsys, *search, "--overwrite", "--samples", 2)
+    assert "holds scores of another score_func" in message and "another --progress-file" in message
+    assert run(*new, "--overwrite", "--num-hidden-layers", 2, "--hidden-size", 32) == 0
+    assert "1 neighbouring layers to drop" in capsys.readouterr().out
+    layers = search_layers(model, 2, loss, progress=False)
+    plan = PruningPlan.load(tmp_path / "plan.json")
+    assert plan.dropped_layers == layers.drop_layers and len(plan.hidden) == 32
+    assert "give what to search" in fails(capsys, *new, "--overwrite", "--hidden-size", 32)
+
+
+def windows_of_text(samples):
+    tokens = [WORDS.index(word) + 4 for word in TEXT.split()] + [2]
+    windows = torch.tensor(tokens[:384]).view(12, 32)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    return windows[order[:samples].sort().values]
+
+
+def test_budgets_of_memory_and_active_parameters(folder, tmp_path, capsys):
+    plan = ["plan", folder / "scores", "-o", tmp_path / "plan.json", "--divisor", 16]
+    assert run(*plan, "--memory", "150KB", "--kv-tokens", 64, "--memory-dtype", "float32") == 0
+    made = PruningPlan.load(tmp_path / "plan.json")
+    assert count_usage(made.target_config, memory_dtype="float32", kv_tokens=64).memory_bytes <= 150_000
+    assert made.made_with["kv_tokens"] == 64
+    assert run(*plan, "--active-params", "50K", "--overwrite") == 0
+    assert PruningPlan.load(tmp_path / "plan.json").parameters_after <= 50_000
+    assert "error: --memory must be at least" in fails(capsys, *plan, "--memory", "1KB", "--overwrite")
+    message = fails(capsys, *plan, "--memory", "1MB", "--memory-dtype", "fp16", "--overwrite")
+    assert "--memory-dtype must be a torch dtype" in message

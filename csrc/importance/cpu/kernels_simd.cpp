@@ -15,13 +15,50 @@ constexpr int64_t kL = kLanes<float>;
 // activations often lie a multiple of 4 KiB apart, where eight of them fill a set of the L1 cache.
 constexpr int64_t kUnroll = 64 / (kL * 2);
 
-// The sums of a block of values, in fp32 over a chain of tokens, in double over the chains. `ahead`: how many
-// bytes ahead to prefetch.
+// kN vectors of floats from a row. Vectors of bf16 are loaded in pairs, of which the first gets the elements
+// at even places, which takes fewer instructions than the order of memory; Sums::finish() undoes that.
+template <typename T>
+constexpr bool kPaired = std::is_same_v<T, bf16>;
+
+template <int64_t kN, typename T>
+void load_block(const T* p, V (&out)[kN]) {
+  if constexpr (kPaired<T> && kN % 2 == 0) {
+    for (int64_t j = 0; j < kN; j += 2) {
+      U32 raw;
+      std::memcpy(&raw, p + j * kL, sizeof(raw));
+      out[j] = bit_cast<V>(raw << 16);
+      out[j + 1] = bit_cast<V>(raw & 0xffff0000u);
+    }
+  } else {
+    for (int64_t j = 0; j < kN; ++j) out[j] = load<float>(p + j * kL);
+  }
+}
+
+// Where the value at place c of a row is kept, if vectors were loaded in pairs.
+int64_t in_pair(int64_t c) {
+  const int64_t at = c % (2 * kL);
+  return c - at + at % 2 * kL + at / 2;
+}
+
+// How far ahead a row is prefetched: hardware prefetchers stop at the end of a page. Rows are read a group at
+// a time, so behind the last bytes of a row comes the row of the next group.
+struct Ahead {
+  int64_t bytes;      // how far
+  int64_t row_bytes;  // from here on in the next group
+  int64_t skip;       // bytes from a row's end to the beginning of that of the next group
+
+  // The distance at the place `at` of a row.
+  int64_t from(int64_t at) const { return at + bytes < row_bytes ? bytes : bytes + skip; }
+};
+
+// The sums of a block of values, in fp32 over a chain of tokens, in double over the chains.
 template <int64_t kMoments>
 class Sums {
  public:
-  Sums(void* scratch, int64_t values, int64_t ahead)
+  // `paired`: whether elements are of a kPaired type.
+  Sums(void* scratch, int64_t values, const Ahead& ahead, bool paired)
       : values_(values), ahead_(ahead), padded_(round_up(values, 16)) {
+    paired_ = paired ? values / (kUnroll * kL) * (kUnroll * kL) : 0;
     total_ = static_cast<double*>(scratch);
     chain_ = reinterpret_cast<float*>(total_ + kNumSums * padded_);
     std::fill_n(total_, kNumSums * padded_, 0.0);
@@ -37,14 +74,15 @@ class Sums {
     const float share = float(n) / float(in_chain_ + n), weight = float(in_chain_) * share;
     int64_t c = 0;
     for (; c + kUnroll * kL <= values_; c += kUnroll * kL) {
-      add_columns<kUnroll>(rows, n, c, share, weight, [](const T* p) { return load<float>(p); });
+      add_columns<kUnroll>(rows, n, c, share, weight,
+                           [](const T* p, V(&out)[kUnroll]) { load_block<kUnroll>(p, out); });
     }
     for (; c + kL <= values_; c += kL) {
-      add_columns<1>(rows, n, c, share, weight, [](const T* p) { return load<float>(p); });
+      add_columns<1>(rows, n, c, share, weight, [](const T* p, V(&out)[1]) { load_block<1>(p, out); });
     }
     if (const int64_t left = values_ - c) {
       add_columns<1>(rows, n, c, share, weight,
-                     [=](const T* p) { return load_partial<float>(p, left, 0.0f); });
+                     [=](const T* p, V(&out)[1]) { out[0] = load_partial<float>(p, left, 0.0f); });
     }
     in_chain_ += n;
     if (in_chain_ >= kChain) flush();
@@ -57,7 +95,7 @@ class Sums {
       // what was kept is the mean, but what adds up over ranks is the sum
       const double scale = (kMoments & kCentred) && k == kNumSums - 2 ? double(tokens_) : 1.0;
       for (int64_t c = 0; c < values; ++c) {
-        sums[k * sum_stride + c] = float(total_[k * padded_ + c] * scale);
+        sums[k * sum_stride + c] = float(total_[k * padded_ + (c < paired_ ? in_pair(c) : c)] * scale);
       }
     }
     return tokens_;
@@ -73,14 +111,18 @@ class Sums {
     V magnitude[kN] = {}, square[kN] = {}, pivot[kN] = {}, shift[kN] = {}, shift_square[kN] = {};
     if constexpr (kMoments & kCentred) {
       // around the mean so far, so that little cancels; in a new chain around the first token
-      for (int64_t j = 0; j < kN; ++j) {
-        pivot[j] = in_chain_ ? load<float>(chain(kNumSums - 2) + c + j * kL) : load_at(rows[0] + c + j * kL);
-      }
+      load_at(rows[0] + c, pivot);
+      for (int64_t j = 0; in_chain_ && j < kN; ++j) pivot[j] = load<float>(chain(kNumSums - 2) + c + j * kL);
     }
+    const int64_t ahead = ahead_.from(c * sizeof(T));
     for (int64_t r = 0; r < n; ++r) {
-      __builtin_prefetch(reinterpret_cast<const char*>(rows[r] + c) + ahead_);
+      for (int64_t at = 0; at < int64_t(kN * kL * sizeof(T)); at += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(rows[r] + c) + ahead + at);
+      }
+      V values[kN];
+      load_at(rows[r] + c, values);
       for (int64_t j = 0; j < kN; ++j) {
-        const V v = load_at(rows[r] + c + j * kL);
+        const V v = values[j];
         if constexpr (kMoments & kAbs) magnitude[j] += bit_cast<V>(bit_cast<U32>(v) & 0x7fffffffu);
         if constexpr (kMoments & kSquare) square[j] += v * v;
         if constexpr (kMoments & kCentred) {
@@ -133,7 +175,9 @@ class Sums {
     std::fill_n(chain_, kNumSums * padded_, 0.0f);
   }
 
-  int64_t values_, ahead_, padded_, tokens_ = 0, in_chain_ = 0;
+  int64_t values_, paired_;
+  Ahead ahead_;
+  int64_t padded_, tokens_ = 0, in_chain_ = 0;
   double* total_;
   float* chain_;
 };
@@ -206,12 +250,14 @@ float distance(const T* x, const T* y, int64_t n, int64_t ahead) {
   return float(cosine_distance({sum_of(xx), sum_of(xy), sum_of(yy), sum_of(xd), sum_of(dd)}, norms));
 }
 
-// Hardware prefetchers stop at the end of a page. So long rows are prefetched some bytes ahead, short ones
-// and pieces of rows some tokens ahead.
-constexpr int64_t kLongRow = 16 << 10, kAhead = 512;  // bytes
+constexpr int64_t kLongRow = 16 << 10;  // bytes
+constexpr int64_t kAhead = 512;         // bytes, along one row
+constexpr int64_t kGroupAhead = 256;    // bytes, along each of the rows of a group
 
-int64_t bytes_ahead(int64_t row_bytes, int64_t stride) {
-  return row_bytes >= kLongRow && row_bytes == stride ? kAhead : 2 * kGroup * stride;
+// Short rows are prefetched some groups ahead.
+Ahead ahead_of(int64_t row_bytes, int64_t stride) {
+  if (row_bytes < 2 * kGroupAhead) return {2 * kGroup * stride, 0, 0};
+  return {kGroupAhead, row_bytes, kGroup * stride - row_bytes};
 }
 
 template <int64_t kMoments, typename T>
@@ -219,8 +265,10 @@ int64_t moments(const MomentsTask& task, void* scratch) {
   // norms of heads are padded to whole vectors: there are few of them
   const int64_t lanes = task.heads ? round_up(task.values, kL) : task.values;
   const int64_t row_bytes = task.values * task.head_dim * sizeof(T);
-  const int64_t ahead = bytes_ahead(row_bytes, task.stride);
-  Sums<kMoments> sums(scratch, lanes, task.heads ? 0 : ahead);
+  const Ahead ahead = ahead_of(row_bytes, task.stride);
+  // heads are read row after row; short ones and pieces of rows are prefetched some tokens ahead
+  const int64_t along = row_bytes >= kLongRow && row_bytes == task.stride ? kAhead : 2 * kGroup * task.stride;
+  Sums<kMoments> sums(scratch, lanes, task.heads ? Ahead{} : ahead, !task.heads && kPaired<T>);
   float* norms = sums.scratch_end();
   if (task.heads) std::fill_n(norms, kGroup * lanes, 0.0f);
   const T* rows[kGroup];
@@ -231,7 +279,7 @@ int64_t moments(const MomentsTask& task, void* scratch) {
     for (int64_t r = 0; r < n; ++r) {
       float* out = norms + r * lanes;
       for (int64_t m = 0; m < task.values; ++m) {
-        out[m] = norm(rows[r] + m * task.head_dim, task.head_dim, ahead);
+        out[m] = norm(rows[r] + m * task.head_dim, task.head_dim, along);
       }
       heads[r] = out;
     }

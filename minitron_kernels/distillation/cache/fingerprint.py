@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minitron_kernels._tensors import is_dtensor
+from minitron_kernels._tensors import bytes_of, is_dtensor
 
-_PIECE = 16 << 20  # elements that are copied off a device at a time
 # entries of a config that change nothing of what the model computes
 _IDLE = (
     "transformers_version",
@@ -48,7 +46,7 @@ def model_fingerprint(model: nn.Module) -> str:
                 "hashed here: give teacher_name="
             )
         whole.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        for piece in _pieces(x.detach()):
+        for piece in bytes_of(x):
             whole.update(piece)
     return f"model:{whole.hexdigest()}"
 
@@ -74,16 +72,9 @@ def head_fingerprint(weight: Tensor, bias: Tensor | None = None) -> str:
         if is_dtensor(x) or x.device.type == "meta":
             raise TypeError(f"the head's {name} must be whole and on a device, to be hashed")
         whole.update(f"{name} {tuple(x.shape)}".encode())
-        for piece in _pieces(x.detach(), torch.float32):
+        for piece in bytes_of(x, torch.float32):
             whole.update(piece)
     return f"head:{whole.hexdigest()}"
-
-
-def _pieces(x: Tensor, dtype: torch.dtype | None = None) -> Iterator[memoryview]:
-    flat = x.reshape(-1)
-    for piece in flat.split(_PIECE) if len(flat) else ():
-        host = piece.cpu() if dtype is None else piece.cpu().to(dtype)
-        yield memoryview(host.contiguous().view(torch.uint8).numpy())
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

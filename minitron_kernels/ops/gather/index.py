@@ -52,8 +52,8 @@ class ChannelIndex:
         # a copy, so that the checked values do not change with the caller's tensor
         copy = keep.detach().to(torch.int64, copy=True).contiguous()
         values = copy.to("cpu")  # waits for this stream, and with it for the copy on the device
-        bad = (values < 0) | (values >= size)
-        if bool(bad.any()):
+        if not _within(values, size):
+            bad = (values < 0) | (values >= size)
             at = int(bad.int().argmax())
             raise ValueError(
                 f"{name}[{at}] is {int(values[at])}: indices must be in [0, {size})"
@@ -119,6 +119,14 @@ class ChannelIndex:
         if use not in self._streams and not _is_capturing():
             values.record_stream(stream)
             self._streams.add(use)
+
+
+def _within(values: Tensor, size: int) -> bool:
+    """Whether all are in [0, size)."""
+    if not len(values):
+        return True
+    low, high = torch.aminmax(values)
+    return int(low) >= 0 and int(high) < size
 
 
 def _has_streams(device: torch.device) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minitron_kernels import _native
 from minitron_kernels._backend import pick
+from minitron_kernels._opaque import opaque_op
 from minitron_kernels._tensors import check_no_tangent, check_tensor
 from minitron_kernels.ops.gather import reference
 from minitron_kernels.ops.gather.index import ChannelIndex, check_index_tensor
@@ -57,19 +58,7 @@ def gather_channels(
 
     Source: structured pruning of Minitron (arXiv 2407.14679) section 2.3.
     """
-    check_tensor("weight", weight)
-    shape = list(weight.shape)
-    if not shape:
-        raise ValueError("weight must have at least 1 dimension, got a scalar")
-    _check_one_channel_each(weight)
-    if rows is not None and len(shape) == 1:
-        raise ValueError(f"rows must be None for a vector {tuple(shape)}: its one dimension is that of cols")
-    keep_rows = None if rows is None else _index("rows", rows, shape[-2], weight.device)
-    keep_cols = None if cols is None else _index("cols", cols, shape[-1], weight.device)
-    if keep_rows is not None:
-        shape[-2] = len(keep_rows)
-    if keep_cols is not None:
-        shape[-1] = len(keep_cols)
+    shape, keep_rows, keep_cols = check_kept(weight, rows, cols)
     _check_no_grad("weight", weight)
     if out is not None:
         _check_out(out, weight, shape)
@@ -92,6 +81,27 @@ def gather_channels(
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(out)
     return out
+
+
+Kept = ChannelIndex | Tensor | None
+
+
+def check_kept(weight: Tensor, rows: Any, cols: Any) -> tuple[list[int], Kept, Kept]:
+    """The shape of what gather_channels() gives, and the indices, after their checks and the weight's."""
+    check_tensor("weight", weight)
+    shape = list(weight.shape)
+    if not shape:
+        raise ValueError("weight must have at least 1 dimension, got a scalar")
+    _check_one_channel_each(weight)
+    if rows is not None and len(shape) == 1:
+        raise ValueError(f"rows must be None for a vector {tuple(shape)}: its one dimension is that of cols")
+    keep_rows = None if rows is None else _index("rows", rows, shape[-2], weight.device)
+    keep_cols = None if cols is None else _index("cols", cols, shape[-1], weight.device)
+    if keep_rows is not None:
+        shape[-2] = len(keep_rows)
+    if keep_cols is not None:
+        shape[-1] = len(keep_cols)
+    return shape, keep_rows, keep_cols
 
 
 def _index(name: str, keep: Any, size: int, device: torch.device) -> ChannelIndex | Tensor:
@@ -181,7 +191,7 @@ def _extent(x: Tensor) -> tuple[int, int]:
 
 # custom_op reads the schema off the signature: the arguments of the native op, and col_block, the number of
 # neighbouring columns that each index of `cols` stands for
-@torch.library.custom_op("minitron_kernels::gather_channels_triton_", mutates_args=("out",))
+@opaque_op("minitron_kernels::gather_channels_triton_", mutates_args=("out",))
 def _gather_triton_(
     out: Tensor, weight: Tensor, rows: Tensor | None, cols: Tensor | None, col_block: int
 ) -> None:

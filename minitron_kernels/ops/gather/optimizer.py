@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minitron_kernels.ops.gather.index import ChannelIndex
-from minitron_kernels.ops.gather.op import gather_channels
+from minitron_kernels.ops.gather.op import check_kept, gather_channels
 
 Index = Tensor | ChannelIndex | None
 
@@ -62,21 +62,24 @@ def gather_optimizer_state_(
     }
     taken = set(positions)
     done: list[tuple[ParameterReplacement, dict[str, Any]]] = []
+    seen: set[Tensor] = set()
     for number, given in enumerate(replacements):
         one, name = ParameterReplacement(*given), f"replacements[{number}]"
         if one.old not in positions:
             raise ValueError(f"{name}.old must be a parameter of the optimizer, got another tensor")
-        if any(one.old is other.old for other, _ in done):
+        if one.old in seen:
             raise ValueError(f"{name}.old comes a second time")
-        if one.new is None:
+        seen.add(one.old)
+        new = one.new
+        if new is None:
             done.append((one, {}))
             continue
-        if one.new in taken:
+        if new in taken:
             raise ValueError(f"{name}.new is a parameter of the optimizer already")
-        taken.add(one.new)
-        shape = _gathered_shape(one, name)
-        if one.new.shape != shape:
-            raise ValueError(f"{name}.new must be {tuple(shape)} after the cut, got {tuple(one.new.shape)}")
+        taken.add(new)
+        one, shape = _checked(one, name)
+        if new.shape != shape:
+            raise ValueError(f"{name}.new must be {tuple(shape)} after the cut, got {tuple(new.shape)}")
         state = optimizer.state.get(one.old, {})
         done.append(
             (one, {key: _gathered(value, one, f"{name}: state {key!r}") for key, value in state.items()})
@@ -96,8 +99,8 @@ def gather_optimizer_state_(
                 group[key] = [item for item, kept in zip(group[key], stays, strict=True) if kept]
 
 
-def _gathered_shape(one: ParameterReplacement, name: str) -> torch.Size:
-    """The shape of `old` after the cut, computed and checked without reading its values."""
+def _checked(one: ParameterReplacement, name: str) -> tuple[ParameterReplacement, torch.Size]:
+    """The replacement with its indices checked, once for all of the state; and the shape after the cut."""
     if one.experts is not None:
         count = one.old.shape[0] if one.old.dim() == 3 else 0
         if not count or one.rows is not None or one.cols is not None:
@@ -109,7 +112,12 @@ def _gathered_shape(one: ParameterReplacement, name: str) -> torch.Size:
         if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= expert < count for expert in chosen):
             raise ValueError(f"{name}: experts must name some of {count}, each once, got {chosen}")
     try:
-        return _cut(one.old.detach().to("meta"), one, rows=True, cols=True).shape
+        if one.experts is not None:
+            return one, _cut(one.old.detach().to("meta"), one, rows=True, cols=True).shape
+        if one.rows is None and one.cols is None:
+            return one, one.old.shape
+        shape, rows, cols = check_kept(one.old.detach().to("meta"), one.rows, one.cols)
+        return one._replace(rows=rows, cols=cols), torch.Size(shape)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
 

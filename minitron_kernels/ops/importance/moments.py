@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from minitron_kernels import _native
 from minitron_kernels._backend import pick
+from minitron_kernels._opaque import opaque_op
 from minitron_kernels.ops.importance import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -138,7 +139,7 @@ def combine(moments: Moments, group: ProcessGroup | None) -> Moments:
 
 
 # custom_op reads the schema off the signature: the arguments are those of the native ops, in their order
-@torch.library.custom_op("minitron_kernels::importance_moments_triton", mutates_args=())
+@opaque_op("minitron_kernels::importance_moments_triton")
 def _moments_triton(
     x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, moment_flags: int
 ) -> tuple[Tensor, Tensor]:
@@ -147,7 +148,7 @@ def _moments_triton(
     return importance_moments(x, mask, cu_seqlens, num_heads, moment_flags)
 
 
-@torch.library.custom_op("minitron_kernels::importance_rows_triton", mutates_args=())
+@opaque_op("minitron_kernels::importance_rows_triton")
 def _rows_triton(x: Tensor, y: Tensor | None) -> Tensor:
     from minitron_kernels.ops.importance.kernel_triton import importance_rows
 

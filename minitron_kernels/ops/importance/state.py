@@ -143,8 +143,9 @@ class ImportanceState(_Sums):
         """Adds sequences by their moments (moments_of() with this state's `kinds`). Returns itself."""
         for k, name in enumerate(self.seq):
             value = moments.aggregate(name)
-            self.sums[k] += value.sum(0)
-            self.squares[k] += value.square_().sum(0)
+            # += on an entry would also copy the sum to where it is
+            self.sums[k].add_(value.sum(0))
+            self.squares[k].add_(value.square_().sum(0))
         self.sequences += (moments.counts > 0).sum(0)
         self.tokens += moments.counts.sum(0)
         return self

@@ -104,7 +104,9 @@ def as_saved(x: T) -> T:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """[..., C] -> [N, C] with stride 1 along C, a view where possible."""
+    """[..., C] -> [N, C] with stride 1 along C, itself or a view where possible."""
+    if x.dim() == 2:
+        return with_unit_stride(x)
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return with_unit_stride(rows)
 

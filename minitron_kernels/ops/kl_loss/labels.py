@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minitron_kernels._opaque import opaque_op
 from minitron_kernels.ops.kl_loss.checks import check_tensor, integer
 
 
@@ -37,7 +38,7 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     return torch.cat((labels[..., 1:], last), -1)
 
 
-@torch.library.custom_op("minitron_kernels::labels_to_mask", mutates_args=())
+@opaque_op("minitron_kernels::labels_to_mask")
 def _labels_to_mask(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
     """[N] bool: labels other than ignore_index; an error if one of those is not a token."""
     valid = labels != ignore_index

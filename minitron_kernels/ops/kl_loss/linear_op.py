@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minitron_kernels._opaque import opaque_op
 from minitron_kernels._tensors import with_unit_stride
 from minitron_kernels.ops.kl_loss.divergence import NUM_METRICS, NUM_STATS
 from minitron_kernels.ops.kl_loss.epilogues import EPILOGUES
@@ -33,7 +34,7 @@ def _loss_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-@torch.library.custom_op("minitron_kernels::linear_kl_loss", mutates_args=("grad_head_accumulator",))
+@opaque_op("minitron_kernels::linear_kl_loss", mutates_args=("grad_head_accumulator",))
 def linear_kl_loss_op(
     student_hidden: Tensor,
     student_head: Tensor,

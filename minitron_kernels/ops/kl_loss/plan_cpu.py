@@ -108,8 +108,13 @@ def operand_type(*dtypes: torch.dtype) -> str:
     if torch.float64 in dtypes:
         return "f64"
     if set(dtypes) == {torch.bfloat16}:
-        return torch.ops.minitron_kernels.bf16_operands()
+        return _bf16_operands()
     return "f32"
+
+
+@functools.cache
+def _bf16_operands() -> str:
+    return torch.ops.minitron_kernels.bf16_operands()  # a property of the processor
 
 
 def plan(
@@ -134,6 +139,46 @@ def plan(
 
     outcomes: k + 1 of a sparse teacher, whose hidden size is 0; 0 for a teacher with a head.
     """
+    return _plan(
+        num_tokens,
+        vocab_size,
+        student_hidden_size,
+        teacher_hidden_size,
+        dtype,
+        grad_hidden,
+        grad_head,
+        grad_bias,
+        grad_head_accumulator,
+        divergence_needs_kl,
+        schedule,
+        CPU_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
+        engine,
+        metrics,
+        outcomes,
+        torch.get_num_threads(),
+    )
+
+
+# all that a plan follows from is among the arguments: what is not would give another call's plan
+@functools.lru_cache(maxsize=256)
+def _plan(
+    num_tokens: int,
+    vocab_size: int,
+    student_hidden_size: int,
+    teacher_hidden_size: int,
+    dtype: torch.dtype,
+    grad_hidden: bool,
+    grad_head: bool,
+    grad_bias: bool,
+    grad_head_accumulator: bool,
+    divergence_needs_kl: bool,
+    schedule: str,
+    budget: int,
+    engine: str,
+    metrics: bool,
+    outcomes: int,
+    threads: int,
+) -> CpuPlan:
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     planner = _Planner(
         num_tokens,
@@ -147,15 +192,15 @@ def plan(
         head_in_place=grad_head_accumulator or dtype == accumulate,
         adds_to_buffer=grad_head_accumulator,
         divergence_needs_kl=divergence_needs_kl,
-        budget=CPU_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
-        threads=torch.get_num_threads(),
+        budget=budget,
+        threads=threads,
         metrics=metrics,
         outcomes=outcomes,
     )
-    return _plan(planner, schedule if grad_hidden or grad_head or grad_bias else "forward")
+    return planner.plan(schedule if grad_hidden or grad_head or grad_bias else "forward")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Planner:
     """A problem and a budget, and the search for the plan."""
 
@@ -304,8 +349,3 @@ class _Planner:
             budget_bytes=self.budget,
             part_bytes=tuple(parts),
         )
-
-
-@functools.lru_cache(maxsize=256)
-def _plan(planner: _Planner, schedule: str) -> CpuPlan:
-    return planner.plan(schedule)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minitron_kernels import _native
+from minitron_kernels._opaque import opaque_op
 from minitron_kernels.ops.kl_loss.checks import as_saved
 from minitron_kernels.ops.kl_loss.divergence import NUM_METRICS, NUM_STATS
 from minitron_kernels.ops.kl_loss.options import LossOptions
@@ -181,7 +182,7 @@ def _backward(
     return _backward_op(weight, stats, student, teacher, mask, *arguments, *ce)
 
 
-@torch.library.custom_op("minitron_kernels::kl_rows_forward", mutates_args=())
+@opaque_op("minitron_kernels::kl_rows_forward")
 def _forward_op(
     student: Tensor,
     teacher: Tensor,
@@ -195,7 +196,7 @@ def _forward_op(
     return _kernels(backend)[0](student, teacher, mask, vocab_size, options)
 
 
-@torch.library.custom_op("minitron_kernels::kl_rows_forward_metrics", mutates_args=())
+@opaque_op("minitron_kernels::kl_rows_forward_metrics")
 def _forward_metrics_op(
     student: Tensor,
     teacher: Tensor,
@@ -210,7 +211,7 @@ def _forward_metrics_op(
     return _kernels(backend)[2](student, teacher, mask, labels, vocab_size, options)
 
 
-@torch.library.custom_op("minitron_kernels::kl_rows_backward", mutates_args=())
+@opaque_op("minitron_kernels::kl_rows_backward")
 def _backward_op(
     weight: Tensor,
     stats: Tensor,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitron_kernels._opaque import opaque_op
 from minitron_kernels.ops.kl_loss.checks import as_saved
 from minitron_kernels.ops.kl_loss.divergence import NUM_METRICS
 from minitron_kernels.ops.kl_loss.epilogues import EPILOGUES, Epilogues
@@ -128,7 +129,7 @@ def _call(
     return _Rows(student, teacher, mask, vocab_size, options, epilogues, of_tokens)
 
 
-@torch.library.custom_op("minitron_kernels::sparse_rows_forward", mutates_args=())
+@opaque_op("minitron_kernels::sparse_rows_forward")
 def _forward(
     student: Tensor,
     ids: Tensor,
@@ -150,7 +151,7 @@ def _forward(
     return loss, of_student, metrics
 
 
-@torch.library.custom_op("minitron_kernels::sparse_rows_backward", mutates_args=())
+@opaque_op("minitron_kernels::sparse_rows_backward")
 def _backward(
     student: Tensor,
     ids: Tensor,

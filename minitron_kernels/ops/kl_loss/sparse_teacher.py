@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minitron_kernels._opaque import opaque_op
 from minitron_kernels.ops.kl_loss.checks import check_tensor, positive
 
 LogTail = Tensor | Mapping[float, Tensor] | None
@@ -106,7 +107,7 @@ def _tail_at(log_tail: LogTail, temperature: float, shape: torch.Size, student: 
     )
 
 
-@torch.library.custom_op("minitron_kernels::sorted_outcomes", mutates_args=())
+@opaque_op("minitron_kernels::sorted_outcomes")
 def _sorted_outcomes(
     ids: Tensor,
     logprobs: Tensor,

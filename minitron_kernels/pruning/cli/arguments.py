@@ -25,6 +25,14 @@ examples:
   minitron-prune plan scores -o plan.json --ratio 0.75
   minitron-prune plan scores -o plan.json --ratio intermediate_size=0.5 --num-hidden-layers 32
 """
+SEARCH_EXAMPLES = """\
+examples:
+  minitron-prune search SmolLM2-135M scores held_out.txt -o plan.json --params 100M -k 8
+  minitron-prune search SmolLM2-135M scores held_out.txt -o plan.json --num-hidden-layers 24
+
+The second chooses the layers that go by the loss without them. With --progress-file a search that was killed
+goes on where it stopped. The text should be none that the scores were made from.
+"""
 PRUNE_EXAMPLES = """\
 example:
   minitron-prune prune Mistral-NeMo-12B Minitron-8B plan.json --max-shard-size 2GB
@@ -81,6 +89,7 @@ def parser_of(runs: Mapping[str, Callable[[argparse.Namespace], None]]) -> argpa
 
     _add_score(command("score", "Score a model's channels on calibration text.", SCORE_EXAMPLES))
     _add_plan(command("plan", "Choose what stays, from scores and a target.", PLAN_EXAMPLES))
+    _add_search(command("search", "Choose what stays by the loss of pruned models.", SEARCH_EXAMPLES))
     _add_prune(command("prune", "Cut a checkpoint on disk by a plan.", PRUNE_EXAMPLES))
     sub = command("info", "Show what a checkpoint, a plan or scores hold.")
     sub.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="folder, or plan.json")
@@ -89,22 +98,10 @@ def parser_of(runs: Mapping[str, Callable[[argparse.Namespace], None]]) -> argpa
 
 def _add_score(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", type=Path, help="folder of the checkpoint, with its tokenizer")
-    sub.add_argument(
-        "text",
-        nargs="+",
-        type=Path,
-        help='text in UTF-8; .jsonl with a "text" on each line; or .npy with token ids',
-    )
+    _add_text(sub)
     sub.add_argument("-o", "--output", type=Path, required=True, help="folder for the scores")
     sub.add_argument("--overwrite", action="store_true", help="replace scores that exist")
-    sub.add_argument(
-        "--samples", type=at_least(1), default=1024, help="windows, drawn at random (default 1024)"
-    )
-    sub.add_argument("--seq-len", type=at_least(2), default=2048, help="tokens of a window (default 2048)")
-    sub.add_argument(
-        "--batch-size", type=at_least(1), default=1, help="windows of a forward pass (default 1)"
-    )
-    sub.add_argument("--seed", type=int, default=0, help="of the random choice (default 0)")
+    _add_windows(sub, samples=1024)
     sub.add_argument("--axes", nargs="+", help="hidden, mlp, heads, ...; default: all that the model has")
     sub.add_argument(
         "--seq", nargs="+", default=["mean"], help="sums over tokens: mean, L2, var (default mean)"
@@ -112,6 +109,59 @@ def _add_score(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--mlp-tap", default="down_proj_input", choices=["down_proj_input", "up_proj_output"])
     sub.add_argument("--head-score", default="norm", choices=["norm", "channels"])
     sub.add_argument("--expert-score", default="norm", choices=["norm", "reap"])
+    _add_where(sub)
+
+
+def _add_plan(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("scores", type=Path, help="folder of scores")
+    sub.add_argument("-o", "--output", type=Path, required=True, help="the plan's JSON file")
+    sub.add_argument("--overwrite", action="store_true", help="replace a plan that exists")
+    _add_target(sub)
+
+
+def _add_search(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", type=Path, help="folder of the checkpoint, with its tokenizer")
+    sub.add_argument("scores", type=Path, help="folder of scores")
+    _add_text(sub)
+    sub.add_argument("-o", "--output", type=Path, required=True, help="the JSON file of the best plan")
+    sub.add_argument("--overwrite", action="store_true", help="replace a plan or table that exists")
+    sub.add_argument("--table", type=Path, help="JSON file for the scores of all candidates")
+    sub.add_argument("--progress-file", type=Path, help="JSON file for the scores so far, to go on from")
+    sub.add_argument("-k", type=at_least(1), default=8, help="candidates for a budget (default 8)")
+    sub.add_argument(
+        "--layers-by-loss",
+        action="store_true",
+        help="choose the layers that go by the loss without them (always so without a budget)",
+    )
+    _add_windows(sub, samples=64)
+    _add_where(sub)
+    _add_target(sub)
+
+
+def _add_text(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "text",
+        nargs="+",
+        type=Path,
+        help='text in UTF-8; .jsonl with a "text" on each line; or .npy with token ids',
+    )
+
+
+def _add_windows(sub: argparse.ArgumentParser, samples: int) -> None:
+    sub.add_argument(
+        "--samples",
+        type=at_least(1),
+        default=samples,
+        help=f"windows, drawn at random (default {samples})",
+    )
+    sub.add_argument("--seq-len", type=at_least(2), default=2048, help="tokens of a window (default 2048)")
+    sub.add_argument(
+        "--batch-size", type=at_least(1), default=1, help="windows of a forward pass (default 1)"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of the random choice (default 0)")
+
+
+def _add_where(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="of the model; default: auto, the checkpoint's"
     )
@@ -119,16 +169,38 @@ def _add_score(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def _add_plan(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("scores", type=Path, help="folder of scores")
-    sub.add_argument("-o", "--output", type=Path, required=True, help="the plan's JSON file")
-    sub.add_argument("--overwrite", action="store_true", help="replace a plan that exists")
+def _add_target(sub: argparse.ArgumentParser) -> None:
     target = sub.add_argument_group("target", "sizes that are not given stay as they are")
     for option in SIZES:
         target.add_argument(f"--{option}", type=at_least(1), metavar="N")
     target.add_argument("--ratio", nargs="+", metavar="[NAME=]X", help="of hidden and MLP sizes, or by name")
     target.add_argument(
         "--params", type=typed("number", count), metavar="N", help="parameter budget: 8.4e9 or 8.4B"
+    )
+    target.add_argument(
+        "--active-params",
+        type=typed("number", count),
+        metavar="N",
+        help="budget of parameters that serve a token, for models with experts",
+    )
+    target.add_argument(
+        "--memory",
+        dest="memory_bytes",
+        type=typed("size", byte_count),
+        metavar="SIZE",
+        help="budget of memory for weights and key/value cache: 16GB, 16GiB",
+    )
+    target.add_argument(
+        "--memory-dtype",
+        default="bfloat16",
+        metavar="DTYPE",
+        help="of weights and cache there, by torch's name (default bfloat16)",
+    )
+    target.add_argument(
+        "--kv-tokens", type=at_least(0), default=0, metavar="N", help="tokens in that cache (default 0)"
+    )
+    target.add_argument(
+        "--search", nargs="+", metavar="NAME", help="sizes that a budget may choose; default: hidden and MLP"
     )
     target.add_argument(
         "--drop-layers", type=typed("layers", _layers), metavar="LAYERS", help="layers to drop, as 16-20,23"

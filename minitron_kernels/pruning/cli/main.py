@@ -1,20 +1,30 @@
-"""The command minitron-prune: score, plan, prune, info."""
+"""The command minitron-prune: score, plan, search, prune, info."""
 
 from __future__ import annotations
 
 import argparse
 import re
-import sys
 import warnings
 from collections.abc import Sequence
 
 from minitron_kernels._command.messages import few, message_of, say, show
-from minitron_kernels._command.models import check_free, check_model, device_of, load_model, load_tokenizer
+from minitron_kernels._command.models import check_free, check_model, device_of, load_model
 from minitron_kernels.pruning.cli.arguments import SIZES, parser_of
+from minitron_kernels.pruning.cli.targets import searched, target_of, windows_of
 
 WHY_FILES = "they may describe the old weights; copy those that you know to be valid still"
 WHY_TENSORS = "tensors that are not part of the model"
-ARGUMENTS = ("params", "divisor", "drop_layers", "seq", "batch", "ratio", "num_experts_per_tok")
+ARGUMENTS = (
+    "params",
+    "kv_tokens",
+    "memory_dtype",
+    "divisor",
+    "drop_layers",
+    "seq",
+    "batch",
+    "ratio",
+    "num_experts_per_tok",
+)
 # patterns in the library's messages -> options of the command line; None: see _as_option()
 WORDS = (
     (r"(,? or )loadable=False", r"\1--allow-unloadable"),
@@ -27,20 +37,27 @@ WORDS = (
     (r"\banother divisor\b", "another --divisor"),
     (r"\bgreater divisor\b", "greater --divisor"),
     (r"^axes must", "--axes must"),
-    (r"^(params|divisor|drop_layers|seq|batch|ratio|num_experts_per_tok) (must|of|drops|gives|has)\b", None),
+    (r"\bmemory_bytes\b", "--memory"),
+    (r"\bactive_params\b", "--active-params"),
+    (r"\bprogress_file\b", "--progress-file"),
+    (r"^search (?=would|finds|cannot|must|chooses)", "--search "),
+    (rf"^({'|'.join(ARGUMENTS)}) (must|of|drops|gives|has|belong|are|and)\b", None),
     (r"^(\w+)(?= (?:must be|gives the size|is not a size))", None),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 1 after an error, 2 for a wrong command line."""
-    args = parser_of({"score": score, "plan": plan, "prune": prune, "info": info}).parse_args(argv)
+    args = parser_of(
+        {"score": score, "plan": plan, "search": search, "prune": prune, "info": info}
+    ).parse_args(argv)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *where: _say("warning", message)
             args.run(args)
     except KeyboardInterrupt:
-        again = "goes on from here" if args.command == "prune" else "begins anew"
+        kept = args.command == "prune" or (args.command == "search" and args.progress_file)
+        again = "goes on from here" if kept else "begins anew"
         _say("interrupted", f"the same command {again}")
         return 130
     except Exception as error:
@@ -75,34 +92,9 @@ def score(args: argparse.Namespace) -> None:
     check_free(args.output, args.overwrite, folder=True)
     check_model(args.model)
     device = device_of(args.device)
-    from transformers import AutoConfig
-    from transformers.utils import logging
-
-    from minitron_kernels.pruning.families.configs import config_value
-    from minitron_kernels.pruning.families.registry import family_of
-    from minitron_kernels.pruning.score.calibration import calibration_windows
     from minitron_kernels.pruning.score.collect import collect_importance
 
-    if args.quiet or not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(args.model)
-    family_of(config)
-    longest = config_value(config, "max_position_embeddings", args.seq_len)
-    if args.seq_len > longest:
-        raise ValueError(f"--seq-len must be at most the model's {longest} positions, got {args.seq_len}")
-    text = any(file.suffix != ".npy" for file in args.text)
-    tokenizer = load_tokenizer(args.model) if text else None
-    windows = calibration_windows(
-        args.text, tokenizer, length=args.seq_len, samples=args.samples, seed=args.seed
-    )
-    vocab = config_value(config, "vocab_size")
-    if not 0 <= int(windows.min()) <= int(windows.max()) < vocab:
-        raise ValueError(
-            f"{args.text[0]}: token ids must be in [0, {vocab}), "
-            f"got {int(windows.min())} to {int(windows.max())}"
-        )
-    if len(windows) < args.samples:
-        _say("warning", f"the text has {len(windows)} windows of {args.seq_len} tokens, not {args.samples}")
+    windows = windows_of(args)
     model = load_model(args.model, args.dtype).to(device)
     scores = collect_importance(
         model,
@@ -125,31 +117,31 @@ def plan(args: argparse.Namespace) -> None:
 
     check_free(args.output, args.overwrite, folder=False)
     scores = ImportanceScores.load(args.scores)
-    sizes = {}
-    for option, names in SIZES.items():
-        value = getattr(args, option.replace("-", "_"))
-        if value is not None:
-            sizes[next((name for name in names if name in scores.config), names[0])] = value
-    options = {
-        name: getattr(args, name) for name in ("params", "drop_layers", "num_experts_per_tok", "divisor")
-    }
-    if not sizes and not args.ratio and args.params is None and args.drop_layers is None:
-        raise ValueError("give a target: sizes (--hidden-size ...), --ratio, --params or --drop-layers")
-    made = make_plan(
-        scores,
-        ratio=_ratio(args.ratio),
-        kv_heads=args.kv_heads,
-        merge_heads=args.merge_heads,
-        order=args.order,
-        rescale_norms=args.rescale_norms,
-        loadable=args.loadable,
-        batch=args.batch,
-        seq=args.seq,
-        **options,
-        **sizes,
-    )
+    target = target_of(args, scores.config)
+    made = make_plan(scores, **target)
     made.save(args.output)
     show(made.summary())
+
+
+def search(args: argparse.Namespace) -> None:
+    """Checkpoint, scores, held-out text and a target -> the plan with the best loss."""
+    check_free(args.output, args.overwrite, folder=False)
+    if args.table is not None:
+        check_free(args.table, args.overwrite, folder=False, option="--table")
+    check_model(args.model)
+    device = device_of(args.device)
+    from minitron_kernels.pruning.score.scores import ImportanceScores
+    from minitron_kernels.pruning.search.lm_loss import LMLoss
+
+    scores = ImportanceScores.load(args.scores)
+    target = target_of(args, scores.config)
+    loss = LMLoss(list(windows_of(args).split(args.batch_size)))
+    model = load_model(args.model, args.dtype, with_head=True).to(device)
+    found, made = searched(args, model, scores, loss, target)
+    made.save(args.output)
+    if args.table is not None:
+        found.save(args.table)
+    show(found.summary())
 
 
 def prune(args: argparse.Namespace) -> None:
@@ -184,16 +176,3 @@ def info(args: argparse.Namespace) -> None:
     from minitron_kernels.pruning.cli.info import describe
 
     show("\n\n".join(describe(path) for path in args.paths))
-
-
-def _ratio(given: list[str] | None) -> float | dict[str, float] | None:
-    """["0.75"] or ["hidden_size=0.8", ...]"""
-    if not given:
-        return None
-    try:
-        if len(given) == 1 and "=" not in given[0]:
-            return float(given[0])
-        pairs = [entry.split("=") for entry in given]
-        return {name: float(value) for name, value in pairs}
-    except ValueError:
-        raise ValueError(f"--ratio must be a number, or NAME=NUMBER, got {' '.join(given)}") from None

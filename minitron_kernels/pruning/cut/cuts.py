@@ -18,7 +18,15 @@ from torch import Tensor
 
 from minitron_kernels.ops.gather.index import ChannelIndex
 from minitron_kernels.ops.gather.op import gather_channels
-from minitron_kernels.pruning.families.family import ONE, PER_HEAD, PRUNED, Located, elements
+from minitron_kernels.pruning.families.family import (
+    ONE,
+    PER_HEAD,
+    PER_HEAD_ONE,
+    PRUNED,
+    QKV,
+    Located,
+    elements,
+)
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.layer_plan import LayerPlan
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
@@ -134,6 +142,7 @@ class Cuts:
         self._layers = {entry.layer: (new, entry) for new, entry in enumerate(plan.layers)}
         self._factors = dict(plan.norm_factors) if rescale_norms else {}
         self._scales = self._residual_scales() if self.family.scales_embedding else {}
+        self._folded = self._folded_factors()
         self._index = functools.lru_cache(maxsize=None)(self._make_index)
         self._known = functools.lru_cache(maxsize=None)(self._list_known)
 
@@ -212,16 +221,32 @@ class Cuts:
         """What is kept of a dimension with these axes; None: everything. `expert` is the new number."""
         kept, start = [], 0
         for axis in parts:
-            indices = torch.tensor(self._kept(axis, layer, expert), dtype=torch.int64)
-            if axis in PER_HEAD:
-                inside = torch.arange(self.source["head_dim"])
-                indices = (indices[:, None] * len(inside) + inside).flatten()
-            kept.append(indices + start)
+            kept.append(self._elements(axis, layer, expert) + start)
             start += elements(axis, self.source)
         index = torch.cat(kept)
         if len(index) == start and torch.equal(index, torch.arange(start)):
             return None
         return ChannelIndex(index, start, name="+".join(parts))
+
+    def _elements(self, axis: str, layer: int | None, expert: int | None) -> Tensor:
+        """What is kept of the elements of an axis."""
+        if axis == QKV:
+            assert layer is not None, "queries outside of a layer"
+            heads = self._layers[layer][1].heads
+            size, kept = (sizes["heads"] // sizes["kv_heads"] for sizes in (self.source, self.target))
+            blocks: list[int] = []
+            for new, sources in enumerate(heads.kv):
+                query = heads.query[new * kept : (new + 1) * kept]
+                blocks += [_qkv_block(head, size) for head in query]
+                blocks += [_qkv_block(sources[0], size, part) for part in ("key", "value")]
+            axis, indices = "heads", torch.tensor(blocks, dtype=torch.int64)
+        else:
+            kept_of = self._kept(PER_HEAD_ONE.get(axis, axis), layer, expert)
+            indices = torch.tensor(kept_of, dtype=torch.int64)
+        if axis in PER_HEAD:
+            inside = torch.arange(self.source["head_dim"])
+            indices = (indices[:, None] * len(inside) + inside).flatten()
+        return indices
 
     def _kept(self, axis: str, layer: int | None, expert: int | None) -> tuple[int, ...] | range:
         if axis == "hidden":
@@ -239,23 +264,46 @@ class Cuts:
 
     def _blends(self, located: Located, entry: LayerPlan | None) -> tuple[Blend, ...]:
         """The heads of a projection that are sums of several old ones."""
-        if entry is None or not located.dims or located.dims[0][0] not in PER_HEAD:
+        if entry is None or not located.dims:
             return ()
-        dim = self.source["head_dim"]
-        blends, old, new = [], 0, 0
+        blends: list[Blend] = []
+        old, new, dim = 0, 0, self.source["head_dim"]
+        is_gain = len(located.dims) == 1 and located.name.endswith(".weight")  # of a norm over all heads
         for axis in located.dims[0]:
-            if axis == "heads":
-                for kept, dropped in entry.heads.merged:
+            if axis == QKV:
+                blends += self._qkv_blends(entry, old, new)
+            elif axis == "heads":
+                for kept, dropped in () if is_gain else entry.heads.merged:
                     start = new + entry.heads.query.index(kept) * dim
                     blends.append(Blend(start, dim, ((2.0, old + kept * dim), (-1.0, old + dropped * dim))))
-            elif axis == "kv_heads":
+            elif axis in ("kv_heads", "num_kv_heads"):
+                length = dim if axis == "kv_heads" else 1
                 for head, sources in enumerate(entry.heads.kv):
                     if len(sources) > 1:
-                        terms = tuple((1 / len(sources), old + source * dim) for source in sources)
-                        blends.append(Blend(new + head * dim, dim, terms))
-            old += self.source[axis] * dim
-            new += self.target[axis] * dim
+                        terms = tuple((1 / len(sources), old + source * length) for source in sources)
+                        blends.append(Blend(new + head * length, length, terms))
+            old += elements(axis, self.source)
+            new += elements(axis, self.target)
         return tuple(blends)
+
+    def _qkv_blends(self, entry: LayerPlan, old: int, new: int) -> list[Blend]:
+        """Those of a projection whose rows are, KV group after KV group, queries, a key and a value."""
+        dim, heads = self.source["head_dim"], entry.heads
+        size, kept = (sizes["heads"] // sizes["kv_heads"] for sizes in (self.source, self.target))
+        blends = []
+        for stays, goes in heads.merged:
+            start = new + _qkv_block(heads.query.index(stays), kept) * dim
+            terms = tuple(
+                (weight, old + _qkv_block(head, size) * dim) for weight, head in ((2.0, stays), (-1.0, goes))
+            )
+            blends.append(Blend(start, dim, terms))
+        for head, sources in enumerate(heads.kv):
+            for part in ("key", "value") if len(sources) > 1 else ():
+                terms = tuple(
+                    (1 / len(sources), old + _qkv_block(source, size, part) * dim) for source in sources
+                )
+                blends.append(Blend(new + _qkv_block(head, kept, part) * dim, dim, terms))
+        return blends
 
     def _gain(self, name: str) -> tuple[float, float]:
         """(factor, offset) of a parameter: offset + parameter is multiplied by the factor."""
@@ -264,7 +312,22 @@ class Cuts:
         inside = module.removeprefix(f"{self.family.layers}.").partition(".")[2]
         if kind == "weight" and (module == self.family.final_norm or inside in self.family.taps.norms):
             return scale * self._factors.get(module, 1.0), self.family.norm_offset
+        if kind == "weight":
+            scale *= self._folded.get(module, 1.0)
         return scale, 0.0
+
+    def _folded_factors(self) -> dict[str, float]:
+        """{linear layer: factor of its weight} of those that read a norm without a gain of its own."""
+        folded: dict[str, float] = {}
+        for norm, readers in self.family.folds.items():
+            if norm == self.family.final_norm:  # a tied head is the embedding, and stays as it is
+                readers = tuple(name for name in readers if not (self.tied and name == self.family.head))
+                folded |= {name: self._factors.get(norm, 1.0) for name in readers}
+                continue
+            for layer in self._layers:
+                factor = self._factors.get(f"{self.family.layers}.{layer}.{norm}", 1.0)
+                folded |= {f"{self.family.layers}.{layer}.{name}": factor for name in readers}
+        return folded
 
     def _residual_scales(self) -> dict[str, float]:
         """{module: factor of its weight} that keeps the embedding's share of the residual stream."""
@@ -274,3 +337,13 @@ class Cuts:
         if writers:
             return {f"{family.layers}.{layer}.{norm}": scale for layer in self._layers for norm in writers}
         return {family.embedding: 1 / scale} | ({family.final_norm: scale} if self.tied else {})
+
+
+def _qkv_block(head: int, size: int, part: str = "query") -> int:
+    """Where a query head (or the key or value of a KV head) is, in heads, among rows that are grouped.
+
+    size: of query heads in each KV group, which are followed by the group's key and value.
+    """
+    if part == "query":
+        return head // size * (size + 2) + head % size
+    return head * (size + 2) + size + (part == "value")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,9 @@ def skeleton(kind: type[Model], config: Any) -> Model:
     Raises:
         ValueError: transformers cannot make it; says why.
     """
+    if isinstance(getattr(config, "dtype", None), str):  # as in config.json; some modules read it
+        config = copy.copy(config)
+        config.dtype = getattr(torch, config.dtype)
     try:
         with torch.device("meta"):
             return kind(config)

@@ -6,6 +6,10 @@ keys and values. The axes:
 
     vocab, hidden       tokens; channels of the residual stream
     heads, kv_heads     query heads and key/value heads, head_dim elements each
+    num_heads,          query heads and key/value heads, one element each
+    num_kv_heads
+    qkv                 KV group after KV group: its query heads, its key head and its value head, head_dim
+                        elements each
     head_dim            elements of a head: never pruned
     mlp                 neurons of a layer's MLP
     experts             experts of a layer
@@ -43,6 +47,8 @@ SIZE_KEYS: dict[str, tuple[str, ...]] = {
 PER_HEAD = ("heads", "kv_heads")
 PRUNED = ("hidden", "heads", "kv_heads", "mlp", "experts", "expert_mlp")  # axes whose elements can be removed
 ONE = "one"
+QKV = "qkv"  # queries, keys and values of each KV group in turn
+PER_HEAD_ONE = {"num_heads": "heads", "num_kv_heads": "kv_heads"}  # axes of one element a head
 TIE_KEY = "tie_word_embeddings"
 
 
@@ -93,6 +99,10 @@ def elements(axis: str, sizes: Mapping[str, int]) -> int:
     """The number of elements of an axis along a dimension: head_dim for each head."""
     if axis == ONE:
         return 1
+    if axis == QKV:
+        return (sizes["heads"] + 2 * sizes["kv_heads"]) * sizes["head_dim"]
+    if axis in PER_HEAD_ONE:
+        return sizes[PER_HEAD_ONE[axis]]
     return sizes[axis] * (sizes["head_dim"] if axis in PER_HEAD else 1)
 
 
@@ -135,6 +145,10 @@ class Family:
         defaults: of config keys that a config.json may leave out; only for model types that transformers does
             not know: it has its own defaults for the others.
         norm_offset: what a norm adds to its stored weight to get its gain: 1 where it stores gain - 1.
+        aliases: {name in checkpoints: name in the model} of parameters around the layers that transformers
+            stores under other names; it loads both, and pruned checkpoints have the model's.
+        folds: {norm without a gain: linear layers that read it and take over the factor that its gain would
+            get}, for norms inside a layer, and for the final norm.
         scales_embedding: whether embeddings are multiplied by √hidden_size.
         is_sparse: (config, layer) -> whether that layer has experts instead of one MLP.
         per_layer_keys: config keys that hold one entry for each layer.
@@ -142,6 +156,8 @@ class Family:
         dense_layers: (list of dense layers) -> the config entries that say so; for families where that
             follows from a layer's index, which changes when layers are dropped.
         refuses: (config) -> why transformers would not load it; None where it does.
+        approximates: {axis: in what the smaller model differs from the whole one with what is cut put out of
+            action}; plans say so where the axis is cut. Leave out an axis that is cut exactly.
     """
 
     model_types: tuple[str, ...]
@@ -160,12 +176,15 @@ class Family:
     size_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     norm_offset: float = 0.0
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    folds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     scales_embedding: bool = False
     is_sparse: When = field(default=lambda config, layer: False)
     per_layer_keys: tuple[str, ...] = ("layer_types",)
     layer_index_keys: tuple[str, ...] = ()
     dense_layers: Callable[[list[int]], dict[str, Any]] | None = None
     refuses: Callable[[Config], str | None] = field(default=lambda config: None)
+    approximates: Mapping[str, str] = field(default_factory=dict)
 
     def value(self, config: Config, key: str, default: Any = None) -> Any:
         """`key` of the config, else the family's default, else `default`."""
@@ -174,6 +193,14 @@ class Family:
     def tied(self, config: Config) -> bool:
         """Whether the head is tied to the embedding."""
         return bool(self.value(config, TIE_KEY, False))
+
+    def norms_in(self, config: Config, layer: int, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
+        """The norms, of `names` (default: all of taps.norms), that a layer has: a norm whose parameters are
+        left out there by their `when` is not in it."""
+        there = {param.name.rpartition(".")[0]: False for param in self.layer}
+        for param in self.layer:
+            there[param.name.rpartition(".")[0]] |= _is_there(param, config, layer)
+        return tuple(name for name in (self.taps.norms if names is None else names) if there.get(name, True))
 
     def keys_of(self, axis: str) -> tuple[str, ...]:
         """The config keys that may hold the size of an axis."""

@@ -39,7 +39,8 @@ def family_names(names: Iterable[str], family: Family) -> dict[str, str]:
         if bare.endswith(head) and _is_known(bare.removesuffix(head)):
             found[name] = head
         else:
-            found[name] = root + bare.removeprefix(prefix) if bare.startswith(prefix) else bare
+            called = root + bare.removeprefix(prefix) if bare.startswith(prefix) else bare
+            found[name] = family.aliases.get(called, called)
     came_from: dict[str, str] = {}
     for name, called in found.items():
         if called in came_from:

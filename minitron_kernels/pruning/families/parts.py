@@ -1,11 +1,25 @@
-"""Groups of parameters that many families share, for use in their tables."""
+"""Groups of parameters that many families share, and conditions on their configs, for use in their tables."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from minitron_kernels.pruning.families.configs import config_value
-from minitron_kernels.pruning.families.family import Param, When
+from minitron_kernels.pruning.families.configs import Config, config_value
+from minitron_kernels.pruning.families.family import Param, Taps, When
+
+TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
+FOUR_NORMS = (*TWO_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+# of gate_up_proj's output the second half are the neurons
+FUSED_MLP_TAPS = Taps(mlp_up="mlp.gate_up_proj", mlp_up_part=(1, 2))
+# what families do only nearly, for Family.approximates
+MEAN_OF_FEWER = "LayerNorms subtract the mean of the channels that stay, not of all"
+WIDE_NORM = "q_norm and k_norm divide by the root mean square of the heads that stay, not of all"
+
+
+def always(config: Config, layer: int) -> bool:
+    """A `when`, or an `is_sparse`, of all layers."""
+    return True
 
 
 def flag(key: str, default: bool = False) -> When:
@@ -22,29 +36,89 @@ def linear(name: str, axes: str, bias: When | bool = False) -> tuple[Param, ...]
 
 
 def attention(
-    *, qkv_bias: When | bool = False, out_bias: When | bool = False, qk_norm: bool = False
+    *,
+    qkv_bias: When | bool = False,
+    out_bias: When | bool = False,
+    qk_norm: bool = False,
+    qk_norm_names: tuple[str, str] = ("q_norm", "k_norm"),
+    wide_norm: bool = False,
+    out: str = "o_proj",
 ) -> tuple[Param, ...]:
-    """Attention with separate projections to queries, keys and values."""
-    norms = tuple(Param(f"self_attn.{side}_norm.weight", "head_dim") for side in "qk") if qk_norm else ()
+    """Attention with separate projections to queries, keys and values.
+
+    qk_norm: norms of queries and keys, over the channels of a head; wide_norm: over those of all heads.
+    """
+    axes = ("heads", "kv_heads") if wide_norm else ("head_dim", "head_dim")
+    norms = tuple(
+        Param(f"self_attn.{name}.weight", axis) for name, axis in zip(qk_norm_names, axes, strict=True)
+    )
     return (
         *linear("self_attn.q_proj", "heads, hidden", qkv_bias),
         *linear("self_attn.k_proj", "kv_heads, hidden", qkv_bias),
         *linear("self_attn.v_proj", "kv_heads, hidden", qkv_bias),
-        *linear("self_attn.o_proj", "hidden, heads", out_bias),
-        *norms,
+        *linear(f"self_attn.{out}", "hidden, heads", out_bias),
+        *(norms if qk_norm or wide_norm else ()),
     )
 
 
 def gated_mlp(bias: When | bool = False, when: When | None = None) -> tuple[Param, ...]:
     """An MLP of gate_proj, up_proj and down_proj."""
-    params = (
-        *linear("mlp.gate_proj", "mlp, hidden", bias),
-        *linear("mlp.up_proj", "mlp, hidden", bias),
-        *linear("mlp.down_proj", "hidden, mlp", bias),
-    )
+    params = (*linear("mlp.gate_proj", "mlp, hidden", bias), *plain_mlp(bias))
     return tuple(dataclasses.replace(param, when=when) for param in params) if when else params
 
 
-def norms(*names: str) -> tuple[Param, ...]:
-    """RMS norms over the residual channels."""
-    return tuple(Param(f"{name}.weight", "hidden") for name in names)
+def plain_mlp(bias: When | bool = False, up: str = "up_proj", down: str = "down_proj") -> tuple[Param, ...]:
+    """An MLP of two linear layers, without a gate."""
+    return (*linear(f"mlp.{up}", "mlp, hidden", bias), *linear(f"mlp.{down}", "hidden, mlp", bias))
+
+
+def fused_mlp() -> tuple[Param, ...]:
+    """An MLP whose gate and neurons come from one projection; tapped by FUSED_MLP_TAPS."""
+    return (*linear("mlp.gate_up_proj", "mlp+mlp, hidden"), *linear("mlp.down_proj", "hidden, mlp"))
+
+
+def experts(block: str, when: When | None = None) -> tuple[Param, ...]:
+    """The router, and the weights of all experts, stacked in three-dimensional tensors."""
+    return (
+        Param(f"{block}.gate.weight", "experts, hidden", when),
+        Param(f"{block}.experts.gate_up_proj", "experts, expert_mlp+expert_mlp, hidden", when),
+        Param(f"{block}.experts.down_proj", "experts, hidden, expert_mlp", when),
+    )
+
+
+def norms(*names: str, bias: bool = False, when: When | None = None) -> tuple[Param, ...]:
+    """Norms over the residual channels, with biases or without."""
+    kinds = ("weight", "bias") if bias else ("weight",)
+    return tuple(Param(f"{name}.{kind}", "hidden", when) for name in names for kind in kinds)
+
+
+def outer(
+    norm: str = "model.norm", *, norm_bias: bool = False, norm_weight: bool = True, head_bias: bool = False
+) -> tuple[Param, ...]:
+    """The parameters around the layers: embedding, final norm, head."""
+    return (
+        Param("model.embed_tokens.weight", "vocab, hidden"),
+        *((Param(f"{norm}.weight", "hidden"),) if norm_weight else ()),
+        *((Param(f"{norm}.bias", "hidden"),) if norm_bias else ()),
+        *linear("lm_head", "vocab, hidden", head_bias),
+    )
+
+
+def heads_divide_hidden(config: Config) -> str | None:
+    """A `refuses` for configs that must have heads that divide hidden_size, although head_dim is written."""
+    hidden, heads = config_value(config, "hidden_size"), config_value(config, "num_attention_heads")
+    return (
+        f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}" if hidden % heads else None
+    )
+
+
+def heads_fill_hidden(config: Config) -> str | None:
+    """A `refuses` for models that take head_dim to be hidden_size / num_attention_heads, whatever it says."""
+    keys = ("hidden_size", "num_attention_heads", "head_dim")
+    hidden, heads, dim = (config_value(config, key) for key in keys)
+    if dim is None or heads * dim == hidden:
+        return None
+    return (
+        f"its class takes head_dim to be hidden_size / num_attention_heads = {hidden} / {heads}, but each "
+        f"has {dim}: cut hidden_size and num_attention_heads alike"
+    )

@@ -84,9 +84,9 @@ def check_plan(
                 )
             for expert, keep in enumerate(entry.expert_mlp):
                 check(keep, "expert_mlp", f"{where}.expert_mlp[{expert}]")
-    norms = {f"{family.layers}.{layer}.{norm}" for layer in kept for norm in family.taps.norms} | {
-        family.final_norm
-    }
+    norms = {
+        f"{family.layers}.{layer}.{norm}" for layer in kept for norm in family.norms_in(source_config, layer)
+    } | {family.final_norm}
     for name, factor in norm_factors.items():
         if name not in norms:
             raise ValueError(f"norm_factors has {name!r}, which is not a norm of a kept layer")

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import math
-import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from minitron_kernels.pruning.families.configs import Config, completed, config_value
 from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.families.registry import family_of
+from minitron_kernels.pruning.plan.counts import Footprint, budgets_of
 from minitron_kernels.pruning.plan.layer_plan import LayerPlan
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
-from minitron_kernels.pruning.plan.selection import (
-    ORDERS,
-    Keep,
-    KeptHeads,
-    best_block,
-    checked_scores,
-    choose_heads,
-    least_loss,
-    top,
-)
+from minitron_kernels.pruning.plan.selection import ORDERS, KeptHeads, choose_heads
 from minitron_kernels.pruning.plan.sizes import (
+    BUDGETS,
     Candidate,
     Sizes,
     find_sizes,
     given_sizes,
+    named_sizes,
     size_names,
     target_config_of,
 )
+from minitron_kernels.pruning.plan.tables import Tables, kept_layers, norm_factors
 
 __all__ = ["LayerPlan", "PruningPlan", "make_plan"]
 
@@ -46,6 +36,10 @@ def make_plan(
     *,
     ratio: float | Mapping[str, float] | None = None,
     params: float | None = None,
+    active_params: float | None = None,
+    memory_bytes: float | None = None,
+    memory_dtype: Any = "bfloat16",
+    kv_tokens: int = 0,
     search: Sequence[str] | None = None,
     num_experts_per_tok: int | None = None,
     drop_layers: Sequence[int] | None = None,
@@ -79,8 +73,12 @@ def make_plan(
         ratio: of hidden and MLP sizes to those of the source, or by name, {"intermediate_size": 0.75}; sizes
             are rounded to the nearest multiple of the divisor.
         params: a budget of parameters, embeddings included; find_sizes() describes how the sizes are chosen.
-            The plan lists the best candidates.
-        search: the sizes that `params` may choose; default: the hidden and MLP sizes that are not given.
+            The plan lists the best candidates; search_plan() scores them.
+        active_params: a budget of the parameters that serve a token; differs where there are experts.
+        memory_bytes: a budget of bytes, for the weights in memory_dtype and the keys and values of kv_tokens
+            tokens in that dtype; count_usage() has the formulas. All budgets that are given are kept.
+        memory_dtype, kv_tokens: see memory_bytes.
+        search: the sizes that a budget may choose; default: the hidden and MLP sizes that are not given.
         num_experts_per_tok: for the new config; needed where fewer experts stay than serve a token.
         drop_layers: the layers to drop. Without it, num_hidden_layers drops the block of neighbouring layers
             whose measured loss, or summed score in the table "layers", is least.
@@ -139,22 +137,28 @@ def make_plan(
     before = family.sizes(config)
 
     given = given_sizes(family, config, sizes, ratio, divisor)
-    if not sizes and ratio is params is drop_layers is num_experts_per_tok is None:
+    budgets = budgets_of(params=params, active_params=active_params, memory_bytes=memory_bytes)
+    if not sizes and not budgets and ratio is drop_layers is num_experts_per_tok is None:
         warnings.warn(
-            f"the plan keeps everything: give sizes ({', '.join(names)}), ratio=, params= or drop_layers=",
+            f"the plan keeps everything: give sizes ({', '.join(names)}), ratio=, drop_layers=, or a budget: "
+            "params=, active_params=, memory_bytes=",
             stacklevel=2,
         )
-    table = _Tables(tables, before)
+    table = Tables(tables, before)
     depth = given.get("layers", before["layers"])
-    layers = _kept_layers(table, before["layers"], depth, "layers" in given, drop_layers, block_losses)
+    layers = kept_layers(table, before["layers"], depth, "layers" in given, drop_layers, block_losses)
     candidates: list[Candidate] = []
-    if params is not None:
-        fixed = {next(name for name in names if names[name] == axis): size for axis, size in given.items()}
+    if budgets:
         candidates = find_sizes(
             config,
             params,
+            active_params=active_params,
+            memory_bytes=memory_bytes,
+            memory_dtype=memory_dtype,
+            kv_tokens=kv_tokens,
+            num_experts_per_tok=num_experts_per_tok,
             search=search,
-            fixed=fixed,
+            fixed=named_sizes(names, given),
             layers=None if len(layers) == before["layers"] else layers,
             divisor=divisor,
             loadable=loadable,
@@ -162,14 +166,13 @@ def make_plan(
         )
         given.update({names[name]: size for name, size in candidates[0].sizes.items()})
         if all(before[axis] == size for axis, size in given.items()) and len(layers) == before["layers"]:
-            raise ValueError(
-                f"params must be less than the {candidates[0].parameters:,} of the whole model, got "
-                f"{params:,}: nothing would be cut"
-            )
+            raise ValueError(nothing_to_cut(budgets, candidates[0]))
         if len(layers) != given.get("layers", len(layers)):
-            layers = _kept_layers(table, before["layers"], given["layers"], True, None, block_losses)
+            layers = kept_layers(table, before["layers"], given["layers"], True, None, block_losses)
     elif search is not None:
-        raise ValueError("search chooses sizes for a budget: give params as well")
+        raise ValueError("search chooses sizes for a budget: give params as well, or another budget")
+    if not budgets and (kv_tokens or memory_dtype != "bfloat16"):
+        raise ValueError("memory_dtype and kv_tokens belong to a budget: give memory_bytes as well")
     if block_losses is not None and "layers" not in given:
         raise ValueError("block_losses tell which layers go, but all stay: give num_hidden_layers as well")
     after = {**before, **given, "layers": len(layers)}
@@ -198,13 +201,15 @@ def make_plan(
             entries.append(LayerPlan(layer, heads, mlp=table.keep("mlp", layer, after["mlp"], order)))
     made_with = {
         **sizes,
-        **_given_options(ratio=ratio, params=params, search=search, divisor=divisor),
+        **_given_options(ratio=ratio, **budgets, search=search, divisor=divisor),
         "kv_heads": kv_heads,
         "merge_heads": merge_heads,
         "rescale_norms": rescale_norms,
     }
     if hasattr(scores, "tables"):
         made_with |= {"batch": batch, "seq": seq}
+    if memory_bytes is not None:
+        made_with |= {"memory_dtype": Footprint(memory_dtype).dtype, "kv_tokens": kv_tokens}
     if len(layers) < before["layers"]:
         chosen_by = "importance" if block_losses is None else "loss"
         made_with["layers_by"] = "name" if drop_layers is not None else chosen_by
@@ -214,9 +219,21 @@ def make_plan(
         hidden=hidden,
         layers=tuple(entries),
         order=order,
-        norm_factors=_norm_factors(family, table, hidden, layers) if rescale_norms else {},
+        norm_factors=norm_factors(family, config, table, hidden, layers) if rescale_norms else {},
         made_with=made_with,
         candidates=tuple(candidates),
+    )
+
+
+def nothing_to_cut(budgets: Mapping[str, float], whole: Candidate) -> str:
+    """What is wrong with budgets that the whole model meets."""
+    counted = dict(zip(BUDGETS, (whole.parameters, whole.active_parameters, whole.memory_bytes), strict=True))
+    return (
+        "; ".join(
+            f"{name} must be less than the {counted[name]:,} of the whole model, got {budget:,}"
+            for name, budget in budgets.items()
+        )
+        + ": nothing would be cut"
     )
 
 
@@ -229,74 +246,6 @@ def _given_options(**options: Any) -> dict[str, Any]:
         elif value is not None:
             given[name] = value if isinstance(value, (int, float)) else list(value)
     return given
-
-
-class _Tables:
-    """The tables of scores; each is checked when it is needed."""
-
-    def __init__(self, tables: Mapping[str, Any], sizes: Sizes) -> None:
-        self.tables, self.sizes = tables, sizes
-
-    def get(self, axis: str, key: int | str | None, shape: tuple[int, ...], need: str) -> Tensor:
-        """The table of an axis, or its entry for a layer or norm."""
-        if axis not in self.tables:
-            there = ", ".join(map(str, self.tables)) or "none"
-            raise ValueError(f"scores must have the table {axis!r} {need}, got {there}")
-        table, name = self.tables[axis], axis
-        if key is not None:
-            if not isinstance(table, Mapping) or key not in table:
-                raise ValueError(f"scores[{axis}] must have an entry for {key!r} {need}")
-            table, name = table[key], f"{axis}][{key}"
-        return checked_scores(table, shape, name)
-
-    def keep(self, axis: str, layer: int | None, count: int, order: str) -> Keep:
-        """The best channels of an axis. Needs no scores where all stay."""
-        size = self.sizes[axis]
-        if count == size:
-            return tuple(range(size))
-        return top(self.get(axis, layer, (size,), f"to prune {axis}"), count, order)
-
-    def expert_neurons(self, layer: int, experts: Keep, count: int, order: str) -> tuple[Keep, ...]:
-        """The best neurons of each kept expert."""
-        size = self.sizes["expert_mlp"]
-        if count == size:
-            return (tuple(range(size)),) * len(experts)
-        shape = (self.sizes["experts"], size)
-        table = self.get("expert_mlp", layer, shape, "to prune expert_mlp")
-        return tuple(top(table[expert], count, order) for expert in experts)
-
-
-def _kept_layers(
-    table: _Tables,
-    before: int,
-    after: int,
-    depth_is_given: bool,
-    drop: Sequence[int] | None,
-    losses: Mapping[int, float] | Sequence[float] | None,
-) -> list[int]:
-    if drop is not None:
-        gone = sorted(map(operator.index, drop))  # accepts NumPy's integers
-        if (
-            any(not 0 <= layer < before for layer in gone)
-            or len(set(gone)) < len(gone)
-            or len(gone) >= before
-        ):
-            raise ValueError(f"drop_layers must name some of {before} layers, each once, got {list(drop)}")
-        if depth_is_given and after != before - len(gone):
-            raise ValueError(
-                f"num_hidden_layers {after} is not what drop_layers leaves of {before}: {before - len(gone)}"
-            )
-        if losses is not None:
-            raise ValueError("drop_layers says which layers go: block_losses must be None")
-        return [layer for layer in range(before) if layer not in set(gone)]
-    count = before - after
-    if not count:
-        return list(range(before))
-    if losses is not None:
-        start = least_loss(losses, before, count)
-    else:
-        start = best_block(table.get("layers", None, (before,), "to prune layers"), count)
-    return [layer for layer in range(before) if not start <= layer < start + count]
 
 
 def _check_heads(before: Sizes, after: Sizes, kv_choice: str) -> None:
@@ -350,7 +299,7 @@ def _settle_experts(
 
 
 def _heads_of(
-    table: _Tables, layer: int, before: Sizes, after: Sizes, merge_kv: bool, merge_query: bool, order: str
+    table: Tables, layer: int, before: Sizes, after: Sizes, merge_kv: bool, merge_query: bool, order: str
 ) -> KeptHeads:
     scores = None
     if after["heads"] != before["heads"]:
@@ -363,21 +312,3 @@ def _heads_of(
         merge_query=merge_query,
         order=order,
     )
-
-
-def _norm_factors(family: Family, table: _Tables, hidden: Keep, layers: list[int]) -> dict[str, float]:
-    """√(share of energy kept · old size / new size) of each norm over hidden channels; {} if all stay."""
-    size = table.sizes["hidden"]
-    if len(hidden) == size:
-        return {}
-    norms = [f"{family.layers}.{layer}.{norm}" for layer in layers for norm in family.taps.norms]
-    factors, kept = {}, torch.tensor(hidden)
-    for norm in [*norms, family.final_norm]:
-        energy = table.get("energy", norm, (size,), "to rescale norms (or rescale_norms=False)")
-        if bool((energy < 0).any()):
-            raise ValueError(f"scores[energy][{norm}] must not be negative")
-        share = float(energy[kept].sum() / energy.sum())
-        if not share > 0:  # the norm's input was 0, or its kept channels were: leave the gain as it is
-            share = len(hidden) / size
-        factors[norm] = math.sqrt(share * size / len(hidden))
-    return factors

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.checks import check_plan
+from minitron_kernels.pruning.plan.counts import EXPERTS_PER_TOKEN, count_usage
+from minitron_kernels.pruning.plan.files import write_text
 from minitron_kernels.pruning.plan.layer_plan import (
     LayerPlan,
     fields_of,
@@ -88,6 +89,13 @@ class PruningPlan:
         """The number of parameters of the smaller model; a tied head counts once."""
         return family_of(self.target_config).count_parameters(self.target_config)
 
+    @property
+    def dropped_layers(self) -> tuple[int, ...]:
+        """The layers of the source that do not stay."""
+        kept = {entry.layer for entry in self.layers}
+        layers = family_of(self.source_config).sizes(self.source_config)["layers"]
+        return tuple(layer for layer in range(layers) if layer not in kept)
+
     def summary(self) -> str:
         """A table of sizes and parameters before and after, with warnings and notes on what else is done."""
         family = family_of(self.source_config)
@@ -98,6 +106,11 @@ class PruningPlan:
             new = family.count_parameters(self.target_config, embeddings=embeddings)
             name = "parameters" if embeddings else "without embeddings"
             counts.append((name, f"{old:,}", f"{new:,}", f"{new / old:.1%}"))
+        if "experts" in family.sizes(self.source_config) and family.value(
+            self.source_config, EXPERTS_PER_TOKEN
+        ):
+            old, new = (count_usage(c).active_parameters for c in (self.source_config, self.target_config))
+            counts.append(("active parameters", f"{old:,}", f"{new:,}", f"{new / old:.1%}"))
         table = [("", "before", "after", "kept"), *rows, *counts]
         widths = [max(len(row[column]) for row in table) for column in range(4)]
         lines = [
@@ -120,6 +133,9 @@ class PruningPlan:
                 f"{after['hidden']}: runtimes that take head_dim to be hidden_size / num_attention_heads "
                 "cannot run it"
             )
+        cut = {axis for axis in before if before[axis] != after[axis]}
+        said = dict.fromkeys(what for axis, what in family.approximates.items() if axis in cut)
+        found += [f"approximate: {what}" for what in said]
         if self.made_with.get("layers_by") == "importance":
             found.append(
                 "warning: layers were chosen by importance, a weak guide: compare the model's loss without "
@@ -129,11 +145,8 @@ class PruningPlan:
 
     def _notes(self) -> list[str]:
         notes = []
-        kept = {entry.layer for entry in self.layers}
-        layers = family_of(self.source_config).sizes(self.source_config)["layers"]
-        dropped = [layer for layer in range(layers) if layer not in kept]
-        if dropped:
-            notes.append(f"layers dropped: {format_runs(dropped)}")
+        if self.dropped_layers:
+            notes.append(f"layers dropped: {format_runs(self.dropped_layers)}")
         if any(len(sources) > 1 for entry in self.layers for sources in entry.heads.kv):
             notes.append("KV heads are the mean of those they replace")
         if any(entry.heads.merged for entry in self.layers):
@@ -145,7 +158,12 @@ class PruningPlan:
             notes.append("what is kept is ordered by importance")
         for candidate in self.candidates[:5]:
             sizes = ", ".join(f"{name} {size}" for name, size in candidate.sizes.items())
-            notes.append(f"candidate: {candidate.parameters:,} parameters with {sizes}")
+            counted = f"{candidate.parameters:,} parameters"
+            if candidate.active_parameters not in (None, candidate.parameters):
+                counted += f" ({candidate.active_parameters:,} active)"
+            if candidate.memory_bytes is not None and "memory_bytes" in self.made_with:
+                counted += f" in {candidate.memory_bytes / 1e9:.3f} GB"
+            notes.append(f"candidate: {counted} with {sizes}")
         return notes
 
     def to_dict(self) -> dict[str, Any]:
@@ -183,7 +201,10 @@ class PruningPlan:
         candidates = []
         for index, entry in enumerate(typed(top["candidates"], list, "candidates")):
             where = f"candidates[{index}]"
-            candidates.append(Candidate(**fields_of(entry, where, {"sizes", "parameters", "spread"})))
+            optional = {"active_parameters", "memory_bytes"}
+            candidates.append(
+                Candidate(**fields_of(entry, where, {"sizes", "parameters", "spread"}, optional))
+            )
         layers = typed(top["layers"], list, "layers")
         plan = cls(
             source_config=top["source_config"],
@@ -204,17 +225,7 @@ class PruningPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON. A file that was at `path` stays until the new one is complete."""
-        path = Path(path)
-        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_text(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:

@@ -1,64 +1,31 @@
-"""The sizes of the smaller model: from names, ratios, or a parameter budget."""
+"""The sizes of the smaller model: from names, ratios, or budgets."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from minitron_kernels.pruning.families.configs import Config, as_dict, completed, config_value
-from minitron_kernels.pruning.families.family import Family, elements
+from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.families.registry import family_of
+from minitron_kernels.pruning.plan.counts import Footprint, UsageCount, budgets_of
 
 DIVISOR = 64  # of given sizes: rows are then multiples of 128 bytes in bf16, and of tensor cores' tiles
 SEARCH_DIVISOR = 128  # of sizes that are searched for a budget: a tile of GEMM libraries
 WIDTH = ("hidden", "mlp", "expert_mlp")  # axes of channels, whose sizes must be multiples of the divisor
-NEARLY = 0.97  # share of the largest fitting parameter count above which the better shape is preferred
+NEARLY = 0.97  # of the fullest candidate that fits: above this share the better shape is preferred
 MOST_CANDIDATES = 200_000
+BUDGETS = ("params", "active_params", "memory_bytes")  # of the fields of Usage, in their order
 
 Sizes = dict[str, int]
 
 
-class ParameterCount:
-    """Counts a model's parameters for many choices of sizes: they are grouped by their axes once."""
-
-    def __init__(self, family: Family, config: Config) -> None:
-        self.kinds: dict[int | None, Counter[tuple[tuple[str, ...], ...]]] = {}
-        for param in family.parameters(config):
-            if param.buffer:
-                continue
-            self.kinds.setdefault(param.layer, Counter())[param.dims] += 1
-
-    def axes(self) -> set[str]:
-        """The axes of the parameters."""
-        return {axis for kinds in self.kinds.values() for dims in kinds for parts in dims for axis in parts}
-
-    def uniform(self) -> bool:
-        """Whether all layers have the same parameters."""
-        return all(kinds == self.kinds[0] for layer, kinds in self.kinds.items() if layer is not None)
-
-    def of(self, layers: Sequence[int]) -> Counter[tuple[tuple[str, ...], ...]]:
-        """The number of parameters with each combination of axes, in a model of these layers."""
-        total = Counter(self.kinds[None])
-        for layer in layers:
-            total.update(self.kinds[layer])
-        return total
-
-
-def count_of(kinds: Mapping[tuple[tuple[str, ...], ...], int], sizes: Sizes) -> int:
-    """The number of elements of parameters, given how many have each combination of axes."""
-    return sum(
-        number * math.prod(sum(elements(axis, sizes) for axis in parts) for parts in dims)
-        for dims, number in kinds.items()
-    )
-
-
 def size_names(family: Family, config: Config) -> dict[str, str]:
     """The names of the sizes that can be pruned, and their axes: {"hidden_size": "hidden", ...}."""
-    there = (ParameterCount(family, config).axes() | {"layers"}) - {"vocab", "head_dim"}
+    there = (UsageCount(family, config).axes() | {"layers"}) - {"vocab", "head_dim"}
     axes = dict.fromkeys(("hidden", "mlp", "expert_mlp", "experts", "heads", "kv_heads", "layers"))
     return {key: axis for axis in axes if axis in there for key in family.keys_of(axis)}
 
@@ -150,17 +117,26 @@ class Candidate:
         sizes: by their names in the config.
         parameters: of a model with these sizes; a tied head counts once.
         spread: the largest share of the source's size divided by the smallest: 1 where all shrink alike.
+        active_parameters: those that serve a token, see count_usage(); None: not counted.
+        memory_bytes: of weights and cache, see count_usage(); None: not counted.
     """
 
     sizes: dict[str, int]
     parameters: int
     spread: float
+    active_parameters: int | None = None
+    memory_bytes: int | None = None
 
 
 def find_sizes(
     config: Config,
-    params: float,
+    params: float | None = None,
     *,
+    active_params: float | None = None,
+    memory_bytes: float | None = None,
+    memory_dtype: Any = "bfloat16",
+    kv_tokens: int = 0,
+    num_experts_per_tok: int | None = None,
     search: Sequence[str] | None = None,
     fixed: Mapping[str, int] | None = None,
     layers: Sequence[int] | None = None,
@@ -168,15 +144,20 @@ def find_sizes(
     loadable: bool = True,
     limit: int = 20,
 ) -> list[Candidate]:
-    """Sizes of models with at most `params` parameters, best first.
+    """Sizes of models within all of the budgets that are given, best first.
 
     All combinations of multiples of the divisor (128), from a quarter of the source's size up, are counted,
-    embeddings included. First come those with at least 97 % of the parameters of the largest that fits, in
-    order of how evenly their sizes shrink. Then come the others, the largest first.
+    as by count_usage(). How full a candidate is, is the share of a budget that it takes; of several budgets
+    the largest share. First come those at least 97 % as full as the fullest, in order of how evenly their
+    sizes shrink. Then come the others, the fullest first.
 
     Args:
         config: of the source.
-        params: the budget, e.g. 8.4e9.
+        params: a budget of parameters, embeddings included, e.g. 8.4e9.
+        active_params: a budget of parameters that serve a token, for models with experts.
+        memory_bytes: a budget of bytes for the weights and the key/value cache.
+        memory_dtype, kv_tokens: the dtype of weights and cache, and the tokens in it, as in count_usage().
+        num_experts_per_tok: of the smaller model; default: as in the source.
         search: names of sizes to choose; default: hidden and MLP sizes. num_hidden_layers is possible only
             where all layers have the same parameters.
         fixed: other sizes, by name; they need not be multiples of the divisor.
@@ -186,7 +167,8 @@ def find_sizes(
         limit: how many to return.
 
     Raises:
-        ValueError: an unknown name; nothing fits (says how small the smallest is); too many combinations.
+        TypeError, ValueError: no budget, or one that is not a positive number; an unknown name; nothing fits
+            (says how small the smallest is); too many combinations.
 
     Example:
         >>> find_sizes(config, 8.5e9)[0].sizes                          # doctest: +SKIP
@@ -196,10 +178,9 @@ def find_sizes(
     family = family_of(config)
     before = family.sizes(config)
     names = size_names(family, config)
-    if isinstance(params, bool) or not isinstance(params, (int, float)):
-        raise TypeError(f"params must be a number, got {params!r}")
-    if not params > 0:  # NaN as well
-        raise ValueError(f"params must be above 0, got {params}")
+    budgets = budgets_of(params=params, active_params=active_params, memory_bytes=memory_bytes)
+    if not budgets:
+        raise ValueError("give a budget: params, active_params or memory_bytes")
     given = given_sizes(family, config, fixed or {}, None, 1)
     if search is None:
         search = [name for name, axis in names.items() if axis in WIDTH and axis not in given]
@@ -208,7 +189,8 @@ def find_sizes(
         raise ValueError(
             f"search must hold sizes that are not given otherwise, each once, got {list(search)}"
         )
-    count, depth = ParameterCount(family, config), given.get("layers", before["layers"])
+    count = UsageCount(family, config, Footprint(memory_dtype, kv_tokens), num_experts_per_tok)
+    depth = given.get("layers", before["layers"])
     kept = list(range(depth) if layers is None else layers)
     if len(kept) != depth and "layers" in given:
         raise ValueError(f"layers must be {depth} as fixed says, got {len(kept)}")
@@ -216,7 +198,10 @@ def find_sizes(
         raise ValueError("search cannot choose num_hidden_layers where layers are given")
     if ("layers" in axes or len(kept) < before["layers"]) and layers is None and not count.uniform():
         raise ValueError("layers must name the layers that stay, since not all have the same parameters")
-    grids = [_grid(family, config, name, axis, divisor) for name, axis in zip(search, axes, strict=True)]
+    grids = [
+        _grid(before[axis], axis, divisor_of(divisor, name, axis, SEARCH_DIVISOR), count.per_token)
+        for name, axis in zip(search, axes, strict=True)
+    ]
     if math.prod(map(len, grids)) > MOST_CANDIDATES:
         raise ValueError(
             f"search would try {math.prod(map(len, grids))} combinations, at most {MOST_CANDIDATES}: take a "
@@ -227,7 +212,8 @@ def find_sizes(
     }
     group = before["heads"] // before["kv_heads"]
     follow = group == 1 and "kv_heads" not in given and "kv_heads" not in axes
-    found, least = [], math.inf
+    found: list[tuple[float, Candidate]] = []
+    least: dict[str, int] = {}
     for choice in itertools.product(*grids):
         sizes = {**before, "layers": len(kept), **given, **dict(zip(axes, choice, strict=True))}
         if follow:
@@ -237,39 +223,51 @@ def find_sizes(
             continue
         if loadable and family.refuses(write_sizes(family, config, sizes)):
             continue
-        parameters = count_of(kinds[sizes["layers"]], sizes)
-        least = min(least, parameters)
-        if parameters > params:
+        usage = count.usage(kinds[sizes["layers"]], sizes)
+        taken = dict(zip(BUDGETS, usage, strict=True))
+        least = {name: min(taken[name], least.get(name, taken[name])) for name in budgets}
+        if any(taken[name] > budget for name, budget in budgets.items()):
             continue
         shares = [sizes[axis] / before[axis] for axis in axes]
-        chosen = dict(zip(search, choice, strict=True))
-        found.append(Candidate(chosen, parameters, max(shares) / min(shares)))
-    if least == math.inf:
+        candidate = Candidate(
+            dict(zip(search, choice, strict=True)),
+            usage.parameters,
+            max(shares) / min(shares),
+            usage.active_parameters,
+            usage.memory_bytes,
+        )
+        found.append((max(taken[name] / budget for name, budget in budgets.items()), candidate))
+    if not least:
         raise ValueError(f"search finds no sizes {list(search)} that go with the others")
     if not found:
-        raise ValueError(
-            f"params must be at least {least:,}, the smallest of sizes {list(search)}, got {params:,}"
-        )
-    enough = NEARLY * max(candidate.parameters for candidate in found)
+        for name, budget in budgets.items():
+            if least[name] > budget:
+                raise ValueError(
+                    f"{name} must be at least {least[name]:,}, the smallest of sizes {list(search)}, got "
+                    f"{budget:,}"
+                )
+        raise ValueError(f"{' and '.join(budgets)} are each met by sizes {list(search)}, but not together")
+    enough = NEARLY * max(full for full, _ in found)
 
-    def rank(candidate: Candidate) -> tuple[float, ...]:
-        if candidate.parameters >= enough:
-            return 0, candidate.spread, -candidate.parameters
-        return 1, -candidate.parameters, candidate.spread
+    def rank(entry: tuple[float, Candidate]) -> tuple[float, ...]:
+        full, candidate = entry
+        if full >= enough:
+            return 0, candidate.spread, -full, -candidate.parameters
+        return 1, -full, candidate.spread, -candidate.parameters
 
-    return sorted(found, key=rank)[:limit]
+    return [candidate for _, candidate in sorted(found, key=rank)[:limit]]
 
 
-def _grid(
-    family: Family, config: Config, name: str, axis: str, divisor: int | Mapping[str, int] | None
-) -> list[int]:
+def _grid(size: int, axis: str, step: int, experts_per_token: int | None) -> list[int]:
     """The sizes to try: multiples of the divisor from a quarter of the source's size up, and that size."""
-    size = family.sizes(config)[axis]
-    step = divisor_of(divisor, name, axis, SEARCH_DIVISOR)
-    least = max(
-        int(config_value(config, "num_experts_per_tok") or 1) if axis == "experts" else 1, -(-size // 4)
-    )
+    least = max(int(experts_per_token or 1) if axis == "experts" else 1, -(-size // 4))
     return sorted({*range(-(-least // step) * step, size + 1, step), size})
+
+
+def named_sizes(names: Mapping[str, str], sizes: Mapping[str, int]) -> Sizes:
+    """Sizes of axes by their first names in the config; `names` as size_names() gives them."""
+    first = {axis: name for name, axis in reversed(list(names.items()))}
+    return {first[axis]: size for axis, size in sizes.items()}
 
 
 def write_sizes(family: Family, config: Config, sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def collect_importance(
         scores = resume_from.clone()
     recorder = Recorder(scores, context_parallel_group, backend)
     _check_finite("resume_from", recorder.totals())
-    read = _Reader(hooked, whole=context_parallel_group is None)
+    read = BatchReader(hooked, whole=context_parallel_group is None)
     count, before = 0, None
     with torch.no_grad(), hooked.hooked(recorder), contextlib.closing(_bar(batches, progress)) as bar:
         for count, batch in enumerate(bar, 1):
@@ -157,7 +157,7 @@ def _chosen(axes: Sequence[str] | None, hooked: HookedModel) -> tuple[str, ...]:
     return tuple(axis for axis in AXES if axis in wanted)
 
 
-class _Reader:
+class BatchReader:
     """Turns batches into the arguments of the model's forward pass, and their tokens.
 
     Attributes:

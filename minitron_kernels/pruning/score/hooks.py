@@ -88,10 +88,13 @@ class HookedModel:
         name = f"{self.family.layers}.{index}{'.' if inside else ''}{inside}"
         return name, self.module(name, axis)
 
-    def norms(self, names: Sequence[str]) -> tuple[str, ...]:
+    def norms(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The names of these norms in all layers, in the order of the forward pass, and of the final norm."""
-        layers = range(self.sizes["layers"])
-        in_layers = [f"{self.family.layers}.{i}.{name}" for i in layers for name in names]
+        in_layers = [
+            f"{self.family.layers}.{i}.{name}"
+            for i in range(self.sizes["layers"])
+            for name in self.family.norms_in(self.config, i, names)
+        ]
         return (*in_layers, self.family.final_norm)
 
     def empty_scores(self, axes: Sequence[str], options: Options) -> ImportanceScores:

@@ -1,0 +1,206 @@
+"""What a model of given sizes takes: its parameters, those that serve a token, and bytes of memory."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from minitron_kernels.pruning.families.configs import Config
+from minitron_kernels.pruning.families.family import QKV, Family, Located, elements
+from minitron_kernels.pruning.families.registry import family_of
+
+Dims = tuple[tuple[str, ...], ...]
+Kinds = Counter[tuple[Dims, bool]]  # (axes of the dimensions, whether it is of a routed expert): how many
+
+EXPERTS_PER_TOKEN = "num_experts_per_tok"
+
+
+class Usage(NamedTuple):
+    """What a model takes.
+
+    Attributes:
+        parameters: all of them, embeddings included; a tied head counts once.
+        active_parameters: those that serve a token, see count_usage().
+        memory_bytes: of the weights and the key/value cache, see count_usage().
+    """
+
+    parameters: int
+    active_parameters: int
+    memory_bytes: int
+
+
+class Footprint:
+    """How bytes are counted: by the dtype of weights and cache, and the tokens in the cache.
+
+    Args:
+        dtype: a torch dtype, or its name, such as "bfloat16".
+        kv_tokens: tokens in the key/value cache, of all sequences together.
+
+    Raises:
+        TypeError, ValueError: not a dtype; not a whole number from 0 on.
+    """
+
+    def __init__(self, dtype: str | torch.dtype = "bfloat16", kv_tokens: int = 0) -> None:
+        found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not isinstance(found, torch.dtype):
+            raise TypeError(f"memory_dtype must be a torch dtype or its name, as 'bfloat16', got {dtype!r}")
+        if isinstance(kv_tokens, bool) or not isinstance(kv_tokens, int):
+            raise TypeError(f"kv_tokens must be an int, got {kv_tokens!r}")
+        if kv_tokens < 0:
+            raise ValueError(f"kv_tokens must be at least 0, got {kv_tokens}")
+        self.dtype, self.kv_tokens = str(found).removeprefix("torch."), kv_tokens
+        self.element_bytes = found.itemsize
+
+
+class UsageCount:
+    """Counts what models take for many choices of sizes: their parameters are grouped by axes once.
+
+    Args:
+        family, config: of the source.
+        footprint: how bytes are counted.
+        experts_per_token: of the smaller models; None: as the config says.
+
+    Raises:
+        ValueError: the family does not say what a layer keeps in a cache that is to be counted; and from
+            usage(), the model has experts, but its config does not say how many serve a token.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        config: Config,
+        footprint: Footprint | None = None,
+        experts_per_token: int | None = None,
+    ) -> None:
+        self.footprint = footprint or Footprint()
+        self.kinds: dict[int | None, Kinds] = {}
+        self.cached: dict[int | None, int] = {}  # projections to keys and values: two in a layer of attention
+        for param in family.parameters(config):
+            if param.buffer or param.expert:  # of several experts the first stands for all
+                continue
+            dims = param.dims if param.expert is None else (("experts",), *param.dims)
+            self.kinds.setdefault(param.layer, Counter())[dims, _is_routed(family, param)] += 1
+            outputs = param.dims[0] if len(param.dims) == 2 else ()
+            cached = self.cached.get(param.layer, 0)
+            self.cached[param.layer] = cached + outputs.count("kv_heads") + 2 * outputs.count(QKV)
+        self.per_token = experts_per_token
+        if experts_per_token is None and "experts" in self.axes():
+            self.per_token = family.value(config, EXPERTS_PER_TOKEN)
+        other = [layer for layer, count in self.cached.items() if layer is not None and count != 2]
+        if self.footprint.kv_tokens and other:
+            raise ValueError(
+                f"kv_tokens must be 0 for {family.model_types[0]}: its table does not say what layer "
+                f"{other[0]} keeps for a token, since it has no projections to keys and values by kv_heads"
+            )
+
+    def axes(self) -> set[str]:
+        """The axes of the parameters."""
+        axes = {
+            axis for kinds in self.kinds.values() for dims, _ in kinds for parts in dims for axis in parts
+        }
+        return axes | {"heads", "kv_heads"} if QKV in axes else axes
+
+    def uniform(self) -> bool:
+        """Whether all layers have the same parameters."""
+        return all(kinds == self.kinds[0] for layer, kinds in self.kinds.items() if layer is not None)
+
+    def of(self, layers: Sequence[int]) -> Kinds:
+        """The number of parameters of each kind, in a model of these layers."""
+        total = Counter(self.kinds[None])
+        for layer in layers:
+            total.update(self.kinds[layer])
+        return total
+
+    def usage(self, kinds: Kinds, sizes: Mapping[str, int]) -> Usage:
+        """What a model takes that has these numbers of parameters of each kind, and these sizes."""
+        chosen = dict(sizes)
+        if "experts" in sizes and self.per_token is not None:
+            chosen["experts"] = min(int(self.per_token), sizes["experts"])
+        total = active = 0
+        for (dims, routed), number in kinds.items():
+            if routed and self.per_token is None:
+                raise ValueError(
+                    f"the config has experts but no {EXPERTS_PER_TOKEN}: active parameters are unknown"
+                )
+            total += number * _numel(dims, sizes)
+            active += number * _numel(dims, chosen if routed else sizes)
+        cache = 0
+        if self.footprint.kv_tokens:
+            cache = self.footprint.kv_tokens * sizes["layers"] * 2 * elements("kv_heads", sizes)
+        return Usage(total, active, self.footprint.element_bytes * (total + cache))
+
+
+def count_usage(config: Config, *, memory_dtype: str | torch.dtype = "bfloat16", kv_tokens: int = 0) -> Usage:
+    """The parameters of a model with this config, those that serve a token, and its bytes of memory.
+
+        parameters          all, embeddings included; a tied head counts once; buffers do not count
+        active_parameters   parameters - routed · (experts - num_experts_per_tok) / experts
+        memory_bytes        bytes of an element · (parameters + kv_tokens · layers · 2 · kv_heads · head_dim)
+
+    `routed` are the parameters of the experts that a router chooses among. All else counts in full for a
+    token: embedding and head, attention, norms, routers, shared experts, dense layers. So the published
+    counts of active parameters are made: 12.9 B for Mixtral 8x7B, 3.3 B for Qwen3-30B-A3B. In a model without
+    experts all parameters are active.
+
+    Memory is that of the weights and of the keys and values of `kv_tokens` tokens, all in one dtype: for a
+    batch of 8 sequences of 4096 tokens kv_tokens is 32768. Layers with a sliding window are counted as if
+    they kept all tokens: an upper bound. Activations, buffers and the runtime's own memory do not count.
+
+    Args:
+        config: a transformers config, or the dict in config.json.
+        memory_dtype: of weights and cache, a torch dtype or its name.
+        kv_tokens: tokens in the cache, of all sequences together; 0: the weights alone.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the family is not known, or does not say what a
+            layer keeps in its cache (then kv_tokens must be 0).
+
+    Example:
+        >>> nemo = dict(model_type="mistral", hidden_size=5120, intermediate_size=14336, vocab_size=131072)
+        >>> nemo |= dict(num_hidden_layers=40, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+        >>> count_usage(nemo, kv_tokens=8192)
+        Usage(parameters=12247782400, active_parameters=12247782400, memory_bytes=25837742080)
+    """
+    family = family_of(config)
+    count = UsageCount(family, config, Footprint(memory_dtype, kv_tokens))
+    sizes = family.sizes(config)
+    return count.usage(count.of(range(sizes["layers"])), sizes)
+
+
+def _is_routed(family: Family, param: Located) -> bool:
+    """Whether a parameter is of experts among which a router chooses, so that a token meets a part of it.
+
+    The router itself has the axis of the experts too, but lies beside the module that holds them.
+    """
+    if param.expert is not None:
+        return True
+    if not param.dims or param.dims[0] != ("experts",):
+        return False
+    inside = f"{family.layers}.{param.layer}.{family.taps.experts}."
+    return len(param.dims) == 3 or (family.taps.experts is not None and param.name.startswith(inside))
+
+
+def _numel(dims: Dims, sizes: Mapping[str, int]) -> int:
+    return math.prod(sum(elements(axis, sizes) for axis in parts) for parts in dims)
+
+
+def budgets_of(**given: Any) -> dict[str, float]:
+    """The budgets that are given, by name, checked.
+
+    Raises:
+        TypeError, ValueError: one is not a positive number.
+    """
+    budgets = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not value > 0:  # NaN as well
+            raise ValueError(f"{name} must be above 0, got {value}")
+        budgets[name] = value
+    return budgets

@@ -1,0 +1,105 @@
+"""The tables of scores, as a plan reads them: each is checked when it is needed."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitron_kernels.pruning.families.configs import Config
+from minitron_kernels.pruning.families.family import Family
+from minitron_kernels.pruning.plan.selection import Keep, best_block, checked_scores, least_loss, top
+from minitron_kernels.pruning.plan.sizes import Sizes
+
+
+class Tables:
+    """The tables of scores; each is checked when it is needed."""
+
+    def __init__(self, tables: Mapping[str, Any], sizes: Sizes) -> None:
+        self.tables, self.sizes = tables, sizes
+
+    def get(self, axis: str, key: int | str | None, shape: tuple[int, ...], need: str) -> Tensor:
+        """The table of an axis, or its entry for a layer or norm."""
+        if axis not in self.tables:
+            there = ", ".join(map(str, self.tables)) or "none"
+            raise ValueError(f"scores must have the table {axis!r} {need}, got {there}")
+        table, name = self.tables[axis], axis
+        if key is not None:
+            if not isinstance(table, Mapping) or key not in table:
+                raise ValueError(f"scores[{axis}] must have an entry for {key!r} {need}")
+            table, name = table[key], f"{axis}][{key}"
+        return checked_scores(table, shape, name)
+
+    def keep(self, axis: str, layer: int | None, count: int, order: str) -> Keep:
+        """The best channels of an axis. Needs no scores where all stay."""
+        size = self.sizes[axis]
+        if count == size:
+            return tuple(range(size))
+        return top(self.get(axis, layer, (size,), f"to prune {axis}"), count, order)
+
+    def expert_neurons(self, layer: int, experts: Keep, count: int, order: str) -> tuple[Keep, ...]:
+        """The best neurons of each kept expert."""
+        size = self.sizes["expert_mlp"]
+        if count == size:
+            return (tuple(range(size)),) * len(experts)
+        shape = (self.sizes["experts"], size)
+        table = self.get("expert_mlp", layer, shape, "to prune expert_mlp")
+        return tuple(top(table[expert], count, order) for expert in experts)
+
+
+def kept_layers(
+    table: Tables,
+    before: int,
+    after: int,
+    depth_is_given: bool,
+    drop: Sequence[int] | None,
+    losses: Mapping[int, float] | Sequence[float] | None,
+) -> list[int]:
+    """The layers that stay: those not named, or all but the block with the least loss or importance."""
+    if drop is not None:
+        gone = sorted(map(operator.index, drop))  # accepts NumPy's integers
+        if (
+            any(not 0 <= layer < before for layer in gone)
+            or len(set(gone)) < len(gone)
+            or len(gone) >= before
+        ):
+            raise ValueError(f"drop_layers must name some of {before} layers, each once, got {list(drop)}")
+        if depth_is_given and after != before - len(gone):
+            raise ValueError(
+                f"num_hidden_layers {after} is not what drop_layers leaves of {before}: {before - len(gone)}"
+            )
+        if losses is not None:
+            raise ValueError("drop_layers says which layers go: block_losses must be None")
+        return [layer for layer in range(before) if layer not in set(gone)]
+    count = before - after
+    if not count:
+        return list(range(before))
+    if losses is not None:
+        start = least_loss(losses, before, count)
+    else:
+        start = best_block(table.get("layers", None, (before,), "to prune layers"), count)
+    return [layer for layer in range(before) if not start <= layer < start + count]
+
+
+def norm_factors(
+    family: Family, config: Config, table: Tables, hidden: Keep, layers: list[int]
+) -> dict[str, float]:
+    """√(share of energy kept · old size / new size) of each norm over hidden channels; {} if all stay."""
+    size = table.sizes["hidden"]
+    if len(hidden) == size:
+        return {}
+    norms = [f"{family.layers}.{layer}.{norm}" for layer in layers for norm in family.norms_in(config, layer)]
+    factors, kept = {}, torch.tensor(hidden)
+    for norm in [*norms, family.final_norm]:
+        energy = table.get("energy", norm, (size,), "to rescale norms (or rescale_norms=False)")
+        if bool((energy < 0).any()):
+            raise ValueError(f"scores[energy][{norm}] must not be negative")
+        share = float(energy[kept].sum() / energy.sum())
+        if not share > 0:  # the norm's input was 0, or its kept channels were: leave the gain as it is
+            share = len(hidden) / size
+        factors[norm] = math.sqrt(share * size / len(hidden))
+    return factors

@@ -1,0 +1,232 @@
+"""What is checked of every family: its table, scores, cuts in memory and on disk, and the result's logits."""
+
+import copy
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import textwrap
+
+import torch
+from safetensors.torch import load_file
+
+from minitron_kernels.pruning import collect_importance, make_plan, prune_checkpoint, prune_model
+from minitron_kernels.pruning.families.registry import family_of
+from pruning import oracle
+from pruning.collected import ids
+from pruning.family_case import DROPPED_LAYER
+from pruning.pruned_models import TOLERANCE, gone
+
+IDS = torch.arange(24).view(2, 12) * 7 % 96
+# a kernel's sum is within 16 roundings of fp32; a score is made of one or two, "hidden" adds up seven
+KERNEL = 64 * 2.0**-24
+LOAD = """
+    import json, sys, torch, transformers
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    ids = torch.arange(24).view(2, 12) * 7 % 96
+    for line in sys.stdin:
+        kind, folder = json.loads(line)
+        try:
+            load = getattr(transformers, kind).from_pretrained
+            model, report = load(folder, dtype="auto", output_loading_info=True)
+            if any(report.values()):
+                raise ValueError(str({key: list(value) for key, value in report.items() if value}))
+            with torch.no_grad():
+                torch.save(model(ids).logits, folder + "/logits.pt")
+            said = None
+        except Exception as error:
+            said = repr(error)
+        print(json.dumps([said]), flush=True)
+"""
+
+
+class FreshProcess:
+    """One process beside this one, which loads checkpoints by transformers alone."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(LOAD)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def logits(self, folder, kind="AutoModelForCausalLM"):
+        """What the model in `folder` makes of IDS; it must load without a missing or an unknown tensor."""
+        self.process.stdin.write(json.dumps([kind, str(folder)]) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, self.process.stderr.read()[-2000:]
+        said = json.loads(line)[0]
+        assert said is None, said
+        return torch.load(folder / "logits.pt", weights_only=True)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+def check_table(case, model):
+    """Names, shapes and count of parameters are the model's; the taps are modules of it."""
+    family = family_of(model.config)
+    sizes = family.sizes(model.config)
+    located = list(family.parameters(model.config))
+    expected = {param.name: param.shape(sizes) for param in located if not param.buffer}
+    assert expected == {key: tuple(value.shape) for key, value in model.named_parameters()}
+    state = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert all(state[param.name] == param.shape(sizes) for param in located)
+    assert family.count_parameters(model.config) == sum(p.numel() for p in model.parameters())
+    assert all(family.locate(param.name, model.config) == param for param in located)
+
+
+def check_scores(case, model):
+    """Scores against plain hooks in float64; returns the tables."""
+    batches = [ids(2, 11, seed=2), ids(1, 9, seed=3)]
+    wanted = oracle.tables(model, batches)
+    before = oracle.tables(model, batches, mlp_tap="up_proj_output")
+    tables = collect_importance(model, batches, progress=False).tables()
+    oracle.assert_tables(tables, wanted, KERNEL)
+    if "mlp" in tables:
+        options = dict(axes=("mlp",), mlp_tap="up_proj_output", progress=False)
+        got = collect_importance(model, batches, **options).tables()
+        oracle.assert_tables(got, {"mlp": before["mlp"]}, KERNEL)
+    return tables
+
+
+def check_plan(case, model, tables):
+    """A plan that cuts every axis; its summary says what is approximate, and nothing where all stays."""
+    # the last heads stay, so that none keeps its number
+    heads = {layer: torch.arange(len(x), dtype=x.dtype) for layer, x in tables["heads"].items()}
+    tables = {**tables, "heads": heads}
+    plan = make_plan(tables, model.config, divisor=8, drop_layers=[DROPPED_LAYER], **case.sizes)
+    family = family_of(model.config)
+    assert set(family.approximates) == set(case.approximate)
+    for text in family.approximates.values():
+        assert text in plan.summary()
+    whole = make_plan(tables, model.config, drop_layers=[DROPPED_LAYER])
+    assert not any(text in whole.summary() for text in family.approximates.values())
+    return plan
+
+
+def bits(folder):
+    return {
+        name: (tensor.dtype, tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+
+
+def check_cut(case, model, plan, folder, fresh):
+    """In memory and on disk the same bits; a fresh process loads them and says what the model here says."""
+    model.save_pretrained(folder / "source")
+    smaller = prune_model(model, plan)
+    assert sum(p.numel() for p in smaller.parameters()) == plan.parameters_after < plan.parameters_before
+    smaller.save_pretrained(folder / "memory")
+    prune_checkpoint(folder / "source", folder / "disk", plan, progress=False)
+    on_disk = {case.stored_as.get(name, name): tensor for name, tensor in bits(folder / "disk").items()}
+    assert on_disk == bits(folder / "memory")
+    with torch.no_grad():
+        expected = smaller(IDS).logits
+    assert torch.equal(fresh.logits(folder / "disk"), expected)
+
+
+def check_masked(case, model, plan):
+    """The pruned model says what the whole one says in which all that goes has no effect."""
+    whole = copy.deepcopy(model).double()
+    if hasattr(whole, "set_experts_implementation"):
+        whole.set_experts_implementation("eager")  # the others have no float64
+    with torch.no_grad():
+        _silence(case, whole, plan)
+        factor = math.sqrt(whole.config.hidden_size / len(plan.hidden))  # what is kept holds all the energy
+        plan = dataclasses.replace(plan, norm_factors=dict.fromkeys(plan.norm_factors, factor))
+        smaller = prune_model(whole, plan)
+        _leave_out(case, whole, plan)
+        for norm in (*whole.modules(), *smaller.modules()):
+            for name in ("eps", "variance_epsilon"):
+                if isinstance(getattr(norm, name, None), float):
+                    setattr(norm, name, 1e-30)
+        actual, expected = smaller(IDS).logits, whole(IDS).logits
+    scale = expected.abs().amax()
+    assert scale > 0.01
+    error = float((actual - expected).abs().amax() / scale)
+    assert error <= TOLERANCE + case.tolerance, f"{error:.2e} of the largest logit"
+
+
+def _silence(case, model, plan):
+    """Zero what the plan drops of kept layers, in weights that stay."""
+    places, config = case.places, model.config
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = model.get_submodule(places.layers)
+    for entry in plan.layers:
+        layer = layers[entry.layer]
+        out = layer.get_submodule(places.attention_out).weight
+        for head in gone(entry.heads.query, out.shape[1] // dim):
+            out[:, head * dim : (head + 1) * dim] = 0
+        if entry.mlp is not None:
+            out = layer.get_submodule(places.mlp_out).weight
+            out[:, gone(entry.mlp, out.shape[1])] = 0
+        for expert, keep in zip(entry.experts or (), entry.expert_mlp or (), strict=True):
+            out = layer.get_submodule(places.experts).down_proj
+            out[expert][:, gone(keep, out.shape[2])] = 0
+    dropped = gone(plan.hidden, config.hidden_size)
+    norms = {f"{name}.weight" for name in (*places.norms, places.final_norm)}
+    for name, parameter in model.named_parameters():
+        for d, size in enumerate(parameter.shape):
+            if size == config.hidden_size and not any(name.endswith(e) and d == at for e, at in case.square):
+                is_norm = parameter.dim() == 1 and any(name.endswith(norm) for norm in norms)
+                parameter.index_fill_(d, torch.tensor(dropped), -case.norm_offset if is_norm else 0)
+    if case.centred:
+        _centre(case, model, torch.tensor(plan.hidden))
+
+
+def _centre(case, model, kept):
+    """All that writes to the residual stream writes channels whose mean is 0."""
+    embedding = model.get_submodule(case.places.embedding).weight
+    embedding[:, kept] -= embedding[:, kept].mean(1, keepdim=True)
+    for layer in model.get_submodule(case.places.layers):
+        for name in (case.places.attention_out, case.places.mlp_out):
+            for parameter in layer.get_submodule(name).parameters():
+                parameter[kept] -= parameter[kept].mean(0, keepdim=True)
+
+
+def _leave_out(case, model, plan):
+    """Let dropped layers and experts do nothing, and norms over the width of all heads see the kept ones."""
+    kept = {entry.layer: entry for entry in plan.layers}
+    for index, layer in enumerate(model.get_submodule(case.places.layers)):
+        if index not in kept:
+            layer.forward = _passing(layer.forward)
+            continue
+        entry = kept[index]
+        if entry.experts is not None:
+            case.route(layer, entry.experts)
+        for name in case.wide_norms:
+            norm = layer.get_submodule(name)
+            heads = (
+                entry.heads.query
+                if name.rpartition(".")[2].startswith("q")
+                else [h[0] for h in entry.heads.kv]
+            )
+            norm.forward = _over_some(norm, heads, model.config.head_dim)
+
+
+def _passing(forward):
+    def passes(hidden_states, *args, **kwargs):
+        out = forward(hidden_states, *args, **kwargs)
+        return (hidden_states, *out[1:]) if isinstance(out, tuple) else hidden_states
+
+    return passes
+
+
+def _over_some(norm, heads, dim):
+    """The forward of an RMS norm over the channels of some heads."""
+    at = torch.cat([torch.arange(head * dim, (head + 1) * dim) for head in heads])
+
+    def forward(x):
+        kept = x[..., at]
+        out = torch.zeros_like(x)
+        out[..., at] = norm.weight[at] * kept / kept.square().mean(-1, keepdim=True).sqrt()
+        return out
+
+    return forward

@@ -1,0 +1,56 @@
+"""count_usage() of a model against its tensors, its gradients and its cache."""
+
+import pytest
+import torch
+
+from minitron_kernels.pruning import count_usage
+from minitron_kernels.pruning.families.registry import family_of
+
+
+def check_usage(model):
+    """All parameters, those that a token meets, and bytes of weights and of a cache of 14 tokens."""
+    dtype = next(model.parameters()).dtype
+    weights = {parameter.data_ptr(): parameter for parameter in model.parameters()}
+    counted = count_usage(model.config, memory_dtype=dtype)
+    assert counted.parameters == sum(parameter.numel() for parameter in weights.values())
+    assert counted.memory_bytes == sum(parameter.nbytes for parameter in weights.values())
+    assert counted.active_parameters == active_parameters(model)
+    element = weights.popitem()[1].element_size()
+    sizes = family_of(model.config).sizes(model.config)
+    wanted = 14 * sizes["layers"] * 2 * sizes["kv_heads"] * sizes["head_dim"] * element
+    kept, slides = cache_of(model)
+    if kept != wanted and not (slides and 0 < kept < wanted):  # sliding windows count as if they kept all
+        with pytest.raises(ValueError, match="kv_tokens must be 0"):
+            count_usage(model.config, kv_tokens=14)
+        return
+    with_cache = count_usage(model.config, memory_dtype=str(dtype).removeprefix("torch."), kv_tokens=14)
+    assert with_cache.memory_bytes == counted.memory_bytes + wanted
+
+
+def active_parameters(model):
+    """Those of experts count if a token was routed to the expert: else it has a gradient of zero."""
+    if not any(".experts." in name for name, _ in model.named_parameters()):
+        return sum(parameter.numel() for parameter in model.parameters())
+    model(torch.tensor([[5]])).logits.square().sum().backward()
+    met = 0
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parts = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parts = parts.flatten(1)
+            met += int((parts != 0).any(1).sum()) * parts.shape[1]
+        else:
+            met += parameter.numel()
+    model.zero_grad(set_to_none=True)
+    assert met < sum(parameter.numel() for parameter in model.parameters())
+    return met
+
+
+@torch.no_grad()
+def cache_of(model):
+    """(bytes of keys and values after two sequences of 7 tokens, whether a layer has a sliding window); 0
+    where a layer keeps something else."""
+    layers = model(torch.arange(14).view(2, 7) + 3, use_cache=True).past_key_values.layers
+    kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
+    if any(part is None for pair in kept for part in pair):
+        return 0, False
+    return sum(part.nbytes for pair in kept for part in pair), any(layer.is_sliding for layer in layers)
