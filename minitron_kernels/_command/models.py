@@ -93,12 +93,15 @@ def load_model(path: Path, dtype: str, *, otherwise: str = "scored", with_head: 
         otherwise: what would happen to random weights, for the error.
         with_head: whether the head's weights must be there too, or be tied to the embedding.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     check_no_adapter(path)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, key_mapping=PREFIXES, output_loading_info=True
-    )
+    config = transformers.AutoConfig.from_pretrained(path)
+    kind: Any = transformers.AutoModelForCausalLM
+    options: dict[str, Any] = {"key_mapping": PREFIXES}
+    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:  # whose names have such prefixes
+        kind, options = transformers.AutoModelForImageTextToText, {}
+    loaded: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     model, report = loaded
     lacking = sorted(name for name in report["missing_keys"] if with_head or not name.startswith("lm_head."))
     if lacking or report["mismatched_keys"]:

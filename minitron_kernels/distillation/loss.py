@@ -27,7 +27,10 @@ MAP_NAME = "distillation_map"  # of the student's module that attach_map() adds
 _ELSEWHERE = {
     "reduction": "the loss is the mean over valid tokens, or their sum divided by num_items",
     "return_parts": "the parts are always returned, in a DistillationRecord",
-    "grad_head_accumulator": "the head's gradient goes through autograd, so that wrappers see it",
+    **dict.fromkeys(
+        ("grad_head_accumulator", "grad_head_buffer"),
+        "the head's gradient goes through autograd, so that wrappers see it",
+    ),
     **dict.fromkeys(("labels", "mask", "token_weights", "num_items"), "give it to every call"),
     **dict.fromkeys(
         [f"{side}_{of}" for side in ("student", "teacher") for of in ("bias", "softcap", "logit_scale")],

@@ -4,7 +4,12 @@ from minitron_kernels.pruning.checkpoint.prune import PrunedCheckpoint, prune_ch
 from minitron_kernels.pruning.cut.cuts import Cut, Cuts
 from minitron_kernels.pruning.cut.model import prune_model
 from minitron_kernels.pruning.families.family import Family, Located, Param, Taps
-from minitron_kernels.pruning.families.registry import known_families, register_family
+from minitron_kernels.pruning.families.multimodal import Multimodal
+from minitron_kernels.pruning.families.registry import (
+    known_families,
+    register_family,
+    register_multimodal,
+)
 from minitron_kernels.pruning.plan.counts import Usage, count_usage
 from minitron_kernels.pruning.plan.make_plan import make_plan
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
@@ -25,6 +30,7 @@ __all__ = [
     "LMLoss",
     "LayerSearch",
     "Located",
+    "Multimodal",
     "Param",
     "PlanSearch",
     "PrunedCheckpoint",
@@ -40,6 +46,7 @@ __all__ = [
     "prune_checkpoint",
     "prune_model",
     "register_family",
+    "register_multimodal",
     "search_layers",
     "search_plan",
 ]

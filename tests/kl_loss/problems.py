@@ -9,6 +9,7 @@ import torch
 
 from minitron_kernels import _native
 from minitron_kernels.ops.kl_loss import linear_cpu, plan_cpu
+from minitron_kernels.ops.kl_loss.plan import grad_dtype
 
 # Whether this CPU and libtorch multiply bf16 operands as they are (AVX512_BF16, AMX).
 HAS_BF16 = bool(_native.build_info().get("bf16_microkernel"))
@@ -93,11 +94,11 @@ def force_plan(monkeypatch, **numbers):
         stored = min(forced.get("stored_tiles", tiles), tiles)
         forced["stored_tiles"] = stored if own.schedule == "store" else 0
         p = dataclasses.replace(own, **forced)
-        wide = options["dtype"] == torch.float64
+        dtype = grad_dtype(options["dtype"])
         *parts, _ = torch.ops.minitron_kernels.linear_kl_loss_layout(
-            N, V, H, Ht, 8 if wide else 4,
+            N, V, H, Ht, max(dtype.itemsize, 4),
             options["grad_hidden"], options["grad_head"],
-            options["grad_head_accumulator"] or options["dtype"] in (torch.float32, torch.float64),
+            options["grad_head_accumulator"] or dtype != torch.bfloat16,
             p.numbers, torch.get_num_threads(), options.get("metrics", False),
             options.get("outcomes", 0),
         )  # fmt: skip

@@ -12,6 +12,7 @@ import minitron_kernels as mk
 from kl_loss.oracle import oracle_linear, oracle_rows
 from kl_loss.problems import BETA, make_linear, to_numpy
 from minitron_kernels.ops.kl_loss import options, plan_cpu
+from minitron_kernels.ops.kl_loss.blocks_cpu import CHAIN, PANEL
 from minitron_kernels.ops.kl_loss.divergence import (
     METRIC_CE,
     NUM_METRIC_STATE,
@@ -226,8 +227,9 @@ def test_numbers_that_both_languages_know():
     assert constant("num_stats") == NUM_STATS and constant("stat_kl") == STAT_KL
     metrics = tuple(map(constant, ("num_metrics", "metric_ce", "num_metric_state")))
     assert metrics == (NUM_METRICS, METRIC_CE, NUM_METRIC_STATE)
-    assert constant("panel") == plan_cpu._PANEL
-    assert all(constant(name) == code for name, code in plan_cpu._SCHEDULE_CODES.items())
+    assert (constant("panel"), constant("max_chain")) == (PANEL, CHAIN)
+    named = {**plan_cpu._SCHEDULE_CODES, **plan_cpu._IMPLEMENTATION_CODES}
+    assert all(constant(name) == code for name, code in named.items())
     codes = {str(dtype).removeprefix("torch."): code for dtype, code in plan_cpu._OPERAND_CODES.items()}
     assert all(constant(name) == code for name, code in codes.items())
     assert all(constant(divergence.name.lower()) == divergence.value for divergence in Divergence)

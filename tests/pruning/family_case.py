@@ -34,7 +34,9 @@ class Places:
         mlp_in, mlp_part: the linear layer that gives the neurons before their gate; (index, number) of the
             equal part of its output that is them.
         mlp_out: the linear layer that reads the neurons.
-        experts: the module that holds the stacked weights of the experts.
+        experts: the module that holds the stacked weights of the experts; `neurons_first`: of down_proj's two
+            dimensions inside an expert.
+        router: that which gives [tokens, experts] weights where the experts read tokens times these; or None.
         norms: all norms over the residual stream; `scored` those of them whose output scores its channels.
     """
 
@@ -46,6 +48,8 @@ class Places:
     mlp_part: tuple[int, int] = (0, 1)
     mlp_out: str = "mlp.down_proj"
     experts: str = "mlp.experts"
+    neurons_first: bool = False
+    router: str | None = None
     norms: tuple[str, ...] = TWO
     scored: tuple[str, ...] = TWO
 
@@ -70,6 +74,13 @@ class Case:
         tolerance: of the logits, beside rounding, in units of the largest.
         stored_as: {name in the model: name in checkpoints of transformers} where they differ.
         route: (layer, kept experts), which lets the layer's router choose among these only.
+        expert: (module of all experts, number, token [hidden]) -> (neurons, output) of one expert, in numpy.
+        fixed: (axis, name of its size, a size): cannot be pruned, and is not scored.
+        stays: whether all layers stay, since none can go.
+        no_cache: whether a cache of keys and values is not counted for it.
+        kept_layer: one that cannot be dropped; None where each can.
+        images: of models that read images: the arguments of a forward pass with one.
+        follow: ends of the names of parameters outside of the text model that follow it.
     """
 
     model_type: str
@@ -84,15 +95,35 @@ class Case:
     tolerance: float = 0.0
     stored_as: Mapping[str, str] = field(default_factory=dict)
     route: Callable[[Any, tuple[int, ...]], None] | None = None
+    expert: Callable[[Any, int, Any], tuple[Any, Any]] | None = None
+    fixed: tuple[str, str, int] | None = None
+    stays: bool = False
+    no_cache: bool = False
+    kept_layer: int | None = None
+    images: Callable[[], dict[str, Any]] | None = None
+    follow: tuple[str, ...] = ()
+
+    @property
+    def auto(self):
+        """The class of transformers that loads it."""
+        return "AutoModelForCausalLM" if self.images is None else "AutoModelForImageTextToText"
+
+    def is_of_text(self, name):
+        """Whether a parameter of the model is of the text model, or follows it."""
+        root = self.places.layers.rpartition(".")[0]
+        return self.images is None or name.startswith((f"{root}.", "lm_head.")) or name.endswith(self.follow)
 
     def make_config(self, **changes):
-        """The config of the tiny model."""
+        """The config of the tiny model; `config` goes to that of its text model."""
         from transformers import AutoConfig
 
-        entries = {**COMMON, **self.config, **changes}
-        return AutoConfig.for_model(
-            self.model_type, **{key: value for key, value in entries.items() if value is not None}
-        )
+        outer = dict(self.config)
+        inner = outer.pop("text_config", None)
+        entries = {**COMMON, **(outer if inner is None else inner), **changes}
+        entries = {key: value for key, value in entries.items() if value is not None}
+        if inner is not None:
+            entries = {**outer, "text_config": entries}
+        return AutoConfig.for_model(self.model_type, **entries)
 
     @property
     def sizes(self):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -75,10 +76,11 @@ def check_table(case, model):
     sizes = family.sizes(model.config)
     located = list(family.parameters(model.config))
     expected = {param.name: param.shape(sizes) for param in located if not param.buffer}
-    assert expected == {key: tuple(value.shape) for key, value in model.named_parameters()}
+    there = {name: tensor for name, tensor in model.named_parameters() if case.is_of_text(name)}
+    assert expected == {key: tuple(value.shape) for key, value in there.items()}
     state = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     assert all(state[param.name] == param.shape(sizes) for param in located)
-    assert family.count_parameters(model.config) == sum(p.numel() for p in model.parameters())
+    assert family.count_parameters(model.config) == sum(p.numel() for p in there.values())
     assert all(family.locate(param.name, model.config) == param for param in located)
 
 
@@ -99,14 +101,25 @@ def check_scores(case, model):
 def check_plan(case, model, tables):
     """A plan that cuts every axis; its summary says what is approximate, and nothing where all stays."""
     # the last heads stay, so that none keeps its number
-    heads = {layer: torch.arange(len(x), dtype=x.dtype) for layer, x in tables["heads"].items()}
+    heads = {layer: torch.arange(len(x), dtype=x.dtype) for layer, x in tables.get("heads", {}).items()}
     tables = {**tables, "heads": heads}
-    plan = make_plan(tables, model.config, divisor=8, drop_layers=[DROPPED_LAYER], **case.sizes)
+    dropped = None if case.stays else [DROPPED_LAYER]
+    plan = make_plan(tables, model.config, divisor=8, drop_layers=dropped, **case.sizes)
     family = family_of(model.config)
     assert set(family.approximates) == set(case.approximate)
     for text in family.approximates.values():
         assert text in plan.summary()
-    whole = make_plan(tables, model.config, drop_layers=[DROPPED_LAYER])
+    if case.fixed is not None:
+        _, name, size = case.fixed
+        with pytest.raises(ValueError, match=f"{name} cannot be pruned in this {case.model_type}: "):
+            make_plan(tables, model.config, divisor=1, **{name: size})
+    if case.kept_layer is not None:
+        with pytest.raises(ValueError, match=f"layers of this {case.model_type} must stay: "):
+            make_plan(tables, model.config, drop_layers=[case.kept_layer])
+    if case.stays:
+        with pytest.raises(ValueError, match=f"no layer can go from this {case.model_type}: "):
+            make_plan(tables, model.config, drop_layers=[DROPPED_LAYER])
+    whole = make_plan(tables, model.config, drop_layers=dropped or [])
     assert not any(text in whole.summary() for text in family.approximates.values())
     return plan
 
@@ -122,14 +135,26 @@ def check_cut(case, model, plan, folder, fresh):
     """In memory and on disk the same bits; a fresh process loads them and says what the model here says."""
     model.save_pretrained(folder / "source")
     smaller = prune_model(model, plan)
-    assert sum(p.numel() for p in smaller.parameters()) == plan.parameters_after < plan.parameters_before
+    if case.images is None:
+        assert sum(p.numel() for p in smaller.parameters()) == plan.parameters_after < plan.parameters_before
     smaller.save_pretrained(folder / "memory")
     prune_checkpoint(folder / "source", folder / "disk", plan, progress=False)
     on_disk = {case.stored_as.get(name, name): tensor for name, tensor in bits(folder / "disk").items()}
     assert on_disk == bits(folder / "memory")
+    if case.images is not None:
+        _check_encoder(case, bits(folder / "source"), on_disk)
     with torch.no_grad():
         expected = smaller(IDS).logits
-    assert torch.equal(fresh.logits(folder / "disk"), expected)
+    assert torch.equal(fresh.logits(folder / "disk", case.auto), expected)
+
+
+def _check_encoder(case, before, after):
+    """What is outside of the text model is the same to the bit, but for what follows it."""
+    text = ("lm_head.", "model.layers.", "model.embed_tokens.", "model.norm.")
+    outside = {name for name in before if "language_model." not in name and not name.startswith(text)}
+    changed = {name for name in outside if before[name] != after[name]}
+    assert len(outside) > len(changed) == len(case.follow)
+    assert all(name.endswith(case.follow) for name in changed)
 
 
 def check_masked(case, model, plan):
@@ -139,7 +164,9 @@ def check_masked(case, model, plan):
         whole.set_experts_implementation("eager")  # the others have no float64
     with torch.no_grad():
         _silence(case, whole, plan)
-        factor = math.sqrt(whole.config.hidden_size / len(plan.hidden))  # what is kept holds all the energy
+        factor = math.sqrt(
+            whole.config.get_text_config().hidden_size / len(plan.hidden)
+        )  # what is kept holds all the energy
         plan = dataclasses.replace(plan, norm_factors=dict.fromkeys(plan.norm_factors, factor))
         smaller = prune_model(whole, plan)
         _leave_out(case, whole, plan)
@@ -147,7 +174,16 @@ def check_masked(case, model, plan):
             for name in ("eps", "variance_epsilon"):
                 if isinstance(getattr(norm, name, None), float):
                     setattr(norm, name, 1e-30)
-        actual, expected = smaller(IDS).logits, whole(IDS).logits
+        _check_close(case, smaller(IDS).logits, whole(IDS).logits)
+        if case.images is not None:
+            given = case.images()
+            actual = smaller(**given).logits
+            _check_close(case, actual, whole(**given).logits)
+            given["pixel_values"] = given["pixel_values"] + 1
+            assert not torch.allclose(smaller(**given).logits, actual)
+
+
+def _check_close(case, actual, expected):
     scale = expected.abs().amax()
     assert scale > 0.01
     error = float((actual - expected).abs().amax() / scale)
@@ -156,23 +192,27 @@ def check_masked(case, model, plan):
 
 def _silence(case, model, plan):
     """Zero what the plan drops of kept layers, in weights that stay."""
-    places, config = case.places, model.config
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    places, config = case.places, model.config.get_text_config()
     layers = model.get_submodule(places.layers)
     for entry in plan.layers:
         layer = layers[entry.layer]
-        out = layer.get_submodule(places.attention_out).weight
-        for head in gone(entry.heads.query, out.shape[1] // dim):
+        kept_heads = case.fixed is not None and case.fixed[0] == "heads"
+        out = None if kept_heads else layer.get_submodule(places.attention_out).weight
+        for head in () if out is None else gone(entry.heads.query, config.num_attention_heads):
+            dim = out.shape[1] // config.num_attention_heads
             out[:, head * dim : (head + 1) * dim] = 0
         if entry.mlp is not None:
             out = layer.get_submodule(places.mlp_out).weight
             out[:, gone(entry.mlp, out.shape[1])] = 0
         for expert, keep in zip(entry.experts or (), entry.expert_mlp or (), strict=True):
-            out = layer.get_submodule(places.experts).down_proj
-            out[expert][:, gone(keep, out.shape[2])] = 0
+            out = layer.get_submodule(places.experts).down_proj[expert]
+            out = out if places.neurons_first else out.T
+            out[gone(keep, len(out))] = 0
     dropped = gone(plan.hidden, config.hidden_size)
     norms = {f"{name}.weight" for name in (*places.norms, places.final_norm)}
     for name, parameter in model.named_parameters():
+        if case.images is not None and ".vis" in name and not name.endswith(case.follow):
+            continue
         for d, size in enumerate(parameter.shape):
             if size == config.hidden_size and not any(name.endswith(e) and d == at for e, at in case.square):
                 is_norm = parameter.dim() == 1 and any(name.endswith(norm) for norm in norms)

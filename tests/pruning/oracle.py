@@ -17,7 +17,7 @@ def capture(model, batches):
     def keep(name):
         def hook(module, args, output):
             if name.endswith("experts"):
-                given = tuple(x.detach().double().numpy() for x in args)
+                given = tuple(x.detach().double().numpy() for x in args[:3])
                 kept.setdefault((name, "in"), []).append(given)
                 return
             for side, x in (("in", args[0] if args else None), ("out", output)):
@@ -59,11 +59,31 @@ def aggregate(tokens_of_each, batch, seq):
     return {"L2": np.sqrt((a**2).sum(0)), "mean": a.mean(0), "var": ((a - a.mean(0)) ** 2).mean(0)}[batch]
 
 
-def experts_of(model, name, given, masks, batch, seq, reap):
+def swiglu(module, expert, x):
+    """(neurons, output) of one expert for a token x [hidden]."""
+    up, down = (
+        getattr(module, key)[expert].detach().double().numpy() for key in ("gate_up_proj", "down_proj")
+    )
+    gate, up = np.split(up @ x, 2)
+    v = gate / (1 + np.exp(-gate)) * up
+    return v, down @ v
+
+
+def routed_inputs(given, weights):
+    """(token · weight [T, K, hidden], index [T, K]) where experts get all tokens times the router's weight.
+
+    given: [E · T, hidden]; weights: [T, E], 0 where a token does not go to an expert.
+    """
+    tokens, experts = weights.shape
+    inputs = given.reshape(experts, tokens, -1)
+    index = np.stack([np.flatnonzero(row) for row in weights])
+    return inputs[index, np.arange(tokens)[:, None]], index
+
+
+def experts_of(model, name, given, masks, batch, seq, reap, run=swiglu):
     """(scores [E], neurons [E, F]) of one layer, each token and each of its experts by itself."""
     module = model.get_submodule(name)
-    up, down = (getattr(module, key).detach().double().numpy() for key in ("gate_up_proj", "down_proj"))
-    E, F = up.shape[0], up.shape[1] // 2
+    E = len(module.down_proj)
     total, count = np.zeros(E), np.zeros(E)
     neurons = [[] for _ in range(E)]
     for (hidden, index, gates), mask in zip(given, masks, strict=True):
@@ -74,14 +94,13 @@ def experts_of(model, name, given, masks, batch, seq, reap):
             for t in range(row * width, (row + 1) * width):
                 if not mask[row, t - row * width]:
                     continue
-                for expert, gate in zip(index[t].astype(int), gates[t], strict=True):
-                    gate_up = up[expert] @ hidden[t]
-                    v = gate_up[:F] / (1 + np.exp(-gate_up[:F])) * gate_up[F:]
+                for k, (expert, gate) in enumerate(zip(index[t].astype(int), gates[t], strict=True)):
+                    v, output = run(module, expert, hidden[t] if hidden[t].ndim == 1 else hidden[t][k])
                     found[expert].append(v)
-                    total[expert] += np.linalg.norm(down[expert] @ v) * (gate if reap else 1)
+                    total[expert] += np.linalg.norm(output) * (gate if reap else 1)
                     count[expert] += 1
             for expert in range(E):
-                neurons[expert].append(np.array(found[expert]).reshape(-1, F))
+                neurons[expert].append(np.array(found[expert]).reshape(-1, len(v)))
     scores = np.stack([aggregate(neurons[expert], batch, seq) for expert in range(E)])
     return total / np.maximum(count, 1), scores
 
@@ -114,7 +133,8 @@ def tables(
     pieces_of_one=False,
 ):
     """What ImportanceScores.tables() should give, in numpy; `pieces_of_one`: of one batch cut along S."""
-    config, places = model.config, CASES[model.config.model_type].places
+    case, config = CASES[model.config.model_type], model.config.get_text_config()
+    places = case.places
     layers, H = config.num_hidden_layers, config.num_attention_heads
     kept = capture(model, batches)
     if pieces_of_one:
@@ -146,8 +166,12 @@ def tables(
     }
     for i in range(layers):
         layer = f"{places.layers}.{i}"
-        attention = of(f"{layer}.{places.attention_out}", "in")
-        if head_score == "norm":
+        attention = (
+            [] if case.fixed and case.fixed[0] == "heads" else of(f"{layer}.{places.attention_out}", "in")
+        )
+        if not attention:
+            pass
+        elif head_score == "norm":
             result["heads"][i] = score([oracle.head_norms(x, H) for x in attention])
         else:
             result["heads"][i] = np.sqrt((score(attention).reshape(H, -1) ** 2).sum(1))
@@ -161,12 +185,18 @@ def tables(
             result["mlp"][i] = score(neurons)
         else:
             name = f"{layer}.{places.experts}"
+            given = kept[name, "in"]
+            if places.router is not None:
+                routed = kept[f"{layer}.{places.router}", "out"]
+                given = [routed_inputs(x[0], weights) for x, weights in zip(given, routed, strict=True)]
+                given = [(x, index, np.ones(index.shape)) for x, index in given]
             result["experts"][i], result["expert_mlp"][i] = experts_of(
-                model, name, kept[name, "in"], masks, batch, seq, reap
+                model, name, given, masks, batch, seq, reap, case.expert or swiglu
             )
         pairs = zip(of(layer, "in"), of(layer, "out"), strict=True)
         result["layers"][i] = np.concatenate([oracle.cosine_distance(x, y) for x, y in pairs]).mean()
-    return {name: table for name, table in result.items() if len(table)}
+    unscored = (*(case.fixed[:1] if case.fixed else ()), *(["layers"] if case.stays else ()))
+    return {name: table for name, table in result.items() if len(table) and name not in unscored}
 
 
 def assert_tables(got, wanted, bound):

@@ -47,13 +47,16 @@ def tiny_model(name, *, seed=0, dtype=torch.float32, **changes):
     return random_model(tiny_config(name, **changes), seed=seed, dtype=dtype)
 
 
-def random_model(config, *, seed=0, dtype=torch.float32):
-    """A model of this config in eval mode; norm gains and biases are random too."""
-    from transformers import AutoModelForCausalLM
+def random_model(config, *, seed=0, dtype=torch.float32, auto="AutoModelForCausalLM"):
+    """A model of this config in eval mode; norm gains, biases and learned buffers are random too."""
+    import transformers
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    model = getattr(transformers, auto).from_config(config).to(dtype).eval()
     with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.1)
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)

@@ -7,19 +7,25 @@ from minitron_kernels.pruning import count_usage
 from minitron_kernels.pruning.families.registry import family_of
 
 
-def check_usage(model):
-    """All parameters, those that a token meets, and bytes of weights and of a cache of 14 tokens."""
+def check_usage(model, counts=lambda name: True, *, no_cache=False):
+    """All parameters, those that a token meets, and bytes of weights and of a cache of 14 tokens.
+
+    counts: (name) -> whether a parameter is of the text model. no_cache: its cache is not counted.
+    """
     dtype = next(model.parameters()).dtype
-    weights = {parameter.data_ptr(): parameter for parameter in model.parameters()}
+    weights = {part.data_ptr(): part for name, part in model.named_parameters() if counts(name)}
     counted = count_usage(model.config, memory_dtype=dtype)
     assert counted.parameters == sum(parameter.numel() for parameter in weights.values())
     assert counted.memory_bytes == sum(parameter.nbytes for parameter in weights.values())
-    assert counted.active_parameters == active_parameters(model)
+    encoder = sum(part.numel() for name, part in model.named_parameters() if not counts(name))
+    assert counted.active_parameters == active_parameters(model) - encoder
     element = weights.popitem()[1].element_size()
     sizes = family_of(model.config).sizes(model.config)
     wanted = 14 * sizes["layers"] * 2 * sizes["kv_heads"] * sizes["head_dim"] * element
     kept, slides = cache_of(model)
-    if kept != wanted and not (slides and 0 < kept < wanted):  # sliding windows count as if they kept all
+    if no_cache or (
+        kept != wanted and not (slides and 0 < kept < wanted)
+    ):  # sliding windows count as if they kept all
         with pytest.raises(ValueError, match="kv_tokens must be 0"):
             count_usage(model.config, kv_tokens=14)
         return

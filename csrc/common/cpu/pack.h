@@ -176,11 +176,14 @@ void cast_panel(const A* panel, int64_t rows, Op* dst, int64_t ld) {
   }
 }
 
-// [rows, kPanel] -> its transpose [kPanel, rows] as Op, with leading dimension ld >= rows. What lies beyond
-// `rows` is not written.
+// [rows, kPanel] -> its transpose [kPanel, padded_rows] as Op, zero beyond `rows`, with leading dimension
+// ld >= padded_rows.
 template <typename A, typename Op>
-void transpose_panel(const A* panel, int64_t rows, Op* dst, int64_t ld) {
+void transpose_panel(const A* panel, int64_t rows, int64_t padded_rows, Op* dst, int64_t ld) {
   constexpr int L = kLanes<A>;
+  for (int64_t r = rows; r < padded_rows; ++r) {
+    for (int c = 0; c < kPanel; ++c) dst[c * ld + r] = Op{};
+  }
   for (int64_t r0 = 0; r0 < rows; r0 += L) {
     const int64_t height = rows - r0 < L ? rows - r0 : L;
     for (int c0 = 0; c0 < kPanel; c0 += L) {

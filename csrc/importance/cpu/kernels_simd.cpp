@@ -15,23 +15,18 @@ constexpr int64_t kL = kLanes<float>;
 // activations often lie a multiple of 4 KiB apart, where eight of them fill a set of the L1 cache.
 constexpr int64_t kUnroll = 64 / (kL * 2);
 
-// kN vectors of floats from a row. Vectors of bf16 are loaded in pairs, of which the first gets the elements
-// at even places, which takes fewer instructions than the order of memory; Sums::finish() undoes that.
-template <typename T>
-constexpr bool kPaired = std::is_same_v<T, bf16>;
+// Vectors of bf16 are loaded in pairs, of which the first gets the elements at even places, which takes fewer
+// instructions than the order of memory; Sums::finish() undoes that. Only for the mean, which is bound by
+// memory: with more moments a pair would not stay in registers.
+template <int64_t kMoments, typename T>
+constexpr bool kPaired = kMoments == kAbs && std::is_same_v<T, bf16>;
 
-template <int64_t kN, typename T>
-void load_block(const T* p, V (&out)[kN]) {
-  if constexpr (kPaired<T> && kN % 2 == 0) {
-    for (int64_t j = 0; j < kN; j += 2) {
-      U32 raw;
-      std::memcpy(&raw, p + j * kL, sizeof(raw));
-      out[j] = bit_cast<V>(raw << 16);
-      out[j + 1] = bit_cast<V>(raw & 0xffff0000u);
-    }
-  } else {
-    for (int64_t j = 0; j < kN; ++j) out[j] = load<float>(p + j * kL);
-  }
+// Two vectors of floats from a row, of even and of odd places.
+inline void load_pair(const bf16* p, V (&out)[2]) {
+  U32 raw;
+  std::memcpy(&raw, p, sizeof(raw));
+  out[0] = bit_cast<V>(raw << 16);
+  out[1] = bit_cast<V>(raw & 0xffff0000u);
 }
 
 // Where the value at place c of a row is kept, if vectors were loaded in pairs.
@@ -55,7 +50,7 @@ struct Ahead {
 template <int64_t kMoments>
 class Sums {
  public:
-  // `paired`: whether elements are of a kPaired type.
+  // `paired`: whether they are loaded so, see kPaired.
   Sums(void* scratch, int64_t values, const Ahead& ahead, bool paired)
       : values_(values), ahead_(ahead), padded_(round_up(values, 16)) {
     paired_ = paired ? values / (kUnroll * kL) * (kUnroll * kL) : 0;
@@ -74,15 +69,14 @@ class Sums {
     const float share = float(n) / float(in_chain_ + n), weight = float(in_chain_) * share;
     int64_t c = 0;
     for (; c + kUnroll * kL <= values_; c += kUnroll * kL) {
-      add_columns<kUnroll>(rows, n, c, share, weight,
-                           [](const T* p, V(&out)[kUnroll]) { load_block<kUnroll>(p, out); });
+      add_columns<kUnroll>(rows, n, c, share, weight, [](const T* p) { return load<float>(p); });
     }
     for (; c + kL <= values_; c += kL) {
-      add_columns<1>(rows, n, c, share, weight, [](const T* p, V(&out)[1]) { load_block<1>(p, out); });
+      add_columns<1>(rows, n, c, share, weight, [](const T* p) { return load<float>(p); });
     }
     if (const int64_t left = values_ - c) {
       add_columns<1>(rows, n, c, share, weight,
-                     [=](const T* p, V(&out)[1]) { out[0] = load_partial<float>(p, left, 0.0f); });
+                     [=](const T* p) { return load_partial<float>(p, left, 0.0f); });
     }
     in_chain_ += n;
     if (in_chain_ >= kChain) flush();
@@ -111,18 +105,26 @@ class Sums {
     V magnitude[kN] = {}, square[kN] = {}, pivot[kN] = {}, shift[kN] = {}, shift_square[kN] = {};
     if constexpr (kMoments & kCentred) {
       // around the mean so far, so that little cancels; in a new chain around the first token
-      load_at(rows[0] + c, pivot);
-      for (int64_t j = 0; in_chain_ && j < kN; ++j) pivot[j] = load<float>(chain(kNumSums - 2) + c + j * kL);
+      for (int64_t j = 0; j < kN; ++j) {
+        pivot[j] = in_chain_ ? load<float>(chain(kNumSums - 2) + c + j * kL) : load_at(rows[0] + c + j * kL);
+      }
     }
     const int64_t ahead = ahead_.from(c * sizeof(T));
     for (int64_t r = 0; r < n; ++r) {
       for (int64_t at = 0; at < int64_t(kN * kL * sizeof(T)); at += 64) {
         __builtin_prefetch(reinterpret_cast<const char*>(rows[r] + c) + ahead + at);
       }
-      V values[kN];
-      load_at(rows[r] + c, values);
+      if constexpr (kPaired<kMoments, T> && kN % 2 == 0) {
+        for (int64_t j = 0; j < kN; j += 2) {
+          V pair[2];
+          load_pair(rows[r] + c + j * kL, pair);
+          magnitude[j] += bit_cast<V>(bit_cast<U32>(pair[0]) & 0x7fffffffu);
+          magnitude[j + 1] += bit_cast<V>(bit_cast<U32>(pair[1]) & 0x7fffffffu);
+        }
+        continue;
+      }
       for (int64_t j = 0; j < kN; ++j) {
-        const V v = values[j];
+        const V v = load_at(rows[r] + c + j * kL);
         if constexpr (kMoments & kAbs) magnitude[j] += bit_cast<V>(bit_cast<U32>(v) & 0x7fffffffu);
         if constexpr (kMoments & kSquare) square[j] += v * v;
         if constexpr (kMoments & kCentred) {
@@ -268,7 +270,7 @@ int64_t moments(const MomentsTask& task, void* scratch) {
   const Ahead ahead = ahead_of(row_bytes, task.stride);
   // heads are read row after row; short ones and pieces of rows are prefetched some tokens ahead
   const int64_t along = row_bytes >= kLongRow && row_bytes == task.stride ? kAhead : 2 * kGroup * task.stride;
-  Sums<kMoments> sums(scratch, lanes, task.heads ? Ahead{} : ahead, !task.heads && kPaired<T>);
+  Sums<kMoments> sums(scratch, lanes, task.heads ? Ahead{} : ahead, !task.heads && kPaired<kMoments, T>);
   float* norms = sums.scratch_end();
   if (task.heads) std::fill_n(norms, kGroup * lanes, 0.0f);
   const T* rows[kGroup];

@@ -45,7 +45,7 @@ class HeadTeacher : public RowMerger<Op, A> {
       ce = {workspace_.panel_labels(chunk, tile, panel), workspace_.inv_sum_y(chunk) + n,
             workspace_.ce_weights(chunk) + n, problem_.total_vocab};
     }
-    kernels_.panel_grad(logits.student, logits.teacher, tile.entries, problem_.options,
+    kernels_.panel_grad(logits.student, logits.teacher, logits.ahead, tile.entries, problem_.options,
                         workspace_.row_stats(chunk) + n, chunk.padded, workspace_.row_weights(chunk) + n,
                         problem_.ce_weight ? &ce : nullptr, dz, workspace_.tile_loss(chunk, tile.index) + n);
   }

@@ -101,8 +101,10 @@ struct KlKernels {
                       A* metric_state);
   void (*panel_kl)(const A* student, const A* teacher, int64_t entries, const LossOptions&, const A* stats,
                    int64_t stride, A* kl, A* loss);
-  void (*panel_grad)(const A* student, const A* teacher, int64_t entries, const LossOptions&, const A* stats,
-                     int64_t stride, const A* row_weight, const PanelCrossEntropy<A>*, A* dz, A* loss);
+  // panel_grad also fetches the panels that lie `ahead` elements behind these, 0 for none.
+  void (*panel_grad)(const A* student, const A* teacher, int64_t ahead, int64_t entries, const LossOptions&,
+                     const A* stats, int64_t stride, const A* row_weight, const PanelCrossEntropy<A>*, A* dz,
+                     A* loss);
   // linear_sparse_kl_loss, the same: what it needs is kPartMaxS and kPartSumS of the tail, and the logits of
   // the ids, in whose place it leaves -inf. `write`: into the student's outcomes. metric_state is that of the
   // tail, but for the label's logit, if it is an id. In PanelCrossEntropy inv_sum_y is log sum exp y.
@@ -116,7 +118,9 @@ struct KlKernels {
   Gemm<A, A> gemm;
 };
 
-// Packing of operands of type Op (see pack.h) from any dtype that Op can hold without loss.
+// Packing of operands of type Op from any dtype that Op can hold without loss, as one engine reads them (see
+// engine.h; pack.h has plain rows and panels). transposed and rows make a B operand, the others an A; all pad
+// it with zeros to whole steps of K, and to whole rows of an A.
 template <typename A, typename Op>
 struct PackKernels {
   void (*transposed)(const void* src, DType, int64_t ld, const int64_t* index, int64_t rows, int64_t cols,
@@ -126,7 +130,8 @@ struct PackKernels {
   void (*convert)(const void* src, DType, int64_t ld, int64_t rows, int64_t cols, int64_t padded_cols,
                   Op* dst);
   void (*cast_panel)(const A* panel, int64_t rows, Op* dst, int64_t ld);
-  void (*transpose_panel)(const A* panel, int64_t rows, Op* dst, int64_t ld);
+  // K is the panel's rows, padded to padded_rows.
+  void (*transpose_panel)(const A* panel, int64_t rows, int64_t padded_rows, Op* dst, int64_t ld);
   // [rows, cols] of type A, rounded to a tensor's dtype.
   void (*narrow)(const A* src, int64_t lds, int64_t rows, int64_t cols, void* dst, DType, int64_t ldd);
 };
@@ -144,13 +149,6 @@ struct CpuKernels {
     static_assert(std::is_same_v<A, float> || std::is_same_v<A, double>);
     if constexpr (std::is_same_v<A, float>) return f32;
     if constexpr (std::is_same_v<A, double>) return f64;
-  }
-  template <typename Op>
-  const auto& pack() const {
-    static_assert(std::is_same_v<Op, bf16> || std::is_same_v<Op, float> || std::is_same_v<Op, double>);
-    if constexpr (std::is_same_v<Op, bf16>) return pack_bf16;
-    if constexpr (std::is_same_v<Op, float>) return pack_f32;
-    if constexpr (std::is_same_v<Op, double>) return pack_f64;
   }
 };
 

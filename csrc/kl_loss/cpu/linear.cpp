@@ -36,9 +36,12 @@ int64_t kl_loss_constant(std::string name) {
   if (name == "metric_ce") return kCE;
   if (name == "num_metric_state") return kNumMetricState;
   if (name == "panel") return kPanel;
+  if (name == "max_chain") return kMaxChain;
   if (name == "store") return int64_t(Schedule::kStore);
   if (name == "recompute") return int64_t(Schedule::kRecompute);
   if (name == "forward") return int64_t(Schedule::kForward);
+  if (name == "libtorch") return int64_t(Implementation::kLibtorch);
+  if (name == "portable") return int64_t(Implementation::kPortable);
   if (name == "forward_kl") return int64_t(Divergence::kForwardKL);
   if (name == "reverse_kl") return int64_t(Divergence::kReverseKL);
   if (name == "jsd") return int64_t(Divergence::kJSD);

@@ -6,13 +6,22 @@
 // operand of dW = dz^T X. Phases of a chunk of tokens:
 //   logits  one task per tile of V: both logits, their maxima and sums of exp
 //   merge   one task per panel of tokens: tiles in order, in double; so any thread count gives the same bits
-//   grad    one task per tile of V: dz from logits and row stats, and the tile's dW, finished or added up
-//   hidden  one task per block of columns: dX += dz W over the tiles in order
+//   grad    one task per tile of V: dz from logits and row stats, the tile's dW, finished or added up, and
+//   the
+//           tile of W packed for dX
+//   hidden  one task per block of dX: dX += dz W over the tiles of a group, in order
+//
+// Blocks are sized by the plan to stay in cache: statistics are taken of a panel right after its GEMM. Logits
+// that are kept, and are more than the caches hold, are made in scratch memory and then written around the
+// caches. dW is gathered in rows before it is written, so that each page is touched once.
 //
 // What is made of a panel of logits, and how tiles merge, is the Teacher's: HeadTeacher in head_teacher.h,
 // SparseTeacher in sparse_teacher.h.
 #pragma once
 
+#include "common/cpu/stream.h"
+#include "kl_loss/cpu/engine.h"
+#include "kl_loss/cpu/head_gradient.h"
 #include "kl_loss/cpu/linear_workspace.h"
 
 namespace minitron {
@@ -21,31 +30,27 @@ namespace minitron {
 template <typename A>
 struct PanelLogits {
   A *student, *teacher;
+  int64_t ahead = 0;  // elements from these to the panels that are looked at next, where these are kept
+
+  PanelLogits at(int64_t offset) const { return {student + offset, teacher ? teacher + offset : nullptr}; }
 };
 
 template <typename Op, typename A, typename Teacher>
 class LinearKL {
  public:
   template <typename... Args>
-  LinearKL(const LinearProblem& problem, const LinearShape& shape, Gemm<Op, A> gemm, char* memory,
+  LinearKL(const LinearProblem& problem, const LinearShape& shape, const Engine<Op, A>& engine, char* memory,
            const Args&... of_teacher)
       : problem_(problem),
         shape_(shape),
         workspace_(shape, memory),
         teacher_(problem_, shape_, workspace_, of_teacher...),
         kernels_(cpu_kernels().kl<A>()),
-        pack_(cpu_kernels().pack<Op>()),
-        gemm_(gemm) {
-    const Matrix& given = problem_.grad_head_accumulator;
-    if (given.data) {
-      head_target_ = {static_cast<A*>(const_cast<void*>(given.data)), given.ld, true};
-    } else if (shape_.head_in_place) {
-      head_target_ = {static_cast<A*>(const_cast<void*>(problem_.grad_head.data)), problem_.grad_head.ld,
-                      false};
-    } else if (workspace_.head_accumulator()) {
-      head_target_ = {workspace_.head_accumulator(), shape_.student_hidden_size, false};
-    }
-  }
+        engine_(engine),
+        pack_(*engine.pack),
+        gemm_(counted(engine.gemm)),
+        operands_(shape.operands()),
+        head_gradient_(problem_, shape_, workspace_, pack_, gemm_) {}
 
   void run() {
     for (int64_t i = 0; i < shape_.chunks(); ++i) teacher_.load_labels(shape_.chunk(i));
@@ -57,13 +62,6 @@ class LinearKL {
   }
 
  private:
-  // Where the head's gradient adds up; data null: a tile's is finished at once, in scratch.
-  struct HeadTarget {
-    A* data = nullptr;
-    int64_t ld = 0;
-    bool has_value = false;  // to which the first chunk adds, too
-  };
-
   void run_stored(const Chunk& chunk) {
     pack(chunk);
     reduce_logits(chunk);
@@ -102,6 +100,16 @@ class LinearKL {
     for (int64_t i = 0; i < shape_.chunks(); ++i) write_hidden(shape_.chunk(i));
   }
 
+  // Tasks that multiply.
+  template <typename F>
+  void gemm_tasks(int64_t n, F&& f) const {
+    parallel_tasks(n, [&](int64_t task, int64_t slot) {
+      if (engine_.begin_task) engine_.begin_task();
+      f(task, slot);
+      if (engine_.end_task) engine_.end_task();
+    });
+  }
+
   // Hidden states as B operands: transposed for the logits, and as they are for dW.
   void pack(const Chunk& chunk) {
     const int64_t* index = problem_.valid_tokens.data() + chunk.begin;
@@ -124,11 +132,13 @@ class LinearKL {
     });
   }
 
-  // C[tile, panels of tokens] = W[tile, :] X^T for panels [first, last) of the packed hidden states.
+  // C[tile, panels of tokens] = W[tile, :] X^T for panels [first, last) of the packed hidden states; `done`
+  // is called with each panel when it is finished, and in cache.
+  template <typename F>
   void make_logits(const Matrix& head, const Op* packed, const Tile& tile, int64_t first, int64_t last,
-                   A* out, int64_t slot) const {
+                   A* out, int64_t slot, F&& done) const {
     const int64_t depth = shape_.depth(head.cols);
-    const bool direct = head.dtype == kDTypeOf<Op> && depth == head.cols;
+    const bool direct = operands_.in_place && head.dtype == kDTypeOf<Op> && depth == head.cols;
     for (int64_t k = 0; k < depth; k += kMaxChain) {
       const int64_t chain = std::min(kMaxChain, depth - k);
       const char* block = head.row(tile.begin) + k * bytes_of(head.dtype);
@@ -141,54 +151,80 @@ class LinearKL {
       }
       for (int64_t panel = first; panel < last; ++panel) {
         gemm_(tile.entries, kPanel, chain, direct ? head.ld : chain, kPanel, kPanel, k > 0, a,
-              packed + (panel * depth + k) * kPanel, out + (panel - first) * shape_.plan.tile * kPanel);
+              packed + (panel * depth + k) * kPanel, out + (panel - first) * panel_size());
+        if (k + chain == depth) done(panel);
       }
     }
   }
 
-  // The logits of the panels from `first` on: stored with the chunk, or in this thread's scratch.
-  PanelLogits<A> logits_of(const Chunk& chunk, const Tile& tile, int64_t first, int64_t slot) const {
-    const bool both = shape_.sides() == 2;
-    if (shape_.is_stored(tile.index)) {
-      const int64_t offset = first * shape_.plan.tile * kPanel;
-      return {workspace_.stored_logits(chunk, tile.index, false) + offset,
-              both ? workspace_.stored_logits(chunk, tile.index, true) + offset : nullptr};
-    }
-    A* block = workspace_.logits_block(slot);
-    const int64_t size = shape_.plan.tile * std::min(shape_.padded_chunk(), kTokenBlock);
-    return {block, both ? block + size : nullptr};
-  }
-
-  // Calls f(panel, logits) for each panel of a tile; `make` says whether the logits must be made.
+  // Makes the logits of a tile and calls f(panel, logits) for each panel, in scratch memory or where they are
+  // kept.
   template <typename F>
-  void each_panel(const Chunk& chunk, const Tile& tile, int64_t slot, bool make, F&& f) const {
-    constexpr int64_t kBlockPanels = kTokenBlock / kPanel;
-    for (int64_t first = 0; first < chunk.padded / kPanel; first += kBlockPanels) {
-      const int64_t last = std::min(first + kBlockPanels, chunk.padded / kPanel);
-      const PanelLogits<A> logits = logits_of(chunk, tile, first, slot);
-      if (make) {
-        make_logits(problem_.student_head, workspace_.student_packed(), tile, first, last, logits.student,
-                    slot);
-      }
-      if (make && logits.teacher) {
+  void make_panels(const Chunk& chunk, const Tile& tile, int64_t slot, F&& f) const {
+    const int64_t block = shape_.plan.token_block / kPanel, panels = chunk.padded / kPanel;
+    for (int64_t first = 0; first < panels; first += block) {
+      const int64_t last = std::min(first + block, panels);
+      const PanelLogits<A> logits = shape_.is_made_in_scratch(tile.index)
+                                        ? scratch_logits(slot)
+                                        : kept_logits(chunk, tile).at(first * panel_size());
+      if (logits.teacher) {
         make_logits(problem_.teacher_head, workspace_.teacher_packed(), tile, first, last, logits.teacher,
-                    slot);
+                    slot, [](int64_t) {});
       }
-      for (int64_t panel = first; panel < last; ++panel) {
-        const int64_t offset = (panel - first) * shape_.plan.tile * kPanel;
-        f(panel, PanelLogits<A>{logits.student + offset, logits.teacher ? logits.teacher + offset : nullptr});
-      }
+      make_logits(problem_.student_head, workspace_.student_packed(), tile, first, last, logits.student, slot,
+                  [&](int64_t panel) { f(panel, logits.at((panel - first) * panel_size())); });
+    }
+  }
+
+  int64_t panel_size() const { return shape_.plan.tile * kPanel; }
+  PanelLogits<A> scratch_logits(int64_t slot) const {
+    A* block = workspace_.logits_block(slot);
+    const int64_t size = shape_.plan.tile * std::min(shape_.padded_chunk(), shape_.plan.token_block);
+    return {block, shape_.sides() == 2 ? block + size : nullptr};
+  }
+  PanelLogits<A> kept_logits(const Chunk& chunk, const Tile& tile) const {
+    const bool both = shape_.sides() == 2;
+    return {workspace_.stored_logits(chunk, tile.index, false),
+            both ? workspace_.stored_logits(chunk, tile.index, true) : nullptr};
+  }
+
+  // Calls f(panel, logits) with the transformed logits of each panel of a tile, kept or made again.
+  template <typename F>
+  void look_at_panels(const Chunk& chunk, const Tile& tile, int64_t slot, F&& f) const {
+    if (!shape_.is_stored(tile.index)) {
+      make_panels(chunk, tile, slot, [&](int64_t panel, const PanelLogits<A>& logits) {
+        teacher_.reduce(chunk, tile, panel, logits, false);
+        f(panel, logits);
+      });
+      return;
+    }
+    const int64_t panels = chunk.padded / kPanel;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      PanelLogits<A> logits = kept_logits(chunk, tile).at(panel * panel_size());
+      logits.ahead = panel + 1 < panels ? panel_size() : 0;
+      f(panel, logits);
     }
   }
 
   void reduce_logits(const Chunk& chunk) const {
-    parallel_tasks(shape_.tiles(), [&](int64_t index, int64_t slot) {
+    gemm_tasks(shape_.tiles(), [&](int64_t index, int64_t slot) {
       const Tile tile = shape_.tile(index);
-      each_panel(chunk, tile, slot, true, [&](int64_t panel, const PanelLogits<A>& logits) {
+      const bool moves = shape_.is_stored(index) && shape_.is_made_in_scratch(index);
+      const PanelLogits<A> kept = moves ? kept_logits(chunk, tile) : PanelLogits<A>{};
+      make_panels(chunk, tile, slot, [&](int64_t panel, const PanelLogits<A>& logits) {
         teacher_.reduce(chunk, tile, panel, logits, !problem_.stats_given);
+        if (!moves) return;
+        const PanelLogits<A> to = kept.at(panel * panel_size());
+        move_panel(logits.student, to.student, tile.entries);
+        if (to.teacher) move_panel(logits.teacher, to.teacher, tile.entries);
       });
-      brgemm_release();
+      if (moves) stream_fence();
     });
+  }
+
+  static void move_panel(const A* from, A* to, int64_t entries) {
+    stream_lines(reinterpret_cast<char*>(to), reinterpret_cast<const char*>(from),
+                 entries * kPanel * int64_t(sizeof(A)));
   }
 
   void merge_stats(const Chunk& chunk) const {
@@ -197,14 +233,11 @@ class LinearKL {
   }
 
   void look_again(const Chunk& chunk) const {
-    parallel_tasks(shape_.tiles(), [&](int64_t index, int64_t slot) {
+    gemm_tasks(shape_.tiles(), [&](int64_t index, int64_t slot) {
       const Tile tile = shape_.tile(index);
-      const bool make = !shape_.is_stored(index);
-      each_panel(chunk, tile, slot, make, [&](int64_t panel, const PanelLogits<A>& logits) {
-        if (make) teacher_.reduce(chunk, tile, panel, logits, false);
+      look_at_panels(chunk, tile, slot, [&](int64_t panel, const PanelLogits<A>& logits) {
         teacher_.look_again(chunk, tile, panel, logits);
       });
-      brgemm_release();
     });
     teacher_.merge_again(chunk);
   }
@@ -212,89 +245,63 @@ class LinearKL {
   // The gradients of a tile group.
   void grad(const Chunk& chunk, int64_t first_tile) const {
     const int64_t last_tile = std::min(shape_.tiles(), first_tile + shape_.plan.tile_group);
-    parallel_tasks(last_tile - first_tile, [&](int64_t i, int64_t slot) {
-      grad_of_tile(chunk, shape_.tile(first_tile + i), first_tile, slot);
-      brgemm_release();
+    gemm_tasks(last_tile - first_tile, [&](int64_t i, int64_t slot) {
+      const Tile tile = shape_.tile(first_tile + i);
+      grad_of_tile(chunk, tile, first_tile, slot);
+      // one packing serves all chunks of a group, where they follow each other
+      const bool packed = chunk.index > 0 && shape_.plan.schedule == Schedule::kRecompute;
+      if (shape_.grad_hidden && !packed) pack_head(tile, first_tile);
     });
     teacher_.merge_grads(chunk, first_tile, last_tile);
     if (shape_.grad_hidden) hidden_of_tiles(chunk, first_tile, last_tile);
   }
 
   void grad_of_tile(const Chunk& chunk, const Tile& tile, int64_t first_tile, int64_t slot) const {
-    const bool make = !shape_.is_stored(tile.index);
     Op* transposed = workspace_.dz_transposed(slot);
     A* dz_panel = workspace_.panel(slot);
     A* sums = workspace_.entry_sums(slot);
     const auto dz = workspace_.dz(chunk, tile.index, first_tile);
     if (problem_.grad_bias) std::fill_n(sums, tile.entries, A(0));
-    each_panel(chunk, tile, slot, make, [&](int64_t panel, const PanelLogits<A>& logits) {
-      if (make) teacher_.reduce(chunk, tile, panel, logits, false);
+    look_at_panels(chunk, tile, slot, [&](int64_t panel, const PanelLogits<A>& logits) {
       teacher_.grad(chunk, tile, panel, logits, dz_panel);
       const int64_t n = panel * kPanel;
       if (problem_.grad_bias) kernels_.panel_entry_sums(dz_panel, tile.entries, sums);
-      if (shape_.grad_head) pack_.cast_panel(dz_panel, tile.entries, transposed + n, chunk.padded);
+      if (shape_.grad_head)
+        pack_.cast_panel(dz_panel, tile.entries, transposed + n * operands_.k_stride, chunk.padded);
       if (shape_.grad_hidden) {
-        pack_.transpose_panel(dz_panel, tile.entries, dz.data + n * dz.ld, dz.ld);
-        for (int64_t i = 0; i < kPanel && tile.entries < shape_.depth(tile.entries); ++i) {
-          dz.data[(n + i) * dz.ld + tile.entries] = Op{};
-        }
+        pack_.transpose_panel(dz_panel, tile.entries, shape_.depth(tile.entries), dz.data + n * dz.ld, dz.ld);
       }
     });
     if (problem_.grad_bias) {
       A* bias = static_cast<A*>(problem_.grad_bias) + tile.begin;
       for (int64_t v = 0; v < tile.entries; ++v) bias[v] = (chunk.index ? bias[v] : A(0)) + sums[v];
     }
-    if (shape_.grad_head) head_of_tile(chunk, tile, first_tile, transposed, slot);
+    if (shape_.grad_head) head_gradient_.add_tile(chunk, tile, first_tile, transposed, slot);
   }
 
-  // dW of a tile = dz^T X, over the tokens of the chunk in chains of kMaxChain.
-  void head_of_tile(const Chunk& chunk, const Tile& tile, int64_t first_tile, const Op* dz_transposed,
-                    int64_t slot) const {
-    const bool last = chunk.index + 1 == shape_.chunks(), adds_up = head_target_.data != nullptr;
-    // recompute's own accumulator holds one tile group
-    const bool one_group =
-        adds_up && workspace_.head_accumulator() && shape_.plan.schedule == Schedule::kRecompute;
-    const int64_t row = one_group ? tile.begin - first_tile * shape_.plan.tile : tile.begin;
-    const int64_t ld = adds_up ? head_target_.ld : kPanel;
-    const Matrix& grad_head = problem_.grad_head;
-    for (int64_t h = 0; h < shape_.student_hidden_size; h += kPanel) {
-      const int64_t cols = std::min<int64_t>(kPanel, shape_.student_hidden_size - h);
-      A* out = adds_up ? head_target_.data + row * ld + h : workspace_.panel(slot);
-      for (int64_t n = 0; n < chunk.padded; n += kMaxChain) {
-        const bool add = n > 0 || (adds_up && (chunk.index > 0 || head_target_.has_value));
-        gemm_(tile.entries, cols, std::min(kMaxChain, chunk.padded - n), chunk.padded, kPanel, ld, add,
-              dz_transposed + n, workspace_.hidden_packed() + h * chunk.padded + n * kPanel, out);
-      }
-      if (last && grad_head.data && !shape_.head_in_place) {
-        char* to = const_cast<char*>(grad_head.row(tile.begin)) + h * bytes_of(grad_head.dtype);
-        pack_.narrow(out, ld, tile.entries, cols, to, grad_head.dtype, grad_head.ld);
-      }
-    }
-  }
-
-  // dX[:, block] += dz W[tiles, block], tiles in order: the sum over the vocabulary never depends on the
-  // threads.
-  void hidden_of_tiles(const Chunk& chunk, int64_t first_tile, int64_t last_tile) const {
+  void pack_head(const Tile& tile, int64_t first_tile) const {
     const Matrix& head = problem_.student_head;
-    const int64_t blocks = ceil_div(shape_.student_hidden_size, kHiddenBlock);
-    const int64_t token_blocks = ceil_div(chunk.padded, kTokenBlock);
-    parallel_tasks(blocks * token_blocks, [&](int64_t task, int64_t slot) {
-      const int64_t h = task % blocks * kHiddenBlock, n = task / blocks * kTokenBlock;
-      const int64_t cols = std::min(kHiddenBlock, shape_.student_hidden_size - h);
-      const int64_t tokens = std::min(kTokenBlock, chunk.padded - n);
-      Op* panels = workspace_.head_panels(slot);
+    pack_.rows(head.row(tile.begin), head.dtype, head.ld, nullptr, tile.entries, shape_.depth(tile.entries),
+               head.cols, workspace_.head_packed(tile.index, first_tile));
+  }
+
+  // dX[block of tokens, block of columns] += dz W[tiles, columns], tiles in order: the sum over the
+  // vocabulary never depends on the threads.
+  void hidden_of_tiles(const Chunk& chunk, int64_t first_tile, int64_t last_tile) const {
+    const int64_t width = shape_.plan.hidden_columns, height = shape_.plan.hidden_tokens;
+    const int64_t blocks = ceil_div(shape_.student_hidden_size, width);
+    gemm_tasks(blocks * ceil_div(chunk.padded, height), [&](int64_t task, int64_t) {
+      const int64_t begin = task % blocks * width, n = task / blocks * height;
+      const int64_t end = std::min(begin + width, shape_.student_hidden_size);
       for (int64_t index = first_tile; index < last_tile; ++index) {
-        const Tile tile = shape_.tile(index);
-        const int64_t depth = shape_.depth(tile.entries);
-        const char* block = head.row(tile.begin) + h * bytes_of(head.dtype);
-        pack_.rows(block, head.dtype, head.ld, nullptr, tile.entries, depth, cols, panels);
+        const int64_t depth = shape_.depth(shape_.tile(index).entries);
+        const Op* packed = workspace_.head_packed(index, first_tile);
         const auto dz = workspace_.dz(chunk, index, first_tile);
-        for (int64_t panel = 0; panel < cols; panel += kPanel) {
-          gemm_(tokens, kPanel, depth, dz.ld, kPanel, kPanel, index > 0, dz.data + n * dz.ld,
-                panels + panel * depth, workspace_.hidden_panel(chunk, h + panel) + n * kPanel);
+        for (int64_t h = begin; h < end; h += kPanel) {
+          gemm_(std::min(height, chunk.padded - n), kPanel, depth, dz.ld, kPanel, kPanel, index > 0,
+                dz.data + n * dz.ld, packed + h * depth, workspace_.hidden_panel(chunk, h) + n * kPanel);
         }
       }
-      brgemm_release();
     });
   }
 
@@ -316,9 +323,11 @@ class LinearKL {
   const Workspace<Op, A> workspace_;
   const Teacher teacher_;
   const KlKernels<A>& kernels_;
+  const Engine<Op, A> engine_;
   const PackKernels<A, Op>& pack_;
   const Gemm<Op, A> gemm_;
-  HeadTarget head_target_;
+  const OperandLayout operands_;
+  const HeadGradient<Op, A> head_gradient_;
 };
 
 }  // namespace minitron

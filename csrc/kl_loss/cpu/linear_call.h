@@ -139,21 +139,12 @@ class LinearCall {
                     workspace.numel());
     char* memory = static_cast<char*>(workspace.data_ptr());
     advise_huge_pages(memory, bytes);
-    const auto with = [&](auto gemm) {
-      using Types = GemmTypes<decltype(gemm)>;
-      using Op = typename Types::Op;
-      using A = typename Types::A;
-      LinearKL<Op, A, Teacher<Op, A>>(problem, shape, counted(gemm), memory, of_teacher...).run();
-    };
-    const CpuKernels& kernels = cpu_kernels();
-    if (accumulate() == DType::kFloat64) {
-      with(kernels.f64.gemm);
-    } else if (plan.operands == DType::kBFloat16) {
-      STD_TORCH_CHECK(plan.portable || brgemm_bf16(), "this CPU or this libtorch has no bf16 microkernel");
-      with(plan.portable ? kernels.gemm_bf16 : brgemm_bf16());
-    } else {
-      with(plan.portable || !brgemm_f32() ? kernels.f32.gemm : brgemm_f32());
-    }
+    with_engine(plan, [&](const auto& engine) {
+      using E = std::decay_t<decltype(engine)>;
+      using Op = typename E::Op;
+      using A = typename E::A;
+      LinearKL<Op, A, Teacher<Op, A>>(problem, shape, engine, memory, of_teacher...).run();
+    });
   }
 
   LinearProblem problem{};
@@ -161,15 +152,6 @@ class LinearCall {
   int64_t N = 0, H = 0, V = 0;
 
  private:
-  template <typename G>
-  struct GemmTypes;
-  template <typename Operand, typename Accumulate>
-  struct GemmTypes<void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const Operand*,
-                            const Operand*, Accumulate*)> {
-    using Op = Operand;
-    using A = Accumulate;
-  };
-
   const StudentArguments& arguments_;
 };
 

@@ -5,9 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/cpu/gemm.h"
-#include "kl_loss/cpu/kernels.h"
-#include "kl_loss/cpu/linear_plan.h"
+#include "kl_loss/cpu/engine.h"
 
 namespace minitron {
 
@@ -43,11 +41,16 @@ struct LinearShape {
   int64_t chunks() const { return chunk_size() ? ceil_div(tokens, chunk_size()) : 0; }
   int64_t sides() const { return outcomes ? 1 : 2; }  // models whose logits are made
   int64_t tiles() const { return ceil_div(vocab_size, plan.tile); }
-  // Tiles whose dz is held at the same time in memory of its own; a stored tile's takes that of its logits.
-  int64_t held_tiles() const { return std::min(plan.tile_group, tiles() - plan.stored_tiles); }
+  // Tiles whose dz, and whose packed head, are held at the same time.
+  int64_t held_tiles() const { return std::min(plan.tile_group, tiles()); }
   bool is_stored(int64_t tile) const { return tile < plan.stored_tiles; }
-  // K of a GEMM over hidden columns: 16-bit operands come in pairs.
-  int64_t depth(int64_t columns) const { return operand_bytes() == 2 ? round_up(columns, 2) : columns; }
+  // Whether the logits of a tile are made in a thread's scratch memory; else where they are kept.
+  bool is_made_in_scratch(int64_t tile) const { return plan.stream_logits || !is_stored(tile); }
+  OperandLayout operands() const { return operand_layout(plan.operands, plan.implementation); }
+  // K of a GEMM over so many columns or entries.
+  int64_t depth(int64_t columns) const { return round_up(columns, operands().depth); }
+  // Whether each row of the head's gradient is written once, from scratch memory; else it adds up in place.
+  bool gathers_head() const { return grad_head && chunks() == 1; }
   bool has_grad() const { return plan.schedule != Schedule::kForward; }
 
   Chunk chunk(int64_t index) const {
@@ -66,7 +69,7 @@ struct Part {
 
 struct LinearLayout {
   // One of each per thread, inside `scratch`.
-  Part a_block, logits_block, dz_transposed, head_panels, panel, entry_sums;
+  Part a_block, logits_block, dz_transposed, panel, head_rows, entry_sums;
   int64_t scratch_stride = 0;
 
   // In the order of LinearKLPlan.PARTS.
@@ -74,7 +77,7 @@ struct LinearLayout {
   int64_t total = 0;
 
   // Offsets inside `packed`.
-  int64_t student_packed = 0, teacher_packed = 0, hidden_packed = 0;
+  int64_t student_packed = 0, teacher_packed = 0, hidden_packed = 0, head_packed = 0;
 
   std::vector<int64_t> bytes() const {
     return {logits.bytes,
@@ -89,11 +92,6 @@ struct LinearLayout {
   }
 };
 
-// Tokens for which one pass over a tile of a head is made: each pass widens or fetches the tile again.
-constexpr int64_t kTokenBlock = 512;
-// Columns of dX that one task of the dX pass makes.
-constexpr int64_t kHiddenBlock = 2 * kPanel;
-
 inline LinearLayout make_layout(const LinearShape& shape) {
   constexpr int64_t kAlign = 256;
   LinearLayout layout{};
@@ -104,18 +102,22 @@ inline LinearLayout make_layout(const LinearShape& shape) {
     return part;
   };
   const LinearPlan& plan = shape.plan;
-  const int64_t tokens = shape.padded_chunk(), block = std::min(tokens, kTokenBlock), tile = plan.tile;
+  const int64_t tokens = shape.padded_chunk(), tile = plan.tile;
+  const int64_t block = std::min(tokens, plan.token_block);
   const int64_t padded_hidden = round_up(shape.student_hidden_size, kPanel);
   const int64_t operand = shape.operand_bytes(), accumulate = shape.accumulate_bytes;
+  const int64_t tile_rows = round_up(tile, shape.operands().rows), tile_depth = shape.depth(tile);
   const bool store = plan.schedule == Schedule::kStore;
 
   layout.logits = take(shape.sides() * plan.stored_tiles * tile * tokens * accumulate);
-  layout.dz = take(shape.grad_hidden ? shape.held_tiles() * tile * tokens * operand : 0);
+  layout.dz = take(shape.grad_hidden ? shape.held_tiles() * tile_depth * tokens * operand : 0);
 
   const int64_t begin = cursor;
   layout.student_packed = take(shape.depth(shape.student_hidden_size) * tokens * operand).offset;
   layout.teacher_packed = take(shape.depth(shape.teacher_hidden_size) * tokens * operand).offset;
   layout.hidden_packed = take(shape.grad_head ? padded_hidden * tokens * operand : 0).offset;
+  layout.head_packed =
+      take(shape.grad_hidden ? shape.held_tiles() * tile_depth * padded_hidden * operand : 0).offset;
   layout.packed = {begin, cursor - begin};
 
   layout.partials = take(shape.tiles() * shape.partial_columns() * tokens * accumulate);
@@ -125,12 +127,13 @@ inline LinearLayout make_layout(const LinearShape& shape) {
 
   const int64_t shared = cursor;
   cursor = 0;
-  layout.a_block = take(tile * kMaxChain * operand);
-  layout.logits_block =
-      take(plan.stored_tiles < shape.tiles() ? shape.sides() * tile * block * accumulate : 0);
-  layout.dz_transposed = take(shape.grad_head ? tile * tokens * operand : 0);
-  layout.head_panels = take(shape.grad_hidden ? shape.depth(tile) * kHiddenBlock * operand : 0);
+  layout.a_block = take(tile_rows * kMaxChain * operand);
+  const bool scratch = shape.tiles() && shape.is_made_in_scratch(shape.tiles() - 1);
+  layout.logits_block = take(scratch ? shape.sides() * tile * block * accumulate : 0);
+  layout.dz_transposed = take(shape.grad_head ? tile_rows * tokens * operand : 0);
   layout.panel = take(shape.has_grad() ? tile * kPanel * accumulate : 0);
+  const int64_t gathered = std::min(plan.head_rows, tile) * shape.student_hidden_size;
+  layout.head_rows = take(shape.gathers_head() ? gathered * (shape.head_in_place ? accumulate : 2) : 0);
   layout.entry_sums = take(tile * accumulate);
   layout.scratch_stride = cursor;
   cursor = shared;

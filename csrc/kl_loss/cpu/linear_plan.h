@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "common/cpu/gemm.h"
 #include "common/types.h"
 
 namespace minitron {
@@ -16,26 +17,53 @@ namespace minitron {
 // forward     logits are only reduced to the loss (2 GEMMs)
 enum class Schedule { kStore, kRecompute, kForward };
 
+// Whose GEMM multiplies the operands: libtorch's microkernels, or this library's own vector code, on any CPU.
+enum class Implementation { kLibtorch, kPortable };
+
 struct LinearPlan {
   Schedule schedule;
   int64_t chunk_tokens;  // whose operands are packed at a time
   int64_t tile;          // entries of the vocabulary that are one task
-  int64_t tile_group;    // tiles whose dz is made before dX takes it in
+  int64_t tile_group;    // tiles whose dz is made, and whose head is packed, before dX takes them in
   int64_t stored_tiles;  // store: tiles whose logits are kept
   DType operands;        // what the GEMMs multiply
-  bool portable;         // by this library's own GEMM, not by torch's
+  Implementation implementation;
 
-  // From `int[] plan` of the ops: these fields in this order, Schedule and DType as their numbers.
+  // What suits the caches; no bit of a result depends on it.
+  int64_t token_block;    // tokens whose logits are made and reduced together
+  int64_t hidden_tokens;  // tokens and columns of dX that are one task
+  int64_t hidden_columns;
+  int64_t head_rows;   // rows of dW that are gathered in cache and written as one piece
+  bool stream_logits;  // kept logits are written around the caches
+  bool stream_head;    // so is dW
+
+  // From `int[] plan` of the ops: these fields in this order, enumerators as their numbers.
   static LinearPlan of(const std::vector<int64_t>& numbers) {
-    if (numbers.size() != 7) throw std::invalid_argument("plan must be the 7 numbers of LinearPlan");
-    const int64_t schedule = numbers[0], operands = numbers[5];
-    const LinearPlan plan{Schedule(schedule), numbers[1],      numbers[2],     numbers[3],
-                          numbers[4],         DType(operands), numbers[6] != 0};
+    if (numbers.size() != 13) throw std::invalid_argument("plan must be the 13 numbers of LinearPlan");
+    const int64_t schedule = numbers[0], operands = numbers[5], implementation = numbers[6];
+    const LinearPlan plan{.schedule = Schedule(schedule),
+                          .chunk_tokens = numbers[1],
+                          .tile = numbers[2],
+                          .tile_group = numbers[3],
+                          .stored_tiles = numbers[4],
+                          .operands = DType(operands),
+                          .implementation = Implementation(implementation),
+                          .token_block = numbers[7],
+                          .hidden_tokens = numbers[8],
+                          .hidden_columns = numbers[9],
+                          .head_rows = numbers[10],
+                          .stream_logits = numbers[11] != 0,
+                          .stream_head = numbers[12] != 0};
     const bool known = schedule >= 0 && schedule <= int64_t(Schedule::kForward) && operands >= 0 &&
-                       operands <= int64_t(DType::kBFloat16);
+                       operands <= int64_t(DType::kBFloat16) && implementation >= 0 &&
+                       implementation <= int64_t(Implementation::kPortable);
     const bool sizes = plan.chunk_tokens > 0 && plan.tile > 0 && plan.tile % 2 == 0 && plan.tile_group > 0 &&
-                       plan.stored_tiles >= 0;
-    if (!known || !sizes || (plan.schedule != Schedule::kStore && plan.stored_tiles > 0)) {
+                       plan.stored_tiles >= 0 && plan.head_rows > 0 && plan.head_rows % 16 == 0;
+    bool blocks = true;
+    for (int64_t block : {plan.token_block, plan.hidden_tokens, plan.hidden_columns}) {
+      blocks = blocks && block > 0 && block % kPanel == 0;
+    }
+    if (!known || !sizes || !blocks || (plan.schedule != Schedule::kStore && plan.stored_tiles > 0)) {
       throw std::invalid_argument("plan out of range");
     }
     return plan;

@@ -37,17 +37,21 @@ class Workspace {
   Op* student_packed() const { return at<Op>(layout_.student_packed); }
   Op* teacher_packed() const { return at<Op>(layout_.teacher_packed); }
   Op* hidden_packed() const { return at<Op>(layout_.hidden_packed); }
+  // The B operand of dX: a tile of the student's head, one of those of a tile group.
+  Op* head_packed(int64_t tile, int64_t first_tile) const {
+    const int64_t size = shape_.depth(shape_.plan.tile) * round_up(shape_.student_hidden_size, kPanel);
+    return at<Op>(layout_.head_packed) + (tile - first_tile) * size;
+  }
 
   // Scratch of one thread.
   Op* a_block(int64_t slot) const { return scratch<Op>(layout_.a_block, slot); }
   A* logits_block(int64_t slot) const { return scratch<A>(layout_.logits_block, slot); }
   Op* dz_transposed(int64_t slot) const { return scratch<Op>(layout_.dz_transposed, slot); }
-  Op* head_panels(int64_t slot) const { return scratch<Op>(layout_.head_panels, slot); }
+  char* head_rows(int64_t slot) const { return scratch<char>(layout_.head_rows, slot); }
   A* panel(int64_t slot) const { return scratch<A>(layout_.panel, slot); }
   A* entry_sums(int64_t slot) const { return scratch<A>(layout_.entry_sums, slot); }
 
-  // Panels of a stored tile; those of the teacher, if it has logits, follow the student's. After the
-  // gradient, the last ones hold dz.
+  // Panels of a stored tile; those of the teacher, if it has logits, follow the student's.
   A* stored_logits(const Chunk& chunk, int64_t tile, bool teacher) const {
     const int64_t index = (teacher ? shape_.plan.stored_tiles : 0) + tile;
     return at<A>(layout_.logits.offset) + index * shape_.plan.tile * chunk.padded;
@@ -113,13 +117,8 @@ class Workspace {
     int64_t ld;
   };
   Dz dz(const Chunk& chunk, int64_t tile, int64_t first_tile) const {
-    const int64_t size = shape_.plan.tile;
-    if (shape_.is_stored(tile)) {
-      return {reinterpret_cast<Op*>(stored_logits(chunk, tile, shape_.sides() == 2)),
-              size * int64_t(sizeof(A) / sizeof(Op))};
-    }
-    const int64_t index = tile - std::max(first_tile, shape_.plan.stored_tiles);
-    return {at<Op>(layout_.dz.offset) + index * size * chunk.padded, size};
+    const int64_t depth = shape_.depth(shape_.plan.tile);
+    return {at<Op>(layout_.dz.offset) + (tile - first_tile) * depth * chunk.padded, depth};
   }
 
  private:

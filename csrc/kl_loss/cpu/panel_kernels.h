@@ -167,8 +167,9 @@ void panel_kl(const A* student, const A* teacher, int64_t entries, const LossOpt
 }
 
 template <typename A, Divergence kDivergence, AtUnitTemperature kY>
-void panel_grad_of(const A* student, const A* teacher, int64_t entries, const LossOptions& o, const A* stats,
-                   int64_t stride, const A* row_weight, const PanelCrossEntropy<A>* ce, A* dz, A* loss) {
+void panel_grad_of(const A* student, const A* teacher, int64_t ahead, int64_t entries, const LossOptions& o,
+                   const A* stats, int64_t stride, const A* row_weight, const PanelCrossEntropy<A>* ce, A* dz,
+                   A* loss) {
   const A tau = A(1 / o.inv_tau);
   const Vec<A> spread = splat(
       kY == AtUnitTemperature::kNothing ? A(0) : TargetShares<A>(o.label_smoothing, ce->total_vocab).spread);
@@ -181,6 +182,9 @@ void panel_grad_of(const A* student, const A* teacher, int64_t entries, const Lo
       inv_sum_y = load<A>(ce->inv_sum_y + c);
     }
     store(loss + c, column_sum<A>(entries, [&](int64_t v) {
+            const int64_t part = ahead + c * entries + v * kLanes<A>;  // the passes over c fetch all of it
+            __builtin_prefetch(student + part);
+            __builtin_prefetch(teacher + part);
             const Vec<A> s = load<A>(student + v * kPanel + c);
             const auto terms = divergence_terms<A, kDivergence>(s, load<A>(teacher + v * kPanel + c), row,
                                                                 Shares<A>(o.beta));
@@ -210,12 +214,13 @@ inline void subtract_labels(const A* student, int64_t entries, const LossOptions
 }
 
 template <typename A>
-void panel_grad(const A* student, const A* teacher, int64_t entries, const LossOptions& o, const A* stats,
-                int64_t stride, const A* row_weight, const PanelCrossEntropy<A>* ce, A* dz, A* loss) {
+void panel_grad(const A* student, const A* teacher, int64_t ahead, int64_t entries, const LossOptions& o,
+                const A* stats, int64_t stride, const A* row_weight, const PanelCrossEntropy<A>* ce, A* dz,
+                A* loss) {
   with_divergence(o.divergence(), [&](auto divergence) {
     with_unit_temperature(ce != nullptr, o, [&](auto y) {
-      panel_grad_of<A, divergence(), y()>(student, teacher, entries, o, stats, stride, row_weight, ce, dz,
-                                          loss);
+      panel_grad_of<A, divergence(), y()>(student, teacher, ahead, entries, o, stats, stride, row_weight, ce,
+                                          dz, loss);
     });
   });
   if (ce) subtract_labels<A>(student, entries, o, *ce, dz);

@@ -156,3 +156,48 @@ def check_accumulator(buffer: Tensor | None, head: Tensor) -> None:
             "stride 1 along H and rows that do not overlap, got "
             f"{tuple(buffer.shape)} on {buffer.device} with strides {buffer.stride()}"
         )
+
+
+def check_buffer(
+    buffer: Tensor | None, accumulator: Tensor | None, head: Tensor, parameter: Tensor, *inputs: Tensor | None
+) -> None:
+    """Memory for the gradient to `head`, shared with nothing. `parameter`: what the caller gave as head."""
+    if buffer is None:
+        return
+    if accumulator is not None:
+        raise ValueError(
+            "grad_head_buffer and grad_head_accumulator are places for the same gradient: give one"
+        )
+    if torch.compiler.is_compiling():
+        raise ValueError("grad_head_buffer is not for compiled calls: the compiler plans their memory")
+    check_tensor("grad_head_buffer", buffer)
+    if head.dtype == torch.float16:
+        raise TypeError(
+            "grad_head_buffer is not for a float16 student_head, whose gradient is made in float32 and "
+            "rounded when the loss scale is known: leave it out"
+        )
+    if buffer.dtype != head.dtype:
+        raise TypeError(f"grad_head_buffer must be {head.dtype} as student_head is here, got {buffer.dtype}")
+    if buffer.shape != head.shape or buffer.device != head.device or not buffer.is_contiguous():
+        raise ValueError(
+            f"grad_head_buffer must be contiguous and have student_head's shape {tuple(head.shape)} on "
+            f"{head.device}, got {tuple(buffer.shape)} on {buffer.device} with strides {buffer.stride()}"
+        )
+    if buffer.requires_grad:
+        raise ValueError("grad_head_buffer must not require grad: it is memory that is written over")
+    memory = buffer.untyped_storage().data_ptr()
+    for x in inputs:
+        if x is not None and x.numel() and x.untyped_storage().data_ptr() == memory:
+            raise ValueError("grad_head_buffer shares memory with an input, which would be written over")
+    if not parameter.is_leaf:
+        raise ValueError(
+            "grad_head_buffer needs student_head to be the parameter itself, not made from one: its .grad "
+            "might become the buffer without this call's knowing, and the next one write over it"
+        )
+    grad = parameter.grad
+    if grad is not None and grad.numel() and grad.untyped_storage().data_ptr() == memory:
+        raise ValueError(
+            "grad_head_buffer is the memory of student_head.grad, which this call would write over. Between "
+            "steps set it free with zero_grad(set_to_none=True); where micro-batches add up, lend it to "
+            "the first one alone, or use grad_head_accumulator"
+        )

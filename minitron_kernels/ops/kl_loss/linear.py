@@ -4,6 +4,9 @@ Gradients are made in the forward, where the logits are; the backward scales the
 backward instead, from the logits again: a loss per token (reduction="none"), whose incoming gradients are not
 known before; and one with grad_head_accumulator, since what is added to a caller's buffer must be added once,
 with the right factor, and only if there is a backward. A forward may run twice (checkpoint) or for nothing.
+
+A grad_head_buffer is written over, so it may be in the forward: what autograd saves is the buffer, whose
+version tells a backward whether another call has written over it since.
 """
 
 from __future__ import annotations
@@ -62,6 +65,7 @@ class _Reduced(torch.autograd.Function):
         labels: Tensor | None,
         row_weight: Tensor,
         ce_weight: Tensor | None,
+        grad_head_buffer: Tensor | None,
         needs_grad: tuple[bool, bool, bool],
         needs_metrics: bool,
         rest: tuple[Any, ...],
@@ -86,7 +90,10 @@ class _Reduced(torch.autograd.Function):
             *needs_grad,
             needs_metrics,
             *rest,
+            grad_head_buffer=grad_head_buffer,
         )
+        if grad_head_buffer is not None:
+            grads[1] = grad_head_buffer
         ctx.save_for_backward(*grads)
         ctx.needs_grad, ctx.backend = needs_grad, backend
         ctx.dtypes = _dtypes(student_hidden, student_head, student_bias)
@@ -105,7 +112,7 @@ class _Reduced(torch.autograd.Function):
             scaled(grad, grad_loss, dtype, ctx.backend) if wanted else None
             for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_grad, strict=True)
         ]
-        return (*grads, *(None,) * 13)
+        return (*map(_as_own, grads), *(None,) * 14)
 
 
 class _PerToken(torch.autograd.Function):
@@ -126,6 +133,7 @@ class _PerToken(torch.autograd.Function):
         mask: Tensor | None,
         labels: Tensor | None,
         grad_head_accumulator: Tensor | None,
+        grad_head_buffer: Tensor | None,
         needs_grad: tuple[bool, bool, bool],
         needs_metrics: bool,
         rest: tuple[Any, ...],
@@ -146,7 +154,8 @@ class _PerToken(torch.autograd.Function):
         )
         ctx.save_for_backward(*map(as_saved, (*inputs, labels)), stats, metrics)
         # not saved: other micro-batches may add to it before this one's backward does
-        ctx.grad_head_accumulator = grad_head_accumulator
+        ctx.grad_head_accumulator, ctx.grad_head_buffer = grad_head_accumulator, grad_head_buffer
+        ctx.version = None if grad_head_buffer is None else grad_head_buffer._version
         ctx.needs_grad, ctx.rest = needs_grad, rest
         ctx.set_materialize_grads(False)
         if not needs_metrics:
@@ -165,7 +174,12 @@ class _PerToken(torch.autograd.Function):
             grad_ce = None
         if grad_loss is None:
             grad_loss = stats.new_zeros(())
-        accumulator = ctx.grad_head_accumulator
+        accumulator, buffer = ctx.grad_head_accumulator, ctx.grad_head_buffer
+        if buffer is not None and buffer._version != ctx.version:
+            raise RuntimeError(
+                "grad_head_buffer was written to between this loss and its backward, so that it may be the "
+                "gradient of another call: lend each a buffer of its own"
+            )
         _, _, *grads, _ = linear_kl_loss_op(
             *inputs,
             grad_loss,
@@ -177,14 +191,22 @@ class _PerToken(torch.autograd.Function):
             *ctx.needs_grad,
             False,
             *ctx.rest,
+            grad_head_buffer=buffer,
         )
+        if buffer is not None:
+            grads[1] = buffer
         returned = (ctx.needs_grad[0], ctx.needs_grad[1] and accumulator is None, ctx.needs_grad[2])
         dtypes = _dtypes(*inputs[:3])
         grads = [
-            grad.to(dtype) if keep else None
+            _as_own(grad.to(dtype)) if keep else None
             for grad, dtype, keep in zip(grads, dtypes, returned, strict=True)
         ]
-        return (*grads, *(None,) * 11)
+        return (*grads, *(None,) * 12)
+
+
+def _as_own(grad: Tensor | None) -> Tensor | None:
+    """The same memory as a tensor that nobody else holds: autograd makes it .grad, others it copies."""
+    return None if grad is None else grad.detach()
 
 
 def _weighted_sum(loss: Tensor, row_weight: Tensor, ce: Tensor | None, ce_weight: Tensor | None) -> Tensor:
@@ -213,6 +235,7 @@ def linear_kl_rows(
     ce_weight: Tensor | None = None,
     needs_metrics: bool = False,
     parallel: Parallel = Parallel(),  # noqa: B008  immutable
+    grad_head_buffer: Tensor | None = None,
 ) -> tuple[Tensor, TokenTerms | None]:
     """Loss rows [N], or with a row_weight their sum with the cross-entropy's; and the terms of tokens.
 
@@ -240,6 +263,7 @@ def linear_kl_rows(
             labels,
             row_weight,
             ce_weight,
+            grad_head_buffer if needs_grad[1] else None,
             needs_grad,
             needs_metrics,
             rest,
@@ -256,6 +280,7 @@ def linear_kl_rows(
                 mask,
                 labels,
                 grad_head_accumulator,
+                grad_head_buffer if needs_grad[1] else None,
                 needs_grad,
                 needs_metrics,
                 rest,
@@ -296,6 +321,7 @@ def linear_result(
     schedule: str,
     workspace_bytes: int,
     parallel: Parallel,
+    grad_head_buffer: Tensor | None = None,
 ) -> Tensor | LossRecord:
     """What linear_kl_loss() and linear_sparse_kl_loss() return; see linear_kl_rows()."""
     row_weight, ce_weight = tokens.row_weights()
@@ -314,6 +340,7 @@ def linear_result(
         ce_weight=ce_weight,
         needs_metrics=tokens.needs_metrics,
         parallel=parallel,
+        grad_head_buffer=grad_head_buffer,
     )
     if row_weight is None:
         result = tokens.loss(TokenTerms(result) if terms is None else terms)

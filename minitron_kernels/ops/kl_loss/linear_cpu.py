@@ -12,7 +12,6 @@ from minitron_kernels import _workspace
 from minitron_kernels._tensors import with_unit_stride
 from minitron_kernels.ops.kl_loss.linear_rows import NO_METRICS, Side, TokenMetrics
 from minitron_kernels.ops.kl_loss.options import LossOptions
-from minitron_kernels.ops.kl_loss.plan import grad_dtype
 from minitron_kernels.ops.kl_loss.plan_cpu import operand_type, plan
 from minitron_kernels.ops.kl_loss.sparse_teacher import SparseTeacher
 
@@ -69,6 +68,7 @@ def _fill(
     engine: str | None,
     of_tokens: TokenMetrics = NO_METRICS,
     total_vocab: int = 0,
+    lent: bool = False,
 ) -> None:
     """Plans and makes a call of `op`, whose first arguments are operands(vocab_size).
 
@@ -91,6 +91,7 @@ def _fill(
         engine: as the planner has it; None for what is fastest.
         of_tokens: as there.
         total_vocab: of all ranks, where vocab_size is a shard's.
+        lent: whether grad_head is a caller's memory, of pages that are mapped.
     """
     loss, new_stats, grad_hidden, grad_head, grad_bias = outputs
     hidden, head, _ = student
@@ -100,7 +101,7 @@ def _fill(
         vocab_size,
         hidden.shape[1],
         teacher[0].shape[1] if teacher else 0,
-        dtype=grad_dtype(head.dtype),
+        dtype=head.dtype,
         grad_hidden=needs_grad[0],
         grad_head=needs_grad[1],
         grad_bias=needs_grad[2],
@@ -111,6 +112,7 @@ def _fill(
         engine=engine or operand_type(hidden.dtype, head.dtype, *(x.dtype for x in teacher)),
         metrics=of_tokens.metrics is not None,
         outcomes=outcomes,
+        lent=lent,
     )
 
     def per_row(x: Tensor | None) -> Tensor | None:

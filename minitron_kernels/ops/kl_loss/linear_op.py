@@ -34,7 +34,7 @@ def _loss_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-@opaque_op("minitron_kernels::linear_kl_loss", mutates_args=("grad_head_accumulator",))
+@opaque_op("minitron_kernels::linear_kl_loss", mutates_args=("grad_head_accumulator", "grad_head_buffer"))
 def linear_kl_loss_op(
     student_hidden: Tensor,
     student_head: Tensor,
@@ -65,6 +65,7 @@ def linear_kl_loss_op(
     group: str | None = None,
     sequence_parallel: bool = False,
     vocab_range: Sequence[int] | None = None,
+    grad_head_buffer: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Row losses [N], stats [N, 6], metrics [N, 4] and gradients, those that are needed, else empty.
 
@@ -73,7 +74,8 @@ def linear_kl_loss_op(
     The gradients are those of sum(row_weight * loss + ce_weight * cross-entropy). Both weights: [N] or 0-dim;
     row_weight None for 1, ce_weight None for 0; ce_weight needs labels, [N] int64, -1 where there is none.
     With `stats` (and `metrics`, for a ce_weight) of an earlier call, only the gradients are made.
-    `numbers` and `values` are those of LossOptions.as_arguments(), the last three those of Parallel.
+    `numbers` and `values` are those of LossOptions.as_arguments(), the three after `engine` of Parallel.
+    The head's gradient is added to a grad_head_accumulator, or written to a grad_head_buffer, if given.
     With a group N is the number of all tokens, vocab_size that of the whole vocabulary, 0 if not known.
     """
     options = LossOptions.from_arguments(numbers, values)
@@ -82,7 +84,7 @@ def linear_kl_loss_op(
         student_head,
         teacher_outcomes,
         stats,
-        grad_head_accumulator,
+        grad_head_accumulator if grad_head_buffer is None else grad_head_buffer,
         needs_hidden,
         needs_head,
         needs_bias,
@@ -90,6 +92,9 @@ def linear_kl_loss_op(
         group if sequence_parallel else None,
     )
     loss, new_stats, grad_hidden, grad_head, grad_bias, new_metrics = outputs
+    lent = needs_head and grad_head_buffer is not None
+    if needs_head and grad_head_buffer is not None:
+        grad_head = grad_head_buffer
     if metrics is None and needs_metrics:
         metrics = new_metrics
     needs_grad = (needs_hidden, needs_head, needs_bias)
@@ -133,7 +138,7 @@ def linear_kl_loss_op(
     if ids is not None and teacher_outcomes is not None:
         sparse = (written, student, SparseTeacher(ids, teacher_outcomes), *given)
         if on_cpu and shard is None:
-            linear_sparse_kl_loss_cpu_(*sparse, engine, of_tokens)
+            linear_sparse_kl_loss_cpu_(*sparse, engine, of_tokens, lent=lent)
         else:
             epilogues = cpu_epilogues() if on_cpu else EPILOGUES[backend]()
             linear_sparse_kl_loss_(*sparse, epilogues, of_tokens, shard, hidden_sum)
@@ -143,9 +148,9 @@ def linear_kl_loss_op(
         if not on_cpu:
             linear_kl_loss_(*dense, EPILOGUES[backend](), of_tokens, shard, hidden_sum)
         elif shard is None:
-            linear_kl_loss_cpu_(*dense, engine, of_tokens)
+            linear_kl_loss_cpu_(*dense, engine, of_tokens, lent=lent)
         else:
-            run = functools.partial(linear_kl_loss_cpu_, engine=engine)
+            run = functools.partial(linear_kl_loss_cpu_, engine=engine, lent=lent)
             linear_kl_loss_of_shard(run, dense, of_tokens, shard)
     if hidden_sum is not None:
         hidden_sum.finish()
@@ -217,13 +222,14 @@ def _(
     group: str | None = None,
     sequence_parallel: bool = False,
     vocab_range: Sequence[int] | None = None,
+    grad_head_buffer: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _fake(
         student_hidden,
         student_head,
         teacher_outcomes,
         stats,
-        grad_head_accumulator,
+        grad_head_accumulator if grad_head_buffer is None else grad_head_buffer,
         needs_hidden,
         needs_head,
         needs_bias,

@@ -15,6 +15,7 @@ from minitron_kernels.ops.kl_loss.checks import (
     autocast,
     check_accumulator,
     check_bias,
+    check_buffer,
     check_constant,
     check_floating,
     check_linear,
@@ -194,6 +195,7 @@ def linear_kl_loss(
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
     grad_head_accumulator: Tensor | None = None,
+    grad_head_buffer: Tensor | None = None,
     schedule: str = "auto",
     workspace_bytes: int | None = None,
     return_parts: bool = False,
@@ -247,6 +249,13 @@ def linear_kl_loss(
         grad_head_accumulator: [V, H] float32 (float64 for float64), contiguous rows. The backward adds the
             gradient to student_head to it, with the factor that comes in, and student_head gets none: once
             per backward, whether or not a checkpoint runs the forward again.
+        grad_head_buffer: [V, H] in student_head's dtype (not float16), contiguous: memory in which its
+            gradient is made, instead of new memory, whose pages cost more than what is written to them. After
+            the backward student_head.grad, if it was None, is this memory: a loop with
+            zero_grad(set_to_none=True) lends the same buffer at every step. A call writes over it in its
+            forward already, so the memory of student_head.grad is refused, and a backward raises if another
+            call wrote since. Left alone where student_head, which must be a leaf, needs no gradient. Not for
+            compiled calls.
         schedule: "auto", "store" (4 GEMMs, keeps the logits of a chunk of tokens; on a GPU the dz
             of all tokens, or of as many as the budget allows), or "recompute" (6 GEMMs,
             keeps a part of the vocabulary); see plan_linear_kl_loss().
@@ -289,7 +298,9 @@ def linear_kl_loss(
         tp_group,
         sequence_parallel,
         grad_head_accumulator,
+        grad_head_buffer,
     )
+    parameter = student_head
     teacher_hidden, teacher_head, teacher_bias = local_side(
         "teacher", teacher_hidden, teacher_head, teacher_bias, tp_group, sequence_parallel
     )
@@ -349,14 +360,18 @@ def linear_kl_loss(
 
     student_hidden, student_head = autocast(student_hidden, student_head)
     teacher_hidden, teacher_head = autocast(teacher_hidden.detach(), teacher_head.detach())
+    operands = (student_hidden, student_head, student_bias, teacher_hidden, teacher_head, teacher_bias)
+    check_buffer(grad_head_buffer, grad_head_accumulator, student_head, parameter, *operands)
     student = (as_rows(student_hidden), student_head, student_bias)
     bias = None if teacher_bias is None else teacher_bias.detach()
     teacher = Teacher(as_rows(teacher_hidden), teacher_head, bias)
     if chosen == "reference":
-        if grad_head_accumulator is not None:
-            raise ValueError(
-                "grad_head_accumulator needs native or triton; the reference leaves gradients to autograd"
-            )
+        for name, place in (
+            ("grad_head_accumulator", grad_head_accumulator),
+            ("grad_head_buffer", grad_head_buffer),
+        ):
+            if place is not None:
+                raise ValueError(f"{name} needs native or triton; the reference leaves gradients to autograd")
         s = (as_saved(student[0]), as_saved(student[1]), as_saved(student[2]))
         t = (as_saved(as_rows(teacher_hidden)), as_saved(teacher_head), as_saved(teacher.bias))
         of_tokens = as_saved(tokens.computed), as_saved(tokens.targets)
@@ -367,5 +382,5 @@ def linear_kl_loss(
         )
         return tokens.result(tokens.loss(terms), terms)
     budget = workspace_budget(workspace_bytes, device)
-    rest = (grad_head_accumulator, V, options, chosen, schedule, budget, parallel)
+    rest = (grad_head_accumulator, V, options, chosen, schedule, budget, parallel, grad_head_buffer)
     return linear_result(tokens, student, teacher, *rest)

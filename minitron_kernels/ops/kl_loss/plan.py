@@ -78,7 +78,7 @@ class LinearKLPlan:
             f"{_mib(self.workspace_bytes)}  of it counts towards workspace_bytes = {self.budget_bytes}"
         )
         lines.append(f"{_mib(self.num_tokens * self.vocab_size * 8)}  is what both fp32 logits would take")
-        return "\n".join([*lines, *self._explain_time()])
+        return "\n".join([*lines, *self._explain_more()])
 
     def _explain_operands(self) -> str:
         return ""
@@ -89,7 +89,7 @@ class LinearKLPlan:
     def _explain_lifetime(self) -> str:
         return ""
 
-    def _explain_time(self) -> list[str]:
+    def _explain_more(self) -> list[str]:
         return []
 
 

@@ -20,21 +20,22 @@ from dataclasses import dataclass
 
 import torch
 
+from minitron_kernels.ops.kl_loss.blocks_cpu import PANEL, Blocks, Caches, Work, blocks, group_of_tiles
 from minitron_kernels.ops.kl_loss.budget import CPU_WORKSPACE_BYTES, too_small
-from minitron_kernels.ops.kl_loss.plan import LinearKLPlan
+from minitron_kernels.ops.kl_loss.plan import LinearKLPlan, grad_dtype
 
-# by name: the operands' type, and whether this library's own GEMM multiplies them on any CPU
+# by name: the operands' type, and whose GEMM multiplies them; see csrc/kl_loss/cpu/engine.h
 ENGINES = {
-    "bf16": (torch.bfloat16, False),
-    "portable_bf16": (torch.bfloat16, True),
-    "f32": (torch.float32, False),
-    "portable": (torch.float32, True),
-    "f64": (torch.float64, True),
+    "bf16": (torch.bfloat16, "libtorch"),
+    "portable_bf16": (torch.bfloat16, "portable"),
+    "f32": (torch.float32, "libtorch"),
+    "portable": (torch.float32, "portable"),
+    "f64": (torch.float64, "portable"),
 }
 # the numbers of LinearPlan in csrc/kl_loss/cpu/linear_plan.h, which a test compares
 _SCHEDULE_CODES = {"store": 0, "recompute": 1, "forward": 2}
 _OPERAND_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2}
-_PANEL = 64  # rows come in panels of 64: kPanel in csrc/common/cpu/gemm.h, which a test compares
+_IMPLEMENTATION_CODES = {"libtorch": 0, "portable": 1}
 _MAX_CHUNK = 4096  # more rows at a time gain nothing
 # smaller chunks multiply slowly, and a tight budget is not meant to buy an fp32 head gradient
 _MIN_STORE_ROWS = 128
@@ -48,6 +49,8 @@ class CpuPlan(LinearKLPlan):
     engine: str
     tile_group: int
     stored_tiles: int
+    blocks: Blocks
+    caches: Caches
 
     # in the order of linear_kl_loss_layout
     PARTS = (
@@ -64,9 +67,8 @@ class CpuPlan(LinearKLPlan):
     @functools.cached_property
     def numbers(self) -> list[int]:
         """`int[] plan` of the ops."""
-        return _plan_numbers(
-            self.schedule, self.engine, self.chunk_rows, self.tile, self.tile_group, self.stored_tiles
-        )
+        sizes = (self.chunk_rows, self.tile, self.tile_group, self.stored_tiles)
+        return _plan_numbers(self.schedule, self.engine, *sizes, self.blocks)
 
     @property
     def accumulator_bytes(self) -> int:
@@ -86,18 +88,29 @@ class CpuPlan(LinearKLPlan):
         return f", operands {self.engine}"
 
     def _explain_kept(self) -> str:
-        return f", logits of {self.stored_share:.0%} kept" if self.schedule == "store" else ""
+        if self.schedule != "store":
+            return ""
+        around = ", written around the caches" if self.blocks.stream_logits else ""
+        return f", logits of {self.stored_share:.0%} kept{around}"
+
+    def _explain_more(self) -> list[str]:
+        l1, l2, l3 = (f"{size >> 10} KiB" for size in self.caches)
+        return [
+            f"blocks     logits of {self.blocks.token_block} tokens, {self.tile_group} tiles before dX, dX "
+            f"of {self.blocks.hidden_tokens} x {self.blocks.hidden_columns}",
+            f"           for caches of {l1}, {l2} and {l3}; no bit of the result depends on them",
+        ]
 
     def _explain_lifetime(self) -> str:
         return ", kept between calls (release_workspaces() frees it)"
 
 
 def _plan_numbers(
-    schedule: str, engine: str, chunk_rows: int, tile: int, tile_group: int, stored_tiles: int
+    schedule: str, engine: str, chunk_rows: int, tile: int, tile_group: int, stored_tiles: int, blocks: Blocks
 ) -> list[int]:
-    operands, portable = ENGINES[engine]
-    codes = _SCHEDULE_CODES[schedule], _OPERAND_CODES[operands]
-    return [codes[0], chunk_rows, tile, tile_group, stored_tiles, codes[1], portable]
+    operands, implementation = ENGINES[engine]
+    codes = _OPERAND_CODES[operands], _IMPLEMENTATION_CODES[implementation]
+    return [_SCHEDULE_CODES[schedule], chunk_rows, tile, tile_group, stored_tiles, *codes, *blocks]
 
 
 def operand_type(*dtypes: torch.dtype) -> str:
@@ -134,10 +147,12 @@ def plan(
     engine: str,
     metrics: bool = False,
     outcomes: int = 0,
+    lent: bool = False,
 ) -> CpuPlan:
     """The cheapest plan within the budget; see plan_linear_kl_loss() for the arguments and errors.
 
-    outcomes: k + 1 of a sparse teacher, whose hidden size is 0; 0 for a teacher with a head.
+    dtype: of the student's head. outcomes: k + 1 of a sparse teacher, whose hidden size is 0; 0 for a
+    teacher with a head. lent: whether the head's gradient goes to memory of the caller's.
     """
     return _plan(
         num_tokens,
@@ -155,7 +170,9 @@ def plan(
         engine,
         metrics,
         outcomes,
+        lent,
         torch.get_num_threads(),
+        Caches.of_this_cpu(),
     )
 
 
@@ -177,8 +194,11 @@ def _plan(
     engine: str,
     metrics: bool,
     outcomes: int,
+    lent: bool,
     threads: int,
+    caches: Caches,
 ) -> CpuPlan:
+    storage, dtype = dtype, grad_dtype(dtype)
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     planner = _Planner(
         num_tokens,
@@ -196,6 +216,10 @@ def _plan(
         threads=threads,
         metrics=metrics,
         outcomes=outcomes,
+        converts_head=storage != ENGINES[engine][0],
+        grad_head_bytes=dtype.itemsize,
+        lent=lent,
+        caches=caches,
     )
     return planner.plan(schedule if grad_hidden or grad_head or grad_bias else "forward")
 
@@ -219,6 +243,10 @@ class _Planner:
     threads: int
     metrics: bool
     outcomes: int
+    converts_head: bool
+    grad_head_bytes: int
+    lent: bool
+    caches: Caches
 
     def plan(self, schedule: str) -> CpuPlan:
         """The cheapest plan within the budget; ValueError if there is none."""
@@ -237,7 +265,7 @@ class _Planner:
 
     def smallest(self, schedule: str) -> CpuPlan:
         share = _MIN_STORED_SHARE if schedule == "store" else 0.0
-        return self.candidate(schedule, _PANEL, 1, math.ceil(share * self.num_tiles))
+        return self.candidate(schedule, PANEL, 1, math.ceil(share * self.num_tiles))
 
     def worth_storing(self, plan: CpuPlan) -> bool:
         return plan.num_chunks == 1 or plan.chunk_rows >= _MIN_STORE_ROWS
@@ -249,13 +277,11 @@ class _Planner:
         """For each size of chunk, with as many tiles stored as the budget has room for."""
         plans = []
         for rows in self.chunk_sizes(_MAX_CHUNK):
-            for tile_group in sorted({min(16, self.num_tiles), 1}, reverse=True):
+            for tile_group in self.tile_groups(rows):
                 none, one = (self.candidate("store", rows, tile_group, n) for n in (0, 1))
                 every = self.candidate("store", rows, tile_group, self.num_tiles)
-                room = self.budget - none.workspace_bytes
-                tiles = max(
-                    0, min(room // max(1, one.workspace_bytes - none.workspace_bytes), self.num_tiles)
-                )
+                room, of_tile = self.budget - none.workspace_bytes, one.workspace_bytes - none.workspace_bytes
+                tiles = max(0, min(room // max(1, of_tile), self.num_tiles))
                 plan = every if self.fits(every) else self.candidate("store", rows, tile_group, tiles)
                 if self.fits(plan) and plan.stored_share >= least_share:
                     plans.append(plan)
@@ -265,19 +291,39 @@ class _Planner:
         return plans
 
     def recomputed(self) -> list[CpuPlan]:
-        groups = {max(1, min(n, self.num_tiles)) for n in (max(16, 2 * self.threads), 8, 4, 2, 1)}
         return [
             plan
             for rows in self.chunk_sizes(_MAX_CHUNK)
-            for tile_group in groups
+            for tile_group in self.tile_groups(rows)
             if self.fits(plan := self.candidate("recompute", rows, tile_group))
         ]
 
+    def tile_groups(self, rows: int) -> list[int]:
+        """Tiles between two passes of dX, the best first: smaller ones take less memory."""
+        best = group_of_tiles(self.work(rows, 0), self.caches)
+        return sorted({min(n, best, self.num_tiles) for n in (best, 8, 4, 2, 1)} - {0} or {1}, reverse=True)
+
+    def work(self, rows: int, stored_tiles: int) -> Work:
+        tokens, sides = min(rows, -(-self.num_tokens // PANEL) * PANEL), 1 if self.outcomes else 2
+        return Work(
+            tokens=tokens,
+            tile=self.tile,
+            hidden_size=self.student_hidden_size,
+            sides=sides,
+            operand_bytes=ENGINES[self.engine][0].itemsize,
+            accumulate_bytes=self.accumulate_bytes,
+            grad_head_bytes=self.grad_head_bytes,
+            converts_head=self.converts_head,
+            kept_bytes=sides * stored_tiles * self.tile * tokens * self.accumulate_bytes,
+            lent_bytes=self.vocab_size * self.student_hidden_size * self.grad_head_bytes * self.lent,
+            threads=self.threads,
+        )
+
     def chunk_sizes(self, most: int) -> list[int]:
         """Rows of a chunk, largest first: whole panels that share the tokens out evenly."""
-        panels = max(1, -(-self.num_tokens // _PANEL))
-        sizes = {-(-panels // -(-panels // size)) for size in range(1, min(most // _PANEL, panels) + 1)}
-        return [size * _PANEL for size in sorted(sizes, reverse=True)]
+        panels = max(1, -(-self.num_tokens // PANEL))
+        sizes = {-(-panels // -(-panels // size)) for size in range(1, min(most // PANEL, panels) + 1)}
+        return [size * PANEL for size in sorted(sizes, reverse=True)]
 
     def cost(self, plan: CpuPlan) -> float:
         """Flops, and what else takes time in units of flops, as measured on AVX-512 CPUs.
@@ -309,6 +355,7 @@ class _Planner:
 
     def candidate(self, schedule: str, chunk_rows: int, tile_group: int, stored_tiles: int = 0) -> CpuPlan:
         """The plan with these numbers, fitting or not."""
+        sizes = blocks(self.work(chunk_rows, stored_tiles), self.caches)
         *parts, _ = torch.ops.minitron_kernels.linear_kl_loss_layout(
             self.num_tokens,
             self.vocab_size,
@@ -318,7 +365,7 @@ class _Planner:
             self.grad_hidden,
             self.grad_head,
             self.head_in_place,
-            _plan_numbers(schedule, self.engine, chunk_rows, self.tile, tile_group, stored_tiles),
+            _plan_numbers(schedule, self.engine, chunk_rows, self.tile, tile_group, stored_tiles, sizes),
             self.threads,
             self.metrics,
             self.outcomes,
@@ -346,6 +393,8 @@ class _Planner:
             tile=self.tile,
             tile_group=tile_group,
             stored_tiles=stored_tiles,
+            blocks=sizes,
+            caches=self.caches,
             budget_bytes=self.budget,
             part_bytes=tuple(parts),
         )

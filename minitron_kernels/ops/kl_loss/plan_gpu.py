@@ -66,7 +66,7 @@ class GpuPlan(LinearKLPlan):
             return ""
         return f", dz of {self.dz_rows} rows kept for each hidden and head gradient's GEMM"
 
-    def _explain_time(self) -> list[str]:
+    def _explain_more(self) -> list[str]:
         lines = [f"{self.predicted_seconds * 1e3:9.2f} ms   predicted for an {self.gpu}, not measured"]
         lines += [
             f"{seconds * 1e3:9.2f} ms   {name}"

@@ -25,21 +25,24 @@ def local_side(
     tp_group: Any = None,
     sequence_parallel: bool = False,
     grad_head_accumulator: Tensor | None = None,
+    grad_head_buffer: Tensor | None = None,
 ) -> Side:
     """Hidden states, head and bias as plain tensors of this rank; those of a teacher as constants.
 
     Raises:
         TypeError: hidden states that are sharded.
-        ValueError: a parameter whose memory is elsewhere, or an accumulator for a head that is gathered.
+        ValueError: a parameter whose memory is elsewhere, or a place for the gradient of a gathered head.
     """
     for name, x in ((f"{side}_head", head), (f"{side}_bias", bias)):
         if isinstance(x, nn.Parameter):
             check_whole(name, x, ndim=1 if x is bias else 2)
     if not any(map(is_dtensor, (hidden, head, bias))):
         return hidden, head, bias
-    if grad_head_accumulator is not None and is_dtensor(head) and _gathered_dims(head, tp_group):
+    places = {"grad_head_accumulator": grad_head_accumulator, "grad_head_buffer": grad_head_buffer}
+    given = [name for name, place in places.items() if place is not None]
+    if given and is_dtensor(head) and _gathered_dims(head, tp_group):
         raise ValueError(
-            f"grad_head_accumulator cannot take the gradient of a {side}_head that is a DTensor: it goes "
+            f"{given[0]} cannot take the gradient of a {side}_head that is a DTensor: it goes "
             "back to the shards. Leave it out, or pass plain tensors"
         )
     if side == "teacher":

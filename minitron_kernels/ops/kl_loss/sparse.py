@@ -15,6 +15,7 @@ from minitron_kernels.ops.kl_loss.checks import (
     autocast,
     check_accumulator,
     check_bias,
+    check_buffer,
     check_floating,
     check_linear,
     check_transforms,
@@ -57,6 +58,7 @@ def linear_sparse_kl_loss(
     student_softcap: float | None = None,
     student_logit_scale: float = 1.0,
     grad_head_accumulator: Tensor | None = None,
+    grad_head_buffer: Tensor | None = None,
     tp_group: ProcessGroup | None = None,
     sequence_parallel: bool = False,
     vocab_range: tuple[int, int] | None = None,
@@ -107,6 +109,7 @@ def linear_sparse_kl_loss(
         student_softcap: as above.
         student_logit_scale: as above.
         grad_head_accumulator: as above.
+        grad_head_buffer: as above.
         tp_group: as above; ids are those of the whole vocabulary, and vocab_size must be given. A chunk has
             an all-reduce of its k logits a token, too.
         sequence_parallel: as above; ids, logprobs and log_tail are those of all tokens.
@@ -135,7 +138,9 @@ def linear_sparse_kl_loss(
         tp_group,
         sequence_parallel,
         grad_head_accumulator,
+        grad_head_buffer,
     )
+    parameter = student_head
     check_floating(student_hidden=student_hidden, student_head=student_head)
     check_linear("student", student_hidden, student_head)
     shape, rows = student_hidden.shape[:-1], student_head.shape[0]
@@ -190,9 +195,15 @@ def linear_sparse_kl_loss(
         beta=options.beta,
     )
     student_hidden, student_head = autocast(student_hidden, student_head)
+    operands = (student_hidden, student_head, student_bias, teacher.outcomes)
+    check_buffer(grad_head_buffer, grad_head_accumulator, student_head, parameter, *operands)
     student = (as_rows(student_hidden), student_head, student_bias)
     if chosen == "reference":
-        for name, given in (("grad_head_accumulator", grad_head_accumulator), ("tp_group", tp_group)):
+        for name, given in (
+            ("grad_head_accumulator", grad_head_accumulator),
+            ("grad_head_buffer", grad_head_buffer),
+            ("tp_group", tp_group),
+        ):
             if given is not None:
                 raise ValueError(f"{name} needs native or triton; the reference leaves gradients to autograd")
         side = (as_saved(student[0]), as_saved(student[1]), as_saved(student[2]))
@@ -205,7 +216,7 @@ def linear_sparse_kl_loss(
         return tokens.result(tokens.loss(terms), terms)
     of_teacher = Teacher(ids=teacher.ids, outcomes=teacher.outcomes)
     budget = workspace_budget(workspace_bytes, device)
-    rest = (grad_head_accumulator, V, options, chosen, schedule, budget, parallel)
+    rest = (grad_head_accumulator, V, options, chosen, schedule, budget, parallel, grad_head_buffer)
     return linear_result(tokens, student, of_teacher, *rest)
 
 

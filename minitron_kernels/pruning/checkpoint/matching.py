@@ -16,10 +16,10 @@ from typing import Any
 
 from minitron_kernels.pruning.checkpoint.safetensors_files import SourceFolder, StoredTensor, shown
 from minitron_kernels.pruning.cut.cuts import Cut, Cuts
-from minitron_kernels.pruning.cut.skeleton import Shapes, check_shapes, expected_shapes
+from minitron_kernels.pruning.cut.skeleton import Shapes, check_outside, check_shapes, expected_shapes
 from minitron_kernels.pruning.families.configs import config_value
-from minitron_kernels.pruning.families.family import TIE_KEY, Family
-from minitron_kernels.pruning.families.names import family_names
+from minitron_kernels.pruning.families.family import MTP_KEYS, TIE_KEY, Family
+from minitron_kernels.pruning.families.names import family_names, stored_prefixes
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 
@@ -27,7 +27,6 @@ from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 _NOT_PARAMETERS = ".rotary_emb.inv_freq"
 # layers for multi-token prediction (MTP), which transformers does not load either
 _MTP_NAMES = ("mtp.", "mtp_layers.")
-MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers", "mtp_num_layers")
 _COMPARED_BYTES = 1 << 20
 
 
@@ -43,6 +42,7 @@ class Matched:
         root: the prefix that its names lack, and that the result's names lack too: "model." for a base model.
         parameters: their number in the source; a tied head counts once.
         left_out: names of tensors that are not part of the model: those in leave_out, and MTP layers.
+        called: {name to be written: name in the family's table} of the tensors in its tables.
     """
 
     plan: PruningPlan
@@ -52,6 +52,7 @@ class Matched:
     root: str
     parameters: int
     left_out: tuple[str, ...]
+    called: Mapping[str, str]
 
     @property
     def shapes(self) -> Shapes:
@@ -94,7 +95,7 @@ def match(
         if name not in mtp and not inside.endswith(_NOT_PARAMETERS)
     }
     head = f"{family.head}.weight"
-    root = "" if head in tensors else _lacking_root(tensors, family)
+    root = "" if head in tensors or family.text_key else _lacking_root(tensors, family)
     headless = head not in tensors and (bool(root) or _is_class_of_base(config))
     tied = family.tied(config) if headless else _is_tied(tensors, family)
     if tied:
@@ -105,14 +106,36 @@ def match(
     # experts are stored one by one, as transformers does, or stacked, as they are in the model
     one_by_one = not set(cuts.names(stored=False)) - without <= set(tensors)
     wanted = [name for name in cuts.names(stored=one_by_one) if name not in without]
-    _check_names(source, tensors, wanted, plan)
+    copies = [
+        (cut, tensor)
+        for name, tensor in tensors.items()
+        if name not in wanted and (cut := cuts.untouched(name, tensor.shape)) is not None
+    ]
+    _check_names(source, tensors, [*wanted, *(cut.name for cut, _ in copies)], plan)
     pairs = [
         (dataclasses.replace(cut, name=cut.name.removeprefix(root)), tensor)
-        for cut, tensor in _pairs(tensors, wanted, cuts, one_by_one)
+        for cut, tensor in (*_pairs(tensors, wanted, cuts, one_by_one), *copies)
     ]
+    called = {cut.name: root + cut.name for cut, _ in pairs}
+    if family.text_key is not None:
+        inside = [cut.name for cut, _ in pairs]
+        pairs = _as_stored(pairs, family)
+        called = {
+            cut.name: name for (cut, _), name in zip(pairs, inside, strict=True) if not cuts.copies(name)
+        }
     parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
     left_out = tuple(name for name in source.tensors if name in asked | mtp)
-    return Matched(plan, pairs, one_by_one, headless, root, parameters, left_out)
+    return Matched(plan, pairs, one_by_one, headless, root, parameters, left_out, called)
+
+
+def _as_stored(pairs: list[tuple[Cut, StoredTensor]], family: Family) -> list[tuple[Cut, StoredTensor]]:
+    """The pairs, with names that have the same prefixes as the tensors they come from."""
+    prefixes = stored_prefixes((tensor.name for _, tensor in pairs), family)
+    named = []
+    for cut, tensor in pairs:
+        there, own = prefixes[tensor.name]
+        named.append((dataclasses.replace(cut, name=there + cut.name.removeprefix(own)), tensor))
+    return named
 
 
 def _asked_for(source: SourceFolder, patterns: Sequence[str]) -> set[str]:
@@ -131,7 +154,7 @@ def _is_mtp(name: str, config: Mapping[str, Any], cuts: Cuts) -> bool:
     if inside.startswith(_MTP_NAMES):
         return True
     layer = re.match(rf"{re.escape(cuts.family.layers)}\.(\d+)\.", name)
-    beyond = config_value(config, MTP_KEYS[0], 0)
+    beyond = cuts.family.value(config, MTP_KEYS[0], 0)
     return layer is not None and 0 <= int(layer[1]) - cuts.source["layers"] < beyond
 
 
@@ -173,11 +196,19 @@ def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
 def _with_tied(plan: PruningPlan, tied: bool, family: Family) -> PruningPlan:
     """The plan with this tie_word_embeddings in its configs."""
     configs: dict[str, Any] = {
-        name: {**entries, TIE_KEY: tied}
+        name: with_tied(entries, tied, family)
         for name in ("source_config", "target_config")
         if family.tied(entries := getattr(plan, name)) != tied
     }
     return dataclasses.replace(plan, **configs) if configs else plan
+
+
+def with_tied(config: Mapping[str, Any], tied: bool, family: Family) -> dict[str, Any]:
+    """A config with this tie_word_embeddings, which some classes read in the text model's config too."""
+    made, text = {**config, TIE_KEY: tied}, family.text_key
+    if text is not None and isinstance(config.get(text), Mapping):
+        made[text] = {**config[text], TIE_KEY: tied}
+    return made
 
 
 def _check_names(
@@ -233,7 +264,10 @@ def check_result(matched: Matched, config: Mapping[str, Any], where: object) -> 
             expected = {param.name: param.shape(sizes) for param in params}
         if matched.headless:
             expected.pop(f"{family.head}.weight", None)
-        result = {matched.root + name: shape for name, shape in matched.shapes.items()}
+        shapes = matched.shapes
+        result = {called: shapes[name] for name, called in matched.called.items()}
+        if family.refuses(config) is None:
+            check_outside(matched.plan.source_config, config)
         check_shapes(result, expected, set(expected), "the config of the result")
     except ValueError as error:
         raise ValueError(

@@ -15,12 +15,12 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_kernels.pruning.checkpoint.matching import MTP_KEYS, check_result, match
+from minitron_kernels.pruning.checkpoint.matching import check_result, match, with_tied
 from minitron_kernels.pruning.checkpoint.model_card import PLAN_FILE, model_card, source_name
 from minitron_kernels.pruning.checkpoint.safetensors_files import (
     INDEX_FILE,
@@ -31,7 +31,8 @@ from minitron_kernels.pruning.checkpoint.safetensors_files import (
 from minitron_kernels.pruning.checkpoint.shards import Shard, is_whole, plan_shards, write_shards
 from minitron_kernels.pruning.checkpoint.side_files import check_plain, side_files
 from minitron_kernels.pruning.checkpoint.staging import Staging, check_target
-from minitron_kernels.pruning.families.family import TIE_KEY
+from minitron_kernels.pruning.families.configs import config_value
+from minitron_kernels.pruning.families.family import MTP_KEYS
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 
@@ -187,10 +188,12 @@ def _check_config(folder: Path, plan: PruningPlan) -> dict[str, Any]:
         found, wanted = family.sizes(config), family_of(planned).sizes(planned)
     except (ValueError, TypeError, ArithmeticError) as error:  # sizes that are not numbers, or are 0
         raise ValueError(f"{path}: {error}") from None
-    if config["model_type"] != planned["model_type"]:
-        raise ValueError(
-            f"{path}: model_type is {config['model_type']}, the plan is for {planned['model_type']}"
-        )
+    kinds = [
+        (each["model_type"], config_value(family.text(each), "model_type")) for each in (config, planned)
+    ]
+    if kinds[0] != kinds[1]:
+        here, there = (kind if kind == inside else f"{kind} with {inside}" for kind, inside in kinds)
+        raise ValueError(f"{path}: model_type is {here}, the plan is for {there}")
     pairs = {axis: (found.get(axis), wanted.get(axis)) for axis in wanted | found}
     differ = [f"{name} is {here} (plan: {there})" for name, (here, there) in pairs.items() if here != there]
     if differ:
@@ -262,16 +265,39 @@ def target_config(source: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any
     """The source's config.json with the plan's changes, and with every size written out."""
     family = family_of(source)
     sizes = {key for axis in family.sizes(source) for key in family.keys_of(axis)}
-    config = dict(source)
-    for key, value in plan.target_config.items():
-        changed = key not in plan.source_config or plan.source_config[key] != value
-        # where head_dim is absent or null it follows from other sizes, which have changed
-        if changed or (key in sizes and source.get(key) is None):
-            config[key] = value
-    if family.tied(config) != family.tied(plan.target_config):
-        config[TIE_KEY] = family.tied(plan.target_config)
-    config.update({key: 0 for key in MTP_KEYS if config.get(key)})
+    config, text = dict(source), family.text_key
+    before, after = plan.source_config, plan.target_config
+    if text is None:
+        _change(config, before, after, sizes)
+    else:
+        inside = {key: value for key, value in after.items() if key != text}
+        _change(config, before, inside, set())
+        # old configs have the text model's entries beside the others
+        there = config if source.get(text) is None else dict(source[text])
+        _change(there, before[text], after[text], sizes)
+        if there is not config:
+            config[text] = there
+    if family.tied(config) != family.tied(after):
+        config = with_tied(config, family.tied(after), family)
+    for part in (config, config.get(text) if text is not None else None):
+        if isinstance(part, dict):
+            part.update({key: 0 for key in MTP_KEYS if part.get(key)})
     return config
+
+
+def _change(
+    config: dict[str, Any], before: Mapping[str, Any], after: Mapping[str, Any], sizes: Set[str]
+) -> None:
+    """Writes the entries that differ to a config, and those of `sizes` that it lacks."""
+    for key, value in after.items():
+        old, here = before.get(key), config.get(key)
+        changed = key not in before or old != value
+        if changed and isinstance(here, dict) and isinstance(old, dict) and "model_type" in old:
+            config[key] = inside = dict(here)
+            _change(inside, old, value, set())
+        # where head_dim is absent or null it follows from other sizes, which have changed
+        elif changed or (key in sizes and here is None):
+            config[key] = value
 
 
 def _read(path: Path) -> bytes:

@@ -52,7 +52,7 @@ SIZES = {
     "num-attention-heads": ("num_attention_heads",),
     "num-key-value-heads": ("num_key_value_heads",),
     "moe-intermediate-size": ("moe_intermediate_size",),
-    "num-experts": ("num_experts", "num_local_experts"),
+    "num-experts": ("num_experts", "num_local_experts", "n_routed_experts"),
 }
 
 

@@ -40,8 +40,8 @@ def _about_scores(path: Path) -> str:
     family = family_of(scores.config)
     lines = [f"{path}: scores of a {scores.config['model_type']} model, {scores.tokens:,} tokens"]
     sizes = family.sizes(scores.config)
-    names = size_names(family, scores.config)
-    lines += [f"  {name:<22}{sizes[axis]:>16,}" for name, axis in names.items() if name in scores.config]
+    names, text = size_names(family, scores.config), family.text(scores.config)
+    lines += [f"  {name:<22}{sizes[axis]:>16,}" for name, axis in names.items() if name in text]
     lines.append(f"  scored: {', '.join(scores.axes)}")
     options = scores.options
     lines.append(

@@ -26,7 +26,9 @@ def target_of(args: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, 
     Raises:
         ValueError: there is no target.
     """
-    sizes = {}
+    from minitron_kernels.pruning.families.registry import family_of
+
+    sizes, config = {}, family_of(config).text(config)
     for option, names in SIZES.items():
         value = getattr(args, option.replace("-", "_"))
         if value is not None:
@@ -57,7 +59,7 @@ def windows_of(args: argparse.Namespace) -> Tensor:
     if args.quiet or not sys.stderr.isatty():
         logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(args.model)
-    family_of(config)
+    config = family_of(config).text(config)
     longest = config_value(config, "max_position_embeddings", args.seq_len)
     if args.seq_len > longest:
         raise ValueError(f"--seq-len must be at most the model's {longest} positions, got {args.seq_len}")

@@ -20,12 +20,12 @@ from minitron_kernels.ops.gather.index import ChannelIndex
 from minitron_kernels.ops.gather.op import gather_channels
 from minitron_kernels.pruning.families.family import (
     ONE,
-    PER_HEAD,
-    PER_HEAD_ONE,
     PRUNED,
     QKV,
     Located,
     elements,
+    elements_inside,
+    split_part,
 )
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.layer_plan import LayerPlan
@@ -179,7 +179,7 @@ class Cuts:
             expert = entry.experts.index(expert)
         factor, offset = self._gain(name)
         indices, stack = [], None
-        if len(located.dims) == 3 and entry is not None:
+        if located.stacked and entry is not None:
             stack = self._stack(located, entry)
         else:
             indices = [self._index(parts, located.layer, expert) for parts in located.dims]
@@ -198,13 +198,25 @@ class Cuts:
     def _stack(self, located: Located, entry: LayerPlan) -> tuple[tuple[int, Index, Index], ...] | None:
         """What is kept of the stacked weights of experts; None: everything."""
         assert entry.experts is not None, "stacked weights in a dense layer"
-        _, rows, cols = located.dims
+        *rows, cols = located.dims[1:]  # a bias of each expert has no rows
         stack = tuple(
-            (old, self._index(rows, located.layer, new), self._index(cols, located.layer, new))
+            (
+                old,
+                self._index(rows[0], located.layer, new) if rows else None,
+                self._index(cols, located.layer, new),
+            )
             for new, old in enumerate(entry.experts)
         )
         whole = entry.experts == tuple(range(self.source["experts"]))
         return None if whole and all(row is col is None for _, row, col in stack) else stack
+
+    def untouched(self, name: str, shape: tuple[int, ...]) -> Cut | None:
+        """The copy of a tensor that is outside of the text model; None where it is inside, or declared."""
+        return Cut(name=name, source_shape=shape, shape=shape) if self.copies(name) else None
+
+    def copies(self, name: str) -> bool:
+        """Whether a tensor of the model is outside of the text model, and does not follow it."""
+        return self.family.outside(name) and name not in self._known(False)
 
     def source_module(self, name: str) -> str:
         """The name in the source of a module or buffer of the smaller model."""
@@ -228,9 +240,9 @@ class Cuts:
             return None
         return ChannelIndex(index, start, name="+".join(parts))
 
-    def _elements(self, axis: str, layer: int | None, expert: int | None) -> Tensor:
-        """What is kept of the elements of an axis."""
-        if axis == QKV:
+    def _elements(self, part: str, layer: int | None, expert: int | None) -> Tensor:
+        """What is kept of the elements of a part of a dimension."""
+        if part == QKV:
             assert layer is not None, "queries outside of a layer"
             heads = self._layers[layer][1].heads
             size, kept = (sizes["heads"] // sizes["kv_heads"] for sizes in (self.source, self.target))
@@ -238,15 +250,12 @@ class Cuts:
             for new, sources in enumerate(heads.kv):
                 query = heads.query[new * kept : (new + 1) * kept]
                 blocks += [_qkv_block(head, size) for head in query]
-                blocks += [_qkv_block(sources[0], size, part) for part in ("key", "value")]
-            axis, indices = "heads", torch.tensor(blocks, dtype=torch.int64)
+                blocks += [_qkv_block(sources[0], size, kind) for kind in ("key", "value")]
+            part, indices = "heads", torch.tensor(blocks, dtype=torch.int64)
         else:
-            kept_of = self._kept(PER_HEAD_ONE.get(axis, axis), layer, expert)
-            indices = torch.tensor(kept_of, dtype=torch.int64)
-        if axis in PER_HEAD:
-            inside = torch.arange(self.source["head_dim"])
-            indices = (indices[:, None] * len(inside) + inside).flatten()
-        return indices
+            indices = torch.tensor(self._kept(split_part(part)[0], layer, expert), dtype=torch.int64)
+        inside = torch.arange(1 if part == ONE else elements_inside(part, self.source))
+        return (indices[:, None] * len(inside) + inside).flatten()
 
     def _kept(self, axis: str, layer: int | None, expert: int | None) -> tuple[int, ...] | range:
         if axis == "hidden":
@@ -267,23 +276,24 @@ class Cuts:
         if entry is None or not located.dims:
             return ()
         blends: list[Blend] = []
-        old, new, dim = 0, 0, self.source["head_dim"]
+        old, new = 0, 0
         is_gain = len(located.dims) == 1 and located.name.endswith(".weight")  # of a norm over all heads
-        for axis in located.dims[0]:
-            if axis == QKV:
+        for part in located.dims[0]:
+            axis = split_part(part)[0]
+            dim = 0 if part == QKV else elements_inside(part, self.source)
+            if part == QKV:
                 blends += self._qkv_blends(entry, old, new)
             elif axis == "heads":
                 for kept, dropped in () if is_gain else entry.heads.merged:
                     start = new + entry.heads.query.index(kept) * dim
                     blends.append(Blend(start, dim, ((2.0, old + kept * dim), (-1.0, old + dropped * dim))))
-            elif axis in ("kv_heads", "num_kv_heads"):
-                length = dim if axis == "kv_heads" else 1
+            elif axis == "kv_heads":
                 for head, sources in enumerate(entry.heads.kv):
                     if len(sources) > 1:
-                        terms = tuple((1 / len(sources), old + source * length) for source in sources)
-                        blends.append(Blend(new + head * length, length, terms))
-            old += elements(axis, self.source)
-            new += elements(axis, self.target)
+                        terms = tuple((1 / len(sources), old + source * dim) for source in sources)
+                        blends.append(Blend(new + head * dim, dim, terms))
+            old += elements(part, self.source)
+            new += elements(part, self.target)
         return tuple(blends)
 
     def _qkv_blends(self, entry: LayerPlan, old: int, new: int) -> list[Blend]:
@@ -314,7 +324,7 @@ class Cuts:
             return scale * self._factors.get(module, 1.0), self.family.norm_offset
         if kind == "weight":
             scale *= self._folded.get(module, 1.0)
-        return scale, 0.0
+        return scale * self._scales.get(name, 1.0), 0.0
 
     def _folded_factors(self) -> dict[str, float]:
         """{linear layer: factor of its weight} of those that read a norm without a gain of its own."""
@@ -335,7 +345,10 @@ class Cuts:
         family, taps = self.family, self.family.taps
         writers = [norm for norm in taps.norms if norm not in taps.scored_norms]
         if writers:
-            return {f"{family.layers}.{layer}.{norm}": scale for layer in self._layers for norm in writers}
+            scales = {f"{family.layers}.{layer}.{norm}": scale for layer in self._layers for norm in writers}
+            for layer in self._layers:
+                scales |= {f"{family.layers}.{layer}.{name}": 1 / scale for name in family.reads_residual}
+            return scales | dict.fromkeys(family.adds_to_residual, scale)
         return {family.embedding: 1 / scale} | ({family.final_norm: scale} if self.tied else {})
 
 

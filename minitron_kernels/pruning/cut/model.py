@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from minitron_kernels.pruning.cut.cuts import Cut, Cuts
 from minitron_kernels.pruning.cut.skeleton import check_shapes, skeleton, state_shapes
+from minitron_kernels.pruning.families.configs import config_value, written_value
 from minitron_kernels.pruning.families.family import TIE_KEY, Family
 from minitron_kernels.pruning.families.names import family_names
 from minitron_kernels.pruning.families.registry import family_of
@@ -141,10 +143,10 @@ class _Source:
         """Checks that the plan is for this model; raises ValueError."""
         planned, config = plan.source_config, self.model.config
         family = family_of(config)
-        if config.model_type != planned["model_type"]:
-            raise ValueError(
-                f"plan is for a model with model_type {planned['model_type']!r}, got {config.model_type!r}"
-            )
+        for part in (lambda config: config, family.text):
+            here, there = (config_value(part(each), "model_type") for each in (config, planned))
+            if here != there:
+                raise ValueError(f"plan is for a model with model_type {there!r}, got {here!r}")
         tied = family.tied(planned)
         if tied not in (family.tied(config), self.tied):
             raise ValueError(f"plan is for a model with {TIE_KEY} {tied}, got {self.tied}")
@@ -163,12 +165,12 @@ class _Source:
                 raise ValueError(f"model has no parameter {name!r}, which the plan's family has")
         known = {*names, head} if cuts.tied else set(names)
         for name, tensor in sorted(self.tensors.items()):
-            if isinstance(tensor, nn.Parameter) and name not in known:
+            if isinstance(tensor, nn.Parameter) and name not in known and not cuts.family.outside(name):
                 remedy = ": merge the adapters first" if ".lora_" in name else ""
                 raise ValueError(
                     f"model has a parameter {name!r}, which the plan's family does not know{remedy}"
                 )
-        todo = []
+        todo = [] if cuts.family.text_key is None else self._outside(cuts)
         for name in names:
             cut = cuts.of(name)
             if cut is None:
@@ -178,6 +180,12 @@ class _Source:
                 raise ValueError(f"{name} must have the shape {cut.source_shape}, got {found}")
             todo.append((name, cut))
         return todo
+
+    def _outside(self, cuts: Cuts) -> list[tuple[str, Cut]]:
+        """(name, copy) of each parameter outside of the text model that does not follow it."""
+        there = {name: t for name, t in self.tensors.items() if isinstance(t, nn.Parameter)}
+        copies = {name: cuts.untouched(name, tuple(tensor.shape)) for name, tensor in there.items()}
+        return [(name, copy) for name, copy in copies.items() if copy is not None]
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -213,12 +221,21 @@ def _is_same(one: Tensor, other: Tensor | None) -> bool:
 def _target_config(source: _Source, cuts: Cuts) -> Any:
     """The model's own config with the plan's changes, and with tie_word_embeddings as the tensors have it."""
     target, plan = copy.deepcopy(source.model.config), cuts.plan
-    for key, value in plan.target_config.items():
-        if key not in plan.source_config or plan.source_config[key] != value:
-            setattr(target, key, copy.deepcopy(value))
+    _change(target, plan.source_config, plan.target_config)
     if cuts.family.tied(target) != cuts.tied:
-        setattr(target, TIE_KEY, cuts.tied)
+        for part in {id(part): part for part in (target, cuts.family.text(target))}.values():
+            setattr(part, TIE_KEY, cuts.tied)
     return target
+
+
+def _change(config: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Writes the entries that differ to a config, and to the configs in it."""
+    for key, value in after.items():
+        inside, old = written_value(config, key), before.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and hasattr(inside, "to_dict"):
+            _change(inside, old, value)
+        elif key not in before or old != value:
+            setattr(config, key, copy.deepcopy(value))
 
 
 def _check_result(smaller: nn.Module, names: dict[str, str], todo: list[tuple[str, Cut]]) -> None:

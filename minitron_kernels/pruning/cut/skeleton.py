@@ -62,11 +62,36 @@ def expected_shapes(config: Config, *, stored: bool = False, headless: bool = Fa
 
     made = _made_by_transformers(config, headless)
     if made is not None:
-        prefix = f"{family.layers.rpartition('.')[0]}." if headless else ""
+        prefix = f"{family.layers.partition('.')[0]}." if headless else ""
         state = {f"{prefix}{name}": shape for name, shape in state_shapes(made).items()}
         parameters = {f"{prefix}{name}" for name, _ in made.named_parameters()}
-        check_shapes(table(False), state, parameters, f"this {family.model_types[0]} config")
+        known = table(False)
+        parameters = {name for name in parameters if name in known or not family.outside(name)}
+        check_shapes(known, state, parameters, f"this {family.model_types[0]} config")
     return table(stored)
+
+
+def check_outside(before: Config, after: Config) -> None:
+    """Checks that what is outside of a text model, and does not follow it, has the same shapes in both.
+
+    Raises:
+        ValueError: a tensor has not; names it.
+    """
+    family = family_of(before)
+    if family.text_key is None:
+        return
+    old, new = (_made_by_transformers(config, False) for config in (before, after))
+    if old is None or new is None:
+        return
+    declared = {param.name for param in family.parameters(before)}
+    shapes = state_shapes(new)
+    for name, shape in state_shapes(old).items():
+        if family.outside(name) and name not in declared and shapes.get(name) != shape:
+            raise ValueError(
+                f"{name} {list(shape)} becomes {shapes.get(name)} in the smaller model, but is not said to "
+                f"follow the text model: register_multimodal() a Multimodal of {family.model_types[0]} whose "
+                "params name it"
+            )
 
 
 def check_shapes(cut: Shapes, state: Shapes, parameters: set[str], what: str) -> None:
@@ -96,8 +121,13 @@ def _made_by_transformers(config: Config, headless: bool) -> nn.Module | None:
     full = full_config(config)
     if full is None:
         return None
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_MAPPING,
+    )
 
-    classes = MODEL_MAPPING if headless else MODEL_FOR_CAUSAL_LM_MAPPING
-    kind: Any = classes.get(type(full), None)
+    whole = family_of(config).text_key is not None
+    with_head = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if whole else MODEL_FOR_CAUSAL_LM_MAPPING
+    kind: Any = (MODEL_MAPPING if headless else with_head).get(type(full), None)
     return None if kind is None else skeleton(kind, full)

@@ -37,13 +37,33 @@ def config_value(config: Config, key: str, default: Any = None) -> Any:
     value = written_value(config, key)
     if value is None and isinstance(config, Mapping):
         full = full_config(config)
-        value = None if full is None else getattr(full, key, None)
+        value = None if full is None else written_value(full, key)
     return default if value is None else value
 
 
 def written_value(config: Config, key: str) -> Any:
     """`key` as it is written in the config; None where it is absent or null."""
-    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+    if isinstance(config, Mapping):
+        return config.get(key)
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:  # transformers' for entries that some layers have for themselves: it is the others'
+        return vars(config).get(key)
+
+
+def nested(config: Config, key: str) -> Config:
+    """The config under `key` of another, such as the text model's in that of a model for text and images.
+
+    A dict may say less than transformers makes of it: its text config may lack a model_type, or be absent,
+    with all its entries in the dict itself. What transformers makes of them is then returned.
+    """
+    inside = written_value(config, key)
+    if not isinstance(config, Mapping) or (isinstance(inside, Mapping) and inside.get("model_type")):
+        return inside
+    made = getattr(full_config(config), key, None)
+    if made is None:
+        raise ValueError(f"config must have {key} with a model_type, got {inside!r:.80}")
+    return made
 
 
 def full_config(config: Config) -> Config | None:

@@ -17,8 +17,11 @@ keys and values. The axes:
     layers              whole layers
     one                 a dimension of one element
 
-Any other name to which `Family.size_keys` gives a config key is an axis that is never pruned, such as the
-neurons of shared experts.
+Any other name to which `Family.size_keys` gives a config key, or `Family.computed` a function of the
+config, is an axis that is never pruned, such as the neurons of shared experts.
+
+An element of an axis may hold several elements of the dimension, behind each other: "heads*v_dim" are v_dim
+for each head ("heads" alone is "heads*head_dim"), and "expert_mlp*2" are pairs of gate and neuron.
 
 Names and shapes are those of the causal language models of Hugging Face transformers 5.
 """
@@ -30,7 +33,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from minitron_kernels.pruning.families.configs import Config, config_value, written_value
+from minitron_kernels.pruning.families.configs import Config, config_value, nested, written_value
 
 When = Callable[[Config, int], bool]
 
@@ -44,12 +47,14 @@ SIZE_KEYS: dict[str, tuple[str, ...]] = {
     "head_dim": ("head_dim",),
     "mlp": ("intermediate_size",),
 }
-PER_HEAD = ("heads", "kv_heads")
+PER_HEAD = ("heads", "kv_heads")  # whose elements hold head_dim of a dimension, where nothing else is said
 PRUNED = ("hidden", "heads", "kv_heads", "mlp", "experts", "expert_mlp")  # axes whose elements can be removed
 ONE = "one"
 QKV = "qkv"  # queries, keys and values of each KV group in turn
 PER_HEAD_ONE = {"num_heads": "heads", "num_kv_heads": "kv_heads"}  # axes of one element a head
 TIE_KEY = "tie_word_embeddings"
+# config keys of how many layers there are for multi-token prediction (MTP), which no table describes
+MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers", "mtp_num_layers")
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,12 @@ class Located:
     pattern: str = ""  # its name with {layer} and {expert} for their numbers
     buffer: bool = False
 
+    @property
+    def stacked(self) -> bool:
+        """Whether it holds what is cut for each expert by itself, along its first dimension."""
+        inside = {split_part(part)[0] for parts in self.dims[1:] for part in parts}
+        return self.dims[:1] == (("experts",),) and (len(self.dims) == 3 or "expert_mlp" in inside)
+
     def moved(self, layer: int | None, expert: int | None) -> str:
         """Its name in a model where its layer and expert have these numbers."""
         return (self.pattern or self.name).format(layer=layer, expert=expert)
@@ -95,15 +106,27 @@ class Located:
         return tuple(sum(elements(axis, sizes) for axis in parts) for parts in self.dims)
 
 
-def elements(axis: str, sizes: Mapping[str, int]) -> int:
-    """The number of elements of an axis along a dimension: head_dim for each head."""
-    if axis == ONE:
-        return 1
-    if axis == QKV:
-        return (sizes["heads"] + 2 * sizes["kv_heads"]) * sizes["head_dim"]
+def split_part(part: str) -> tuple[str, str]:
+    """(axis, what each of its elements holds of the dimension: a number, or the axis whose size it is)."""
+    axis, _, inside = part.partition("*")
     if axis in PER_HEAD_ONE:
-        return sizes[PER_HEAD_ONE[axis]]
-    return sizes[axis] * (sizes["head_dim"] if axis in PER_HEAD else 1)
+        return PER_HEAD_ONE[axis], "1"
+    return axis, inside or ("head_dim" if axis in PER_HEAD else "1")
+
+
+def elements_inside(part: str, sizes: Mapping[str, int]) -> int:
+    """How many elements of the dimension each element of a part's axis holds: head_dim for a head."""
+    _, inside = split_part(part)
+    return int(inside) if inside.isdecimal() else sizes[inside]
+
+
+def elements(part: str, sizes: Mapping[str, int]) -> int:
+    """The number of elements of a part along a dimension: head_dim for each head."""
+    if part == ONE:
+        return 1
+    if part == QKV:
+        return (sizes["heads"] + 2 * sizes["kv_heads"]) * sizes["head_dim"]
+    return sizes[split_part(part)[0]] * elements_inside(part, sizes)
 
 
 @dataclass(frozen=True)
@@ -119,6 +142,8 @@ class Taps:
         norms: all norms over residual channels.
         experts: the module that holds the weights of all experts, forward(hidden, top_k_index,
             top_k_weights); None where there are none.
+        router: where all experts get all tokens, multiplied by the router's weights, forward(hidden
+            [experts · tokens, hidden]): the router, which returns (weights, logits [tokens, experts]).
     """
 
     attention_out: str = "self_attn.o_proj"
@@ -128,6 +153,7 @@ class Taps:
     scored_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     experts: str | None = None
+    router: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +168,10 @@ class Family:
         outer: the parameters around the layers; the head's weight is left out of models where it is tied.
         layers, final_norm, embedding, head: names of these modules in the model.
         size_keys: config keys of axes, in addition to SIZE_KEYS or instead of them.
+        computed: {axis: (config) -> its size} of axes that no key of the config gives alone.
+        fixed: (config) -> {axis: why it cannot be pruned}: what the model or its config lacks for that.
+        reads_residual: linear layers inside a layer that read the residual stream without a norm.
+        keeps_first: (config) -> (how many of the first layers must stay, why).
         defaults: of config keys that a config.json may leave out; only for model types that transformers does
             not know: it has its own defaults for the others.
         norm_offset: what a norm adds to its stored weight to get its gain: 1 where it stores gain - 1.
@@ -158,6 +188,7 @@ class Family:
         refuses: (config) -> why transformers would not load it; None where it does.
         approximates: {axis: in what the smaller model differs from the whole one with what is cut put out of
             action}; plans say so where the axis is cut. Leave out an axis that is cut exactly.
+        text_key, config_follows, adds_to_residual, layouts: of a text model inside another: see Multimodal.
     """
 
     model_types: tuple[str, ...]
@@ -185,14 +216,31 @@ class Family:
     dense_layers: Callable[[list[int]], dict[str, Any]] | None = None
     refuses: Callable[[Config], str | None] = field(default=lambda config: None)
     approximates: Mapping[str, str] = field(default_factory=dict)
+    computed: Mapping[str, Callable[[Config], int]] = field(default_factory=dict)
+    fixed: Callable[[Config], Mapping[str, str]] = field(default=lambda config: {})
+    keeps_first: Callable[[Config], tuple[int, str]] = field(default=lambda config: (0, ""))
+    reads_residual: tuple[str, ...] = ()
+    text_key: str | None = None
+    config_follows: Mapping[str, str] = field(default_factory=dict)
+    adds_to_residual: tuple[str, ...] = ()
+    layouts: tuple[tuple[tuple[str, str], ...], ...] = ()
+
+    def text(self, config: Config) -> Config:
+        """The config of the text model; the config itself where it is not inside another."""
+        return config if self.text_key is None else nested(config, self.text_key)
 
     def value(self, config: Config, key: str, default: Any = None) -> Any:
-        """`key` of the config, else the family's default, else `default`."""
-        return config_value(config, key, self.defaults.get(key, default))
+        """`key` of the (text model's) config, else the family's default, else `default`."""
+        return config_value(self.text(config), key, self.defaults.get(key, default))
 
     def tied(self, config: Config) -> bool:
-        """Whether the head is tied to the embedding."""
-        return bool(self.value(config, TIE_KEY, False))
+        """Whether the head is tied to the embedding, as the whole config says, not the text model's."""
+        return bool(config_value(config, TIE_KEY, self.defaults.get(TIE_KEY, False)))
+
+    def outside(self, name: str) -> bool:
+        """Whether a tensor is outside of the text model: copied as it is, unless the table has it."""
+        root = self.layers.rpartition(".")[0]
+        return self.text_key is not None and not name.startswith((f"{root}.", f"{self.head}."))
 
     def norms_in(self, config: Config, layer: int, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
         """The norms, of `names` (default: all of taps.norms), that a layer has: a norm whose parameters are
@@ -213,14 +261,14 @@ class Family:
             ValueError: the config lacks a size that cannot be inferred.
         """
         sizes: dict[str, int] = {}
+        text = self.text(config)
         for axis in dict.fromkeys((*SIZE_KEYS, *self.size_keys)):
             keys = self.keys_of(axis)
             # a key that is written takes precedence over the default of another
-            for read in (written_value, self.value):
-                found = [value for key in keys if (value := read(config, key)) is not None]
-                if found:
-                    sizes[axis] = int(found[0])
-                    break
+            found = [value for key in keys if (value := written_value(text, key)) is not None]
+            found = found or [value for key in keys if (value := self.value(config, key)) is not None]
+            if found:
+                sizes[axis] = int(found[0])
         for axis in ("vocab", "hidden", "layers", "heads"):
             if axis not in sizes:
                 raise ValueError(
@@ -228,7 +276,7 @@ class Family:
                 )
         sizes.setdefault("kv_heads", sizes["heads"])
         sizes.setdefault("head_dim", sizes["hidden"] // sizes["heads"])
-        return sizes
+        return sizes | {axis: int(size(config)) for axis, size in self.computed.items()}
 
     def parameters(
         self, config: Config, *, stored: bool = False, tied: bool | None = None

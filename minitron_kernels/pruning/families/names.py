@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.families.wrappers import plain_name
@@ -30,6 +30,8 @@ def family_names(names: Iterable[str], family: Family) -> dict[str, str]:
         'model.embed_tokens.weight'
     """
     plain = {name: plain_name(name) for name in names}
+    if family.text_key is not None:
+        return _once({name: own for name, (own, _) in _inside_names(plain, family).items()})
     root = family.layers.rpartition(".")[0]
     root = f"{root}." if root else ""
     prefix = _decoder_prefix(plain.values(), family.embedding.removeprefix(root), root)
@@ -41,6 +43,36 @@ def family_names(names: Iterable[str], family: Family) -> dict[str, str]:
         else:
             called = root + bare.removeprefix(prefix) if bare.startswith(prefix) else bare
             found[name] = family.aliases.get(called, called)
+    return _once(found)
+
+
+def stored_prefixes(names: Iterable[str], family: Family) -> dict[str, tuple[str, str]]:
+    """{name: (prefix in a checkpoint, prefix in the family's table)} where both names are otherwise the same.
+
+    For text models inside others, whose checkpoints may have other prefixes than the models.
+    """
+    return {name: pair for name, (_, pair) in _inside_names({name: name for name in names}, family).items()}
+
+
+def _inside_names(plain: Mapping[str, str], family: Family) -> dict[str, tuple[str, tuple[str, str]]]:
+    """{name: (name in the family's table, its two prefixes)} by the layout that has the embedding."""
+    embedding = f"{family.embedding}.weight"
+    top, _, _ = family.embedding.partition(".")
+    bare = ((f"{top}.", ""),)  # of the model without its head, as AutoModel gives it
+    for layout in ((), *family.layouts, bare):
+        found = {}
+        for name, called in plain.items():
+            called = called.removeprefix("module.")
+            pairs = ((there, own) for own, there in layout if called.startswith(there))
+            there, own = next(pairs, ("", ""))
+            found[name] = own + called.removeprefix(there), (there, own)
+        if embedding in (own for own, _ in found.values()):
+            return found
+    return {name: (called, ("", "")) for name, called in plain.items()}
+
+
+def _once(found: dict[str, str]) -> dict[str, str]:
+    """`found`, checked to have each value once."""
     came_from: dict[str, str] = {}
     for name, called in found.items():
         if called in came_from:

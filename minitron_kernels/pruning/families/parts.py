@@ -22,17 +22,32 @@ def always(config: Config, layer: int) -> bool:
     return True
 
 
+def unless(when: When) -> When:
+    """A `when` of the layers that `when` leaves out."""
+    return lambda config, layer: not when(config, layer)
+
+
+def both(*whens: When) -> When:
+    """A `when` of the layers that none of these leaves out."""
+    return lambda config, layer: all(when(config, layer) for when in whens)
+
+
 def flag(key: str, default: bool = False) -> When:
     """A `when` for a parameter that exists if the config sets `key`."""
     return lambda config, layer: bool(config_value(config, key, default))
 
 
-def linear(name: str, axes: str, bias: When | bool = False) -> tuple[Param, ...]:
-    """The weight of a linear layer, with axes "out, in", and its bias if, or where, `bias` says so."""
-    weight = Param(f"{name}.weight", axes)
+def linear(name: str, axes: str, bias: When | bool = False, *, when: When | None = None) -> tuple[Param, ...]:
+    """The weight of a linear layer, with axes "out, in", and its bias if, or where, `bias` says so.
+
+    when: of both.
+    """
+    weight = Param(f"{name}.weight", axes, when)
     if bias is False:
         return (weight,)
-    return weight, Param(f"{name}.bias", axes.split(", ")[0], None if bias is True else bias)
+    if bias is True:
+        return weight, Param(f"{name}.bias", axes.split(", ")[0], when)
+    return weight, Param(f"{name}.bias", axes.split(", ")[0], bias if when is None else both(when, bias))
 
 
 def attention(
@@ -77,12 +92,35 @@ def fused_mlp() -> tuple[Param, ...]:
     return (*linear("mlp.gate_up_proj", "mlp+mlp, hidden"), *linear("mlp.down_proj", "hidden, mlp"))
 
 
+def stacked(module: str, when: When | None = None) -> tuple[Param, ...]:
+    """The weights of all experts, stacked in three-dimensional tensors."""
+    return (
+        Param(f"{module}.gate_up_proj", "experts, expert_mlp+expert_mlp, hidden", when),
+        Param(f"{module}.down_proj", "experts, hidden, expert_mlp", when),
+    )
+
+
 def experts(block: str, when: When | None = None) -> tuple[Param, ...]:
-    """The router, and the weights of all experts, stacked in three-dimensional tensors."""
+    """The router, and the weights of all experts, stacked."""
     return (
         Param(f"{block}.gate.weight", "experts, hidden", when),
-        Param(f"{block}.experts.gate_up_proj", "experts, expert_mlp+expert_mlp, hidden", when),
-        Param(f"{block}.experts.down_proj", "experts, hidden, expert_mlp", when),
+        *stacked(f"{block}.experts", when),
+    )
+
+
+def one_by_one(
+    block: str,
+    when: When | None = None,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> tuple[Param, ...]:
+    """The router, and the weights of each expert by themselves, as most checkpoints hold them."""
+    inside = ("expert_mlp, hidden", "expert_mlp, hidden", "hidden, expert_mlp")
+    return (
+        Param(f"{block}.gate.weight", "experts, hidden", when),
+        *(
+            Param(f"{block}.experts.{{expert}}.{name}.weight", axes, when)
+            for name, axes in zip(names, inside, strict=True)
+        ),
     )
 
 

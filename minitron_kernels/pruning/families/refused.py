@@ -81,7 +81,7 @@ REFUSALS: tuple[Refusal, ...] = (
                 "inkling2_loop_text",
             ),
             *("inkling2_text", "jamba", "kimi_linear", "lara_mini", "lfm2", "lfm2_moe", "lfm3", "minimax"),
-            *("nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text"),
+            *("nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_text"),
             *("qwen3_next", "qwen4_exp", "qwen4_exp_text", "zamba", "zamba2"),
         ),
     ),
@@ -107,7 +107,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "different sizes",
         f"{_TABLE}, for hidden, MLP and layers: give the latents an axis by size_keys",
         (
-            *("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "dots3_note"),
+            *("axk1", "axk2", "deepseek_v2", "deepseek_v32", "deepseek_v4", "dots3_note"),
             *(
                 "dots3_note_text",
                 "glm4_moe_lite",
@@ -126,9 +126,7 @@ REFUSALS: tuple[Refusal, ...] = (
             *(
                 "gemma3n",
                 "gemma3n_text",
-                "gemma4",
                 "gemma4_assistant",
-                "gemma4_text",
                 "gemma4_unified",
                 "hrm_text",
             ),
@@ -170,8 +168,8 @@ REFUSALS: tuple[Refusal, ...] = (
         "images or sounds around a language model",
         "load the language model inside as AutoModelForCausalLM and prune that",
         (
-            *("apertus1p5_text", "aria_text", "cohere_compass_text", "emu3", "fuyu", "gemma3", "got_ocr2"),
-            *("llama4", "llama4_text", "minimax_m3_vl_text", "moss_transcribe_diarize"),
+            *("apertus1p5_text", "aria_text", "cohere_compass_text", "emu3", "fuyu", "got_ocr2"),
+            *("llama4", "minimax_m3_vl_text", "moss_transcribe_diarize"),
         ),
     ),
     Refusal(
@@ -180,16 +178,13 @@ REFUSALS: tuple[Refusal, ...] = (
         (
             *("afmoe", "cohere2_moe", "dbrx", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint"),
             *(
-                "glm4_moe",
-                "gpt_oss",
-                "granitemoe",
                 "granitemoe_swa",
                 "granitemoeshared",
                 "hunyuan_v1_moe",
                 "hy_v3",
             ),
-            *("jetmoe", "kolibri1", "laguna", "mellum", "mimo_v2_flash", "minimax_m2", "olmoe", "phimoe"),
-            *("qwen2_moe", "sarvam_moe", "solar_open"),
+            *("jetmoe", "kolibri1", "laguna", "mellum", "mimo_v2_flash", "phimoe"),
+            *("sarvam_moe", "solar_open"),
         ),
     ),
 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from minitron_kernels.pruning.families.configs import Config, config_value
-from minitron_kernels.pruning.families.family import ONE, PER_HEAD_ONE, QKV, SIZE_KEYS, Family
+from minitron_kernels.pruning.families.configs import Config, config_value, nested
+from minitron_kernels.pruning.families.family import ONE, PRUNED, QKV, SIZE_KEYS, Family, split_part
+from minitron_kernels.pruning.families.multimodal import Multimodal
 from minitron_kernels.pruning.families.refused import refusal_of
 
 _FAMILIES: dict[str, Family] = {}
+_MULTIMODAL: dict[str, Multimodal] = {}
+# by the ids of the first two, which it keeps
+_AROUND: dict[tuple[int, int], tuple[Multimodal, Family, Family]] = {}
 
 
 def register_family(family: Family) -> None:
@@ -23,26 +27,42 @@ def register_family(family: Family) -> None:
     """
     if not isinstance(family, Family):
         raise TypeError(f"family must be a Family, got {type(family).__name__}")
-    known = {*SIZE_KEYS, *family.size_keys, *PER_HEAD_ONE, QKV, ONE} - {"layers"}
+    known = {*SIZE_KEYS, *family.size_keys, *family.computed, QKV, ONE} - {"layers"}
     for param in (*family.outer, *family.layer, *(family.stored_layer or ())):
-        if len(param.dims) > 3 or (len(param.dims) == 3 and param.dims[0] != ("experts",)):
+        names = [name for parts in param.dims for part in parts for name in split_part(part)]
+        whole = not set(names) & set(PRUNED)  # is cut nowhere
+        if len(param.dims) > 3 or (len(param.dims) == 3 and param.dims[0] != ("experts",) and not whole):
             raise ValueError(
                 f"family has {param.name} with axes {param.axes!r}: they must be at most two, or three that "
-                "begin with experts"
+                "begin with experts or are never cut"
             )
-        for axis in (axis for parts in param.dims for axis in parts):
-            if axis not in known:
+        for axis in names:
+            if axis not in known and not axis.isdecimal():
                 raise ValueError(
                     f"family has {param.name} with an axis {axis!r}, which is none of "
                     f"{', '.join(sorted(known))}: give its config key in size_keys"
                 )
     for model_type in family.model_types:
         _FAMILIES[model_type] = family
+        _MULTIMODAL.pop(model_type, None)
+
+
+def register_multimodal(multimodal: Multimodal) -> None:
+    """Makes a model around a text model known; its text model's family is looked up by its text config.
+
+    Raises:
+        TypeError: `multimodal` is not a Multimodal.
+    """
+    if not isinstance(multimodal, Multimodal):
+        raise TypeError(f"multimodal must be a Multimodal, got {type(multimodal).__name__}")
+    for model_type in multimodal.model_types:
+        _MULTIMODAL[model_type] = multimodal
+        _FAMILIES.pop(model_type, None)
 
 
 def known_families() -> tuple[str, ...]:
-    """The known model types."""
-    return tuple(sorted(_FAMILIES))
+    """The known model types, those around a text model included."""
+    return tuple(sorted({*_FAMILIES, *_MULTIMODAL}))
 
 
 def family_of(config: Config) -> Family:
@@ -55,6 +75,17 @@ def family_of(config: Config) -> Family:
     model_type = config_value(config, "model_type")
     if model_type in _FAMILIES:
         return _FAMILIES[model_type]
+    if model_type in _MULTIMODAL:
+        whole = _MULTIMODAL[model_type]
+        try:
+            inside = nested(config, whole.text_key)
+            text = whole.inner.get(config_value(inside, "model_type")) or family_of(inside)
+        except ValueError as error:
+            raise ValueError(f"the {whole.text_key} of this {model_type}: {error}") from None
+        key = id(whole), id(text)
+        if key not in _AROUND:
+            _AROUND[key] = whole, text, whole.around(text)
+        return _AROUND[key][2]
     refusal = refusal_of(model_type)
     if refusal is not None:
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from minitron_kernels.pruning.families.configs import Config
-from minitron_kernels.pruning.families.family import QKV, Family, Located, elements
+from minitron_kernels.pruning.families.family import QKV, Family, Located, elements, split_part
 from minitron_kernels.pruning.families.registry import family_of
 
 Dims = tuple[tuple[str, ...], ...]
@@ -99,9 +99,8 @@ class UsageCount:
 
     def axes(self) -> set[str]:
         """The axes of the parameters."""
-        axes = {
-            axis for kinds in self.kinds.values() for dims, _ in kinds for parts in dims for axis in parts
-        }
+        parts = {part for kinds in self.kinds.values() for dims, _ in kinds for dim in dims for part in dim}
+        axes = {axis for part in parts for axis in split_part(part)}
         return axes | {"heads", "kv_heads"} if QKV in axes else axes
 
     def uniform(self) -> bool:

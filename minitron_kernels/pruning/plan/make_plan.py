@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minitron_kernels.pruning.families.configs import Config, completed, config_value
+from minitron_kernels.pruning.families.configs import Config, completed
 from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.counts import Footprint, budgets_of
@@ -17,6 +17,7 @@ from minitron_kernels.pruning.plan.sizes import (
     BUDGETS,
     Candidate,
     Sizes,
+    check_layers,
     find_sizes,
     given_sizes,
     named_sizes,
@@ -147,6 +148,7 @@ def make_plan(
     table = Tables(tables, before)
     depth = given.get("layers", before["layers"])
     layers = kept_layers(table, before["layers"], depth, "layers" in given, drop_layers, block_losses)
+    check_layers(family, config, layers)
     candidates: list[Candidate] = []
     if budgets:
         candidates = find_sizes(
@@ -169,6 +171,7 @@ def make_plan(
             raise ValueError(nothing_to_cut(budgets, candidates[0]))
         if len(layers) != given.get("layers", len(layers)):
             layers = kept_layers(table, before["layers"], given["layers"], True, None, block_losses)
+            check_layers(family, config, layers)
     elif search is not None:
         raise ValueError("search chooses sizes for a budget: give params as well, or another budget")
     if not budgets and (kv_tokens or memory_dtype != "bfloat16"):
@@ -285,12 +288,13 @@ def _check_merge(before: Sizes, after: Sizes, kv_choice: str) -> None:
 def _settle_experts(
     family: Family, config: Config, target: dict[str, Any], after: Sizes, per_token: int | None
 ) -> None:
-    routed = config_value(config, "num_experts_per_tok") if "experts" in after else None
+    routed = family.value(config, "num_experts_per_tok") if "experts" in after else None
     if per_token is not None:
         if routed is None or isinstance(per_token, bool) or not 1 <= per_token <= after["experts"]:
             limit = after.get("experts", "no")
             raise ValueError(f"num_experts_per_tok must be from 1 to {limit} experts, got {per_token!r}")
-        target["num_experts_per_tok"] = per_token
+        text = target.get(family.text_key or "", target)
+        text["num_experts_per_tok"] = per_token
     elif routed is not None and routed > after["experts"]:
         raise ValueError(
             f"a token goes to {routed} experts, but only {after['experts']} stay: keep at least {routed}, "

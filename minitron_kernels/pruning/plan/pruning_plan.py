@@ -76,7 +76,8 @@ class PruningPlan:
         family = family_of(self.source_config)
         before, after = family.sizes(self.source_config), family.sizes(self.target_config)
         names = size_names(family, self.source_config)
-        there = {name: axis for name, axis in names.items() if name in self.source_config}
+        text = family.text(self.source_config)
+        there = {name: axis for name, axis in names.items() if name in text}
         return [(name, before[axis], after[axis]) for name, axis in there.items()]
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minitron_kernels.pruning.families.configs import Config, as_dict, completed, config_value
-from minitron_kernels.pruning.families.family import Family
+from minitron_kernels.pruning.families.family import MTP_KEYS, Family
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.counts import Footprint, UsageCount, budgets_of
 
@@ -26,17 +26,36 @@ Sizes = dict[str, int]
 def size_names(family: Family, config: Config) -> dict[str, str]:
     """The names of the sizes that can be pruned, and their axes: {"hidden_size": "hidden", ...}."""
     there = (UsageCount(family, config).axes() | {"layers"}) - {"vocab", "head_dim"}
+    there -= set(family.fixed(config))
     axes = dict.fromkeys(("hidden", "mlp", "expert_mlp", "experts", "heads", "kv_heads", "layers"))
     return {key: axis for axis in axes if axis in there for key in family.keys_of(axis)}
 
 
-def _axis(name: str, names: Mapping[str, str], config: Config) -> str:
-    if name not in names:
+def _axis(name: str, names: Mapping[str, str], family: Family, config: Config) -> str:
+    if name in names:
+        return names[name]
+    model_type = config_value(config, "model_type")
+    why = [why for axis, why in family.fixed(config).items() if name in family.keys_of(axis)]
+    if why:
+        raise ValueError(f"{name} cannot be pruned in this {model_type}: {why[0]}")
+    raise ValueError(f"{name} is not a size that can be pruned in {model_type}: it can be {', '.join(names)}")
+
+
+def check_layers(family: Family, config: Config, layers: Sequence[int]) -> None:
+    """Checks that no layer goes that must stay.
+
+    Raises:
+        ValueError: one would; says why it must stay.
+    """
+    why = family.fixed(config).get("layers")
+    if why and len(layers) < family.sizes(config)["layers"]:
+        raise ValueError(f"drop_layers: no layer can go from this {config['model_type']}: {why}")
+    first, why = family.keeps_first(config)
+    if list(layers[:first]) != list(range(first)):
         raise ValueError(
-            f"{name} is not a size that can be pruned in {config_value(config, 'model_type')}: it can be "
-            f"{', '.join(names)}"
+            f"the first {first} layers of this {config['model_type']} must stay: {why}. Name layers behind "
+            "them in drop_layers"
         )
-    return names[name]
 
 
 def divisor_of(divisor: int | Mapping[str, int] | None, name: str, axis: str, default: int) -> int:
@@ -76,7 +95,7 @@ def given_sizes(
     names = size_names(family, config)
     sizes: Sizes = {}
     for name, size in given.items():
-        axis = _axis(name, names, config)
+        axis = _axis(name, names, family, config)
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"{name} must be an int, got {size!r}")
         if not 1 <= size <= before[axis]:
@@ -96,7 +115,7 @@ def given_sizes(
     if not isinstance(ratio, Mapping):
         ratio = {name: ratio for name, axis in names.items() if axis in WIDTH and axis not in sizes}
     for name, part in ratio.items():
-        axis = _axis(name, names, config)
+        axis = _axis(name, names, family, config)
         if isinstance(part, bool) or not isinstance(part, (int, float)):
             raise TypeError(f"ratio[{name}] must be a number, got {part!r}")
         if not 0 < part <= 1:
@@ -184,7 +203,7 @@ def find_sizes(
     given = given_sizes(family, config, fixed or {}, None, 1)
     if search is None:
         search = [name for name, axis in names.items() if axis in WIDTH and axis not in given]
-    axes = [_axis(name, names, config) for name in search]
+    axes = [_axis(name, names, family, config) for name in search]
     if not axes or set(axes) & set(given) or len(set(axes)) < len(axes):
         raise ValueError(
             f"search must hold sizes that are not given otherwise, each once, got {list(search)}"
@@ -273,10 +292,20 @@ def named_sizes(names: Mapping[str, str], sizes: Mapping[str, int]) -> Sizes:
 def write_sizes(family: Family, config: Config, sizes: Mapping[str, int]) -> dict[str, Any]:
     """The config with these sizes, under the keys that it has; other values are shared, not copied."""
     target = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    text = target
+    if family.text_key in target:
+        text = target[family.text_key] = dict(target[family.text_key])
+    for path, axis in family.config_follows.items():
+        *parents, key = path.split(".")
+        inside = target
+        for parent in parents:
+            inside[parent] = dict(inside[parent])
+            inside = inside[parent]
+        inside[key] = sizes[axis]
     for axis in ("hidden", "heads", "kv_heads", "head_dim", "mlp", "expert_mlp", "experts", "layers"):
         if axis in sizes and (keys := family.keys_of(axis)):
-            for key in [key for key in keys if key in target] or keys[:1]:
-                target[key] = sizes[axis]
+            for key in [key for key in keys if key in text] or keys[:1]:
+                text[key] = sizes[axis]
     return target
 
 
@@ -285,18 +314,20 @@ def target_config_of(config: Config, sizes: Mapping[str, int], layers: Sequence[
     family = family_of(config)
     before = family.sizes(config)["layers"]
     target = as_dict(write_sizes(family, config, sizes))
+    text = target.get(family.text_key or "", target)
+    text.update({key: 0 for key in MTP_KEYS if text.get(key)})  # these layers are not part of the model
     if list(layers) == list(range(before)):
         return target
     for key in family.per_layer_keys:
         # written out, since a pattern that follows from layer indices changes when layers are dropped
-        entries = config_value(config, key)
+        entries = family.value(config, key)
         if entries is not None:
-            target[key] = [entries[layer] for layer in layers]
+            text[key] = [entries[layer] for layer in layers]
     for key in family.layer_index_keys:
-        marked = config_value(config, key)
+        marked = family.value(config, key)
         if marked is not None:
-            target[key] = [new for new, old in enumerate(layers) if old in marked]
+            text[key] = [new for new, old in enumerate(layers) if old in marked]
     if family.dense_layers is not None:
         dense = [new for new, old in enumerate(layers) if not family.is_sparse(config, old)]
-        target.update(family.dense_layers(dense))
+        text.update(family.dense_layers(dense))
     return target

@@ -152,9 +152,15 @@ def _chosen(axes: Sequence[str] | None, hooked: HookedModel) -> tuple[str, ...]:
     if lacking := [axis for axis in wanted if axis not in have]:
         raise ValueError(
             f"axes must be ones that the model has ({', '.join(have)}), got {', '.join(lacking)} for a "
-            f"{hooked.family.model_types[0]}"
+            f"{hooked.family.model_types[0]}{_why(hooked, lacking)}"
         )
     return tuple(axis for axis in AXES if axis in wanted)
+
+
+def _why(hooked: HookedModel, axes: Sequence[str]) -> str:
+    """Why these axes are not pruned, where the family says so."""
+    fixed = hooked.family.fixed(hooked.config)
+    return "".join(f"; {axis}: {fixed[axis]}" for axis in axes if axis in fixed)
 
 
 class BatchReader:
@@ -168,8 +174,8 @@ class BatchReader:
     def __init__(self, hooked: HookedModel, *, whole: bool) -> None:
         self.device = _input_device(hooked)
         self.call, self._collective = _forward(hooked), is_fsdp(hooked.root)
-        self._config, self._vocab, self._whole = hooked.config, hooked.sizes["vocab"], whole
-        self._one_row, self._routed = reads_one_row(hooked.config), bool(hooked.sparse)
+        self._config, self._vocab, self._whole = hooked.text_config, hooked.sizes["vocab"], whole
+        self._one_row, self._routed = reads_one_row(self._config), bool(hooked.sparse)
         # whether it is known that the model keeps packed sequences apart; not checked for ranks' pieces
         self._apart = not whole
 

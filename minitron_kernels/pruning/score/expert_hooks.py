@@ -20,6 +20,7 @@ from minitron_kernels.pruning.families.wrappers import fetched
 from minitron_kernels.pruning.score.recorder import Recorder
 
 _ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
+WEIGHTS = ("gate_up_proj", "down_proj")
 
 
 class ExpertsHook:
@@ -31,13 +32,25 @@ class ExpertsHook:
     Args:
         recorder: what the scores are added to.
         position: of the layer among those that have experts.
+        transposed: whether weights are [experts, in, out], not [experts, out, in].
+
+    Where the router's weights multiply the experts' input (Llama 4), each expert gets all tokens, with zeros
+    for those that are not routed to it. Then route() must be a forward hook on the router, whose logits say
+    which those are. The router's weight is part of the expert's output already, so both kinds of expert
+    scores are the norm of that.
     """
 
-    def __init__(self, recorder: Recorder, position: int) -> None:
-        self.recorder, self.position = recorder, position
+    def __init__(self, recorder: Recorder, position: int, transposed: bool = False) -> None:
+        self.recorder, self.position, self.transposed = recorder, position, transposed
+        self._routing: Tensor | None = None
         self.scores_experts = "experts" in recorder.scores.axes
         self.scores_neurons = "expert_mlp" in recorder.scores.axes
         self.uses_gates = recorder.scores.options.expert_score == "reap"
+
+    def route(self, router: Any, _args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Takes the router's choice: the experts with the top_k largest logits [tokens, experts]."""
+        if self.recorder.listens:
+            self._routing = output[1].detach().topk(router.top_k, dim=-1).indices
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
         """Scores the tokens that the module has just seen."""
@@ -46,12 +59,19 @@ class ExpertsHook:
                 self._score(module, args, kwargs)
 
     def _score(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*args, *(kwargs[name] for name in _ARGUMENTS[len(args) :])]
-        hidden, index, gates = (x.detach() for x in given[:3])
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        routed = _Routed(hidden, index, self.recorder.tokens, module.gate_up_proj.shape[0])
+        number, gates = module.gate_up_proj.shape[0], None
+        if self._routing is not None:
+            index, self._routing = self._routing, None
+            hidden = args[0].detach().reshape(number, -1, args[0].shape[-1])  # of each expert: weight · token
+        else:
+            given = [*args, *(kwargs[name] for name in _ARGUMENTS[len(args) :])]
+            hidden, index, gates = (x.detach() for x in given[:3])
+            hidden = hidden.reshape(1, -1, hidden.shape[-1]).expand(number, -1, -1)
+        routed = _Routed(hidden[0], index, self.recorder.tokens, number)
         moment_flags = self.recorder.moment_flags("expert_mlp") if self.scores_neurons else 0
-        gate_of = gates.reshape(-1)[routed.order].double() if self.uses_gates else None
+        gate_of = None
+        if self.uses_gates and gates is not None:
+            gate_of = gates.reshape(-1)[routed.order].double()
         values: list[Tensor | None] = []
         sums: list[Tensor] = []
         for expert, (begin, end) in enumerate(routed.spans):
@@ -59,14 +79,14 @@ class ExpertsHook:
                 values.append(None)
                 sums.append(hidden.new_zeros((), dtype=torch.float64))
                 continue
-            rows = hidden[routed.order[begin:end] // index.shape[-1]]
-            neurons = _gated(module, F.linear(rows, module.gate_up_proj[expert]))
+            rows = hidden[expert][routed.order[begin:end] // index.shape[-1]]
+            neurons = _gated(module, self._product(module, rows, "gate_up_proj", expert))
             if self.scores_neurons:
                 borders = F.pad(routed.counts[expert].cumsum(0), (1, 0))
                 moments = moments_of(neurons, None, borders, 0, moment_flags, self.recorder.backend)
                 values.append(moments.values)
             if self.scores_experts:
-                output = F.linear(neurons, module.down_proj[expert])
+                output = self._product(module, neurons, "down_proj", expert)
                 norms = rows_of(output, None, self.recorder.backend).double()
                 sums.append((norms if gate_of is None else norms * gate_of[begin:end]).sum())
         if self.scores_experts:
@@ -76,12 +96,18 @@ class ExpertsHook:
             shape = (
                 num_moments(moment_flags),
                 self.recorder.tokens.num_sequences,
-                module.down_proj.shape[-1],
+                module.down_proj.shape[1 if self.transposed else 2],
             )
             none = hidden.new_zeros(shape, dtype=wide)
             whole = torch.stack([none if part is None else part for part in values], dim=2)
             moments = Moments(whole.flatten(2), routed.counts.T.contiguous(), moment_flags)
             self.recorder.neurons(self.position, moments)
+
+    def _product(self, module: Any, rows: Tensor, name: str, expert: int) -> Tensor:
+        """An expert's projection of rows [n, in], with its bias where the module has one."""
+        weight, bias = getattr(module, name)[expert], getattr(module, f"{name}_bias", None)
+        bias = None if bias is None else bias[expert]
+        return F.linear(rows, weight.T if self.transposed else weight, bias)
 
 
 class _Routed:

@@ -18,7 +18,7 @@ from minitron_kernels.pruning.families.wrappers import (
     parameters_without_data,
     unwrapped,
 )
-from minitron_kernels.pruning.score.expert_hooks import ExpertsHook
+from minitron_kernels.pruning.score.expert_hooks import WEIGHTS, ExpertsHook
 from minitron_kernels.pruning.score.recorder import Recorder
 from minitron_kernels.pruning.score.scores import AXES, ENERGY, Axis, ImportanceScores, Options
 
@@ -41,12 +41,10 @@ class HookedModel:
         self.config: Any = self.root.config
         self.family: Family = family_of(self.config)
         self.sizes = self.family.sizes(self.config)
+        self.text_config: Any = self.family.text(self.config)
         decoder = self.family.layers.rpartition(".")[0]
         self._prefix = f"{decoder}." if decoder else ""
-        try:
-            self.decoder = _original(self.root.get_submodule(decoder))
-        except AttributeError:  # the decoder alone, as AutoModel gives it: its names lack the prefix
-            self.decoder = self.root
+        self.decoder = _original(_inside(self.root, decoder))
         layers = range(self.sizes["layers"])
         self.sparse = tuple(i for i in layers if self.family.is_sparse(self.config, i))
         self.dense = tuple(i for i in layers if i not in self.sparse)
@@ -61,6 +59,7 @@ class HookedModel:
             have.add("mlp")
         if self.sparse and taps.experts is not None:
             have |= {"experts", "expert_mlp"}
+        have -= set(self.family.fixed(self.config))
         return tuple(axis for axis in AXES if axis in have)
 
     def module(self, name: str, axis: str) -> nn.Module:
@@ -175,14 +174,21 @@ class HookedModel:
         experts = axes.get("experts", axes.get("expert_mlp"))
         for i, layer in enumerate(experts.modules if experts else ()):
             name, module = self.layer(int(layer), taps.experts, "experts")
-            self._check_experts(name, module)
-            handles.append(module.register_forward_hook(ExpertsHook(recorder, i), with_kwargs=True))
+            transposed = self._check_experts(name, module)
+            expert_hook = ExpertsHook(recorder, i, transposed)
+            if taps.router is not None:
+                _, router = self.layer(int(layer), taps.router, "experts")
+                handles.append(router.register_forward_hook(expert_hook.route))
+            handles.append(module.register_forward_hook(expert_hook, with_kwargs=True))
 
-    def _check_experts(self, name: str, module: nn.Module) -> None:
-        experts, neurons, hidden = (self.sizes[axis] for axis in ("experts", "expert_mlp", "hidden"))
-        shapes = {"gate_up_proj": (experts, 2 * neurons, hidden), "down_proj": (experts, hidden, neurons)}
-        for weight, shape in shapes.items():
+    def _check_experts(self, name: str, module: nn.Module) -> bool:
+        """Checks the shapes of the experts' weights; returns whether they are [in, out]."""
+        weights = {weight: self.family.locate(f"{name}.{weight}", self.config) for weight in WEIGHTS}
+        for weight, located in weights.items():
             found = getattr(module, weight, None)
+            if located is None:
+                raise ValueError(f"the family {self.family.model_types[0]!r} must have {name}.{weight}")
+            shape = located.shape(self.sizes)
             if not isinstance(found, Tensor) or tuple(found.shape) != shape:
                 got = tuple(found.shape) if isinstance(found, Tensor) else "none"
                 raise ValueError(
@@ -190,6 +196,18 @@ class HookedModel:
                     "expert parallelism, score each rank's experts by accumulate_expert_importance_() and "
                     "all_gather() the states"
                 )
+        down = weights["down_proj"]
+        return down is not None and down.dims[-1] == ("hidden",)
+
+
+def _inside(root: nn.Module, decoder: str) -> nn.Module:
+    """The decoder in a model; the model itself where it is a decoder alone, as AutoModel gives it."""
+    while decoder:
+        try:
+            return root.get_submodule(decoder)
+        except AttributeError:  # of a base model, whose names lack the first part
+            decoder = decoder.partition(".")[2]
+    return root
 
 
 def _original(module: nn.Module) -> nn.Module:

@@ -113,7 +113,7 @@ class PlanSearch:
                     "; ".join(marks),
                 ]
             )
-        budgets = ", ".join(f"{name} at most {budget:,}" for name, budget in self.budgets.items())
+        budgets = ", ".join(f"{name} at most {budget:,.0f}" for name, budget in self.budgets.items())
         order = "lower" if self.lower_is_better else "higher"
         first = f"Search for {self.model_type}: {budgets}"
         text = [first, f"score: {self.score_name} ({order} is better)", *table(head, lines, left=1)]

@@ -30,6 +30,17 @@ OLMO2 = dict(
 )
 WIDE = dict(wide_norms=("self_attn.q_norm", "self_attn.k_norm"), approximate=("heads", "kv_heads"))
 
+GEMMA4 = {
+    **WINDOWS,
+    "attention_bias": True,
+    "hidden_size_per_layer_input": 6,
+    "vocab_size_per_layer_input": 96,
+    "global_head_dim": 20,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+}
+GEMMA4_TARGET = {"num_attention_heads": None, "num_key_value_heads": None}
+
 CASES = (
     Case("llama", BIASES),
     Case("internlm3", BIASES),
@@ -93,4 +104,16 @@ CASES = (
     Case("exaone4", WINDOWS, **OLMO2),
     Case("olmo2", {"attention_bias": True}, **OLMO2, **WIDE),
     Case("olmo3", {"attention_bias": True, **WINDOWS}, **OLMO2, **WIDE),
+    Case(
+        "gemma4_text",
+        GEMMA4,
+        GEMMA4_TARGET,
+        places=Places(
+            norms=(*FOUR, "post_per_layer_input_norm"),
+            scored=("input_layernorm", "pre_feedforward_layernorm"),
+        ),
+        fixed=("heads", "num_attention_heads", 2),
+        stays=True,
+        no_cache=True,
+    ),
 )

@@ -3,5 +3,8 @@
 from minitron_kernels.pruning.families.tables import (  # noqa: F401  they register theirs
     dense,
     experts,
+    hybrid_heads,
     layernorm,
+    shared_experts,
+    wrapped,
 )

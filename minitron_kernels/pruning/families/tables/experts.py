@@ -6,68 +6,215 @@ from minitron_kernels.pruning.families.configs import Config, config_value
 from minitron_kernels.pruning.families.family import Family, Param, Taps
 from minitron_kernels.pruning.families.parts import (
     TWO_NORMS,
+    WIDE_NORM,
     always,
     attention,
     experts,
     flag,
     gated_mlp,
+    linear,
     norms,
+    one_by_one,
+    stacked,
+    unless,
 )
 from minitron_kernels.pruning.families.registry import register_family
+from minitron_kernels.pruning.families.tables.shared_experts import qwen_is_sparse
 
+_BIAS = flag("attention_bias")
+_NORMS = norms(*TWO_NORMS)
+# of families with experts in all layers
+_ONLY_EXPERTS = {"mlp": (), "expert_mlp": ("intermediate_size",), "experts": ("num_local_experts",)}
+_EXPERT_TAPS = Taps(mlp_down=None, mlp_up=None, experts="mlp.experts")
 
-def _is_sparse(config: Config, layer: int) -> bool:
-    """Qwen3-MoE: every decoder_sparse_step-th layer, except those in mlp_only_layers."""
-    step = config_value(config, "decoder_sparse_step", 1)
-    dense = config_value(config, "mlp_only_layers", ())
-    return layer not in dense and (layer + 1) % step == 0
-
-
-_MIXTRAL = (*attention(), *norms(*TWO_NORMS))
+_MIXTRAL = (*attention(), *_NORMS)
 register_family(
     Family(
         ("mixtral",),
         layer=(*_MIXTRAL, *experts("mlp")),
         stored_layer=(
             *_MIXTRAL,
-            Param("block_sparse_moe.gate.weight", "experts, hidden"),
-            Param("block_sparse_moe.experts.{expert}.w1.weight", "expert_mlp, hidden"),
-            Param("block_sparse_moe.experts.{expert}.w2.weight", "hidden, expert_mlp"),
-            Param("block_sparse_moe.experts.{expert}.w3.weight", "expert_mlp, hidden"),
+            *one_by_one("block_sparse_moe", names=("w1", "w3", "w2")),
         ),
-        taps=Taps(mlp_down=None, mlp_up=None, experts="mlp.experts"),
-        size_keys={
-            "mlp": (),
-            "expert_mlp": ("intermediate_size",),
-            "experts": ("num_local_experts",),
-        },
+        taps=_EXPERT_TAPS,
+        size_keys=_ONLY_EXPERTS,
         is_sparse=always,
     )
 )
 
-_BIAS = flag("attention_bias")
 _QWEN3_MOE = (
     *attention(qkv_bias=_BIAS, out_bias=_BIAS, qk_norm=True),
     *norms(*TWO_NORMS),
-    *gated_mlp(when=lambda config, layer: not _is_sparse(config, layer)),
+    *gated_mlp(when=unless(qwen_is_sparse)),
 )
 register_family(
     Family(
         ("qwen3_moe",),
-        layer=(*_QWEN3_MOE, *experts("mlp", _is_sparse)),
+        layer=(*_QWEN3_MOE, *experts("mlp", qwen_is_sparse)),
         stored_layer=(
             *_QWEN3_MOE,
-            Param("mlp.gate.weight", "experts, hidden", _is_sparse),
-            Param("mlp.experts.{expert}.gate_proj.weight", "expert_mlp, hidden", _is_sparse),
-            Param("mlp.experts.{expert}.up_proj.weight", "expert_mlp, hidden", _is_sparse),
-            Param("mlp.experts.{expert}.down_proj.weight", "hidden, expert_mlp", _is_sparse),
+            *one_by_one("mlp", qwen_is_sparse),
         ),
         taps=Taps(experts="mlp.experts"),
         size_keys={
             "expert_mlp": ("moe_intermediate_size",),
             "experts": ("num_experts", "num_local_experts"),
         },
-        is_sparse=_is_sparse,
+        is_sparse=qwen_is_sparse,
         dense_layers=lambda layers: {"mlp_only_layers": layers, "decoder_sparse_step": 1},
+    )
+)
+
+# ---- MiniMax-M2: norms over all heads, and a learned correction of the router's choice
+
+_MINIMAX = (*attention(wide_norm=True), *_NORMS)
+register_family(
+    Family(
+        ("minimax_m2",),
+        layer=(
+            *_MINIMAX,
+            *experts("mlp"),
+            Param("mlp.e_score_correction_bias", "experts", buffer=True),
+        ),
+        stored_layer=(
+            *_MINIMAX,
+            *one_by_one("block_sparse_moe", names=("w1", "w3", "w2")),
+            Param("block_sparse_moe.e_score_correction_bias", "experts", buffer=True),
+        ),
+        taps=_EXPERT_TAPS,
+        size_keys=_ONLY_EXPERTS,
+        is_sparse=always,
+        approximates={"heads": WIDE_NORM, "kv_heads": WIDE_NORM},
+    )
+)
+
+# ---- OLMoE: norms of queries and keys that are as wide as the residual stream
+
+
+def _norms_fit_heads(config: Config) -> str | None:
+    hidden, heads = config_value(config, "hidden_size"), config_value(config, "num_attention_heads")
+    dim = config_value(config, "head_dim", hidden // heads)
+    if heads * dim == hidden:
+        return None
+    return (
+        f"its q_norm has hidden_size {hidden} elements, but is over {heads} heads of {dim}: cut hidden_size "
+        "and num_attention_heads alike"
+    )
+
+
+_OLMOE = (*attention(qkv_bias=_BIAS, out_bias=_BIAS, wide_norm=True), *_NORMS)
+register_family(
+    Family(
+        ("olmoe",),
+        layer=(*_OLMOE, *experts("mlp")),
+        stored_layer=(*_OLMOE, *one_by_one("mlp")),
+        taps=_EXPERT_TAPS,
+        size_keys={**_ONLY_EXPERTS, "experts": ("num_experts", "num_local_experts")},
+        is_sparse=always,
+        refuses=_norms_fit_heads,
+        approximates={"heads": WIDE_NORM, "kv_heads": WIDE_NORM},
+    )
+)
+
+# ---- Granite-MoE
+
+_GRANITE = (*attention(qkv_bias=_BIAS, out_bias=_BIAS), *_NORMS)
+_GRANITE_BLOCK = "block_sparse_moe"
+register_family(
+    Family(
+        ("granitemoe",),
+        layer=(
+            *_GRANITE,
+            Param(f"{_GRANITE_BLOCK}.router.weight", "experts, hidden"),
+            *stacked(f"{_GRANITE_BLOCK}.experts"),
+        ),
+        stored_layer=(
+            *_GRANITE,
+            Param(f"{_GRANITE_BLOCK}.router.layer.weight", "experts, hidden"),
+            Param(f"{_GRANITE_BLOCK}.input_linear.weight", "experts, expert_mlp+expert_mlp, hidden"),
+            Param(f"{_GRANITE_BLOCK}.output_linear.weight", "experts, hidden, expert_mlp"),
+        ),
+        taps=Taps(mlp_down=None, mlp_up=None, experts=f"{_GRANITE_BLOCK}.experts"),
+        size_keys=_ONLY_EXPERTS,
+        is_sparse=always,
+    )
+)
+
+# ---- gpt-oss: weights are [in, out] with gate and neuron in turn, and heads have sinks
+
+_OSS_BIAS = flag("attention_bias", True)
+register_family(
+    Family(
+        ("gpt_oss",),
+        layer=(
+            *attention(qkv_bias=_OSS_BIAS, out_bias=_OSS_BIAS),
+            Param("self_attn.sinks", "num_heads"),
+            *_NORMS,
+            *linear("mlp.router", "experts, hidden", True),
+            Param("mlp.experts.gate_up_proj", "experts, hidden, expert_mlp*2"),
+            Param("mlp.experts.gate_up_proj_bias", "experts, expert_mlp*2"),
+            Param("mlp.experts.down_proj", "experts, expert_mlp, hidden"),
+            Param("mlp.experts.down_proj_bias", "experts, hidden"),
+        ),
+        taps=_EXPERT_TAPS,
+        size_keys=_ONLY_EXPERTS,
+        is_sparse=always,
+    )
+)
+
+# ---- Llama 4: the router's weight multiplies what an expert reads; all experts are as wide as the shared one
+
+
+_SAME_SIZE = (
+    "intermediate_size is the width of its shared expert too, which would have to be cut alike; there are no "
+    "scores of its neurons"
+)
+
+
+def _llama4_is_sparse(config: Config, layer: int) -> bool:
+    return layer in config_value(config, "moe_layers", ())
+
+
+_LLAMA4_MLP = (("gate_proj", "{}, hidden"), ("up_proj", "{}, hidden"), ("down_proj", "hidden, {}"))
+register_family(
+    Family(
+        ("llama4_text",),
+        layer=(
+            *attention(qkv_bias=_BIAS, out_bias=_BIAS),
+            *_NORMS,
+            *(
+                Param(f"feed_forward.{name}.weight", axes.format("mlp"), unless(_llama4_is_sparse))
+                for name, axes in _LLAMA4_MLP
+            ),
+            *(
+                Param(
+                    f"feed_forward.shared_expert.{name}.weight", axes.format("shared_mlp"), _llama4_is_sparse
+                )
+                for name, axes in _LLAMA4_MLP
+            ),
+            Param("feed_forward.router.weight", "experts, hidden", _llama4_is_sparse),
+            Param(
+                "feed_forward.experts.gate_up_proj",
+                "experts, hidden, expert_mlp+expert_mlp",
+                _llama4_is_sparse,
+            ),
+            Param("feed_forward.experts.down_proj", "experts, expert_mlp, hidden", _llama4_is_sparse),
+        ),
+        taps=Taps(
+            mlp_down="feed_forward.down_proj",
+            mlp_up="feed_forward.up_proj",
+            experts="feed_forward.experts",
+            router="feed_forward.router",
+        ),
+        size_keys={
+            "mlp": ("intermediate_size_mlp",),
+            "expert_mlp": ("intermediate_size",),
+            "shared_mlp": ("intermediate_size",),
+            "experts": ("num_local_experts",),
+        },
+        is_sparse=_llama4_is_sparse,
+        per_layer_keys=("layer_types", "no_rope_layers"),
+        layer_index_keys=("moe_layers",),
+        fixed=lambda config: {"expert_mlp": _SAME_SIZE},
     )
 )

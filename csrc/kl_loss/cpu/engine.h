@@ -1,0 +1,65 @@
+// What multiplies the operands of the linear losses on CPU, and how it wants them to lie in memory.
+//
+// A GEMM is C[M, N] (+)= A[M, K] B[K, N]. B always has panels of kPanel columns, of which row k begins at
+// k * kPanel; C is a panel, or rows of a matrix. What differs is in OperandLayout, in the table of
+// PackKernels, which pack that way, and in the Gemm, which reads it.
+//
+// To add an engine: a number in Implementation, its name in ENGINES of ops/kl_loss/plan_cpu.py, its
+// OperandLayout, its PackKernels (one of them per SIMD level, see kernels.h), and its case in with_engine().
+#pragma once
+
+#include "kl_loss/cpu/kernels.h"
+#include "kl_loss/cpu/linear_plan.h"
+
+namespace minitron {
+
+// Where an engine looks for the elements of its operands. Both kinds of A have row m, a multiple of `rows`,
+// at m * ld, and from there column k, a multiple of `depth`, at k * k_stride: plain rows have a k_stride of
+// 1; strips of 16 rows, in which 32 columns of a strip are one piece of 1 KiB, have one of 16.
+struct OperandLayout {
+  int64_t depth;  // K is a multiple of it: 2 where pairs of k lie together
+  int64_t rows;   // so is the number of rows that an A operand has memory for; those added are zero
+  int64_t k_stride;
+  bool in_place;  // rows of a tensor of the operands' type are an A operand as they are
+};
+
+inline OperandLayout operand_layout(DType operands, Implementation implementation) {
+  switch (implementation) {
+    case Implementation::kLibtorch:
+    case Implementation::kPortable:
+      break;
+  }
+  return {.depth = operands == DType::kBFloat16 ? 2 : 1, .rows = 1, .k_stride = 1, .in_place = true};
+}
+
+template <typename Operand, typename Accumulate>
+struct Engine {
+  using Op = Operand;
+  using A = Accumulate;
+
+  Gemm<Op, A> gemm;
+  const PackKernels<A, Op>* pack;
+  // Called by a thread before and after the GEMMs of a task; null for nothing.
+  void (*begin_task)();
+  void (*end_task)();
+};
+
+// Calls f with the Engine that a plan names.
+template <typename F>
+void with_engine(const LinearPlan& plan, F&& f) {
+  const CpuKernels& kernels = cpu_kernels();
+  const bool portable = plan.implementation == Implementation::kPortable;
+  if (plan.operands == DType::kFloat64) {
+    f(Engine<double, double>{kernels.f64.gemm, &kernels.pack_f64, nullptr, nullptr});
+  } else if (plan.operands == DType::kFloat32) {
+    const Gemm<float, float> own = kernels.f32.gemm, theirs = portable ? nullptr : brgemm_f32();
+    f(Engine<float, float>{theirs ? theirs : own, &kernels.pack_f32, nullptr, nullptr});
+  } else if (portable) {
+    f(Engine<bf16, float>{kernels.gemm_bf16, &kernels.pack_bf16, nullptr, nullptr});
+  } else {
+    if (!brgemm_bf16()) throw std::invalid_argument("this CPU or this libtorch has no bf16 microkernel");
+    f(Engine<bf16, float>{brgemm_bf16(), &kernels.pack_bf16, nullptr, &brgemm_release});
+  }
+}
+
+}  // namespace minitron

@@ -1,0 +1,183 @@
+"""Families whose layers have shared experts, which serve every token, beside those that are chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from minitron_kernels.pruning.families.configs import Config, config_value
+from minitron_kernels.pruning.families.family import Family, Param, Taps, When
+from minitron_kernels.pruning.families.parts import (
+    TWO_NORMS,
+    attention,
+    both,
+    experts,
+    flag,
+    gated_mlp,
+    linear,
+    norms,
+    one_by_one,
+    unless,
+)
+from minitron_kernels.pruning.families.registry import register_family
+
+_BIAS = flag("attention_bias")
+_SHARED_SIZE = (
+    "its shared experts have n_shared_experts * moe_intermediate_size neurons, so that they would have to be "
+    "cut alike; there are no scores of their neurons"
+)
+_GROUPS = (
+    "tokens choose among n_group groups of experts first: equally many would have to stay in each group, and "
+    "plans choose among all; with n_group 1 experts can go"
+)
+
+
+def shared_expert(block: str, when: When) -> tuple[Param, ...]:
+    """A shared expert, whose neurons stay."""
+    return tuple(
+        Param(f"{block}.{name}.weight", axes, when)
+        for name, axes in (
+            ("gate_proj", "shared_mlp, hidden"),
+            ("up_proj", "shared_mlp, hidden"),
+            ("down_proj", "hidden, shared_mlp"),
+        )
+    )
+
+
+# ---- Qwen2-MoE: a shared expert of a size of its own, and a gate for it
+
+
+def qwen_is_sparse(config: Config, layer: int) -> bool:
+    """Qwen2-MoE, Qwen3-MoE: every decoder_sparse_step-th layer, except those in mlp_only_layers."""
+    step = config_value(config, "decoder_sparse_step", 1)
+    dense = config_value(config, "mlp_only_layers", ())
+    return layer not in dense and (layer + 1) % step == 0
+
+
+SHARED_GATE = Param("mlp.shared_expert_gate.weight", "one, hidden")
+_QWEN2_MOE = (
+    *attention(qkv_bias=flag("qkv_bias", True)),
+    *norms(*TWO_NORMS),
+    *gated_mlp(when=unless(qwen_is_sparse)),
+    *shared_expert("mlp.shared_expert", qwen_is_sparse),
+    dataclasses.replace(SHARED_GATE, when=qwen_is_sparse),
+)
+register_family(
+    Family(
+        ("qwen2_moe",),
+        layer=(*_QWEN2_MOE, *experts("mlp", qwen_is_sparse)),
+        stored_layer=(*_QWEN2_MOE, *one_by_one("mlp", qwen_is_sparse)),
+        taps=Taps(experts="mlp.experts"),
+        size_keys={
+            "expert_mlp": ("moe_intermediate_size",),
+            "experts": ("num_experts", "num_local_experts"),
+            "shared_mlp": ("shared_expert_intermediate_size",),
+        },
+        is_sparse=qwen_is_sparse,
+        dense_layers=lambda layers: {"mlp_only_layers": layers, "decoder_sparse_step": 1},
+    )
+)
+
+# ---- DeepSeek-V3, GLM-4-MoE: dense layers first, and a learned correction of the router's choice
+
+
+def _is_sparse(config: Config, layer: int) -> bool:
+    return layer >= config_value(config, "first_k_dense_replace", 0)
+
+
+def _fixed(config: Config) -> Mapping[str, str]:
+    groups = config_value(config, "n_group", 1)
+    fixed = {"experts": _GROUPS} if groups > 1 else {}
+    return {**fixed, "expert_mlp": _SHARED_SIZE}
+
+
+_CORRECTION = Param("mlp.gate.e_score_correction_bias", "experts", _is_sparse, buffer=True)
+_BLOCKS = (
+    *norms(*TWO_NORMS),
+    *gated_mlp(when=unless(_is_sparse)),
+    *shared_expert("mlp.shared_experts", _is_sparse),
+    _CORRECTION,
+)
+
+
+def _deepseek_like(model_type: str, attention: tuple[Param, ...], **more: object) -> Family:
+    return Family(
+        (model_type,),
+        layer=(*attention, *_BLOCKS, *experts("mlp", _is_sparse)),
+        stored_layer=(*attention, *_BLOCKS, *one_by_one("mlp", _is_sparse)),
+        taps=Taps(experts="mlp.experts"),
+        is_sparse=_is_sparse,
+        dense_layers=lambda layers: {"first_k_dense_replace": len(layers)},
+        fixed=_fixed,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+_EXPERT_KEYS = {
+    "expert_mlp": ("moe_intermediate_size",),
+    "experts": ("n_routed_experts", "num_local_experts"),
+}
+
+
+def _shared_size(config: Config) -> int:
+    return config_value(config, "moe_intermediate_size") * config_value(config, "n_shared_experts", 1)
+
+
+_QK_NORM = flag("use_qk_norm")
+_GLM4 = (
+    *attention(qkv_bias=_BIAS),
+    *(Param(f"self_attn.{name}.weight", "head_dim", _QK_NORM) for name in ("q_norm", "k_norm")),
+)
+register_family(
+    _deepseek_like("glm4_moe", _GLM4, size_keys=_EXPERT_KEYS, computed={"shared_mlp": _shared_size})
+)
+
+
+def _compresses_queries(config: Config, layer: int) -> bool:
+    return config_value(config, "q_lora_rank") is not None
+
+
+def _sum_of(*keys: str) -> Callable[[Config], int]:
+    return lambda config: sum(config_value(config, key) for key in keys)
+
+
+# multi-head latent attention: heads read two latents, whose sizes stay, and each has a key and a value
+_LATENT = (
+    Param("self_attn.q_proj.weight", "heads*qk_dim, hidden", unless(_compresses_queries)),
+    Param("self_attn.q_a_proj.weight", "q_latent, hidden", _compresses_queries),
+    Param("self_attn.q_a_proj.bias", "q_latent", both(_compresses_queries, _BIAS)),
+    Param("self_attn.q_a_layernorm.weight", "q_latent", _compresses_queries),
+    Param("self_attn.q_b_proj.weight", "heads*qk_dim, q_latent", _compresses_queries),
+    *linear("self_attn.kv_a_proj_with_mqa", "kv_latent+rope_dim, hidden", _BIAS),
+    Param("self_attn.kv_a_layernorm.weight", "kv_latent"),
+    Param("self_attn.kv_b_proj.weight", "heads*kv_b_dim, kv_latent"),
+    *linear("self_attn.o_proj", "hidden, heads", _BIAS),
+)
+
+
+def _one_key_for_each_head(config: Config) -> str | None:
+    heads, kv = (config_value(config, f"num_{kind}_heads") for kind in ("attention", "key_value"))
+    if kv in (None, heads):
+        return None
+    return f"its class has a key and a value for each of {heads} heads, but num_key_value_heads is {kv}"
+
+
+register_family(
+    _deepseek_like(
+        "deepseek_v3",
+        _LATENT,
+        size_keys={
+            **_EXPERT_KEYS,
+            "head_dim": ("v_head_dim",),
+            "q_latent": ("q_lora_rank",),
+            "kv_latent": ("kv_lora_rank",),
+            "rope_dim": ("qk_rope_head_dim",),
+        },
+        computed={
+            "shared_mlp": _shared_size,
+            "qk_dim": _sum_of("qk_nope_head_dim", "qk_rope_head_dim"),
+            "kv_b_dim": _sum_of("qk_nope_head_dim", "v_head_dim"),
+        },
+        refuses=_one_key_for_each_head,
+    )
+)
