@@ -363,9 +363,27 @@ def spoil_one_element(tensors):
 
 def test_checkpoints_that_are_right_are_timed(checkpoint_run):
     result, timed = checkpoint_run()
-    assert timed == ["cp", "prune", "load"] * 2
+    assert timed == ["cp", "loop_fsync", "loop", "prune", "load"] * 2
     samples = result["runs"][0]["samples"]
-    assert {sample["bytes"] for sample in samples["prune"] + samples["cp"]} == {result["kept_bytes"]}
+    for row in ("prune", "cp", "loop_fsync", "loop"):
+        assert {sample["bytes"] for sample in samples[row]} == {result["kept_bytes"]}
+
+
+def test_a_checkpoint_faster_than_its_floor_is_marked(checkpoint_run):
+    import checkpoint
+
+    result, _ = checkpoint_run(rows=("prune",))
+    for seconds, marked in ((0.5, True), (1.0, False)):
+        samples = {
+            row: [{**s, "wall_s": 1.0} for s in got] for row, got in result["runs"][0]["samples"].items()
+        }
+        samples["prune"] = [{**sample, "wall_s": seconds} for sample in samples["prune"]]
+        samples["loop"] = [
+            {**sample, "wall_s": 0.1} for sample in samples["loop"]
+        ]  # a floor itself: no fault
+        run = result["runs"][0] | {"samples": samples, "rows": checkpoint.summaries(samples)}
+        drawn = checkpoint.table(result, run, checkpoint.tables.aligned)
+        assert drawn.count("†") == (2 if marked else 0), drawn
 
 
 @pytest.mark.parametrize("row", ["prune", "load"])

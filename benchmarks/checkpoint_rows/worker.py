@@ -1,12 +1,14 @@
-"""Prunes or copies a checkpoint once, in a fresh process; also makes the checkpoint and checks results."""
+"""Prunes or copies a checkpoint, once for each line of its input; also makes one and checks results."""
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import resource
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +18,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common.harness import answer, status_bytes
+from common.harness import status_bytes
 from minitron_kernels.pruning import Cuts, PruningPlan, make_plan, prune_checkpoint
+from minitron_kernels.pruning.cut.skeleton import expected_shapes
 from minitron_kernels.pruning.families.registry import family_of
 
+FLOORS = ("cp", "loop_fsync", "loop")
 ROWS = ("prune", "load")
 LABELS = {
     "cp": "cp of the kept bytes, fsync",
+    "loop_fsync": "loop of read and write of the kept bytes, fsync",
+    "loop": "the same without fsync",
     "prune": "prune_checkpoint",
     "load": "safe_open, W[rows][:, cols], save_file, fsync",
 }
@@ -168,10 +174,37 @@ def cp(folder: Path, threads: int) -> None:
     _fsync(target)
 
 
+def _loop(folder: Path, sync: bool) -> None:
+    target = folder / "looped"
+    target.mkdir()
+    buffer = memoryview(mmap.mmap(-1, 1 << 20))  # at a page: see pruning/checkpoint/output_file.py
+    for file in sorted((folder / "kept").glob("*.safetensors")):
+        path = target / file.name
+        with file.open("rb", buffering=0) as read, path.open("wb", buffering=0) as write:
+            while count := read.readinto(buffer):
+                done = 0
+                while done < count:
+                    done += write.write(buffer[done:count])
+        if sync:
+            _fsync(path)
+    if sync:
+        _fsync(target)
+
+
+def loop_fsync(folder: Path, threads: int) -> None:
+    _loop(folder, sync=True)
+
+
+def loop(folder: Path, threads: int) -> None:
+    _loop(folder, sync=False)
+
+
 WORK: dict[str, tuple[Callable[[Path, int], None], str, str]] = {
     "prune": (prune, "src", "pruned"),
     "load": (load, "src", "loaded"),
     "cp": (cp, "kept", "copied"),
+    "loop_fsync": (loop_fsync, "kept", "looped"),
+    "loop": (loop, "kept", "looped"),
 }
 
 
@@ -196,7 +229,11 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     work, source, target = WORK[spec["work"]]
     folder = Path(spec["folder"])
     _set_cache(sorted((folder / source).glob("*.safetensors")), spec.get("cache", "warm"))
+    if spec["work"] == "prune":  # imports transformers here: seconds, once in a process, for any size
+        expected_shapes(PruningPlan.load(folder / "plan.json").target_config)
     os.sync()
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
+    own = status_bytes("VmRSS")
     wall, busy = time.perf_counter(), _cpu_seconds()
     work(folder, spec["threads"])
     wall, busy = time.perf_counter() - wall, _cpu_seconds() - busy
@@ -204,8 +241,22 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     written = sum(file.stat().st_size for file in (folder / target).glob("*.safetensors"))
     if "cache" in spec:
         shutil.rmtree(folder / target)
-    return {"wall_s": wall, "busy_s": busy, "peak_bytes": peak, "bytes": written}
+    return {
+        "wall_s": wall,
+        "busy_s": busy,
+        "peak_bytes": peak,
+        "extra_bytes": max(0, peak - own),
+        "bytes": written,
+    }
+
+
+def serve() -> None:
+    """Answers a line of JSON for each on standard input; libraries' prints go to standard error."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        print(json.dumps(main(json.loads(line))), file=out, flush=True)
 
 
 if __name__ == "__main__":
-    answer(main)
+    serve()

@@ -158,15 +158,20 @@ class WorkerError(RuntimeError):
     """A worker ended without a result; the message says why."""
 
 
+def worker_environment(threads: int) -> dict[str, str]:
+    """The environment of a worker: its number of threads, and where it finds what it imports."""
+    env = os.environ | {
+        name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    }
+    env["PYTHONPATH"] = os.pathsep.join([str(FOLDER), *filter(None, [env.get("PYTHONPATH")])])
+    return env
+
+
 def run_worker(
     script: Path, spec: dict[str, Any], *, threads: int, timeout_s: float = 3600
 ) -> dict[str, Any]:
     """Runs `script` in a fresh process with `spec` as JSON on its standard input; returns its JSON answer."""
-    env = os.environ | {
-        name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    }
-    # where a worker finds what it imports
-    env["PYTHONPATH"] = os.pathsep.join([str(FOLDER), *filter(None, [env.get("PYTHONPATH")])])
+    env = worker_environment(threads)
     command = [sys.executable, str(script)]
     try:
         done = subprocess.run(

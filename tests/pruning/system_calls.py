@@ -5,6 +5,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from minitron_kernels.pruning.checkpoint.output_file import PAGE
+
 # what takes a descriptor first, and what takes a path; os.open is apart, for it makes the one of the other
 OF_DESCRIPTORS = ("pwrite", "preadv", "fsync", "posix_fallocate", "ftruncate", "close")
 OF_PATHS = ("rename", "mkdir", "unlink")
@@ -67,7 +69,13 @@ class Disk:
 
     @staticmethod
     def _part(data):
-        """The first part of a buffer to write, or of the one buffer to read into; of any number of bytes."""
+        """The first part of a buffer to write, or of the one buffer to read into; of any number of bytes.
+
+        Of several pages it is whole pages, as file systems come short in direct writes.
+        """
         if isinstance(data, list):
             return [Disk._part(data[0])]
-        return data[: max(1, len(data) * 3 // 7)]
+        part = max(1, len(data) * 3 // 7)
+        if len(data) > PAGE and len(data) % PAGE == 0:
+            part = max(PAGE, part // PAGE * PAGE)
+        return data[:part]

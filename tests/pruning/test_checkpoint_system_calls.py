@@ -1,16 +1,19 @@
 """Each call by which a checkpoint meets the disk fails in turn, or does less than asked; and their order."""
 
 import errno
+import fcntl
 import os
 import shutil
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from minitron_kernels.pruning.checkpoint import prune, shards, staging
+from minitron_kernels.pruning.checkpoint import output_file, prune, shards, staging
+from minitron_kernels.pruning.checkpoint.output_file import PAGE, copies_fast
 from minitron_kernels.pruning.checkpoint.prune import prune_checkpoint
 from pruning.checkpoints import plan_for, save_tiny, snapshot
 from pruning.system_calls import Call, Disk
@@ -28,7 +31,7 @@ def contents(folder):
 def source(tmp_path_factory):
     """A checkpoint in shards, a plan, and what the result is to be."""
     folder = tmp_path_factory.mktemp("source")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 64}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 256}
     model = save_tiny(folder / "src", "mistral", dtype=torch.bfloat16, shard_bytes="20KB", **sizes)
     plan = plan_for(model.config, hidden_size=24, intermediate_size=40, num_hidden_layers=2)
     prune_checkpoint(folder / "src", folder / "want", plan, **OPTIONS)
@@ -53,6 +56,13 @@ def quick(monkeypatch):
     monkeypatch.setattr(prune, "check_result", lambda *args: None)
 
 
+@pytest.fixture
+def direct(monkeypatch):
+    """Every shard is written around the page cache, where the file system lets it be."""
+    monkeypatch.setattr(output_file, "DIRECT_FILE_BYTES", 0)
+    monkeypatch.setattr(output_file, "DIRECT_BYTES", PAGE)
+
+
 def only_read(before, call):
     """Whether `call` closes a file that nothing was written to since it was opened."""
     opened = max((i for i, c in enumerate(before) if (c.name, c.path) == ("open", call.path)), default=0)
@@ -71,7 +81,7 @@ def last_sync(source, place, monkeypatch, overwrite):
 
 
 @pytest.mark.parametrize("kind", ["new", "overwrite", "overwrite in two steps"])
-def test_each_call_fails_in_turn(source, tmp_path, monkeypatch, quick, kind):
+def test_each_call_fails_in_turn(source, tmp_path, monkeypatch, quick, direct, kind):
     """There is then the old state or the whole result; the error names a path; a second call completes it."""
     folder, plan, want = source
     overwrite = kind != "new"
@@ -137,7 +147,10 @@ def test_reads_of_the_source_fail_in_turn(source, tmp_path, monkeypatch, quick):
     assert failed > 30
 
 
-def test_reads_and_writes_that_come_back_short(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", ["direct", "plain"])
+def test_reads_and_writes_that_come_back_short(source, tmp_path, monkeypatch, request, way):
+    if way == "direct":
+        request.getfixturevalue("direct")
     folder, plan, want = source
     with monkeypatch.context() as patch:
         disk = Disk(folder.parent, short=True).patch(patch)
@@ -202,6 +215,58 @@ def test_the_order_of_what_reaches_the_disk(source, tmp_path, monkeypatch, kind)
     assert places("fsync", tmp_path)[-1] > renamed
     removed = [i for i, c in enumerate(calls) if c.name == "unlink" and i > renamed]
     assert all(place > places("fsync", tmp_path)[-1] for place in removed)
+
+
+def test_where_pages_begin(source, tmp_path, monkeypatch, direct):
+    """Of each tensor's bytes: the kernel copies them at full speed, and whole pages go around the cache."""
+    folder, plan, want = source
+    preadv, pwrite, around = os.preadv, os.pwrite, []
+
+    def address(data):
+        return np.frombuffer(data, np.uint8).ctypes.data
+
+    def is_tensor(fd, begin):
+        return begin > 8 and os.readlink(f"/proc/self/fd/{fd}").endswith(".safetensors")
+
+    def read(fd, buffers, begin):
+        if is_tensor(fd, begin):
+            assert copies_fast(begin, address(buffers[0]))
+        return preadv(fd, buffers, begin)
+
+    def write(fd, data, begin):
+        if is_tensor(fd, begin) and len(data):
+            assert address(data) % PAGE == begin % PAGE
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+                around.append(len(data))
+            else:
+                assert len(data) < 2 * PAGE or not on_disk  # no whole page in it
+        return pwrite(fd, data, begin)
+
+    probe = output_file.OutputFile(tmp_path / "probe", PAGE)
+    probe.close()
+    on_disk = probe.direct
+    monkeypatch.setattr(os, "preadv", read)
+    monkeypatch.setattr(os, "pwrite", write)
+    prune_checkpoint(folder, tmp_path / "dst", plan, **OPTIONS)
+    assert contents(tmp_path / "dst") == want
+    assert not on_disk or sum(around) >= 2 * PAGE
+
+
+def test_memory_is_a_block_for_each_thread(source, tmp_path, monkeypatch, quick):
+    folder, plan, _ = source
+    made = []
+
+    class Counted(shards.PageBuffer):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(shards, "PageBuffer", Counted)
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 1024)
+    monkeypatch.setattr(shards, "DIRECT_FILE_BYTES", 0)  # the threads that may wait for the disk
+    prune_checkpoint(folder, tmp_path / "dst", plan, **{**OPTIONS, "threads": 2})
+    assert len(made) == 2 * (2 + shards._WRITERS)
+    assert max(len(buffer._bytes) for buffer in made) < 4096 + PAGE  # KV heads are blended, in one piece
 
 
 def test_a_write_goes_on_where_it_stopped(tmp_path, monkeypatch):

@@ -1,15 +1,15 @@
 """Streams cut tensors into new safetensors files, with several threads.
 
 The position of every output tensor in its file is known before any is read. Threads take blocks of rows, in
-the order of the positions: they read a block, cut it, and write it to its position. A block fits into a
-core's cache. In memory at any time is one block for each thread, or a whole tensor where its rows cannot be
-cut separately.
+the order of the positions: they read a block, cut it, and write it to its position. In memory at any time is
+one block for each thread, or a whole tensor where its rows cannot be cut separately. While a block goes
+straight to the disk (see `output_file`), its thread only waits, so there are a few threads more than may
+compute at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import itertools
 import math
@@ -24,16 +24,24 @@ import numpy as np
 import torch
 
 from minitron_kernels.ops.gather.index import ChannelIndex
+from minitron_kernels.pruning.checkpoint.output_file import (
+    DIRECT_FILE_BYTES,
+    OutputFile,
+    PageBuffer,
+    copies_fast,
+)
 from minitron_kernels.pruning.checkpoint.safetensors_files import (
     SINGLE_FILE,
     StoredTensor,
     make_header,
     read_at,
 )
-from minitron_kernels.pruning.checkpoint.staging import write_all, write_error
+from minitron_kernels.pruning.checkpoint.staging import write_error
 from minitron_kernels.pruning.cut.cuts import Cut
 
-BLOCK_BYTES = 2 << 20  # bytes of source rows in one piece of work
+BLOCK_BYTES = 4 << 20  # bytes of source rows in one piece of work
+_ALIGNMENT = 64  # bytes, of tensors that are cut
+_WRITERS = 2  # threads beyond those that compute, where writing is waiting
 
 
 @dataclass(frozen=True)
@@ -155,7 +163,7 @@ def _row_blocks(cut: Cut, source: StoredTensor, source_begin: int, begin: int) -
 
 def checksum(data: memoryview) -> int:
     """The sum of the 8-byte words, modulo 2^64: as fast as memory, and any single damaged byte changes it."""
-    words = torch.from_numpy(np.frombuffer(data, np.int64, len(data) // 8))
+    words = torch.from_numpy(np.require(np.frombuffer(data, np.int64, len(data) // 8), requirements="A"))
     rest = int.from_bytes(data[len(data) // 8 * 8 :], "little")
     return (int(words.sum()) + rest) % 2**64
 
@@ -164,20 +172,23 @@ def _digest(sums: Sequence[int]) -> str:
     return hashlib.sha256(b"".join(value.to_bytes(8, "little") for value in sums)).hexdigest()
 
 
-def _bytes_of(fd: int, begin: int, nbytes: int) -> memoryview:
-    """The bytes at this position of a file; fewer where the file ends."""
-    data = np.empty(nbytes, np.uint8).data
+def _bytes_of(fd: int, begin: int, nbytes: int, buffer: PageBuffer) -> memoryview:
+    """The bytes at this position of a file; fewer where the file ends. The next call overwrites them."""
+    data = buffer.at(begin, nbytes).data
     return data[: read_at(fd, data, begin)]
 
 
 def is_whole(shard: Shard, folder: Path, digest: str) -> bool:
     """Whether the shard in `folder` is as write_shards() wrote it."""
+    buffer = PageBuffer()
     try:
         fd = os.open(folder / shard.name, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            if os.fstat(fd).st_size != shard.size or _bytes_of(fd, 0, len(shard.header)) != shard.header:
+            if os.fstat(fd).st_size != shard.size:
                 return False
-            sums = [checksum(_bytes_of(fd, piece.begin, piece.nbytes)) for piece in shard.pieces()]
+            if _bytes_of(fd, 0, len(shard.header), buffer) != shard.header:
+                return False
+            sums = [checksum(_bytes_of(fd, piece.begin, piece.nbytes, buffer)) for piece in shard.pieces()]
         finally:
             os.close(fd)
     except OSError:
@@ -193,38 +204,36 @@ class _OpenShard:
         self.pieces = list(shard.pieces())
         self.taken = 0
         self.left, self.sums = len(self.pieces), [0] * len(self.pieces)
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self.file = OutputFile(self.path, shard.size)
         try:
-            _allocate(self.fd, shard.size)
-            write_all(self.fd, memoryview(shard.header), 0)
+            self.file.write(memoryview(shard.header), 0)
         except BaseException:
-            os.close(self.fd)
+            self.file.close()
             raise
 
 
-def _allocate(fd: int, size: int) -> None:
-    """Reserves the whole file on the disk: a full disk is noticed early, and the file is contiguous."""
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
+def _cut(piece: Piece, source: PageBuffer, out: PageBuffer) -> memoryview:
+    """The bytes of a piece, in one of the buffers, at an address for OutputFile.write()."""
+    cut, stored, begin = piece.cut, piece.source, piece.source_begin
+    if cut is None:
+        data = out.at(piece.begin, piece.nbytes)
+        if copies_fast(begin, piece.begin):
+            stored.file.read_into(data.data, begin)
+        else:
+            read = source.at(begin, piece.nbytes)
+            stored.file.read_into(read.data, begin)
+            np.copyto(data, read)
+        return data.data
+    nbytes = math.prod(cut.source_shape) * stored.dtype.itemsize
+    read = source.at(begin - begin % _ALIGNMENT, nbytes)  # for torch: foreign files may align worse
+    stored.file.read_into(read.data, begin)
+    result = out.at(piece.begin, piece.nbytes)
+    cut.apply(_tensor(read, cut.source_shape, stored.dtype), out=_tensor(result, cut.shape, stored.dtype))
+    return result.data
 
 
-class _Buffer:
-    """Memory of one thread, reused for each piece: a fresh page costs more time than the copy into it."""
-
-    def __init__(self) -> None:
-        self._bytes = np.empty(0, np.uint8)
-
-    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, memoryview]:
-        """An uninitialised tensor, and its bytes."""
-        nbytes = math.prod(shape) * dtype.itemsize
-        if len(self._bytes) < nbytes:
-            self._bytes = np.empty(0, np.uint8)  # frees the old one first
-            self._bytes = np.empty(nbytes, np.uint8)
-        used = self._bytes[:nbytes]
-        return torch.from_numpy(used).view(dtype).view(tuple(shape)), used.data
+def _tensor(data: np.ndarray, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(data).view(dtype).view(tuple(shape))
 
 
 class _Work:
@@ -236,26 +245,23 @@ class _Work:
         folder: Path,
         on_bytes: Callable[[int], object],
         on_shard: Callable[[Shard, str], None],
+        threads: int,
     ) -> None:
         self._shards, self._folder = iter(shards), folder
         self._on_bytes, self._on_shard = on_bytes, on_shard
         self._lock = threading.Lock()
         self._current: _OpenShard | None = None
         self._open: set[_OpenShard] = set()
+        self._computing = threading.Semaphore(threads)
         self.stop = threading.Event()
 
     def run(self) -> None:
         """The work of each thread, until nothing is left to do or another thread has failed."""
         torch.set_num_threads(1)  # torch must not start threads of its own in each of these threads
-        source, out = _Buffer(), _Buffer()
+        source, out = PageBuffer(), PageBuffer()
         try:
-            while not self.stop.is_set():
-                with self._lock:
-                    taken = self._take()
-                if taken is None:
-                    return
-                shard, number = taken
-                self._do(shard, number, source, out)
+            while self._one_piece(source, out):
+                pass
         except BaseException:
             self.stop.set()
             raise
@@ -263,7 +269,7 @@ class _Work:
     def close(self) -> None:
         """Call after the threads have ended: closes the files that a failure left open."""
         for shard in self._open:
-            os.close(shard.fd)
+            shard.file.close()
 
     def _take(self) -> tuple[_OpenShard, int] | None:
         while self._current is None or self._current.taken == len(self._current.pieces):
@@ -280,32 +286,42 @@ class _Work:
         self._current.taken += 1
         return self._current, self._current.taken - 1
 
-    def _do(self, shard: _OpenShard, number: int, source: _Buffer, out: _Buffer) -> None:
-        piece = shard.pieces[number]
-        cut, stored = piece.cut, piece.source
-        shape, dtype = ((piece.nbytes,), torch.uint8) if cut is None else (cut.source_shape, stored.dtype)
-        tensor, data = source.tensor(shape, dtype)
-        stored.file.read_into(data, piece.source_begin)
-        if cut is not None:
-            result, data = out.tensor(cut.shape, dtype)
-            cut.apply(tensor, out=result)
-        try:
-            write_all(shard.fd, data, piece.begin)
-        except OSError as error:
-            raise write_error(error, shard.path) from None
-        shard.sums[number] = checksum(data)
+    def _one_piece(self, source: PageBuffer, out: PageBuffer) -> bool:
+        """Reads, cuts and writes the next piece; False: there is none, or another thread has failed."""
+        with self._computing:
+            with self._lock:
+                taken = None if self.stop.is_set() else self._take()
+            if taken is None:
+                return False
+            shard, number = taken
+            piece = shard.pieces[number]
+            data = _cut(piece, source, out)
+            shard.sums[number] = checksum(data)
+            waits = shard.file.direct
+            if not waits:
+                self._write(shard, piece, data)
+        if waits:
+            self._write(shard, piece, data)
         with self._lock:
             shard.left -= 1
             last = shard.left == 0
             self._on_bytes(len(data))
         if last:
             self._finish(shard)
+        return True
+
+    @staticmethod
+    def _write(shard: _OpenShard, piece: Piece, data: memoryview) -> None:
+        try:
+            shard.file.write(data, piece.begin)
+        except OSError as error:
+            raise write_error(error, shard.path) from None
 
     def _finish(self, shard: _OpenShard) -> None:
         try:
-            os.fsync(shard.fd)
+            shard.file.sync()
             self._open.discard(shard)
-            os.close(shard.fd)
+            shard.file.close()
         except OSError as error:
             raise write_error(error, shard.path) from None
         self._on_shard(shard.shard, _digest(shard.sums))
@@ -328,12 +344,14 @@ def write_shards(
         OSError: a file could not be written; names it.
         ValueError: a source file ends too early.
     """
-    work = _Work(shards, folder, on_bytes, on_shard)
+    shards = list(shards)
+    work = _Work(shards, folder, on_bytes, on_shard, threads)
+    workers = threads + (_WRITERS if any(shard.size >= DIRECT_FILE_BYTES for shard in shards) else 0)
     threads_of_torch = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(threads, "minitron-prune") as pool:
+        with ThreadPoolExecutor(workers, "minitron-prune") as pool:
             try:
-                futures = [pool.submit(work.run) for _ in range(threads)]
+                futures = [pool.submit(work.run) for _ in range(workers)]
                 for future in as_completed(futures):
                     future.result()
             finally:
