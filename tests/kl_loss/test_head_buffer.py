@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import minitron_kernels as mk
@@ -86,8 +87,10 @@ def test_checkpoints(rerun):
     def loss_of(hidden, head):
         return mk.linear_kl_loss(hidden, head, *teacher, grad_head_buffer=buffer)
 
-    checkpoint(loss_of, hidden, head, use_reentrant=rerun == "reentrant").backward()
-    assert torch.equal(head.grad, expected(tensors)[1]) and head.grad.data_ptr() == buffer.data_ptr()
+    for _ in range(2):
+        head.grad = None
+        checkpoint(loss_of, hidden, head, use_reentrant=rerun == "reentrant").backward()
+        assert torch.equal(head.grad, expected(tensors)[1]) and head.grad.data_ptr() == buffer.data_ptr()
 
 
 def test_a_graph_that_is_kept():
@@ -135,6 +138,39 @@ def test_two_losses_in_flight_are_an_error(reduction):
         losses.pop(0)
     with pytest.raises(RuntimeError, match=r"modified by an inplace operation|written to between"):
         losses[0].backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("around", ["non-reentrant", "reentrant", "hooks", "save_on_cpu"])
+def test_two_losses_in_flight_are_an_error_where_versions_are_not_checked(around, reduction):
+    """Under hooks autograd has no versions; a checkpoint writes anew while it adds the gradients up."""
+    hidden, head, teacher = problem()
+    buffer = poisoned(head)
+
+    def loss_of(hidden, head):
+        return mk.linear_kl_loss(hidden, head, *teacher, grad_head_buffer=buffer, reduction=reduction).sum()
+
+    def run(hidden):
+        if around in ("non-reentrant", "reentrant"):
+            return checkpoint(loss_of, hidden, head, use_reentrant=around == "reentrant")
+        with saved_tensors_hooks(*[lambda x: x] * 2) if around == "hooks" else save_on_cpu():
+            return loss_of(hidden, head)
+
+    total = run(hidden) + 3 * run(hidden * 2)
+    with pytest.raises(RuntimeError, match="a buffer of its own"):
+        total.backward()
+
+
+def test_a_checkpoint_of_a_graph_that_is_kept():
+    tensors = problem()
+    hidden, head, teacher = tensors
+    buffer = poisoned(head)
+    loss = checkpoint(
+        lambda *x: mk.linear_kl_loss(*x, *teacher, grad_head_buffer=buffer), hidden, head, use_reentrant=False
+    )
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(head.grad, 2 * expected(tensors)[1], rtol=1e-6, atol=0)
 
 
 def test_micro_batches_are_refused():

@@ -5,8 +5,8 @@ backward instead, from the logits again: a loss per token (reduction="none"), wh
 known before; and one with grad_head_accumulator, since what is added to a caller's buffer must be added once,
 with the right factor, and only if there is a backward. A forward may run twice (checkpoint) or for nothing.
 
-A grad_head_buffer is written over, so it may be in the forward: what autograd saves is the buffer, whose
-version tells a backward whether another call has written over it since.
+A grad_head_buffer is written over, so it may be in the forward. Its version is saved with it, and tells the
+backward whether another call has written over it since; see head_buffer.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minitron_kernels.ops.kl_loss import head_buffer
 from minitron_kernels.ops.kl_loss.checks import as_saved
 from minitron_kernels.ops.kl_loss.divergence import METRIC_CE
 from minitron_kernels.ops.kl_loss.linear_op import linear_kl_loss_op
@@ -94,7 +95,8 @@ class _Reduced(torch.autograd.Function):
         )
         if grad_head_buffer is not None:
             grads[1] = grad_head_buffer
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(*grads, head_buffer.version_of(grad_head_buffer))
+        ctx.grad_head_buffer = grad_head_buffer
         ctx.needs_grad, ctx.backend = needs_grad, backend
         ctx.dtypes = _dtypes(student_hidden, student_head, student_bias)
         ce = None if ce_weight is None else metrics[:, METRIC_CE]
@@ -108,10 +110,13 @@ class _Reduced(torch.autograd.Function):
     @staticmethod
     @no_second_derivative("linear_kl_loss")
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        *made, version = ctx.saved_tensors
+        head_buffer.check_version(ctx.grad_head_buffer, version)
         grads = [
             scaled(grad, grad_loss, dtype, ctx.backend) if wanted else None
-            for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_grad, strict=True)
+            for grad, dtype, wanted in zip(made, ctx.dtypes, ctx.needs_grad, strict=True)
         ]
+        head_buffer.give(ctx.grad_head_buffer, grads[1])
         return (*map(_as_own, grads), *(None,) * 14)
 
 
@@ -155,7 +160,7 @@ class _PerToken(torch.autograd.Function):
         ctx.save_for_backward(*map(as_saved, (*inputs, labels)), stats, metrics)
         # not saved: other micro-batches may add to it before this one's backward does
         ctx.grad_head_accumulator, ctx.grad_head_buffer = grad_head_accumulator, grad_head_buffer
-        ctx.version = None if grad_head_buffer is None else grad_head_buffer._version
+        ctx.version = head_buffer.version_of(grad_head_buffer)
         ctx.needs_grad, ctx.rest = needs_grad, rest
         ctx.set_materialize_grads(False)
         if not needs_metrics:
@@ -175,11 +180,7 @@ class _PerToken(torch.autograd.Function):
         if grad_loss is None:
             grad_loss = stats.new_zeros(())
         accumulator, buffer = ctx.grad_head_accumulator, ctx.grad_head_buffer
-        if buffer is not None and buffer._version != ctx.version:
-            raise RuntimeError(
-                "grad_head_buffer was written to between this loss and its backward, so that it may be the "
-                "gradient of another call: lend each a buffer of its own"
-            )
+        head_buffer.check_version(buffer, ctx.version)
         _, _, *grads, _ = linear_kl_loss_op(
             *inputs,
             grad_loss,
@@ -195,6 +196,7 @@ class _PerToken(torch.autograd.Function):
         )
         if buffer is not None:
             grads[1] = buffer
+        head_buffer.give(buffer, grads[1])
         returned = (ctx.needs_grad[0], ctx.needs_grad[1] and accumulator is None, ctx.needs_grad[2])
         dtypes = _dtypes(*inputs[:3])
         grads = [

@@ -15,13 +15,13 @@ from minitron_kernels.ops.kl_loss.checks import (
     autocast,
     check_accumulator,
     check_bias,
-    check_buffer,
     check_constant,
     check_floating,
     check_linear,
     check_transforms,
     positive,
 )
+from minitron_kernels.ops.kl_loss.head_buffer import check_buffer
 from minitron_kernels.ops.kl_loss.linear import Teacher, linear_result
 from minitron_kernels.ops.kl_loss.options import check_vocab_size, loss_options
 from minitron_kernels.ops.kl_loss.record import LossRecord, TokenTerms
