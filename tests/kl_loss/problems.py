@@ -51,12 +51,12 @@ def make_linear(N, H, Ht, V, dtype, *, distance=3.0, seed=0):
     The teacher sees what the student sees and Ht - H channels more; distance 0.05 gives a KL of about 1e-3.
     """
     g = torch.Generator().manual_seed(seed)
-    shared = min(H, Ht)
+    shared = max(1, min(H, Ht))
     hidden = torch.randn(N, max(H, Ht), generator=g)
     head = torch.randn(V, max(H, Ht), generator=g) * 2.5 / shared**0.5
     if max(H, Ht) > shared:
         head[:, shared:] *= distance / 2.5 * 0.5
-    student_head = head[:, :H] + torch.randn(V, H, generator=g) * distance / H**0.5
+    student_head = head[:, :H] + torch.randn(V, H, generator=g) * distance / max(1, H) ** 0.5
     return [x.to(dtype) for x in (hidden[:, :H], student_head, hidden[:, :Ht], head[:, :Ht])]
 
 

@@ -70,8 +70,11 @@ def check(N, H, Ht, V, dtype, *, schedule, divergence="forward_kl", seed=0, weig
 BASE = {"N": 70, "H": 40, "Ht": 44, "V": 200}
 AROUND = [
     # lanes, pairs, panels, blocks of dX, the chain of products
-    *({"H": H} for H in (1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 258, 511, 512, 515)),
-    *({"Ht": Ht} for Ht in (1, 2, 3, 63, 64, 65, 255, 256, 257, 258, 513)),
+    *(
+        {"H": H}
+        for H in (0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 258, 511, 512, 515)
+    ),
+    *({"Ht": Ht} for Ht in (0, 1, 2, 3, 63, 64, 65, 255, 256, 257, 258, 513)),
     # panels, the chain of dW, blocks of rows
     *({"N": N} for N in (1, 2, 63, 64, 65, 128, 129, 255, 256, 257, 319, 321, 511, 512, 513, 577)),
     # tiles of 64, of 128 and of 256

@@ -101,6 +101,8 @@ def test_every_option(monkeypatch, engine, schedule, divergence):
 SIZES = [
     # tokens, H, Ht, V: rows and columns of a tile, its k, panels, the chain of products
     (1, 1, 2, 1),
+    (3, 0, 2, 70),
+    (3, 2, 0, 70),
     (1, 31, 33, 15),
     (2, 32, 16, 16),
     (15, 15, 31, 17),

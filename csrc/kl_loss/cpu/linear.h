@@ -139,6 +139,12 @@ class LinearKL {
                    A* out, int64_t slot, F&& done) const {
     const int64_t depth = shape_.depth(head.cols);
     const bool direct = operands_.in_place && head.dtype == kDTypeOf<Op> && depth == head.cols;
+    if (depth == 0) {  // of a sum without terms nothing would be written
+      for (int64_t panel = first; panel < last; ++panel) {
+        std::fill_n(out + (panel - first) * panel_size(), tile.entries * kPanel, A(0));
+        done(panel);
+      }
+    }
     for (int64_t k = 0; k < depth; k += kMaxChain) {
       const int64_t chain = std::min(kMaxChain, depth - k);
       const char* block = head.row(tile.begin) + k * bytes_of(head.dtype);
