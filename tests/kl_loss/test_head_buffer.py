@@ -186,6 +186,8 @@ def test_micro_batches_are_refused():
 
 def test_what_cannot_be_lent():
     hidden, head, teacher = problem()
+    with torch.inference_mode():
+        made_in_inference = torch.empty(V, H)
     for buffer, error, message in (
         (3, TypeError, r"grad_head_buffer .* got int"),
         (torch.empty(V, H, dtype=torch.bfloat16), TypeError, r"must be torch.float32 .* got torch.bfloat16"),
@@ -193,6 +195,7 @@ def test_what_cannot_be_lent():
         (torch.empty(H, V).T, ValueError, "contiguous"),
         (torch.empty(V, 2 * H)[:, :H], ValueError, "contiguous"),
         (torch.empty(V, H, requires_grad=True), ValueError, "must not require grad"),
+        (made_in_inference, ValueError, "inference_mode"),
         (head.detach(), ValueError, "shares memory with an input"),
         (torch.empty(V, H, device="meta"), ValueError, "on cpu"),
     ):

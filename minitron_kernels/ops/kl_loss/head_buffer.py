@@ -45,6 +45,11 @@ def check_buffer(
         )
     if buffer.requires_grad:
         raise ValueError("grad_head_buffer must not require grad: it is memory that is written over")
+    if buffer.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            "grad_head_buffer was made under torch.inference_mode(), where tensors have no versions: make it "
+            "outside"
+        )
     memory = buffer.untyped_storage().data_ptr()
     for x in inputs:
         if x is not None and x.numel() and x.untyped_storage().data_ptr() == memory:
