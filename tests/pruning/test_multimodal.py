@@ -157,3 +157,21 @@ def test_images_keep_their_share_of_a_stream_whose_embeddings_are_scaled(name):
     )
     model = random_model(case.make_config(), auto=case.auto)
     check_masked(case, model, plan_of(model.config, hidden_size=32))
+
+
+def test_the_factor_of_a_final_norm_without_a_gain_goes_to_the_head():
+    """OLMo's norms have no gains; inside another model its final norm and its head have other names."""
+    inside, case = CASES["olmo"], CASES["llava"]
+    case = dataclasses.replace(
+        case,
+        config={**case.config, "text_config": {"model_type": "olmo"}},
+        centred=True,
+        tolerance=10 * inside.tolerance,  # its epsilon weighs more beside so small features
+    )
+    model = random_model(case.make_config(), auto=case.auto)
+    plan = plan_of(model.config, hidden_size=32)
+    kept = torch.tensor(plan.hidden)
+    with torch.no_grad():
+        for written in model.model.multi_modal_projector.linear_2.parameters():
+            written[kept] -= written[kept].mean(0, keepdim=True)
+    check_masked(case, model, plan)
