@@ -277,7 +277,9 @@ class Cuts:
             return ()
         blends: list[Blend] = []
         old, new = 0, 0
-        is_gain = len(located.dims) == 1 and located.name.endswith(".weight")  # of a norm over all heads
+        axes = {split_part(part)[0] for parts in located.dims for part in parts}
+        # of a norm over all heads, or over each: it has no axis of what a projection reads
+        is_gain = located.name.endswith(".weight") and axes <= {"heads", "kv_heads", "head_dim"}
         for part in located.dims[0]:
             axis = split_part(part)[0]
             dim = 0 if part == QKV else elements_inside(part, self.source)

@@ -160,3 +160,16 @@ def heads_fill_hidden(config: Config) -> str | None:
         f"its class takes head_dim to be hidden_size / num_attention_heads = {hidden} / {heads}, but each "
         f"has {dim}: cut hidden_size and num_attention_heads alike"
     )
+
+
+def one_key_for_each_head(config: Config) -> str | None:
+    """A `refuses` for models whose query heads each have a key and a value, whatever the config says."""
+    heads, kv = (config_value(config, f"num_{kind}_heads") for kind in ("attention", "key_value"))
+    if kv in (None, heads):
+        return None
+    return f"its class has a key and a value for each of {heads} heads, but num_key_value_heads is {kv}"
+
+
+def heads_alike(config: Config) -> str | None:
+    """A `refuses` for models that take both from hidden_size and num_attention_heads alone."""
+    return one_key_for_each_head(config) or heads_fill_hidden(config)
