@@ -9,7 +9,7 @@ from typing import Any
 from minitron_kernels.pruning.families.configs import Config, completed
 from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.families.registry import family_of
-from minitron_kernels.pruning.plan.counts import Footprint, budgets_of
+from minitron_kernels.pruning.plan.counts import EXPERTS_PER_TOKEN, Footprint, budgets_of
 from minitron_kernels.pruning.plan.layer_plan import LayerPlan
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 from minitron_kernels.pruning.plan.selection import ORDERS, KeptHeads, choose_heads
@@ -17,6 +17,7 @@ from minitron_kernels.pruning.plan.sizes import (
     BUDGETS,
     Candidate,
     Sizes,
+    check_experts_per_token,
     check_layers,
     find_sizes,
     given_sizes,
@@ -288,13 +289,11 @@ def _check_merge(before: Sizes, after: Sizes, kv_choice: str) -> None:
 def _settle_experts(
     family: Family, config: Config, target: dict[str, Any], after: Sizes, per_token: int | None
 ) -> None:
-    routed = family.value(config, "num_experts_per_tok") if "experts" in after else None
+    routed = family.value(config, EXPERTS_PER_TOKEN) if "experts" in after else None
     if per_token is not None:
-        if routed is None or isinstance(per_token, bool) or not 1 <= per_token <= after["experts"]:
-            limit = after.get("experts", "no")
-            raise ValueError(f"num_experts_per_tok must be from 1 to {limit} experts, got {per_token!r}")
+        check_experts_per_token(per_token, None if routed is None else after["experts"])
         text = target.get(family.text_key or "", target)
-        text["num_experts_per_tok"] = per_token
+        text[EXPERTS_PER_TOKEN] = per_token
     elif routed is not None and routed > after["experts"]:
         raise ValueError(
             f"a token goes to {routed} experts, but only {after['experts']} stay: keep at least {routed}, "

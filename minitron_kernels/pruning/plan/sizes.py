@@ -11,7 +11,7 @@ from typing import Any
 from minitron_kernels.pruning.families.configs import Config, as_dict, completed, config_value
 from minitron_kernels.pruning.families.family import MTP_KEYS, Family
 from minitron_kernels.pruning.families.registry import family_of
-from minitron_kernels.pruning.plan.counts import Footprint, UsageCount, budgets_of
+from minitron_kernels.pruning.plan.counts import EXPERTS_PER_TOKEN, Footprint, UsageCount, budgets_of
 
 DIVISOR = 64  # of given sizes: rows are then multiples of 128 bytes in bf16, and of tensor cores' tiles
 SEARCH_DIVISOR = 128  # of sizes that are searched for a budget: a tile of GEMM libraries
@@ -73,6 +73,17 @@ def divisor_of(divisor: int | Mapping[str, int] | None, name: str, axis: str, de
     if value < 1:
         raise ValueError(f"divisor must be at least 1, got {value}")
     return value
+
+
+def check_experts_per_token(value: Any, experts: int | None) -> None:
+    """Checks how many experts are to serve a token, of a model with `experts`; None: it has no such number.
+
+    Raises:
+        ValueError: it is not a whole number from 1 to `experts`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= (experts or 0):
+        limit = "no" if experts is None else experts
+        raise ValueError(f"{EXPERTS_PER_TOKEN} must be from 1 to {limit} experts, got {value!r}")
 
 
 def given_sizes(
@@ -200,6 +211,8 @@ def find_sizes(
     budgets = budgets_of(params=params, active_params=active_params, memory_bytes=memory_bytes)
     if not budgets:
         raise ValueError("give a budget: params, active_params or memory_bytes")
+    if num_experts_per_tok is not None:
+        check_experts_per_token(num_experts_per_tok, before.get("experts"))
     given = given_sizes(family, config, fixed or {}, None, 1)
     if search is None:
         search = [name for name, axis in names.items() if axis in WIDTH and axis not in given]
