@@ -1,6 +1,7 @@
 """Cuts of single parameters."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -176,3 +177,16 @@ def test_keys_do_not_merge_where_the_class_has_one_for_each_head(name):
     config = CASES[name].make_config()
     with pytest.raises(ValueError, match="num_key_value_heads"):
         make_plan(random_tables(config), config, num_key_value_heads=2, kv_heads="merge")
+
+
+def test_a_bias_beside_what_reads_the_scaled_residual_stream_stays(monkeypatch):
+    """W · (s · r) / s + b: only the weight makes up for a stream that is scaled by s."""
+    gemma2 = registry._FAMILIES["gemma2"]
+    reader = dataclasses.replace(gemma2, reads_residual=("self_attn.q_proj",))
+    monkeypatch.setitem(registry._FAMILIES, "gemma2", reader)
+    config = CASES["gemma2"].make_config()
+    plan = make_plan(random_tables(config), config, divisor=16, hidden_size=32)
+    weight, bias = (
+        Cuts(plan).of(f"model.layers.1.self_attn.q_proj.{kind}").factor for kind in ("weight", "bias")
+    )
+    assert math.isclose(weight, math.sqrt(48 / 32)) and bias == 1

@@ -342,14 +342,16 @@ class Cuts:
         return folded
 
     def _residual_scales(self) -> dict[str, float]:
-        """{module: factor of its weight} that keeps the embedding's share of the residual stream."""
+        """{module, or parameter: factor} that keeps the embedding's share of the residual stream."""
         scale = math.sqrt(self.target["hidden"] / self.source["hidden"])
         family, taps = self.family, self.family.taps
         writers = [norm for norm in taps.norms if norm not in taps.scored_norms]
         if writers:
             scales = {f"{family.layers}.{layer}.{norm}": scale for layer in self._layers for norm in writers}
             for layer in self._layers:
-                scales |= {f"{family.layers}.{layer}.{name}": 1 / scale for name in family.reads_residual}
+                scales |= {
+                    f"{family.layers}.{layer}.{name}.weight": 1 / scale for name in family.reads_residual
+                }
             return scales | dict.fromkeys(family.adds_to_residual, scale)
         return {family.embedding: 1 / scale} | ({family.final_norm: scale} if self.tied else {})
 
