@@ -197,7 +197,8 @@ def _silence(case, model, plan):
     for entry in plan.layers:
         layer = layers[entry.layer]
         kept_heads = case.fixed is not None and case.fixed[0] == "heads"
-        out = None if kept_heads else layer.get_submodule(places.attention_out).weight
+        out = None if kept_heads else _weight(layer, places.attention_out)
+        assert (out is None) == (entry.heads is None) or kept_heads
         for head in () if out is None else gone(entry.heads.query, config.num_attention_heads):
             dim = out.shape[1] // config.num_attention_heads
             out[:, head * dim : (head + 1) * dim] = 0
@@ -219,6 +220,11 @@ def _silence(case, model, plan):
                 parameter.index_fill_(d, torch.tensor(dropped), -case.norm_offset if is_norm else 0)
     if case.centred:
         _centre(case, model, torch.tensor(plan.hidden))
+
+
+def _weight(layer, name):
+    """A linear layer's weight; None where the layer has none of this name."""
+    return dict(layer.named_parameters()).get(f"{name}.weight")
 
 
 def _centre(case, model, kept):

@@ -166,9 +166,9 @@ def tables(
     }
     for i in range(layers):
         layer = f"{places.layers}.{i}"
-        attention = (
-            [] if case.fixed and case.fixed[0] == "heads" else of(f"{layer}.{places.attention_out}", "in")
-        )
+        out = f"{layer}.{places.attention_out}"
+        has_heads = (out, "in") in kept and not (case.fixed and case.fixed[0] == "heads")
+        attention = of(out, "in") if has_heads else []
         if not attention:
             pass
         elif head_score == "norm":
@@ -183,8 +183,8 @@ def tables(
                 whole = of(f"{layer}.{places.mlp_in}", "out")
                 neurons = [np.split(x, parts, axis=1)[part] for x in whole]
             result["mlp"][i] = score(neurons)
-        else:
-            name = f"{layer}.{places.experts}"
+        name = f"{layer}.{places.experts}"
+        if (name, "in") in kept:
             given = kept[name, "in"]
             if places.router is not None:
                 routed = kept[f"{layer}.{places.router}", "out"]

@@ -30,6 +30,7 @@ from minitron_kernels.pruning.families.family import (
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.layer_plan import LayerPlan
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
+from minitron_kernels.pruning.plan.selection import KeptHeads
 
 Index = ChannelIndex | None
 
@@ -244,7 +245,7 @@ class Cuts:
         """What is kept of the elements of a part of a dimension."""
         if part == QKV:
             assert layer is not None, "queries outside of a layer"
-            heads = self._layers[layer][1].heads
+            heads = _heads_of(self._layers[layer][1])
             size, kept = (sizes["heads"] // sizes["kv_heads"] for sizes in (self.source, self.target))
             blocks: list[int] = []
             for new, sources in enumerate(heads.kv):
@@ -264,9 +265,9 @@ class Cuts:
             return range(1 if axis == ONE else self.source[axis])
         entry = self._layers[layer][1]
         if axis == "heads":
-            return entry.heads.query
+            return _heads_of(entry).query
         if axis == "kv_heads":
-            return tuple(sources[0] for sources in entry.heads.kv)
+            return tuple(sources[0] for sources in _heads_of(entry).kv)
         kept = entry.expert_mlp[expert] if axis == "expert_mlp" else getattr(entry, axis)  # type: ignore[index]
         assert kept is not None, f"{axis} in a layer without"
         return kept
@@ -284,11 +285,11 @@ class Cuts:
             if part == QKV:
                 blends += self._qkv_blends(entry, old, new)
             elif axis == "heads":
-                for kept, dropped in () if is_gain else entry.heads.merged:
-                    start = new + entry.heads.query.index(kept) * dim
+                for kept, dropped in () if is_gain else _heads_of(entry).merged:
+                    start = new + _heads_of(entry).query.index(kept) * dim
                     blends.append(Blend(start, dim, ((2.0, old + kept * dim), (-1.0, old + dropped * dim))))
             elif axis == "kv_heads":
-                for head, sources in enumerate(entry.heads.kv):
+                for head, sources in enumerate(_heads_of(entry).kv):
                     if len(sources) > 1:
                         terms = tuple((1 / len(sources), old + source * dim) for source in sources)
                         blends.append(Blend(new + head * dim, dim, terms))
@@ -298,7 +299,7 @@ class Cuts:
 
     def _qkv_blends(self, entry: LayerPlan, old: int, new: int) -> list[Blend]:
         """Those of a projection whose rows are, KV group after KV group, queries, a key and a value."""
-        dim, heads = self.source["head_dim"], entry.heads
+        dim, heads = self.source["head_dim"], _heads_of(entry)
         size, kept = (sizes["heads"] // sizes["kv_heads"] for sizes in (self.source, self.target))
         blends = []
         for stays, goes in heads.merged:
@@ -350,6 +351,11 @@ class Cuts:
                 scales |= {f"{family.layers}.{layer}.{name}": 1 / scale for name in family.reads_residual}
             return scales | dict.fromkeys(family.adds_to_residual, scale)
         return {family.embedding: 1 / scale} | ({family.final_norm: scale} if self.tied else {})
+
+
+def _heads_of(entry: LayerPlan) -> KeptHeads:
+    assert entry.heads is not None, "heads in a layer without attention"
+    return entry.heads
 
 
 def _qkv_block(head: int, size: int, part: str = "query") -> int:

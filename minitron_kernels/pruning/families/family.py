@@ -134,7 +134,7 @@ class Taps:
     """Where a layer's axes are tapped: names of modules inside a layer.
 
     Args:
-        attention_out: the linear layer whose input is the heads' output.
+        attention_out: the linear layer whose input is the heads' output, in layers with attention.
         mlp_down: the linear layer whose input is the activated neurons; None in a layer of experts only.
         mlp_up: the linear layer whose output is the neurons before gating.
         mlp_up_part: (index, number of equal parts): the part of mlp_up's output that holds the neurons.
@@ -180,7 +180,7 @@ class Family:
         folds: {norm without a gain: linear layers that read it and take over the factor that its gain would
             get}, for norms inside a layer, and for the final norm.
         scales_embedding: whether embeddings are multiplied by √hidden_size.
-        is_sparse: (config, layer) -> whether that layer has experts instead of one MLP.
+        is_sparse: (config, layer) -> whether that layer has experts.
         per_layer_keys: config keys that hold one entry for each layer.
         layer_index_keys: config keys that hold a list of layer indices.
         dense_layers: (list of dense layers) -> the config entries that say so; for families where that
@@ -303,6 +303,13 @@ class Family:
                 for expert in experts:
                     name = pattern.format(layer=layer, expert=expert)
                     yield Located(name, param.dims, layer, expert, pattern, param.buffer)
+
+    def layer_axes(self, config: Config, layer: int) -> frozenset[str]:
+        """The axes of a layer's parameters: "heads" where it has attention, "mlp" where it has an MLP."""
+        there = [param for param in self.layer if _is_there(param, config, layer)]
+        parts = {part for param in there for parts in param.dims for part in parts}
+        axes = {axis for part in parts for axis in split_part(part)}
+        return frozenset(axes | {"heads", "kv_heads"} if QKV in axes else axes)
 
     def locate(self, name: str, config: Config) -> Located | None:
         """The parameter with this name in the model or in a checkpoint; None if there is none."""

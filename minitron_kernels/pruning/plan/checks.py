@@ -68,12 +68,17 @@ def check_plan(
         sparse = family.is_sparse(source_config, entry.layer)
         if sparse != family.is_sparse(target_config, new):
             raise ValueError(f"target_config and source_config must agree whether {where} has experts")
-        for name, there in (("mlp", not sparse), ("experts", sparse), ("expert_mlp", sparse)):
+        axes = family.layer_axes(source_config, entry.layer)
+        if axes != family.layer_axes(target_config, new):
+            raise ValueError(f"target_config and source_config must agree of which kind {where} is")
+        for name in ("heads", "mlp", "experts", "expert_mlp"):
+            there = sparse if name.startswith("expert") else name in axes
             if (getattr(entry, name) is not None) != there:
                 raise ValueError(
                     f"{where}.{name} must {'be there' if there else 'not be there'}: see source_config"
                 )
-        _check_heads(entry.heads, before, after, order, where)
+        if entry.heads is not None:
+            _check_heads(entry.heads, before, after, order, where)
         if entry.mlp is not None:
             check(entry.mlp, "mlp", f"{where}.mlp")
         if entry.experts is not None and entry.expert_mlp is not None:

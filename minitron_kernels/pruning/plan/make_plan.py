@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -195,13 +196,17 @@ def make_plan(
     hidden = table.keep("hidden", None, after["hidden"], order)
     entries = []
     for layer in layers:
-        heads = _heads_of(table, layer, before, after, kv_heads == "merge", merge_heads, order)
+        axes, heads, mlp = family.layer_axes(config, layer), None, None
+        if "heads" in axes:
+            heads = _heads_of(table, layer, before, after, kv_heads == "merge", merge_heads, order)
+        if "mlp" in axes:
+            mlp = table.keep("mlp", layer, after["mlp"], order)
+        entry = LayerPlan(layer, heads, mlp)
         if family.is_sparse(config, layer):
             experts = table.keep("experts", layer, after["experts"], order)
             neurons = table.expert_neurons(layer, experts, after["expert_mlp"], order)
-            entries.append(LayerPlan(layer, heads, experts=experts, expert_mlp=neurons))
-        else:
-            entries.append(LayerPlan(layer, heads, mlp=table.keep("mlp", layer, after["mlp"], order)))
+            entry = dataclasses.replace(entry, experts=experts, expert_mlp=neurons)
+        entries.append(entry)
     made_with = {
         **sizes,
         **_given_options(ratio=ratio, **budgets, search=search, divisor=divisor),

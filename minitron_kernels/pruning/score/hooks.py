@@ -47,14 +47,18 @@ class HookedModel:
         self.decoder = _original(_inside(self.root, decoder))
         layers = range(self.sizes["layers"])
         self.sparse = tuple(i for i in layers if self.family.is_sparse(self.config, i))
-        self.dense = tuple(i for i in layers if i not in self.sparse)
+        axes = [self.family.layer_axes(self.config, i) for i in layers]
+        self.dense = tuple(i for i in layers if "mlp" in axes[i])
+        self.attention = tuple(i for i in layers if "heads" in axes[i])
         _check_data(self.root)
 
     @property
     def axes(self) -> tuple[str, ...]:
         """The axes, of AXES, that the model has."""
         taps = self.family.taps
-        have = {"hidden", "heads", "layers"}
+        have = {"hidden", "layers"}
+        if self.attention:
+            have.add("heads")
         if self.dense and taps.mlp_down is not None:
             have.add("mlp")
         if self.sparse and taps.experts is not None:
@@ -116,7 +120,7 @@ class HookedModel:
                 channels(axis, self.dense, sizes["mlp"], options.seq)
             elif axis == "heads":
                 per_head = sizes["head_dim"] if options.head_score == "channels" else 1
-                channels(axis, layers, sizes["heads"] * per_head, options.seq)
+                channels(axis, self.attention, sizes["heads"] * per_head, options.seq)
             elif axis == "layers":
                 made[axis] = Axis(TokenMeanState(len(layers)), layers)
             elif axis == "experts":
