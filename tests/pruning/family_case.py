@@ -37,6 +37,8 @@ class Places:
         experts: the module that holds the stacked weights of the experts; `neurons_first`: of down_proj's two
             dimensions inside an expert.
         router: that which gives [tokens, experts] weights where the experts read tokens times these; or None.
+        conv_out: the linear layer that reads the channels of a short convolution; None where there are none.
+        mamba: the state space; None where there are none.
         norms: all norms over the residual stream; `scored` those of them whose output scores its channels.
     """
 
@@ -50,6 +52,8 @@ class Places:
     experts: str = "mlp.experts"
     neurons_first: bool = False
     router: str | None = None
+    conv_out: str | None = None
+    mamba: str | None = None
     norms: tuple[str, ...] = TWO
     scored: tuple[str, ...] = TWO
 

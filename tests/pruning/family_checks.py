@@ -205,6 +205,13 @@ def _silence(case, model, plan):
         if entry.mlp is not None:
             out = layer.get_submodule(places.mlp_out).weight
             out[:, gone(entry.mlp, out.shape[1])] = 0
+        if entry.conv is not None:
+            out = layer.get_submodule(places.conv_out).weight
+            out[:, gone(entry.conv, out.shape[1])] = 0
+        if entry.mamba_heads is not None:
+            block = layer.get_submodule(places.mamba)
+            at = _mamba_channels(block, entry)
+            block.out_proj.weight[:, gone(at.tolist(), block.out_proj.in_features)] = 0
         for expert, keep in zip(entry.experts or (), entry.expert_mlp or (), strict=True):
             out = layer.get_submodule(places.experts).down_proj[expert]
             out = out if places.neurons_first else out.T
@@ -220,6 +227,12 @@ def _silence(case, model, plan):
                 parameter.index_fill_(d, torch.tensor(dropped), -case.norm_offset if is_norm else 0)
     if case.centred:
         _centre(case, model, torch.tensor(plan.hidden))
+
+
+def _mamba_channels(block, entry):
+    """The channels of all heads of a state space that stay."""
+    dim = block.out_proj.in_features // len(block.A_log)
+    return (torch.tensor(entry.mamba_heads)[:, None] * dim + torch.tensor(entry.mamba_dim)).flatten()
 
 
 def _weight(layer, name):
@@ -247,6 +260,11 @@ def _leave_out(case, model, plan):
         entry = kept[index]
         if entry.experts is not None:
             case.route(layer, entry.experts)
+        if entry.mamba_heads is not None:
+            block = layer.get_submodule(case.places.mamba)
+            if hasattr(block.norm, "weight"):
+                at = _mamba_channels(block, entry)
+                block.norm.forward = _gated_over_some(block.norm, at, block.n_groups)
         for name in case.wide_norms:
             norm = layer.get_submodule(name)
             heads = (
@@ -263,6 +281,22 @@ def _passing(forward):
         return (hidden_states, *out[1:]) if isinstance(out, tuple) else hidden_states
 
     return passes
+
+
+def _gated_over_some(norm, at, groups):
+    """The forward of a state space's norm over some channels, equally many of each group."""
+
+    def forward(x, gate):
+        gate = torch.nn.functional.silu(gate[..., at])
+        before = getattr(norm, "norm_before_gate", False)
+        kept = x[..., at] if before else x[..., at] * gate
+        parts = kept.unflatten(-1, (groups, -1))
+        kept = (parts / parts.square().mean(-1, keepdim=True).sqrt()).flatten(-2)
+        out = torch.zeros_like(x)
+        out[..., at] = norm.weight[at] * (kept * gate if before else kept)
+        return out
+
+    return forward
 
 
 def _over_some(norm, heads, dim):

@@ -162,6 +162,8 @@ def tables(
         "mlp": {},
         "experts": {},
         "expert_mlp": {},
+        "conv": {},
+        "mamba": {},
         "layers": np.zeros(layers),
     }
     for i in range(layers):
@@ -183,6 +185,12 @@ def tables(
                 whole = of(f"{layer}.{places.mlp_in}", "out")
                 neurons = [np.split(x, parts, axis=1)[part] for x in whole]
             result["mlp"][i] = score(neurons)
+        if (f"{layer}.{places.conv_out}", "in") in kept:
+            result["conv"][i] = score(of(f"{layer}.{places.conv_out}", "in"))
+        if (f"{layer}.{places.mamba}.out_proj", "in") in kept and places.mamba:
+            width = model.get_submodule(f"{layer}.{places.mamba}.out_proj").in_features
+            projected = of(f"{layer}.{places.mamba}.in_proj", "out")
+            result["mamba"][i] = score([x[:, width : 2 * width] for x in projected])
         name = f"{layer}.{places.experts}"
         if (name, "in") in kept:
             given = kept[name, "in"]

@@ -57,7 +57,8 @@ class Cut:
     Args:
         name: in the smaller model, where layers and experts are renumbered.
         source_shape, shape: before and after.
-        rows, cols: what is kept of the last two dimensions (of a vector: `cols` only); None: all.
+        rows, cols: what is kept of the two dimensions (of a vector: `cols` only; of three dimensions: `rows`
+            of the first only, unless they are experts); None: all.
         experts: for stacked weights of experts, (expert, rows, cols) of each that stays; else None.
         blends: heads that are not plain copies; they are written over the gathered rows.
         factor, offset: the gain of a norm, offset + weight, is multiplied by factor.
@@ -99,6 +100,9 @@ class Cut:
             out = torch.empty(self.shape, dtype=tensor.dtype, device=tensor.device)
         if tensor.dim() == 0:
             out.copy_(tensor)
+        elif self.experts is None and tensor.dim() == 3 and self.rows is not None:
+            flat = tensor.reshape(len(tensor), -1)
+            gather_channels(flat, self.rows, None, out.view(len(out), flat.shape[1]))
         elif self.experts is None:
             gather_channels(tensor, self.rows, self.cols, out)
         else:
@@ -188,7 +192,7 @@ class Cuts:
             name=located.moved(new, expert),
             source_shape=located.shape(self.source),
             shape=located.shape(self.target),
-            rows=indices[0] if len(indices) == 2 else None,
+            rows=indices[0] if len(indices) >= 2 else None,
             cols=indices[-1] if indices else None,
             experts=stack,
             blends=self._blends(located, entry),
@@ -255,8 +259,11 @@ class Cuts:
             part, indices = "heads", torch.tensor(blocks, dtype=torch.int64)
         else:
             indices = torch.tensor(self._kept(split_part(part)[0], layer, expert), dtype=torch.int64)
-        inside = torch.arange(1 if part == ONE else elements_inside(part, self.source))
-        return (indices[:, None] * len(inside) + inside).flatten()
+        length = 1 if part == ONE else elements_inside(part, self.source)
+        inside = torch.arange(length)
+        if split_part(part)[1] in PRUNED:  # the same elements in each
+            inside = torch.tensor(self._kept(split_part(part)[1], layer, expert), dtype=torch.int64)
+        return (indices[:, None] * length + inside).flatten()
 
     def _kept(self, axis: str, layer: int | None, expert: int | None) -> tuple[int, ...] | range:
         if axis == "hidden":

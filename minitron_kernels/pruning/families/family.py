@@ -12,6 +12,9 @@ keys and values. The axes:
                         elements each
     head_dim            elements of a head: never pruned
     mlp                 neurons of a layer's MLP
+    conv                channels of a layer's short convolution (LFM2)
+    mamba_heads         heads of a layer's state space (Mamba-2), mamba_dim channels each
+    mamba_dim           channels of such a head, the same in all heads of a layer
     experts             experts of a layer
     expert_mlp          neurons of an expert; ranked within each expert
     layers              whole layers
@@ -48,7 +51,11 @@ SIZE_KEYS: dict[str, tuple[str, ...]] = {
     "mlp": ("intermediate_size",),
 }
 PER_HEAD = ("heads", "kv_heads")  # whose elements hold head_dim of a dimension, where nothing else is said
-PRUNED = ("hidden", "heads", "kv_heads", "mlp", "experts", "expert_mlp")  # axes whose elements can be removed
+# axes whose elements can be removed
+PRUNED = (
+    *("hidden", "heads", "kv_heads", "mlp", "experts", "expert_mlp"),
+    *("conv", "mamba_heads", "mamba_dim"),
+)
 ONE = "one"
 QKV = "qkv"  # queries, keys and values of each KV group in turn
 PER_HEAD_ONE = {"num_heads": "heads", "num_kv_heads": "kv_heads"}  # axes of one element a head
@@ -140,6 +147,9 @@ class Taps:
         mlp_up_part: (index, number of equal parts): the part of mlp_up's output that holds the neurons.
         scored_norms: norms whose output scores the residual channels: those that feed linear layers.
         norms: all norms over residual channels.
+        conv_out: the linear layer whose input is the channels of a short convolution.
+        mamba_in: the linear layer of a state space whose output is z, x, B, C and Δ; x [heads · mamba_dim],
+            behind the equally wide z, scores heads and channels.
         experts: the module that holds the weights of all experts, forward(hidden, top_k_index,
             top_k_weights); None where there are none.
         router: where all experts get all tokens, multiplied by the router's weights, forward(hidden
@@ -154,6 +164,8 @@ class Taps:
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     experts: str | None = None
     router: str | None = None
+    conv_out: str | None = None
+    mamba_in: str | None = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +181,8 @@ class Family:
         layers, final_norm, embedding, head: names of these modules in the model.
         size_keys: config keys of axes, in addition to SIZE_KEYS or instead of them.
         computed: {axis: (config) -> its size} of axes that no key of the config gives alone.
+        follows: {axis: the axis whose size it has}, of axes that share a config key with another.
+        derived: {config key: (sizes) -> its value} of keys that must agree with several sizes.
         fixed: (config) -> {axis: why it cannot be pruned}: what the model or its config lacks for that.
         reads_residual: linear layers inside a layer that read the residual stream without a norm.
         keeps_first: (config) -> (how many of the first layers must stay, why).
@@ -217,6 +231,8 @@ class Family:
     refuses: Callable[[Config], str | None] = field(default=lambda config: None)
     approximates: Mapping[str, str] = field(default_factory=dict)
     computed: Mapping[str, Callable[[Config], int]] = field(default_factory=dict)
+    follows: Mapping[str, str] = field(default_factory=dict)
+    derived: Mapping[str, Callable[[Mapping[str, int]], int]] = field(default_factory=dict)
     fixed: Callable[[Config], Mapping[str, str]] = field(default=lambda config: {})
     keeps_first: Callable[[Config], tuple[int, str]] = field(default=lambda config: (0, ""))
     reads_residual: tuple[str, ...] = ()
@@ -263,6 +279,8 @@ class Family:
         sizes: dict[str, int] = {}
         text = self.text(config)
         for axis in dict.fromkeys((*SIZE_KEYS, *self.size_keys)):
+            if axis in self.computed:  # its key may hold something else than a number
+                continue
             keys = self.keys_of(axis)
             # a key that is written takes precedence over the default of another
             found = [value for key in keys if (value := written_value(text, key)) is not None]

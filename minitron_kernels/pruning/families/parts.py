@@ -37,6 +37,11 @@ def flag(key: str, default: bool = False) -> When:
     return lambda config, layer: bool(config_value(config, key, default))
 
 
+def is_of(kind: str, key: str = "layer_types") -> When:
+    """A `when` of the layers that a list in the config, with one entry for each, calls `kind`."""
+    return lambda config, layer: config_value(config, key)[layer] == kind
+
+
 def linear(name: str, axes: str, bias: When | bool = False, *, when: When | None = None) -> tuple[Param, ...]:
     """The weight of a linear layer, with axes "out, in", and its bias if, or where, `bias` says so.
 

@@ -74,15 +74,12 @@ REFUSALS: tuple[Refusal, ...] = (
         (
             *(
                 "bailing_hybrid",
-                "bamba",
-                "falcon_h1",
-                "granitemoehybrid",
                 "inkling_text",
                 "inkling2_loop_text",
             ),
-            *("inkling2_text", "jamba", "kimi_linear", "lara_mini", "lfm2", "lfm2_moe", "lfm3", "minimax"),
-            *("nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_text"),
-            *("qwen3_next", "qwen4_exp", "qwen4_exp_text", "zamba", "zamba2"),
+            *("inkling2_text", "jamba", "kimi_linear", "lara_mini", "lfm3", "minimax"),
+            *("olmo_hybrid", "qwen3_5", "qwen3_5_moe"),
+            *("qwen4_exp", "qwen4_exp_text", "zamba", "zamba2"),
         ),
     ),
     Refusal(

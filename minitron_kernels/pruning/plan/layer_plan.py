@@ -7,6 +7,8 @@ from typing import Any
 
 from minitron_kernels.pruning.plan.selection import Keep, KeptHeads, format_runs, parse_runs
 
+LISTS = ("mlp", "experts", "conv", "mamba_heads", "mamba_dim")  # fields that are one list of what is kept
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -18,6 +20,9 @@ class LayerPlan:
         mlp: kept neurons; None in a layer without an MLP, such as most layers with experts.
         experts: kept experts; None in a layer without experts.
         expert_mlp: kept neurons of each kept expert; None in a layer without experts.
+        conv: kept channels of a short convolution; None in a layer without one.
+        mamba_heads: kept heads of a state space, equally many of each group; None in a layer without one.
+        mamba_dim: kept channels of each of these heads; None in a layer without a state space.
     """
 
     layer: int
@@ -25,6 +30,9 @@ class LayerPlan:
     mlp: Keep | None = None
     experts: Keep | None = None
     expert_mlp: tuple[Keep, ...] | None = None
+    conv: Keep | None = None
+    mamba_heads: Keep | None = None
+    mamba_dim: Keep | None = None
 
 
 def typed(value: Any, kind: type, where: str) -> Any:
@@ -62,10 +70,9 @@ def layer_to_dict(entry: LayerPlan) -> dict[str, Any]:
         data["kv_heads"] = format_runs([s[0] for s in kv]) if single else [format_runs(s) for s in kv]
         if entry.heads.merged:
             data["merged_heads"] = [f"{kept},{dropped}" for kept, dropped in entry.heads.merged]
-    if entry.mlp is not None:
-        data["mlp"] = format_runs(entry.mlp)
-    if entry.experts is not None:
-        data["experts"] = format_runs(entry.experts)
+    for name in LISTS:
+        if (keep := getattr(entry, name)) is not None:
+            data[name] = format_runs(keep)
     if entry.expert_mlp is not None:
         data["expert_mlp"] = [format_runs(keep) for keep in entry.expert_mlp]
     return data
@@ -73,14 +80,13 @@ def layer_to_dict(entry: LayerPlan) -> dict[str, Any]:
 
 def layer_from_dict(data: Any, where: str) -> LayerPlan:
     """The layer that layer_to_dict() wrote; a ValueError names the wrong field."""
-    optional = {"heads", "kv_heads", "merged_heads", "mlp", "experts", "expert_mlp"}
+    optional = {"heads", "kv_heads", "merged_heads", "expert_mlp", *LISTS}
     data = fields_of(data, where, {"layer"}, optional)
     expert_mlp = data.get("expert_mlp")
     return LayerPlan(
         layer=typed(data["layer"], int, f"{where}.layer"),
         heads=_heads_from_dict(data, where),
-        mlp=runs_of(data["mlp"], f"{where}.mlp") if "mlp" in data else None,
-        experts=runs_of(data["experts"], f"{where}.experts") if "experts" in data else None,
+        **{name: runs_of(data[name], f"{where}.{name}") for name in LISTS if name in data},
         expert_mlp=None
         if expert_mlp is None
         else tuple(
