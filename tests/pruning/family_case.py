@@ -77,6 +77,7 @@ class Case:
         approximate: axes that the plan's summary must call approximate where they are cut.
         tolerance: of the logits, beside rounding, in units of the largest.
         stored_as: {name in the model: name in checkpoints of transformers} where they differ.
+        stored_root: what names in checkpoints of transformers begin with, where it is not "model.".
         route: (layer, kept experts), which lets the layer's router choose among these only.
         expert: (module of all experts, number, token [hidden]) -> (neurons, output) of one expert, in numpy.
         fixed: (axis, name of its size, a size): cannot be pruned, and is not scored.
@@ -98,6 +99,7 @@ class Case:
     approximate: tuple[str, ...] = ()
     tolerance: float = 0.0
     stored_as: Mapping[str, str] = field(default_factory=dict)
+    stored_root: str = "model."
     route: Callable[[Any, tuple[int, ...]], None] | None = None
     expert: Callable[[Any, int, Any], tuple[Any, Any]] | None = None
     fixed: tuple[str, str, int] | None = None

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 import textwrap
@@ -140,6 +141,8 @@ def check_cut(case, model, plan, folder, fresh):
     smaller.save_pretrained(folder / "memory")
     prune_checkpoint(folder / "source", folder / "disk", plan, progress=False)
     on_disk = {case.stored_as.get(name, name): tensor for name, tensor in bits(folder / "disk").items()}
+    if case.stored_root != "model.":
+        on_disk = {re.sub("^model.", case.stored_root, name): value for name, value in on_disk.items()}
     assert on_disk == bits(folder / "memory")
     if case.images is not None:
         _check_encoder(case, bits(folder / "source"), on_disk)

@@ -183,6 +183,8 @@ class Family:
         computed: {axis: (config) -> its size} of axes that no key of the config gives alone.
         follows: {axis: the axis whose size it has}, of axes that share a config key with another.
         derived: {config key: (sizes) -> its value} of keys that must agree with several sizes.
+        restated: {config key: (config) -> its value} of keys that say again what others do, and that a
+            checkpoint's config.json may have, although transformers does not write them.
         fixed: (config) -> {axis: why it cannot be pruned}: what the model or its config lacks for that.
         reads_residual: linear layers inside a layer that read the residual stream without a norm.
         keeps_first: (config) -> (how many of the first layers must stay, why).
@@ -233,6 +235,7 @@ class Family:
     computed: Mapping[str, Callable[[Config], int]] = field(default_factory=dict)
     follows: Mapping[str, str] = field(default_factory=dict)
     derived: Mapping[str, Callable[[Mapping[str, int]], int]] = field(default_factory=dict)
+    restated: Mapping[str, Callable[[Config], Any]] = field(default_factory=dict)
     fixed: Callable[[Config], Mapping[str, str]] = field(default=lambda config: {})
     keeps_first: Callable[[Config], tuple[int, str]] = field(default=lambda config: (0, ""))
     reads_residual: tuple[str, ...] = ()

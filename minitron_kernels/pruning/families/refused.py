@@ -70,7 +70,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "layers of two kinds: attention in some; a state space, convolution or linear attention in others",
-        "a Family has no axis for the channels of a state",
+        f"{_TABLE} where no layers share weights, as Bamba's does, but for heads of linear attention",
         (
             *(
                 "bailing_hybrid",

@@ -244,6 +244,12 @@ _MAMBA, _FULL, _PLAIN, _SPARSE = (
 )
 
 
+def _pattern(config: Config) -> str:
+    """The kinds of the layers, a character for each."""
+    letters = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
+    return "".join(letters[kind] for kind in config[_KINDS])
+
+
 def _latent(config: Config, layer: int) -> bool:
     """Whether experts read a projection of the residual stream."""
     return config_value(config, "moe_latent_size") is not None
@@ -326,6 +332,7 @@ register_family(
         computed={"mamba_bc": _bc("n_groups", "ssm_state_size")},
         is_sparse=_SPARSE,
         per_layer_keys=(_KINDS,),
+        restated={"hybrid_override_pattern": _pattern},
         fixed=_nemotron_fixed,
         refuses=_never_ties,
         approximates={"mamba_heads": _FEWER, "mamba_dim": _FEWER},

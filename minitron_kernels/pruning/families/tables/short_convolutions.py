@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from minitron_kernels.pruning.families.configs import Config, config_value
+from minitron_kernels.pruning.families.configs import Config, config_value, written_value
 from minitron_kernels.pruning.families.family import Family, Param, Taps, When
 from minitron_kernels.pruning.families.parts import (
     both,
@@ -74,7 +74,8 @@ def _taps(experts: str | None = None) -> Taps:
 
 
 def _mlp_size(config: Config) -> int:
-    size = config_value(config, "intermediate_size")
+    # transformers takes block_ff_dim, where a config.json has it, for intermediate_size
+    size = written_value(config, "block_ff_dim") or config_value(config, "intermediate_size")
     if not config_value(config, "block_auto_adjust_ff_dim", True):
         return size
     size, step = int(2 * size / 3), config_value(config, "block_multiple_of", 256)
@@ -82,6 +83,13 @@ def _mlp_size(config: Config) -> int:
     return -(-size // step) * step
 
 
+# what config.json of LiquidAI's own checkpoints has beside the keys of transformers
+_RESTATED: dict[str, Any] = {
+    "block_ff_dim": lambda config: config["intermediate_size"],
+    "tie_embedding": lambda config: config["tie_word_embeddings"],
+    "num_heads": lambda config: config["num_attention_heads"],
+    **dict.fromkeys(("block_dim", "conv_dim", "conv_dim_out"), lambda config: config["hidden_size"]),
+}
 register_family(
     Family(
         ("lfm2",),
@@ -91,6 +99,7 @@ register_family(
         computed={"mlp": _mlp_size},
         derived={"block_auto_adjust_ff_dim": lambda sizes: False},
         layer_index_keys=("full_attn_idxs",),
+        restated=_RESTATED,
         **_SHARED,
     )
 )
@@ -120,6 +129,7 @@ register_family(
         size_keys={**_SIZES, "expert_mlp": ("moe_intermediate_size",), "experts": ("num_experts",)},
         is_sparse=_is_sparse,
         dense_layers=lambda layers: {"num_dense_layers": len(layers)},
+        restated={key: value for key, value in _RESTATED.items() if key != "block_ff_dim"},
         **_SHARED,
     )
 )
