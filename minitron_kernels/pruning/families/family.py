@@ -182,7 +182,7 @@ class Family:
         size_keys: config keys of axes, in addition to SIZE_KEYS or instead of them.
         computed: {axis: (config) -> its size} of axes that no key of the config gives alone.
         follows: {axis: the axis whose size it has}, of axes that share a config key with another.
-        derived: {config key: (sizes of the smaller model) -> its value} of keys that must agree with several sizes.
+        derived: {config key: (sizes) -> its value} of keys that must agree with several sizes.
         restated: {config key: (config) -> its value} of keys that say again what others do, and that a
             checkpoint's config.json may have, although transformers does not write them.
         fixed: (config) -> {axis: why it cannot be pruned}: what the model or its config lacks for that.
