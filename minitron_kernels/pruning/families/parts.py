@@ -37,6 +37,19 @@ def flag(key: str, default: bool = False) -> When:
     return lambda config, layer: bool(config_value(config, key, default))
 
 
+def is_of(kind: str, key: str = "layer_types") -> When:
+    """A `when` of the layers that a list in the config, with one entry for each, calls `kind`.
+
+    A config.json may have older names, which transformers replaces when it reads them.
+    """
+
+    def when(config: Config, layer: int) -> bool:
+        written = config_value(config, key)[layer]
+        return {"mamba": "linear_attention", "attention": "full_attention"}.get(written, written) == kind
+
+    return when
+
+
 def linear(name: str, axes: str, bias: When | bool = False, *, when: When | None = None) -> tuple[Param, ...]:
     """The weight of a linear layer, with axes "out, in", and its bias if, or where, `bias` says so.
 
