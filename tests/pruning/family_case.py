@@ -37,6 +37,8 @@ class Places:
         experts: the module that holds the stacked weights of the experts; `neurons_first`: of down_proj's two
             dimensions inside an expert.
         router: that which gives [tokens, experts] weights where the experts read tokens times these; or None.
+        conv_out: the linear layer that reads the channels of a short convolution; None where there are none.
+        mamba: the state space; None where there are none.
         norms: all norms over the residual stream; `scored` those of them whose output scores its channels.
     """
 
@@ -50,6 +52,8 @@ class Places:
     experts: str = "mlp.experts"
     neurons_first: bool = False
     router: str | None = None
+    conv_out: str | None = None
+    mamba: str | None = None
     norms: tuple[str, ...] = TWO
     scored: tuple[str, ...] = TWO
 
@@ -73,6 +77,7 @@ class Case:
         approximate: axes that the plan's summary must call approximate where they are cut.
         tolerance: of the logits, beside rounding, in units of the largest.
         stored_as: {name in the model: name in checkpoints of transformers} where they differ.
+        stored_root: what names in checkpoints of transformers begin with, where it is not "model.".
         route: (layer, kept experts), which lets the layer's router choose among these only.
         expert: (module of all experts, number, token [hidden]) -> (neurons, output) of one expert, in numpy.
         fixed: (axis, name of its size, a size): cannot be pruned, and is not scored.
@@ -94,6 +99,7 @@ class Case:
     approximate: tuple[str, ...] = ()
     tolerance: float = 0.0
     stored_as: Mapping[str, str] = field(default_factory=dict)
+    stored_root: str = "model."
     route: Callable[[Any, tuple[int, ...]], None] | None = None
     expert: Callable[[Any, int, Any], tuple[Any, Any]] | None = None
     fixed: tuple[str, str, int] | None = None

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 import textwrap
@@ -140,6 +141,8 @@ def check_cut(case, model, plan, folder, fresh):
     smaller.save_pretrained(folder / "memory")
     prune_checkpoint(folder / "source", folder / "disk", plan, progress=False)
     on_disk = {case.stored_as.get(name, name): tensor for name, tensor in bits(folder / "disk").items()}
+    if case.stored_root != "model.":
+        on_disk = {re.sub("^model.", case.stored_root, name): value for name, value in on_disk.items()}
     assert on_disk == bits(folder / "memory")
     if case.images is not None:
         _check_encoder(case, bits(folder / "source"), on_disk)
@@ -197,13 +200,21 @@ def _silence(case, model, plan):
     for entry in plan.layers:
         layer = layers[entry.layer]
         kept_heads = case.fixed is not None and case.fixed[0] == "heads"
-        out = None if kept_heads else layer.get_submodule(places.attention_out).weight
+        out = None if kept_heads else _weight(layer, places.attention_out)
+        assert (out is None) == (entry.heads is None) or kept_heads
         for head in () if out is None else gone(entry.heads.query, config.num_attention_heads):
             dim = out.shape[1] // config.num_attention_heads
             out[:, head * dim : (head + 1) * dim] = 0
         if entry.mlp is not None:
             out = layer.get_submodule(places.mlp_out).weight
             out[:, gone(entry.mlp, out.shape[1])] = 0
+        if entry.conv is not None:
+            out = layer.get_submodule(places.conv_out).weight
+            out[:, gone(entry.conv, out.shape[1])] = 0
+        if entry.mamba_heads is not None:
+            block = layer.get_submodule(places.mamba)
+            at = _mamba_channels(block, entry)
+            block.out_proj.weight[:, gone(at.tolist(), block.out_proj.in_features)] = 0
         for expert, keep in zip(entry.experts or (), entry.expert_mlp or (), strict=True):
             out = layer.get_submodule(places.experts).down_proj[expert]
             out = out if places.neurons_first else out.T
@@ -219,6 +230,17 @@ def _silence(case, model, plan):
                 parameter.index_fill_(d, torch.tensor(dropped), -case.norm_offset if is_norm else 0)
     if case.centred:
         _centre(case, model, torch.tensor(plan.hidden))
+
+
+def _mamba_channels(block, entry):
+    """The channels of all heads of a state space that stay."""
+    dim = block.out_proj.in_features // len(block.A_log)
+    return (torch.tensor(entry.mamba_heads)[:, None] * dim + torch.tensor(entry.mamba_dim)).flatten()
+
+
+def _weight(layer, name):
+    """A linear layer's weight; None where the layer has none of this name."""
+    return dict(layer.named_parameters()).get(f"{name}.weight")
 
 
 def _centre(case, model, kept):
@@ -241,6 +263,11 @@ def _leave_out(case, model, plan):
         entry = kept[index]
         if entry.experts is not None:
             case.route(layer, entry.experts)
+        if entry.mamba_heads is not None:
+            block = layer.get_submodule(case.places.mamba)
+            if hasattr(block.norm, "weight"):
+                at = _mamba_channels(block, entry)
+                block.norm.forward = _gated_over_some(block.norm, at, block.n_groups)
         for name in case.wide_norms:
             norm = layer.get_submodule(name)
             heads = (
@@ -257,6 +284,22 @@ def _passing(forward):
         return (hidden_states, *out[1:]) if isinstance(out, tuple) else hidden_states
 
     return passes
+
+
+def _gated_over_some(norm, at, groups):
+    """The forward of a state space's norm over some channels, equally many of each group."""
+
+    def forward(x, gate):
+        gate = torch.nn.functional.silu(gate[..., at])
+        before = getattr(norm, "norm_before_gate", False)
+        kept = x[..., at] if before else x[..., at] * gate
+        parts = kept.unflatten(-1, (groups, -1))
+        kept = (parts / parts.square().mean(-1, keepdim=True).sqrt()).flatten(-2)
+        out = torch.zeros_like(x)
+        out[..., at] = norm.weight[at] * (kept * gate if before else kept)
+        return out
+
+    return forward
 
 
 def _over_some(norm, heads, dim):

@@ -162,13 +162,15 @@ def tables(
         "mlp": {},
         "experts": {},
         "expert_mlp": {},
+        "conv": {},
+        "mamba": {},
         "layers": np.zeros(layers),
     }
     for i in range(layers):
         layer = f"{places.layers}.{i}"
-        attention = (
-            [] if case.fixed and case.fixed[0] == "heads" else of(f"{layer}.{places.attention_out}", "in")
-        )
+        out = f"{layer}.{places.attention_out}"
+        has_heads = (out, "in") in kept and not (case.fixed and case.fixed[0] == "heads")
+        attention = of(out, "in") if has_heads else []
         if not attention:
             pass
         elif head_score == "norm":
@@ -183,8 +185,14 @@ def tables(
                 whole = of(f"{layer}.{places.mlp_in}", "out")
                 neurons = [np.split(x, parts, axis=1)[part] for x in whole]
             result["mlp"][i] = score(neurons)
-        else:
-            name = f"{layer}.{places.experts}"
+        if (f"{layer}.{places.conv_out}", "in") in kept:
+            result["conv"][i] = score(of(f"{layer}.{places.conv_out}", "in"))
+        if (f"{layer}.{places.mamba}.out_proj", "in") in kept and places.mamba:
+            width = model.get_submodule(f"{layer}.{places.mamba}.out_proj").in_features
+            projected = of(f"{layer}.{places.mamba}.in_proj", "out")
+            result["mamba"][i] = score([x[:, width : 2 * width] for x in projected])
+        name = f"{layer}.{places.experts}"
+        if (name, "in") in kept:
             given = kept[name, "in"]
             if places.router is not None:
                 routed = kept[f"{layer}.{places.router}", "out"]

@@ -1,11 +1,14 @@
 """Cuts of single parameters."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
-from minitron_kernels.pruning import Cuts, make_plan
+from minitron_kernels.pruning import Cuts, Family, Param, make_plan
+from minitron_kernels.pruning.families import registry
+from pruning.family_configs import CASES
 from pruning.score_tables import random_tables
 from pruning.threads import one_thread  # noqa: F401  (autouse: of every test here)
 from pruning.tiny_models import tiny_model
@@ -105,3 +108,85 @@ def test_means_of_heads_are_taken_in_wide_arithmetic(dtype):
         assert out.dtype == dtype
         rounding = torch.finfo(dtype).eps / 2 * expected.abs()
         assert (error <= 1.001 * rounding + 4 * wide * terms.abs().sum(0)).all()
+
+
+MERGE = dict(num_attention_heads=6, num_key_value_heads=2, kv_heads="merge", merge_heads=True)
+
+
+def merged(heads, entry):
+    """Query heads after the merge: a kept one is 2 · itself - the one that it stands for."""
+    partner = dict(entry.heads.merged)
+    assert partner and set(partner) < set(entry.heads.query)
+    return [2 * heads[q] - heads[partner[q]] if q in partner else heads[q] for q in entry.heads.query]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("order", ["original", "importance"])
+def test_heads_merge_in_one_projection_of_grouped_queries_keys_and_values(monkeypatch, dtype, order):
+    """Four KV groups of two query heads become two of three; each has its queries, then its key and value."""
+    family = Family(
+        ("grouped_qkv",),
+        layer=(
+            Param("self_attn.qkv.weight", "qkv, hidden"),
+            Param("self_attn.qkv.bias", "qkv"),
+            Param("self_attn.o_proj.weight", "hidden, heads"),
+        ),
+    )
+    monkeypatch.setitem(registry._FAMILIES, "grouped_qkv", family)
+    config = dict(model_type="grouped_qkv", vocab_size=8, hidden_size=12, intermediate_size=8, head_dim=2)
+    config |= dict(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4)
+    tables = random_tables(config)
+    sizes = MERGE | {"hidden_size": 8}
+    plan = make_plan(tables, config, divisor=1, order=order, rescale_norms=False, **sizes)
+    generator = torch.Generator().manual_seed(3)
+    for layer, entry in enumerate(plan.layers):
+        for kind, shape in (("weight", (32, 12)), ("bias", (32,))):
+            source = torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+            kept = source[:, list(plan.hidden)] if kind == "weight" else source
+            groups = kept.double().unflatten(0, (4, 4, 2))  # group, (query, query, key, value), element
+            query = merged(groups[:, :2].flatten(0, 1), entry)
+            expected = []
+            for new, sources in enumerate(entry.heads.kv):
+                key, value = (groups[list(sources), at].mean(0) for at in (2, 3))
+                expected += [*query[3 * new : 3 * new + 3], key, value]
+            got = Cuts(plan).of(f"model.layers.{layer}.self_attn.qkv.{kind}").apply(source)
+            assert got.dtype == dtype
+            torch.testing.assert_close(
+                got.double(), torch.cat(expected), rtol=0, atol=16 * torch.finfo(dtype).eps
+            )
+
+
+def test_gains_of_each_head_stay_those_of_the_kept_heads_where_queries_merge():
+    """A gain multiplies what a norm made of a query: 2 · gain - another gain would be of no head."""
+    config = CASES["cohere"].make_config(num_attention_heads=8, num_key_value_heads=4)
+    plan = make_plan(random_tables(config), config, **MERGE)
+    inside = "model.layers.0.self_attn"
+    entry = plan.layers[0]
+    gains = torch.arange(8 * 16, dtype=torch.float64).view(8, 16) ** 2
+    query = Cuts(plan).of(f"{inside}.q_norm.weight").apply(gains)
+    assert torch.equal(query, gains[list(entry.heads.query)])
+    key = Cuts(plan).of(f"{inside}.k_norm.weight").apply(gains[:4])
+    assert torch.equal(key, torch.stack([gains[list(sources)].mean(0) for sources in entry.heads.kv]))
+    weight = gains.view(128, 1).expand(-1, 48).contiguous()
+    got = Cuts(plan).of(f"{inside}.q_proj.weight").apply(weight)
+    assert torch.equal(got.view(6, 16, 48)[:, :, 0], torch.stack(merged(gains, entry)))
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "persimmon", "deepseek_v3"])
+def test_keys_do_not_merge_where_the_class_has_one_for_each_head(name):
+    config = CASES[name].make_config()
+    with pytest.raises(ValueError, match="num_key_value_heads"):
+        make_plan(random_tables(config), config, num_key_value_heads=2, kv_heads="merge")
+
+
+def test_a_bias_beside_what_reads_the_scaled_residual_stream_stays(monkeypatch):
+    """W · (s · r) / s + b: only the weight makes up for a stream that is scaled by s."""
+    gemma2 = registry._FAMILIES["gemma2"]
+    reader = dataclasses.replace(gemma2, reads_residual=("self_attn.q_proj",))
+    monkeypatch.setitem(registry._FAMILIES, "gemma2", reader)
+    config = CASES["gemma2"].make_config()
+    plan = make_plan(random_tables(config), config, divisor=16, hidden_size=32)
+    weight, bias = (
+        Cuts(plan).of(f"model.layers.1.self_attn.q_proj.{kind}").factor for kind in ("weight", "bias")
+    )
+    assert math.isclose(weight, math.sqrt(48 / 32)) and bias == 1

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from minitron_kernels.pruning import collect_importance, make_plan, prune_checkpoint, prune_model
 from minitron_kernels.pruning.families import registry
 from minitron_kernels.pruning.families.registry import family_of
-from pruning.family_checks import IDS, bits
+from pruning.family_checks import IDS, bits, check_masked
 from pruning.family_configs import CASES
+from pruning.family_configs.dense import FOUR
 from pruning.score_tables import random_tables
 from pruning.threads import one_thread  # noqa: F401  (autouse: of every test here)
 from pruning.tiny_models import random_model
@@ -141,3 +142,36 @@ def test_experts_in_groups_and_layers_beyond_the_model():
     assert prune_model(random_model(config), plan).config.num_nextn_predict_layers == 0
     with pytest.raises(ValueError, match="num_key_value_heads is not a size that can be pruned"):
         make_plan(tables, config, num_key_value_heads=2)
+
+
+@pytest.mark.parametrize("name", ["llava", "mistral3"])
+def test_images_keep_their_share_of_a_stream_whose_embeddings_are_scaled(name):
+    """Gemma 2 multiplies embeddings of tokens by √hidden_size, and not the images that take their places."""
+    text = {"model_type": "gemma2", "query_pre_attn_scalar": 16}
+    case = CASES[name]
+    case = dataclasses.replace(
+        case,
+        config={**case.config, "text_config": text},
+        places=dataclasses.replace(case.places, norms=FOUR),
+        norm_offset=1.0,
+    )
+    model = random_model(case.make_config(), auto=case.auto)
+    check_masked(case, model, plan_of(model.config, hidden_size=32))
+
+
+def test_the_factor_of_a_final_norm_without_a_gain_goes_to_the_head():
+    """OLMo's norms have no gains; inside another model its final norm and its head have other names."""
+    inside, case = CASES["olmo"], CASES["llava"]
+    case = dataclasses.replace(
+        case,
+        config={**case.config, "text_config": {"model_type": "olmo"}},
+        centred=True,
+        tolerance=10 * inside.tolerance,  # its epsilon weighs more beside so small features
+    )
+    model = random_model(case.make_config(), auto=case.auto)
+    plan = plan_of(model.config, hidden_size=32)
+    kept = torch.tensor(plan.hidden)
+    with torch.no_grad():
+        for written in model.model.multi_modal_projector.linear_2.parameters():
+            written[kept] -= written[kept].mean(0, keepdim=True)
+    check_masked(case, model, plan)

@@ -146,8 +146,8 @@ def test_an_axis_of_no_known_size_is_refused():
             "mlp.extra.weight with an axis 'hiden', which is none of head_dim,",
         ),
         (
-            Param("conv.weight", "hidden, one, one"),
-            "axes 'hidden, one, one': they must be at most two, or three",
+            Param("conv.weight", "one, hidden, one"),
+            "axes 'one, hidden, one': they must be at most two, or three",
         ),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):

@@ -129,8 +129,15 @@ def test_killed_between_candidates_and_resumed(model, tables, tmp_path):
     options = dict(k=4, score_name="sum and a random number", progress_file=path, progress=False, **BUDGET)
 
     def score(smaller):
-        return weight_score(smaller) + torch.rand(1).item()
+        return weight_score(smaller) + torch.rand(1).item() + np.random.rand() + random.random()
 
+    def begin(seed):
+        """Random numbers that no other run has."""
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+
+    begin(0)
     whole = search_plan(model, tables, score, **{**options, "progress_file": None})
     torch.set_num_threads(1)
     calls_of_a_child = []  # of each anew: a fork has a copy
@@ -142,10 +149,12 @@ def test_killed_between_candidates_and_resumed(model, tables, tmp_path):
                 signal.raise_signal(signal.SIGKILL)
             return score(smaller)
 
+        begin(survived + 1)
         pid = in_child(lambda until=until: search_plan(model, tables, until, **options))
         assert ended(pid) == -signal.SIGKILL
         assert len(json.loads(path.read_text())["scores"]) == survived + 1
     calls = []
+    begin(9)
     found = search_plan(model, tables, lambda m: calls.append(m) or score(m), **options)
     assert len(calls) == 2 and found.resumed == 2
     assert found.rows == whole.rows and found.plan == whole.plan

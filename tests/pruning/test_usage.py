@@ -106,6 +106,11 @@ def test_plans_for_budgets():
     assert fewer.parameters == more.parameters == whole.parameters
     expert = 3 * config.hidden_size * config.moe_intermediate_size
     assert more.active_parameters - fewer.active_parameters == 2 * expert  # one of three layers is dense
+    for wrong in (0, -1, 5, 1.5, True):
+        with pytest.raises(ValueError, match=f"num_experts_per_tok must be from 1 to 4 experts, got {wrong}"):
+            find_sizes(config, whole.parameters, num_experts_per_tok=wrong, divisor=8)
+    with pytest.raises(ValueError, match="num_experts_per_tok must be from 1 to no experts, got 1"):
+        find_sizes(tiny_config("llama"), whole.parameters, num_experts_per_tok=1, divisor=8)
 
 
 @pytest.mark.parametrize(

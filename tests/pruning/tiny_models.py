@@ -55,7 +55,7 @@ def random_model(config, *, seed=0, dtype=torch.float32, auto="AutoModelForCausa
     model = getattr(transformers, auto).from_config(config).to(dtype).eval()
     with torch.no_grad():
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.copy_(torch.randn_like(buffer) * 0.1)
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -281,6 +281,9 @@ def target_config(source: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any
         config = with_tied(config, family.tied(after), family)
     for part in (config, config.get(text) if text is not None else None):
         if isinstance(part, dict):
+            part.update(
+                {key: value(family.text(after)) for key, value in family.restated.items() if key in part}
+            )
             part.update({key: 0 for key in MTP_KEYS if part.get(key)})
     return config
 

@@ -30,6 +30,7 @@ from minitron_kernels.pruning.families.family import (
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.layer_plan import LayerPlan
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
+from minitron_kernels.pruning.plan.selection import KeptHeads
 
 Index = ChannelIndex | None
 
@@ -56,7 +57,8 @@ class Cut:
     Args:
         name: in the smaller model, where layers and experts are renumbered.
         source_shape, shape: before and after.
-        rows, cols: what is kept of the last two dimensions (of a vector: `cols` only); None: all.
+        rows, cols: what is kept of the two dimensions (of a vector: `cols` only; of three dimensions: `rows`
+            of the first only, unless they are experts); None: all.
         experts: for stacked weights of experts, (expert, rows, cols) of each that stays; else None.
         blends: heads that are not plain copies; they are written over the gathered rows.
         factor, offset: the gain of a norm, offset + weight, is multiplied by factor.
@@ -98,6 +100,9 @@ class Cut:
             out = torch.empty(self.shape, dtype=tensor.dtype, device=tensor.device)
         if tensor.dim() == 0:
             out.copy_(tensor)
+        elif self.experts is None and tensor.dim() == 3 and self.rows is not None:
+            flat = tensor.reshape(len(tensor), -1)
+            gather_channels(flat, self.rows, None, out.view(len(out), flat.shape[1]))
         elif self.experts is None:
             gather_channels(tensor, self.rows, self.cols, out)
         else:
@@ -187,7 +192,7 @@ class Cuts:
             name=located.moved(new, expert),
             source_shape=located.shape(self.source),
             shape=located.shape(self.target),
-            rows=indices[0] if len(indices) == 2 else None,
+            rows=indices[0] if len(indices) >= 2 else None,
             cols=indices[-1] if indices else None,
             experts=stack,
             blends=self._blends(located, entry),
@@ -244,7 +249,7 @@ class Cuts:
         """What is kept of the elements of a part of a dimension."""
         if part == QKV:
             assert layer is not None, "queries outside of a layer"
-            heads = self._layers[layer][1].heads
+            heads = _heads_of(self._layers[layer][1])
             size, kept = (sizes["heads"] // sizes["kv_heads"] for sizes in (self.source, self.target))
             blocks: list[int] = []
             for new, sources in enumerate(heads.kv):
@@ -254,8 +259,11 @@ class Cuts:
             part, indices = "heads", torch.tensor(blocks, dtype=torch.int64)
         else:
             indices = torch.tensor(self._kept(split_part(part)[0], layer, expert), dtype=torch.int64)
-        inside = torch.arange(1 if part == ONE else elements_inside(part, self.source))
-        return (indices[:, None] * len(inside) + inside).flatten()
+        length = 1 if part == ONE else elements_inside(part, self.source)
+        inside = torch.arange(length)
+        if split_part(part)[1] in PRUNED:  # the same elements in each
+            inside = torch.tensor(self._kept(split_part(part)[1], layer, expert), dtype=torch.int64)
+        return (indices[:, None] * length + inside).flatten()
 
     def _kept(self, axis: str, layer: int | None, expert: int | None) -> tuple[int, ...] | range:
         if axis == "hidden":
@@ -264,9 +272,9 @@ class Cuts:
             return range(1 if axis == ONE else self.source[axis])
         entry = self._layers[layer][1]
         if axis == "heads":
-            return entry.heads.query
+            return _heads_of(entry).query
         if axis == "kv_heads":
-            return tuple(sources[0] for sources in entry.heads.kv)
+            return tuple(sources[0] for sources in _heads_of(entry).kv)
         kept = entry.expert_mlp[expert] if axis == "expert_mlp" else getattr(entry, axis)  # type: ignore[index]
         assert kept is not None, f"{axis} in a layer without"
         return kept
@@ -277,18 +285,20 @@ class Cuts:
             return ()
         blends: list[Blend] = []
         old, new = 0, 0
-        is_gain = len(located.dims) == 1 and located.name.endswith(".weight")  # of a norm over all heads
+        axes = {split_part(part)[0] for parts in located.dims for part in parts}
+        # of a norm over all heads, or over each: it has no axis of what a projection reads
+        is_gain = located.name.endswith(".weight") and axes <= {"heads", "kv_heads", "head_dim"}
         for part in located.dims[0]:
             axis = split_part(part)[0]
             dim = 0 if part == QKV else elements_inside(part, self.source)
             if part == QKV:
                 blends += self._qkv_blends(entry, old, new)
             elif axis == "heads":
-                for kept, dropped in () if is_gain else entry.heads.merged:
-                    start = new + entry.heads.query.index(kept) * dim
+                for kept, dropped in () if is_gain else _heads_of(entry).merged:
+                    start = new + _heads_of(entry).query.index(kept) * dim
                     blends.append(Blend(start, dim, ((2.0, old + kept * dim), (-1.0, old + dropped * dim))))
             elif axis == "kv_heads":
-                for head, sources in enumerate(entry.heads.kv):
+                for head, sources in enumerate(_heads_of(entry).kv):
                     if len(sources) > 1:
                         terms = tuple((1 / len(sources), old + source * dim) for source in sources)
                         blends.append(Blend(new + head * dim, dim, terms))
@@ -298,7 +308,7 @@ class Cuts:
 
     def _qkv_blends(self, entry: LayerPlan, old: int, new: int) -> list[Blend]:
         """Those of a projection whose rows are, KV group after KV group, queries, a key and a value."""
-        dim, heads = self.source["head_dim"], entry.heads
+        dim, heads = self.source["head_dim"], _heads_of(entry)
         size, kept = (sizes["heads"] // sizes["kv_heads"] for sizes in (self.source, self.target))
         blends = []
         for stays, goes in heads.merged:
@@ -340,16 +350,23 @@ class Cuts:
         return folded
 
     def _residual_scales(self) -> dict[str, float]:
-        """{module: factor of its weight} that keeps the embedding's share of the residual stream."""
+        """{module, or parameter: factor} that keeps the embedding's share of the residual stream."""
         scale = math.sqrt(self.target["hidden"] / self.source["hidden"])
         family, taps = self.family, self.family.taps
         writers = [norm for norm in taps.norms if norm not in taps.scored_norms]
         if writers:
             scales = {f"{family.layers}.{layer}.{norm}": scale for layer in self._layers for norm in writers}
             for layer in self._layers:
-                scales |= {f"{family.layers}.{layer}.{name}": 1 / scale for name in family.reads_residual}
+                scales |= {
+                    f"{family.layers}.{layer}.{name}.weight": 1 / scale for name in family.reads_residual
+                }
             return scales | dict.fromkeys(family.adds_to_residual, scale)
         return {family.embedding: 1 / scale} | ({family.final_norm: scale} if self.tied else {})
+
+
+def _heads_of(entry: LayerPlan) -> KeptHeads:
+    assert entry.heads is not None, "heads in a layer without attention"
+    return entry.heads
 
 
 def _qkv_block(head: int, size: int, part: str = "query") -> int:

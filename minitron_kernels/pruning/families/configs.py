@@ -87,7 +87,7 @@ def _parsed(model_type: str, text: str) -> Config | None:
 
     if model_type not in CONFIG_MAPPING:
         return None
-    entries = json.loads(text)
+    entries = json.loads(text, object_hook=_plain_float)
     try:
         try:
             return CONFIG_MAPPING[model_type].from_dict(entries)
@@ -99,6 +99,11 @@ def _parsed(model_type: str, text: str) -> Config | None:
     except Exception as error:  # its checks and its arithmetic raise various errors
         reason = " ".join(str(error).split())
         raise ValueError(f"transformers refuses the config of this {model_type}: {reason}") from error
+
+
+def _plain_float(entry: dict[str, Any]) -> Any:
+    """A number that transformers writes to config.json as {"__float__": "Infinity"}, as it reads it again."""
+    return float(entry["__float__"]) if set(entry) == {"__float__"} else entry
 
 
 def _text(config: Config) -> str:

@@ -12,6 +12,9 @@ keys and values. The axes:
                         elements each
     head_dim            elements of a head: never pruned
     mlp                 neurons of a layer's MLP
+    conv                channels of a layer's short convolution (LFM2)
+    mamba_heads         heads of a layer's state space (Mamba-2), mamba_dim channels each
+    mamba_dim           channels of such a head, the same in all heads of a layer
     experts             experts of a layer
     expert_mlp          neurons of an expert; ranked within each expert
     layers              whole layers
@@ -48,7 +51,11 @@ SIZE_KEYS: dict[str, tuple[str, ...]] = {
     "mlp": ("intermediate_size",),
 }
 PER_HEAD = ("heads", "kv_heads")  # whose elements hold head_dim of a dimension, where nothing else is said
-PRUNED = ("hidden", "heads", "kv_heads", "mlp", "experts", "expert_mlp")  # axes whose elements can be removed
+# axes whose elements can be removed
+PRUNED = (
+    *("hidden", "heads", "kv_heads", "mlp", "experts", "expert_mlp"),
+    *("conv", "mamba_heads", "mamba_dim"),
+)
 ONE = "one"
 QKV = "qkv"  # queries, keys and values of each KV group in turn
 PER_HEAD_ONE = {"num_heads": "heads", "num_kv_heads": "kv_heads"}  # axes of one element a head
@@ -134,12 +141,15 @@ class Taps:
     """Where a layer's axes are tapped: names of modules inside a layer.
 
     Args:
-        attention_out: the linear layer whose input is the heads' output.
+        attention_out: the linear layer whose input is the heads' output, in layers with attention.
         mlp_down: the linear layer whose input is the activated neurons; None in a layer of experts only.
         mlp_up: the linear layer whose output is the neurons before gating.
         mlp_up_part: (index, number of equal parts): the part of mlp_up's output that holds the neurons.
         scored_norms: norms whose output scores the residual channels: those that feed linear layers.
         norms: all norms over residual channels.
+        conv_out: the linear layer whose input is the channels of a short convolution.
+        mamba_in: the linear layer of a state space whose output is z, x, B, C and Δ; x [heads · mamba_dim],
+            behind the equally wide z, scores heads and channels.
         experts: the module that holds the weights of all experts, forward(hidden, top_k_index,
             top_k_weights); None where there are none.
         router: where all experts get all tokens, multiplied by the router's weights, forward(hidden
@@ -154,6 +164,8 @@ class Taps:
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     experts: str | None = None
     router: str | None = None
+    conv_out: str | None = None
+    mamba_in: str | None = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +181,10 @@ class Family:
         layers, final_norm, embedding, head: names of these modules in the model.
         size_keys: config keys of axes, in addition to SIZE_KEYS or instead of them.
         computed: {axis: (config) -> its size} of axes that no key of the config gives alone.
+        follows: {axis: the axis whose size it has}, of axes that share a config key with another.
+        derived: {config key: (sizes) -> its value} of keys that must agree with several sizes.
+        restated: {config key: (config) -> its value} of keys that say again what others do, and that a
+            checkpoint's config.json may have, although transformers does not write them.
         fixed: (config) -> {axis: why it cannot be pruned}: what the model or its config lacks for that.
         reads_residual: linear layers inside a layer that read the residual stream without a norm.
         keeps_first: (config) -> (how many of the first layers must stay, why).
@@ -180,7 +196,7 @@ class Family:
         folds: {norm without a gain: linear layers that read it and take over the factor that its gain would
             get}, for norms inside a layer, and for the final norm.
         scales_embedding: whether embeddings are multiplied by √hidden_size.
-        is_sparse: (config, layer) -> whether that layer has experts instead of one MLP.
+        is_sparse: (config, layer) -> whether that layer has experts.
         per_layer_keys: config keys that hold one entry for each layer.
         layer_index_keys: config keys that hold a list of layer indices.
         dense_layers: (list of dense layers) -> the config entries that say so; for families where that
@@ -217,6 +233,9 @@ class Family:
     refuses: Callable[[Config], str | None] = field(default=lambda config: None)
     approximates: Mapping[str, str] = field(default_factory=dict)
     computed: Mapping[str, Callable[[Config], int]] = field(default_factory=dict)
+    follows: Mapping[str, str] = field(default_factory=dict)
+    derived: Mapping[str, Callable[[Mapping[str, int]], int]] = field(default_factory=dict)
+    restated: Mapping[str, Callable[[Config], Any]] = field(default_factory=dict)
     fixed: Callable[[Config], Mapping[str, str]] = field(default=lambda config: {})
     keeps_first: Callable[[Config], tuple[int, str]] = field(default=lambda config: (0, ""))
     reads_residual: tuple[str, ...] = ()
@@ -263,6 +282,8 @@ class Family:
         sizes: dict[str, int] = {}
         text = self.text(config)
         for axis in dict.fromkeys((*SIZE_KEYS, *self.size_keys)):
+            if axis in self.computed:  # its key may hold something else than a number
+                continue
             keys = self.keys_of(axis)
             # a key that is written takes precedence over the default of another
             found = [value for key in keys if (value := written_value(text, key)) is not None]
@@ -303,6 +324,13 @@ class Family:
                 for expert in experts:
                     name = pattern.format(layer=layer, expert=expert)
                     yield Located(name, param.dims, layer, expert, pattern, param.buffer)
+
+    def layer_axes(self, config: Config, layer: int) -> frozenset[str]:
+        """The axes of a layer's parameters: "heads" where it has attention, "mlp" where it has an MLP."""
+        there = [param for param in self.layer if _is_there(param, config, layer)]
+        parts = {part for param in there for parts in param.dims for part in parts}
+        axes = {axis for part in parts for axis in split_part(part)}
+        return frozenset(axes | {"heads", "kv_heads"} if QKV in axes else axes)
 
     def locate(self, name: str, config: Config) -> Located | None:
         """The parameter with this name in the model or in a checkpoint; None if there is none."""

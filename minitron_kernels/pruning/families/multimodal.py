@@ -89,6 +89,9 @@ class Multimodal:
                 for param in table
             )
 
+        folds = dict(inner.folds)
+        if inner.final_norm in folds:  # the others are inside a layer
+            folds[moved(inner.final_norm)] = tuple(map(moved, folds.pop(inner.final_norm)))
         return dataclasses.replace(
             inner,
             model_types=self.model_types,
@@ -99,6 +102,7 @@ class Multimodal:
             final_norm=moved(inner.final_norm),
             embedding=moved(inner.embedding),
             head=self.head,
+            folds=folds,
             is_sparse=of_text(inner.is_sparse),
             refuses=of_text(inner.refuses),
             computed={axis: of_text(size) for axis, size in inner.computed.items()} | dict(self.computed),

@@ -8,7 +8,7 @@ from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.families.wrappers import plain_name
 
 # prefixes that a decoder's parameters may have instead of, or beside, the family's own
-PREFIXES = ("model", "language_model", "module")
+PREFIXES = ("model", "language_model", "module", "backbone")
 
 
 def family_names(names: Iterable[str], family: Family) -> dict[str, str]:

@@ -37,6 +37,19 @@ def flag(key: str, default: bool = False) -> When:
     return lambda config, layer: bool(config_value(config, key, default))
 
 
+def is_of(kind: str, key: str = "layer_types") -> When:
+    """A `when` of the layers that a list in the config, with one entry for each, calls `kind`.
+
+    A config.json may have older names, which transformers replaces when it reads them.
+    """
+
+    def when(config: Config, layer: int) -> bool:
+        written = config_value(config, key)[layer]
+        return {"mamba": "linear_attention", "attention": "full_attention"}.get(written, written) == kind
+
+    return when
+
+
 def linear(name: str, axes: str, bias: When | bool = False, *, when: When | None = None) -> tuple[Param, ...]:
     """The weight of a linear layer, with axes "out, in", and its bias if, or where, `bias` says so.
 
@@ -160,3 +173,16 @@ def heads_fill_hidden(config: Config) -> str | None:
         f"its class takes head_dim to be hidden_size / num_attention_heads = {hidden} / {heads}, but each "
         f"has {dim}: cut hidden_size and num_attention_heads alike"
     )
+
+
+def one_key_for_each_head(config: Config) -> str | None:
+    """A `refuses` for models whose query heads each have a key and a value, whatever the config says."""
+    heads, kv = (config_value(config, f"num_{kind}_heads") for kind in ("attention", "key_value"))
+    if kv in (None, heads):
+        return None
+    return f"its class has a key and a value for each of {heads} heads, but num_key_value_heads is {kv}"
+
+
+def heads_alike(config: Config) -> str | None:
+    """A `refuses` for models that take both from hidden_size and num_attention_heads alone."""
+    return one_key_for_each_head(config) or heads_fill_hidden(config)

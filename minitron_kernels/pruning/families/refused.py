@@ -70,19 +70,16 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "layers of two kinds: attention in some; a state space, convolution or linear attention in others",
-        "a Family has no axis for the channels of a state",
+        f"{_TABLE} where no layers share weights, as Bamba's does, but for heads of linear attention",
         (
             *(
                 "bailing_hybrid",
-                "bamba",
-                "falcon_h1",
-                "granitemoehybrid",
                 "inkling_text",
                 "inkling2_loop_text",
             ),
-            *("inkling2_text", "jamba", "kimi_linear", "lara_mini", "lfm2", "lfm2_moe", "lfm3", "minimax"),
-            *("nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_text"),
-            *("qwen3_next", "qwen4_exp", "qwen4_exp_text", "zamba", "zamba2"),
+            *("inkling2_text", "jamba", "kimi_linear", "lara_mini", "lfm3", "minimax"),
+            *("olmo_hybrid", "qwen3_5", "qwen3_5_moe"),
+            *("qwen4_exp", "qwen4_exp_text", "zamba", "zamba2"),
         ),
     ),
     Refusal(

@@ -30,11 +30,12 @@ def register_family(family: Family) -> None:
     known = {*SIZE_KEYS, *family.size_keys, *family.computed, QKV, ONE} - {"layers"}
     for param in (*family.outer, *family.layer, *(family.stored_layer or ())):
         names = [name for parts in param.dims for part in parts for name in split_part(part)]
-        whole = not set(names) & set(PRUNED)  # is cut nowhere
-        if len(param.dims) > 3 or (len(param.dims) == 3 and param.dims[0] != ("experts",) and not whole):
+        behind = {name for parts in param.dims[1:] for part in parts for name in split_part(part)}
+        stacked = param.dims[:1] == (("experts",),)
+        if len(param.dims) > 3 or (len(param.dims) == 3 and not stacked and behind & set(PRUNED)):
             raise ValueError(
                 f"family has {param.name} with axes {param.axes!r}: they must be at most two, or three that "
-                "begin with experts or are never cut"
+                "begin with experts, or are never cut but for the first"
             )
         for axis in names:
             if axis not in known and not axis.isdecimal():

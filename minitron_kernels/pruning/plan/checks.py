@@ -8,7 +8,7 @@ from typing import Any
 
 from minitron_kernels.pruning.families.family import PRUNED
 from minitron_kernels.pruning.families.registry import family_of
-from minitron_kernels.pruning.plan.layer_plan import LayerPlan
+from minitron_kernels.pruning.plan.layer_plan import LISTS, LayerPlan
 from minitron_kernels.pruning.plan.selection import ORDERS, Keep, KeptHeads, check_keep, format_runs
 
 
@@ -68,16 +68,23 @@ def check_plan(
         sparse = family.is_sparse(source_config, entry.layer)
         if sparse != family.is_sparse(target_config, new):
             raise ValueError(f"target_config and source_config must agree whether {where} has experts")
-        for name, there in (("mlp", not sparse), ("experts", sparse), ("expert_mlp", sparse)):
+        axes = family.layer_axes(source_config, entry.layer)
+        if axes != family.layer_axes(target_config, new):
+            raise ValueError(f"target_config and source_config must agree of which kind {where} is")
+        for name in ("heads", "expert_mlp", *LISTS):
+            there = sparse if name.startswith("expert") else name in axes
             if (getattr(entry, name) is not None) != there:
                 raise ValueError(
                     f"{where}.{name} must {'be there' if there else 'not be there'}: see source_config"
                 )
-        _check_heads(entry.heads, before, after, order, where)
-        if entry.mlp is not None:
-            check(entry.mlp, "mlp", f"{where}.mlp")
+        if entry.heads is not None:
+            _check_heads(entry.heads, before, after, order, where)
+        for name in LISTS:
+            if (keep := getattr(entry, name)) is not None:
+                check(keep, name, f"{where}.{name}")
+        if entry.mamba_heads is not None:
+            _check_groups(entry.mamba_heads, before, after, f"{where}.mamba_heads")
         if entry.experts is not None and entry.expert_mlp is not None:
-            check(entry.experts, "experts", f"{where}.experts")
             if len(entry.expert_mlp) != len(entry.experts):
                 raise ValueError(
                     f"{where}.expert_mlp must have {len(entry.experts)} entries, got {len(entry.expert_mlp)}"
@@ -92,6 +99,14 @@ def check_plan(
             raise ValueError(f"norm_factors has {name!r}, which is not a norm of a kept layer")
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
             raise ValueError(f"norm_factors[{name}] must be a positive number, got {factor!r}")
+
+
+def _check_groups(keep: Keep, before: Mapping[str, int], after: Mapping[str, int], where: str) -> None:
+    """Checks that each group of a state space, whose heads share B and C, keeps equally many heads."""
+    old, new = (sizes["mamba_heads"] // sizes["mamba_groups"] for sizes in (before, after))
+    for at, head in enumerate(keep):
+        if head // old != at // new:
+            raise ValueError(f"{where} must have {new} heads of group {at // new} at {at}, got {head}")
 
 
 def _check_heads(

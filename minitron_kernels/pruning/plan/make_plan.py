@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from minitron_kernels.pruning.families.configs import Config, completed
 from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.families.registry import family_of
-from minitron_kernels.pruning.plan.counts import Footprint, budgets_of
+from minitron_kernels.pruning.plan.counts import EXPERTS_PER_TOKEN, Footprint, budgets_of
 from minitron_kernels.pruning.plan.layer_plan import LayerPlan
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 from minitron_kernels.pruning.plan.selection import ORDERS, KeptHeads, choose_heads
@@ -17,6 +18,7 @@ from minitron_kernels.pruning.plan.sizes import (
     BUDGETS,
     Candidate,
     Sizes,
+    check_experts_per_token,
     check_layers,
     find_sizes,
     given_sizes,
@@ -65,7 +67,8 @@ def make_plan(
     Args:
         scores: ImportanceScores, or a mapping with the tables of the axes to prune: "hidden" [hidden], "mlp"
             {layer: [mlp]}, "heads" {layer: [heads]}, "experts" {layer: [experts]}, "expert_mlp" {layer:
-            [experts, expert_mlp]}, "layers" [layers], and, to rescale norms, "energy" {norm: [hidden]}.
+            [experts, expert_mlp]}, "conv" {layer: [hidden]}, "mamba" {layer: [heads · channels]}, "layers"
+            [layers], and, to rescale norms, "energy" {norm: [hidden]}.
         config: a transformers config, or the dict in config.json; default: that of the scores.
         **sizes: by their names in the config: hidden_size, intermediate_size, num_hidden_layers,
             num_attention_heads, num_key_value_heads, num_experts or num_local_experts,
@@ -181,6 +184,8 @@ def make_plan(
     after = {**before, **given, "layers": len(layers)}
     if before["heads"] == before["kv_heads"] and "kv_heads" not in given and kv_heads == "prune":
         after["kv_heads"] = after["heads"]
+    after |= {axis: after[other] for axis, other in family.follows.items()}
+    _check_mamba(after)
     _check_heads(before, after, kv_heads)
     if merge_heads:
         _check_merge(before, after, kv_heads)
@@ -195,13 +200,22 @@ def make_plan(
     hidden = table.keep("hidden", None, after["hidden"], order)
     entries = []
     for layer in layers:
-        heads = _heads_of(table, layer, before, after, kv_heads == "merge", merge_heads, order)
+        axes, heads, mlp = family.layer_axes(config, layer), None, None
+        if "heads" in axes:
+            heads = _heads_of(table, layer, before, after, kv_heads == "merge", merge_heads, order)
+        if "mlp" in axes:
+            mlp = table.keep("mlp", layer, after["mlp"], order)
+        entry = LayerPlan(layer, heads, mlp)
+        if "conv" in axes:
+            entry = dataclasses.replace(entry, conv=table.keep("conv", layer, after["conv"], order))
+        if "mamba_heads" in axes:
+            kept, channels = table.mamba(layer, after["mamba_heads"], after["mamba_dim"], order)
+            entry = dataclasses.replace(entry, mamba_heads=kept, mamba_dim=channels)
         if family.is_sparse(config, layer):
             experts = table.keep("experts", layer, after["experts"], order)
             neurons = table.expert_neurons(layer, experts, after["expert_mlp"], order)
-            entries.append(LayerPlan(layer, heads, experts=experts, expert_mlp=neurons))
-        else:
-            entries.append(LayerPlan(layer, heads, mlp=table.keep("mlp", layer, after["mlp"], order)))
+            entry = dataclasses.replace(entry, experts=experts, expert_mlp=neurons)
+        entries.append(entry)
     made_with = {
         **sizes,
         **_given_options(ratio=ratio, **budgets, search=search, divisor=divisor),
@@ -271,6 +285,16 @@ def _check_heads(before: Sizes, after: Sizes, kv_choice: str) -> None:
         )
 
 
+def _check_mamba(after: Sizes) -> None:
+    """Checks that each group of a state space can keep equally many heads."""
+    heads, groups = after.get("mamba_heads", 0), after.get("mamba_groups", 1)
+    if heads % groups:
+        raise ValueError(
+            f"the heads of a state space must be a multiple of its {groups} groups, each of which keeps "
+            f"equally many, got {heads}"
+        )
+
+
 def _check_merge(before: Sizes, after: Sizes, kv_choice: str) -> None:
     joined = before["kv_heads"] // after["kv_heads"] if kv_choice == "merge" else 1
     total = before["heads"] // before["kv_heads"] * joined
@@ -288,13 +312,11 @@ def _check_merge(before: Sizes, after: Sizes, kv_choice: str) -> None:
 def _settle_experts(
     family: Family, config: Config, target: dict[str, Any], after: Sizes, per_token: int | None
 ) -> None:
-    routed = family.value(config, "num_experts_per_tok") if "experts" in after else None
+    routed = family.value(config, EXPERTS_PER_TOKEN) if after.get("experts") else None
     if per_token is not None:
-        if routed is None or isinstance(per_token, bool) or not 1 <= per_token <= after["experts"]:
-            limit = after.get("experts", "no")
-            raise ValueError(f"num_experts_per_tok must be from 1 to {limit} experts, got {per_token!r}")
+        check_experts_per_token(per_token, None if routed is None else after["experts"])
         text = target.get(family.text_key or "", target)
-        text["num_experts_per_tok"] = per_token
+        text[EXPERTS_PER_TOKEN] = per_token
     elif routed is not None and routed > after["experts"]:
         raise ValueError(
             f"a token goes to {routed} experts, but only {after['experts']} stay: keep at least {routed}, "

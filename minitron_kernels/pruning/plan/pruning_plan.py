@@ -148,9 +148,10 @@ class PruningPlan:
         notes = []
         if self.dropped_layers:
             notes.append(f"layers dropped: {format_runs(self.dropped_layers)}")
-        if any(len(sources) > 1 for entry in self.layers for sources in entry.heads.kv):
+        heads = [entry.heads for entry in self.layers if entry.heads is not None]
+        if any(len(sources) > 1 for each in heads for sources in each.kv):
             notes.append("KV heads are the mean of those they replace")
-        if any(entry.heads.merged for entry in self.layers):
+        if any(each.merged for each in heads):
             notes.append("query heads take over what dropped ones lack: 2 · kept - dropped")
         if self.norm_factors:
             factors = self.norm_factors.values()

@@ -11,11 +11,12 @@ from typing import Any
 from minitron_kernels.pruning.families.configs import Config, as_dict, completed, config_value
 from minitron_kernels.pruning.families.family import MTP_KEYS, Family
 from minitron_kernels.pruning.families.registry import family_of
-from minitron_kernels.pruning.plan.counts import Footprint, UsageCount, budgets_of
+from minitron_kernels.pruning.plan.counts import EXPERTS_PER_TOKEN, Footprint, UsageCount, budgets_of
 
 DIVISOR = 64  # of given sizes: rows are then multiples of 128 bytes in bf16, and of tensor cores' tiles
 SEARCH_DIVISOR = 128  # of sizes that are searched for a budget: a tile of GEMM libraries
 WIDTH = ("hidden", "mlp", "expert_mlp")  # axes of channels, whose sizes must be multiples of the divisor
+MAMBA = ("mamba_heads", "mamba_dim")
 NEARLY = 0.97  # of the fullest candidate that fits: above this share the better shape is preferred
 MOST_CANDIDATES = 200_000
 BUDGETS = ("params", "active_params", "memory_bytes")  # of the fields of Usage, in their order
@@ -27,7 +28,7 @@ def size_names(family: Family, config: Config) -> dict[str, str]:
     """The names of the sizes that can be pruned, and their axes: {"hidden_size": "hidden", ...}."""
     there = (UsageCount(family, config).axes() | {"layers"}) - {"vocab", "head_dim"}
     there -= set(family.fixed(config))
-    axes = dict.fromkeys(("hidden", "mlp", "expert_mlp", "experts", "heads", "kv_heads", "layers"))
+    axes = ("hidden", "mlp", "expert_mlp", "experts", "heads", "kv_heads", *MAMBA, "layers")
     return {key: axis for axis in axes if axis in there for key in family.keys_of(axis)}
 
 
@@ -73,6 +74,17 @@ def divisor_of(divisor: int | Mapping[str, int] | None, name: str, axis: str, de
     if value < 1:
         raise ValueError(f"divisor must be at least 1, got {value}")
     return value
+
+
+def check_experts_per_token(value: Any, experts: int | None) -> None:
+    """Checks how many experts are to serve a token, of a model with `experts`; None: it has no such number.
+
+    Raises:
+        ValueError: it is not a whole number from 1 to `experts`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= (experts or 0):
+        limit = "no" if experts is None else experts
+        raise ValueError(f"{EXPERTS_PER_TOKEN} must be from 1 to {limit} experts, got {value!r}")
 
 
 def given_sizes(
@@ -200,6 +212,8 @@ def find_sizes(
     budgets = budgets_of(params=params, active_params=active_params, memory_bytes=memory_bytes)
     if not budgets:
         raise ValueError("give a budget: params, active_params or memory_bytes")
+    if num_experts_per_tok is not None:
+        check_experts_per_token(num_experts_per_tok, before.get("experts") or None)
     given = given_sizes(family, config, fixed or {}, None, 1)
     if search is None:
         search = [name for name, axis in names.items() if axis in WIDTH and axis not in given]
@@ -235,6 +249,9 @@ def find_sizes(
     least: dict[str, int] = {}
     for choice in itertools.product(*grids):
         sizes = {**before, "layers": len(kept), **given, **dict(zip(axes, choice, strict=True))}
+        sizes |= {axis: sizes[other] for axis, other in family.follows.items()}
+        if sizes.get("mamba_heads", 0) % sizes.get("mamba_groups", 1):
+            continue
         if follow:
             sizes["kv_heads"] = sizes["heads"]
         per_group, rest = divmod(sizes["heads"], sizes["kv_heads"])
@@ -302,10 +319,11 @@ def write_sizes(family: Family, config: Config, sizes: Mapping[str, int]) -> dic
             inside[parent] = dict(inside[parent])
             inside = inside[parent]
         inside[key] = sizes[axis]
-    for axis in ("hidden", "heads", "kv_heads", "head_dim", "mlp", "expert_mlp", "experts", "layers"):
+    for axis in ("hidden", "heads", "kv_heads", "head_dim", "mlp", "expert_mlp", "experts", *MAMBA, "layers"):
         if axis in sizes and (keys := family.keys_of(axis)):
             for key in [key for key in keys if key in text] or keys[:1]:
                 text[key] = sizes[axis]
+    text.update({key: value(sizes) for key, value in family.derived.items()})
     return target
 
 

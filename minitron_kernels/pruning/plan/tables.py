@@ -41,6 +41,33 @@ class Tables:
             return tuple(range(size))
         return top(self.get(axis, layer, (size,), f"to prune {axis}"), count, order)
 
+    def mamba(self, layer: int, heads: int, channels: int, order: str) -> tuple[Keep, Keep]:
+        """(heads, channels of each head) of a state space that stay.
+
+            channel d   √Σ_h s[h, d]², of all heads: the same channels go from each
+            head h      √Σ_d s[h, d]², of the channels that stay; ranked inside its group
+
+        The heads of a group share B and C, so that equally many stay of each group, in the group's place.
+
+        Source: Minitron-SSM (arXiv 2504.11409), group-aware pruning of Mamba-2.
+        """
+        sizes = self.sizes
+        of, dim, groups = sizes["mamba_heads"], sizes["mamba_dim"], sizes["mamba_groups"]
+        if (heads, channels) == (of, dim):
+            return tuple(range(of)), tuple(range(dim))
+        scores = self.get("mamba", layer, (of * dim,), "to prune a state space").view(of, dim)
+        kept = tuple(range(dim)) if channels == dim else top(scores.square().sum(0).sqrt(), channels, order)
+        if heads == of:
+            return tuple(range(of)), kept
+        best = scores[:, list(kept)].square().sum(1).sqrt().view(groups, -1)
+        size = of // groups
+        chosen = [
+            group * size + head
+            for group in range(groups)
+            for head in top(best[group], heads // groups, order)
+        ]
+        return tuple(chosen), kept
+
     def expert_neurons(self, layer: int, experts: Keep, count: int, order: str) -> tuple[Keep, ...]:
         """The best neurons of each kept expert."""
         size = self.sizes["expert_mlp"]

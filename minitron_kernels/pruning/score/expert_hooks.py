@@ -20,7 +20,8 @@ from minitron_kernels.pruning.families.wrappers import fetched
 from minitron_kernels.pruning.score.recorder import Recorder
 
 _ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
-WEIGHTS = ("gate_up_proj", "down_proj")
+# of experts with a gate, and of those without
+GATED, UNGATED = ("gate_up_proj", "down_proj"), ("up_proj", "down_proj")
 
 
 class ExpertsHook:
@@ -59,7 +60,7 @@ class ExpertsHook:
                 self._score(module, args, kwargs)
 
     def _score(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        number, gates = module.gate_up_proj.shape[0], None
+        number, gates = module.down_proj.shape[0], None
         if self._routing is not None:
             index, self._routing = self._routing, None
             hidden = args[0].detach().reshape(number, -1, args[0].shape[-1])  # of each expert: weight · token
@@ -80,7 +81,7 @@ class ExpertsHook:
                 sums.append(hidden.new_zeros((), dtype=torch.float64))
                 continue
             rows = hidden[expert][routed.order[begin:end] // index.shape[-1]]
-            neurons = _gated(module, self._product(module, rows, "gate_up_proj", expert))
+            neurons = self._neurons(module, rows, expert)
             if self.scores_neurons:
                 borders = F.pad(routed.counts[expert].cumsum(0), (1, 0))
                 moments = moments_of(neurons, None, borders, 0, moment_flags, self.recorder.backend)
@@ -102,6 +103,12 @@ class ExpertsHook:
             whole = torch.stack([none if part is None else part for part in values], dim=2)
             moments = Moments(whole.flatten(2), routed.counts.T.contiguous(), moment_flags)
             self.recorder.neurons(self.position, moments)
+
+    def _neurons(self, module: Any, rows: Tensor, expert: int) -> Tensor:
+        """An expert's activated neurons, of rows [n, in]."""
+        if hasattr(module, GATED[0]):
+            return _gated(module, self._product(module, rows, GATED[0], expert))
+        return module.act_fn(self._product(module, rows, UNGATED[0], expert))
 
     def _product(self, module: Any, rows: Tensor, name: str, expert: int) -> Tensor:
         """An expert's projection of rows [n, in], with its bias where the module has one."""

@@ -18,7 +18,7 @@ from minitron_kernels.pruning.families.wrappers import (
     parameters_without_data,
     unwrapped,
 )
-from minitron_kernels.pruning.score.expert_hooks import WEIGHTS, ExpertsHook
+from minitron_kernels.pruning.score.expert_hooks import GATED, UNGATED, ExpertsHook
 from minitron_kernels.pruning.score.recorder import Recorder
 from minitron_kernels.pruning.score.scores import AXES, ENERGY, Axis, ImportanceScores, Options
 
@@ -47,18 +47,28 @@ class HookedModel:
         self.decoder = _original(_inside(self.root, decoder))
         layers = range(self.sizes["layers"])
         self.sparse = tuple(i for i in layers if self.family.is_sparse(self.config, i))
-        self.dense = tuple(i for i in layers if i not in self.sparse)
+        axes = [self.family.layer_axes(self.config, i) for i in layers]
+        self.dense = tuple(i for i in layers if "mlp" in axes[i])
+        self.attention = tuple(i for i in layers if "heads" in axes[i])
+        self.convolutions = tuple(i for i in layers if "conv" in axes[i])
+        self.mamba = tuple(i for i in layers if "mamba_heads" in axes[i])
         _check_data(self.root)
 
     @property
     def axes(self) -> tuple[str, ...]:
         """The axes, of AXES, that the model has."""
         taps = self.family.taps
-        have = {"hidden", "heads", "layers"}
+        have = {"hidden", "layers"}
+        if self.attention:
+            have.add("heads")
         if self.dense and taps.mlp_down is not None:
             have.add("mlp")
         if self.sparse and taps.experts is not None:
             have |= {"experts", "expert_mlp"}
+        if self.convolutions:
+            have.add("conv")
+        if self.mamba and not {"mamba_heads", "mamba_dim"} <= set(self.family.fixed(self.config)):
+            have.add("mamba")
         have -= set(self.family.fixed(self.config))
         return tuple(axis for axis in AXES if axis in have)
 
@@ -116,7 +126,11 @@ class HookedModel:
                 channels(axis, self.dense, sizes["mlp"], options.seq)
             elif axis == "heads":
                 per_head = sizes["head_dim"] if options.head_score == "channels" else 1
-                channels(axis, layers, sizes["heads"] * per_head, options.seq)
+                channels(axis, self.attention, sizes["heads"] * per_head, options.seq)
+            elif axis == "conv":
+                channels(axis, self.convolutions, sizes["conv"], options.seq)
+            elif axis == "mamba":
+                channels(axis, self.mamba, sizes["mamba_heads"] * sizes["mamba_dim"], options.seq)
             elif axis == "layers":
                 made[axis] = Axis(TokenMeanState(len(layers)), layers)
             elif axis == "experts":
@@ -168,6 +182,13 @@ class HookedModel:
             width = self.sizes["heads"] * self.sizes["head_dim"]
             hook = _input_hook(recorder, name, "heads", i, width, num_heads)
             handles.append(module.register_forward_pre_hook(hook))
+        for i, layer in enumerate(axes["conv"].modules if "conv" in axes else ()):
+            name, module = self.layer(int(layer), taps.conv_out, "conv")
+            hook = _input_hook(recorder, name, "conv", i, self.sizes["conv"])
+            handles.append(module.register_forward_pre_hook(hook))
+        for i, layer in enumerate(axes["mamba"].modules if "mamba" in axes else ()):
+            name, module = self.layer(int(layer), taps.mamba_in, "mamba")
+            handles.append(module.register_forward_hook(self._mamba_hook(recorder, name, i)))
         for i, layer in enumerate(axes["layers"].modules if "layers" in axes else ()):
             _, module = self.layer(int(layer), "", "layers")
             handles.append(module.register_forward_hook(_block_hook(recorder, i), with_kwargs=True))
@@ -181,9 +202,24 @@ class HookedModel:
                 handles.append(router.register_forward_hook(expert_hook.route))
             handles.append(module.register_forward_hook(expert_hook, with_kwargs=True))
 
+    def _mamba_hook(self, recorder: Recorder, name: str, position: int) -> Any:
+        """Takes x of the output of a state space's projection to z, x, B, C and Δ."""
+        located = self.family.locate(f"{name}.weight", self.config)
+        if located is None:
+            raise ValueError(f"the family {self.family.model_types[0]!r} must have {name}.weight")
+        whole, width = located.shape(self.sizes)[0], self.sizes["mamba_heads"] * self.sizes["mamba_dim"]
+
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            if recorder.listens:
+                _check(recorder, f"the output of {name}", output, whole)
+                recorder.channels("mamba", position, output[..., width : 2 * width])
+
+        return hook
+
     def _check_experts(self, name: str, module: nn.Module) -> bool:
         """Checks the shapes of the experts' weights; returns whether they are [in, out]."""
-        weights = {weight: self.family.locate(f"{name}.{weight}", self.config) for weight in WEIGHTS}
+        kind = GATED if self.family.locate(f"{name}.{GATED[0]}", self.config) else UNGATED
+        weights = {weight: self.family.locate(f"{name}.{weight}", self.config) for weight in kind}
         for weight, located in weights.items():
             found = getattr(module, weight, None)
             if located is None:

@@ -18,6 +18,8 @@ TITLES = {
     "layers": ("Layers", "layer"),
     "experts": ("Experts", "expert"),
     "expert_mlp": ("Neurons of experts", "neuron"),
+    "conv": ("Channels of short convolutions", "channel"),
+    "mamba": ("Channels of state spaces, head after head", "channel"),
 }
 MOST_LINES = 400  # curves in one frame
 MOST_SAMPLES = 1_000_000  # scores from which the colour scale is computed
@@ -90,7 +92,7 @@ def _figure(
             if axis == "expert_mlp":
                 experts = next(iter(table.values())).shape[0]
                 row_names = [f"{layer}.{expert}" for layer in row_names for expert in range(experts)]
-            kind = "layer" if axis == "mlp" else "expert"
+            kind = "expert" if axis == "expert_mlp" else "layer"
             labels = {f"{kind} {row_names[i]}": i for i in _few(rows)}
             _curves(left, rows, item, labels)
             _heatmap(figure, right, rows, row_names, item, sort=True)

@@ -17,7 +17,7 @@ from minitron_kernels.ops.importance.op import head_scores_from_channels
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
 from minitron_kernels.pruning.score import score_files
 
-AXES = ("hidden", "mlp", "heads", "layers", "experts", "expert_mlp")
+AXES = ("hidden", "mlp", "heads", "layers", "experts", "expert_mlp", "conv", "mamba")
 ENERGY = "energy"  # collected with "hidden"; not one of the axes that a caller names
 MLP_TAPS = ("down_proj_input", "up_proj_output")
 HEAD_SCORES = ("norm", "channels")
@@ -107,7 +107,9 @@ class ImportanceScores:
 
             hidden      [hidden]                      the scores of all scored norms, summed
             mlp         {layer: [mlp]}                dense layers
-            heads       {layer: [heads]}
+            heads       {layer: [heads]}                  layers with attention
+            conv        {layer: [hidden]}                 layers with a short convolution
+            mamba       {layer: [heads · channels]}       layers with a state space, channel after channel
             layers      [layers]                      block importance, 1 − E[cos(input, output)]
             experts     {layer: [experts]}            sparse layers
             expert_mlp  {layer: [experts, neurons]}   over the tokens routed to the expert

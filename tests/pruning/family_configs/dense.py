@@ -67,7 +67,16 @@ CASES = (
     Case("hunyuan_v1_dense", {"attention_bias": True}),
     Case("ernie4_5", {"use_bias": True, **TIED}),
     Case("helium", {**BIASES, "head_dim": 12}, **SQUARE),
-    Case("granite_swa", {**BIASES, **TIED, **WINDOWS, "residual_multiplier": 0.5}),
+    Case(
+        "granite_swa",
+        {
+            **BIASES,
+            **TIED,
+            **WINDOWS,
+            "residual_multiplier": 0.5,
+            "layer_rope_theta": [10000.0, 0.0, 500.0],
+        },
+    ),
     Case(
         "hyperclovax",
         {**BIASES, "residual_multiplier": 0.5},

@@ -7,7 +7,6 @@ from pruning.family_case import Case, Places
 from pruning.family_configs.dense import WIDE
 
 DENSE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
-HEADS_STAY = {"num_attention_heads": None, "num_key_value_heads": None}
 CHOICE = {"num_experts": 4, **DENSE}
 # as wide as the residual stream, which is all heads, but not of its channels
 SQUARE = (
@@ -49,12 +48,12 @@ class Routed(torch.nn.Module):
         return logits, (best * self.factor).to(hidden.dtype), chosen
 
 
-def _softmax(logits, mask, _correction):
+def softmax(logits, mask, _correction):
     probability = (logits + mask).softmax(-1)
     return probability, probability
 
 
-def _sigmoid(logits, mask, correction):
+def sigmoid(logits, mask, correction):
     weight = logits.sigmoid()
     return weight, weight + correction + mask
 
@@ -108,24 +107,24 @@ def _llama4_expert(module, expert, x):
 
 
 CASES = (
-    Case("mixtral", {"num_local_experts": 4}, {"num_local_experts": 3}, route=route(_softmax, True)),
+    Case("mixtral", {"num_local_experts": 4}, {"num_local_experts": 3}, route=route(softmax, True)),
     Case(
         "qwen3_moe",
         {**CHOICE, "mlp_only_layers": [2], "attention_bias": True},
         {"num_experts": 3, "moe_intermediate_size": 16},
-        route=route(_softmax, False),
+        route=route(softmax, False),
     ),
     Case(
         "qwen2_moe",
         {**CHOICE, "mlp_only_layers": [2], "shared_expert_intermediate_size": 40},
         {"num_experts": 3, "moe_intermediate_size": 16},
-        route=route(_softmax, False),
+        route=route(softmax, False),
     ),
     Case(
         "olmoe",
         {"hidden_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "attention_bias": True},
         {"num_experts": 3},
-        route=route(_softmax, False),
+        route=route(softmax, False),
         square=SQUARE,
         **WIDE,
     ),
@@ -142,7 +141,7 @@ CASES = (
         },
         {"num_local_experts": 3},
         places=Places(experts="block_sparse_moe.experts"),
-        route=route(_softmax, True, "block_sparse_moe.router"),
+        route=route(softmax, True, "block_sparse_moe.router"),
     ),
     Case(
         "glm4_moe",
@@ -154,7 +153,7 @@ CASES = (
             "routed_scaling_factor": 1.5,
         },
         {"n_routed_experts": 3},
-        route=route(_sigmoid, True),
+        route=route(sigmoid, True),
         fixed=("expert_mlp", "moe_intermediate_size", 16),
     ),
     Case(
@@ -175,7 +174,7 @@ CASES = (
             "attention_bias": True,
         },
         {"n_routed_experts": 3, "num_key_value_heads": None},
-        route=route(_sigmoid, True),
+        route=route(sigmoid, True),
         fixed=("expert_mlp", "moe_intermediate_size", 16),
     ),
     Case(
@@ -188,14 +187,14 @@ CASES = (
         },
         {"num_local_experts": 3},
         places=Places(neurons_first=True),
-        route=route(_softmax, True, "mlp.router"),
+        route=route(softmax, True, "mlp.router"),
         expert=_gpt_oss_expert,
     ),
     Case(
         "minimax_m2",
         {"num_local_experts": 4, "num_experts_per_tok": 2},
         {"num_local_experts": 3},
-        route=route(_sigmoid, True),
+        route=route(sigmoid, True),
         **WIDE,
     ),
     Case(
@@ -221,22 +220,5 @@ CASES = (
         route=_route_llama4,
         expert=_llama4_expert,
         fixed=("expert_mlp", "intermediate_size", 16),
-    ),
-    Case(
-        "qwen3_5_moe_text",
-        {
-            **CHOICE,
-            "shared_expert_intermediate_size": 40,
-            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "attention_bias": True,
-        },
-        {"num_experts": 3, "moe_intermediate_size": 16, "intermediate_size": None, **HEADS_STAY},
-        norm_offset=1.0,
-        route=route(_softmax, True),
-        fixed=("heads", "num_attention_heads", 2),
     ),
 )

@@ -80,6 +80,7 @@ register_family(
     Family(
         ("granite_swa",),
         layer=(*_LLAMA, Param("self_attn.sinks", "num_heads")),
+        per_layer_keys=("layer_types", "layer_rope_theta"),
     )
 )
 _POST = ("post_norm1", "post_norm2")

@@ -5,102 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from minitron_kernels.pruning.families.configs import Config, config_value, full_config
-from minitron_kernels.pruning.families.family import Family, Param, Taps, When
+from minitron_kernels.pruning.families.family import Family, Param, Taps
 from minitron_kernels.pruning.families.parts import (
     FOUR_NORMS,
-    TWO_NORMS,
-    always,
     both,
-    experts,
     flag,
     gated_mlp,
+    is_of,
     linear,
     norms,
-    one_by_one,
     outer,
     unless,
 )
 from minitron_kernels.pruning.families.registry import register_family
-from minitron_kernels.pruning.families.tables.shared_experts import SHARED_GATE, shared_expert
 
 _BIAS = flag("attention_bias")
 
 
-def _is_of(kind: str) -> When:
-    return lambda config, layer: config_value(config, "layer_types")[layer] == kind
-
-
-# ---- Qwen3.5-MoE: gated delta nets in most layers, attention with a gate in the others
-
-_LINEAR, _FULL = _is_of("linear_attention"), _is_of("full_attention")
-_DELTA_NETS = (
-    "most of its layers have a gated delta net, for whose heads there are no scores, and "
-    "the others would have to be cut alone"
-)
-
-
-def _delta_net(config: Config) -> dict[str, int]:
-    """The widths inside a gated delta net: of queries, keys and values together, and of values."""
-    key, value = (
-        config_value(config, f"linear_num_{kind}_heads") * config_value(config, f"linear_{kind}_head_dim")
-        for kind in ("key", "value")
-    )
-    return {"qkv": 2 * key + value, "value": value}
-
-
-def _query_and_gate(config: Config) -> int:
-    return 2 * config_value(config, "num_attention_heads") * config_value(config, "head_dim")
-
-
-_QWEN3_5 = (
-    Param("linear_attn.conv1d.weight", "delta_qkv, one, delta_kernel", _LINEAR),
-    Param("linear_attn.dt_bias", "delta_heads", _LINEAR),
-    Param("linear_attn.A_log", "delta_heads", _LINEAR),
-    Param("linear_attn.norm.weight", "delta_head_dim", _LINEAR),
-    Param("linear_attn.out_proj.weight", "hidden, delta_value", _LINEAR),
-    Param("linear_attn.in_proj_qkv.weight", "delta_qkv, hidden", _LINEAR),
-    Param("linear_attn.in_proj_z.weight", "delta_value, hidden", _LINEAR),
-    Param("linear_attn.in_proj_b.weight", "delta_heads, hidden", _LINEAR),
-    Param("linear_attn.in_proj_a.weight", "delta_heads, hidden", _LINEAR),
-    *linear("self_attn.q_proj", "query_and_gate, hidden", _BIAS, when=_FULL),
-    *linear("self_attn.k_proj", "kv_heads, hidden", _BIAS, when=_FULL),
-    *linear("self_attn.v_proj", "kv_heads, hidden", _BIAS, when=_FULL),
-    *linear("self_attn.o_proj", "hidden, heads", _BIAS, when=_FULL),
-    Param("self_attn.q_norm.weight", "head_dim", _FULL),
-    Param("self_attn.k_norm.weight", "head_dim", _FULL),
-    *norms(*TWO_NORMS),
-    *shared_expert("mlp.shared_expert", always),
-    SHARED_GATE,
-)
-register_family(
-    Family(
-        ("qwen3_5_moe_text",),
-        layer=(*_QWEN3_5, *experts("mlp")),
-        stored_layer=(*_QWEN3_5, *one_by_one("mlp")),
-        taps=Taps(mlp_down=None, mlp_up=None, experts="mlp.experts"),
-        size_keys={
-            "mlp": (),
-            "expert_mlp": ("moe_intermediate_size",),
-            "experts": ("num_experts", "num_local_experts"),
-            "shared_mlp": ("shared_expert_intermediate_size",),
-            "delta_heads": ("linear_num_value_heads",),
-            "delta_head_dim": ("linear_value_head_dim",),
-            "delta_kernel": ("linear_conv_kernel_dim",),
-        },
-        computed={
-            "delta_qkv": lambda config: _delta_net(config)["qkv"],
-            "delta_value": lambda config: _delta_net(config)["value"],
-            "query_and_gate": _query_and_gate,
-        },
-        norm_offset=1.0,
-        is_sparse=always,
-        fixed=lambda config: dict.fromkeys(("heads", "kv_heads"), _DELTA_NETS),
-    )
-)
-
 # ---- Gemma 4: heads of full attention have another size, and layers an embedding of their own
 
-_SLIDING = _is_of("sliding_attention")
+_SLIDING = is_of("sliding_attention")
 
 
 def _in_full(key: str) -> Callable[[Config], int]:

@@ -10,6 +10,7 @@ from minitron_kernels.pruning.families.parts import (
     attention,
     flag,
     gated_mlp,
+    heads_alike,
     heads_divide_hidden,
     heads_fill_hidden,
     linear,
@@ -161,7 +162,7 @@ register_family(
         outer=outer("model.final_layernorm", norm_bias=True),
         final_norm="model.final_layernorm",
         approximates=_HIDDEN,
-        refuses=heads_fill_hidden,
+        refuses=heads_alike,
     )
 )
 
@@ -186,7 +187,7 @@ register_family(
         final_norm="gpt_neox.final_layer_norm",
         aliases={"embed_out.weight": "lm_head.weight"},
         approximates=_HIDDEN,
-        refuses=heads_fill_hidden,
+        refuses=heads_alike,
     )
 )
 

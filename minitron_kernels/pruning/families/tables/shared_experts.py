@@ -17,6 +17,7 @@ from minitron_kernels.pruning.families.parts import (
     linear,
     norms,
     one_by_one,
+    one_key_for_each_head,
     unless,
 )
 from minitron_kernels.pruning.families.registry import register_family
@@ -155,13 +156,6 @@ _LATENT = (
 )
 
 
-def _one_key_for_each_head(config: Config) -> str | None:
-    heads, kv = (config_value(config, f"num_{kind}_heads") for kind in ("attention", "key_value"))
-    if kv in (None, heads):
-        return None
-    return f"its class has a key and a value for each of {heads} heads, but num_key_value_heads is {kv}"
-
-
 register_family(
     _deepseek_like(
         "deepseek_v3",
@@ -178,6 +172,6 @@ register_family(
             "qk_dim": _sum_of("qk_nope_head_dim", "qk_rope_head_dim"),
             "kv_b_dim": _sum_of("qk_nope_head_dim", "v_head_dim"),
         },
-        refuses=_one_key_for_each_head,
+        refuses=one_key_for_each_head,
     )
 )

@@ -98,6 +98,7 @@ for _type in ("mistral3", "llava"):
                 *linear(f"{_PROJECTOR}.linear_1", "hidden, vision", _bias),
                 *linear(f"{_PROJECTOR}.linear_2", "hidden, hidden", _bias),
             ),
+            adds_to_residual=(f"{_PROJECTOR}.linear_2",),
             computed={"vision": _vision("hidden_size", _feature_layers)},
             layouts=(_LLAVA,),
             approximates={"hidden": _NEURONS_OF_PROJECTOR},
