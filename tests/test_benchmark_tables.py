@@ -250,7 +250,10 @@ def test_checkpoint_tables(tmp_path, capsys):
         "prune": {"wall": [2.0, 2.0, 1.5], "ratio": [2.0, 1.0, 1.5]},
     }
     samples = {
-        row: [{"wall_s": wall, "busy_s": wall / 2, "peak_bytes": 300 << 20} for wall in entry["wall"]]
+        row: [
+            {"wall_s": wall, "busy_s": wall / 2, "peak_bytes": 300 << 20, "extra_bytes": 40 << 20}
+            for wall in entry["wall"]
+        ]
         for row, entry in rows.items()
     }
     run = {"cache": "warm", "threads": 2, "samples": samples, "rows": checkpoint.summaries(samples)}
@@ -262,4 +265,4 @@ def test_checkpoint_tables(tmp_path, capsys):
     checkpoint.main(["--from", str(tmp_path / "r.json"), "--markdown", str(tmp_path / "r.md")])
     assert "prune_checkpoint" in capsys.readouterr().out
     line = next(line for line in (tmp_path / "r.md").read_text().splitlines() if "| prune_checkpoint" in line)
-    assert line == "| prune_checkpoint | 2 | 1.7–2 | 1.50 | 1 | 1000 | 300 |"
+    assert line == "| prune_checkpoint | 2 | 1.7–2 | 1.50 | 1.20–1.80 | 1 | 1000 | 300 | 40 |"
