@@ -55,37 +55,53 @@ def linear(name: str, axes: str, bias: When | bool = False, *, when: When | None
 
     when: of both.
     """
-    weight = Param(f"{name}.weight", axes, when)
-    if bias is False:
-        return (weight,)
-    if bias is True:
-        return weight, Param(f"{name}.bias", axes.split(", ")[0], when)
-    return weight, Param(f"{name}.bias", axes.split(", ")[0], bias if when is None else both(when, bias))
+    return Param(f"{name}.weight", axes, when), *_if(bias, f"{name}.bias", axes.split(", ")[0], when)
+
+
+def _if(there: When | bool, name: str, axes: str, when: When | None) -> tuple[Param, ...]:
+    """A parameter that exists if, or where, `there` says so, in the layers of `when`."""
+    if there is False:
+        return ()
+    return (Param(name, axes, when if there is True else there if when is None else both(when, there)),)
 
 
 def attention(
     *,
     qkv_bias: When | bool = False,
     out_bias: When | bool = False,
-    qk_norm: bool = False,
+    qk_norm: When | bool = False,
     qk_norm_names: tuple[str, str] = ("q_norm", "k_norm"),
     wide_norm: bool = False,
     out: str = "o_proj",
+    block: str = "self_attn",
+    query: str = "heads",
+    when: When | None = None,
 ) -> tuple[Param, ...]:
     """Attention with separate projections to queries, keys and values.
 
     qk_norm: norms of queries and keys, over the channels of a head; wide_norm: over those of all heads.
+    query: the axis of what q_proj gives. when: of all of it.
     """
     axes = ("heads", "kv_heads") if wide_norm else ("head_dim", "head_dim")
-    norms = tuple(
-        Param(f"self_attn.{name}.weight", axis) for name, axis in zip(qk_norm_names, axes, strict=True)
-    )
     return (
-        *linear("self_attn.q_proj", "heads, hidden", qkv_bias),
-        *linear("self_attn.k_proj", "kv_heads, hidden", qkv_bias),
-        *linear("self_attn.v_proj", "kv_heads, hidden", qkv_bias),
-        *linear(f"self_attn.{out}", "hidden, heads", out_bias),
-        *(norms if qk_norm or wide_norm else ()),
+        *linear(f"{block}.q_proj", f"{query}, hidden", qkv_bias, when=when),
+        *linear(f"{block}.k_proj", "kv_heads, hidden", qkv_bias, when=when),
+        *linear(f"{block}.v_proj", "kv_heads, hidden", qkv_bias, when=when),
+        *linear(f"{block}.{out}", "hidden, heads", out_bias, when=when),
+        *(
+            param
+            for name, axis in zip(qk_norm_names, axes, strict=True)
+            for param in _if(wide_norm or qk_norm, f"{block}.{name}.weight", axis, when)
+        ),
+    )
+
+
+def head_layernorms(when: When) -> tuple[Param, ...]:
+    """LayerNorms of queries and keys, over the channels of a head."""
+    return tuple(
+        Param(f"self_attn.{side}_layernorm.{kind}", "head_dim", when)
+        for side in "qk"
+        for kind in ("weight", "bias")
     )
 
 

@@ -9,19 +9,21 @@ from minitron_kernels.pruning.families.family import Family, Param, Taps, When
 from minitron_kernels.pruning.families.parts import (
     TWO_NORMS,
     always,
+    attention,
     both,
     experts,
     flag,
     gated_mlp,
     is_of,
-    linear,
     norms,
     one_by_one,
     unless,
 )
 from minitron_kernels.pruning.families.registry import register_family
 from minitron_kernels.pruning.families.tables.shared_experts import (
+    QWEN_SIZES,
     SHARED_GATE,
+    qwen_dense_layers,
     qwen_is_sparse,
     shared_expert,
 )
@@ -54,11 +56,6 @@ _SIZES = {
     "delta_head_dim": ("linear_value_head_dim",),
     "delta_kernel": ("linear_conv_kernel_dim",),
 }
-_EXPERT_SIZES = {
-    "expert_mlp": ("moe_intermediate_size",),
-    "experts": ("num_experts", "num_local_experts"),
-    "shared_mlp": ("shared_expert_intermediate_size",),
-}
 
 
 def _fixed(_config: Config) -> Mapping[str, str]:
@@ -77,12 +74,7 @@ _DELTA_NET = tuple(
 )
 # q_proj has, of each head, its query and behind it the gate of its output
 _ATTENTION = (
-    *linear("self_attn.q_proj", "heads*query_and_gate, hidden", _BIAS, when=_FULL),
-    *linear("self_attn.k_proj", "kv_heads, hidden", _BIAS, when=_FULL),
-    *linear("self_attn.v_proj", "kv_heads, hidden", _BIAS, when=_FULL),
-    *linear("self_attn.o_proj", "hidden, heads", _BIAS, when=_FULL),
-    Param("self_attn.q_norm.weight", "head_dim", _FULL),
-    Param("self_attn.k_norm.weight", "head_dim", _FULL),
+    *attention(qkv_bias=_BIAS, out_bias=_BIAS, qk_norm=True, query="heads*query_and_gate", when=_FULL),
     *norms(*TWO_NORMS),
 )
 
@@ -113,7 +105,7 @@ register_family(
         layer=(*_QWEN3_5_MOE, *experts("mlp")),
         stored_layer=(*_QWEN3_5_MOE, *one_by_one("mlp")),
         taps=Taps(mlp_down=None, mlp_up=None, experts="mlp.experts"),
-        size_keys={**_SIZES, **_EXPERT_SIZES, "mlp": ()},
+        size_keys={**_SIZES, **QWEN_SIZES, "mlp": ()},
         computed=_COMPUTED,
         norm_offset=1.0,
         is_sparse=always,
@@ -144,11 +136,11 @@ register_family(
         layer=(*_QWEN3_NEXT, *experts("mlp", _IS_SPARSE)),
         stored_layer=(*_QWEN3_NEXT, *one_by_one("mlp", _IS_SPARSE)),
         taps=Taps(experts="mlp.experts"),
-        size_keys={**_SIZES, **_EXPERT_SIZES},
+        size_keys={**_SIZES, **QWEN_SIZES},
         computed=_COMPUTED,
         norm_offset=1.0,
         is_sparse=_IS_SPARSE,
-        dense_layers=lambda layers: {"mlp_only_layers": layers, "decoder_sparse_step": 1},
+        dense_layers=qwen_dense_layers,
         fixed=_fixed,
     )
 )

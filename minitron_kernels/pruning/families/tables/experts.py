@@ -19,7 +19,11 @@ from minitron_kernels.pruning.families.parts import (
     unless,
 )
 from minitron_kernels.pruning.families.registry import register_family
-from minitron_kernels.pruning.families.tables.shared_experts import qwen_is_sparse
+from minitron_kernels.pruning.families.tables.shared_experts import (
+    qwen_dense_layers,
+    qwen_is_sparse,
+    shared_expert,
+)
 
 _BIAS = flag("attention_bias")
 _NORMS = norms(*TWO_NORMS)
@@ -61,7 +65,7 @@ register_family(
             "experts": ("num_experts", "num_local_experts"),
         },
         is_sparse=qwen_is_sparse,
-        dense_layers=lambda layers: {"mlp_only_layers": layers, "decoder_sparse_step": 1},
+        dense_layers=qwen_dense_layers,
     )
 )
 
@@ -175,23 +179,16 @@ def _llama4_is_sparse(config: Config, layer: int) -> bool:
     return layer in config_value(config, "moe_layers", ())
 
 
-_LLAMA4_MLP = (("gate_proj", "{}, hidden"), ("up_proj", "{}, hidden"), ("down_proj", "hidden, {}"))
 register_family(
     Family(
         ("llama4_text",),
         layer=(
             *attention(qkv_bias=_BIAS, out_bias=_BIAS),
             *_NORMS,
-            *(
-                Param(f"feed_forward.{name}.weight", axes.format("mlp"), unless(_llama4_is_sparse))
-                for name, axes in _LLAMA4_MLP
-            ),
-            *(
-                Param(
-                    f"feed_forward.shared_expert.{name}.weight", axes.format("shared_mlp"), _llama4_is_sparse
-                )
-                for name, axes in _LLAMA4_MLP
-            ),
+            *linear("feed_forward.gate_proj", "mlp, hidden", when=unless(_llama4_is_sparse)),
+            *linear("feed_forward.up_proj", "mlp, hidden", when=unless(_llama4_is_sparse)),
+            *linear("feed_forward.down_proj", "hidden, mlp", when=unless(_llama4_is_sparse)),
+            *shared_expert("feed_forward.shared_expert", _llama4_is_sparse),
             Param("feed_forward.router.weight", "experts, hidden", _llama4_is_sparse),
             Param(
                 "feed_forward.experts.gate_up_proj",

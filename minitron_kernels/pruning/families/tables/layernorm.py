@@ -10,6 +10,7 @@ from minitron_kernels.pruning.families.parts import (
     attention,
     flag,
     gated_mlp,
+    head_layernorms,
     heads_alike,
     heads_divide_hidden,
     heads_fill_hidden,
@@ -24,15 +25,16 @@ _BIAS, _MLP_BIAS = flag("attention_bias"), flag("mlp_bias")
 _HIDDEN = {"hidden": MEAN_OF_FEWER}
 _ONE_NORM = ("input_layernorm",)  # which attention and MLP both read
 _ONE_NORM_TAPS = Taps(scored_norms=_ONE_NORM, norms=_ONE_NORM)
+_PLAIN = (
+    *attention(qkv_bias=_BIAS, out_bias=_BIAS),
+    *plain_mlp(_MLP_BIAS),
+    *norms(*TWO_NORMS, bias=True),
+)
 
 register_family(
     Family(
         ("nemotron",),
-        layer=(
-            *attention(qkv_bias=_BIAS, out_bias=_BIAS),
-            *plain_mlp(_MLP_BIAS),
-            *norms(*TWO_NORMS, bias=True),
-        ),
+        layer=_PLAIN,
         outer=outer(norm_bias=True),
         norm_offset=1.0,
         approximates=_HIDDEN,
@@ -41,11 +43,7 @@ register_family(
 register_family(
     Family(
         ("jais2",),
-        layer=(
-            *attention(qkv_bias=_BIAS, out_bias=_BIAS),
-            *plain_mlp(_MLP_BIAS),
-            *norms(*TWO_NORMS, bias=True),
-        ),
+        layer=_PLAIN,
         outer=outer(norm_bias=True),
         approximates=_HIDDEN,
         refuses=heads_divide_hidden,
@@ -91,17 +89,12 @@ def _phi_heads(config: Config) -> str | None:
     return heads_fill_hidden(config) if config_value(config, "qk_layernorm", False) else None
 
 
-_PHI_QK_NORM = flag("qk_layernorm")
 register_family(
     Family(
         ("phi",),
         layer=(
             *attention(qkv_bias=True, out_bias=True, out="dense"),
-            *(
-                Param(f"self_attn.{side}_layernorm.{kind}", "head_dim", _PHI_QK_NORM)
-                for side in "qk"
-                for kind in ("weight", "bias")
-            ),
+            *head_layernorms(flag("qk_layernorm")),
             *plain_mlp(True, "fc1", "fc2"),
             *norms(*_ONE_NORM, bias=True),
         ),
@@ -143,18 +136,13 @@ register_family(
 # ---- queries, keys and values in one projection, head by head
 
 _DENSE_MLP = plain_mlp(True, "dense_h_to_4h", "dense_4h_to_h")
-_PERSIMMON_QK_NORM = flag("qk_layernorm", True)
 register_family(
     Family(
         ("persimmon",),
         layer=(
             *linear("self_attn.query_key_value", "qkv, hidden", True),
             *linear("self_attn.dense", "hidden, heads", True),
-            *(
-                Param(f"self_attn.{side}_layernorm.{kind}", "head_dim", _PERSIMMON_QK_NORM)
-                for side in "qk"
-                for kind in ("weight", "bias")
-            ),
+            *head_layernorms(flag("qk_layernorm", True)),
             *_DENSE_MLP,
             *norms(*TWO_NORMS, bias=True),
         ),

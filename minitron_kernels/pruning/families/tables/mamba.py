@@ -98,15 +98,6 @@ _EXPAND = {"mamba_expand": lambda sizes: sizes["mamba_heads"] * sizes["mamba_dim
 _ATTENTION_BIAS = flag("attention_bias")
 
 
-def _attention(block: str, when: When, bias: When | bool = False) -> tuple[Param, ...]:
-    return (
-        *linear(f"{block}.q_proj", "heads, hidden", bias, when=when),
-        *linear(f"{block}.k_proj", "kv_heads, hidden", bias, when=when),
-        *linear(f"{block}.v_proj", "kv_heads, hidden", bias, when=when),
-        *linear(f"{block}.o_proj", "hidden, heads", bias, when=when),
-    )
-
-
 _MLP_BIAS = flag("mlp_bias")
 _BLOCK = "feed_forward"
 _MLP = (
@@ -138,7 +129,7 @@ register_family(
         ("bamba",),
         layer=(
             *_mamba("mamba", unless(_attends), **_BIASES),
-            *_attention("self_attn", _attends, _ATTENTION_BIAS),
+            *attention(qkv_bias=_ATTENTION_BIAS, out_bias=_ATTENTION_BIAS, when=_attends),
             *norms(*_NORMS),
             *_MLP,
         ),
@@ -196,7 +187,7 @@ _MOE = "block_sparse_moe"
 _GRANITE_NORMS = ("input_layernorm", "post_attention_layernorm")
 _GRANITE = (
     *_mamba("mamba", _LINEAR, **_BIASES),
-    *_attention("self_attn", unless(_LINEAR), _ATTENTION_BIAS),
+    *attention(qkv_bias=_ATTENTION_BIAS, out_bias=_ATTENTION_BIAS, when=unless(_LINEAR)),
     *norms(*_GRANITE_NORMS),
     *linear("shared_mlp.input_linear", "mlp+mlp, hidden"),
     *linear("shared_mlp.output_linear", "hidden, mlp"),
@@ -279,7 +270,7 @@ _NEMOTRON = (
         out_bias=_USE_BIAS,
         conv_bias=flag("use_conv_bias", True),
     ),
-    *_attention("mixer", _FULL),
+    *attention(block="mixer", when=_FULL),
     *norms("norm"),
     *linear("mixer.up_proj", "mlp, hidden", _MLP_BIAS, when=_PLAIN),
     *linear("mixer.down_proj", "hidden, mlp", _MLP_BIAS, when=_PLAIN),

@@ -55,6 +55,16 @@ def qwen_is_sparse(config: Config, layer: int) -> bool:
     return layer not in dense and (layer + 1) % step == 0
 
 
+def qwen_dense_layers(layers: list[int]) -> dict[str, object]:
+    """The config entries of a model in which these layers, and no others, have one MLP."""
+    return {"mlp_only_layers": layers, "decoder_sparse_step": 1}
+
+
+QWEN_SIZES = {
+    "expert_mlp": ("moe_intermediate_size",),
+    "experts": ("num_experts", "num_local_experts"),
+    "shared_mlp": ("shared_expert_intermediate_size",),
+}
 SHARED_GATE = Param("mlp.shared_expert_gate.weight", "one, hidden")
 _QWEN2_MOE = (
     *attention(qkv_bias=flag("qkv_bias", True)),
@@ -69,13 +79,9 @@ register_family(
         layer=(*_QWEN2_MOE, *experts("mlp", qwen_is_sparse)),
         stored_layer=(*_QWEN2_MOE, *one_by_one("mlp", qwen_is_sparse)),
         taps=Taps(experts="mlp.experts"),
-        size_keys={
-            "expert_mlp": ("moe_intermediate_size",),
-            "experts": ("num_experts", "num_local_experts"),
-            "shared_mlp": ("shared_expert_intermediate_size",),
-        },
+        size_keys=QWEN_SIZES,
         is_sparse=qwen_is_sparse,
-        dense_layers=lambda layers: {"mlp_only_layers": layers, "decoder_sparse_step": 1},
+        dense_layers=qwen_dense_layers,
     )
 )
 
@@ -124,11 +130,7 @@ def _shared_size(config: Config) -> int:
     return config_value(config, "moe_intermediate_size") * config_value(config, "n_shared_experts", 1)
 
 
-_QK_NORM = flag("use_qk_norm")
-_GLM4 = (
-    *attention(qkv_bias=_BIAS),
-    *(Param(f"self_attn.{name}.weight", "head_dim", _QK_NORM) for name in ("q_norm", "k_norm")),
-)
+_GLM4 = attention(qkv_bias=_BIAS, qk_norm=flag("use_qk_norm"))
 register_family(
     _deepseek_like("glm4_moe", _GLM4, size_keys=_EXPERT_KEYS, computed={"shared_mlp": _shared_size})
 )

@@ -7,6 +7,7 @@ from typing import Any
 from minitron_kernels.pruning.families.configs import Config, config_value, written_value
 from minitron_kernels.pruning.families.family import Family, Param, Taps, When
 from minitron_kernels.pruning.families.parts import (
+    attention,
     both,
     flag,
     is_of,
@@ -20,7 +21,6 @@ from minitron_kernels.pruning.families.parts import (
 from minitron_kernels.pruning.families.registry import register_family
 
 _CONV = is_of("conv")
-_ATTENTION = unless(_CONV)
 _BIAS = flag("conv_bias")
 _NORMS = ("operator_norm", "ffn_norm")
 _BLOCK = "feed_forward"
@@ -31,12 +31,9 @@ _MIXERS = (
     Param("conv.conv.weight", "conv, one, conv_kernel", _CONV),
     Param("conv.conv.bias", "conv", both(_CONV, _BIAS)),
     *linear("conv.out_proj", "hidden, conv", _BIAS, when=_CONV),
-    *linear("self_attn.q_proj", "heads, hidden", when=_ATTENTION),
-    *linear("self_attn.k_proj", "kv_heads, hidden", when=_ATTENTION),
-    *linear("self_attn.v_proj", "kv_heads, hidden", when=_ATTENTION),
-    *linear("self_attn.out_proj", "hidden, heads", when=_ATTENTION),
-    Param("self_attn.q_layernorm.weight", "head_dim", _ATTENTION),
-    Param("self_attn.k_layernorm.weight", "head_dim", _ATTENTION),
+    *attention(
+        qk_norm=True, qk_norm_names=("q_layernorm", "k_layernorm"), out="out_proj", when=unless(_CONV)
+    ),
     *norms(*_NORMS),
 )
 
