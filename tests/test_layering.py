@@ -62,6 +62,7 @@ MAY_IMPORT = {
     "pruning.cut": {"pruning.cut", "pruning.plan", "pruning.families", "op"},
     "pruning.search": {
         *("pruning.search", "pruning.cut", "pruning.plan", "pruning.score", "pruning.families", "_tensors"),
+        "_command",
     },
     "pruning.checkpoint": {
         *("pruning.checkpoint", "pruning.cut", "pruning.plan", "pruning.families", "op", "_command"),

@@ -2,19 +2,8 @@
 
 import torch
 
-COMMON = dict(
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    vocab_size=96,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+from pruning.family_case import COMMON
+
 SPECIAL = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "mistral": {},

@@ -7,8 +7,7 @@
 //   logits  one task per tile of V: both logits, their maxima and sums of exp
 //   merge   one task per panel of tokens: tiles in order, in double; so any thread count gives the same bits
 //   grad    one task per tile of V: dz from logits and row stats, the tile's dW, finished or added up, and
-//   the
-//           tile of W packed for dX
+//           the tile of W packed for dX
 //   hidden  one task per block of dX: dX += dz W over the tiles of a group, in order
 //
 // Blocks are sized by the plan to stay in cache: statistics are taken of a panel right after its GEMM. Logits

@@ -59,7 +59,7 @@ struct LinearPlan {
     const bool known = schedule >= 0 && schedule <= int64_t(Schedule::kForward) && operands >= 0 &&
                        operands <= int64_t(DType::kBFloat16) && implementation >= 0 &&
                        implementation <= int64_t(Implementation::kPortableAvx512Bf16);
-    // a tile of the vocabulary holds at least one of k
+    // entries of the vocabulary are the K of dX, of which a tile of operands has 32
     const bool in_tiles = implementation >= int64_t(Implementation::kAmx);
     const bool fits = !in_tiles || (plan.tile >= 32 && plan.operands == DType::kBFloat16);
     const bool sizes = plan.chunk_tokens > 0 && plan.tile > 0 && plan.tile % 2 == 0 && plan.tile_group > 0 &&

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minitron_kernels._command.progress import tqdm_for
 from minitron_kernels.distillation.cache.fingerprint import (
     head_fingerprint,
     model_fingerprint,
@@ -191,21 +192,14 @@ class _Progress:
     def __init__(self, batches: Any, progress: bool | None) -> None:
         self._bar: Any = None
         self._tokens, self._begin = 0, time.perf_counter()
-        if progress is False:
-            return
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            if progress:
-                raise
+        tqdm = tqdm_for(progress)
+        if tqdm is None:
             return
         try:
             total = len(batches)
         except TypeError:  # an iterator, or a DataLoader of one
             total = None
-        self._bar = tqdm(
-            total=total, desc="caching", unit="batch", disable=None if progress is None else False
-        )
+        self._bar = tqdm(total=total, desc="caching", unit="batch")
 
     def __enter__(self) -> _Progress:
         return self

@@ -13,9 +13,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-PANEL = (
-    64  # tokens, and columns, come in panels of 64: kPanel in csrc/common/cpu/gemm.h, which a test compares
-)
+# tokens, and columns, come in panels of so many: kPanel in csrc/common/cpu/gemm.h, which a test compares
+PANEL = 64
 CHAIN = 256  # kMaxChain there: K of a GEMM
 _MOST_TOKENS = 512  # of a block: more gain nothing
 _MOST_COLUMNS = 512

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minitron_kernels._command.progress import tqdm_for
 from minitron_kernels.pruning.checkpoint.matching import check_result, match, with_tied
 from minitron_kernels.pruning.checkpoint.model_card import PLAN_FILE, model_card, source_name
 from minitron_kernels.pruning.checkpoint.safetensors_files import (
@@ -249,15 +250,11 @@ def _check_space(folder: Path, shards: list[Shard], others: list[Path]) -> None:
 
 @contextlib.contextmanager
 def _bar(progress: bool | None, name: str, total: int, done: int) -> Iterator[Callable[[int], object]]:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        if progress:
-            raise
+    tqdm = tqdm_for(progress)
+    if tqdm is None:
         yield lambda count: None
         return
-    disable = None if progress is None else not progress
-    with tqdm(desc=name, total=total, initial=done, unit="B", unit_scale=True, disable=disable) as bar:
+    with tqdm(desc=name, total=total, initial=done, unit="B", unit_scale=True) as bar:
         yield bar.update
 
 

@@ -337,8 +337,9 @@ def write_shards(
 ) -> None:
     """Writes the shards into `folder`.
 
-    Threads call on_shard(shard, digest) when a shard is on the disk, and on_bytes(count), one at a time, as
-    they write bytes of tensors. After the first error of a thread the others finish their piece and end.
+    Threads call on_bytes(count), one at a time, as they write bytes of tensors, and on_shard(shard, digest),
+    maybe several at once, when a shard is on the disk. After the first error of a thread the others finish
+    their piece and end.
 
     Raises:
         OSError: a file could not be written; names it.

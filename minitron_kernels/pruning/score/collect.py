@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from minitron_kernels._command.progress import tqdm_for
 from minitron_kernels.ops.importance.moments import MOMENT_OF
 from minitron_kernels.pruning.families.wrappers import is_fsdp
 from minitron_kernels.pruning.score.batches import Tokens, read_batch
@@ -261,12 +262,5 @@ class _Plain:
 
 
 def _bar(batches: Iterable[Any], progress: bool | None) -> Any:
-    if progress is False:
-        return _Plain(batches)
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        if progress:
-            raise
-        return _Plain(batches)
-    return tqdm(batches, desc="scoring", unit="batch", disable=None if progress is None else False)
+    tqdm = tqdm_for(progress)
+    return _Plain(batches) if tqdm is None else tqdm(batches, desc="scoring", unit="batch")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minitron_kernels._command.progress import tqdm_for
 from minitron_kernels.pruning.cut.model import prune_model
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 from minitron_kernels.pruning.search.progress_file import ProgressFile, plan_digest
@@ -195,15 +196,9 @@ def _seeded(seed: int) -> Iterator[None]:
 @contextlib.contextmanager
 def bar(progress: bool | None, total: int) -> Iterator[Callable[[], object]]:
     """A progress bar over models; yields what to call after each."""
-    if progress is not False:
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            if progress:
-                raise
-        else:
-            disable = None if progress is None else False
-            with tqdm(total=total, desc="search", unit="model", disable=disable) as shown:
-                yield shown.update
-            return
-    yield lambda: None
+    tqdm = tqdm_for(progress)
+    if tqdm is None:
+        yield lambda: None
+        return
+    with tqdm(total=total, desc="search", unit="model") as shown:
+        yield shown.update
