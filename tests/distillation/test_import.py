@@ -125,8 +125,10 @@ def test_distillkit_files(tmp_path):
     (tmp_path / "data_2.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"data_2\.parquet: is damaged"):
         list(read_distillkit(tmp_path))
+    empty = tmp_path / "empty"
+    empty.mkdir()
     with pytest.raises(ValueError, match="has no data_0"):
-        read_distillkit(tmp_path.parent, PLAIN)
+        read_distillkit(empty, PLAIN)
     (tmp_path / "compression_config.yaml").write_text("{")
     with pytest.raises(ValueError, match="is not YAML"):
         read_distillkit(tmp_path)

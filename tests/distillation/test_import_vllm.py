@@ -83,8 +83,10 @@ def test_vllm_hidden_states_refuse(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused("is still being written")
     assert list(read_vllm_hidden_states([path], norm, layer_ids=(1, 2), num_layers=2))
+    empty = tmp_path / "empty"
+    empty.mkdir()
     with pytest.raises(ValueError, match=r"has no \.safetensors file"):
-        read_vllm_hidden_states(tmp_path / "..", norm, layer_ids=(1, 2), num_layers=2)
+        read_vllm_hidden_states(empty, norm, layer_ids=(1, 2), num_layers=2)
 
 
 def prompt_logprobs(tokens, full, k, form):
