@@ -75,21 +75,23 @@ extern "C" {
                                                         const bf16* b, int64_t b_size, float* c,
                                                         int64_t c_size) {
   minitron::GemmCall call{amx != 0, M, N, K, lda, ldc, add != 0, a, b, c};
-  return stepped::run(&minitron::multiply, &call,
-                      {{a, size_t(a_size) * 2, false}, {b, size_t(b_size) * 2, false}, {c, size_t(c_size) * 4, true}});
+  return stepped::run(
+      &minitron::multiply, &call,
+      {{a, size_t(a_size) * 2, false}, {b, size_t(b_size) * 2, false}, {c, size_t(c_size) * 4, true}});
 }
 
-[[gnu::visibility("default")]] void twin_gemm(int amx, int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldc,
-                                              int add, const bf16* a, const bf16* b, float* c) {
+[[gnu::visibility("default")]] void twin_gemm(int amx, int64_t M, int64_t N, int64_t K, int64_t lda,
+                                              int64_t ldc, int add, const bf16* a, const bf16* b, float* c) {
   using namespace minitron::MINITRON_SIMD;
   if (!amx) return dot_gemm<PortableDots>(M, N, K, lda, ldc, add, a, b, c);
   PortableTiles tiles;
   tile_gemm(tiles, M, N, K, lda, ldc, add, a, b, c);
 }
 
-[[gnu::visibility("default")]] const char* stepped_pack(int kind, const void* src, int64_t src_bytes, int64_t ld,
-                                                        const int64_t* index, int64_t rows, int64_t cols,
-                                                        int64_t padded, bf16* dst, int64_t dst_size) {
+[[gnu::visibility("default")]] const char* stepped_pack(int kind, const void* src, int64_t src_bytes,
+                                                        int64_t ld, const int64_t* index, int64_t rows,
+                                                        int64_t cols, int64_t padded, bf16* dst,
+                                                        int64_t dst_size) {
   minitron::PackCall call{&minitron::avx512_bf16::tile_pack(), kind, src, ld, index, rows, cols, padded, dst};
   return stepped::run(&minitron::pack, &call,
                       {{src, size_t(src_bytes), false}, {dst, size_t(dst_size) * 2, true}});

@@ -47,15 +47,28 @@ def kernels_fixture(tmp_path_factory):
     return Stepped(tmp_path_factory.mktemp("stepped"), [*GEMM.values(), PACK], harness)
 
 
+@pytest.fixture(scope="module", name="load")
+def load_fixture(kernels, request):
+    """Loads the kernels, with a fault planted in them. In the CI (strict) no instruction may be unknown."""
+    return lambda *fault: typed(kernels.load(*fault), strict=request.config.getoption("--require-native"))
+
+
 @pytest.fixture(scope="module", name="library")
-def library_fixture(kernels):
-    return typed(kernels.load())
+def library_fixture(load):
+    return load()
 
 
-def typed(library):
+def typed(library, strict):
+    library.strict = strict
     library.stepped_gemm.restype = library.stepped_pack.restype = ctypes.c_char_p
     library.executed.restype = ctypes.c_int64
     return library
+
+
+def assert_ran(library, why):
+    if b"is not known" in why and not library.strict:
+        pytest.skip(f"{why.decode()} to tests/tools/x86_steps, and another compiler may choose it")
+    assert not why, why.decode()
 
 
 def number(x):
@@ -118,7 +131,7 @@ def product(library, engine, a, b, c, *, ldc, add, readable=0):
         amx, *sizes, pointer(left), number(left.size - readable), pointer(right), number(right.size),
         pointer(own), number(own.size),
     )  # fmt: skip
-    assert not why, why.decode()
+    assert_ran(library, why)
     library.twin_gemm(amx, *sizes, pointer(left), pointer(right), pointer(twin))
     return own, twin
 
@@ -172,9 +185,16 @@ def pack(library, kind, src, ld, rows, cols, padded, size, index=None):
     own, twin = np.full(size, UNWRITTEN, np.uint16), np.full(size, UNWRITTEN, np.uint16)
     numbers = (*map(number, (rows, cols, padded)),)
     why = library.stepped_pack(
-        kind, pointer(src), number(src.nbytes), number(ld), pointer(index), *numbers, pointer(own), number(size)
+        kind,
+        pointer(src),
+        number(src.nbytes),
+        number(ld),
+        pointer(index),
+        *numbers,
+        pointer(own),
+        number(size),
     )
-    assert not why, why.decode()
+    assert_ran(library, why)
     library.twin_pack(kind, pointer(src), number(ld), pointer(index), *numbers, pointer(twin))
     return own, twin
 
@@ -225,7 +245,7 @@ def test_packing(library):
 def test_reads_beyond_an_operand_are_found(library):
     for engine in ENGINES:
         check_gemm(library, engine, 17, 20, 33, False)
-        with pytest.raises(AssertionError, match="reads .* beyond its operands"):
+        with pytest.raises(AssertionError, match=r"reads .* beyond its operands"):
             check_gemm(library, engine, 17, 20, 33, False, readable=2 * ROWS * DEPTH)
 
 
@@ -238,12 +258,20 @@ FAULTS = {  # the source that is compiled with it, and what is said
         "sizes do not agree",
     ),
     "stride of a tile": (AMX, Fault(AMX, "int64_t{64}", "int64_t{32}"), "wrong by"),
-    "columns of a tile": (AMX, Fault(AMX, "{64, 64, 64, 64, 64, 64, 64, 64}", "{64, 64, 64, 32, 64, 64, 64, 64}"), ""),
+    "columns of a tile": (
+        AMX,
+        Fault(AMX, "{64, 64, 64, 64, 64, 64, 64, 64}", "{64, 64, 64, 32, 64, 64, 64, 64}"),
+        "",
+    ),
     "reserved bytes": (AMX, Fault(AMX, "reserved[14]", "reserved[12]"), "reserved bytes"),
     "palette": (AMX, Fault(AMX, "kConfig{1, 0", "kConfig{2, 0"), "a palette that there is not"),
     "A and B": (AMX, Fault(AMX, "tmm%c2, %%tmm%c1, %%tmm%c0", "tmm%c1, %%tmm%c2, %%tmm%c0"), "wrong by"),
     "another register": (AMX, Fault(LOOPS, "multiply<3, 5, 7>", "multiply<3, 4, 7>"), "wrong by"),
-    "one lane more": (AVX512_BF16, Fault(AVX512_BF16, "(1u << n) - 1", "(2u << n) - 1"), "beyond its operands"),
+    "one lane more": (
+        AVX512_BF16,
+        Fault(AVX512_BF16, "(1u << n) - 1", "(2u << n) - 1"),
+        "beyond its operands",
+    ),
     "a stale sum": (
         AVX512_BF16,
         Fault(AVX512_BF16, "_mm512_maskz_loadu_ps(first(n), p)", "_mm512_maskz_loadu_ps(first(n - 1), p)"),
@@ -252,16 +280,20 @@ FAULTS = {  # the source that is compiled with it, and what is said
     "a row of pairs": (AVX512_BF16, Fault(DOTS, "p * kTileRows", "p * kTileRows / 2"), "wrong by"),
     "order of halves": (
         PACK,
-        Fault(PACKING, "_mm512_cvtne2ps_pbh((__m512)high, (__m512)low)", "_mm512_cvtne2ps_pbh((__m512)low, (__m512)high)"),
+        Fault(
+            PACKING,
+            "_mm512_cvtne2ps_pbh((__m512)high, (__m512)low)",
+            "_mm512_cvtne2ps_pbh((__m512)low, (__m512)high)",
+        ),
         "Arrays are not equal",
     ),
 }
 
 
 @pytest.mark.parametrize("name", some(FAULTS))
-def test_planted_faults_are_found(kernels, name):
+def test_planted_faults_are_found(load, name):
     source, fault, message = FAULTS[name]
-    library = typed(kernels.load(fault, source))
+    library = load(fault, source)
 
     def check():
         for M, N, K in ((34, 47, 65), (64, 64, 64)):

@@ -1,7 +1,7 @@
 """Compiled CPU kernels, run one instruction at a time on a CPU that lacks their instructions.
 
-The files are compiled as the build does it; x86_steps/ takes over the instructions on vectors, masks and tiles, and
-checks what memory they use. Linux on x86-64 only. A build may have faults planted in its sources.
+The files are compiled as the build does it; x86_steps/ takes over the instructions on vectors, masks and
+tiles, and checks what memory they use. Linux on x86-64 only. A build may have faults planted in its sources.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from tools.faults import Fault
 from tools.host_shim import CSRC, TESTS, planted, write_sources
 
 STEPS = TESTS / "tools/x86_steps"
-HARNESS_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-psabi"]
+HARNESS_FLAGS = [
+    "-std=c++20",
+    "-O2",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wno-psabi",
+]
 
 
 @functools.cache
@@ -54,10 +62,9 @@ class Stepped:
         self._folder, self._sources = folder, sources
         texts = {path: path.read_text() for pattern in ("*.h", "*.cpp") for path in CSRC.rglob(pattern)}
         self._texts = {str(path.relative_to(CSRC)): text for path, text in texts.items()}
-        compile, _, plan = _build()
-        mine = plan.compiler.command
-        own = [*mine, *HARNESS_FLAGS, f"-I{CSRC}", f"-I{STEPS}", "-DMINITRON_SIMD=portable"]
-        own += [f"-DMINITRON_HAVE_{isa.upper()}" for isa in plan.compiler.isas]
+        compiler = _build()[2].compiler
+        own = [*compiler.command, *HARNESS_FLAGS, f"-I{CSRC}", f"-I{STEPS}", "-DMINITRON_SIMD=portable"]
+        own += [f"-DMINITRON_HAVE_{isa.upper()}" for isa in compiler.isas]
         self._harness = []
         for path in (harness, *sorted(STEPS.glob("*.cpp"))):
             self._harness.append(folder / f"{path.stem}.o")
@@ -68,7 +75,9 @@ class Stepped:
     def _objects(self, folder: Path, sources: list[str], faults: tuple[Fault, ...]) -> dict[str, Path]:
         compile, _, plan = _build()
         write_sources(planted(self._texts, faults), folder / "csrc")
-        steps = compile.compile_steps(folder, folder / "o", plan, [folder / "csrc" / name for name in sources])
+        steps = compile.compile_steps(
+            folder, folder / "o", plan, [folder / "csrc" / name for name in sources]
+        )
         for step in steps:
             step.output.parent.mkdir(parents=True, exist_ok=True)
             _run(step.command)
@@ -83,7 +92,16 @@ class Stepped:
             objects |= self._objects(broken, [recompiled or fault.file], (fault,))
         target = self._folder / f"stepped{self._count}.so"
         command = _build()[2].compiler.command
-        _run([*command, "-shared", "-Wl,-z,now", "-o", str(target), *map(str, [*self._harness, *objects.values()])])
+        _run(
+            [
+                *command,
+                "-shared",
+                "-Wl,-z,now,-Bsymbolic",
+                "-o",
+                str(target),
+                *map(str, [*self._harness, *objects.values()]),
+            ]
+        )
         return ctypes.CDLL(str(target))
 
 

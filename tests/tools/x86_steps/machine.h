@@ -59,8 +59,8 @@ void count(const char* name);
 void execute_vector(const Instruction& x);
 bool execute_tile(const Instruction& x);  // false: not about tiles
 
-// fp32 a b + c as the instructions on bf16 do it: rounded once, to nearest even; denormals taken for zeros and
-// made zeros.
+// fp32 a b + c as the instructions on bf16 do it: rounded once, to nearest even; denormals taken for zeros
+// and made zeros.
 float multiply_add(float a, float b, float c);
 float from_bf16(const uint8_t* p);
 

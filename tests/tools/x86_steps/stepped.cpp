@@ -1,5 +1,5 @@
-// The run: with the trap flag set the CPU raises SIGTRAP after every instruction, and the handler looks at the
-// next one before the CPU gets to it.
+// The run: with the trap flag set the CPU raises SIGTRAP after every instruction, and the handler looks at
+// the next one before the CPU gets to it.
 #include "stepped.h"
 
 #include <csetjmp>
@@ -45,7 +45,8 @@ void stop_unless_allowed(const Instruction& x, const uint8_t* p, size_t bytes, b
   const auto* stack_pointer = reinterpret_cast<const uint8_t*>(x.general[REG_RSP]);
   if (is_allowed(p, bytes, writes, stack_pointer)) return;
   char why[200];
-  int used = std::snprintf(why, sizeof(why), "%s %zu bytes beyond its operands", writes ? "writes" : "reads", bytes);
+  int used =
+      std::snprintf(why, sizeof(why), "%s %zu bytes beyond its operands", writes ? "writes" : "reads", bytes);
   for (const Range& range : state.ranges) {
     const long distance = long(p - static_cast<const uint8_t*>(range.begin));
     used += std::snprintf(why + used, sizeof(why) - used, ", at %ld of %zu", distance, range.bytes);
@@ -63,8 +64,10 @@ bool run_library_call(greg_t* general) {
   const auto* from = reinterpret_cast<const uint8_t*>(general[REG_RSI]);
   const size_t bytes = size_t(general[REG_RDX]);
   auto* stack_pointer = reinterpret_cast<const uint8_t*>(general[REG_RSP]);
-  if (bytes && !is_allowed(to, bytes, true, stack_pointer)) stop("memcpy or memset writes beyond the operands");
-  if (bytes && copies && !is_allowed(from, bytes, false, stack_pointer)) stop("memcpy reads beyond the operands");
+  if (bytes && !is_allowed(to, bytes, true, stack_pointer))
+    stop("memcpy or memset writes beyond the operands");
+  if (bytes && copies && !is_allowed(from, bytes, false, stack_pointer))
+    stop("memcpy reads beyond the operands");
   if (copies) {
     std::memcpy(to, from, bytes);
   } else {
@@ -91,7 +94,8 @@ void on_step(int, siginfo_t*, void* context) {
 
 void on_fault(int signal, siginfo_t*, void* context) {
   const greg_t* general = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
-  std::snprintf(state.why, sizeof(state.why), "signal %d at %p", signal, reinterpret_cast<void*>(general[REG_RIP]));
+  std::snprintf(state.why, sizeof(state.why), "signal %d at %p", signal,
+                reinterpret_cast<void*>(general[REG_RIP]));
   siglongjmp(state.out, 1);
 }
 
@@ -164,7 +168,7 @@ const char* run(void (*fn)(void*), void* arg, std::initializer_list<Range> range
   machine.palette = 0;
   struct sigaction before[4];
   for (int i = 0; i < 4; ++i) {
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = kSignals[i] == SIGTRAP ? on_step : on_fault;
     action.sa_flags = SA_SIGINFO;
     sigaction(kSignals[i], &action, &before[i]);

@@ -1,7 +1,8 @@
 // Runs compiled code one instruction at a time on any x86-64 Linux, and takes over the instructions that the
-// CPU need not have: all with a VEX or EVEX prefix, which are those on vectors, masks and tiles. Their registers
-// are kept here (machine.h); what they do is written down from Intel's Software Developer's Manual, and for the
-// sake of what they are checked against shares no code with the library. Other instructions run as they are.
+// CPU need not have: all with a VEX or EVEX prefix, which are those on vectors, masks and tiles. Their
+// registers are kept here (machine.h); what they do is written down from Intel's Software Developer's Manual,
+// and for the sake of what they are checked against shares no code with the library. Other instructions run
+// as they are.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// AMX on tiles of bf16, from the manual's descriptions of LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TDPBF16PS
-// and TILERELEASE. What would raise an exception stops the run.
+// AMX on tiles of bf16, from the manual's descriptions of LDTILECFG, TILELOADD, TILESTORED, TILEZERO,
+// TDPBF16PS and TILERELEASE. What would raise an exception stops the run.
 #include "machine.h"
 
 namespace stepped {

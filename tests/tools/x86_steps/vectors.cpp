@@ -1,5 +1,5 @@
-// The instructions on vectors and masks that GCC makes of the kernels, from the manual's descriptions. One that
-// is missing stops the run and names itself.
+// The instructions on vectors and masks that GCC makes of the kernels, from the manual's descriptions. One
+// that is missing stops the run and names itself.
 #include <array>
 #include <cmath>
 
@@ -109,7 +109,8 @@ int64_t lane(const Bytes& v, int element, int i) {
 // destination, the tables vvvv and ModRM.rm.
 void permute_two(const Instruction& x, int element, bool index_is_written) {
   const Bytes destination = vector(x.reg), second = vector(x.second);
-  const Bytes &indices = index_is_written ? destination : second, &table = index_is_written ? second : destination;
+  const Bytes &indices = index_is_written ? destination : second,
+              &table = index_is_written ? second : destination;
   const int lanes = x.bytes / element;
   permute(x, element, table, third(x), [&](int i) { return lane(indices, element, i) & (2 * lanes - 1); });
 }
@@ -130,9 +131,11 @@ void unpack(const Instruction& x, int element, bool high) {
   });
 }
 
-// VSHUFF32X4 and its like: pieces of 16 bytes, the low half of the result from vvvv, the high one from ModRM.rm.
+// VSHUFF32X4 and its like: pieces of 16 bytes, the low half of the result from vvvv, the high one from
+// ModRM.rm.
 void shuffle_pieces(const Instruction& x, int element) {
-  const int pieces = x.bytes / 16, piece = 16 / element, bits = pieces == 4 ? 2 : 1, lanes = x.bytes / element;
+  const int pieces = x.bytes / 16, piece = 16 / element, bits = pieces == 4 ? 2 : 1,
+            lanes = x.bytes / element;
   permute(x, element, vector(x.second), third(x), [&](int i) {
     const int p = i / piece, from = x.immediate >> (p * bits) & (pieces - 1);
     return from * piece + i % piece + (p >= pieces / 2 ? lanes : 0);
