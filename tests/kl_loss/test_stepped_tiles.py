@@ -66,8 +66,10 @@ def typed(library, strict):
 
 
 def assert_ran(library, why):
-    if b"is not known" in why and not library.strict:
-        pytest.skip(f"{why.decode()} to tests/tools/x86_steps, and another compiler may choose it")
+    if (b"is not known" in why or b"does not step" in why) and not library.strict:
+        pytest.skip(
+            f"{why.decode()} (another compiler chooses other instructions, some emulators do not step)"
+        )
     assert not why, why.decode()
 
 

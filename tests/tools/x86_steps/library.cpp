@@ -1,5 +1,5 @@
-// The stepped code's calls of these end here (the library is linked with -Bsymbolic), where the run recognises
-// them (stepped.cpp).
+// The stepped code's calls of these end here (the library is linked with -Bsymbolic), where the run
+// recognises them (stepped.cpp).
 extern "C" {
 
 void* memcpy(void* to, const void* from, unsigned long bytes) {

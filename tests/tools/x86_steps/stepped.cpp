@@ -175,6 +175,7 @@ const char* run(void (*fn)(void*), void* arg, std::initializer_list<Range> range
   }
   if (sigsetjmp(state.out, 1) == 0) call_stepped(fn, arg);
   for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &before[i], nullptr);
+  if (state.steps == 0) std::snprintf(state.why, sizeof(state.why), "%s", "this machine does not step");
   return state.why;
 }
 
