@@ -80,11 +80,14 @@ class UsageCount:
         self.kinds: dict[int | None, Kinds] = {}
         self.cached: dict[int | None, int] = {}  # projections to keys and values: two in a layer of attention
         for param in family.parameters(config):
-            if param.buffer or param.expert:  # of several experts the first stands for all
+            if param.buffer or param.expert or param.head:  # of several the first stands for all
                 continue
-            dims = param.dims if param.expert is None else (("experts",), *param.dims)
+            dims = param.dims
+            if param.axis is not None:
+                dims = (("experts",) if param.head is None else (f"num_{param.axis}",), *dims)
             self.kinds.setdefault(param.layer, Counter())[dims, _is_routed(family, param)] += 1
-            outputs = param.dims[0] if len(param.dims) == 2 else ()
+            # of both dimensions, since some models have weights [in, out]
+            outputs = sum(param.dims, ()) if len(param.dims) == 2 else ()
             cached = self.cached.get(param.layer, 0)
             self.cached[param.layer] = cached + outputs.count("kv_heads") + 2 * outputs.count(QKV)
         self.per_token = experts_per_token

@@ -22,6 +22,7 @@ from minitron_kernels.pruning.plan.sizes import (
     check_layers,
     find_sizes,
     given_sizes,
+    head_dim_changes,
     named_sizes,
     size_names,
     target_config_of,
@@ -189,6 +190,8 @@ def make_plan(
     _check_heads(before, after, kv_heads)
     if merge_heads:
         _check_merge(before, after, kv_heads)
+    if changed := head_dim_changes(family, after):
+        raise ValueError(changed)
     target = target_config_of(config, after, layers)
     _settle_experts(family, config, target, after, num_experts_per_tok)
     reason = family.refuses(target) if loadable else None

@@ -32,6 +32,12 @@ def size_names(family: Family, config: Config) -> dict[str, str]:
     return {key: axis for axis in axes if axis in there for key in family.keys_of(axis)}
 
 
+def first_names(names: Mapping[str, str]) -> dict[str, str]:
+    """One name of each axis, the config's own where it has several: of those that size_names() gives."""
+    first = {axis: name for name, axis in reversed(list(names.items()))}
+    return {name: axis for name, axis in names.items() if first[axis] == name}
+
+
 def _axis(name: str, names: Mapping[str, str], family: Family, config: Config) -> str:
     if name in names:
         return names[name]
@@ -125,7 +131,8 @@ def given_sizes(
     if ratio is None:
         return sizes
     if not isinstance(ratio, Mapping):
-        ratio = {name: ratio for name, axis in names.items() if axis in WIDTH and axis not in sizes}
+        widths = {name: axis for name, axis in first_names(names).items() if axis in WIDTH}
+        ratio = {name: ratio for name, axis in widths.items() if axis not in sizes}
     for name, part in ratio.items():
         axis = _axis(name, names, family, config)
         if isinstance(part, bool) or not isinstance(part, (int, float)):
@@ -216,7 +223,7 @@ def find_sizes(
         check_experts_per_token(num_experts_per_tok, before.get("experts") or None)
     given = given_sizes(family, config, fixed or {}, None, 1)
     if search is None:
-        search = [name for name, axis in names.items() if axis in WIDTH and axis not in given]
+        search = [name for name, axis in first_names(names).items() if axis in WIDTH and axis not in given]
     axes = [_axis(name, names, family, config) for name in search]
     if not axes or set(axes) & set(given) or len(set(axes)) < len(axes):
         raise ValueError(
@@ -257,7 +264,9 @@ def find_sizes(
         per_group, rest = divmod(sizes["heads"], sizes["kv_heads"])
         if rest or (per_group > group and "kv_heads" in axes):
             continue
-        if loadable and family.refuses(write_sizes(family, config, sizes)):
+        if head_dim_changes(family, sizes) or (
+            loadable and family.refuses(write_sizes(family, config, sizes))
+        ):
             continue
         usage = count.usage(kinds[sizes["layers"]], sizes)
         taken = dict(zip(BUDGETS, usage, strict=True))
@@ -302,7 +311,7 @@ def _grid(size: int, axis: str, step: int, experts_per_token: int | None) -> lis
 
 def named_sizes(names: Mapping[str, str], sizes: Mapping[str, int]) -> Sizes:
     """Sizes of axes by their first names in the config; `names` as size_names() gives them."""
-    first = {axis: name for name, axis in reversed(list(names.items()))}
+    first = {axis: name for name, axis in first_names(names).items()}
     return {first[axis]: size for axis, size in sizes.items()}
 
 
@@ -327,6 +336,18 @@ def write_sizes(family: Family, config: Config, sizes: Mapping[str, int]) -> dic
     return target
 
 
+def head_dim_changes(family: Family, sizes: Mapping[str, int]) -> str | None:
+    """Why heads would get another size, where the config has none: it is hidden_size / heads then."""
+    hidden, heads, dim = (sizes[axis] for axis in ("hidden", "heads", "head_dim"))
+    if family.keys_of("head_dim") or heads * dim == hidden:
+        return None
+    names = [family.keys_of(axis)[0] for axis in ("hidden", "heads")]
+    return (
+        f"{names[0]} must be {dim} for each of {names[1]}, the size of a head, which the config does not "
+        f"hold by itself, got {hidden} for {heads}: cut both alike"
+    )
+
+
 def target_config_of(config: Config, sizes: Mapping[str, int], layers: Sequence[int]) -> dict[str, Any]:
     """The config of the smaller model: with its sizes and head_dim, and the entries of its layers only."""
     family = family_of(config)
@@ -345,6 +366,7 @@ def target_config_of(config: Config, sizes: Mapping[str, int], layers: Sequence[
         marked = family.value(config, key)
         if marked is not None:
             text[key] = [new for new, old in enumerate(layers) if old in marked]
+    text.update(family.layer_entries(config, list(layers)))
     if family.dense_layers is not None:
         dense = [new for new, old in enumerate(layers) if not family.is_sparse(config, old)]
         text.update(family.dense_layers(dense))
