@@ -108,7 +108,7 @@ def test_heads_of_conv1d_cannot_be_joined():
     model = random_model(CASES["gpt2"].make_config())
     data = json.loads(json.dumps(plan_of(model.config, **NARROW).to_dict()))
     for layer in data["layers"]:
-        layer["heads"], layer["kv_heads"] = "0,2", [[0, 1], [2, 3]]
+        layer["heads"], layer["kv_heads"] = "0,2", ["0-1", "2-3"]
     with pytest.raises(ValueError, match=r"c_attn.weight is \[in, out\]: its heads cannot be joined"):
         prune_model(model, PruningPlan.from_dict(data))
 

@@ -22,6 +22,7 @@ from minitron_kernels.pruning.plan.layer_plan import (
     runs_of,
     typed,
 )
+from minitron_kernels.pruning.plan.runtimes import new_notes
 from minitron_kernels.pruning.plan.selection import Keep, format_runs
 from minitron_kernels.pruning.plan.sizes import Candidate, size_names
 
@@ -137,6 +138,7 @@ class PruningPlan:
         cut = {axis for axis in before if before[axis] != after[axis]}
         said = dict.fromkeys(what for axis, what in family.approximates.items() if axis in cut)
         found += [f"approximate: {what}" for what in said]
+        found += [f"runtime: {text}" for text in new_notes(self.source_config, self.target_config)]
         if self.made_with.get("layers_by") == "importance":
             found.append(
                 "warning: layers were chosen by importance, a weak guide: compare the model's loss without "
