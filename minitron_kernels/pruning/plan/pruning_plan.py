@@ -13,7 +13,7 @@ from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.checks import check_plan
 from minitron_kernels.pruning.plan.counts import EXPERTS_PER_TOKEN, count_usage
-from minitron_kernels.pruning.plan.files import write_text
+from minitron_kernels._files import write_text
 from minitron_kernels.pruning.plan.layer_plan import (
     LayerPlan,
     fields_of,

@@ -16,7 +16,7 @@ from minitron_kernels.pruning.families.configs import completed
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.families.wrappers import unwrapped
 from minitron_kernels.pruning.plan.counts import Footprint, budgets_of
-from minitron_kernels.pruning.plan.files import write_text
+from minitron_kernels._files import write_text
 from minitron_kernels.pruning.plan.make_plan import make_plan, nothing_to_cut
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 from minitron_kernels.pruning.plan.sizes import Candidate, find_sizes, given_sizes, named_sizes, size_names
