@@ -11,10 +11,10 @@ from minitron_kernels.pruning.families.registry import (
     register_multimodal,
 )
 from minitron_kernels.pruning.plan.counts import Usage, count_usage
+from minitron_kernels.pruning.plan.find_sizes import Candidate, find_sizes
 from minitron_kernels.pruning.plan.make_plan import make_plan
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 from minitron_kernels.pruning.plan.runtimes import runtime_notes
-from minitron_kernels.pruning.plan.sizes import Candidate, find_sizes
 from minitron_kernels.pruning.score.collect import collect_importance
 from minitron_kernels.pruning.score.plot import plot_importance
 from minitron_kernels.pruning.score.scores import ImportanceScores

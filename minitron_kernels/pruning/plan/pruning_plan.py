@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minitron_kernels._files import write_text
 from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.checks import check_plan
 from minitron_kernels.pruning.plan.counts import EXPERTS_PER_TOKEN, count_usage
-from minitron_kernels._files import write_text
+from minitron_kernels.pruning.plan.find_sizes import Candidate
 from minitron_kernels.pruning.plan.layer_plan import (
     LayerPlan,
     fields_of,
@@ -24,7 +25,7 @@ from minitron_kernels.pruning.plan.layer_plan import (
 )
 from minitron_kernels.pruning.plan.runtimes import new_notes
 from minitron_kernels.pruning.plan.selection import Keep, format_runs
-from minitron_kernels.pruning.plan.sizes import Candidate, size_names
+from minitron_kernels.pruning.plan.sizes import size_names
 
 FORMAT = 1
 
