@@ -118,7 +118,7 @@ def sizes_within(
     names = size_names(family, config)
     limits = budget.limits
     if not limits:
-        raise ValueError(f"give a budget: {', '.join(Budget.LIMITS)}")
+        raise ValueError("give a budget: params, active_params or memory_bytes")
     if budget.num_experts_per_tok is not None:
         check_experts_per_token(budget.num_experts_per_tok, before.get("experts") or None)
     given = given_sizes(family, config, fixed or {}, None, 1)

@@ -216,7 +216,7 @@ def search_plan(
     per_token = target.get("num_experts_per_tok")
     budget = Budget(params, active_params, memory_bytes, memory_dtype, kv_tokens, per_token, search)
     if not budget.limits:
-        raise ValueError(f"search_plan needs a budget: {', '.join(Budget.LIMITS)}")
+        raise ValueError("search_plan needs a budget: params, active_params or memory_bytes")
     if target.get("block_losses") is not None and layers_by_score:
         raise ValueError("block_losses tell which layers go: leave layers_by_score out")
     if target.get("drop_layers") is not None and layers_by_score:
@@ -227,7 +227,8 @@ def search_plan(
     goal = _Target(scores, config, target, search or ())
     identity = {}
     if progress_file is not None:
-        what = {**budget.limits, **budget.counted, "search": search, "layers_by_score": layers_by_score, **target}
+        options = {"search": search, "layers_by_score": layers_by_score, **target}
+        what = {**budget.limits, **budget.counted, **options}
         identity = {
             "model": model_digest(source),
             "importance": tables_digest(goal.tables),
