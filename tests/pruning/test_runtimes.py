@@ -1,6 +1,7 @@
 """runtime_notes(): the rules of vLLM and llama.cpp, on configs of published models and smaller ones."""
 
 import pytest
+import torch
 
 from minitron_kernels.pruning import make_plan, runtime_notes
 from minitron_kernels.pruning.plan.runtimes import new_notes
@@ -94,7 +95,7 @@ def test_only_what_is_new_is_in_a_summary():
     source |= dict(head_dim=64, num_hidden_layers=2)
     there = runtime_notes(source)
     assert {"vLLM, 2 GPUs", "llama.cpp, k-quants"} <= set(there)  # 9 heads, rows of 576
-    tables = {"mlp": {0: range(1536), 1: range(1536)}}
+    tables = {"mlp": dict.fromkeys((0, 1), torch.arange(1536.0))}
     summary = make_plan(tables, source, intermediate_size=1000, divisor=8).summary()
     assert "runtime: vLLM's Marlin" not in summary  # 576 is no multiple of 128 either
     assert "runtime:" not in summary

@@ -109,15 +109,13 @@ REFUSALS: tuple[Refusal, ...] = (
         "different sizes",
         f"{_TABLE}, for hidden, MLP and layers: give the latents an axis by size_keys",
         (
-            *("axk1", "axk2", "deepseek_v2", "deepseek_v32", "deepseek_v4", "dots3_note"),
+            *("axk1", "axk2", "deepseek_v32", "deepseek_v4", "dots3_note"),
             *(
                 "dots3_note_text",
-                "glm4_moe_lite",
                 "glm_moe_dsa",
                 "longcat_flash",
                 "minicpm3",
                 "sarvam_mla",
-                "youtu",
             ),
         ),
     ),
@@ -173,10 +171,9 @@ REFUSALS: tuple[Refusal, ...] = (
         "experts whose router, shared experts or stored names no table describes",
         _TABLE,
         (
-            *("afmoe", "cohere2_moe", "dbrx", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint"),
+            *("afmoe", "cohere2_moe", "dbrx", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint"),
             *(
                 "granitemoe_swa",
-                "granitemoeshared",
                 "hunyuan_v1_moe",
                 "hy_v3",
             ),
