@@ -31,6 +31,12 @@ VARIANTS = {
     "a key for each query": ("gpt_bigcode", {"multi_query": False}, NARROW, None),
     "beside each other": ("stablelm", {"qk_layernorm": False, "use_parallel_residual": True}, NARROW, ONE_NORM),
     "no biases": ("opt", {"enable_bias": False}, NARROW, None),
+    "queries without a latent": (
+        "deepseek_v2",
+        {},
+        {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "n_routed_experts": 3},
+        None,
+    ),
 }
 
 
@@ -55,7 +61,10 @@ def fresh():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant(name, fresh, tmp_path):
     case, target = variant(name)
-    model = random_model(case.make_config())
+    config = case.make_config()
+    if name == "queries without a latent":
+        config.q_lora_rank = None  # make_config() takes None for "as the class has it"
+    model = random_model(config)
     checks.check_table(case, model)
     plan = plan_of(model.config, drop_layers=[DROPPED_LAYER], **target)
     checks.check_cut(case, model, plan, tmp_path, fresh)

@@ -196,7 +196,7 @@ CASES = (
         "deepseek_v2",
         {
             **{**DENSE, **LATENT, "n_routed_experts": 4, "first_k_dense_replace": 1},
-            **{"q_lora_rank": None, "routed_scaling_factor": 1.5},
+            "routed_scaling_factor": 1.5,
         },
         {"n_routed_experts": 3, "num_key_value_heads": None},
         route=route(softmax, False),
