@@ -10,6 +10,7 @@ from minitron_kernels.pruning.families.registry import (
     register_family,
     register_multimodal,
 )
+from minitron_kernels.pruning.families.stored_names import StoredNames
 from minitron_kernels.pruning.plan.counts import Usage, count_usage
 from minitron_kernels.pruning.plan.find_sizes import Candidate, find_sizes
 from minitron_kernels.pruning.plan.make_plan import make_plan
@@ -36,6 +37,7 @@ __all__ = [
     "PlanSearch",
     "PrunedCheckpoint",
     "PruningPlan",
+    "StoredNames",
     "Taps",
     "Usage",
     "collect_importance",
