@@ -105,4 +105,7 @@ def test_without_embeddings_is_without_all_embeddings(name):
     tables = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding))
     whole = sum(parameter.numel() for parameter in model.parameters())
     family = family_of(model.config)
-    assert family.count_parameters(model.config, embeddings=False) == whole - tables - model.lm_head.weight.numel()
+    assert (
+        family.count_parameters(model.config, embeddings=False)
+        == whole - tables - model.lm_head.weight.numel()
+    )

@@ -29,7 +29,12 @@ VARIANTS = {
         TWO_NORMS,
     ),
     "a key for each query": ("gpt_bigcode", {"multi_query": False}, NARROW, None),
-    "beside each other": ("stablelm", {"qk_layernorm": False, "use_parallel_residual": True}, NARROW, ONE_NORM),
+    "beside each other": (
+        "stablelm",
+        {"qk_layernorm": False, "use_parallel_residual": True},
+        NARROW,
+        ONE_NORM,
+    ),
     "no biases": ("opt", {"enable_bias": False}, NARROW, None),
     "queries without a latent": (
         "deepseek_v2",
@@ -77,7 +82,12 @@ def test_variant(name, fresh, tmp_path):
         ("gpt2", {}, {"n_embd": 24}, "n_embd must be 12 for each of n_head.*got 24 for 4: cut both alike"),
         ("gpt2", {}, {"n_embd": 24, "hidden_size": 24}, "size of hidden a second time"),
         ("gpt2", {"add_cross_attention": True}, {"n_inner": 48}, "without cross-attention"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, {"drop_layers": [0]}, "divided by a layer's number"),
+        (
+            "gpt2",
+            {"scale_attn_by_inverse_layer_idx": True},
+            {"drop_layers": [0]},
+            "divided by a layer's number",
+        ),
         ("falcon", {}, {"hidden_size": 24}, "hidden_size must be 12 for each of num_attention_heads"),
         ("falcon", {"new_decoder_architecture": False}, {"num_kv_heads": 1}, "there is one, or one for each"),
         ("falcon", {"alibi": True}, {"num_attention_heads": 2}, "ALiBi gives each head a slope"),

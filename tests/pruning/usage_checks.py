@@ -10,8 +10,8 @@ from minitron_kernels.pruning.families.registry import family_of
 def check_usage(model, counts=lambda name: True, *, no_cache=False, repeated=1):
     """All parameters, those that a token meets, and bytes of weights and of a cache of 14 tokens.
 
-    counts: (name) -> whether a parameter is of the text model. no_cache: its cache is not counted. repeated: how
-    often its class keeps each head of keys and values.
+    counts: (name) -> whether a parameter is of the text model. no_cache: its cache is not counted.
+    repeated: how often its class keeps each head of keys and values.
     """
     dtype = next(model.parameters()).dtype
     weights = {part.data_ptr(): part for name, part in model.named_parameters() if counts(name)}

@@ -93,9 +93,7 @@ def find_sizes(
         >>> find_sizes(config, 8.5e9)[0].sizes                          # doctest: +SKIP
         {'hidden_size': 4096, 'intermediate_size': 11520}
     """
-    budget = Budget(
-        params, active_params, memory_bytes, memory_dtype, kv_tokens, num_experts_per_tok, search
-    )
+    budget = Budget(params, active_params, memory_bytes, memory_dtype, kv_tokens, num_experts_per_tok, search)
     return sizes_within(
         config, budget, fixed=fixed, layers=layers, divisor=divisor, loadable=loadable, limit=limit
     )

@@ -140,9 +140,7 @@ def make_plan(
     before = family.sizes(config)
 
     given = given_sizes(family, config, sizes, ratio, divisor)
-    budget = Budget(
-        params, active_params, memory_bytes, memory_dtype, kv_tokens, num_experts_per_tok, search
-    )
+    budget = Budget(params, active_params, memory_bytes, memory_dtype, kv_tokens, num_experts_per_tok, search)
     if not sizes and not budget.limits and ratio is drop_layers is num_experts_per_tok is None:
         warnings.warn(
             f"the plan keeps everything: give sizes ({', '.join(names)}), ratio=, drop_layers=, or a budget: "

@@ -104,8 +104,8 @@ def _rows(sizes: Mapping[str, int]) -> dict[str, str]:
         )
     if short := _not_multiples(reads, _K_QUANT):
         notes["llama.cpp, k-quants"] = (
-            f"llama.cpp's k-quants take {_K_QUANT} of a row at a time: {short} get a larger type of 32, or F16 "
-            "(src/llama-quant.cpp)"
+            f"llama.cpp's k-quants take {_K_QUANT} of a row at a time: {short} get a larger type of 32, "
+            "or F16 (src/llama-quant.cpp)"
         )
     return notes
 
@@ -120,8 +120,8 @@ def _converted(kind: str, sizes: Mapping[str, int]) -> dict[str, str]:
     hidden, heads, dim = sizes["hidden"], sizes["heads"], sizes["head_dim"]
     if kind in _FOUR_TIMES and sizes["mlp"] != 4 * hidden:
         notes["llama.cpp, MLP"] = (
-            f"llama.cpp's converter takes the MLP to be 4 · {hidden}, not {sizes['mlp']}, and cannot load the "
-            f"result (conversion/{_FOUR_TIMES[kind]}.py)"
+            f"llama.cpp's converter takes the MLP to be 4 · {hidden}, not {sizes['mlp']}, and cannot load "
+            f"the result (conversion/{_FOUR_TIMES[kind]}.py)"
         )
     if kind in _FROM_HIDDEN and heads * dim != hidden:
         notes["llama.cpp, heads"] = (
@@ -145,9 +145,9 @@ def _layer_kinds(family: Family, config: Config, kind: str) -> dict[str, str]:
         return {}
     return {
         "llama.cpp, kinds of layers": (
-            f"llama.cpp takes layers {period - 1}, {2 * period - 1}, ... for the other kind, whatever the config "
-            f"says of layers {', '.join(wrong[:8])}{' ...' * (len(wrong) > 8)} (src/models/{file}.cpp): it computes "
-            "something else"
+            f"llama.cpp takes layers {period - 1}, {2 * period - 1}, ... for the other kind, whatever the "
+            f"config says of {', '.join(wrong[:8])}{' ...' * (len(wrong) > 8)} (src/models/{file}.cpp): it "
+            "computes something else"
         )
     }
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minitron_kernels._files import write_text
 from minitron_kernels._tensors import bytes_of
 from minitron_kernels.pruning.families.configs import as_dict
-from minitron_kernels._files import write_text
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 
 FORMAT = "minitron_kernels.search"
@@ -119,7 +119,9 @@ def _pickled(name: str, state: Any) -> bytes:
     try:
         return pickle.dumps(state, protocol=4)
     except Exception as error:  # of the state's own class
-        raise ValueError(f"{name} cannot be pickled ({error}), by which a model is known again: search without progress_file") from error
+        raise ValueError(
+            f"{name} cannot be pickled ({error}), by which a model is known again: search without progress_file"
+        ) from error
 
 
 def tables_digest(tables: Any) -> str:

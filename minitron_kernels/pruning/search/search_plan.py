@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import nn
 
+from minitron_kernels._files import write_text
 from minitron_kernels.pruning.families.configs import completed
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.families.wrappers import unwrapped
 from minitron_kernels.pruning.plan.counts import Budget
 from minitron_kernels.pruning.plan.find_sizes import Candidate, nothing_to_cut, sizes_within
-from minitron_kernels._files import write_text
 from minitron_kernels.pruning.plan.make_plan import make_plan
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 from minitron_kernels.pruning.plan.sizes import given_sizes, named_sizes, size_names

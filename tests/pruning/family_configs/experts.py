@@ -9,7 +9,13 @@ from pruning.family_configs.dense import WIDE
 DENSE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 CHOICE = {"num_experts": 4, **DENSE}
 LATENT = {
-    **{"q_lora_rank": 20, "kv_lora_rank": 12, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 16},
+    **{
+        "q_lora_rank": 20,
+        "kv_lora_rank": 12,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 12,
+        "v_head_dim": 16,
+    },
     **{"num_key_value_heads": 4, "head_dim": None, "attention_bias": True},
 }
 # as wide as the residual stream, which is all heads, but not of its channels

@@ -1,4 +1,4 @@
-"""GPT-2 and its like: LayerNorms, learned positions or ALiBi, heads that are together as wide as the stream."""
+"""GPT-2 and its like: LayerNorms, learned positions or ALiBi, heads as wide as the residual stream."""
 
 from pruning.family_case import Case, Places
 from pruning.family_configs.layernorm import ALL_HEADS, MEAN
@@ -83,7 +83,11 @@ CASES = (
         },
         ALL_HEADS,
         places=Places(
-            **IN_TRANSFORMER, **GPT_NORMS, **WPE, mlp_out="mlp.c_proj", attention_out="attn.attention.out_proj"
+            **IN_TRANSFORMER,
+            **GPT_NORMS,
+            **WPE,
+            mlp_out="mlp.c_proj",
+            attention_out="attn.attention.out_proj",
         ),
         square=square("attn.attention", "out_proj"),
         **MEAN,
