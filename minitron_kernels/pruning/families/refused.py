@@ -84,8 +84,8 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "positions that are added to the residual stream as sines of a channel's number (CTRL, XGLM), "
-        "LayerNorms behind each addition (the first GPT), or embeddings that are scaled where the config says "
-        "so (BioGPT)",
+        "LayerNorms behind each addition (the first GPT), or embeddings that are scaled where the config "
+        "says so (BioGPT)",
         f"{_TABLE}, for MLP, layers and, but for the first two, hidden",
         ("biogpt", "ctrl", "openai-gpt", "xglm"),
     ),

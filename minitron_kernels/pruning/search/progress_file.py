@@ -120,7 +120,7 @@ def _pickled(name: str, state: Any) -> bytes:
         return pickle.dumps(state, protocol=4)
     except Exception as error:  # of the state's own class
         raise ValueError(
-            f"{name} cannot be pickled ({error}), by which a model is known again: search without progress_file"
+            f"{name} cannot be pickled ({error}), by which a model is known again: leave progress_file out"
         ) from error
 
 
