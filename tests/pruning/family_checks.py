@@ -216,7 +216,7 @@ def _silence(case, model, plan):
             out = layer.get_submodule(places.experts).down_proj[expert]
             out = out if places.neurons_first else out.T
             out[gone(keep, len(out))] = 0
-    dropped = gone(plan.hidden, config.hidden_size)
+    dropped = torch.tensor(gone(plan.hidden, config.hidden_size), dtype=torch.int64)
     norms = {f"{name}.weight" for name in (*places.norms, places.final_norm)}
     for name, parameter in model.named_parameters():
         if case.images is not None and ".vis" in name and not name.endswith(case.follow):
@@ -224,7 +224,7 @@ def _silence(case, model, plan):
         for d, size in enumerate(parameter.shape):
             if size == config.hidden_size and not any(name.endswith(e) and d == at for e, at in case.square):
                 is_norm = parameter.dim() == 1 and any(name.endswith(norm) for norm in norms)
-                parameter.index_fill_(d, torch.tensor(dropped), -case.norm_offset if is_norm else 0)
+                parameter.index_fill_(d, dropped, -case.norm_offset if is_norm else 0)
     if case.centred:
         _centre(case, model, torch.tensor(plan.hidden))
 

@@ -215,7 +215,8 @@ CASES = (
         route=route(sigmoid, True),
         fixed=("expert_mlp", "moe_intermediate_size", 16),
     ),
-    Case("youtu", LATENT, {"num_key_value_heads": None}),
+    # its class sets the embedding of a padding token to 0 when it is loaded, whatever the checkpoint says
+    Case("youtu", {**LATENT, "pad_token_id": None}, {"num_key_value_heads": None}),
     Case(
         "gpt_oss",
         {
