@@ -263,7 +263,7 @@ FAULTS = {  # the source that is compiled with it, and what is said
     "columns of a tile": (
         AMX,
         Fault(AMX, "{64, 64, 64, 64, 64, 64, 64, 64}", "{64, 64, 64, 32, 64, 64, 64, 64}"),
-        "",
+        "sizes do not agree",
     ),
     "reserved bytes": (AMX, Fault(AMX, "reserved[14]", "reserved[12]"), "reserved bytes"),
     "palette": (AMX, Fault(AMX, "kConfig{1, 0", "kConfig{2, 0"), "a palette that there is not"),

@@ -58,6 +58,7 @@ uint8_t* writable(const Instruction& x, uint8_t* p, size_t bytes);
 void count(const char* name);
 void execute_vector(const Instruction& x);
 bool execute_tile(const Instruction& x);  // false: not about tiles
+bool execute_mask(const Instruction& x);  // false: not about masks
 
 // fp32 a b + c as the instructions on bf16 do it: rounded once, to nearest even; denormals taken for zeros
 // and made zeros.

@@ -202,28 +202,6 @@ void narrow(const Instruction& x, bool two) {
   write(to, x.reg, out, 2);
 }
 
-bool execute_mask(const Instruction& x) {
-  if (x.evex || (x.opcode & ~3) != 0x90 || x.map != 1) return false;
-  const bool pair = x.prefix == 3;  // KMOVD, KMOVQ of general registers
-  const int bits = pair ? (x.wide ? 64 : 32) : x.wide ? (x.prefix == 1 ? 32 : 64) : x.prefix == 1 ? 8 : 16;
-  const uint64_t kept = bits == 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1;
-  count("kmov");
-  uint64_t value = 0;
-  if (x.opcode == 0x90 && !x.memory) {
-    machine.masks[x.reg & 7] = machine.masks[x.third & 7] & kept;
-  } else if (x.opcode == 0x90) {
-    std::memcpy(&value, readable(x, x.address(), bits / 8), bits / 8);
-    machine.masks[x.reg & 7] = value;
-  } else if (x.opcode == 0x91) {
-    std::memcpy(writable(x, x.address(), bits / 8), &machine.masks[x.reg & 7], bits / 8);
-  } else if (x.opcode == 0x92) {
-    machine.masks[x.reg & 7] = uint64_t(general_register(x.general, x.third_general)) & kept;
-  } else {
-    to_general(x, x.reg & 15, machine.masks[x.third & 7] & kept);
-  }
-  return true;
-}
-
 }  // namespace
 
 float multiply_add(float a, float b, float c) {
