@@ -1,0 +1,53 @@
+"""What the site makes of docstrings: nothing that they say is lost."""
+
+import pytest
+
+pytest.importorskip("griffe", reason="needs the extra docs")
+
+import griffe
+
+from documentation.snippets import ROOT
+
+griffe_extensions = griffe.load_extensions(f"{ROOT / 'docs/tools/docstrings.py'}:PlainSections")
+TEXT = '''
+def f(a, b):
+    """Adds.
+
+    Args:
+        a: One,
+            on two lines.
+        b: Two.
+
+    Returns:
+        a + b, float32 (float64 for float64): 0-dim, or
+        [...] for "none".
+
+    Raises:
+        As g(); another too.
+        TypeError, ValueError: an argument; the
+            message names it.
+
+    Example:
+        >>> f(1, 2)  # doctest: +SKIP
+        3
+
+    Source: A paper
+    (arXiv 1).
+    """
+'''
+
+
+def test_sections():
+    with griffe.temporary_visited_module(TEXT, extensions=griffe_extensions) as module:
+        value = module["f"].docstring.value
+        sections = module["f"].docstring.parse("google", warnings=False)
+    assert [section.kind.value for section in sections] == ["text", "parameters", "text"]
+    arguments = [(parameter.name, parameter.description) for parameter in sections[1].value]
+    assert arguments == [("a", "One,\non two lines."), ("b", "Two.")]
+    for part in (
+        '**Returns**\n\na + b, float32 (float64 for float64): 0-dim, or\n[...] for "none".\n\n',
+        "**Raises**\n\nAs g(); another too.\n\n- `TypeError`, `ValueError`: an argument; the\n",
+        "**Example**\n\n```pycon\n>>> f(1, 2)\n3\n```\n\n",
+        "*Source:* A paper\n(arXiv 1).",
+    ):
+        assert part in value, value
