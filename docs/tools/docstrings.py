@@ -1,12 +1,14 @@
 """Docstrings for the reference: sections that griffe cannot read as lists of items become plain Markdown.
 
 Docstrings here say what is returned, raised and shown in sentences, as in "Raises: As kl_loss(); ...". griffe
-expects "ValueError: when", and drops what is not like that. Args and Attributes are left to it.
+expects "ValueError: when", and drops what is not like that. Args and Attributes are left to it. Names of
+public functions, written as name(), become links.
 """
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import griffe
@@ -14,6 +16,14 @@ import griffe
 SECTION = re.compile(r"^(Returns|Raises|Warns|Yields|Example|Source):[ \t]*(.*)$")
 ITEM = re.compile(r"^([A-Z]\w+(?:, [A-Z]\w+)*):\s")
 DOCTEST_FLAG = re.compile(r"\s*# doctest: .*$")
+LISTED = re.compile(r"^::: (\S+)$", re.M)
+NAME = re.compile(r"(?<![\w.`\[])(\w+)\(\)(?!`)")
+# name -> where the reference has it
+PUBLIC = {
+    full.rpartition(".")[2]: full
+    for page in (Path(__file__).resolve().parents[1] / "reference").glob("*.md")
+    for full in LISTED.findall(page.read_text(encoding="utf-8"))
+}
 
 
 class PlainSections(griffe.Extension):
@@ -28,14 +38,17 @@ class PlainSections(griffe.Extension):
 def plain(text: str) -> str:
     """The docstring with the sections of SECTION as Markdown, under a heading in bold."""
     lines, result = text.split("\n"), []
-    at = 0
+    at, in_items = 0, False
     while at < len(lines):
         match = SECTION.match(lines[at])
         if not match:
-            # "[a][b]" would be a reference to another page; an indented line is code, or an argument
-            result.append(lines[at] if lines[at].startswith(" ") else lines[at].replace("][", "]\\["))
+            indented = not lines[at] or lines[at].startswith("    ")
+            in_items = lines[at] in ("Args:", "Attributes:") or (in_items and indented)
+            # "[a][b]" would be a reference to another page; other indented lines are code
+            result.append(_linked(lines[at].replace("][", "]\\[")) if in_items or not indented else lines[at])
             at += 1
             continue
+        in_items = False
         name, rest = match[1], match[2]
         block, end = _block(lines, at + 1, indented=not rest)
         if name == "Source":
@@ -45,9 +58,20 @@ def plain(text: str) -> str:
             code = [DOCTEST_FLAG.sub("", line) for line in block]
             result += ["**Example**", "", "```pycon", *code, "```"]
         else:
-            result += [f"**{name}**", "", *(_items(block) if name in ("Raises", "Warns") else block)]
+            block = _items(block) if name in ("Raises", "Warns") else block
+            result += [f"**{name}**", "", *map(_linked, block)]
         at = end
     return "\n".join(result)
+
+
+def _linked(line: str) -> str:
+    """The line with a link at each public name that is followed by ()."""
+
+    def link(match: re.Match[str]) -> str:
+        full = PUBLIC.get(match[1])
+        return f"[`{match[0]}`][{full}]" if full else match[0]
+
+    return NAME.sub(link, line)
 
 
 def _block(lines: list[str], start: int, *, indented: bool) -> tuple[list[str], int]:

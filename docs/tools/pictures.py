@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parents[1] / "pictures"
-COLUMN, ROW, MARGIN, LEGEND = 200, 92, 16, 34  # pixels
+COLUMN, ROW, MARGIN, LEGEND = 212, 92, 16, 34  # pixels
 WIDTH, HEIGHT = 156, 52  # of a box
 LETTER = 6.3  # pixels of a letter, on average, at 12 pixels
 
@@ -146,13 +146,13 @@ PICTURES = {
             "o": Box(3, 0, "o_proj", "kernel"),
             "hidden1": Box(1, 1, "hidden channels\nthe norm's output", "result"),
             "heads": Box(2.5, 1, "heads\no_proj's input", "result"),
-            "norm2": Box(0, 2, "norm", "kernel"),
-            "up": Box(1, 2, "gate_proj, up_proj", "kernel"),
-            "down": Box(2, 2, "down_proj", "kernel"),
-            "out": Box(3, 2, "layer's output", "memory"),
-            "hidden2": Box(0, 3, "hidden channels\nthe norm's output", "result"),
+            "norm2": Box(3, 2, "norm", "kernel"),
+            "up": Box(2, 2, "gate_proj, up_proj", "kernel"),
+            "down": Box(1, 2, "down_proj", "kernel"),
+            "out": Box(0, 2, "layer's output", "memory"),
+            "hidden2": Box(3, 3, "hidden channels\nthe norm's output", "result"),
             "mlp": Box(1.5, 3, "MLP neurons\ndown_proj's input", "result"),
-            "layers": Box(3, 3, "layer\n1 − cos(in, out)", "result"),
+            "layers": Box(0, 3, "layer\n1 − cos(in, out)", "result"),
         },
         [
             ("in", "norm1", ""),
@@ -288,13 +288,13 @@ PICTURES = {
     "verification": Picture(
         "What is compared with what, without a GPU",
         {
-            "oracle": Box(1.5, 0, "oracle\nNumPy, float64", "memory"),
+            "oracle": Box(1.5, 0, "oracle\nNumPy, float64", "kernel"),
             "cpu": Box(0, 1, "CPU C++\nevery SIMD level", "kernel"),
             "cuda": Box(1, 1, "CUDA sources\nin a host shim", "kernel"),
             "triton": Box(2, 1, "Triton kernels\nunder ttsem", "kernel"),
             "torch": Box(3, 1, "PyTorch reference\nin each dtype", "kernel"),
-            "objects": Box(1, 2, "nvcc: registers,\nspills, wide loads", "result"),
-            "ptx": Box(2, 2, "Triton's compiler:\nthe same, three GPUs", "result"),
+            "objects": Box(1, 2, "nvcc: registers,\nspills, wide loads", "kernel"),
+            "ptx": Box(2, 2, "Triton's compiler:\nthe same, AMD too", "kernel"),
         },
         [
             ("oracle", "cpu", ""),

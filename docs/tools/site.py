@@ -1,7 +1,7 @@
 """Hooks of mkdocs: files outside docs/ become part of the site, and links to them work there too.
 
-Pages link as in a checkout ("../benchmarks/results/kl_loss.png"), so that they work there. README is
-the first page of the site. A link that leads nowhere is left as it is, and `mkdocs build --strict` refuses it.
+Pages link as in a checkout, to "../benchmarks/results/kl_loss.png", so that they work there. README is the
+first page of the site. A link that leads nowhere is left as it is, and `mkdocs build --strict` refuses it.
 """
 
 from __future__ import annotations

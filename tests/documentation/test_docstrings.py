@@ -9,14 +9,17 @@ import griffe
 from documentation.snippets import ROOT
 
 griffe_extensions = griffe.load_extensions(f"{ROOT / 'docs/tools/docstrings.py'}:PlainSections")
+LINK = "[`kl_loss()`][minitron_kernels.kl_loss]"
 TEXT = '''
 def f(a, b):
-    """Adds.
+    """Adds, as kl_loss() and weight[0][1].
+
+        kl_loss() = a[0][1]
 
     Args:
         a: One,
             on two lines.
-        b: Two.
+        b: Two, see kl_loss().
 
     Returns:
         a + b, float32 (float64 for float64): 0-dim, or
@@ -43,8 +46,9 @@ def test_sections():
         sections = module["f"].docstring.parse("google", warnings=False)
     assert [section.kind.value for section in sections] == ["text", "parameters", "text"]
     arguments = [(parameter.name, parameter.description) for parameter in sections[1].value]
-    assert arguments == [("a", "One,\non two lines."), ("b", "Two.")]
+    assert arguments == [("a", "One,\non two lines."), ("b", f"Two, see {LINK}.")]
     for part in (
+        f"Adds, as {LINK} and weight[0]\\[1].\n\n    kl_loss() = a[0][1]\n",
         '**Returns**\n\na + b, float32 (float64 for float64): 0-dim, or\n[...] for "none".\n\n',
         "**Raises**\n\nAs g(); another too.\n\n- `TypeError`, `ValueError`: an argument; the\n",
         "**Example**\n\n```pycon\n>>> f(1, 2)\n3\n```\n\n",
