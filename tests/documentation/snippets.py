@@ -43,6 +43,14 @@ def blocks(text: str) -> Iterator[Block]:
         at += 1
 
 
+def numbers_in(text: str) -> set[float]:
+    """All numbers in a page's Python."""
+    python = [block.lines for block in blocks(text) if block.language == "python"]
+    code = "\n".join(line.removeprefix(">>> ") for lines in python for line in lines)
+    found = (node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant))
+    return {value for value in found if isinstance(value, (int, float))}
+
+
 class _Smaller(ast.NodeTransformer):
     """Replaces numbers, so that sizes of models with billions of parameters become those of tiny ones."""
 
@@ -85,4 +93,5 @@ def commands(text: str) -> Iterator[list[str]]:
         if not block.language:
             for line in "\n".join(block.lines).replace("\\\n", " ").split("\n"):
                 if match := COMMAND.match(line):
-                    yield shlex.split(match[1], comments=True)
+                    words = shlex.split(match[1], comments=True)
+                    yield words[: words.index(">")] if ">" in words else words
