@@ -8,6 +8,7 @@ public functions, written as name(), become links.
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,11 @@ import griffe
 SECTION = re.compile(r"^(Returns|Raises|Warns|Yields|Example|Source):[ \t]*(.*)$")
 ITEM = re.compile(r"^([A-Z]\w+(?:, [A-Z]\w+)*):\s")
 DOCTEST_FLAG = re.compile(r"\s*# doctest: .*$")
-LISTED = re.compile(r"^::: (\S+)$", re.M)
 NAME = re.compile(r"(?<![\w.`\[])(\w+)\(\)(?!`)")
 # name -> where the reference has it
 PUBLIC = {
     full.rpartition(".")[2]: full
-    for page in (Path(__file__).resolve().parents[1] / "reference").glob("*.md")
-    for full in LISTED.findall(page.read_text(encoding="utf-8"))
+    for full in runpy.run_path(str(Path(__file__).with_name("public.py")))["listed"]()
 }
 
 

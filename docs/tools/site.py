@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import runpy
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -17,27 +18,32 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[2]
 # file of the checkout -> page of the site
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-# files that pages link to, at the same place in the site
-LINKED = (
-    *("benchmarks/results/*", "benchmarks/*.py", "benchmarks/*.sh", "examples/*.py", "examples/*.ipynb"),
-    *("CITATION.cff", "LICENSE"),
-)
+PUBLIC = runpy.run_path(str(ROOT / "docs/tools/public.py"))
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 FENCE = re.compile(r"^(```|~~~)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds what lies outside docs/."""
-    found = {name: ROOT / name for name in PAGES}
-    for pattern in LINKED:
-        found |= {path.relative_to(ROOT).as_posix(): path for path in ROOT.glob(pattern) if path.is_file()}
-    for name, path in sorted(found.items()):
-        files.append(File.generated(config, PAGES.get(name, name), abs_src_path=str(path)))
+    """Adds PAGES, and every file outside docs/ that a page links to, at its own place."""
+    found, unread = (
+        set(PAGES),
+        [*PAGES, *(f"docs/{file.src_uri}" for file in files if file.is_documentation_page())],
+    )
+    while unread:
+        page = unread.pop()
+        for match in LINK.finditer((ROOT / page).read_text(encoding="utf-8")):
+            name = _target(match[1], posixpath.dirname(page))
+            if name and not name.startswith("docs/") and name not in found and (ROOT / name).is_file():
+                found.add(name)
+                unread += [name] if name.endswith(".md") else []
+    for name in sorted(found):
+        files.append(File.generated(config, PAGES.get(name, name), abs_src_path=str(ROOT / name)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns links of the checkout into links of the site, but in code."""
+    """Completes the reference, and turns links of the checkout into links of the site, but in code."""
+    markdown = PUBLIC["with_others"](markdown)
     uris = {file.src_uri for file in files}
     lines, in_code = [], False
     for line in markdown.split("\n"):
@@ -48,22 +54,24 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _link(match: re.Match[str], page_uri: str, uris: set[str]) -> str:
-    target, anchor = match[1], match[2] or ""
-    if ":" in target or target.startswith("/"):
-        return match[0]
-    at = posixpath.dirname(in_checkout(page_uri))
-    name = posixpath.normpath(posixpath.join(at, target))
+    name = _target(match[1], posixpath.dirname(in_checkout(page_uri)))
     uri = PAGES.get(name) or name.removeprefix("docs/")
-    if uri not in uris and f"{uri}/README.md" in uris:
-        uri = f"{uri}/README.md"  # as a folder is shown on the web
     if uri not in uris:
         return match[0]
-    return posixpath.relpath(uri, posixpath.dirname(page_uri) or ".") + anchor
+    return posixpath.relpath(uri, posixpath.dirname(page_uri) or ".") + (match[2] or "")
+
+
+def _target(link: str, folder: str) -> str:
+    """The path in the checkout that a link in a page of this folder names; of a folder, its README."""
+    if ":" in link or link.startswith("/"):
+        return ""
+    name = posixpath.normpath(posixpath.join(folder, link))
+    return f"{name}/README.md" if (ROOT / name / "README.md").is_file() else name
 
 
 def in_checkout(page_uri: str) -> str:
     """The path in the checkout of a page of the site."""
-    for name, uri in PAGES.items():
-        if uri == page_uri:
-            return name
-    return page_uri if page_uri.startswith("benchmarks/") else f"docs/{page_uri}"
+    names = {uri: name for name, uri in PAGES.items()}
+    if page_uri in names or (ROOT / "docs" / page_uri).is_file():
+        return names.get(page_uri, f"docs/{page_uri}")
+    return page_uri
