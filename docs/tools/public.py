@@ -1,6 +1,6 @@
 """Which names are public, and which of them the reference names; from the sources, without imports.
 
-A page names them by lines "::: full.name", in an order that helps a reader. "<!-- others of PACKAGE -->" is for
+A page names them by lines "::: full.name", in an order that helps. "<!-- others of PACKAGE -->" is for
 all public names of a package that no page names.
 """
 
