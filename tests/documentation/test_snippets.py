@@ -1,5 +1,7 @@
 """The Python in README and in all pages runs, and the commands in them are ones that the parsers know."""
 
+import re
+
 import pytest
 import torch.distributed as dist
 
@@ -66,3 +68,9 @@ def test_a_page_that_fails_is_seen():
     assert list(commands("```\n$ minitron-prune plan a \\\n  b > d  # c\nminitron-prune: x\n```")) == [
         ["minitron-prune", "plan", "a", "b"]
     ]
+
+
+def test_readme_counts_the_families():
+    """As docs/families.md does, which a script writes."""
+    (works,) = re.findall(r"(\d+) work, \d+ of them approximately", PAGES["docs/families.md"])
+    assert set(re.findall(r"(\d+) model\s+types", PAGES["README.md"])) == {works}
