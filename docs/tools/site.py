@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 PUBLIC = runpy.run_path(str(ROOT / "docs/tools/public.py"))
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
+# x[rows][:, cols], which would be a reference to another page; not in code
+INDEXED_TWICE = re.compile(r"(`[^`]*`)|\]\[(?=[^\]]*[:, ])")
 FENCE = re.compile(r"^(```|~~~)")
 
 
@@ -49,7 +51,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     for line in markdown.split("\n"):
         if FENCE.match(line.lstrip()):
             in_code = not in_code
-        lines.append(line if in_code else LINK.sub(lambda m: _link(m, page.file.src_uri, uris), line))
+        if not in_code:
+            line = LINK.sub(lambda m: _link(m, page.file.src_uri, uris), line)
+            line = INDEXED_TWICE.sub(lambda m: m[1] or "]\\[", line)
+        lines.append(line)
     return "\n".join(lines)
 
 
