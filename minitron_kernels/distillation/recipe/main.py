@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     from minitron_kernels.distillation.recipe.dry_run import check_targets, describe
     from minitron_kernels.distillation.recipe.run import check_free, verdicts_of
     from minitron_kernels.distillation.recipe.run import run as run_stages
-    from minitron_kernels.distillation.recipe.stages import Context
+    from minitron_kernels.distillation.recipe.stages import Context, harness
     from minitron_kernels.distillation.recipe.state import State
 
     teachers = check_targets(recipe, graph)
@@ -115,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
         state = State(recipe.out)  # as the run before left it
         verdicts = verdicts_of(graph, state)
         check_free(graph, state, verdicts, redo=args.redo)
+        if any(node.config.get("tasks") for node in graph.nodes):
+            harness().check_installed()
         context = Context(recipe.out, _say, args.quiet)
         code = run_stages(graph, state, context, verdicts)
         if code:

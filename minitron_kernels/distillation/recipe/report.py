@@ -58,7 +58,7 @@ def _training(folder: Path) -> dict[str, Any]:
 def write_report(recipe: Recipe, graph: Graph, state: State) -> str:
     """Writes the report; returns its tables, for the terminal."""
     out, rows = recipe.out, rows_of(graph, recipe.out)
-    drawn = draw(rows, out / PICTURE, out.name)
+    drawn = recipe.base["recipe"]["picture"] and draw(rows, out / PICTURE, out.name)
     stages = [{"stage": node.path, **_entry(state, node)} for node in graph.nodes]
     about = recipe.base["recipe"]["about"]
     result = {

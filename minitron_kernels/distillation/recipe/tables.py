@@ -88,6 +88,7 @@ TABLES: dict[str, tuple[Option, ...]] = {
         whole("seed", "of all stages that do not say", 0),
         one_of("device", DEVICES, "of all stages that do not say"),
         whole("processes", "that torchrun starts for [correct] and [distill]", default=1),
+        switch("picture", "draw report.png, where matplotlib is installed", default=True),
     ),
     "correct": (_enabled("where the table is there"), *_training(*_OF_TEACHING)),
     "score": (
@@ -153,7 +154,7 @@ TABLES: dict[str, tuple[Option, ...]] = {
         size("disk_rate", "bytes a second that checkpoints are read and written with"),
     ),
 }  # fmt: skip
-SHARED = ("data", "seq_len", "seed", "device")  # keys of [recipe] for all stages that have them
+SHARED = ("data", "seq_len", "seed", "device", "picture")  # keys of [recipe] for all stages that have them
 
 
 def options_of(table: str) -> dict[str, Option]:

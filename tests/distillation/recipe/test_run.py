@@ -34,7 +34,8 @@ TRAINED_TOKENS = 4 * 4 * 16
 def folder(tmp_path_factory):
     """Models and text; a recipe that ran with two comparisons, in out/."""
     folder = models(tmp_path_factory.mktemp("recipe"))
-    write(folder / "recipe.toml", tables(folder, folder / "out", compare=COMPARE))
+    drawn = {"picture": True}
+    write(folder / "recipe.toml", tables(folder, folder / "out", compare=COMPARE, recipe=drawn))
     assert run("run", folder / "recipe.toml", "--quiet") == 0
     return folder
 
@@ -264,7 +265,7 @@ def test_tasks_go_to_the_harness(folder, tmp_path, monkeypatch):
         calls.append((str(model), list(tasks), options))
         return types.SimpleNamespace(tasks={"toy": {"value": 62.5, "shots": 3}})
 
-    fake.evaluate, fake.check_installed = evaluate, lambda: None
+    fake.evaluate, fake.check_installed = evaluate, lambda: calls.append("looked")
     monkeypatch.setitem(sys.modules, "minitron_kernels.evaluation", fake)
     changes = {
         "recipe": {"held_out": None},
@@ -273,7 +274,8 @@ def test_tasks_go_to_the_harness(folder, tmp_path, monkeypatch):
     }
     file = write(tmp_path / "recipe.toml", tables(folder, tmp_path / "out", **changes))
     assert run("run", file, "--quiet") == 0
-    ((place, tasks, options),) = calls
+    looked, (place, tasks, options) = calls
+    assert looked == "looked"  # before any work
     assert place == str(tmp_path / "out/prune") and tasks == ["toy"]
     assert options["limit"] == 5 and options["device"] == "cpu" and options["batch_size"] == 2
     assert "toy (3 shots)" in (tmp_path / "out/report.md").read_text()

@@ -6,7 +6,7 @@ from distillation.cli_runs import save_models
 from minitron_kernels.distillation.recipe.main import main
 
 BASE = {
-    "recipe": {"seq_len": 16, "seed": 0, "device": "cpu"},
+    "recipe": {"seq_len": 16, "seed": 0, "device": "cpu", "picture": False},
     "score": {"samples": 8, "batch_size": 4},
     "plan": {"hidden_size": 32, "intermediate_size": 48, "divisor": 16},
     "distill": {"steps": 4, "batch_size": 2, "accumulation": 2, "lr": 2e-3, "lr_min": 2e-4, "log_every": 1},
