@@ -91,7 +91,7 @@ def test_sizes_of_rounds():
         (512, 1280, 6, 6),
         (448, 1024, 4, 5),
     ]
-    budget = plan_table(params=2_000_000, divisor=64, rounds=2)
+    budget = plan_table(params=20_000_000, divisor=64, rounds=2)
     last = sizes_of_round(budget, MISTRAL, 2)
     target = preview(budget, MISTRAL).target_config
     assert last == {name: target[name] for name in last} and last["hidden_size"] < 640
