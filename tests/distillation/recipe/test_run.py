@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def again(folder, tmp_path):
-    """Writes a changed recipe over a copy of the finished one; its file."""
+    """Writes a changed recipe beside a copy of the finished one's results; its file."""
     shutil.copytree(folder / "out", tmp_path / "out")
 
     def made(**changes):
@@ -159,7 +159,10 @@ def test_a_trained_model_is_not_thrown_away_unasked(again, tmp_path, capsys):
     said = error_of(capsys, "run", file, "--quiet")
     assert "distill (other student)" in said and "compare/ce/distill" in said and "--redo" in said
     assert snapshot(tmp_path / "out") == before
-    assert run("run", file, "--quiet", "--redo", "--set", "distill.steps=1") == 0
+    file = again(
+        plan={"intermediate_size": 64}, compare={}, distill={"steps": 1}, evaluate={"enabled": False}
+    )
+    assert run("run", file, "--quiet", "--redo") == 0
     assert json.loads((tmp_path / "out/distill/config.json").read_text())["intermediate_size"] == 64
 
 

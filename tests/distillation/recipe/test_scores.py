@@ -107,10 +107,11 @@ def test_operations_are_those_that_torch_counts():
         model(ids)
     config = model.config
     head_dim = config.head_dim
-    # torch counts the whole square of attention, and no norms
+    # torch counts the whole square of attention, no norms and biases, and the product of RoPE's angles
     whole = 32 * 2 * config.num_hidden_layers * 16 * config.num_attention_heads * head_dim
     ours = costs.forward_operations(config.to_dict(), 32, 16)
-    assert ours + whole == pytest.approx(counter.get_total_flops(), rel=0.02)
+    vectors = 32 * 2 * sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 1)
+    assert ours + whole - vectors == pytest.approx(counter.get_total_flops(), rel=2e-3)
     given = {"gradient_checkpointing": False, "seq_len": 16}
     assert costs.training_operations(given, config, None, 32) == 3 * ours
     assert (
