@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0, 1 after an error, 2 for a wrong command line, 130 or 143 after SIGINT or SIGTERM.
     """
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *where: _say("warning", message)
@@ -52,17 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    top = argparse.ArgumentParser(
         "minitron-recipe",
         description="Make a language model smaller: score, cut, distil, evaluate, compare, by one TOML.",
         epilog=EXAMPLES,
         formatter_class=shape,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"minitron-recipe {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    top.add_argument("--version", action="version", version=f"minitron-recipe {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, about: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     command("list", "List the recipes with published settings.", _list)
     sub = command("show", "Print such a recipe.", _show)
     sub.add_argument("name", metavar="NAME")
-    return parser
+    return top
 
 
 def run(args: argparse.Namespace) -> int:
