@@ -12,11 +12,12 @@ from minitron_kernels.pruning.families.configs import Config, as_dict, completed
 from minitron_kernels.pruning.families.family import MTP_KEYS, Family
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.counts import EXPERTS_PER_TOKEN, Footprint, UsageCount, budgets_of
+from minitron_kernels.pruning.plan.states import STATE_AXES, following_keys, impossible_heads
 
 DIVISOR = 64  # of given sizes: rows are then multiples of 128 bytes in bf16, and of tensor cores' tiles
 SEARCH_DIVISOR = 128  # of sizes that are searched for a budget: a tile of GEMM libraries
+_WRITTEN = ("hidden", "heads", "kv_heads", "head_dim", "mlp", "expert_mlp", "experts")
 WIDTH = ("hidden", "mlp", "expert_mlp")  # axes of channels, whose sizes must be multiples of the divisor
-MAMBA = ("mamba_heads", "mamba_dim")
 NEARLY = 0.97  # of the fullest candidate that fits: above this share the better shape is preferred
 MOST_CANDIDATES = 200_000
 BUDGETS = ("params", "active_params", "memory_bytes")  # of the fields of Usage, in their order
@@ -28,7 +29,7 @@ def size_names(family: Family, config: Config) -> dict[str, str]:
     """The names of the sizes that can be pruned, and their axes: {"hidden_size": "hidden", ...}."""
     there = (UsageCount(family, config).axes() | {"layers"}) - {"vocab", "head_dim"}
     there -= set(family.fixed(config))
-    axes = ("hidden", "mlp", "expert_mlp", "experts", "heads", "kv_heads", *MAMBA, "layers")
+    axes = ("hidden", "mlp", "expert_mlp", "experts", "heads", "kv_heads", *STATE_AXES, "layers")
     return {key: axis for axis in axes if axis in there for key in family.keys_of(axis)}
 
 
@@ -167,6 +168,7 @@ def find_sizes(
     memory_bytes: float | None = None,
     memory_dtype: Any = "bfloat16",
     kv_tokens: int = 0,
+    kv_sequences: int = 1,
     num_experts_per_tok: int | None = None,
     search: Sequence[str] | None = None,
     fixed: Mapping[str, int] | None = None,
@@ -187,7 +189,8 @@ def find_sizes(
         params: a budget of parameters, embeddings included, e.g. 8.4e9.
         active_params: a budget of parameters that serve a token, for models with experts.
         memory_bytes: a budget of bytes for the weights and the key/value cache.
-        memory_dtype, kv_tokens: the dtype of weights and cache, and the tokens in it, as in count_usage().
+        memory_dtype, kv_tokens, kv_sequences: the dtype of weights and cache, and the tokens and sequences in
+            it, as in count_usage().
         num_experts_per_tok: of the smaller model; default: as in the source.
         search: names of sizes to choose; default: hidden and MLP sizes. num_hidden_layers is possible only
             where all layers have the same parameters.
@@ -222,7 +225,7 @@ def find_sizes(
         raise ValueError(
             f"search must hold sizes that are not given otherwise, each once, got {list(search)}"
         )
-    count = UsageCount(family, config, Footprint(memory_dtype, kv_tokens), num_experts_per_tok)
+    count = UsageCount(family, config, Footprint(memory_dtype, kv_tokens, kv_sequences), num_experts_per_tok)
     depth = given.get("layers", before["layers"])
     kept = list(range(depth) if layers is None else layers)
     if len(kept) != depth and "layers" in given:
@@ -244,13 +247,15 @@ def find_sizes(
         n: count.of(kept[:n]) for n in (grids[axes.index("layers")] if "layers" in axes else [len(kept)])
     }
     group = before["heads"] // before["kv_heads"]
-    follow = group == 1 and "kv_heads" not in given and "kv_heads" not in axes
+    chosen = {*given, *axes}
+    follow = group == 1 and "kv_heads" not in chosen
     found: list[tuple[float, Candidate]] = []
     least: dict[str, int] = {}
     for choice in itertools.product(*grids):
         sizes = {**before, "layers": len(kept), **given, **dict(zip(axes, choice, strict=True))}
         sizes |= {axis: sizes[other] for axis, other in family.follows.items()}
-        if sizes.get("mamba_heads", 0) % sizes.get("mamba_groups", 1):
+        following_keys(before, sizes, chosen)
+        if impossible_heads(before, sizes):
             continue
         if follow:
             sizes["kv_heads"] = sizes["heads"]
@@ -319,11 +324,12 @@ def write_sizes(family: Family, config: Config, sizes: Mapping[str, int]) -> dic
             inside[parent] = dict(inside[parent])
             inside = inside[parent]
         inside[key] = sizes[axis]
-    for axis in ("hidden", "heads", "kv_heads", "head_dim", "mlp", "expert_mlp", "experts", *MAMBA, "layers"):
+    for axis in (*_WRITTEN, *STATE_AXES, "layers"):
         if axis in sizes and (keys := family.keys_of(axis)):
             for key in [key for key in keys if key in text] or keys[:1]:
                 text[key] = sizes[axis]
-    text.update({key: value(sizes) for key, value in family.derived.items()})
+    source = family.text(config)
+    text.update({key: value(sizes, source) for key, value in family.derived.items()})
     return target
 
 

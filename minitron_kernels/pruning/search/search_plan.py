@@ -61,7 +61,7 @@ class PlanSearch:
         model_type: of the model.
         budgets: that the candidates keep, by name.
         score_name: of the score.
-        counted: how memory is counted: memory_dtype and kv_tokens.
+        counted: how memory is counted: memory_dtype, kv_tokens and kv_sequences.
         lower_is_better: whether the best score is the lowest.
         resumed: how many scores came from the progress file.
     """
@@ -117,7 +117,9 @@ class PlanSearch:
         order = "lower" if self.lower_is_better else "higher"
         first = f"Search for {self.model_type}: {budgets}"
         text = [first, f"score: {self.score_name} ({order} is better)", *table(head, lines, left=1)]
-        cache = f" and the cache of {self.counted['kv_tokens']:,} tokens" if self.counted["kv_tokens"] else ""
+        tokens, sequences = self.counted["kv_tokens"], self.counted["kv_sequences"]
+        of = f" in {sequences:,} sequences" if sequences > 1 else ""
+        cache = f" and the cache of {tokens:,} tokens{of}" if tokens else ""
         text.append(f"memory: of weights{cache} in {self.counted['memory_dtype']}")
         if self.resumed:
             text.append(f"{self.resumed} scores were read from the progress file")
@@ -156,6 +158,7 @@ def search_plan(
     memory_bytes: float | None = None,
     memory_dtype: Any = "bfloat16",
     kv_tokens: int = 0,
+    kv_sequences: int = 1,
     search: Sequence[str] | None = None,
     layers_by_score: bool = False,
     score_name: str | None = None,
@@ -178,8 +181,8 @@ def search_plan(
         score_func: (model) -> a finite number. LMLoss(batches) is the loss on held-out text. It gets each
             model in eval mode, with gradients enabled and all RNGs seeded by `seed`.
         k: how many candidates.
-        params, active_params, memory_bytes, memory_dtype, kv_tokens, search: budgets and sizes to choose, as
-            for make_plan().
+        params, active_params, memory_bytes, memory_dtype, kv_tokens, kv_sequences, search: budgets and sizes
+            to choose, as for make_plan().
         layers_by_score: choose the layers that go, for each number of layers, as search_layers() does, and
             not by importance. That is one more model for each block of neighbouring layers.
         score_name: what tells this score from others in the progress file, and in results; default: the name
@@ -222,7 +225,7 @@ def search_plan(
     source = unwrapped(model)
     config = completed(source.config)
     name = name_of(score_func, score_name, must_tell=progress_file is not None)
-    counted = {"memory_dtype": Footprint(memory_dtype).dtype, "kv_tokens": kv_tokens}
+    counted = Footprint(memory_dtype, kv_tokens, kv_sequences).made_with
     goal = _Target(scores, config, target, search or ())
     identity = {}
     if progress_file is not None:
@@ -243,6 +246,7 @@ def search_plan(
         memory_bytes=memory_bytes,
         memory_dtype=memory_dtype,
         kv_tokens=kv_tokens,
+        kv_sequences=kv_sequences,
         num_experts_per_tok=target.get("num_experts_per_tok"),
         search=search,
         fixed=goal.fixed,

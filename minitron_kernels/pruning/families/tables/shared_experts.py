@@ -18,6 +18,7 @@ from minitron_kernels.pruning.families.parts import (
     norms,
     one_by_one,
     one_key_for_each_head,
+    two_experts,
     unless,
 )
 from minitron_kernels.pruning.families.registry import register_family
@@ -132,7 +133,13 @@ def _shared_size(config: Config) -> int:
 
 _GLM4 = attention(qkv_bias=_BIAS, qk_norm=flag("use_qk_norm"))
 register_family(
-    _deepseek_like("glm4_moe", _GLM4, size_keys=_EXPERT_KEYS, computed={"shared_mlp": _shared_size})
+    _deepseek_like(
+        "glm4_moe",
+        _GLM4,
+        size_keys=_EXPERT_KEYS,
+        computed={"shared_mlp": _shared_size},
+        refuses=two_experts,
+    )
 )
 
 
@@ -174,6 +181,6 @@ register_family(
             "qk_dim": _sum_of("qk_nope_head_dim", "qk_rope_head_dim"),
             "kv_b_dim": _sum_of("qk_nope_head_dim", "v_head_dim"),
         },
-        refuses=one_key_for_each_head,
+        refuses=lambda config: one_key_for_each_head(config) or two_experts(config),
     )
 )
