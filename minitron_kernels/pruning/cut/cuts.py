@@ -310,10 +310,10 @@ class Cuts:
             elif axis == "heads":
                 for kept, dropped in () if is_gain else _heads_of(entry).merged:
                     start = new + _heads_of(entry).query.index(kept) * dim
-                    terms = (2.0, old + kept * dim), (-1.0, old + dropped * dim)
+                    pair = (2.0, old + kept * dim), (-1.0, old + dropped * dim)
                     # of a head with its gate behind its query, the query alone
                     blended = of_group(pieces[0], axis, self.source) if pieces else dim
-                    blends.append(Blend(start, blended, terms))
+                    blends.append(Blend(start, blended, pair))
             elif axis == "kv_heads":
                 for head, sources in enumerate(_heads_of(entry).kv):
                     if len(sources) > 1:
