@@ -9,10 +9,11 @@ from minitron_kernels.pruning import count_usage
 from minitron_kernels.pruning.families.registry import family_of
 
 
-def check_usage(model, counts=lambda name: True, *, no_cache=False):
+def check_usage(model, counts=lambda name: True, *, no_cache=False, repeated=1):
     """All parameters, those that a token meets, and bytes of weights and of a cache of 14 tokens.
 
     counts: (name) -> whether a parameter is of the text model. no_cache: its cache is not counted.
+    repeated: how often its class keeps each head of keys and values.
     """
     dtype = next(model.parameters()).dtype
     weights = {part.data_ptr(): part for name, part in model.named_parameters() if counts(name)}
@@ -25,6 +26,8 @@ def check_usage(model, counts=lambda name: True, *, no_cache=False):
     sizes = family_of(model.config).sizes(model.config)
     whole = 14 * sizes["layers"] * 2 * sizes["kv_heads"] * sizes["head_dim"] * element
     keys, states, slides = cache_of(model)
+    assert keys % repeated == 0
+    keys //= repeated
     if no_cache or (
         not states and keys != whole and not (slides and 0 < keys < whole)
     ):  # sliding windows count as if they kept all

@@ -28,6 +28,7 @@ from minitron_kernels.pruning.families.axes import (
     groups_of,
     names_in,
     of_group,
+    qkv_block,
     split_part,
 )
 from minitron_kernels.pruning.families.family import Located
@@ -163,7 +164,7 @@ class Cuts:
         """What becomes of the parameter `name` of the model (`stored`: of the checkpoint).
 
         Returns:
-            Its cut; None if it is removed with its layer or its expert.
+            Its cut; None if it is removed with its layer, its expert or its head.
 
         Raises:
             ValueError: the source has no such parameter.
@@ -186,6 +187,12 @@ class Cuts:
             if expert not in entry.experts:
                 return None
             expert = entry.experts.index(expert)
+        head = located.head
+        if head is not None and located.axis is not None:
+            kept = self._kept(located.axis, located.layer, None)
+            if head not in kept:
+                return None
+            head = kept.index(head)
         factor, offset = self._gain(name)
         indices, stack = [], None
         if located.stacked and entry is not None:
@@ -193,7 +200,7 @@ class Cuts:
         else:
             indices = [self._index(parts, located.layer, expert) for parts in located.dims]
         return Cut(
-            name=located.moved(new, expert),
+            name=located.moved(new, expert if head is None else head),
             source_shape=located.shape(self.source),
             shape=located.shape(self.target),
             rows=indices[0] if len(indices) >= 2 else None,
@@ -298,6 +305,10 @@ class Cuts:
         if entry is None or not located.dims:
             return ()
         blends: list[Blend] = []
+        heads = entry.heads
+        joined = heads is not None and (heads.merged or any(len(sources) > 1 for sources in heads.kv))
+        if joined and any("kv_heads" in parts for parts in located.dims[1:]):
+            raise ValueError(f"{located.name} is [in, out]: its heads cannot be joined")
         old, new = 0, 0
         axes = {name for parts in located.dims for part in parts for name in names_in(part)} - {"1"}
         # of a norm over all heads, or over each: it has no axis of what a projection reads
@@ -329,17 +340,17 @@ class Cuts:
         size, kept = (sizes["heads"] // sizes["kv_heads"] for sizes in (self.source, self.target))
         blends = []
         for stays, goes in heads.merged:
-            start = new + _qkv_block(heads.query.index(stays), kept) * dim
+            start = new + qkv_block(heads.query.index(stays), kept) * dim
             terms = tuple(
-                (weight, old + _qkv_block(head, size) * dim) for weight, head in ((2.0, stays), (-1.0, goes))
+                (weight, old + qkv_block(head, size) * dim) for weight, head in ((2.0, stays), (-1.0, goes))
             )
             blends.append(Blend(start, dim, terms))
         for head, sources in enumerate(heads.kv):
             for part in ("key", "value") if len(sources) > 1 else ():
                 terms = tuple(
-                    (1 / len(sources), old + _qkv_block(source, size, part) * dim) for source in sources
+                    (1 / len(sources), old + qkv_block(source, size, part) * dim) for source in sources
                 )
-                blends.append(Blend(new + _qkv_block(head, kept, part) * dim, dim, terms))
+                blends.append(Blend(new + qkv_block(head, kept, part) * dim, dim, terms))
         return blends
 
     def _gain(self, name: str) -> tuple[float, float]:
@@ -384,13 +395,3 @@ class Cuts:
 def _heads_of(entry: LayerPlan) -> KeptHeads:
     assert entry.heads is not None, "heads in a layer without attention"
     return entry.heads
-
-
-def _qkv_block(head: int, size: int, part: str = "query") -> int:
-    """Where a query head (or the key or value of a KV head) is, in heads, among rows that are grouped.
-
-    size: of query heads in each KV group, which are followed by the group's key and value.
-    """
-    if part == "query":
-        return head // size * (size + 2) + head % size
-    return head * (size + 2) + size + (part == "value")

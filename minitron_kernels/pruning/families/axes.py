@@ -80,3 +80,13 @@ def of_group(piece: str, groups: str, sizes: Sizes) -> int:
     """The number of elements of a piece in each group; `groups` is the axis that has a group an element."""
     count = elements(piece, sizes)
     return count // sizes[groups] if split_part(piece)[0] in PRUNED else count
+
+
+def qkv_block(head: int, size: int, part: str = "query") -> int:
+    """Where a query head (or the key or value of a KV head) is, in heads, among rows that are grouped.
+
+    size: of query heads in each KV group, which are followed by the group's key and value.
+    """
+    if part == "query":
+        return head // size * (size + 2) + head % size
+    return head * (size + 2) + size + (part == "value")
