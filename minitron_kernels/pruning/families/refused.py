@@ -160,6 +160,12 @@ REFUSALS: tuple[Refusal, ...] = (
         ("phi4_multimodal",),
     ),
     Refusal(
+        "a class for text and images that transformers 5.24 cannot run: it reads image_outputs, which its "
+        "text model does not give",
+        "load its text model, a llama4_text, by AutoModelForCausalLM and prune that",
+        ("llama4",),
+    ),
+    Refusal(
         "images or sounds around a language model",
         "load the language model inside as AutoModelForCausalLM and prune that",
         (

@@ -6,7 +6,6 @@ import torch
 
 from pruning.family_case import Case, Places
 from pruning.family_configs.dense import FOUR, GEMMA, GEMMA4, GEMMA4_TARGET, SQUARE, WINDOWS
-from pruning.family_configs.experts import CASES as OF_EXPERTS
 from pruning.family_configs.hybrid import CASES as HYBRID
 
 INSIDE = dict(
@@ -54,20 +53,20 @@ def placed_patches():
     }
 
 
-TEXT = {case.model_type: case for case in (*OF_EXPERTS, *HYBRID)}
+TEXT = {case.model_type: case for case in HYBRID}
 QWEN3_5 = {
     "vision_config": {**QWEN_ENCODER, "out_hidden_size": 48, "num_position_embeddings": 16},
     **QWEN,
 }
 
 
-def _around(text, model_type, config, follow, images, **inside):
+def _around(text, model_type, config, follow, images):
     """The case of a model around a text model that has one of its own."""
     return dataclasses.replace(
         TEXT[text],
         model_type=model_type,
         config={"text_config": {"model_type": text, **TEXT[text].config}, **config},
-        places=dataclasses.replace(TEXT[text].places, **(inside or INSIDE)),
+        places=dataclasses.replace(TEXT[text].places, **INSIDE),
         follow=follow,
         images=images,
     )
@@ -196,26 +195,5 @@ CASES = (
             patches,
         )
         for name in ("qwen3_5", "qwen3_5_moe")
-    ),
-    _around(
-        "llama4_text",
-        "llama4",
-        {
-            "vision_config": {
-                **LAYERS,
-                "hidden_size": 24,
-                "intermediate_size": 96,
-                "patch_size": 2,
-                "projector_input_dim": 28,
-                "projector_output_dim": 28,
-                "vision_output_dim": 28,
-            },
-            "image_token_index": IMAGE,
-        },
-        ("multi_modal_projector.linear_1.weight",),
-        square_image(),
-        layers="language_model.model.layers",
-        embedding="language_model.model.embed_tokens",
-        final_norm="language_model.model.norm",
     ),
 )

@@ -175,16 +175,3 @@ for _type in ("qwen3_5", "qwen3_5_moe"):
             layouts=(_QWEN,),
         )
     )
-
-# ---- Llama 4: the text model with its head is one module, beside the encoder and a projector of one layer
-
-register_multimodal(
-    Multimodal(
-        ("llama4",),
-        text="language_model.model",
-        head="language_model.lm_head",
-        params=(Param("multi_modal_projector.linear_1.weight", "hidden, vision"),),
-        adds_to_residual=("multi_modal_projector.linear_1",),
-        computed={"vision": _vision("vision_output_dim")},
-    )
-)
