@@ -128,7 +128,7 @@ def test_states_do_not_grow_with_the_tokens_but_with_the_sequences():
     with pytest.raises(ValueError, match="kv_sequences must be at most kv_tokens, 0"):
         count_usage(config, kv_sequences=2)
     with pytest.raises(ValueError, match="belong to a budget"):
-        make_plan(TABLES, config, linear_num_value_heads=4, kv_sequences=2)
+        make_plan(TABLES, config, linear_num_value_heads=4, kv_tokens=9, kv_sequences=2)
     without = count_usage(config, kv_tokens=100, kv_sequences=7).memory_bytes - 2 * 80 * 48
     found = find_sizes(config, memory_bytes=without, kv_tokens=100, kv_sequences=7, divisor=8)
     assert all(candidate.memory_bytes <= without for candidate in found)
