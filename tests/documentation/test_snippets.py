@@ -8,6 +8,7 @@ import torch.distributed as dist
 from documentation.given import GIVEN, NUMBERS
 from documentation.snippets import blocks, commands, numbers_in, pages, run
 from minitron_kernels.distillation.cli import arguments as distill
+from minitron_kernels.distillation.recipe import main as recipe
 from minitron_kernels.pruning.cli import arguments as prune
 
 PAGES = pages()
@@ -51,6 +52,7 @@ def test_almost_everything_is_run():
 def test_commands_are_known(page):
     parsers = {
         "minitron-prune": prune.parser_of(dict.fromkeys(("score", "plan", "search", "prune", "info"))),
+        "minitron-recipe": recipe.parser(),
         "minitron-distill": distill.parser_of(dict.fromkeys(("train", "cache", "info"))),
     }
     for name, *arguments in commands(PAGES[page]):
