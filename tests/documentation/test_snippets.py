@@ -78,6 +78,7 @@ def test_a_page_that_fails_is_seen():
 
 
 def test_readme_counts_the_families():
-    """As docs/families.md does, which a script writes."""
+    """It promises no more than docs/families.md, which a script writes, and not much less."""
     (works,) = re.findall(r"(\d+) work, \d+ of them approximately", PAGES["docs/families.md"])
-    assert set(re.findall(r"(\d+) model\s+types", PAGES["README.md"])) == {works}
+    said = re.findall(r"(\d+) model\s+types", PAGES["README.md"])
+    assert len(said) == 2 and all(int(works) - 10 < int(number) <= int(works) for number in said)
