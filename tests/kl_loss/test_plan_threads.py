@@ -1,7 +1,5 @@
 """Neither threads nor caches change a bit: chunks of tokens are chosen without them, within any budget."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -13,7 +11,7 @@ from minitron_kernels.ops.kl_loss.planner_cpu import Planner
 
 pytestmark = pytest.mark.native
 KIB, MIB = 1 << 10, 1 << 20
-COUNTS = (1, 2, 3, 5, 8, 13, 16, 31, 32, 48, 64, 96, 127, 128)
+COUNTS = (1, 2, 5, 16, 31, 64, 128)
 # of small and of large cores; the last has no L3
 CACHES = (Caches(), Caches(32 * KIB, 256 * KIB, 8 * MIB), Caches(48 * KIB, 2 * MIB, 300 * MIB), Caches(l3=0))
 PROBLEM = {
@@ -22,6 +20,12 @@ PROBLEM = {
     "lent": False,
 }  # fmt: skip
 SHAPES = [(1, 1000, 64, 80), (512, 32768, 1024, 1280), (4096, 131072, 2048, 2560), (1100, 2100, 64, 96)]
+CASES = [
+    *((shape, "auto") for shape in SHAPES),
+    (SHAPES[1], "store"),
+    (SHAPES[3], "store"),
+    (SHAPES[3], "recompute"),
+]
 
 
 def planned(shape, budget, count=1, caches=CACHES[0], *, schedule="auto", engine="f32", **changes):
@@ -40,19 +44,16 @@ def budgets_of(shape, schedule, **changes):
     with pytest.raises(ValueError, match="would do is") as error:
         mk.plan_linear_kl_loss(*shape, schedule=schedule, workspace_bytes=0, engine="f32", **changes)
     least = int(str(error.value).split("would do is ")[1].split()[0])
-    return [least - 1, *(int(least * 1.19**i) for i in range(0, 60, 3)), 512 * MIB]
+    return [least - 1, *(int(least * factor) for factor in (1, 1.3, 1.9, 2.7, 4.1, 7.3, 13, 40)), 512 * MIB]
 
 
-@pytest.mark.parametrize("schedule", ["auto", "store", "recompute"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "schedule"), CASES)
 def test_chunks_are_those_of_one_thread(shape, schedule):
     seen = set()
     for budget in budgets_of(shape, schedule):
         alone = planned(shape, budget, schedule=schedule)
-        counts = COUNTS if alone is None or shape[0] > 1 else (1, 128)
-        for count, caches in itertools.product(counts, CACHES):
-            if count not in (1, 16, 128) and caches is not CACHES[count % len(CACHES)]:
-                continue  # each count with some caches
+        for number, count in enumerate(COUNTS):
+            caches = CACHES[number % len(CACHES)]
             plan = planned(shape, budget, count, caches, schedule=schedule)
             assert (plan is None) == (alone is None), (budget, count, caches)
             if plan is None:
@@ -84,9 +85,9 @@ def test_bits(monkeypatch, dtype, engine):
     shape = (200, 1200, 32, 40)
     hidden, head, *teacher = make_linear(*shape[:1], *shape[2:], shape[1], dtype)
     bias, chunks = torch.linspace(-1, 1, shape[1]), set()
-    for budget in (350 * KIB, 500 * KIB, 700 * KIB, 1100 * KIB, 3 * MIB):
+    for budget in (350 * KIB, 600 * KIB, 1100 * KIB, 3 * MIB):
         results = []
-        for count in (1, 2, 7, 40):
+        for count in (1, 3, 24):
             leaves = [x.detach().clone().requires_grad_() for x in (hidden, head, bias)]
             with threads(count):
                 loss = mk.linear_kl_loss(

@@ -17,7 +17,7 @@ def given(k, dtype, *, tau=1.0, missing=True, seed=0):
     """ids in any order, some -1, no two alike; log-probabilities; the tail at `tau`; which rows count."""
     g = torch.Generator().manual_seed(seed)
     log_p = (torch.randn(N, V, generator=g, dtype=torch.float64) * 2).log_softmax(-1)
-    ids = torch.rand(N, V, generator=g).argsort(-1)[:, :k]
+    ids = torch.rand(N, V, generator=g).argsort(-1)[:, :k].contiguous()
     if missing:
         ids = torch.where(torch.rand(N, k, generator=g) < 0.3, -1, ids)
     named = torch.zeros(N, V + 1, dtype=torch.bool).scatter(1, ids.where(ids >= 0, V), True)[:, :V]
