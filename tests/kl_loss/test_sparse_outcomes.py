@@ -73,7 +73,7 @@ def test_wrong_ones_do_not_fit():
     for row in (0, N - 1):
         for change in (
             {"ids": V}, {"ids": -2}, {"twice": True}, {"logprobs": math.nan}, {"logprobs": math.inf},
-            {"logprobs": 2 * log_slack}, {"tail": math.nan}, {"tail": 0.0}, {"tail": -math.inf},
+            {"logprobs": 2 * log_slack}, {"tail": math.nan}, {"tail": 0.1}, {"tail": -math.inf},
         ):  # fmt: skip
             ids, logprobs, tail, _ = given(4, torch.float64, missing=False)
             if "ids" in change:

@@ -34,7 +34,7 @@ _MAX_FORWARD_CHUNK = 1024
 _MIN_STORE_ROWS = 128
 _MIN_STORED_SHARE = 0.75  # with schedule="store"
 # chunks leave room for the scratch memory of so many threads, if one thread then takes at most so much longer
-_THREADS_OF_CHUNKS = 16
+_THREADS_OF_CHUNKS = (64, 8)
 _PRICE_OF_ROOM = 1.1
 
 
@@ -157,11 +157,14 @@ class Planner:
         if not plans:
             self.refuse(schedule)
         best = min(plans, key=self.cost)
-        shared = dataclasses.replace(alone, threads=_THREADS_OF_CHUNKS).plans(schedule)
-        if not shared:
-            return best
-        roomy = min(alone.plans(schedule, [min(shared, key=self.cost).chunk_rows]), key=self.cost)
-        return roomy if self.cost(roomy) <= _PRICE_OF_ROOM * self.cost(best) else best
+        for threads in _THREADS_OF_CHUNKS:
+            shared = dataclasses.replace(alone, threads=threads).plans(schedule)
+            if shared:
+                rows = min(shared, key=self.cost).chunk_rows
+                roomy = min(alone.plans(schedule, [rows]), key=self.cost)
+                if self.cost(roomy) <= _PRICE_OF_ROOM * self.cost(best):
+                    return roomy
+        return best
 
     def refuse(self, schedule: str) -> NoReturn:
         """The error for a budget with which not even one thread has a plan."""
