@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minitron_kernels.pruning.families.family import ONE, QKV, elements, elements_inside, split_part
+from minitron_kernels.pruning.families.axes import ONE, elements, elements_inside, groups_of, split_part
 from minitron_kernels.pruning.families.registry import family_of
 
 ENERGY = "energy"  # by which norms are rescaled: always measured, whatever ranks the channels
@@ -90,7 +90,8 @@ def _pieces(along: Tensor, parts: tuple[str, ...], sizes: Mapping[str, int]) -> 
         length = elements(part, sizes)
         piece = along[begin : begin + length]
         begin += length
-        if part not in (ONE, QKV):  # of fused groups the output projection has the heads by themselves
+        # of fused groups the output projection has the heads by themselves
+        if part != ONE and groups_of(part) is None:
             piece = piece.view(-1, elements_inside(part, sizes)).sum(1)
             found.append((split_part(part)[0], piece))
     return found
@@ -105,7 +106,7 @@ def even_tables(config: Any) -> dict[str, Any]:
         return torch.arange(torch.Size(shape).numel(), dtype=torch.float64).view(shape)
 
     lengths = {"mlp": sizes.get("mlp"), "heads": sizes["heads"], "experts": sizes.get("experts")}
-    lengths["conv"] = sizes.get("conv")
+    lengths |= {"conv": sizes.get("conv"), "delta": sizes.get("delta_heads")}
     if "mamba_heads" in sizes:
         lengths["mamba"] = sizes["mamba_heads"] * sizes["mamba_dim"]
     tables: dict[str, Any] = {"hidden": rising(sizes["hidden"]), "layers": rising(sizes["layers"])}
