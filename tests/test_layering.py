@@ -25,6 +25,8 @@ def part_of(module: str) -> str:
         return "top"
     if parts[0] in ("_native", "_workspace", "_backend", "_tensors", "_opaque", "_command", "distillation"):
         return parts[0]
+    if parts[0] == "evaluation":
+        return parts[0]
     if parts[0] == "pruning":  # a room of it, or what is around the rooms
         return ".".join(parts[:2]) if len(parts) > 1 and parts[1] != "__main__" else "pruning"
     if parts == ["ops"]:
@@ -47,6 +49,7 @@ MAY_IMPORT = {
     "_tensors": set(),
     "_opaque": set(),
     "_command": {"_command"},
+    "evaluation": {"evaluation", "_command", "top"},
     "_backend": {"_native"},
     "ops": set(),
     "reference": set(),
@@ -71,6 +74,7 @@ MAY_IMPORT = {
     "pruning": {f"pruning.{room}" for room in ROOMS},
     "distillation": {
         "distillation",
+        "evaluation",
         "pruning",
         "pruning.families",
         "pruning.checkpoint",

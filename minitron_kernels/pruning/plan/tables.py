@@ -12,7 +12,14 @@ from torch import Tensor
 
 from minitron_kernels.pruning.families.configs import Config
 from minitron_kernels.pruning.families.family import Family
-from minitron_kernels.pruning.plan.selection import Keep, best_block, checked_scores, least_loss, top
+from minitron_kernels.pruning.plan.selection import (
+    Keep,
+    best_block,
+    checked_scores,
+    format_runs,
+    least_loss,
+    top,
+)
 from minitron_kernels.pruning.plan.sizes import Sizes
 
 
@@ -94,7 +101,10 @@ def kept_layers(
             or len(set(gone)) < len(gone)
             or len(gone) >= before
         ):
-            raise ValueError(f"drop_layers must name some of {before} layers, each once, got {list(drop)}")
+            raise ValueError(
+                f"drop_layers must name some of the layers 0 to {before - 1}, each once and not all, got "
+                f"{format_runs(gone)}"
+            )
         if depth_is_given and after != before - len(gone):
             raise ValueError(
                 f"num_hidden_layers {after} is not what drop_layers leaves of {before}: {before - len(gone)}"
