@@ -33,6 +33,7 @@ WORDS = (
     (r"leave them out by run_code=False", "leave them out by --no-code"),
     (r"run_code=False leaves", "--no-code leaves"),
     (r"^tasks(?=[: ])", "--tasks"),
+    (r"^output must", "--output must"),
     (r"\btasks_path\b", "--tasks-path"),
     (r"take another output, or overwrite it", "take another --output, or --overwrite"),
     (r"^(batch_size|limit|max_length) must", lambda found: f"--{found[1].replace('_', '-')} must"),

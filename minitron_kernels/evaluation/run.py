@@ -274,15 +274,19 @@ def _resumed(new: Evaluation, output: Path, overwrite: bool) -> Evaluation:
     Raises:
         ValueError, OSError: they are of others, or it is something else; it cannot be written.
     """
+    if output.suffix != ".json":
+        raise ValueError(f"output must be a .json file (the table goes into a .md beside it), got {output}")
     check_free(output, True, folder=False, option="output")
     if overwrite or not output.exists():
         return new
     old = Evaluation.load(output)
+    again = "take another output, or overwrite it"
+    if new.fingerprint is None:
+        raise ValueError(f"{output}: holds results, perhaps not of this model in memory: {again}")
     for name in ("model", "fingerprint", "settings", "versions"):
         mine, theirs = getattr(new, name), getattr(old, name)
-        if mine != theirs or (name == "fingerprint" and mine is None):
-            what = "a model in memory" if mine is None else f"{theirs!r} as its {name}, not {mine!r}"
-            raise ValueError(f"{output}: holds results of {what}: take another output, or overwrite it")
+        if mine != theirs:
+            raise ValueError(f"{output}: holds results with {name} {theirs!r}, not {mine!r}: {again}")
     old.left_out = []
     return old
 

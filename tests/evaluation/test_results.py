@@ -176,7 +176,7 @@ def test_an_interrupted_one_goes_on(stub, tmp_path):
     result = evaluate(stub.model, tasks, output=output, limit=3)
     assert stub.ran == tasks  # none twice
     assert {name: entry["value"] for name, entry in result.tasks.items()} == {"a": 1, "b": 2, "c": 3}
-    with pytest.raises(ValueError, match=r"holds results of .*limit.* as its settings.*overwrite"):
+    with pytest.raises(ValueError, match=r"holds results with settings .*limit.*, not .*overwrite"):
         evaluate(stub.model, ["a"], output=output)
     assert evaluate(stub.model, ["a"], output=output, overwrite=True).tasks.keys() == {"a"}
     with pytest.raises(ValueError, match="holds a with 0 shots, not 2"):
@@ -190,7 +190,7 @@ def test_another_model_is_another_result(stub, tmp_path):
     evaluate(model, ["a"], output=output)
     assert ran == ["a"]
     tiny.save_model(model, seed=1)
-    with pytest.raises(ValueError, match="as its fingerprint"):
+    with pytest.raises(ValueError, match="holds results with fingerprint"):
         evaluate(model, ["a"], output=output)
 
 
@@ -203,6 +203,7 @@ def test_arguments(stub, tmp_path):
         (dict(tasks_path=tmp_path / "no"), "no such folder"),
         (dict(tasks_path=tmp_path / "model"), r"has no \.yaml files"),
         (dict(output=tmp_path / "no" / "a.json"), "no such folder to write"),
+        (dict(output=tmp_path / "a.md"), "output must be a .json file"),
         (dict(device="mars"), "mars: cannot be used"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
