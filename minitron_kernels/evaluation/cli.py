@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import warnings
 from collections.abc import Sequence
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(args)
     except KeyboardInterrupt:
         kept = args.output is not None and args.output.exists()
-        say(PROGRAM, "interrupted", f"the same command {'goes on from here' if kept else 'begins anew'}")
+        again = "without --overwrite goes on" if args.overwrite else "goes on from here"
+        say(PROGRAM, "interrupted", f"the same command {again if kept else 'begins anew'}")
         return 130
     except Exception as error:
         if args.debug:
@@ -72,9 +74,7 @@ def _run(args: argparse.Namespace) -> None:
         from minitron_kernels.evaluation.run import evaluate
 
         if args.quiet or not in_terminal():
-            from transformers.utils import logging
-
-            logging.disable_progress_bar()
+            _without_bars()
         results.append(
             evaluate(
                 args.model,
@@ -94,6 +94,17 @@ def _run(args: argparse.Namespace) -> None:
             )
         )
     show(evaluation_table([*results, *beside], args.published))
+
+
+def _without_bars() -> None:
+    """No bars of transformers and datasets, which are not asked for in a log."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if importlib.util.find_spec("datasets") is not None:
+        import datasets
+
+        datasets.disable_progress_bars()
 
 
 def listed() -> list[str]:
