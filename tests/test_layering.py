@@ -18,12 +18,16 @@ KERNELS = ("_simd.cpp", "_amx.cpp", "_avx512_bf16.cpp", ".cuh")
 TORCH = ("torch", "ATen", "c10")
 
 
+# parts of the house that are a module, or a package without rooms
+ALONE = ("_native", "_workspace", "_backend", "_tensors", "_files", "_opaque", "_command", "distillation")
+
+
 def part_of(module: str) -> str:
     """The part of the house that a module belongs to."""
     parts = module.split(".")[1:]
     if parts in ([], ["__main__"]):
         return "top"
-    if parts[0] in ("_native", "_workspace", "_backend", "_tensors", "_opaque", "_command", "distillation"):
+    if parts[0] in ALONE:
         return parts[0]
     if parts[0] == "evaluation":
         return parts[0]
@@ -47,9 +51,10 @@ MAY_IMPORT = {
     "_native": set(),
     "_workspace": set(),
     "_tensors": set(),
+    "_files": set(),
     "_opaque": set(),
     "_command": {"_command"},
-    "evaluation": {"evaluation", "_command", "top"},
+    "evaluation": {"evaluation", "_command", "_files", "top"},
     "_backend": {"_native"},
     "ops": set(),
     "reference": set(),
@@ -61,11 +66,11 @@ MAY_IMPORT = {
     },
     "pruning.families": {"pruning.families"},
     "pruning.score": {"pruning.score", "pruning.families", "op", "_command"},
-    "pruning.plan": {"pruning.plan", "pruning.families"},
+    "pruning.plan": {"pruning.plan", "pruning.families", "_files"},
     "pruning.cut": {"pruning.cut", "pruning.plan", "pruning.families", "op"},
     "pruning.search": {
         *("pruning.search", "pruning.cut", "pruning.plan", "pruning.score", "pruning.families", "_tensors"),
-        "_command",
+        *("_command", "_files"),
     },
     "pruning.checkpoint": {
         *("pruning.checkpoint", "pruning.cut", "pruning.plan", "pruning.families", "op", "_command"),
@@ -81,6 +86,7 @@ MAY_IMPORT = {
         "op",
         "divergence",
         "_tensors",
+        "_files",
         "_command",
         "top",
     },

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minitron_kernels._files import write_text
 from minitron_kernels.evaluation.benchmarks import ANNOUNCEMENT, BENCHMARKS, PUBLISHED
 
 FORMAT = "minitron_kernels.evaluation"
@@ -51,13 +52,8 @@ class Evaluation:
         """Writes the JSON file, and the table beside it as .md; a file that was there stays until then."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        for file, text in (
-            (path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False)),
-            (path.with_suffix(".md"), self.table()),
-        ):
-            part = file.with_name(f".{file.name}.{os.getpid()}")
-            part.write_text(text + "\n", encoding="utf-8")
-            part.replace(file)
+        write_text(path.with_suffix(".md"), self.table() + "\n")
+        write_text(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evaluation:

@@ -10,10 +10,12 @@ from minitron_kernels.pruning.families.registry import (
     register_family,
     register_multimodal,
 )
+from minitron_kernels.pruning.families.stored_names import StoredNames
 from minitron_kernels.pruning.plan.counts import Usage, count_usage
+from minitron_kernels.pruning.plan.find_sizes import Candidate, find_sizes
 from minitron_kernels.pruning.plan.make_plan import make_plan
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
-from minitron_kernels.pruning.plan.sizes import Candidate, find_sizes
+from minitron_kernels.pruning.plan.runtimes import runtime_notes
 from minitron_kernels.pruning.score.collect import collect_importance
 from minitron_kernels.pruning.score.plot import plot_importance
 from minitron_kernels.pruning.score.scores import ImportanceScores
@@ -35,6 +37,7 @@ __all__ = [
     "PlanSearch",
     "PrunedCheckpoint",
     "PruningPlan",
+    "StoredNames",
     "Taps",
     "Usage",
     "collect_importance",
@@ -47,6 +50,7 @@ __all__ = [
     "prune_model",
     "register_family",
     "register_multimodal",
+    "runtime_notes",
     "search_layers",
     "search_plan",
 ]

@@ -38,11 +38,11 @@ def capture(model, batches):
 
 
 def sequences(arrays, masks):
-    """The counted tokens [n, C] of every sequence of all batches."""
+    """The counted tokens [n, C] of every sequence of all batches; some layers have all tokens in one row."""
     return [
         tokens
         for x, mask in zip(arrays, masks, strict=True)
-        for tokens in oracle.sequences_of(x, None if mask is None else mask)
+        for tokens in oracle.sequences_of(x.reshape(*mask.shape, -1), mask)
     ]
 
 
@@ -203,7 +203,7 @@ def tables(
             )
         pairs = zip(of(layer, "in"), of(layer, "out"), strict=True)
         result["layers"][i] = np.concatenate([oracle.cosine_distance(x, y) for x, y in pairs]).mean()
-    unscored = (*(case.fixed[:1] if case.fixed else ()), *(["layers"] if case.stays else ()))
+    unscored = (*(case.fixed or ())[:1], *case.unscored, *(["layers"] if case.stays else ()))
     return {name: table for name, table in result.items() if len(table) and name not in unscored}
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from minitron_kernels._files import write_text
 from minitron_kernels.pruning import make_plan
-from minitron_kernels.pruning.plan.files import write_text
 from minitron_kernels.pruning.score import score_files
 from pruning.score_tables import random_tables
 

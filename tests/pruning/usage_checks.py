@@ -7,10 +7,11 @@ from minitron_kernels.pruning import count_usage
 from minitron_kernels.pruning.families.registry import family_of
 
 
-def check_usage(model, counts=lambda name: True, *, no_cache=False):
+def check_usage(model, counts=lambda name: True, *, no_cache=False, repeated=1):
     """All parameters, those that a token meets, and bytes of weights and of a cache of 14 tokens.
 
     counts: (name) -> whether a parameter is of the text model. no_cache: its cache is not counted.
+    repeated: how often its class keeps each head of keys and values.
     """
     dtype = next(model.parameters()).dtype
     weights = {part.data_ptr(): part for name, part in model.named_parameters() if counts(name)}
@@ -23,6 +24,8 @@ def check_usage(model, counts=lambda name: True, *, no_cache=False):
     sizes = family_of(model.config).sizes(model.config)
     wanted = 14 * sizes["layers"] * 2 * sizes["kv_heads"] * sizes["head_dim"] * element
     kept, slides = cache_of(model)
+    assert kept % repeated == 0
+    kept //= repeated
     if no_cache or (
         kept != wanted and not (slides and 0 < kept < wanted)
     ):  # sliding windows count as if they kept all

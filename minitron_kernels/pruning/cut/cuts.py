@@ -159,7 +159,7 @@ class Cuts:
         """What becomes of the parameter `name` of the model (`stored`: of the checkpoint).
 
         Returns:
-            Its cut; None if it is removed with its layer or its expert.
+            Its cut; None if it is removed with its layer, its expert or its head.
 
         Raises:
             ValueError: the source has no such parameter.
@@ -182,6 +182,12 @@ class Cuts:
             if expert not in entry.experts:
                 return None
             expert = entry.experts.index(expert)
+        head = located.head
+        if head is not None and located.axis is not None:
+            kept = self._kept(located.axis, located.layer, None)
+            if head not in kept:
+                return None
+            head = kept.index(head)
         factor, offset = self._gain(name)
         indices, stack = [], None
         if located.stacked and entry is not None:
@@ -189,7 +195,7 @@ class Cuts:
         else:
             indices = [self._index(parts, located.layer, expert) for parts in located.dims]
         return Cut(
-            name=located.moved(new, expert),
+            name=located.moved(new, expert if head is None else head),
             source_shape=located.shape(self.source),
             shape=located.shape(self.target),
             rows=indices[0] if len(indices) >= 2 else None,
@@ -284,6 +290,10 @@ class Cuts:
         if entry is None or not located.dims:
             return ()
         blends: list[Blend] = []
+        heads = entry.heads
+        joined = heads is not None and (heads.merged or any(len(sources) > 1 for sources in heads.kv))
+        if joined and any("kv_heads" in parts for parts in located.dims[1:]):
+            raise ValueError(f"{located.name} is [in, out]: its heads cannot be joined")
         old, new = 0, 0
         axes = {split_part(part)[0] for parts in located.dims for part in parts}
         # of a norm over all heads, or over each: it has no axis of what a projection reads

@@ -37,6 +37,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minitron_kernels.pruning.families.configs import Config, config_value, nested, written_value
+from minitron_kernels.pruning.families.stored_names import StoredNames
 
 When = Callable[[Config, int], bool]
 
@@ -60,6 +61,10 @@ ONE = "one"
 QKV = "qkv"  # queries, keys and values of each KV group in turn
 PER_HEAD_ONE = {"num_heads": "heads", "num_kv_heads": "kv_heads"}  # axes of one element a head
 TIE_KEY = "tie_word_embeddings"
+# axes of what is looked up, by token or by position: "without embeddings" leaves these out
+EMBEDDED = frozenset(("vocab", "input_vocab", "positions"))
+# in a parameter's name: its number -> the axis that it counts
+NUMBERED = {"{expert}": "experts", "{head}": "heads", "{kv_head}": "kv_heads"}
 # config keys of how many layers there are for multi-token prediction (MTP), which no table describes
 MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers", "mtp_num_layers")
 
@@ -69,7 +74,8 @@ class Param:
     """One parameter of a layer (or of the model around the layers), or one learned buffer.
 
     Args:
-        name: inside a layer, e.g. "self_attn.q_proj.weight"; with "{expert}" where each expert has one.
+        name: inside a layer, e.g. "self_attn.q_proj.weight"; with "{expert}" where each expert has one, and
+            "{head}" or "{kv_head}" where each head has.
         axes: of its dimensions, separated by ", "; "a+b" for concatenated parts; "" for a scalar.
         when: (config, layer) -> whether the layer has this parameter; None for always.
         buffer: whether it is a persistent buffer of the model, such as e_score_correction_bias: cut and
@@ -89,14 +95,16 @@ class Param:
 
 @dataclass(frozen=True)
 class Located:
-    """A parameter of one model: its layer and expert, if any, and its dimensions."""
+    """A parameter of one model: its layer, and its expert or head, if any, and its dimensions."""
 
     name: str
     dims: tuple[tuple[str, ...], ...]
     layer: int | None = None
     expert: int | None = None
-    pattern: str = ""  # its name with {layer} and {expert} for their numbers
+    pattern: str = ""  # its name with {layer} and a key of NUMBERED for their numbers
     buffer: bool = False
+    head: int | None = None  # its query head, or KV head: `axis` says which
+    axis: str | None = None  # that its number counts
 
     @property
     def stacked(self) -> bool:
@@ -104,9 +112,9 @@ class Located:
         inside = {split_part(part)[0] for parts in self.dims[1:] for part in parts}
         return self.dims[:1] == (("experts",),) and (len(self.dims) == 3 or "expert_mlp" in inside)
 
-    def moved(self, layer: int | None, expert: int | None) -> str:
-        """Its name in a model where its layer and expert have these numbers."""
-        return (self.pattern or self.name).format(layer=layer, expert=expert)
+    def moved(self, layer: int | None, number: int | None) -> str:
+        """Its name in a model where its layer, and its expert or head, have these numbers."""
+        return _numbered_name(self.pattern or self.name, layer, number)
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Its shape in a model with these sizes."""
@@ -204,6 +212,9 @@ class Family:
         refuses: (config) -> why transformers would not load it; None where it does.
         approximates: {axis: in what the smaller model differs from the whole one with what is cut put out of
             action}; plans say so where the axis is cut. Leave out an axis that is cut exactly.
+        layer_entries: (config, layers that stay) -> the entries of these layers, for what the config has in
+            another form than per_layer_keys and layer_index_keys.
+        stored_names: other names that checkpoints have than the model.
         text_key, config_follows, adds_to_residual, layouts: of a text model inside another: see Multimodal.
     """
 
@@ -239,6 +250,8 @@ class Family:
     fixed: Callable[[Config], Mapping[str, str]] = field(default=lambda config: {})
     keeps_first: Callable[[Config], tuple[int, str]] = field(default=lambda config: (0, ""))
     reads_residual: tuple[str, ...] = ()
+    layer_entries: Callable[[Config, list[int]], dict[str, Any]] = field(default=lambda config, layers: {})
+    stored_names: StoredNames = field(default_factory=StoredNames)
     text_key: str | None = None
     config_follows: Mapping[str, str] = field(default_factory=dict)
     adds_to_residual: tuple[str, ...] = ()
@@ -320,10 +333,9 @@ class Family:
                 if not _is_there(param, config, layer):
                     continue
                 pattern = f"{self.layers}.{{layer}}.{param.name}"
-                experts = range(sizes["experts"]) if "{expert}" in pattern else (None,)
-                for expert in experts:
-                    name = pattern.format(layer=layer, expert=expert)
-                    yield Located(name, param.dims, layer, expert, pattern, param.buffer)
+                axis = _numbered(param)
+                for number in range(sizes[axis]) if axis else (None,):
+                    yield _located(param, layer, number, pattern, axis)
 
     def layer_axes(self, config: Config, layer: int) -> frozenset[str]:
         """The axes of a layer's parameters: "heads" where it has attention, "mlp" where it has an MLP."""
@@ -342,26 +354,45 @@ class Family:
             return None
         layer, rest = int(found[1]), found[2]
         for param in (*self.layer, *(self.stored_layer or ())):
-            pattern = re.escape(param.name).replace(r"\{expert\}", r"(\d+)")
-            inside = re.fullmatch(pattern, rest)
+            inside = re.fullmatch(re.sub(r"\\{\w+\\}", r"(\\d+)", re.escape(param.name)), rest)
             if inside and _is_there(param, config, layer):
-                expert = int(inside[1]) if inside.groups() else None
+                number = int(inside[1]) if inside.groups() else None
                 pattern = f"{self.layers}.{{layer}}.{param.name}"
-                return Located(name, param.dims, layer, expert, pattern, param.buffer)
+                return _located(param, layer, number, pattern, _numbered(param))
         return None
 
     def count_parameters(self, config: Config, *, embeddings: bool = True) -> int:
-        """The number of parameters, a tied head once; embeddings=False leaves out those with a vocab axis."""
+        """The number of parameters, a tied head once.
+
+        embeddings: False leaves out embeddings and the head: what has an axis of EMBEDDED.
+        """
         sizes = self.sizes(config)
         total = 0
         for param in self.parameters(config):
-            if param.buffer or (not embeddings and ("vocab",) in param.dims):
+            axes = {part for parts in param.dims for part in parts}
+            if param.buffer or (not embeddings and axes & EMBEDDED):
                 continue
             size = 1
             for length in param.shape(sizes):
                 size *= length
             total += size
         return total
+
+
+def _numbered(param: Param) -> str | None:
+    """The axis of which each element has such a parameter; None where there is one in a layer."""
+    return next((axis for mark, axis in NUMBERED.items() if mark in param.name), None)
+
+
+def _located(param: Param, layer: int, number: int | None, pattern: str, axis: str | None) -> Located:
+    """A parameter of a layer, and of its expert or head with this number."""
+    expert, head = (number, None) if axis == "experts" else (None, number)
+    name = _numbered_name(pattern, layer, number)
+    return Located(name, param.dims, layer, expert, pattern, param.buffer, head, axis)
+
+
+def _numbered_name(pattern: str, layer: int | None, number: int | None) -> str:
+    return pattern.format(layer=layer, expert=number, head=number, kv_head=number)
 
 
 def _is_there(param: Param, config: Config, layer: int) -> bool:

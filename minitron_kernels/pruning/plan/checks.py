@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minitron_kernels.pruning.families.family import PRUNED
+from minitron_kernels.pruning.families.family import PRUNED, Family
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.layer_plan import LISTS, LayerPlan
 from minitron_kernels.pruning.plan.selection import ORDERS, Keep, KeptHeads, check_keep, format_runs
@@ -79,6 +79,9 @@ def check_plan(
                 )
         if entry.heads is not None:
             _check_heads(entry.heads, before, after, order, where)
+            joined = any(len(group) > 1 for group in entry.heads.kv)
+            if joined and _each_has_a_norm(family, source_config, entry.layer):
+                raise ValueError(f"{where}.kv_heads cannot be joined: each has a norm of its own")
         for name in LISTS:
             if (keep := getattr(entry, name)) is not None:
                 check(keep, name, f"{where}.{name}")
@@ -99,6 +102,12 @@ def check_plan(
             raise ValueError(f"norm_factors has {name!r}, which is not a norm of a kept layer")
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
             raise ValueError(f"norm_factors[{name}] must be a positive number, got {factor!r}")
+
+
+def _each_has_a_norm(family: Family, config: Mapping[str, Any], layer: int) -> bool:
+    """Whether the norms of a layer's KV heads are a tensor each, of which no mean is made."""
+    named = (param for param in family.layer if "{kv_head}" in param.name)
+    return any(param.when is None or param.when(config, layer) for param in named)
 
 
 def _check_groups(keep: Keep, before: Mapping[str, int], after: Mapping[str, int], where: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -56,6 +57,55 @@ class Footprint:
         self.element_bytes = found.itemsize
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What a smaller model may take, and what may be chosen for that: arguments of find_sizes(), by name.
+
+    Args:
+        params, active_params, memory_bytes: the most of each; None for no limit.
+        memory_dtype, kv_tokens: how bytes are counted, see Footprint.
+        num_experts_per_tok: of the smaller model; None: as many as in the source.
+        search: the names of the sizes that may be chosen; None: hidden and MLP sizes that are not given.
+
+    Raises:
+        TypeError, ValueError: a limit is not a positive number; as Footprint.
+    """
+
+    LIMITS: ClassVar = ("params", "active_params", "memory_bytes")  # of the fields of Usage, in their order
+
+    params: float | None = None
+    active_params: float | None = None
+    memory_bytes: float | None = None
+    memory_dtype: Any = "bfloat16"
+    kv_tokens: int = 0
+    num_experts_per_tok: int | None = None
+    search: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.limits.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not value > 0:  # NaN as well
+                raise ValueError(f"{name} must be above 0, got {value}")
+        self.footprint  # noqa: B018  (checks its arguments)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that are given, by name."""
+        given = {name: getattr(self, name) for name in self.LIMITS}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def footprint(self) -> Footprint:
+        """How bytes are counted."""
+        return Footprint(self.memory_dtype, self.kv_tokens)
+
+    @property
+    def counted(self) -> dict[str, Any]:
+        """How bytes are counted, in JSON types."""
+        return {"memory_dtype": self.footprint.dtype, "kv_tokens": self.kv_tokens}
+
+
 class UsageCount:
     """Counts what models take for many choices of sizes: their parameters are grouped by axes once.
 
@@ -80,11 +130,14 @@ class UsageCount:
         self.kinds: dict[int | None, Kinds] = {}
         self.cached: dict[int | None, int] = {}  # projections to keys and values: two in a layer of attention
         for param in family.parameters(config):
-            if param.buffer or param.expert:  # of several experts the first stands for all
+            if param.buffer or param.expert or param.head:  # of several the first stands for all
                 continue
-            dims = param.dims if param.expert is None else (("experts",), *param.dims)
+            dims = param.dims
+            if param.axis is not None:
+                dims = (("experts",) if param.head is None else (f"num_{param.axis}",), *dims)
             self.kinds.setdefault(param.layer, Counter())[dims, _is_routed(family, param)] += 1
-            outputs = param.dims[0] if len(param.dims) == 2 else ()
+            # of both dimensions, since some models have weights [in, out]
+            outputs = sum(param.dims, ()) if len(param.dims) == 2 else ()
             cached = self.cached.get(param.layer, 0)
             self.cached[param.layer] = cached + outputs.count("kv_heads") + 2 * outputs.count(QKV)
         self.per_token = experts_per_token
@@ -185,21 +238,3 @@ def _is_routed(family: Family, param: Located) -> bool:
 
 def _numel(dims: Dims, sizes: Mapping[str, int]) -> int:
     return math.prod(sum(elements(axis, sizes) for axis in parts) for parts in dims)
-
-
-def budgets_of(**given: Any) -> dict[str, float]:
-    """The budgets that are given, by name, checked.
-
-    Raises:
-        TypeError, ValueError: one is not a positive number.
-    """
-    budgets = {}
-    for name, value in given.items():
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        if not value > 0:  # NaN as well
-            raise ValueError(f"{name} must be above 0, got {value}")
-        budgets[name] = value
-    return budgets

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from minitron_kernels.pruning.families.configs import Config, config_value
 from minitron_kernels.pruning.families.family import Family
-from minitron_kernels.pruning.plan.sizes import SEARCH_DIVISOR, divisor_of, write_sizes
+from minitron_kernels.pruning.plan.find_sizes import SEARCH_DIVISOR
+from minitron_kernels.pruning.plan.sizes import divisor_of, write_sizes
 
 _ROUND = 8  # a multiple of it is mentioned too, since GEMMs want at least that
 

@@ -10,19 +10,18 @@ from typing import Any
 from minitron_kernels.pruning.families.configs import Config, completed
 from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.families.registry import family_of
-from minitron_kernels.pruning.plan.counts import EXPERTS_PER_TOKEN, Footprint, budgets_of
+from minitron_kernels.pruning.plan.counts import EXPERTS_PER_TOKEN, Budget
+from minitron_kernels.pruning.plan.find_sizes import Candidate, nothing_to_cut, sizes_within
 from minitron_kernels.pruning.plan.layer_plan import LayerPlan
 from minitron_kernels.pruning.plan.loadable import remedy, warn_of_hidden
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 from minitron_kernels.pruning.plan.selection import ORDERS, KeptHeads, choose_heads
 from minitron_kernels.pruning.plan.sizes import (
-    BUDGETS,
-    Candidate,
     Sizes,
     check_experts_per_token,
     check_layers,
-    find_sizes,
     given_sizes,
+    head_dim_changes,
     named_sizes,
     size_names,
     target_config_of,
@@ -142,8 +141,8 @@ def make_plan(
     before = family.sizes(config)
 
     given = given_sizes(family, config, sizes, ratio, divisor)
-    budgets = budgets_of(params=params, active_params=active_params, memory_bytes=memory_bytes)
-    if not sizes and not budgets and ratio is drop_layers is num_experts_per_tok is None:
+    budget = Budget(params, active_params, memory_bytes, memory_dtype, kv_tokens, num_experts_per_tok, search)
+    if not sizes and not budget.limits and ratio is drop_layers is num_experts_per_tok is None:
         warnings.warn(
             f"the plan keeps everything: give sizes ({', '.join(names)}), ratio=, drop_layers=, or a budget: "
             "params=, active_params=, memory_bytes=",
@@ -154,16 +153,10 @@ def make_plan(
     layers = kept_layers(table, before["layers"], depth, "layers" in given, drop_layers, block_losses)
     check_layers(family, config, layers)
     candidates: list[Candidate] = []
-    if budgets:
-        candidates = find_sizes(
+    if budget.limits:
+        candidates = sizes_within(
             config,
-            params,
-            active_params=active_params,
-            memory_bytes=memory_bytes,
-            memory_dtype=memory_dtype,
-            kv_tokens=kv_tokens,
-            num_experts_per_tok=num_experts_per_tok,
-            search=search,
+            budget,
             fixed=named_sizes(names, given),
             layers=None if len(layers) == before["layers"] else layers,
             divisor=divisor,
@@ -172,7 +165,7 @@ def make_plan(
         )
         given.update({names[name]: size for name, size in candidates[0].sizes.items()})
         if all(before[axis] == size for axis, size in given.items()) and len(layers) == before["layers"]:
-            raise ValueError(nothing_to_cut(budgets, candidates[0]))
+            raise ValueError(nothing_to_cut(budget, candidates[0]))
         if loadable and "hidden_size" in candidates[0].sizes:
             warn_of_hidden(family, config, {**before, **given}, divisor)
         if len(layers) != given.get("layers", len(layers)):
@@ -180,7 +173,7 @@ def make_plan(
             check_layers(family, config, layers)
     elif search is not None:
         raise ValueError("search chooses sizes for a budget: give params as well, or another budget")
-    if not budgets and (kv_tokens or memory_dtype != "bfloat16"):
+    if not budget.limits and budget.counted != Budget().counted:
         raise ValueError("memory_dtype and kv_tokens belong to a budget: give memory_bytes as well")
     if block_losses is not None and "layers" not in given:
         raise ValueError("block_losses tell which layers go, but all stay: give num_hidden_layers as well")
@@ -192,6 +185,8 @@ def make_plan(
     _check_heads(before, after, kv_heads)
     if merge_heads:
         _check_merge(before, after, kv_heads)
+    if changed := head_dim_changes(family, after):
+        raise ValueError(changed)
     target = target_config_of(config, after, layers)
     _settle_experts(family, config, target, after, num_experts_per_tok)
     reason = family.refuses(target) if loadable else None
@@ -222,7 +217,7 @@ def make_plan(
         entries.append(entry)
     made_with = {
         **sizes,
-        **_given_options(ratio=ratio, **budgets, search=search, divisor=divisor),
+        **_given_options(ratio=ratio, **budget.limits, search=search, divisor=divisor),
         "kv_heads": kv_heads,
         "merge_heads": merge_heads,
         "rescale_norms": rescale_norms,
@@ -230,7 +225,7 @@ def make_plan(
     if hasattr(scores, "tables"):
         made_with |= {"batch": batch, "seq": seq}
     if memory_bytes is not None:
-        made_with |= {"memory_dtype": Footprint(memory_dtype).dtype, "kv_tokens": kv_tokens}
+        made_with |= budget.counted
     if len(layers) < before["layers"]:
         chosen_by = "importance" if block_losses is None else "loss"
         made_with["layers_by"] = "name" if drop_layers is not None else chosen_by
@@ -243,18 +238,6 @@ def make_plan(
         norm_factors=norm_factors(family, config, table, hidden, layers) if rescale_norms else {},
         made_with=made_with,
         candidates=tuple(candidates),
-    )
-
-
-def nothing_to_cut(budgets: Mapping[str, float], whole: Candidate) -> str:
-    """What is wrong with budgets that the whole model meets."""
-    counted = dict(zip(BUDGETS, (whole.parameters, whole.active_parameters, whole.memory_bytes), strict=True))
-    return (
-        "; ".join(
-            f"{name} must be less than the {counted[name]:,} of the whole model, got {budget:,}"
-            for name, budget in budgets.items()
-        )
-        + ": nothing would be cut"
     )
 
 

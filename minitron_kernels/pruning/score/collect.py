@@ -95,8 +95,8 @@ def collect_importance(
             vocabulary; the model does not keep packed sequences apart; activations are NaN or infinite. Says
             which batch, and what was wanted.
 
-    Source: Minitron (arXiv 2407.14679) section 2.2; REAP (arXiv 2510.13999); Minitron-SSM (arXiv 2504.11409),
-    by which x alone scores a state space.
+    Source: Minitron (arXiv 2407.14679) section 2.2; REAP (arXiv 2510.13999); Minitron-SSM (arXiv 2504.11409)
+    for state spaces, of which x alone is scored here.
 
     Example:
         >>> scores = collect_importance(model, batches)

@@ -211,7 +211,7 @@ class HookedModel:
 
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             if recorder.listens:
-                _check(recorder, f"the output of {name}", output, whole)
+                output = _checked(recorder, f"the output of {name}", output, whole)
                 recorder.channels("mamba", position, output[..., width : 2 * width])
 
         return hook
@@ -280,14 +280,18 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _check(recorder: Recorder, what: str, x: Any, width: int) -> None:
+def _checked(recorder: Recorder, what: str, x: Any, width: int) -> Tensor:
+    """x as [B, S, C]; some layers (OPT) lay all tokens of a batch in one row."""
     wanted = (*recorder.tokens.shape, width)
+    if isinstance(x, Tensor) and x.shape == (wanted[0] * wanted[1], width):
+        return x.reshape(wanted)
     if not isinstance(x, Tensor) or x.shape != wanted:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(
             f"{what} must be {list(wanted)}, as the batch and the config say, got {got}. With tensor "
             "parallelism, score each rank's channels by accumulate_importance_() and all_gather() the states"
         )
+    return x
 
 
 def _input_hook(
@@ -297,8 +301,7 @@ def _input_hook(
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
         if recorder.listens:
-            _check(recorder, what, args[0], width)
-            recorder.channels(axis, position, args[0], num_heads)
+            recorder.channels(axis, position, _checked(recorder, what, args[0], width), num_heads)
 
     return hook
 
@@ -312,7 +315,7 @@ def _output_hook(
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         if not recorder.listens:
             return
-        _check(recorder, what, output, width * parts)
+        output = _checked(recorder, what, output, width * parts)
         if parts > 1:
             output = output[..., index * width : (index + 1) * width]
         recorder.channels(axis, position, output)

@@ -193,7 +193,6 @@ CASES = (
         places=NEMOTRON,
         route=route(sigmoid, True, "mixer.gate"),
         expert=_squared_relu,
-        stored_root="backbone.",
         approximate=APPROXIMATE,
     ),
 )

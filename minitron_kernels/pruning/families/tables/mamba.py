@@ -27,6 +27,7 @@ from minitron_kernels.pruning.families.parts import (
     unless,
 )
 from minitron_kernels.pruning.families.registry import register_family
+from minitron_kernels.pruning.families.stored_names import StoredNames
 
 _FEWER = "the norm in a state space divides by the root mean square of the channels that stay in a group"
 _X = "mamba_heads*mamba_dim"  # heads of channels
@@ -324,6 +325,7 @@ register_family(
         is_sparse=_SPARSE,
         per_layer_keys=(_KINDS,),
         restated={"hybrid_override_pattern": _pattern},
+        stored_names=StoredNames(renamed=(("model.", "backbone."),)),
         fixed=_nemotron_fixed,
         refuses=_never_ties,
         approximates={"mamba_heads": _FEWER, "mamba_dim": _FEWER},
