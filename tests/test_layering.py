@@ -19,7 +19,8 @@ TORCH = ("torch", "ATen", "c10")
 
 
 # parts of the house that are a module, or a package without rooms
-ALONE = ("_native", "_workspace", "_backend", "_tensors", "_files", "_opaque", "_command", "distillation")
+ALONE = ("_native", "_workspace", "_backend", "_tensors", "_files", "_opaque", "_command")
+ALONE += ("distillation", "evaluation")
 
 
 def part_of(module: str) -> str:
@@ -28,8 +29,6 @@ def part_of(module: str) -> str:
     if parts in ([], ["__main__"]):
         return "top"
     if parts[0] in ALONE:
-        return parts[0]
-    if parts[0] == "evaluation":
         return parts[0]
     if parts[0] == "pruning":  # a room of it, or what is around the rooms
         return ".".join(parts[:2]) if len(parts) > 1 and parts[1] != "__main__" else "pruning"
