@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import json
 import lzma
 import zlib
@@ -138,12 +137,17 @@ def _unzstd(file: Path, stream: IO[bytes]) -> bytes:
         raise ValueError(
             f"{file}: is compressed by zstd: pip install zstandard, or unpack it by unzstd"
         ) from None
-    out = io.BytesIO()
-    try:
-        zstandard.ZstdDecompressor().copy_stream(stream, out)
-    except zstandard.ZstdError as error:
-        raise ValueError(f"{file}: cannot be unpacked: {error}") from None
-    return out.getvalue()
+    data, found = stream.read(), []
+    while data:  # frame by frame
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            found.append(frame.decompress(data))
+        except zstandard.ZstdError as error:
+            raise ValueError(f"{file}: cannot be unpacked: {error}") from None
+        if not frame.eof:
+            raise ValueError(f"{file}: cannot be unpacked: it ends within a frame")
+        data = frame.unused_data
+    return b"".join(found)
 
 
 def _decoded(file: Path, data: bytes) -> str:
@@ -188,7 +192,7 @@ def _column(file: Path, kind: str, text_key: str | None) -> Iterator[Any]:
             parts = map(source.get_batch, range(source.num_record_batches)) if whole else iter(source)
         for part in parts:
             yield from part.column(part.schema.get_field_index(key)).to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: cannot be read as {kind[1:]}: {error}") from None
 
 

@@ -153,7 +153,7 @@ def run(
 
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed)
-    with _seeded(seed), _bars(bars):
+    with seeded(seed), _bars(bars):
         return lm_eval.evaluate(
             lm=lm,
             task_dict=loaded,
@@ -268,7 +268,7 @@ def warnings_of_lm_eval() -> Iterator[Counter[str]]:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seeds what tasks and generation draw from; afterwards all generators are as they were."""
     import numpy
     import torch

@@ -121,7 +121,7 @@ def evaluate(
     choices = _allowed(choices, manager, run_code, result)
     todo = [choice for choice in choices if not _is_done(choice, result)]
     shown = in_terminal() or lines_wanted() if progress is None else progress
-    with _code_allowed(run_code is True):
+    with harness.seeded(seed), _code_allowed(run_code is True):
         loaded = {choice.name: _load(manager, choice, folder, run_code) for choice in todo}
         if loaded:
             if not in_memory:
