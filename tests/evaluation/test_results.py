@@ -120,8 +120,8 @@ def test_files(tmp_path):
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["a.json", "a.md"]
     for text, message in (
         ("[", "is not JSON"),
-        ("[]", "not an evaluation"),
-        ('{"format": 1}', "not an eval"),
+        ("[]", "is not an evaluation"),
+        ('{"format": 1}', "is not an eval"),
     ):
         (tmp_path / "b.json").write_text(text)
         with pytest.raises(ValueError, match=f"b.json: {message}"):
@@ -140,7 +140,7 @@ class Stub:
     def __init__(self, model):
         self.model, self.ran, self.interrupted = model, [], ""
         self.values = {"a": 0.01, "b": 0.02, "c": 0.03}
-        self.index = index_of(**{name: {"task": name} for name in self.values})
+        self.index = index_of(**{name: {"task": name} for name in (*self.values, "mbpp")})
 
     def run(self, lm, loaded, **options):
         (name,) = loaded["tasks"]
