@@ -29,10 +29,25 @@ def public(package: str) -> dict[str, str]:
     return {name: f"{package}.{name}" for name in constants["__all__"]} | lazy
 
 
+def texts() -> dict[str, str]:
+    """The pages of the reference, as they are written."""
+    pages = sorted((ROOT / "docs/reference").glob("*.md"))
+    return {f"reference/{page.name}": page.read_text(encoding="utf-8") for page in pages}
+
+
+def without_page() -> dict[str, str]:
+    """{page: text} for packages that no page of the reference names: each gets one."""
+    named = {name for text in texts().values() for name in OTHERS.findall(text)}
+    return {
+        f"reference/{name.removeprefix('minitron_kernels.')}.md": f"# `{name}`\n\n<!-- others of {name} -->\n"
+        for name in packages()
+        if name not in named
+    }
+
+
 def listed() -> list[str]:
     """Full names in the pages of the reference."""
-    pages = sorted((ROOT / "docs/reference").glob("*.md"))
-    return [name for page in pages for name in LISTED.findall(page.read_text(encoding="utf-8"))]
+    return [name for text in texts().values() for name in LISTED.findall(text)]
 
 
 def with_others(markdown: str) -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import posixpath
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -23,6 +25,25 @@ LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 # x[rows][:, cols], which would be a reference to another page; not in code
 INDEXED_TWICE = re.compile(r"(`[^`]*`)|\]\[(?=[^\]]*[:, ])")
 FENCE = re.compile(r"^(```|~~~)")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Adds pages that nav does not name to its guides and its reference, under their own titles."""
+    assert config.nav
+    named = set(_leaves(config.nav))
+    (guides,) = [item["Guides"] for item in config.nav if "Guides" in item]
+    guides += [path.name for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in named]
+    (reference,) = [item["Reference"] for item in config.nav if "Reference" in item]
+    reference += list(PUBLIC["without_page"]())
+    return config
+
+
+def _leaves(nav: Any) -> Iterator[str]:
+    for item in nav.values() if isinstance(nav, dict) else nav:
+        if isinstance(item, str):
+            yield item
+        else:
+            yield from _leaves(item)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -40,6 +61,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 unread += [name] if name.endswith(".md") else []
     for name in sorted(found):
         files.append(File.generated(config, PAGES.get(name, name), abs_src_path=str(ROOT / name)))
+    for uri, text in PUBLIC["without_page"]().items():
+        files.append(File.generated(config, uri, content=text))
     return files
 
 

@@ -3,7 +3,7 @@
 from minitron_kernels.pruning.checkpoint.prune import PrunedCheckpoint, prune_checkpoint
 from minitron_kernels.pruning.cut.cuts import Cut, Cuts
 from minitron_kernels.pruning.cut.model import prune_model
-from minitron_kernels.pruning.families.family import Family, Located, Param, Taps
+from minitron_kernels.pruning.families.family import Family, Located, Param, State, Taps
 from minitron_kernels.pruning.families.multimodal import Multimodal
 from minitron_kernels.pruning.families.registry import (
     known_families,
@@ -37,6 +37,7 @@ __all__ = [
     "PlanSearch",
     "PrunedCheckpoint",
     "PruningPlan",
+    "State",
     "StoredNames",
     "Taps",
     "Usage",

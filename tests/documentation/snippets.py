@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 # in the line before a block
 NOT_RUN = re.compile(r"^<!-- not run: (.+) -->$")
-COMMAND = re.compile(r"^(?:\$ )?(minitron-(?:prune|distill) [a-z].*)$")
+COMMAND = re.compile(r"^(?:\$ )?(minitron-(?:prune|distill|recipe) [a-z].*)$")
 
 
 class Block(NamedTuple):

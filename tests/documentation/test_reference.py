@@ -7,7 +7,7 @@ import runpy
 from documentation.snippets import ROOT
 
 TOOL = runpy.run_path(str(ROOT / "docs/tools/public.py"))
-PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs/reference").glob("*.md")}
+PAGES = TOOL["texts"]() | TOOL["without_page"]()
 # as the site has them
 LISTED = [
     name for text in PAGES.values() for name in re.findall(r"^::: (\S+)$", TOOL["with_others"](text), re.M)
@@ -59,6 +59,15 @@ def test_what_no_page_names_is_added(monkeypatch):
     monkeypatch.setitem(names, "listed", lambda: [f"{package}.Cut"])
     added = set(re.findall(r"^::: (\S+)$", TOOL["with_others"](page), re.M))
     assert added == {"a.b"} | {full for name, full in TOOL["public"](package).items() if name != "Cut"}
+
+
+def test_a_package_that_no_page_names_gets_one(monkeypatch):
+    names = TOOL["without_page"].__globals__
+    monkeypatch.setitem(names, "texts", lambda: {"page": "<!-- others of minitron_kernels -->\n"})
+    assert TOOL["without_page"]()["reference/pruning.md"] == (
+        "# `minitron_kernels.pruning`\n\n<!-- others of minitron_kernels.pruning -->\n"
+    )
+    assert len(TOOL["without_page"]()) == len(TOOL["packages"]()) - 1
 
 
 def test_no_name_stands_twice():

@@ -5,13 +5,14 @@ import re
 import pytest
 import torch.distributed as dist
 
-from documentation.given import GIVEN, NUMBERS
+from documentation.given import GIVEN, NUMBERS, PARSED
 from documentation.snippets import blocks, commands, numbers_in, pages, run
 from minitron_kernels.distillation.cli import arguments as distill
+from minitron_kernels.distillation.recipe import main as recipe
 from minitron_kernels.pruning.cli import arguments as prune
 
 PAGES = pages()
-WITH_PYTHON = [page for page, text in PAGES.items() if "\n```python\n" in text]
+WITH_PYTHON = [page for page, text in PAGES.items() if "\n```python\n" in text and page not in PARSED]
 
 
 @pytest.fixture
@@ -42,6 +43,11 @@ def test_what_is_given_is_given_to_a_page():
         assert set(numbers) <= numbers_in(PAGES[page]), page
 
 
+def test_what_is_not_run_is_python():
+    for page in set(PARSED) & set(PAGES):
+        numbers_in(PAGES[page])  # SyntaxError, if not
+
+
 def test_almost_everything_is_run():
     python = [block for page in WITH_PYTHON for block in blocks(PAGES[page]) if block.language == "python"]
     assert len(python) > 20 and sum(block.not_run is not None for block in python) <= len(python) // 10
@@ -51,6 +57,7 @@ def test_almost_everything_is_run():
 def test_commands_are_known(page):
     parsers = {
         "minitron-prune": prune.parser_of(dict.fromkeys(("score", "plan", "search", "prune", "info"))),
+        "minitron-recipe": recipe.parser(),
         "minitron-distill": distill.parser_of(dict.fromkeys(("train", "cache", "info"))),
     }
     for name, *arguments in commands(PAGES[page]):
@@ -71,6 +78,7 @@ def test_a_page_that_fails_is_seen():
 
 
 def test_readme_counts_the_families():
-    """As docs/families.md does, which a script writes."""
+    """It promises no more than docs/families.md, which a script writes, and not much less."""
     (works,) = re.findall(r"(\d+) work, \d+ of them approximately", PAGES["docs/families.md"])
-    assert set(re.findall(r"(\d+) model\s+types", PAGES["README.md"])) == {works}
+    said = re.findall(r"(\d+) model\s+types", PAGES["README.md"])
+    assert len(said) == 2 and all(int(works) - 10 < int(number) <= int(works) for number in said)

@@ -38,7 +38,7 @@ class Places:
             dimensions inside an expert.
         router: that which gives [tokens, experts] weights where the experts read tokens times these; or None.
         conv_out: the linear layer that reads the channels of a short convolution; None where there are none.
-        mamba: the state space; None where there are none.
+        mamba, delta: the state space, the gated delta net; None where there are none.
         norms: all norms over the residual stream; `scored` those of them whose output scores its channels.
         positions: the embedding of positions; None where they are not learned.
     """
@@ -55,6 +55,7 @@ class Places:
     router: str | None = None
     conv_out: str | None = None
     mamba: str | None = None
+    delta: str | None = None
     norms: tuple[str, ...] = TWO
     scored: tuple[str, ...] = TWO
     positions: str | None = None
@@ -86,7 +87,7 @@ class Case:
         transposed: whether the linear layers of a layer have weights [in, out].
         repeated: how often its class keeps each key and value head in its cache.
         stays: whether all layers stay, since none can go.
-        no_cache: whether a cache of keys and values is not counted for it.
+        no_cache: whether a cache is not counted for it.
         kept_layer: one that cannot be dropped; None where each can.
         images: of models that read images: the arguments of a forward pass with one.
         follow: ends of the names of parameters outside of the text model that follow it.
@@ -123,7 +124,9 @@ class Case:
     def is_of_text(self, name):
         """Whether a parameter of the model is of the text model, or follows it."""
         root = self.places.layers.rpartition(".")[0]
-        return self.images is None or name.startswith((f"{root}.", "lm_head.")) or name.endswith(self.follow)
+        if self.images is None or name.startswith(f"{root}.") or name.endswith(self.follow):
+            return True
+        return "lm_head" in name.split(".")
 
     def make_config(self, **changes):
         """The config of the tiny model; `config` goes to that of its text model."""

@@ -175,6 +175,8 @@ def check_masked(case, model, plan):
                 if isinstance(getattr(norm, name, None), float):
                     setattr(norm, name, 1e-30)
         _check_close(case, smaller(IDS).logits, whole(IDS).logits)
+        if family_of(model.config).states or case.stays:  # layers keep other things than keys and values
+            _check_generation(case, smaller, whole)
         if case.images is not None:
             given = case.images()
             actual = smaller(**given).logits
@@ -183,11 +185,29 @@ def check_masked(case, model, plan):
             assert not torch.allclose(smaller(**given).logits, actual)
 
 
-def _check_close(case, actual, expected):
+def _check_generation(case, smaller, whole):
+    """What it says with a cache, token by token, is what the whole one says without."""
+    begin = 8
+    config = smaller.generation_config
+    config.eos_token_id, config.cache_implementation = None, None
+    made = smaller.generate(
+        IDS[:, :begin],
+        attention_mask=torch.ones_like(IDS[:, :begin]),  # one of the tokens is that of padding
+        max_new_tokens=4,
+        do_sample=False,
+        use_cache=True,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    expected = whole(made.sequences).logits[:, begin - 1 : -1]
+    _check_close(case, torch.stack(made.logits, 1), expected, 4 * TOLERANCE)
+
+
+def _check_close(case, actual, expected, tolerance=TOLERANCE):
     scale = expected.abs().amax()
     assert scale > 0.01
     error = float((actual - expected).abs().amax() / scale)
-    assert error <= TOLERANCE + case.tolerance, f"{error:.2e} of the largest logit"
+    assert error <= tolerance + case.tolerance, f"{error:.2e} of the largest logit"
 
 
 def _silence(case, model, plan):
@@ -212,6 +232,11 @@ def _silence(case, model, plan):
             block = layer.get_submodule(places.mamba)
             at = _mamba_channels(block, entry)
             block.out_proj.weight[:, gone(at.tolist(), block.out_proj.in_features)] = 0
+        if entry.delta_heads is not None:
+            out = layer.get_submodule(places.delta).out_proj.weight
+            dim = config.linear_value_head_dim
+            for head in gone(entry.delta_heads, config.linear_num_value_heads):
+                out[:, head * dim : (head + 1) * dim] = 0
         for expert, keep in zip(entry.experts or (), entry.expert_mlp or (), strict=True):
             out = layer.get_submodule(places.experts).down_proj[expert]
             out = out if places.neurons_first else out.T
@@ -219,7 +244,7 @@ def _silence(case, model, plan):
     dropped = torch.tensor(gone(plan.hidden, config.hidden_size), dtype=torch.int64)
     norms = {f"{name}.weight" for name in (*places.norms, places.final_norm)}
     for name, parameter in model.named_parameters():
-        if case.images is not None and ".vis" in name and not name.endswith(case.follow):
+        if not case.is_of_text(name):
             continue
         for d, size in enumerate(parameter.shape):
             if size == config.hidden_size and not any(name.endswith(e) and d == at for e, at in case.square):

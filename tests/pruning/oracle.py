@@ -164,6 +164,7 @@ def tables(
         "expert_mlp": {},
         "conv": {},
         "mamba": {},
+        "delta": {},
         "layers": np.zeros(layers),
     }
     for i in range(layers):
@@ -191,6 +192,10 @@ def tables(
             width = model.get_submodule(f"{layer}.{places.mamba}.out_proj").in_features
             projected = of(f"{layer}.{places.mamba}.in_proj", "out")
             result["mamba"][i] = score([x[:, width : 2 * width] for x in projected])
+        delta = f"{layer}.{places.delta}.out_proj"
+        if places.delta and (delta, "in") in kept:
+            heads = config.linear_num_value_heads
+            result["delta"][i] = score([oracle.head_norms(x, heads) for x in of(delta, "in")])
         name = f"{layer}.{places.experts}"
         if (name, "in") in kept:
             given = kept[name, "in"]

@@ -178,3 +178,20 @@ def test_names_of_a_checkpoint_stay(tmp_path, layout):
     assert torch.equal(found[last], tensors[last.replace(".1.", ".2.")])
     config = json.loads((tmp_path / "smaller" / "config.json").read_text())
     assert (config["num_layers"], config["num_hidden_layers"]) == (2, 2)
+
+
+def test_norms_of_each_head_go_with_their_head():
+    model = random_model(CASES["stablelm"].make_config())
+    tables = random_tables(model.config)
+    tables["heads"] = dict.fromkeys(range(3), torch.tensor([0.0, 1.0, 1.0, 0.0]))  # of 2 KV heads
+    plan = make_plan(tables, model.config, num_attention_heads=2, hidden_size=24, divisor=8)
+    smaller = prune_model(model, plan)
+    for old, new in zip(model.model.layers, smaller.model.layers, strict=True):
+        queries, keys = (
+            [norm.weight for norm in getattr(layer.self_attn, f"{side}_layernorm").norms]
+            for layer, side in ((new, "q"), (new, "k"))
+        )
+        there = old.self_attn
+        assert all(map(torch.equal, queries, [there.q_layernorm.norms[i].weight for i in (1, 2)]))
+        assert all(map(torch.equal, keys, [norm.weight for norm in there.k_layernorm.norms]))
+        assert len(queries) == len(keys) == 2

@@ -36,7 +36,7 @@ def test_a_budget_that_leaves_the_hidden_size_says_so():
     with pytest.warns(
         UserWarning, match=r"hidden_size stays 72: .*no smaller multiple of 8: .*hidden_size 63"
     ):
-        plan = planned(params=35_000, divisor=8)
+        plan = planned(params=50_000, divisor=8)
     assert plan.target_config["hidden_size"] == 72 and plan.target_config["intermediate_size"] < 96
 
 

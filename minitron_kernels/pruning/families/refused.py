@@ -70,7 +70,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "layers of two kinds: attention in some; a state space, convolution or linear attention in others",
-        f"{_TABLE} where no layers share weights, as Bamba's does, but for heads of linear attention",
+        f"{_TABLE} where no layers share weights, as Bamba's does and Qwen3-Next's",
         (
             *(
                 "bailing_hybrid",
@@ -78,8 +78,7 @@ REFUSALS: tuple[Refusal, ...] = (
                 "inkling2_loop_text",
             ),
             *("inkling2_text", "jamba", "kimi_linear", "lara_mini", "lfm3", "minimax"),
-            *("olmo_hybrid", "qwen3_5", "qwen3_5_moe"),
-            *("qwen4_exp", "qwen4_exp_text", "zamba", "zamba2"),
+            *("olmo_hybrid", "qwen4_exp", "qwen4_exp_text", "zamba", "zamba2"),
         ),
     ),
     Refusal(
@@ -161,11 +160,17 @@ REFUSALS: tuple[Refusal, ...] = (
         ("phi4_multimodal",),
     ),
     Refusal(
+        "a class for text and images that transformers 5.24 cannot run: it reads image_outputs, which its "
+        "text model does not give",
+        "load its text model, a llama4_text, by AutoModelForCausalLM and prune that",
+        ("llama4",),
+    ),
+    Refusal(
         "images or sounds around a language model",
         "load the language model inside as AutoModelForCausalLM and prune that",
         (
             *("apertus1p5_text", "aria_text", "cohere_compass_text", "emu3", "fuyu", "got_ocr2"),
-            *("llama4", "minimax_m3_vl_text", "moss_transcribe_diarize"),
+            *("minimax_m3_vl_text", "moss_transcribe_diarize"),
         ),
     ),
     Refusal(

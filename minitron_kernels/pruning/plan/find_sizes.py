@@ -22,6 +22,7 @@ from minitron_kernels.pruning.plan.sizes import (
     size_names,
     write_sizes,
 )
+from minitron_kernels.pruning.plan.states import following_keys, impossible_heads
 
 SEARCH_DIVISOR = 128  # of sizes that are searched for a budget: a tile of GEMM libraries
 NEARLY = 0.97  # of the fullest candidate that fits: above this share the better shape is preferred
@@ -55,6 +56,7 @@ def find_sizes(
     memory_bytes: float | None = None,
     memory_dtype: Any = "bfloat16",
     kv_tokens: int = 0,
+    kv_sequences: int = 1,
     num_experts_per_tok: int | None = None,
     search: Sequence[str] | None = None,
     fixed: Mapping[str, int] | None = None,
@@ -75,7 +77,8 @@ def find_sizes(
         params: a budget of parameters, embeddings included, e.g. 8.4e9.
         active_params: a budget of parameters that serve a token, for models with experts.
         memory_bytes: a budget of bytes for the weights and the key/value cache.
-        memory_dtype, kv_tokens: the dtype of weights and cache, and the tokens in it, as in count_usage().
+        memory_dtype, kv_tokens, kv_sequences: the dtype of weights and cache, and the tokens and sequences in
+            it, as in count_usage().
         num_experts_per_tok: of the smaller model; default: as in the source.
         search: names of sizes to choose; default: hidden and MLP sizes. num_hidden_layers is possible only
             where all layers have the same parameters.
@@ -93,7 +96,16 @@ def find_sizes(
         >>> find_sizes(config, 8.5e9)[0].sizes                          # doctest: +SKIP
         {'hidden_size': 4096, 'intermediate_size': 11520}
     """
-    budget = Budget(params, active_params, memory_bytes, memory_dtype, kv_tokens, num_experts_per_tok, search)
+    budget = Budget(
+        params,
+        active_params,
+        memory_bytes,
+        memory_dtype,
+        kv_tokens,
+        num_experts_per_tok,
+        search,
+        kv_sequences,
+    )
     return sizes_within(
         config, budget, fixed=fixed, layers=layers, divisor=divisor, loadable=loadable, limit=limit
     )
@@ -150,13 +162,15 @@ def sizes_within(
         n: count.of(kept[:n]) for n in (grids[axes.index("layers")] if "layers" in axes else [len(kept)])
     }
     group = before["heads"] // before["kv_heads"]
-    follow = group == 1 and "kv_heads" not in given and "kv_heads" not in axes
+    chosen = {*given, *axes}
+    follow = group == 1 and "kv_heads" not in chosen
     found: list[tuple[float, Candidate]] = []
     least: dict[str, int] = {}
     for choice in itertools.product(*grids):
         sizes = {**before, "layers": len(kept), **given, **dict(zip(axes, choice, strict=True))}
         sizes |= {axis: sizes[other] for axis, other in family.follows.items()}
-        if sizes.get("mamba_heads", 0) % sizes.get("mamba_groups", 1):
+        following_keys(before, sizes, chosen)
+        if impossible_heads(before, sizes):
             continue
         if follow:
             sizes["kv_heads"] = sizes["heads"]

@@ -21,7 +21,7 @@ def remedy(family: Family, config: Config, sizes: Mapping[str, int]) -> str:
         sizes: of the smaller model, by axis, which transformers refuses.
     """
     whole = family.sizes(config)["hidden"]
-    loads = [size for size in range(1, whole + 1) if _reason(family, config, sizes, size) is None]
+    loads = [size for size in range(1, whole) if _reason(family, config, sizes, size) is None]
     near = {
         *_around(loads, sizes["hidden"]),
         *_around([n for n in loads if n % _ROUND == 0], sizes["hidden"]),

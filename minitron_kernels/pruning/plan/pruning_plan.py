@@ -136,7 +136,8 @@ class PruningPlan:
                 f"{after['hidden']}: runtimes that take head_dim to be hidden_size / num_attention_heads "
                 "cannot run it"
             )
-        cut = {axis for axis in before if before[axis] != after[axis]}
+        there = size_names(family, self.source_config).values()
+        cut = {axis for axis in there if before[axis] != after[axis]}
         said = dict.fromkeys(what for axis, what in family.approximates.items() if axis in cut)
         found += [f"approximate: {what}" for what in said]
         found += [f"runtime: {text}" for text in new_notes(self.source_config, self.target_config)]

@@ -9,10 +9,11 @@ from minitron_kernels.pruning.families.configs import Config, as_dict, config_va
 from minitron_kernels.pruning.families.family import MTP_KEYS, Family
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.counts import EXPERTS_PER_TOKEN, UsageCount
+from minitron_kernels.pruning.plan.states import STATE_AXES
 
 DIVISOR = 64  # of given sizes: rows are then multiples of 128 bytes in bf16, and of tensor cores' tiles
+_WRITTEN = ("hidden", "heads", "kv_heads", "head_dim", "mlp", "expert_mlp", "experts")
 WIDTH = ("hidden", "mlp", "expert_mlp")  # axes of channels, whose sizes must be multiples of the divisor
-MAMBA = ("mamba_heads", "mamba_dim")
 
 Sizes = dict[str, int]
 
@@ -21,7 +22,7 @@ def size_names(family: Family, config: Config) -> dict[str, str]:
     """The names of the sizes that can be pruned, and their axes: {"hidden_size": "hidden", ...}."""
     there = (UsageCount(family, config).axes() | {"layers"}) - {"vocab", "head_dim"}
     there -= set(family.fixed(config))
-    axes = ("hidden", "mlp", "expert_mlp", "experts", "heads", "kv_heads", *MAMBA, "layers")
+    axes = ("hidden", "mlp", "expert_mlp", "experts", "heads", "kv_heads", *STATE_AXES, "layers")
     return {key: axis for axis in axes if axis in there for key in family.keys_of(axis)}
 
 
@@ -160,11 +161,12 @@ def write_sizes(family: Family, config: Config, sizes: Mapping[str, int]) -> dic
             inside[parent] = dict(inside[parent])
             inside = inside[parent]
         inside[key] = sizes[axis]
-    for axis in ("hidden", "heads", "kv_heads", "head_dim", "mlp", "expert_mlp", "experts", *MAMBA, "layers"):
+    for axis in (*_WRITTEN, *STATE_AXES, "layers"):
         if axis in sizes and (keys := family.keys_of(axis)):
             for key in [key for key in keys if key in text] or keys[:1]:
                 text[key] = sizes[axis]
-    text.update({key: value(sizes) for key, value in family.derived.items()})
+    source = family.text(config)
+    text.update({key: value(sizes, source) for key, value in family.derived.items()})
     return target
 
 

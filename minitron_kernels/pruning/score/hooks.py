@@ -52,6 +52,7 @@ class HookedModel:
         self.attention = tuple(i for i in layers if "heads" in axes[i])
         self.convolutions = tuple(i for i in layers if "conv" in axes[i])
         self.mamba = tuple(i for i in layers if "mamba_heads" in axes[i])
+        self.delta = tuple(i for i in layers if "delta_heads" in axes[i])
         _check_data(self.root)
 
     @property
@@ -69,6 +70,8 @@ class HookedModel:
             have.add("conv")
         if self.mamba and not {"mamba_heads", "mamba_dim"} <= set(self.family.fixed(self.config)):
             have.add("mamba")
+        if self.delta and self.family.taps.delta_out is not None:
+            have.add("delta")
         have -= set(self.family.fixed(self.config))
         return tuple(axis for axis in AXES if axis in have)
 
@@ -131,6 +134,8 @@ class HookedModel:
                 channels(axis, self.convolutions, sizes["conv"], options.seq)
             elif axis == "mamba":
                 channels(axis, self.mamba, sizes["mamba_heads"] * sizes["mamba_dim"], options.seq)
+            elif axis == "delta":
+                channels(axis, self.delta, sizes["delta_heads"], options.seq)
             elif axis == "layers":
                 made[axis] = Axis(TokenMeanState(len(layers)), layers)
             elif axis == "experts":
@@ -189,6 +194,11 @@ class HookedModel:
         for i, layer in enumerate(axes["mamba"].modules if "mamba" in axes else ()):
             name, module = self.layer(int(layer), taps.mamba_in, "mamba")
             handles.append(module.register_forward_hook(self._mamba_hook(recorder, name, i)))
+        for i, layer in enumerate(axes["delta"].modules if "delta" in axes else ()):
+            name, module = self.layer(int(layer), taps.delta_out, "delta")
+            heads = self.sizes["delta_heads"]
+            hook = _input_hook(recorder, name, "delta", i, heads * self.sizes["delta_dim"], heads)
+            handles.append(module.register_forward_pre_hook(hook))
         for i, layer in enumerate(axes["layers"].modules if "layers" in axes else ()):
             _, module = self.layer(int(layer), "", "layers")
             handles.append(module.register_forward_hook(_block_hook(recorder, i), with_kwargs=True))

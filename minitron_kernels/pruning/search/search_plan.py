@@ -62,7 +62,7 @@ class PlanSearch:
         model_type: of the model.
         budgets: that the candidates keep, by name.
         score_name: of the score.
-        counted: how memory is counted: memory_dtype and kv_tokens.
+        counted: how memory is counted: memory_dtype, kv_tokens and kv_sequences.
         lower_is_better: whether the best score is the lowest.
         resumed: how many scores came from the progress file.
     """
@@ -118,7 +118,9 @@ class PlanSearch:
         order = "lower" if self.lower_is_better else "higher"
         first = f"Search for {self.model_type}: {budgets}"
         text = [first, f"score: {self.score_name} ({order} is better)", *table(head, lines, left=1)]
-        cache = f" and the cache of {self.counted['kv_tokens']:,} tokens" if self.counted["kv_tokens"] else ""
+        tokens, sequences = self.counted["kv_tokens"], self.counted["kv_sequences"]
+        of = f" in {sequences:,} sequences" if sequences > 1 else ""
+        cache = f" and the cache of {tokens:,} tokens{of}" if tokens else ""
         text.append(f"memory: of weights{cache} in {self.counted['memory_dtype']}")
         if self.resumed:
             text.append(f"{self.resumed} scores were read from the progress file")
@@ -157,6 +159,7 @@ def search_plan(
     memory_bytes: float | None = None,
     memory_dtype: Any = "bfloat16",
     kv_tokens: int = 0,
+    kv_sequences: int = 1,
     search: Sequence[str] | None = None,
     layers_by_score: bool = False,
     score_name: str | None = None,
@@ -179,8 +182,8 @@ def search_plan(
         score_func: (model) -> a finite number. LMLoss(batches) is the loss on held-out text. It gets each
             model in eval mode, with gradients enabled and all RNGs seeded by `seed`.
         k: how many candidates.
-        params, active_params, memory_bytes, memory_dtype, kv_tokens, search: budgets and sizes to choose, as
-            for make_plan().
+        params, active_params, memory_bytes, memory_dtype, kv_tokens, kv_sequences, search: budgets and sizes
+            to choose, as for make_plan().
         layers_by_score: choose the layers that go, for each number of layers, as search_layers() does, and
             not by importance. That is one more model for each block of neighbouring layers.
         score_name: what tells this score from others in the progress file, and in results; default: the name
@@ -214,7 +217,9 @@ def search_plan(
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k must be a whole number from 1 on, got {k!r}")
     per_token = target.get("num_experts_per_tok")
-    budget = Budget(params, active_params, memory_bytes, memory_dtype, kv_tokens, per_token, search)
+    budget = Budget(
+        params, active_params, memory_bytes, memory_dtype, kv_tokens, per_token, search, kv_sequences
+    )
     if not budget.limits:
         raise ValueError("search_plan needs a budget: params, active_params or memory_bytes")
     if target.get("block_losses") is not None and layers_by_score:

@@ -234,7 +234,7 @@ register_family(
         embedding="model.decoder.embed_tokens",
         size_keys={**_NO_KEYS, "mlp": ("ffn_dim", "intermediate_size")},
         computed={"positions": _opt_positions},
-        derived={"word_embed_proj_dim": lambda sizes: sizes["hidden"]},
+        derived={"word_embed_proj_dim": lambda sizes, config: sizes["hidden"]},
         approximates=_HIDDEN,
     )
 )

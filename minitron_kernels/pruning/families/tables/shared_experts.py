@@ -20,6 +20,7 @@ from minitron_kernels.pruning.families.parts import (
     norms,
     one_by_one,
     one_key_for_each_head,
+    two_experts,
     unless,
 )
 from minitron_kernels.pruning.families.registry import register_family
@@ -110,6 +111,7 @@ def _deepseek_like(
     *,
     corrected: bool = True,
     sparse: When = _is_sparse,
+    refuses: Callable[[Config], str | None] = lambda config: None,
     **more: Any,
 ) -> Family:
     """Dense layers, and others with experts that are chosen and shared ones.
@@ -130,6 +132,8 @@ def _deepseek_like(
         taps=Taps(experts="mlp.experts"),
         is_sparse=sparse,
         fixed=_fixed,
+        # of these the routers compare groups by the sum of their two best
+        refuses=lambda config: refuses(config) or (two_experts(config) if corrected else None),
         **more,
     )
 
