@@ -1,6 +1,6 @@
 """The distillation loss and its alternatives: time, memory and error, compared with the bare GEMMs.
 
-    python benchmarks/kl_loss.py                  # real hidden states, then S and M: 5 minutes to half an hour
+    python benchmarks/kl_loss.py                  # real hidden states, S and M; 5 to 30 minutes
     python benchmarks/kl_loss.py --quick          # tens of seconds, a tiny shape
     python benchmarks/kl_loss.py --device cuda    # on a GPU: S, M and XL, with a roofline
     python benchmarks/kl_loss.py --shape S L --threads 1,2 --dtype bf16 fp32 --full --json out.json
