@@ -74,15 +74,16 @@ void gather_by_plan(const Job& job) {
   const bool direct = aligned || !job.stream || bytes > kMaxScratch;
   const std::unique_ptr<char[]> scratch(direct ? nullptr : new char[max_threads() * bytes]);
   for_row_runs(job, [&](const char* source, char* out, int64_t begin, int64_t end, int64_t slot) {
-    for (int64_t r = begin; r < end; ++r) {
-      char* to = out + r * job.out.row_stride;
-      if (direct) {
-        kernels.row(plan, job.source_row(source, r), to, job.stream && aligned);
-      } else {
-        char* row = scratch.get() + slot * bytes;
-        kernels.row(plan, job.source_row(source, r), row, false);
-        stream_copy(to, row, bytes);
+    const int64_t most = direct ? kGroupRows : 1;
+    for (int64_t r = begin; r < end; r += most) {
+      RowGroup group{.count = std::min(most, end - r), .stream = job.stream && aligned};
+      for (int64_t i = 0; i < group.count; ++i) {
+        const int64_t next = std::min(r + i + most, job.rows.count - 1);
+        group.source[i] = job.source_row(source, r + i), group.next[i] = job.source_row(source, next);
+        group.out[i] = direct ? out + (r + i) * job.out.row_stride : scratch.get() + slot * bytes;
       }
+      kernels.rows(plan, group);
+      if (!direct) stream_copy(out + r * job.out.row_stride, group.out[0], bytes);
     }
   });
 }
