@@ -83,16 +83,11 @@ void copy_line(char* to, const char* from) {
 // What lies this many bytes further in the source is prefetched for every line of the result: the CPU's own
 // prefetchers stop at the end of a page, and the work between two loads keeps too few of them in flight.
 constexpr int64_t kAhead = 512;
-// The same for copied lines, which are known: so many lines later. Behind the last ones, those of `next`.
-constexpr int64_t kLinesAhead = 8;
 
 template <bool kStream>
-void copy_lines(const int32_t* from, int64_t lines, const char* source, const char* next, char* out) {
-  const int64_t within = std::max<int64_t>(0, lines - kLinesAhead);
+void copy_lines(const int32_t* from, int64_t lines, const char* source, char* out) {
   for (int64_t i = 0; i < lines; ++i) {
-    const bool here = i < within;
-    const int64_t ahead = here ? i + kLinesAhead : std::min(i - within, lines - 1);
-    __builtin_prefetch((here ? source : next) + from[ahead]);
+    __builtin_prefetch(source + from[i] + kAhead);
     copy_line<kStream>(out + i * kLineBytes, source + from[i]);
   }
 }
@@ -217,8 +212,7 @@ void rows(const GatherPlan& plan, const RowGroup& group) {
       const char* source = group.source[r];
       char* out = group.out[r] + segment.to;
       if (segment.kind == Segment::kLines) {
-        const char* next = r + 1 < group.count ? group.source[r + 1] : group.next[0];
-        copy_lines<kStream>(plan.lines.data() + segment.first, segment.bytes / kLineBytes, source, next, out);
+        copy_lines<kStream>(plan.lines.data() + segment.first, segment.bytes / kLineBytes, source, out);
       } else if (segment.kind == Segment::kElements) {
         elements<kStream>(plan, segment, source, out);
       } else {

@@ -68,11 +68,16 @@ class Sums {
   void add(const T* const* rows, int64_t apart, int64_t n, const Ahead& ahead) {
     const T* row[kGroup] = {};
     for (int64_t r = 0; r < n; ++r) row[r] = rows[r * apart];
-    // of one moment, all rows' addresses stay in registers if their number is known
-    if constexpr (kOne) {
-      n == kGroup ? add_rows<kGroup>(row, n, ahead) : add_rows<0>(row, n, ahead);
-    } else {
-      add_rows<0>(row, n, ahead);
+    const float share = float(n) / float(in_chain_ + n), weight = float(in_chain_) * share;
+    const auto whole = [](const T* p) { return load<float>(p); };
+    int64_t c = 0;
+    for (; c + kUnroll * kL <= values_; c += kUnroll * kL) {
+      add_columns<kUnroll>(row, n, c, share, weight, ahead, whole);
+    }
+    for (; c + kL <= values_; c += kL) add_columns<1>(row, n, c, share, weight, ahead, whole);
+    if (const int64_t left = values_ - c) {
+      add_columns<1>(row, n, c, share, weight, ahead,
+                     [=](const T* p) { return load_partial<float>(p, left, 0.0f); });
     }
     in_chain_ += n;
     if (in_chain_ >= kChain) flush();
@@ -93,27 +98,10 @@ class Sums {
 
  private:
   static constexpr int64_t kNumSums = num_sums(kMoments);
-  static constexpr bool kOne = kMoments == kAbs;
 
   float* chain(int64_t k) const { return chain_ + k * padded_; }
 
-  // kRows: n, or 0 for any.
-  template <int64_t kRows, typename T>
-  void add_rows(const T* const (&rows)[kGroup], int64_t n, const Ahead& ahead) {
-    const float share = float(n) / float(in_chain_ + n), weight = float(in_chain_) * share;
-    const auto whole = [](const T* p) { return load<float>(p); };
-    int64_t c = 0;
-    for (; c + kUnroll * kL <= values_; c += kUnroll * kL) {
-      add_columns<kRows, kUnroll>(rows, n, c, share, weight, ahead, whole);
-    }
-    for (; c + kL <= values_; c += kL) add_columns<0, 1>(rows, n, c, share, weight, ahead, whole);
-    if (const int64_t left = values_ - c) {
-      add_columns<0, 1>(rows, n, c, share, weight, ahead,
-                        [=](const T* p) { return load_partial<float>(p, left, 0.0f); });
-    }
-  }
-
-  template <int64_t kRows, int64_t kN, typename T, typename Load>
+  template <int64_t kN, typename T, typename Load>
   void add_columns(const T* const (&rows)[kGroup], int64_t n, int64_t c, float share, float weight,
                    const Ahead& distance, Load&& load_at) {
     V magnitude[kN] = {}, square[kN] = {}, pivot[kN] = {}, shift[kN] = {}, shift_square[kN] = {};
@@ -123,9 +111,8 @@ class Sums {
         pivot[j] = in_chain_ ? load<float>(chain(kNumSums - 2) + c + j * kL) : load_at(rows[0] + c + j * kL);
       }
     }
-    const int64_t ahead = c * sizeof(T) + distance.from(c * sizeof(T)), count = kRows ? kRows : n;
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < count; ++r) {
+    const int64_t ahead = c * sizeof(T) + distance.from(c * sizeof(T));
+    for (int64_t r = 0; r < n; ++r) {
       for (int64_t at = 0; at < int64_t(kN * kL * sizeof(T)); at += 64) {
         __builtin_prefetch(reinterpret_cast<const char*>(rows[r]) + ahead + at);
       }
