@@ -28,7 +28,7 @@ import torch
 
 from common.dtypes import DTYPES
 from common.harness import MIB, WorkerError, run_worker, summarize, write_json
-from common.machine import cores, describe, facts
+from common.machine import cores, describe, facts, fast_dtype
 from kl_loss_rows.cases import GATE, SHAPES, Case, error_case, parse_shape
 from kl_loss_rows.floor import gemm_flops
 from kl_loss_rows.peers import IMPLEMENTATIONS, OURS
@@ -60,7 +60,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         help=f"real, {', '.join(SHAPES)}, or N,H,Ht,V; default: real S M, on a GPU S M XL",
     )
-    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES))
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=list(DTYPES),
+        help="default: bf16; fp32 on x86 processors without AVX-512, where torch's bf16 GEMMs take minutes",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--impl", nargs="+", help=f"rows, of {', '.join(known)}, or all")
     parser.add_argument(
@@ -92,6 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--device: cpu or cuda, got {args.device}")
     if kind == "cuda" and not torch.cuda.is_available() and not args.source:
         parser.error(f"--device {args.device}: this torch, {torch.__version__}, sees no GPU")
+    args.dtype = args.dtype or [fast_dtype(kind)]
     args.restrict_m = args.shape is None and args.impl is None and not args.full and kind == "cpu"
     args.shape = args.shape or (["XS"] if args.quick else DEFAULT_SHAPES[kind])
     wanted = [key for part in args.impl or ["all"] for key in part.split(",") if key]

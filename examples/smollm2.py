@@ -96,3 +96,20 @@ def as_mistral(model: Any) -> Any:
     mistral = MistralForCausalLM._from_config(config, dtype=model.dtype)
     mistral.load_state_dict(model.state_dict())
     return mistral.eval()
+
+
+def smollm2_folder(say: Say) -> tuple[Path, Any]:
+    """(folder of the model as a Mistral, its tokenizer), made once."""
+    from transformers import AutoTokenizer
+
+    folder = cache_dir() / "smollm2-135m-mistral"
+    if not (folder / "config.json").exists():
+        llama, tokenizer = load_smollm2(say)
+        work = folder.with_name(f"{folder.name}.{os.getpid()}")
+        try:
+            as_mistral(llama).save_pretrained(work)
+            tokenizer.save_pretrained(work)
+            work.rename(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return folder, AutoTokenizer.from_pretrained(folder)

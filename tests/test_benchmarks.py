@@ -15,6 +15,7 @@ if not FOLDER.is_dir():  # an sdist may be tested without it
     pytest.skip("no benchmarks folder here", allow_module_level=True)
 
 from common import harness as _harness
+from common import machine as _machine
 from common.scripts import script
 from kl_loss_rows import cases as _cases
 from kl_loss_rows import roofline as _roofline
@@ -189,6 +190,17 @@ def test_rows_of_a_gpu(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):
             kl_loss.parse_args(["--device", "cuda"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"), [(["avx2"], "fp32"), (["avx2", "avx512f", "amx_bf16"], "bf16"), ([], "bf16")]
+)
+def test_default_dtype(monkeypatch, flags, dtype):
+    """bf16 but for processors on which torch's bf16 GEMMs have no vectors."""
+    monkeypatch.setattr(_machine, "_cpu", lambda: ("a processor", flags))
+    assert kl_loss.parse_args([]).dtype == [dtype]
+    assert kl_loss.parse_args(["--dtype", "fp16", "bf16"]).dtype == ["fp16", "bf16"]
+    assert _machine.fast_dtype("cuda") == "bf16"
 
 
 @pytest.mark.parametrize("key", ["liger-jsd", "liger-jsd-cute", "liger-kl"])

@@ -18,12 +18,16 @@ KERNELS = ("_simd.cpp", "_amx.cpp", "_avx512_bf16.cpp", ".cuh")
 TORCH = ("torch", "ATen", "c10")
 
 
+# parts of the house that are a module, or a package without rooms
+ALONE = ("_native", "_workspace", "_backend", "_tensors", "_files", "_opaque", "_command", "distillation")
+
+
 def part_of(module: str) -> str:
     """The part of the house that a module belongs to."""
     parts = module.split(".")[1:]
     if parts in ([], ["__main__"]):
         return "top"
-    if parts[0] in ("_native", "_workspace", "_backend", "_tensors", "_opaque", "_command", "distillation"):
+    if parts[0] in ALONE:
         return parts[0]
     if parts[0] == "pruning":  # a room of it, or what is around the rooms
         return ".".join(parts[:2]) if len(parts) > 1 and parts[1] != "__main__" else "pruning"
@@ -45,6 +49,7 @@ MAY_IMPORT = {
     "_native": set(),
     "_workspace": set(),
     "_tensors": set(),
+    "_files": set(),
     "_opaque": set(),
     "_command": {"_command"},
     "_backend": {"_native"},
@@ -58,11 +63,11 @@ MAY_IMPORT = {
     },
     "pruning.families": {"pruning.families"},
     "pruning.score": {"pruning.score", "pruning.families", "op", "_command"},
-    "pruning.plan": {"pruning.plan", "pruning.families"},
+    "pruning.plan": {"pruning.plan", "pruning.families", "_files"},
     "pruning.cut": {"pruning.cut", "pruning.plan", "pruning.families", "op"},
     "pruning.search": {
         *("pruning.search", "pruning.cut", "pruning.plan", "pruning.score", "pruning.families", "_tensors"),
-        "_command",
+        *("_command", "_files"),
     },
     "pruning.checkpoint": {
         *("pruning.checkpoint", "pruning.cut", "pruning.plan", "pruning.families", "op", "_command"),
@@ -77,6 +82,7 @@ MAY_IMPORT = {
         "op",
         "divergence",
         "_tensors",
+        "_files",
         "_command",
         "top",
     },

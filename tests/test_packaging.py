@@ -41,7 +41,7 @@ TOY_SIMD = "namespace MINITRON_SIMD { long twice(long x) { return 2 * x; } }\n"
 
 
 def copy_checkout(to: Path, *, toy: bool) -> Path:
-    for name in ("build_backend", "csrc", "minitron_kernels", "tests", "benchmarks"):
+    for name in ("build_backend", "csrc", "minitron_kernels", "tests", "benchmarks", "docs", "examples"):
         if (ROOT / name).is_dir():
             ignore = shutil.ignore_patterns("__pycache__", "*.so", "_not_built.txt", "results")
             shutil.copytree(ROOT / name, to / name, ignore=ignore)
@@ -162,6 +162,9 @@ def test_sdist_has_what_a_build_needs(tmp_path):
     wanted = {str(p.relative_to(tmp_path)) for p in sources if "__pycache__" not in p.parts}
     assert len([name for name in wanted if name.startswith("csrc/")]) > 5
     assert {*wanted, "setup.py", "pyproject.toml", "LICENSE", "README.md", "tests/conftest.py"} <= names
+    if (ROOT / "docs").is_dir():
+        assert {"mkdocs.yml", "CITATION.cff", "docs/quickstart.md", "docs/tools/site.py"} <= names
+        assert {"docs/pictures/recipe.svg", "docs/ops/index.md", "examples/prune.ipynb"} <= names
 
 
 @needs_compiler

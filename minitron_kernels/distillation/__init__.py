@@ -10,6 +10,7 @@ from minitron_kernels.distillation.signals import DenseSignal, SparseSignal, Tea
 from minitron_kernels.distillation.step import DistillationCall, step
 from minitron_kernels.distillation.targets import count_targets, targets_of
 from minitron_kernels.distillation.teacher import ModelTeacher, Teacher
+from minitron_kernels.distillation.text_teacher import TextTeacher
 
 # what needs more packages than torch, by the module that has it; imported when it is asked for
 _LAZY = {
@@ -33,6 +34,7 @@ __all__ = [
     "SparseSignal",
     "Teacher",
     "TeacherSignal",
+    "TextTeacher",
     "attach",
     "count_targets",
     "detach",

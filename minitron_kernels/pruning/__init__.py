@@ -3,17 +3,19 @@
 from minitron_kernels.pruning.checkpoint.prune import PrunedCheckpoint, prune_checkpoint
 from minitron_kernels.pruning.cut.cuts import Cut, Cuts
 from minitron_kernels.pruning.cut.model import prune_model
-from minitron_kernels.pruning.families.family import Family, Located, Param, Taps
+from minitron_kernels.pruning.families.family import Family, Located, Param, State, Taps
 from minitron_kernels.pruning.families.multimodal import Multimodal
 from minitron_kernels.pruning.families.registry import (
     known_families,
     register_family,
     register_multimodal,
 )
+from minitron_kernels.pruning.families.stored_names import StoredNames
 from minitron_kernels.pruning.plan.counts import Usage, count_usage
+from minitron_kernels.pruning.plan.find_sizes import Candidate, find_sizes
 from minitron_kernels.pruning.plan.make_plan import make_plan
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
-from minitron_kernels.pruning.plan.sizes import Candidate, find_sizes
+from minitron_kernels.pruning.plan.runtimes import runtime_notes
 from minitron_kernels.pruning.score.collect import collect_importance
 from minitron_kernels.pruning.score.plot import plot_importance
 from minitron_kernels.pruning.score.scores import ImportanceScores
@@ -35,6 +37,8 @@ __all__ = [
     "PlanSearch",
     "PrunedCheckpoint",
     "PruningPlan",
+    "State",
+    "StoredNames",
     "Taps",
     "Usage",
     "collect_importance",
@@ -47,6 +51,7 @@ __all__ = [
     "prune_model",
     "register_family",
     "register_multimodal",
+    "runtime_notes",
     "search_layers",
     "search_plan",
 ]

@@ -38,8 +38,9 @@ class Places:
             dimensions inside an expert.
         router: that which gives [tokens, experts] weights where the experts read tokens times these; or None.
         conv_out: the linear layer that reads the channels of a short convolution; None where there are none.
-        mamba: the state space; None where there are none.
+        mamba, delta: the state space, the gated delta net; None where there are none.
         norms: all norms over the residual stream; `scored` those of them whose output scores its channels.
+        positions: the embedding of positions; None where they are not learned.
     """
 
     layers: str = "model.layers"
@@ -54,8 +55,10 @@ class Places:
     router: str | None = None
     conv_out: str | None = None
     mamba: str | None = None
+    delta: str | None = None
     norms: tuple[str, ...] = TWO
     scored: tuple[str, ...] = TWO
+    positions: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,14 @@ class Case:
         approximate: axes that the plan's summary must call approximate where they are cut.
         tolerance: of the logits, beside rounding, in units of the largest.
         stored_as: {name in the model: name in checkpoints of transformers} where they differ.
-        stored_root: what names in checkpoints of transformers begin with, where it is not "model.".
         route: (layer, kept experts), which lets the layer's router choose among these only.
         expert: (module of all experts, number, token [hidden]) -> (neurons, output) of one expert, in numpy.
         fixed: (axis, name of its size, a size): cannot be pruned, and is not scored.
+        unscored: other axes without scores, by the names of their tables.
+        transposed: whether the linear layers of a layer have weights [in, out].
+        repeated: how often its class keeps each key and value head in its cache.
         stays: whether all layers stay, since none can go.
-        no_cache: whether a cache of keys and values is not counted for it.
+        no_cache: whether a cache is not counted for it.
         kept_layer: one that cannot be dropped; None where each can.
         images: of models that read images: the arguments of a forward pass with one.
         follow: ends of the names of parameters outside of the text model that follow it.
@@ -99,10 +104,12 @@ class Case:
     approximate: tuple[str, ...] = ()
     tolerance: float = 0.0
     stored_as: Mapping[str, str] = field(default_factory=dict)
-    stored_root: str = "model."
     route: Callable[[Any, tuple[int, ...]], None] | None = None
     expert: Callable[[Any, int, Any], tuple[Any, Any]] | None = None
     fixed: tuple[str, str, int] | None = None
+    unscored: tuple[str, ...] = ()
+    transposed: bool = False
+    repeated: int = 1
     stays: bool = False
     no_cache: bool = False
     kept_layer: int | None = None
@@ -117,7 +124,9 @@ class Case:
     def is_of_text(self, name):
         """Whether a parameter of the model is of the text model, or follows it."""
         root = self.places.layers.rpartition(".")[0]
-        return self.images is None or name.startswith((f"{root}.", "lm_head.")) or name.endswith(self.follow)
+        if self.images is None or name.startswith(f"{root}.") or name.endswith(self.follow):
+            return True
+        return "lm_head" in name.split(".")
 
     def make_config(self, **changes):
         """The config of the tiny model; `config` goes to that of its text model."""

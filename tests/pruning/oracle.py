@@ -38,11 +38,11 @@ def capture(model, batches):
 
 
 def sequences(arrays, masks):
-    """The counted tokens [n, C] of every sequence of all batches."""
+    """The counted tokens [n, C] of every sequence of all batches; some layers have all tokens in one row."""
     return [
         tokens
         for x, mask in zip(arrays, masks, strict=True)
-        for tokens in oracle.sequences_of(x, None if mask is None else mask)
+        for tokens in oracle.sequences_of(x.reshape(*mask.shape, -1), mask)
     ]
 
 
@@ -164,6 +164,7 @@ def tables(
         "expert_mlp": {},
         "conv": {},
         "mamba": {},
+        "delta": {},
         "layers": np.zeros(layers),
     }
     for i in range(layers):
@@ -191,6 +192,10 @@ def tables(
             width = model.get_submodule(f"{layer}.{places.mamba}.out_proj").in_features
             projected = of(f"{layer}.{places.mamba}.in_proj", "out")
             result["mamba"][i] = score([x[:, width : 2 * width] for x in projected])
+        delta = f"{layer}.{places.delta}.out_proj"
+        if places.delta and (delta, "in") in kept:
+            heads = config.linear_num_value_heads
+            result["delta"][i] = score([oracle.head_norms(x, heads) for x in of(delta, "in")])
         name = f"{layer}.{places.experts}"
         if (name, "in") in kept:
             given = kept[name, "in"]
@@ -203,7 +208,7 @@ def tables(
             )
         pairs = zip(of(layer, "in"), of(layer, "out"), strict=True)
         result["layers"][i] = np.concatenate([oracle.cosine_distance(x, y) for x, y in pairs]).mean()
-    unscored = (*(case.fixed[:1] if case.fixed else ()), *(["layers"] if case.stays else ()))
+    unscored = (*(case.fixed or ())[:1], *case.unscored, *(["layers"] if case.stays else ()))
     return {name: table for name, table in result.items() if len(table) and name not in unscored}
 
 

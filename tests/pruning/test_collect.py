@@ -183,10 +183,10 @@ def test_the_model_is_left_as_found(where, monkeypatch):
 
 
 def test_an_unknown_architecture_says_what_to_do():
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import CTRLConfig, CTRLLMHeadModel
 
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
-    with pytest.raises(ValueError, match=r"'gpt2' is not supported: .*register_family"):
+    model = CTRLLMHeadModel(CTRLConfig(n_layer=1, n_embd=8, n_head=2, dff=8, vocab_size=16))
+    with pytest.raises(ValueError, match=r"'ctrl' is not supported: .*register_family"):
         collect_importance(model, [ids(1, 4)])
     with pytest.raises(TypeError, match="model must be a Hugging Face model with a config, got Linear"):
         collect_importance(torch.nn.Linear(2, 2), [ids(1, 4)])

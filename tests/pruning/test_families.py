@@ -4,11 +4,13 @@ import dataclasses
 import json
 
 import pytest
+from torch import nn
 
 from minitron_kernels.pruning.families.family import Param
 from minitron_kernels.pruning.families.registry import family_of, known_families, register_family
+from pruning.family_configs import CASES
 from pruning.paper_models import COUNTS
-from pruning.tiny_models import FAMILIES, tiny_config, tiny_model
+from pruning.tiny_models import FAMILIES, random_model, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -65,8 +67,8 @@ def test_taps_are_modules_of_the_model(name):
 def test_unknown_family_says_what_to_do():
     with pytest.raises(ValueError, match=r"llama.*got 'gpt5'.*register_family"):
         family_of({"model_type": "gpt5"})
-    with pytest.raises(ValueError, match=r"'gpt2' is not supported: it has absolute.*Known are.*llama"):
-        family_of({"model_type": "gpt2"})
+    with pytest.raises(ValueError, match=r"'xglm' is not supported: it has positions.*Known are.*llama"):
+        family_of({"model_type": "xglm"})
     with pytest.raises(ValueError, match="got None"):
         family_of({})
 
@@ -95,3 +97,15 @@ def test_unknown_names_are_not_located():
     family = family_of(config)
     assert family.locate("model.layers.0.self_attn.q_proj.weight_scale", config) is None
     assert family.locate("vision.weight", config) is None
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "gpt2", "llama"])
+def test_without_embeddings_is_without_all_embeddings(name):
+    model = random_model(CASES[name].make_config(tie_word_embeddings=False))
+    tables = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding))
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    family = family_of(model.config)
+    assert (
+        family.count_parameters(model.config, embeddings=False)
+        == whole - tables - model.lm_head.weight.numel()
+    )

@@ -5,12 +5,15 @@ import json
 import pytest
 import torch
 
-from minitron_kernels.pruning import PruningPlan, make_plan
+from minitron_kernels.pruning import PruningPlan, make_plan, prune_model
 from minitron_kernels.pruning.checkpoint.prune import target_config
+from minitron_kernels.pruning.families.configs import full_config
 from minitron_kernels.pruning.families.registry import family_of
 from pruning.family_configs import CASES
 from pruning.family_configs.hybrid import MAMBA
+from pruning.score_tables import random_tables
 from pruning.threads import one_thread  # noqa: F401  (autouse: of every test here)
+from pruning.tiny_models import random_model
 
 LIST = ["mamba", "attention", "mamba"]
 
@@ -112,3 +115,43 @@ def test_older_names_of_layers_are_read():
     assert "experts" not in family.layer_axes(config, 0)
     plan = make_plan({}, config, drop_layers=[0])
     assert plan.target_config["layer_types"] == ["full_attention", "linear_attention"]
+
+
+def test_other_names_of_lists_in_config_json_are_rewritten():
+    """transformers takes the list of layers by two names: the one that stayed would be of the whole model."""
+    nemotron = CASES["nemotron_h"].make_config().to_dict()
+    nemotron["layer_types"] = nemotron.pop("layers_block_type")
+    granite = CASES["granitemoehybrid"].make_config().to_dict()
+    granite["layers_block_type"] = granite.pop("layer_types")
+    for config, names in ((nemotron, "layer_types"), (granite, "layers_block_type")):
+        plan = make_plan({}, config, drop_layers=[1])
+        new = target_config(config, plan)
+        kinds = config[names][:1] + config[names][2:]
+        assert new["layer_types"] == new["layers_block_type"] == kinds
+        assert full_config(new).num_hidden_layers == len(kinds) == new["num_hidden_layers"]
+
+
+def test_sizes_of_state_spaces_that_are_not_there_follow_hidden_size():
+    """Granite 4.0 Micro has attention only, but its class compares them: 2 · 48 is no multiple of 40."""
+    config = CASES["granitemoehybrid"].make_config(layer_types=["full_attention"] * 3, num_local_experts=0)
+    model = random_model(config)
+    plan = make_plan(random_tables(config), config, hidden_size=40, divisor=8)
+    smaller = prune_model(model, plan)
+    keys = ("hidden_size", "mamba_expand", "mamba_n_heads", "mamba_d_head")
+    assert [getattr(smaller.config, key) for key in keys] == [40, 1, 1, 40]
+    assert "approximate" not in plan.summary() and "mamba" not in plan.summary()
+    full_config(plan.target_config).validate_architecture()
+    whole = make_plan(random_tables(config), config, drop_layers=[1]).target_config
+    assert [whole[key] for key in keys] == [48, 2, 8, 12]
+    mixed = CASES["granitemoehybrid"].make_config()
+    with pytest.raises(ValueError, match="no multiple of hidden_size 40"):
+        make_plan(random_tables(mixed), mixed, hidden_size=40, divisor=8)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "nemotron_h"])
+def test_one_expert_alone_is_refused_where_the_router_adds_up_two(name):
+    config = CASES[name].make_config()
+    tables = {"experts": {layer: torch.arange(4.0) for layer in range(5)}}
+    with pytest.raises(ValueError, match="two best experts, but n_routed_experts is 1"):
+        make_plan(tables, config, n_routed_experts=1, num_experts_per_tok=1)
+    make_plan(tables, config, n_routed_experts=2, num_experts_per_tok=1)

@@ -11,6 +11,7 @@ import pytest
 
 from minitron_kernels.pruning.checkpoint import output_file
 from minitron_kernels.pruning.checkpoint.output_file import PAGE, OutputFile, PageBuffer, copies_fast
+from minitron_kernels.pruning.checkpoint.shards import _Work
 
 SIZE = 40 * PAGE + 123
 
@@ -191,3 +192,23 @@ def test_a_buffer_lies_in_its_page_as_the_bytes_in_their_file():
 def test_where_copies_are_fast():
     slow = [distance for distance in range(-4096, 4096) if not copies_fast(10_000, 10_000 + distance)]
     assert slow == [*range(-4095, -4064), *range(1, 32)]
+
+
+class Unclosed:
+    """In the place of an open shard and its file; closing it says that the disk is full."""
+
+    def __init__(self, failing):
+        self.file, self.failing, self.closed = self, failing, 0
+
+    def close(self):
+        self.closed += 1
+        if self.failing:
+            raise OSError(errno.ENOSPC, "no space")
+
+
+def test_every_file_is_closed_after_a_failure(tmp_path):
+    work = _Work([], tmp_path, lambda count: None, lambda shard, digest: None, 1)
+    opened = [Unclosed(failing) for failing in (True, False, True, False)]
+    work._open = opened
+    work.close()
+    assert [shard.closed for shard in opened] == [1, 1, 1, 1]

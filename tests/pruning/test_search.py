@@ -1,5 +1,6 @@
 """search_plan() against scoring all candidates by hand; what it leaves alone, refuses, and goes on from."""
 
+import io
 import json
 import math
 import random
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from minitron_kernels.pruning import LMLoss, find_sizes, make_plan, prune_model, search_plan
+from minitron_kernels.pruning.search.progress_file import model_digest
 from pruning.pruned_models import IDS, assert_unchanged, state_of
 from pruning.score_tables import random_tables
 from pruning.tiny_models import tiny_model
@@ -276,3 +278,30 @@ def test_wrong_searches(model, tables, options, error, message):
     options = {"score_func": weight_score, **BUDGET, **options}
     with pytest.raises(error, match=message):
         search_plan(model, tables, progress=False, **options)
+
+
+class Kept(torch.nn.Module):
+    """A module that keeps something beside tensors, as those of Transformer Engine do."""
+
+    def __init__(self, state):
+        super().__init__()
+        self.state = state
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
+def test_extra_states_belong_to_a_model():
+    def digest(state):
+        model = two_layers()
+        model.kept = Kept(state)
+        return model_digest(model)
+
+    states = (None, {"amax": 1.0}, {"amax": 2.0}, io.BytesIO(b"1"), io.BytesIO(b"2"), torch.tensor([1]))
+    assert len({digest(state) for state in states}) == len(states)
+    assert digest({"amax": 1.0}) == digest({"amax": 1.0}) != model_digest(two_layers())
+    with pytest.raises(ValueError, match=r"kept._extra_state cannot be pickled.*leave progress_file out"):
+        digest(lambda: None)

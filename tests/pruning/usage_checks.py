@@ -1,5 +1,7 @@
 """count_usage() of a model against its tensors, its gradients and its cache."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,10 +9,11 @@ from minitron_kernels.pruning import count_usage
 from minitron_kernels.pruning.families.registry import family_of
 
 
-def check_usage(model, counts=lambda name: True, *, no_cache=False):
+def check_usage(model, counts=lambda name: True, *, no_cache=False, repeated=1):
     """All parameters, those that a token meets, and bytes of weights and of a cache of 14 tokens.
 
     counts: (name) -> whether a parameter is of the text model. no_cache: its cache is not counted.
+    repeated: how often its class keeps each head of keys and values.
     """
     dtype = next(model.parameters()).dtype
     weights = {part.data_ptr(): part for name, part in model.named_parameters() if counts(name)}
@@ -21,16 +24,27 @@ def check_usage(model, counts=lambda name: True, *, no_cache=False):
     assert counted.active_parameters == active_parameters(model) - encoder
     element = weights.popitem()[1].element_size()
     sizes = family_of(model.config).sizes(model.config)
-    wanted = 14 * sizes["layers"] * 2 * sizes["kv_heads"] * sizes["head_dim"] * element
-    kept, slides = cache_of(model)
+    whole = 14 * sizes["layers"] * 2 * sizes["kv_heads"] * sizes["head_dim"] * element
+    keys, states, slides = cache_of(model)
+    assert keys % repeated == 0
+    keys //= repeated
     if no_cache or (
-        kept != wanted and not (slides and 0 < kept < wanted)
+        not states and keys != whole and not (slides and 0 < keys < whole)
     ):  # sliding windows count as if they kept all
         with pytest.raises(ValueError, match="kv_tokens must be 0"):
             count_usage(model.config, kv_tokens=14)
         return
-    with_cache = count_usage(model.config, memory_dtype=str(dtype).removeprefix("torch."), kv_tokens=14)
-    assert with_cache.memory_bytes == counted.memory_bytes + wanted
+    options = dict(kv_tokens=14, kv_sequences=2)
+    with_cache = count_usage(model.config, memory_dtype=str(dtype).removeprefix("torch."), **options)
+    expected = keys + states if states else whole
+    assert with_cache.memory_bytes == counted.memory_bytes + expected
+    if states:  # some are kept in float32 in any case
+        half = copy.deepcopy(model).bfloat16()
+        if hasattr(half, "set_experts_implementation"):
+            half.set_experts_implementation("eager")  # the others want rows of 16 bytes
+        keys, states, _ = cache_of(half)
+        with_cache = count_usage(model.config, memory_dtype="bfloat16", **options)
+        assert with_cache.memory_bytes == 2 * counted.parameters + keys + states
 
 
 def active_parameters(model):
@@ -53,10 +67,13 @@ def active_parameters(model):
 
 @torch.no_grad()
 def cache_of(model):
-    """(bytes of keys and values after two sequences of 7 tokens, whether a layer has a sliding window); 0
-    where a layer keeps something else."""
+    """What two sequences of 7 tokens leave in a cache: (bytes of keys and values, bytes of states, whether a
+    layer has a sliding window); no keys where some layer keeps neither keys nor states nor is without."""
     layers = model(torch.arange(14).view(2, 7) + 3, use_cache=True).past_key_values.layers
-    kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
-    if any(part is None for pair in kept for part in pair):
-        return 0, False
-    return sum(part.nbytes for pair in kept for part in pair), any(layer.is_sliding for layer in layers)
+    keys = states = 0
+    for layer in layers:
+        held = [getattr(layer, name, None) for name in ("keys", "values")]
+        keys += sum(part.nbytes for part in held if part is not None)
+        for name in ("conv_states", "recurrent_states"):
+            states += sum(part.nbytes for part in getattr(layer, name, {}).values() if part is not None)
+    return keys, states, any(getattr(layer, "is_sliding", False) for layer in layers)

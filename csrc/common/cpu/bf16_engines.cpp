@@ -65,10 +65,10 @@ const std::string& why_not_allowed() {
 }
 
 #if defined(MINITRON_HAVE_AMX) || defined(MINITRON_HAVE_AVX512_BF16)
-// Whether small whole numbers are multiplied exactly, at the edges too: an instruction that does something
-// else than its flag says must not go unseen.
-bool multiplies(Gemm<bf16, float> gemm) {
-  constexpr int64_t M = 35, N = 19, K = 70, kDepth = round_up(K, kTileDepth);
+// Whether small whole numbers are multiplied exactly, in whole blocks (N = kPanel) and at the edges: an
+// instruction that does something else than its flag says must not go unseen.
+bool multiplies(Gemm<bf16, float> gemm, int64_t N) {
+  constexpr int64_t M = 35, K = 70, kDepth = round_up(K, kTileDepth);
   const auto a_of = [](int64_t m, int64_t k) { return (3 * m + 5 * k) % 8; };
   const auto b_of = [](int64_t k, int64_t n) { return (k * k + 7 * n) % 8; };
   const auto whole = [](int64_t i) {
@@ -93,6 +93,7 @@ bool multiplies(Gemm<bf16, float> gemm) {
   }
   return true;
 }
+bool multiplies(Gemm<bf16, float> gemm) { return multiplies(gemm, kPanel) && multiplies(gemm, 19); }
 #endif
 
 }  // namespace

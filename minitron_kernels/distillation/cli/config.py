@@ -34,21 +34,42 @@ def load(command: str, file: Path | None, flags: Mapping[str, Any]) -> dict[str,
     return config | dict(flags)
 
 
-def read_toml(command: str, file: Path) -> dict[str, Any]:
-    """The options that the command's table of a TOML file gives."""
+def parse_toml(file: Path) -> dict[str, Any]:
+    """What a TOML file says.
+
+    Raises:
+        ValueError, OSError: it is not TOML in UTF-8; it cannot be read.
+    """
+    try:
+        return toml_of(file.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: must be TOML in UTF-8, but byte {error.start} is not") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: is not TOML: {error}") from None
+
+
+def toml_of(text: str) -> dict[str, Any]:
+    """What TOML says.
+
+    Raises:
+        ValueError: it is not TOML.
+    """
     try:
         import tomllib  # type: ignore[import-not-found,unused-ignore]
     except ImportError:  # Python 3.10
         try:
             import tomli as tomllib  # type: ignore[import-not-found,no-redef,unused-ignore]
         except ImportError:
-            raise ImportError("--config needs Python 3.11, or the package tomli: pip install tomli") from None
-    try:
-        tables = tomllib.loads(file.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: must be TOML in UTF-8, but byte {error.start} is not") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{file}: is not TOML: {error}") from None
+            raise ImportError(
+                "a TOML file needs Python 3.11, or the package tomli: pip install tomli"
+            ) from None
+    found: dict[str, Any] = tomllib.loads(text)
+    return found
+
+
+def read_toml(command: str, file: Path) -> dict[str, Any]:
+    """The options that the command's table of a TOML file gives."""
+    tables = parse_toml(file)
     for name, table in tables.items():
         if name not in TABLES:
             owners = [known for known in TABLES if name.replace("-", "_") in options_of(known)]

@@ -4,47 +4,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from minitron_kernels.distillation.cli.job import Job, own_device
 
+_ACTIVATIONS = "activations of the student"
+
+
+class Sized(NamedTuple):
+    """What a model takes: its config, how many parameters it has (tied ones once), and their dtype."""
+
+    config: Any
+    parameters: int
+    dtype: torch.dtype
+
 
 def of_training(config: Mapping[str, Any], job: Job, device: str, held_out: int) -> str:
     """What a run of train would do and need."""
-    student, own = _meta(config["student"], config["dtype"])
+    student = _meta(config["student"], config["dtype"])
     lines = [f"train, on {device}; nothing is written", f"  run       {job}"]
     if held_out:
         lines.append(f"  held out  {held_out:,} windows, every {config['eval_every'] or job.steps:,} steps")
-    lines.append(f"  student   {_described(student, own)}")
+    lines.append(f"  student   {_described(student)}")
     teacher = None
     if config["teacher"] is not None and config["cache"] is None:
-        teacher, other = _meta(config["teacher"], config["teacher_dtype"])
-        lines.append(f"  teacher   {_described(teacher, other)}")
+        teacher = _meta(config["teacher"], config["teacher_dtype"])
+        lines.append(f"  teacher   {_described(teacher)}")
     if config["cache"] is not None:
         from minitron_kernels.distillation.cache import TeacherCache
 
         summary = TeacherCache(config["cache"]).summary()
         lines.append(f"  cache     {summary}".replace("\n", "\n          "))
-    parts = _kept(student, own)
-    if teacher is not None:
-        parts["teacher's weights"] = _parameters(teacher) * other.itemsize
-    computed = torch.bfloat16 if _autocasts(config, device) else own
-    tokens = config["batch_size"] * config["seq_len"]
-    activations = _activations(student.config, tokens, computed, config["gradient_checkpointing"])
-    if activations is not None:
-        parts["activations of the student"] = activations
-    loss = _loss_bytes(config, student, teacher, tokens, computed, device)
-    if loss is not None:
-        parts["scratch memory of the loss"] = loss
+    parts = memory_of_training(config, student, teacher, device)
     lines.append(f"  memory of {'each' if job.processes > 1 else 'the'} process, estimated:")
     lines += [f"    {size_text(nbytes):>12}  {name}" for name, nbytes in parts.items()]
-    note = ", without activations, which are not known for this family" if activations is None else ""
+    unknown = _ACTIVATIONS not in parts
+    note = ", without activations, which are not known for this family" if unknown else ""
     lines.append(f"    {size_text(sum(parts.values())):>12}  in all{note}")
     if device == "cuda":
         lines.append(f"    {size_text(torch.cuda.mem_get_info(own_device(device))[1]):>12}  the GPU has")
-    checkpoint = 3 * _parameters(student) * own.itemsize
+    checkpoint = 3 * student.parameters * student.dtype.itemsize
     lines.append(
         f"  disk      {size_text(checkpoint)} a checkpoint, {config['keep']} are kept; and the model"
     )
@@ -55,11 +56,37 @@ def of_training(config: Mapping[str, Any], job: Job, device: str, held_out: int)
     return "\n".join(lines)
 
 
+def memory_of_training(
+    config: Mapping[str, Any], student: Sized, teacher: Sized | None, device: str
+) -> dict[str, int]:
+    """{part: bytes} of a process that trains; a part that is not known is left out.
+
+    Args:
+        config: of train.
+        student: the model that is trained.
+        teacher: a live one; None with a cache, or the text alone.
+        device: "cpu" or "cuda".
+    """
+    weights = student.parameters * student.dtype.itemsize
+    parts = {"student's weights": weights, "its gradients": weights, "AdamW's moments": 2 * weights}
+    if teacher is not None:
+        parts["teacher's weights"] = teacher.parameters * teacher.dtype.itemsize
+    computed = torch.bfloat16 if _autocasts(config, device) else student.dtype
+    tokens = config["batch_size"] * config["seq_len"]
+    activations = _activations(student.config, tokens, computed, config["gradient_checkpointing"])
+    if activations is not None:
+        parts[_ACTIVATIONS] = activations
+    loss = _loss_bytes(config, student, teacher, tokens, computed, device)
+    if loss is not None:
+        parts["scratch memory of the loss"] = loss
+    return parts
+
+
 def of_cache(config: Mapping[str, Any], windows: int, device: str) -> str:
     """What a run of cache would need, and the bytes it would write."""
-    teacher, dtype = _meta(config["teacher"], config["dtype"])
+    teacher = _meta(config["teacher"], config["dtype"])
     tokens = windows * config["seq_len"]
-    each, spec = _bytes_a_token(config, teacher, dtype)
+    each, spec = _bytes_a_token(config, teacher)
     kept = {
         "topk": f"up to {spec.k} ids a position, log-probabilities as {spec.quantiser}",
         "sampled": f"{spec.samples} draws a position",
@@ -69,7 +96,7 @@ def of_cache(config: Mapping[str, Any], windows: int, device: str) -> str:
     return "\n".join(
         [
             f"cache, on {device}; nothing is written",
-            f"  teacher   {_described(teacher, dtype)}",
+            f"  teacher   {_described(teacher)}",
             f"  text      {windows:,} windows of {config['seq_len']:,} = {tokens:,} tokens, in "
             f"{-(-windows // config['batch_size']):,} batches",
             f"  tier      {spec.tier}: {kept}",
@@ -86,32 +113,23 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes:.0f} B"
 
 
-def _meta(folder: str, dtype: str) -> tuple[Any, torch.dtype]:
-    """A checkpoint's model without its weights, and the dtype that these would have."""
+def _meta(folder: str, dtype: str) -> Sized:
+    """What the model in a checkpoint's folder takes; its weights are not read."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return model, (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    kind = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    return Sized(model.config, sum(p.numel() for p in model.parameters()), kind)  # tied ones once
 
 
-def _parameters(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())  # tied ones once
-
-
-def _described(model: Any, dtype: torch.dtype) -> str:
+def _described(model: Sized) -> str:
     config = model.config
     return (
-        f"{_parameters(model):,} parameters in {str(dtype).removeprefix('torch.')}, "
+        f"{model.parameters:,} parameters in {str(model.dtype).removeprefix('torch.')}, "
         f"{config.num_hidden_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size:,}"
     )
-
-
-def _kept(student: Any, dtype: torch.dtype) -> dict[str, int]:
-    """What training keeps in memory from step to step."""
-    weights = _parameters(student) * dtype.itemsize
-    return {"student's weights": weights, "its gradients": weights, "AdamW's moments": 2 * weights}
 
 
 def _autocasts(config: Mapping[str, Any], device: str) -> bool:
@@ -131,7 +149,12 @@ def _activations(config: Any, tokens: int, dtype: torch.dtype, checkpointing: bo
 
 
 def _loss_bytes(
-    config: Mapping[str, Any], student: Any, teacher: Any, tokens: int, dtype: torch.dtype, device: str
+    config: Mapping[str, Any],
+    student: Sized,
+    teacher: Sized | None,
+    tokens: int,
+    dtype: torch.dtype,
+    device: str,
 ) -> int | None:
     """What linear_kl_loss() or linear_sparse_kl_loss() allocates; None where it cannot be planned here."""
     from minitron_kernels.ops.kl_loss.op_plan import plan_linear_kl_loss
@@ -144,6 +167,8 @@ def _loss_bytes(
         sparse, width = (spec.k, 0) if spec.tier != "hidden" else (None, spec.hidden_size)
     elif teacher is not None:
         width = teacher.config.hidden_size
+    else:  # the next token of the text
+        sparse, width = 1, 0
     try:
         plan = plan_linear_kl_loss(
             tokens,
@@ -162,7 +187,7 @@ def _loss_bytes(
     return plan.total_bytes
 
 
-def _bytes_a_token(config: Mapping[str, Any], teacher: Any, dtype: torch.dtype) -> tuple[float, Any]:
+def _bytes_a_token(config: Mapping[str, Any], teacher: Sized) -> tuple[float, Any]:
     """Bytes of a token in a shard, of a window that has all ids that it may; and the cache's spec."""
     from minitron_kernels.distillation.cache import CacheSpec
     from minitron_kernels.distillation.cache.payload import encode

@@ -46,7 +46,7 @@ def _about_run(path: Path, verify: bool) -> str:
     record = records.read_record(path)
     config, job, log = record["config"], record["job"], record.get("log", [])
     step = record.get("step", 0)
-    teacher = config["cache"] or config["teacher"]
+    teacher = config["cache"] or config["teacher"] or "the text alone"
     lines = [
         f"{path}: distillation run, {record['status']}, step {step:,} of {job['steps']:,}",
         f"  {config['student']} from {teacher}",

@@ -11,20 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minitron_kernels._files import write_text
+
 CONFIG, RECORD, PICTURE = "distillation.toml", "distillation.json", "distillation.png"
 COMPLETE = "complete"  # a file in a checkpoint's folder, written after all others
 FORMAT, VERSION = "minitron-distillation-run", 1
 _PACKAGES = ("torch", "transformers", "accelerate", "triton", "numpy", "safetensors")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file in one step: the old one or the new one, whole."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(aside, path)
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,8 @@ def check_sources(config: Mapping[str, Any]) -> None:
     check_model(Path(config["student"]))
     if config["cache"] is None:
         if config["teacher"] is None:
-            raise ValueError("train needs --teacher (a checkpoint's folder) or --cache (what it said)")
+            _check_text_alone(config)
+            return
         check_model(Path(config["teacher"]))
         return
     from minitron_kernels.distillation.cache import TeacherCache
@@ -43,6 +44,17 @@ def check_sources(config: Mapping[str, Any]) -> None:
             f"--temperature must be one at which the cache has the tail, {there}, got "
             f"{config['temperature']:g}: minitron-distill cache --temperatures makes others"
         )
+
+
+def _check_text_alone(config: Mapping[str, Any]) -> None:
+    """Checks that a run without a teacher asks for none."""
+    if config["kl_weight"] or not config["ce_weight"] or config["hidden_layers"]:
+        raise ValueError(
+            "train needs --teacher (a checkpoint's folder) or --cache (what it said); on the text alone it "
+            "trains with --kl-weight 0 --ce-weight 1"
+        )
+    if config["temperature"] != 1 or config["divergence"] not in ("forward_kl", 0):
+        raise ValueError("--temperature and --divergence are those of a teacher: leave them out without one")
 
 
 def check_tokenizers(config: Mapping[str, Any]) -> Any:
@@ -81,7 +93,11 @@ def tokenizer_if_any(folder: str) -> Any:
 
 
 def load_teacher(config: Mapping[str, Any], tokenizer: Any, student_tokens: int) -> Any:
-    """A model, or a CachedTeacher."""
+    """A model, a CachedTeacher, or a TextTeacher where there is neither."""
+    if config["cache"] is None and config["teacher"] is None:
+        from minitron_kernels.distillation.text_teacher import TextTeacher
+
+        return TextTeacher()
     if config["cache"] is None:
         return load_model(
             Path(config["teacher"]), config["teacher_dtype"], otherwise="a teacher", with_head=True

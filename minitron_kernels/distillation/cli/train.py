@@ -12,6 +12,7 @@ from typing import Any
 
 from minitron_kernels._command.messages import few, say, show
 from minitron_kernels._command.models import check_free, load_model
+from minitron_kernels._files import write_text
 from minitron_kernels.distillation.cli import config as configs
 from minitron_kernels.distillation.cli import record as records
 from minitron_kernels.distillation.cli.arguments import flags_of
@@ -95,7 +96,7 @@ def _run(
         text = configs.to_toml(
             "train", config, about="of this run; `minitron-distill train --resume` reads it"
         )
-        records.write_text(out / records.CONFIG, text)
+        write_text(out / records.CONFIG, text)
     record.update(parameters=sum(p.numel() for p in student.parameters()))
     if not config["quiet"]:
         tell("distilling", f"{job}, on {device}")

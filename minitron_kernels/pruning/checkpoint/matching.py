@@ -19,7 +19,7 @@ from minitron_kernels.pruning.cut.cuts import Cut, Cuts
 from minitron_kernels.pruning.cut.skeleton import Shapes, check_outside, check_shapes, expected_shapes
 from minitron_kernels.pruning.families.configs import config_value
 from minitron_kernels.pruning.families.family import MTP_KEYS, TIE_KEY, Family
-from minitron_kernels.pruning.families.names import family_names, stored_prefixes
+from minitron_kernels.pruning.families.names import family_names, has_stored_names, stored_prefixes
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 
@@ -92,10 +92,11 @@ def match(
     tensors = {
         inside: stored[name]
         for name, inside in plain.items()
-        if name not in mtp and not inside.endswith(_NOT_PARAMETERS)
+        if name not in mtp and not _is_computed(inside, family)
     }
     head = f"{family.head}.weight"
-    root = "" if head in tensors or family.text_key else _lacking_root(tensors, family)
+    renamed = has_stored_names(stored, family)
+    root = "" if renamed or head in tensors or family.text_key else _lacking_root(tensors, family)
     headless = head not in tensors and (bool(root) or _is_class_of_base(config))
     tied = family.tied(config) if headless else _is_tied(tensors, family)
     if tied:
@@ -117,6 +118,10 @@ def match(
         for cut, tensor in (*_pairs(tensors, wanted, cuts, one_by_one), *copies)
     ]
     called = {cut.name: root + cut.name for cut, _ in pairs}
+    if renamed:
+        stored_name = family.stored_names.in_checkpoint
+        pairs = [(dataclasses.replace(cut, name=stored_name(cut.name)), tensor) for cut, tensor in pairs]
+        called = {stored_name(name): name for name in called}
     if family.text_key is not None:
         inside = [cut.name for cut, _ in pairs]
         pairs = _as_stored(pairs, family)
@@ -147,6 +152,14 @@ def _asked_for(source: SourceFolder, patterns: Sequence[str]) -> set[str]:
             raise ValueError(f"{source.path}: leave_out has {pattern!r}, which matches no tensor there")
         asked.update(found)
     return asked
+
+
+def _is_computed(name: str, family: Family) -> bool:
+    """Whether a tensor is a buffer that transformers computes: of RoPE, or one that the family names."""
+    inside = re.fullmatch(rf"{re.escape(family.layers)}\.\d+\.(.+)", name)
+    return name.endswith(_NOT_PARAMETERS) or (
+        inside is not None and inside[1] in family.stored_names.computed
+    )
 
 
 def _is_mtp(name: str, config: Mapping[str, Any], cuts: Cuts) -> bool:

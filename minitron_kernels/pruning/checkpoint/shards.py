@@ -9,6 +9,7 @@ compute at once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -267,9 +268,13 @@ class _Work:
             raise
 
     def close(self) -> None:
-        """Call after the threads have ended: closes the files that a failure left open."""
+        """Call after the threads have ended: closes the files that a failure left open.
+
+        One that cannot be closed hides neither the failure nor the others: what it holds is not relied on.
+        """
         for shard in self._open:
-            shard.file.close()
+            with contextlib.suppress(OSError):
+                shard.file.close()
 
     def _take(self) -> tuple[_OpenShard, int] | None:
         while self._current is None or self._current.taken == len(self._current.pieces):

@@ -53,6 +53,10 @@ SIZES = {
     "num-key-value-heads": ("num_key_value_heads",),
     "moe-intermediate-size": ("moe_intermediate_size",),
     "num-experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "mamba-num-heads": ("mamba_num_heads", "mamba_n_heads"),
+    "mamba-head-dim": ("mamba_head_dim", "mamba_d_head"),
+    "linear-num-value-heads": ("linear_num_value_heads",),
+    "linear-num-key-heads": ("linear_num_key_heads",),
 }
 
 
@@ -188,7 +192,7 @@ def _add_target(sub: argparse.ArgumentParser) -> None:
         dest="memory_bytes",
         type=typed("size", byte_count),
         metavar="SIZE",
-        help="budget of memory for weights and key/value cache: 16GB, 16GiB",
+        help="budget of memory for weights and cache: 16GB, 16GiB",
     )
     target.add_argument(
         "--memory-dtype",
@@ -198,6 +202,13 @@ def _add_target(sub: argparse.ArgumentParser) -> None:
     )
     target.add_argument(
         "--kv-tokens", type=at_least(0), default=0, metavar="N", help="tokens in that cache (default 0)"
+    )
+    target.add_argument(
+        "--kv-sequences",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="sequences that these tokens are of, each with states where layers have any (default 1)",
     )
     target.add_argument(
         "--search", nargs="+", metavar="NAME", help="sizes that a budget may choose; default: hidden and MLP"

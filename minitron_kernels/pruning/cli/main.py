@@ -17,6 +17,7 @@ WHY_TENSORS = "tensors that are not part of the model"
 ARGUMENTS = (
     "params",
     "kv_tokens",
+    "kv_sequences",
     "memory_dtype",
     "divisor",
     "drop_layers",

@@ -15,7 +15,7 @@ from minitron_kernels.pruning.cli.arguments import SIZES
 
 BUDGETS = ("params", "active_params", "memory_bytes")
 OPTIONS = (
-    *("memory_dtype", "kv_tokens", "search", "drop_layers", "num_experts_per_tok", "divisor"),
+    *("memory_dtype", "kv_tokens", "kv_sequences", "search", "drop_layers", "num_experts_per_tok", "divisor"),
     *("kv_heads", "merge_heads", "order", "rescale_norms", "loadable", "batch", "seq"),
 )
 

@@ -18,15 +18,20 @@ from torch import Tensor
 
 from minitron_kernels.ops.gather.index import ChannelIndex
 from minitron_kernels.ops.gather.op import gather_channels
-from minitron_kernels.pruning.families.family import (
+from minitron_kernels.pruning.families.axes import (
     ONE,
+    PER_HEAD,
     PRUNED,
     QKV,
-    Located,
     elements,
     elements_inside,
+    groups_of,
+    names_in,
+    of_group,
+    qkv_block,
     split_part,
 )
+from minitron_kernels.pruning.families.family import Located
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.layer_plan import LayerPlan
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
@@ -159,7 +164,7 @@ class Cuts:
         """What becomes of the parameter `name` of the model (`stored`: of the checkpoint).
 
         Returns:
-            Its cut; None if it is removed with its layer or its expert.
+            Its cut; None if it is removed with its layer, its expert or its head.
 
         Raises:
             ValueError: the source has no such parameter.
@@ -182,6 +187,12 @@ class Cuts:
             if expert not in entry.experts:
                 return None
             expert = entry.experts.index(expert)
+        head = located.head
+        if head is not None and located.axis is not None:
+            kept = self._kept(located.axis, located.layer, None)
+            if head not in kept:
+                return None
+            head = kept.index(head)
         factor, offset = self._gain(name)
         indices, stack = [], None
         if located.stacked and entry is not None:
@@ -189,7 +200,7 @@ class Cuts:
         else:
             indices = [self._index(parts, located.layer, expert) for parts in located.dims]
         return Cut(
-            name=located.moved(new, expert),
+            name=located.moved(new, expert if head is None else head),
             source_shape=located.shape(self.source),
             shape=located.shape(self.target),
             rows=indices[0] if len(indices) >= 2 else None,
@@ -247,23 +258,33 @@ class Cuts:
 
     def _elements(self, part: str, layer: int | None, expert: int | None) -> Tensor:
         """What is kept of the elements of a part of a dimension."""
-        if part == QKV:
-            assert layer is not None, "queries outside of a layer"
-            heads = _heads_of(self._layers[layer][1])
-            size, kept = (sizes["heads"] // sizes["kv_heads"] for sizes in (self.source, self.target))
-            blocks: list[int] = []
-            for new, sources in enumerate(heads.kv):
-                query = heads.query[new * kept : (new + 1) * kept]
-                blocks += [_qkv_block(head, size) for head in query]
-                blocks += [_qkv_block(sources[0], size, kind) for kind in ("key", "value")]
-            part, indices = "heads", torch.tensor(blocks, dtype=torch.int64)
-        else:
-            indices = torch.tensor(self._kept(split_part(part)[0], layer, expert), dtype=torch.int64)
+        if groups_of(part) is not None:
+            return self._groups(part, layer, expert)
+        indices = torch.tensor(self._kept(split_part(part)[0], layer, expert), dtype=torch.int64)
         length = 1 if part == ONE else elements_inside(part, self.source)
         inside = torch.arange(length)
         if split_part(part)[1] in PRUNED:  # the same elements in each
             inside = torch.tensor(self._kept(split_part(part)[1], layer, expert), dtype=torch.int64)
         return (indices[:, None] * length + inside).flatten()
+
+    def _groups(self, part: str, layer: int | None, expert: int | None) -> Tensor:
+        """What is kept of the elements of a part that is made of groups of pieces."""
+        axis, pieces = groups_of(part) or ("", ())
+        old = torch.tensor(self._kept(axis, layer, expert), dtype=torch.int64)[:, None]
+        size, start = elements(part, self.source) // self.source[axis], 0
+        kept: list[Tensor] = []
+        for piece in pieces:
+            inside, length = split_part(piece)[0], of_group(piece, axis, self.source)
+            if inside in PRUNED:  # by its own number, since groups may be joined
+                share, each = self.source[inside] // self.source[axis], elements_inside(piece, self.source)
+                at = torch.tensor(self._kept(inside, layer, expert), dtype=torch.int64)
+                first = at // share * size + start + at % share * each
+                rows = (first[:, None] + torch.arange(each)).view(len(old), -1)
+            else:
+                rows = old * size + start + torch.arange(length)
+            kept.append(rows)
+            start += length
+        return torch.cat(kept, 1).flatten()
 
     def _kept(self, axis: str, layer: int | None, expert: int | None) -> tuple[int, ...] | range:
         if axis == "hidden":
@@ -284,19 +305,26 @@ class Cuts:
         if entry is None or not located.dims:
             return ()
         blends: list[Blend] = []
+        heads = entry.heads
+        joined = heads is not None and (heads.merged or any(len(sources) > 1 for sources in heads.kv))
+        if joined and any("kv_heads" in parts for parts in located.dims[1:]):
+            raise ValueError(f"{located.name} is [in, out]: its heads cannot be joined")
         old, new = 0, 0
-        axes = {split_part(part)[0] for parts in located.dims for part in parts}
+        axes = {name for parts in located.dims for part in parts for name in names_in(part)} - {"1"}
         # of a norm over all heads, or over each: it has no axis of what a projection reads
         is_gain = located.name.endswith(".weight") and axes <= {"heads", "kv_heads", "head_dim"}
         for part in located.dims[0]:
-            axis = split_part(part)[0]
-            dim = 0 if part == QKV else elements_inside(part, self.source)
-            if part == QKV:
+            axis, pieces = groups_of(part) or (split_part(part)[0], ())
+            dim = elements(part, self.source) // self.source[axis] if axis in PER_HEAD else 0
+            if (axis, pieces) == groups_of(QKV):
                 blends += self._qkv_blends(entry, old, new)
             elif axis == "heads":
                 for kept, dropped in () if is_gain else _heads_of(entry).merged:
                     start = new + _heads_of(entry).query.index(kept) * dim
-                    blends.append(Blend(start, dim, ((2.0, old + kept * dim), (-1.0, old + dropped * dim))))
+                    pair = (2.0, old + kept * dim), (-1.0, old + dropped * dim)
+                    # of a head with its gate behind its query, the query alone
+                    blended = of_group(pieces[0], axis, self.source) if pieces else dim
+                    blends.append(Blend(start, blended, pair))
             elif axis == "kv_heads":
                 for head, sources in enumerate(_heads_of(entry).kv):
                     if len(sources) > 1:
@@ -312,17 +340,17 @@ class Cuts:
         size, kept = (sizes["heads"] // sizes["kv_heads"] for sizes in (self.source, self.target))
         blends = []
         for stays, goes in heads.merged:
-            start = new + _qkv_block(heads.query.index(stays), kept) * dim
+            start = new + qkv_block(heads.query.index(stays), kept) * dim
             terms = tuple(
-                (weight, old + _qkv_block(head, size) * dim) for weight, head in ((2.0, stays), (-1.0, goes))
+                (weight, old + qkv_block(head, size) * dim) for weight, head in ((2.0, stays), (-1.0, goes))
             )
             blends.append(Blend(start, dim, terms))
         for head, sources in enumerate(heads.kv):
             for part in ("key", "value") if len(sources) > 1 else ():
                 terms = tuple(
-                    (1 / len(sources), old + _qkv_block(source, size, part) * dim) for source in sources
+                    (1 / len(sources), old + qkv_block(source, size, part) * dim) for source in sources
                 )
-                blends.append(Blend(new + _qkv_block(head, kept, part) * dim, dim, terms))
+                blends.append(Blend(new + qkv_block(head, kept, part) * dim, dim, terms))
         return blends
 
     def _gain(self, name: str) -> tuple[float, float]:
@@ -367,13 +395,3 @@ class Cuts:
 def _heads_of(entry: LayerPlan) -> KeptHeads:
     assert entry.heads is not None, "heads in a layer without attention"
     return entry.heads
-
-
-def _qkv_block(head: int, size: int, part: str = "query") -> int:
-    """Where a query head (or the key or value of a KV head) is, in heads, among rows that are grouped.
-
-    size: of query heads in each KV group, which are followed by the group's key and value.
-    """
-    if part == "query":
-        return head // size * (size + 2) + head % size
-    return head * (size + 2) + size + (part == "value")

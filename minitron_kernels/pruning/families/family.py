@@ -15,6 +15,8 @@ keys and values. The axes:
     conv                channels of a layer's short convolution (LFM2)
     mamba_heads         heads of a layer's state space (Mamba-2), mamba_dim channels each
     mamba_dim           channels of such a head, the same in all heads of a layer
+    delta_keys          key heads of a layer's gated delta net
+    delta_heads         its value heads, equally many of them for each key head, behind each other
     experts             experts of a layer
     expert_mlp          neurons of an expert; ranked within each expert
     layers              whole layers
@@ -24,7 +26,8 @@ Any other name to which `Family.size_keys` gives a config key, or `Family.comput
 config, is an axis that is never pruned, such as the neurons of shared experts.
 
 An element of an axis may hold several elements of the dimension, behind each other: "heads*v_dim" are v_dim
-for each head ("heads" alone is "heads*head_dim"), and "expert_mlp*2" are pairs of gate and neuron.
+for each head ("heads" alone is "heads*head_dim"), and "expert_mlp*2" are pairs of gate and neuron. axes.py
+has the grammar, with "heads(head_dim|head_dim)" for heads that have their query and a gate behind each other.
 
 Names and shapes are those of the causal language models of Hugging Face transformers 5.
 """
@@ -36,7 +39,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from minitron_kernels.pruning.families.axes import elements, names_in
 from minitron_kernels.pruning.families.configs import Config, config_value, nested, written_value
+from minitron_kernels.pruning.families.stored_names import StoredNames
 
 When = Callable[[Config, int], bool]
 
@@ -50,16 +55,11 @@ SIZE_KEYS: dict[str, tuple[str, ...]] = {
     "head_dim": ("head_dim",),
     "mlp": ("intermediate_size",),
 }
-PER_HEAD = ("heads", "kv_heads")  # whose elements hold head_dim of a dimension, where nothing else is said
-# axes whose elements can be removed
-PRUNED = (
-    *("hidden", "heads", "kv_heads", "mlp", "experts", "expert_mlp"),
-    *("conv", "mamba_heads", "mamba_dim"),
-)
-ONE = "one"
-QKV = "qkv"  # queries, keys and values of each KV group in turn
-PER_HEAD_ONE = {"num_heads": "heads", "num_kv_heads": "kv_heads"}  # axes of one element a head
 TIE_KEY = "tie_word_embeddings"
+# axes of what is looked up, by token or by position: "without embeddings" leaves these out
+EMBEDDED = frozenset(("vocab", "input_vocab", "positions"))
+# in a parameter's name: its number -> the axis that it counts
+NUMBERED = {"{expert}": "experts", "{head}": "heads", "{kv_head}": "kv_heads"}
 # config keys of how many layers there are for multi-token prediction (MTP), which no table describes
 MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers", "mtp_num_layers")
 
@@ -69,7 +69,8 @@ class Param:
     """One parameter of a layer (or of the model around the layers), or one learned buffer.
 
     Args:
-        name: inside a layer, e.g. "self_attn.q_proj.weight"; with "{expert}" where each expert has one.
+        name: inside a layer, e.g. "self_attn.q_proj.weight"; with "{expert}" where each expert has one, and
+            "{head}" or "{kv_head}" where each head has.
         axes: of its dimensions, separated by ", "; "a+b" for concatenated parts; "" for a scalar.
         when: (config, layer) -> whether the layer has this parameter; None for always.
         buffer: whether it is a persistent buffer of the model, such as e_score_correction_bias: cut and
@@ -84,56 +85,35 @@ class Param:
     @property
     def dims(self) -> tuple[tuple[str, ...], ...]:
         """The parts of each dimension."""
-        return tuple(tuple(part.split("+")) for part in self.axes.split(", ")) if self.axes else ()
+        return _dims(self.axes)
 
 
 @dataclass(frozen=True)
 class Located:
-    """A parameter of one model: its layer and expert, if any, and its dimensions."""
+    """A parameter of one model: its layer, and its expert or head, if any, and its dimensions."""
 
     name: str
     dims: tuple[tuple[str, ...], ...]
     layer: int | None = None
     expert: int | None = None
-    pattern: str = ""  # its name with {layer} and {expert} for their numbers
+    pattern: str = ""  # its name with {layer} and a key of NUMBERED for their numbers
     buffer: bool = False
+    head: int | None = None  # its query head, or KV head: `axis` says which
+    axis: str | None = None  # that its number counts
 
     @property
     def stacked(self) -> bool:
         """Whether it holds what is cut for each expert by itself, along its first dimension."""
-        inside = {split_part(part)[0] for parts in self.dims[1:] for part in parts}
+        inside = {name for parts in self.dims[1:] for part in parts for name in names_in(part)}
         return self.dims[:1] == (("experts",),) and (len(self.dims) == 3 or "expert_mlp" in inside)
 
-    def moved(self, layer: int | None, expert: int | None) -> str:
-        """Its name in a model where its layer and expert have these numbers."""
-        return (self.pattern or self.name).format(layer=layer, expert=expert)
+    def moved(self, layer: int | None, number: int | None) -> str:
+        """Its name in a model where its layer, and its expert or head, have these numbers."""
+        return _numbered_name(self.pattern or self.name, layer, number)
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Its shape in a model with these sizes."""
         return tuple(sum(elements(axis, sizes) for axis in parts) for parts in self.dims)
-
-
-def split_part(part: str) -> tuple[str, str]:
-    """(axis, what each of its elements holds of the dimension: a number, or the axis whose size it is)."""
-    axis, _, inside = part.partition("*")
-    if axis in PER_HEAD_ONE:
-        return PER_HEAD_ONE[axis], "1"
-    return axis, inside or ("head_dim" if axis in PER_HEAD else "1")
-
-
-def elements_inside(part: str, sizes: Mapping[str, int]) -> int:
-    """How many elements of the dimension each element of a part's axis holds: head_dim for a head."""
-    _, inside = split_part(part)
-    return int(inside) if inside.isdecimal() else sizes[inside]
-
-
-def elements(part: str, sizes: Mapping[str, int]) -> int:
-    """The number of elements of a part along a dimension: head_dim for each head."""
-    if part == ONE:
-        return 1
-    if part == QKV:
-        return (sizes["heads"] + 2 * sizes["kv_heads"]) * sizes["head_dim"]
-    return sizes[split_part(part)[0]] * elements_inside(part, sizes)
 
 
 @dataclass(frozen=True)
@@ -150,6 +130,7 @@ class Taps:
         conv_out: the linear layer whose input is the channels of a short convolution.
         mamba_in: the linear layer of a state space whose output is z, x, B, C and Δ; x [heads · mamba_dim],
             behind the equally wide z, scores heads and channels.
+        delta_out: the linear layer whose input is the value heads' output, in layers with a gated delta net.
         experts: the module that holds the weights of all experts, forward(hidden, top_k_index,
             top_k_weights); None where there are none.
         router: where all experts get all tokens, multiplied by the router's weights, forward(hidden
@@ -166,6 +147,27 @@ class Taps:
     router: str | None = None
     conv_out: str | None = None
     mamba_in: str | None = None
+    delta_out: str | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """What a layer keeps of a sequence in a cache, as large for a long one as for a short one.
+
+    Args:
+        axes: of its dimensions, separated by ", ".
+        when: (config, layer) -> whether the layer has it.
+        wide: whether it is in float32 whatever the dtype of the cache, as sums over all tokens are.
+    """
+
+    axes: str
+    when: When
+    wide: bool = False
+
+    @property
+    def dims(self) -> tuple[tuple[str, ...], ...]:
+        """The parts of each dimension."""
+        return _dims(self.axes)
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,8 @@ class Family:
         size_keys: config keys of axes, in addition to SIZE_KEYS or instead of them.
         computed: {axis: (config) -> its size} of axes that no key of the config gives alone.
         follows: {axis: the axis whose size it has}, of axes that share a config key with another.
-        derived: {config key: (sizes) -> its value} of keys that must agree with several sizes.
+        derived: {config key: (sizes, config) -> its value} of keys that must agree with several sizes; the
+            config is the (text model's) source.
         restated: {config key: (config) -> its value} of keys that say again what others do, and that a
             checkpoint's config.json may have, although transformers does not write them.
         fixed: (config) -> {axis: why it cannot be pruned}: what the model or its config lacks for that.
@@ -202,8 +205,13 @@ class Family:
         dense_layers: (list of dense layers) -> the config entries that say so; for families where that
             follows from a layer's index, which changes when layers are dropped.
         refuses: (config) -> why transformers would not load it; None where it does.
+        states: what layers without attention keep in a cache, or layers keep beside keys and values. A family
+            that has any says of all its layers what they keep, so that memory can be counted.
         approximates: {axis: in what the smaller model differs from the whole one with what is cut put out of
             action}; plans say so where the axis is cut. Leave out an axis that is cut exactly.
+        layer_entries: (config, layers that stay) -> the entries of these layers, for what the config has in
+            another form than per_layer_keys and layer_index_keys.
+        stored_names: other names that checkpoints have than the model.
         text_key, config_follows, adds_to_residual, layouts: of a text model inside another: see Multimodal.
     """
 
@@ -232,13 +240,16 @@ class Family:
     dense_layers: Callable[[list[int]], dict[str, Any]] | None = None
     refuses: Callable[[Config], str | None] = field(default=lambda config: None)
     approximates: Mapping[str, str] = field(default_factory=dict)
+    states: tuple[State, ...] = ()
     computed: Mapping[str, Callable[[Config], int]] = field(default_factory=dict)
     follows: Mapping[str, str] = field(default_factory=dict)
-    derived: Mapping[str, Callable[[Mapping[str, int]], int]] = field(default_factory=dict)
+    derived: Mapping[str, Callable[[Mapping[str, int], Config], int]] = field(default_factory=dict)
     restated: Mapping[str, Callable[[Config], Any]] = field(default_factory=dict)
     fixed: Callable[[Config], Mapping[str, str]] = field(default=lambda config: {})
     keeps_first: Callable[[Config], tuple[int, str]] = field(default=lambda config: (0, ""))
     reads_residual: tuple[str, ...] = ()
+    layer_entries: Callable[[Config, list[int]], dict[str, Any]] = field(default=lambda config, layers: {})
+    stored_names: StoredNames = field(default_factory=StoredNames)
     text_key: str | None = None
     config_follows: Mapping[str, str] = field(default_factory=dict)
     adds_to_residual: tuple[str, ...] = ()
@@ -320,17 +331,15 @@ class Family:
                 if not _is_there(param, config, layer):
                     continue
                 pattern = f"{self.layers}.{{layer}}.{param.name}"
-                experts = range(sizes["experts"]) if "{expert}" in pattern else (None,)
-                for expert in experts:
-                    name = pattern.format(layer=layer, expert=expert)
-                    yield Located(name, param.dims, layer, expert, pattern, param.buffer)
+                axis = _numbered(param)
+                for number in range(sizes[axis]) if axis else (None,):
+                    yield _located(param, layer, number, pattern, axis)
 
     def layer_axes(self, config: Config, layer: int) -> frozenset[str]:
         """The axes of a layer's parameters: "heads" where it has attention, "mlp" where it has an MLP."""
         there = [param for param in self.layer if _is_there(param, config, layer)]
         parts = {part for param in there for parts in param.dims for part in parts}
-        axes = {axis for part in parts for axis in split_part(part)}
-        return frozenset(axes | {"heads", "kv_heads"} if QKV in axes else axes)
+        return frozenset(name for part in parts for name in names_in(part))
 
     def locate(self, name: str, config: Config) -> Located | None:
         """The parameter with this name in the model or in a checkpoint; None if there is none."""
@@ -342,26 +351,49 @@ class Family:
             return None
         layer, rest = int(found[1]), found[2]
         for param in (*self.layer, *(self.stored_layer or ())):
-            pattern = re.escape(param.name).replace(r"\{expert\}", r"(\d+)")
-            inside = re.fullmatch(pattern, rest)
+            inside = re.fullmatch(re.sub(r"\\{\w+\\}", r"(\\d+)", re.escape(param.name)), rest)
             if inside and _is_there(param, config, layer):
-                expert = int(inside[1]) if inside.groups() else None
+                number = int(inside[1]) if inside.groups() else None
                 pattern = f"{self.layers}.{{layer}}.{param.name}"
-                return Located(name, param.dims, layer, expert, pattern, param.buffer)
+                return _located(param, layer, number, pattern, _numbered(param))
         return None
 
     def count_parameters(self, config: Config, *, embeddings: bool = True) -> int:
-        """The number of parameters, a tied head once; embeddings=False leaves out those with a vocab axis."""
+        """The number of parameters, a tied head once.
+
+        embeddings: False leaves out embeddings and the head: what has an axis of EMBEDDED.
+        """
         sizes = self.sizes(config)
         total = 0
         for param in self.parameters(config):
-            if param.buffer or (not embeddings and ("vocab",) in param.dims):
+            axes = {part for parts in param.dims for part in parts}
+            if param.buffer or (not embeddings and axes & EMBEDDED):
                 continue
             size = 1
             for length in param.shape(sizes):
                 size *= length
             total += size
         return total
+
+
+def _dims(axes: str) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(part.split("+")) for part in axes.split(", ")) if axes else ()
+
+
+def _numbered(param: Param) -> str | None:
+    """The axis of which each element has such a parameter; None where there is one in a layer."""
+    return next((axis for mark, axis in NUMBERED.items() if mark in param.name), None)
+
+
+def _located(param: Param, layer: int, number: int | None, pattern: str, axis: str | None) -> Located:
+    """A parameter of a layer, and of its expert or head with this number."""
+    expert, head = (number, None) if axis == "experts" else (None, number)
+    name = _numbered_name(pattern, layer, number)
+    return Located(name, param.dims, layer, expert, pattern, param.buffer, head, axis)
+
+
+def _numbered_name(pattern: str, layer: int | None, number: int | None) -> str:
+    return pattern.format(layer=layer, expert=number, head=number, kv_head=number)
 
 
 def _is_there(param: Param, config: Config, layer: int) -> bool:

@@ -104,6 +104,7 @@ class Multimodal:
             head=self.head,
             folds=folds,
             is_sparse=of_text(inner.is_sparse),
+            states=tuple(dataclasses.replace(s, when=of_text(s.when)) for s in inner.states),
             refuses=of_text(inner.refuses),
             computed={axis: of_text(size) for axis, size in inner.computed.items()} | dict(self.computed),
             fixed=lambda config: {**inner.fixed(nested(config, key)), **self.fixed(config)},

@@ -32,6 +32,8 @@ def family_names(names: Iterable[str], family: Family) -> dict[str, str]:
     plain = {name: plain_name(name) for name in names}
     if family.text_key is not None:
         return _once({name: own for name, (own, _) in _inside_names(plain, family).items()})
+    if has_stored_names(plain, family):
+        plain = {name: family.stored_names.in_model(_unwrapped(called)) for name, called in plain.items()}
     root = family.layers.rpartition(".")[0]
     root = f"{root}." if root else ""
     prefix = _decoder_prefix(plain.values(), family.embedding.removeprefix(root), root)
@@ -54,6 +56,12 @@ def stored_prefixes(names: Iterable[str], family: Family) -> dict[str, tuple[str
     return {name: pair for name, (_, pair) in _inside_names({name: name for name in names}, family).items()}
 
 
+def has_stored_names(names: Iterable[str], family: Family) -> bool:
+    """Whether these are names as in the family's checkpoints, where they are others than in its models."""
+    bare = (_unwrapped(plain_name(name)) for name in names)
+    return family.text_key is None and family.stored_names.used_by(bare, family.embedding)
+
+
 def _inside_names(plain: Mapping[str, str], family: Family) -> dict[str, tuple[str, tuple[str, str]]]:
     """{name: (name in the family's table, its two prefixes)} by the layout that has the embedding."""
     embedding = f"{family.embedding}.weight"
@@ -69,6 +77,10 @@ def _inside_names(plain: Mapping[str, str], family: Family) -> dict[str, tuple[s
         if embedding in (own for own, _ in found.values()):
             return found
     return {name: (called, ("", "")) for name, called in plain.items()}
+
+
+def _unwrapped(name: str) -> str:
+    return name.removeprefix("module.")
 
 
 def _once(found: dict[str, str]) -> dict[str, str]:
@@ -90,7 +102,8 @@ def _decoder_prefix(names: Iterable[str], embedding: str, root: str) -> str:
     """The prefix of the decoder's names; the family's own `root` where there is no embedding."""
     end = f"{embedding}.weight"
     there = {name.removesuffix(end) for name in names if name == end or name.endswith(f".{end}")}
-    known = {prefix for prefix in there if prefix == root or _is_known(prefix)}
+    bare = root.partition(".")[2]  # of a decoder alone, whose names lack the first part
+    known = {prefix for prefix in there if prefix in (root, bare) or _is_known(prefix)}
     if len(known) > 1:
         raise ValueError(
             f"there are several decoders, under the prefixes {', '.join(map(repr, sorted(known)))}: keep one"

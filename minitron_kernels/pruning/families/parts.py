@@ -202,3 +202,11 @@ def one_key_for_each_head(config: Config) -> str | None:
 def heads_alike(config: Config) -> str | None:
     """A `refuses` for models that take both from hidden_size and num_attention_heads alone."""
     return one_key_for_each_head(config) or heads_fill_hidden(config)
+
+
+def two_experts(config: Config) -> str | None:
+    """A `refuses` for routers that add up the two best experts of each group, of which there may be one."""
+    experts, groups = config_value(config, "n_routed_experts", 2), config_value(config, "n_group", 1) or 1
+    if not experts or experts // groups >= 2:
+        return None
+    return f"its router compares groups by their two best experts, but n_routed_experts is {experts}"

@@ -70,7 +70,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "layers of two kinds: attention in some; a state space, convolution or linear attention in others",
-        f"{_TABLE} where no layers share weights, as Bamba's does, but for heads of linear attention",
+        f"{_TABLE} where no layers share weights, as Bamba's does and Qwen3-Next's",
         (
             *(
                 "bailing_hybrid",
@@ -78,41 +78,44 @@ REFUSALS: tuple[Refusal, ...] = (
                 "inkling2_loop_text",
             ),
             *("inkling2_text", "jamba", "kimi_linear", "lara_mini", "lfm3", "minimax"),
-            *("olmo_hybrid", "qwen3_5", "qwen3_5_moe"),
-            *("qwen4_exp", "qwen4_exp_text", "zamba", "zamba2"),
+            *("olmo_hybrid", "qwen4_exp", "qwen4_exp_text", "zamba", "zamba2"),
         ),
     ),
     Refusal(
-        "absolute positions that are added to the residual stream, and a head_dim that is hidden_size / "
-        "num_attention_heads",
-        f"{_TABLE} where its weights are [out, in]: add the positions to `outer` with an axis of their own",
-        (*("biogpt", "ctrl", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt", "xglm"),),
+        "positions that are added to the residual stream as sines of a channel's number (CTRL, XGLM), "
+        "LayerNorms behind each addition (the first GPT), or embeddings that are scaled where the config "
+        "says so (BioGPT)",
+        f"{_TABLE}, for MLP, layers and, but for the first two, hidden",
+        ("biogpt", "ctrl", "openai-gpt", "xglm"),
+    ),
+    Refusal(
+        "the config of gpt2 under another name",
+        'write "gpt2" as model_type',
+        ("gpt-sw3",),
     ),
     Refusal(
         "slopes of ALiBi that follow from a head's number, which changes when heads are cut",
-        f"{_TABLE}, for all axes but heads",
-        ("bloom", "mpt"),
+        f"{_TABLE}, for layers, as that of BLOOM",
+        ("mpt",),
     ),
     Refusal(
         "one projection to queries, keys and values in another order than KV group after KV group, or an MLP "
         "whose size follows from hidden_size",
         _TABLE,
-        ("codegen", "falcon", "gpt_neox_japanese", "gptj"),
+        ("codegen", "gpt_neox_japanese"),
     ),
     Refusal(
         "keys and values that are projected through a latent of all heads (MLA), and key and value heads of "
         "different sizes",
         f"{_TABLE}, for hidden, MLP and layers: give the latents an axis by size_keys",
         (
-            *("axk1", "axk2", "deepseek_v2", "deepseek_v32", "deepseek_v4", "dots3_note"),
+            *("axk1", "axk2", "deepseek_v32", "deepseek_v4", "dots3_note"),
             *(
                 "dots3_note_text",
-                "glm4_moe_lite",
                 "glm_moe_dsa",
                 "longcat_flash",
                 "minicpm3",
                 "sarvam_mla",
-                "youtu",
             ),
         ),
     ),
@@ -142,11 +145,6 @@ REFUSALS: tuple[Refusal, ...] = (
         ("diffllama", "doge"),
     ),
     Refusal(
-        "other names in checkpoints than in the model, around the layers too",
-        "a Family has stored names for layers only",
-        ("exaone",),
-    ),
-    Refusal(
         "packed weights of 1.58 bits, and norms inside of attention and MLP over all their channels",
         "unpacked, it is what a Family can describe",
         ("bitnet",),
@@ -162,21 +160,26 @@ REFUSALS: tuple[Refusal, ...] = (
         ("phi4_multimodal",),
     ),
     Refusal(
+        "a class for text and images that transformers 5.24 cannot run: it reads image_outputs, which its "
+        "text model does not give",
+        "load its text model, a llama4_text, by AutoModelForCausalLM and prune that",
+        ("llama4",),
+    ),
+    Refusal(
         "images or sounds around a language model",
         "load the language model inside as AutoModelForCausalLM and prune that",
         (
             *("apertus1p5_text", "aria_text", "cohere_compass_text", "emu3", "fuyu", "got_ocr2"),
-            *("llama4", "minimax_m3_vl_text", "moss_transcribe_diarize"),
+            *("minimax_m3_vl_text", "moss_transcribe_diarize"),
         ),
     ),
     Refusal(
         "experts whose router, shared experts or stored names no table describes",
         _TABLE,
         (
-            *("afmoe", "cohere2_moe", "dbrx", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint"),
+            *("afmoe", "cohere2_moe", "dbrx", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint"),
             *(
                 "granitemoe_swa",
-                "granitemoeshared",
                 "hunyuan_v1_moe",
                 "hy_v3",
             ),

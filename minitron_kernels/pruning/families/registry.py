@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from minitron_kernels.pruning.families.axes import ONE, PRUNED, names_in
 from minitron_kernels.pruning.families.configs import Config, config_value, nested
-from minitron_kernels.pruning.families.family import ONE, PRUNED, QKV, SIZE_KEYS, Family, split_part
+from minitron_kernels.pruning.families.family import SIZE_KEYS, Family
 from minitron_kernels.pruning.families.multimodal import Multimodal
 from minitron_kernels.pruning.families.refused import refusal_of
 
@@ -27,25 +28,30 @@ def register_family(family: Family) -> None:
     """
     if not isinstance(family, Family):
         raise TypeError(f"family must be a Family, got {type(family).__name__}")
-    known = {*SIZE_KEYS, *family.size_keys, *family.computed, QKV, ONE} - {"layers"}
+    known = {*SIZE_KEYS, *family.size_keys, *family.computed, ONE} - {"layers"}
+    for state in family.states:
+        _check_axes(f"a state of {state.axes!r}", state.dims, known)
     for param in (*family.outer, *family.layer, *(family.stored_layer or ())):
-        names = [name for parts in param.dims for part in parts for name in split_part(part)]
-        behind = {name for parts in param.dims[1:] for part in parts for name in split_part(part)}
+        behind = {name for parts in param.dims[1:] for part in parts for name in names_in(part)}
         stacked = param.dims[:1] == (("experts",),)
         if len(param.dims) > 3 or (len(param.dims) == 3 and not stacked and behind & set(PRUNED)):
             raise ValueError(
                 f"family has {param.name} with axes {param.axes!r}: they must be at most two, or three that "
                 "begin with experts, or are never cut but for the first"
             )
-        for axis in names:
-            if axis not in known and not axis.isdecimal():
-                raise ValueError(
-                    f"family has {param.name} with an axis {axis!r}, which is none of "
-                    f"{', '.join(sorted(known))}: give its config key in size_keys"
-                )
+        _check_axes(param.name, param.dims, known)
     for model_type in family.model_types:
         _FAMILIES[model_type] = family
         _MULTIMODAL.pop(model_type, None)
+
+
+def _check_axes(what: str, dims: tuple[tuple[str, ...], ...], known: set[str]) -> None:
+    for axis in (name for parts in dims for part in parts for name in names_in(part)):
+        if axis not in known and not axis.isdecimal():
+            raise ValueError(
+                f"family has {what} with an axis {axis!r}, which is none of {', '.join(sorted(known))}: give "
+                "its config key in size_keys"
+            )
 
 
 def register_multimodal(multimodal: Multimodal) -> None:

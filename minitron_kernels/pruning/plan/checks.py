@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minitron_kernels.pruning.families.family import PRUNED
+from minitron_kernels.pruning.families.axes import PRUNED
+from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.layer_plan import LISTS, LayerPlan
 from minitron_kernels.pruning.plan.selection import ORDERS, Keep, KeptHeads, check_keep, format_runs
@@ -79,11 +80,18 @@ def check_plan(
                 )
         if entry.heads is not None:
             _check_heads(entry.heads, before, after, order, where)
+            joined = any(len(group) > 1 for group in entry.heads.kv)
+            if joined and _each_has_a_norm(family, source_config, entry.layer):
+                raise ValueError(f"{where}.kv_heads cannot be joined: each has a norm of its own")
         for name in LISTS:
             if (keep := getattr(entry, name)) is not None:
                 check(keep, name, f"{where}.{name}")
         if entry.mamba_heads is not None:
-            _check_groups(entry.mamba_heads, before, after, f"{where}.mamba_heads")
+            groups, share = range(before["mamba_groups"]), before["mamba_heads"] // before["mamba_groups"]
+            _check_groups(entry.mamba_heads, groups, share, f"{where}.mamba_heads")
+        if entry.delta_heads is not None and entry.delta_keys is not None:
+            share = before["delta_heads"] // before["delta_keys"]
+            _check_groups(entry.delta_heads, entry.delta_keys, share, f"{where}.delta_heads")
         if entry.experts is not None and entry.expert_mlp is not None:
             if len(entry.expert_mlp) != len(entry.experts):
                 raise ValueError(
@@ -101,12 +109,25 @@ def check_plan(
             raise ValueError(f"norm_factors[{name}] must be a positive number, got {factor!r}")
 
 
-def _check_groups(keep: Keep, before: Mapping[str, int], after: Mapping[str, int], where: str) -> None:
-    """Checks that each group of a state space, whose heads share B and C, keeps equally many heads."""
-    old, new = (sizes["mamba_heads"] // sizes["mamba_groups"] for sizes in (before, after))
+def _each_has_a_norm(family: Family, config: Mapping[str, Any], layer: int) -> bool:
+    """Whether the norms of a layer's KV heads are a tensor each, of which no mean is made."""
+    named = (param for param in family.layer if "{kv_head}" in param.name)
+    return any(param.when is None or param.when(config, layer) for param in named)
+
+
+def _check_groups(keep: Keep, groups: Sequence[int], share: int, where: str) -> None:
+    """Checks that each of these groups of `share` heads keeps equally many, in the order of the groups.
+
+    Groups are of heads that share B and C, in a state space, or a key head, in a gated delta net.
+    """
+    new, rest = divmod(len(keep), len(groups))
+    if rest:
+        raise ValueError(f"{where} must have equally many heads of {len(groups)} groups, got {len(keep)}")
     for at, head in enumerate(keep):
-        if head // old != at // new:
-            raise ValueError(f"{where} must have {new} heads of group {at // new} at {at}, got {head}")
+        if head // share != groups[at // new]:
+            raise ValueError(
+                f"{where} must have {new} heads of group {groups[at // new]} at {at}, got {head}"
+            )
 
 
 def _check_heads(

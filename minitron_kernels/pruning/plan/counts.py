@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from minitron_kernels.pruning.families.axes import QKV, elements, names_in
 from minitron_kernels.pruning.families.configs import Config
-from minitron_kernels.pruning.families.family import QKV, Family, Located, elements, split_part
+from minitron_kernels.pruning.families.family import Family, Located
 from minitron_kernels.pruning.families.registry import family_of
 
 Dims = tuple[tuple[str, ...], ...]
-Kinds = Counter[tuple[Dims, bool]]  # (axes of the dimensions, whether it is of a routed expert): how many
+# (axes of the dimensions, what it is: one of these): how many
+WEIGHT, ROUTED, TOKEN, STATE, WIDE_STATE = "weight", "routed expert", "of a token", "state", "wide state"
+Kinds = Counter[tuple[Dims, str]]
 
 EXPERTS_PER_TOKEN = "num_experts_per_tok"
 
@@ -25,7 +29,7 @@ class Usage(NamedTuple):
     Attributes:
         parameters: all of them, embeddings included; a tied head counts once.
         active_parameters: those that serve a token, see count_usage().
-        memory_bytes: of the weights and the key/value cache, see count_usage().
+        memory_bytes: of the weights and the cache, see count_usage().
     """
 
     parameters: int
@@ -38,22 +42,87 @@ class Footprint:
 
     Args:
         dtype: a torch dtype, or its name, such as "bfloat16".
-        kv_tokens: tokens in the key/value cache, of all sequences together.
+        kv_tokens: tokens in the cache, of all sequences together.
+        kv_sequences: how many sequences these are.
 
     Raises:
-        TypeError, ValueError: not a dtype; not a whole number from 0 on.
+        TypeError, ValueError: not a dtype; not a whole number from 0 on; more sequences than tokens.
     """
 
-    def __init__(self, dtype: str | torch.dtype = "bfloat16", kv_tokens: int = 0) -> None:
+    def __init__(
+        self, dtype: str | torch.dtype = "bfloat16", kv_tokens: int = 0, kv_sequences: int = 1
+    ) -> None:
         found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(found, torch.dtype):
             raise TypeError(f"memory_dtype must be a torch dtype or its name, as 'bfloat16', got {dtype!r}")
-        if isinstance(kv_tokens, bool) or not isinstance(kv_tokens, int):
-            raise TypeError(f"kv_tokens must be an int, got {kv_tokens!r}")
-        if kv_tokens < 0:
-            raise ValueError(f"kv_tokens must be at least 0, got {kv_tokens}")
+        for name, value, least in (("kv_tokens", kv_tokens, 0), ("kv_sequences", kv_sequences, 1)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if kv_sequences > max(kv_tokens, 1):
+            raise ValueError(
+                f"kv_sequences must be at most kv_tokens, {kv_tokens}, which are those of all sequences "
+                f"together, got {kv_sequences}"
+            )
+        self.kv_sequences = kv_sequences
         self.dtype, self.kv_tokens = str(found).removeprefix("torch."), kv_tokens
         self.element_bytes = found.itemsize
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What a plan says of how its bytes were counted."""
+        return {"memory_dtype": self.dtype, "kv_tokens": self.kv_tokens, "kv_sequences": self.kv_sequences}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a smaller model may take, and what may be chosen for that: arguments of find_sizes(), by name.
+
+    Args:
+        params, active_params, memory_bytes: the most of each; None for no limit.
+        memory_dtype, kv_tokens, kv_sequences: how bytes are counted, see Footprint.
+        num_experts_per_tok: of the smaller model; None: as many as in the source.
+        search: the names of the sizes that may be chosen; None: hidden and MLP sizes that are not given.
+
+    Raises:
+        TypeError, ValueError: a limit is not a positive number; as Footprint.
+    """
+
+    LIMITS: ClassVar = ("params", "active_params", "memory_bytes")  # of the fields of Usage, in their order
+
+    params: float | None = None
+    active_params: float | None = None
+    memory_bytes: float | None = None
+    memory_dtype: Any = "bfloat16"
+    kv_tokens: int = 0
+    num_experts_per_tok: int | None = None
+    search: Sequence[str] | None = None
+    kv_sequences: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in self.limits.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not value > 0:  # NaN as well
+                raise ValueError(f"{name} must be above 0, got {value}")
+        self.footprint  # noqa: B018  (checks its arguments)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that are given, by name."""
+        given = {name: getattr(self, name) for name in self.LIMITS}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def footprint(self) -> Footprint:
+        """How bytes are counted."""
+        return Footprint(self.memory_dtype, self.kv_tokens, self.kv_sequences)
+
+    @property
+    def counted(self) -> dict[str, Any]:
+        """How bytes are counted, in JSON types."""
+        return self.footprint.made_with
 
 
 class UsageCount:
@@ -78,19 +147,31 @@ class UsageCount:
     ) -> None:
         self.footprint = footprint or Footprint()
         self.kinds: dict[int | None, Kinds] = {}
-        self.cached: dict[int | None, int] = {}  # projections to keys and values: two in a layer of attention
+        cached: dict[int, int] = {}  # projections to keys and values: two in a layer of attention
         for param in family.parameters(config):
-            if param.buffer or param.expert:  # of several experts the first stands for all
+            if param.buffer or param.expert or param.head:  # of several the first stands for all
                 continue
-            dims = param.dims if param.expert is None else (("experts",), *param.dims)
-            self.kinds.setdefault(param.layer, Counter())[dims, _is_routed(family, param)] += 1
-            outputs = param.dims[0] if len(param.dims) == 2 else ()
-            cached = self.cached.get(param.layer, 0)
-            self.cached[param.layer] = cached + outputs.count("kv_heads") + 2 * outputs.count(QKV)
+            dims = param.dims
+            if param.axis is not None:
+                dims = (("experts",) if param.head is None else (f"num_{param.axis}",), *dims)
+            kinds = self.kinds.setdefault(param.layer, Counter())
+            kinds[dims, ROUTED if _is_routed(family, param) else WEIGHT] += 1
+            # of both dimensions, since some models have weights [in, out]
+            outputs = sum(param.dims, ()) if len(param.dims) == 2 else ()
+            if param.layer is not None:
+                count = outputs.count("kv_heads") + 2 * outputs.count(QKV)
+                cached[param.layer] = cached.get(param.layer, 0) + count
+        for layer, count in cached.items():
+            if count:
+                self.kinds[layer][(("kv_heads",),), TOKEN] += count
+            for state in family.states:
+                if state.when(config, layer):
+                    self.kinds[layer][state.dims, WIDE_STATE if state.wide else STATE] += 1
         self.per_token = experts_per_token
         if experts_per_token is None and "experts" in self.axes():
             self.per_token = family.value(config, EXPERTS_PER_TOKEN)
-        other = [layer for layer, count in self.cached.items() if layer is not None and count != 2]
+        known = (0, 2) if family.states else (2,)
+        other = [layer for layer, count in cached.items() if count not in known]
         if self.footprint.kv_tokens and other:
             raise ValueError(
                 f"kv_tokens must be 0 for {family.model_types[0]}: its table does not say what layer "
@@ -100,8 +181,7 @@ class UsageCount:
     def axes(self) -> set[str]:
         """The axes of the parameters."""
         parts = {part for kinds in self.kinds.values() for dims, _ in kinds for dim in dims for part in dim}
-        axes = {axis for part in parts for axis in split_part(part)}
-        return axes | {"heads", "kv_heads"} if QKV in axes else axes
+        return {axis for part in parts for axis in names_in(part)}
 
     def uniform(self) -> bool:
         """Whether all layers have the same parameters."""
@@ -119,26 +199,37 @@ class UsageCount:
         chosen = dict(sizes)
         if "experts" in sizes and self.per_token is not None:
             chosen["experts"] = min(int(self.per_token), sizes["experts"])
-        total = active = 0
-        for (dims, routed), number in kinds.items():
-            if routed and self.per_token is None:
+        total = active = cache = 0
+        for (dims, kind), number in kinds.items():
+            count = number * _numel(dims, sizes)
+            if kind == TOKEN:
+                cache += self.footprint.element_bytes * self.footprint.kv_tokens * count
+            elif kind in (STATE, WIDE_STATE):
+                each = self.footprint.element_bytes if kind == STATE else torch.float32.itemsize
+                cache += each * self.footprint.kv_sequences * count if self.footprint.kv_tokens else 0
+            else:
+                total += count
+                active += number * _numel(dims, chosen) if kind == ROUTED else count
+            if kind == ROUTED and self.per_token is None:
                 raise ValueError(
                     f"the config has experts but no {EXPERTS_PER_TOKEN}: active parameters are unknown"
                 )
-            total += number * _numel(dims, sizes)
-            active += number * _numel(dims, chosen if routed else sizes)
-        cache = 0
-        if self.footprint.kv_tokens:
-            cache = self.footprint.kv_tokens * sizes["layers"] * 2 * elements("kv_heads", sizes)
-        return Usage(total, active, self.footprint.element_bytes * (total + cache))
+        return Usage(total, active, self.footprint.element_bytes * total + cache)
 
 
-def count_usage(config: Config, *, memory_dtype: str | torch.dtype = "bfloat16", kv_tokens: int = 0) -> Usage:
+def count_usage(
+    config: Config,
+    *,
+    memory_dtype: str | torch.dtype = "bfloat16",
+    kv_tokens: int = 0,
+    kv_sequences: int = 1,
+) -> Usage:
     """The parameters of a model with this config, those that serve a token, and its bytes of memory.
 
         parameters          all, embeddings included; a tied head counts once; buffers do not count
         active_parameters   parameters - routed · (experts - num_experts_per_tok) / experts
-        memory_bytes        bytes of an element · (parameters + kv_tokens · layers · 2 · kv_heads · head_dim)
+        memory_bytes        bytes of an element · (parameters + kv_tokens · attention layers · 2 · kv_heads ·
+                            head_dim) + kv_sequences · bytes of states
 
     `routed` are the parameters of the experts that a router chooses among. All else counts in full for a
     token: embedding and head, attention, norms, routers, shared experts, dense layers. So the published
@@ -149,10 +240,21 @@ def count_usage(config: Config, *, memory_dtype: str | torch.dtype = "bfloat16",
     batch of 8 sequences of 4096 tokens kv_tokens is 32768. Layers with a sliding window are counted as if
     they kept all tokens: an upper bound. Activations, buffers and the runtime's own memory do not count.
 
+    Layers without attention keep as much for a long sequence as for a short one: of a state space (Mamba-2)
+    or gated delta net
+
+        convolution         its channels · its kernel's size, in that dtype
+        state space         heads · channels of a head · mamba_d_state, in float32
+        delta net           value heads · linear_key_head_dim · linear_value_head_dim, in float32
+
+    as transformers 5 keeps them; other runtimes may take one column less, or another dtype. Short
+    convolutions (LFM2) keep the first of these alone.
+
     Args:
         config: a transformers config, or the dict in config.json.
         memory_dtype: of weights and cache, a torch dtype or its name.
         kv_tokens: tokens in the cache, of all sequences together; 0: the weights alone.
+        kv_sequences: how many sequences these are: each has states of its own.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the family is not known, or does not say what a
@@ -165,7 +267,7 @@ def count_usage(config: Config, *, memory_dtype: str | torch.dtype = "bfloat16",
         Usage(parameters=12247782400, active_parameters=12247782400, memory_bytes=25837742080)
     """
     family = family_of(config)
-    count = UsageCount(family, config, Footprint(memory_dtype, kv_tokens))
+    count = UsageCount(family, config, Footprint(memory_dtype, kv_tokens, kv_sequences))
     sizes = family.sizes(config)
     return count.usage(count.of(range(sizes["layers"])), sizes)
 
@@ -185,21 +287,3 @@ def _is_routed(family: Family, param: Located) -> bool:
 
 def _numel(dims: Dims, sizes: Mapping[str, int]) -> int:
     return math.prod(sum(elements(axis, sizes) for axis in parts) for parts in dims)
-
-
-def budgets_of(**given: Any) -> dict[str, float]:
-    """The budgets that are given, by name, checked.
-
-    Raises:
-        TypeError, ValueError: one is not a positive number.
-    """
-    budgets = {}
-    for name, value in given.items():
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        if not value > 0:  # NaN as well
-            raise ValueError(f"{name} must be above 0, got {value}")
-        budgets[name] = value
-    return budgets

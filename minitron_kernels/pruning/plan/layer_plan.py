@@ -7,7 +7,8 @@ from typing import Any
 
 from minitron_kernels.pruning.plan.selection import Keep, KeptHeads, format_runs, parse_runs
 
-LISTS = ("mlp", "experts", "conv", "mamba_heads", "mamba_dim")  # fields that are one list of what is kept
+# fields that are one list of what is kept
+LISTS = ("mlp", "experts", "conv", "mamba_heads", "mamba_dim", "delta_heads", "delta_keys")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class LayerPlan:
         conv: kept channels of a short convolution; None in a layer without one.
         mamba_heads: kept heads of a state space, equally many of each group; None in a layer without one.
         mamba_dim: kept channels of each of these heads; None in a layer without a state space.
+        delta_keys: kept key heads of a gated delta net; None in a layer without one.
+        delta_heads: its kept value heads, equally many of each key head, in the order of these; None in a
+            layer without one.
     """
 
     layer: int
@@ -33,6 +37,8 @@ class LayerPlan:
     conv: Keep | None = None
     mamba_heads: Keep | None = None
     mamba_dim: Keep | None = None
+    delta_heads: Keep | None = None
+    delta_keys: Keep | None = None
 
 
 def typed(value: Any, kind: type, where: str) -> Any:

@@ -10,22 +10,22 @@ from typing import Any
 from minitron_kernels.pruning.families.configs import Config, completed
 from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.families.registry import family_of
-from minitron_kernels.pruning.plan.counts import EXPERTS_PER_TOKEN, Footprint, budgets_of
+from minitron_kernels.pruning.plan.counts import EXPERTS_PER_TOKEN, Budget
+from minitron_kernels.pruning.plan.find_sizes import Candidate, nothing_to_cut, sizes_within
 from minitron_kernels.pruning.plan.layer_plan import LayerPlan
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 from minitron_kernels.pruning.plan.selection import ORDERS, KeptHeads, choose_heads
 from minitron_kernels.pruning.plan.sizes import (
-    BUDGETS,
-    Candidate,
     Sizes,
     check_experts_per_token,
     check_layers,
-    find_sizes,
     given_sizes,
+    head_dim_changes,
     named_sizes,
     size_names,
     target_config_of,
 )
+from minitron_kernels.pruning.plan.states import following_keys, impossible_heads
 from minitron_kernels.pruning.plan.tables import Tables, kept_layers, norm_factors
 
 __all__ = ["LayerPlan", "PruningPlan", "make_plan"]
@@ -43,6 +43,7 @@ def make_plan(
     memory_bytes: float | None = None,
     memory_dtype: Any = "bfloat16",
     kv_tokens: int = 0,
+    kv_sequences: int = 1,
     search: Sequence[str] | None = None,
     num_experts_per_tok: int | None = None,
     drop_layers: Sequence[int] | None = None,
@@ -67,21 +68,24 @@ def make_plan(
     Args:
         scores: ImportanceScores, or a mapping with the tables of the axes to prune: "hidden" [hidden], "mlp"
             {layer: [mlp]}, "heads" {layer: [heads]}, "experts" {layer: [experts]}, "expert_mlp" {layer:
-            [experts, expert_mlp]}, "conv" {layer: [hidden]}, "mamba" {layer: [heads · channels]}, "layers"
-            [layers], and, to rescale norms, "energy" {norm: [hidden]}.
+            [experts, expert_mlp]}, "conv" {layer: [hidden]}, "mamba" {layer: [heads · channels]}, "delta"
+            {layer: [value heads]}, "layers" [layers], and, to rescale norms, "energy" {norm: [hidden]}.
         config: a transformers config, or the dict in config.json; default: that of the scores.
         **sizes: by their names in the config: hidden_size, intermediate_size, num_hidden_layers,
             num_attention_heads, num_key_value_heads, num_experts or num_local_experts,
-            moe_intermediate_size. Where each query head has its own KV head, KV heads follow the query heads.
+            moe_intermediate_size; of hybrids mamba_n_heads or mamba_num_heads, mamba_d_head or
+            mamba_head_dim, linear_num_value_heads, linear_num_key_heads. Where each query head has its own KV
+            head, KV heads follow the query heads; so do key heads their value heads in a delta net.
             Hidden and MLP sizes must be multiples of the divisor.
         ratio: of hidden and MLP sizes to those of the source, or by name, {"intermediate_size": 0.75}; sizes
             are rounded to the nearest multiple of the divisor.
         params: a budget of parameters, embeddings included; find_sizes() describes how the sizes are chosen.
             The plan lists the best candidates; search_plan() scores them.
         active_params: a budget of the parameters that serve a token; differs where there are experts.
-        memory_bytes: a budget of bytes, for the weights in memory_dtype and the keys and values of kv_tokens
-            tokens in that dtype; count_usage() has the formulas. All budgets that are given are kept.
-        memory_dtype, kv_tokens: see memory_bytes.
+        memory_bytes: a budget of bytes, for the weights in memory_dtype and what kv_tokens tokens of
+            kv_sequences sequences leave in a cache; count_usage() has the formulas. All budgets that are
+            given are kept.
+        memory_dtype, kv_tokens, kv_sequences: see memory_bytes.
         search: the sizes that a budget may choose; default: the hidden and MLP sizes that are not given.
         num_experts_per_tok: for the new config; needed where fewer experts stay than serve a token.
         drop_layers: the layers to drop. Without it, num_hidden_layers drops the block of neighbouring layers
@@ -141,8 +145,17 @@ def make_plan(
     before = family.sizes(config)
 
     given = given_sizes(family, config, sizes, ratio, divisor)
-    budgets = budgets_of(params=params, active_params=active_params, memory_bytes=memory_bytes)
-    if not sizes and not budgets and ratio is drop_layers is num_experts_per_tok is None:
+    budget = Budget(
+        params,
+        active_params,
+        memory_bytes,
+        memory_dtype,
+        kv_tokens,
+        num_experts_per_tok,
+        search,
+        kv_sequences,
+    )
+    if not sizes and not budget.limits and ratio is drop_layers is num_experts_per_tok is None:
         warnings.warn(
             f"the plan keeps everything: give sizes ({', '.join(names)}), ratio=, drop_layers=, or a budget: "
             "params=, active_params=, memory_bytes=",
@@ -153,16 +166,10 @@ def make_plan(
     layers = kept_layers(table, before["layers"], depth, "layers" in given, drop_layers, block_losses)
     check_layers(family, config, layers)
     candidates: list[Candidate] = []
-    if budgets:
-        candidates = find_sizes(
+    if budget.limits:
+        candidates = sizes_within(
             config,
-            params,
-            active_params=active_params,
-            memory_bytes=memory_bytes,
-            memory_dtype=memory_dtype,
-            kv_tokens=kv_tokens,
-            num_experts_per_tok=num_experts_per_tok,
-            search=search,
+            budget,
             fixed=named_sizes(names, given),
             layers=None if len(layers) == before["layers"] else layers,
             divisor=divisor,
@@ -171,28 +178,33 @@ def make_plan(
         )
         given.update({names[name]: size for name, size in candidates[0].sizes.items()})
         if all(before[axis] == size for axis, size in given.items()) and len(layers) == before["layers"]:
-            raise ValueError(nothing_to_cut(budgets, candidates[0]))
+            raise ValueError(nothing_to_cut(budget, candidates[0]))
         if len(layers) != given.get("layers", len(layers)):
             layers = kept_layers(table, before["layers"], given["layers"], True, None, block_losses)
             check_layers(family, config, layers)
     elif search is not None:
         raise ValueError("search chooses sizes for a budget: give params as well, or another budget")
-    if not budgets and (kv_tokens or memory_dtype != "bfloat16"):
-        raise ValueError("memory_dtype and kv_tokens belong to a budget: give memory_bytes as well")
+    if not budget.limits and budget.counted != Budget().counted:
+        raise ValueError(
+            "memory_dtype and kv_tokens belong to a budget, and so do kv_sequences: give memory_bytes as well"
+        )
     if block_losses is not None and "layers" not in given:
         raise ValueError("block_losses tell which layers go, but all stay: give num_hidden_layers as well")
     after = {**before, **given, "layers": len(layers)}
     if before["heads"] == before["kv_heads"] and "kv_heads" not in given and kv_heads == "prune":
         after["kv_heads"] = after["heads"]
     after |= {axis: after[other] for axis, other in family.follows.items()}
-    _check_mamba(after)
+    following_keys(before, after, given)
+    if reason := impossible_heads(before, after):
+        raise ValueError(reason)
     _check_heads(before, after, kv_heads)
     if merge_heads:
         _check_merge(before, after, kv_heads)
+    if changed := head_dim_changes(family, after):
+        raise ValueError(changed)
     target = target_config_of(config, after, layers)
     _settle_experts(family, config, target, after, num_experts_per_tok)
-    reason = family.refuses(target) if loadable else None
-    if reason:
+    if loadable and (reason := family.refuses(target)):
         raise ValueError(
             f"transformers would not load the pruned model: {reason}. Take other sizes, or loadable=False"
         )
@@ -211,6 +223,9 @@ def make_plan(
         if "mamba_heads" in axes:
             kept, channels = table.mamba(layer, after["mamba_heads"], after["mamba_dim"], order)
             entry = dataclasses.replace(entry, mamba_heads=kept, mamba_dim=channels)
+        if "delta_heads" in axes:
+            values, keys = table.delta(layer, after["delta_heads"], after["delta_keys"], order)
+            entry = dataclasses.replace(entry, delta_heads=values, delta_keys=keys)
         if family.is_sparse(config, layer):
             experts = table.keep("experts", layer, after["experts"], order)
             neurons = table.expert_neurons(layer, experts, after["expert_mlp"], order)
@@ -218,7 +233,7 @@ def make_plan(
         entries.append(entry)
     made_with = {
         **sizes,
-        **_given_options(ratio=ratio, **budgets, search=search, divisor=divisor),
+        **_given_options(ratio=ratio, **budget.limits, search=search, divisor=divisor),
         "kv_heads": kv_heads,
         "merge_heads": merge_heads,
         "rescale_norms": rescale_norms,
@@ -226,7 +241,7 @@ def make_plan(
     if hasattr(scores, "tables"):
         made_with |= {"batch": batch, "seq": seq}
     if memory_bytes is not None:
-        made_with |= {"memory_dtype": Footprint(memory_dtype).dtype, "kv_tokens": kv_tokens}
+        made_with |= budget.counted
     if len(layers) < before["layers"]:
         chosen_by = "importance" if block_losses is None else "loss"
         made_with["layers_by"] = "name" if drop_layers is not None else chosen_by
@@ -239,18 +254,6 @@ def make_plan(
         norm_factors=norm_factors(family, config, table, hidden, layers) if rescale_norms else {},
         made_with=made_with,
         candidates=tuple(candidates),
-    )
-
-
-def nothing_to_cut(budgets: Mapping[str, float], whole: Candidate) -> str:
-    """What is wrong with budgets that the whole model meets."""
-    counted = dict(zip(BUDGETS, (whole.parameters, whole.active_parameters, whole.memory_bytes), strict=True))
-    return (
-        "; ".join(
-            f"{name} must be less than the {counted[name]:,} of the whole model, got {budget:,}"
-            for name, budget in budgets.items()
-        )
-        + ": nothing would be cut"
     )
 
 
@@ -282,16 +285,6 @@ def _check_heads(before: Sizes, after: Sizes, kv_choice: str) -> None:
         raise ValueError(
             f"num_key_value_heads must divide {before['kv_heads']} where KV heads are merged, got "
             f"{after['kv_heads']}"
-        )
-
-
-def _check_mamba(after: Sizes) -> None:
-    """Checks that each group of a state space can keep equally many heads."""
-    heads, groups = after.get("mamba_heads", 0), after.get("mamba_groups", 1)
-    if heads % groups:
-        raise ValueError(
-            f"the heads of a state space must be a multiple of its {groups} groups, each of which keeps "
-            f"equally many, got {heads}"
         )
 
 

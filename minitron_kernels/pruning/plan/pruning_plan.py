@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minitron_kernels._files import write_text
 from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.checks import check_plan
 from minitron_kernels.pruning.plan.counts import EXPERTS_PER_TOKEN, count_usage
-from minitron_kernels.pruning.plan.files import write_text
+from minitron_kernels.pruning.plan.find_sizes import Candidate
 from minitron_kernels.pruning.plan.layer_plan import (
     LayerPlan,
     fields_of,
@@ -22,8 +23,9 @@ from minitron_kernels.pruning.plan.layer_plan import (
     runs_of,
     typed,
 )
+from minitron_kernels.pruning.plan.runtimes import new_notes
 from minitron_kernels.pruning.plan.selection import Keep, format_runs
-from minitron_kernels.pruning.plan.sizes import Candidate, size_names
+from minitron_kernels.pruning.plan.sizes import size_names
 
 FORMAT = 1
 
@@ -134,9 +136,11 @@ class PruningPlan:
                 f"{after['hidden']}: runtimes that take head_dim to be hidden_size / num_attention_heads "
                 "cannot run it"
             )
-        cut = {axis for axis in before if before[axis] != after[axis]}
+        there = size_names(family, self.source_config).values()
+        cut = {axis for axis in there if before[axis] != after[axis]}
         said = dict.fromkeys(what for axis, what in family.approximates.items() if axis in cut)
         found += [f"approximate: {what}" for what in said]
+        found += [f"runtime: {text}" for text in new_notes(self.source_config, self.target_config)]
         if self.made_with.get("layers_by") == "importance":
             found.append(
                 "warning: layers were chosen by importance, a weak guide: compare the model's loss without "

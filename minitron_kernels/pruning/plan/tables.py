@@ -12,7 +12,14 @@ from torch import Tensor
 
 from minitron_kernels.pruning.families.configs import Config
 from minitron_kernels.pruning.families.family import Family
-from minitron_kernels.pruning.plan.selection import Keep, best_block, checked_scores, least_loss, top
+from minitron_kernels.pruning.plan.selection import (
+    Keep,
+    best_block,
+    checked_scores,
+    choose_heads,
+    least_loss,
+    top,
+)
 from minitron_kernels.pruning.plan.sizes import Sizes
 
 
@@ -67,6 +74,19 @@ class Tables:
             for head in top(best[group], heads // groups, order)
         ]
         return tuple(chosen), kept
+
+    def delta(self, layer: int, values: int, keys: int, order: str) -> tuple[Keep, Keep]:
+        """(value heads, key heads) of a gated delta net that stay.
+
+        The best value heads of each key head, equally many of each, and the key heads whose kept value heads
+        have the highest sums, as query heads and KV heads of attention are chosen.
+        """
+        before = self.sizes["delta_heads"], self.sizes["delta_keys"]
+        if (values, keys) == before:
+            return tuple(range(values)), tuple(range(keys))
+        scores = self.get("delta", layer, before[:1], "to prune a gated delta net")
+        kept = choose_heads(scores, before, (values, keys), merge_kv=False, merge_query=False, order=order)
+        return kept.query, tuple(key for (key,) in kept.kv)
 
     def expert_neurons(self, layer: int, experts: Keep, count: int, order: str) -> tuple[Keep, ...]:
         """The best neurons of each kept expert."""

@@ -53,6 +53,7 @@ def collect_importance(
     | expert_mlp | input of each expert's down projection | each neuron |
     | conv | input of the projection behind a short convolution | each channel |
     | mamba | x, of what in_proj gives a state space (Mamba-2) | each channel of each head |
+    | delta | input of the projection behind a gated delta net | L2 norm of each value head |
 
     "layers" and "experts" are means over tokens; the others are aggregated over tokens by `seq`, then over
     sequences when scores are read. With "hidden", the energy Σx² of each norm's input is collected too, by
@@ -68,8 +69,8 @@ def collect_importance(
             score. Packed sequences are given by position_ids that restart, by the numbers 1, 2, ... of the
             sequences in attention_mask, by seq_idx or by cu_seq_lens_q: scores are those of the sequences one
             by one, or the batch is refused. Batches are not changed.
-        axes: of "hidden", "mlp", "heads", "layers", "experts", "expert_mlp", "conv", "mamba"; None for all
-            that the model has.
+        axes: of "hidden", "mlp", "heads", "layers", "experts", "expert_mlp", "conv", "mamba", "delta"; None
+            for all that the model has.
         seq: sequence aggregations to collect, of "mean", "L2", "var".
         mlp_tap: "down_proj_input", after activation and gate (as ModelOpt), or "up_proj_output" (the paper's,
             for MLPs without a gate).
@@ -95,8 +96,8 @@ def collect_importance(
             vocabulary; the model does not keep packed sequences apart; activations are NaN or infinite. Says
             which batch, and what was wanted.
 
-    Source: Minitron (arXiv 2407.14679) section 2.2; REAP (arXiv 2510.13999); Minitron-SSM (arXiv 2504.11409),
-    by which x alone scores a state space.
+    Source: Minitron (arXiv 2407.14679) section 2.2; REAP (arXiv 2510.13999); Minitron-SSM (arXiv 2504.11409)
+    for state spaces, of which x alone is scored here.
 
     Example:
         >>> scores = collect_importance(model, batches)

@@ -52,6 +52,7 @@ class HookedModel:
         self.attention = tuple(i for i in layers if "heads" in axes[i])
         self.convolutions = tuple(i for i in layers if "conv" in axes[i])
         self.mamba = tuple(i for i in layers if "mamba_heads" in axes[i])
+        self.delta = tuple(i for i in layers if "delta_heads" in axes[i])
         _check_data(self.root)
 
     @property
@@ -69,6 +70,8 @@ class HookedModel:
             have.add("conv")
         if self.mamba and not {"mamba_heads", "mamba_dim"} <= set(self.family.fixed(self.config)):
             have.add("mamba")
+        if self.delta and self.family.taps.delta_out is not None:
+            have.add("delta")
         have -= set(self.family.fixed(self.config))
         return tuple(axis for axis in AXES if axis in have)
 
@@ -131,6 +134,8 @@ class HookedModel:
                 channels(axis, self.convolutions, sizes["conv"], options.seq)
             elif axis == "mamba":
                 channels(axis, self.mamba, sizes["mamba_heads"] * sizes["mamba_dim"], options.seq)
+            elif axis == "delta":
+                channels(axis, self.delta, sizes["delta_heads"], options.seq)
             elif axis == "layers":
                 made[axis] = Axis(TokenMeanState(len(layers)), layers)
             elif axis == "experts":
@@ -189,6 +194,11 @@ class HookedModel:
         for i, layer in enumerate(axes["mamba"].modules if "mamba" in axes else ()):
             name, module = self.layer(int(layer), taps.mamba_in, "mamba")
             handles.append(module.register_forward_hook(self._mamba_hook(recorder, name, i)))
+        for i, layer in enumerate(axes["delta"].modules if "delta" in axes else ()):
+            name, module = self.layer(int(layer), taps.delta_out, "delta")
+            heads = self.sizes["delta_heads"]
+            hook = _input_hook(recorder, name, "delta", i, heads * self.sizes["delta_dim"], heads)
+            handles.append(module.register_forward_pre_hook(hook))
         for i, layer in enumerate(axes["layers"].modules if "layers" in axes else ()):
             _, module = self.layer(int(layer), "", "layers")
             handles.append(module.register_forward_hook(_block_hook(recorder, i), with_kwargs=True))
@@ -211,7 +221,7 @@ class HookedModel:
 
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             if recorder.listens:
-                _check(recorder, f"the output of {name}", output, whole)
+                output = _checked(recorder, f"the output of {name}", output, whole)
                 recorder.channels("mamba", position, output[..., width : 2 * width])
 
         return hook
@@ -280,14 +290,18 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _check(recorder: Recorder, what: str, x: Any, width: int) -> None:
+def _checked(recorder: Recorder, what: str, x: Any, width: int) -> Tensor:
+    """x as [B, S, C]; some layers (OPT) lay all tokens of a batch in one row."""
     wanted = (*recorder.tokens.shape, width)
+    if isinstance(x, Tensor) and x.shape == (wanted[0] * wanted[1], width):
+        return x.reshape(wanted)
     if not isinstance(x, Tensor) or x.shape != wanted:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(
             f"{what} must be {list(wanted)}, as the batch and the config say, got {got}. With tensor "
             "parallelism, score each rank's channels by accumulate_importance_() and all_gather() the states"
         )
+    return x
 
 
 def _input_hook(
@@ -297,8 +311,7 @@ def _input_hook(
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
         if recorder.listens:
-            _check(recorder, what, args[0], width)
-            recorder.channels(axis, position, args[0], num_heads)
+            recorder.channels(axis, position, _checked(recorder, what, args[0], width), num_heads)
 
     return hook
 
@@ -312,7 +325,7 @@ def _output_hook(
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         if not recorder.listens:
             return
-        _check(recorder, what, output, width * parts)
+        output = _checked(recorder, what, output, width * parts)
         if parts > 1:
             output = output[..., index * width : (index + 1) * width]
         recorder.channels(axis, position, output)

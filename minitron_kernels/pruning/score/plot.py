@@ -20,6 +20,7 @@ TITLES = {
     "expert_mlp": ("Neurons of experts", "neuron"),
     "conv": ("Channels of short convolutions", "channel"),
     "mamba": ("Channels of state spaces, head after head", "channel"),
+    "delta": ("Value heads of gated delta nets", "head"),
 }
 MOST_LINES = 400  # curves in one frame
 MOST_SAMPLES = 1_000_000  # scores from which the colour scale is computed
@@ -69,7 +70,7 @@ def _figure(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    wide = axis not in ("layers", "heads", "experts")
+    wide = axis not in ("layers", "heads", "experts", "delta")
     figure = Figure(figsize=(10, 4.2) if wide else (6.4, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     name, item = TITLES[axis]
@@ -77,7 +78,7 @@ def _figure(
     figure.suptitle(f"{name}, {how}  ·  {about}", fontsize=11, color=INK, x=0.01, ha="left")
     if axis == "layers":
         _bars(figure.subplots(), table)
-    elif axis in ("heads", "experts"):
+    elif axis in ("heads", "experts", "delta"):
         _heatmap(figure, figure.subplots(), _matrix(table), list(table), item, sort=False)
     else:
         left, right = figure.subplots(1, 2)

@@ -17,7 +17,7 @@ from minitron_kernels.ops.importance.op import head_scores_from_channels
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
 from minitron_kernels.pruning.score import score_files
 
-AXES = ("hidden", "mlp", "heads", "layers", "experts", "expert_mlp", "conv", "mamba")
+AXES = ("hidden", "mlp", "heads", "layers", "experts", "expert_mlp", "conv", "mamba", "delta")
 ENERGY = "energy"  # collected with "hidden"; not one of the axes that a caller names
 MLP_TAPS = ("down_proj_input", "up_proj_output")
 HEAD_SCORES = ("norm", "channels")
@@ -110,6 +110,7 @@ class ImportanceScores:
             heads       {layer: [heads]}                  layers with attention
             conv        {layer: [hidden]}                 layers with a short convolution
             mamba       {layer: [heads · channels]}       layers with a state space, channel after channel
+            delta       {layer: [value heads]}            layers with a gated delta net
             layers      [layers]                      block importance, 1 − E[cos(input, output)]
             experts     {layer: [experts]}            sparse layers
             expert_mlp  {layer: [experts, neurons]}   over the tokens routed to the expert

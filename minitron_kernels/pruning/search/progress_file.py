@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minitron_kernels._files import write_text
 from minitron_kernels._tensors import bytes_of
 from minitron_kernels.pruning.families.configs import as_dict
-from minitron_kernels.pruning.plan.files import write_text
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 
 FORMAT = "minitron_kernels.search"
@@ -85,7 +87,14 @@ def plan_digest(plan: PruningPlan) -> str:
 
 
 def model_digest(model: nn.Module) -> str:
-    """A SHA-256 of a model's class, config and weights. All weights are read: some seconds for 10 GB."""
+    """A SHA-256 of a model's class, config and weights. All weights are read: some seconds for 10 GB.
+
+    What modules keep beside tensors (`_extra_state`, as those of Transformer Engine) counts as pickle writes
+    it: where that differs, the model is another.
+
+    Raises:
+        ValueError: a weight is offloaded, sharded or quantised, or such a state cannot be pickled; names it.
+    """
     whole = hashlib.sha256()
     config = {
         key: value
@@ -94,10 +103,25 @@ def model_digest(model: nn.Module) -> str:
     }
     whole.update(f"{type(model).__name__} {json.dumps(config, sort_keys=True)}".encode())
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if not isinstance(tensor, Tensor):
+            whole.update(f"{name} ".encode() + _pickled(name, tensor))
+            continue
         if tensor.is_meta or type(tensor.data) is not Tensor:
             raise ValueError(f"{name} is offloaded, sharded or quantised: load the whole model on one device")
         _add(whole, name, tensor)
     return whole.hexdigest()
+
+
+def _pickled(name: str, state: Any) -> bytes:
+    """A module's extra state as bytes."""
+    if isinstance(state, io.BytesIO):
+        return state.getvalue()
+    try:
+        return pickle.dumps(state, protocol=4)
+    except Exception as error:  # of the state's own class
+        raise ValueError(
+            f"{name} cannot be pickled ({error}), by which a model is known again: leave progress_file out"
+        ) from error
 
 
 def tables_digest(tables: Any) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from minitron_kernels._files import write_text
 from minitron_kernels.pruning.families.configs import completed
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.families.wrappers import unwrapped
-from minitron_kernels.pruning.plan.files import write_text
 from minitron_kernels.pruning.plan.make_plan import make_plan
 from minitron_kernels.pruning.plan.selection import checked_scores, format_runs
 from minitron_kernels.pruning.search.progress_file import ProgressFile, model_digest

@@ -12,14 +12,15 @@ from typing import Any
 
 from torch import nn
 
+from minitron_kernels._files import write_text
 from minitron_kernels.pruning.families.configs import completed
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.families.wrappers import unwrapped
-from minitron_kernels.pruning.plan.counts import Footprint, budgets_of
-from minitron_kernels.pruning.plan.files import write_text
-from minitron_kernels.pruning.plan.make_plan import make_plan, nothing_to_cut
+from minitron_kernels.pruning.plan.counts import Budget
+from minitron_kernels.pruning.plan.find_sizes import Candidate, nothing_to_cut, sizes_within
+from minitron_kernels.pruning.plan.make_plan import make_plan
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
-from minitron_kernels.pruning.plan.sizes import Candidate, find_sizes, given_sizes, named_sizes, size_names
+from minitron_kernels.pruning.plan.sizes import given_sizes, named_sizes, size_names
 from minitron_kernels.pruning.plan.tables import Tables, kept_layers
 from minitron_kernels.pruning.search.progress_file import ProgressFile, model_digest, tables_digest
 from minitron_kernels.pruning.search.scoring import ScoreFunc, Scorer, bar, name_of
@@ -61,7 +62,7 @@ class PlanSearch:
         model_type: of the model.
         budgets: that the candidates keep, by name.
         score_name: of the score.
-        counted: how memory is counted: memory_dtype and kv_tokens.
+        counted: how memory is counted: memory_dtype, kv_tokens and kv_sequences.
         lower_is_better: whether the best score is the lowest.
         resumed: how many scores came from the progress file.
     """
@@ -117,7 +118,9 @@ class PlanSearch:
         order = "lower" if self.lower_is_better else "higher"
         first = f"Search for {self.model_type}: {budgets}"
         text = [first, f"score: {self.score_name} ({order} is better)", *table(head, lines, left=1)]
-        cache = f" and the cache of {self.counted['kv_tokens']:,} tokens" if self.counted["kv_tokens"] else ""
+        tokens, sequences = self.counted["kv_tokens"], self.counted["kv_sequences"]
+        of = f" in {sequences:,} sequences" if sequences > 1 else ""
+        cache = f" and the cache of {tokens:,} tokens{of}" if tokens else ""
         text.append(f"memory: of weights{cache} in {self.counted['memory_dtype']}")
         if self.resumed:
             text.append(f"{self.resumed} scores were read from the progress file")
@@ -156,6 +159,7 @@ def search_plan(
     memory_bytes: float | None = None,
     memory_dtype: Any = "bfloat16",
     kv_tokens: int = 0,
+    kv_sequences: int = 1,
     search: Sequence[str] | None = None,
     layers_by_score: bool = False,
     score_name: str | None = None,
@@ -178,8 +182,8 @@ def search_plan(
         score_func: (model) -> a finite number. LMLoss(batches) is the loss on held-out text. It gets each
             model in eval mode, with gradients enabled and all RNGs seeded by `seed`.
         k: how many candidates.
-        params, active_params, memory_bytes, memory_dtype, kv_tokens, search: budgets and sizes to choose, as
-            for make_plan().
+        params, active_params, memory_bytes, memory_dtype, kv_tokens, kv_sequences, search: budgets and sizes
+            to choose, as for make_plan().
         layers_by_score: choose the layers that go, for each number of layers, as search_layers() does, and
             not by importance. That is one more model for each block of neighbouring layers.
         score_name: what tells this score from others in the progress file, and in results; default: the name
@@ -212,8 +216,11 @@ def search_plan(
     """
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k must be a whole number from 1 on, got {k!r}")
-    budgets = budgets_of(params=params, active_params=active_params, memory_bytes=memory_bytes)
-    if not budgets:
+    per_token = target.get("num_experts_per_tok")
+    budget = Budget(
+        params, active_params, memory_bytes, memory_dtype, kv_tokens, per_token, search, kv_sequences
+    )
+    if not budget.limits:
         raise ValueError("search_plan needs a budget: params, active_params or memory_bytes")
     if target.get("block_losses") is not None and layers_by_score:
         raise ValueError("block_losses tell which layers go: leave layers_by_score out")
@@ -222,11 +229,11 @@ def search_plan(
     source = unwrapped(model)
     config = completed(source.config)
     name = name_of(score_func, score_name, must_tell=progress_file is not None)
-    counted = {"memory_dtype": Footprint(memory_dtype).dtype, "kv_tokens": kv_tokens}
     goal = _Target(scores, config, target, search or ())
     identity = {}
     if progress_file is not None:
-        what = {**budgets, **counted, "search": search, "layers_by_score": layers_by_score, **target}
+        options = {"search": search, "layers_by_score": layers_by_score, **target}
+        what = {**budget.limits, **budget.counted, **options}
         identity = {
             "model": model_digest(source),
             "importance": tables_digest(goal.tables),
@@ -236,15 +243,9 @@ def search_plan(
         }
     scorer = Scorer(model, score_func, ProgressFile(progress_file, identity), seed)
     by_score = _LayersByScore(scorer, config, lower_is_better, progress) if layers_by_score else None
-    candidates = find_sizes(
+    candidates = sizes_within(
         config,
-        params,
-        active_params=active_params,
-        memory_bytes=memory_bytes,
-        memory_dtype=memory_dtype,
-        kv_tokens=kv_tokens,
-        num_experts_per_tok=target.get("num_experts_per_tok"),
-        search=search,
+        budget,
         fixed=goal.fixed,
         layers=goal.kept_layers(by_score),
         divisor=target.get("divisor"),
@@ -252,7 +253,7 @@ def search_plan(
         limit=k,
     )
     if goal.keeps_everything(candidates[0]):
-        raise ValueError(nothing_to_cut(budgets, candidates[0]))
+        raise ValueError(nothing_to_cut(budget, candidates[0]))
     plans = [goal.plan(candidate, by_score) for candidate in candidates]
     outcomes = []
     with bar(progress, len(plans)) as shown:
@@ -265,11 +266,20 @@ def search_plan(
         for candidate, plan, outcome in zip(candidates, plans, outcomes, strict=True)
     )
     resumed = len(scorer.resumed)
-    found = PlanSearch(rows, plans[0], config["model_type"], budgets, name, counted, lower_is_better, resumed)
+    found = PlanSearch(
+        rows,
+        plans[0],
+        config["model_type"],
+        budget.limits,
+        name,
+        budget.counted,
+        lower_is_better,
+        resumed,
+    )
     best = rows.index(found.best)
-    made_with = plans[best].made_with | budgets | {"scored_by": name, "score": rows[best].score}
+    made_with = plans[best].made_with | budget.limits | {"scored_by": name, "score": rows[best].score}
     if memory_bytes is not None:
-        made_with |= counted
+        made_with |= budget.counted
     if by_score is not None and rows[best].drop_layers:
         made_with["layers_by"] = "score"
     plan = dataclasses.replace(plans[best], candidates=tuple(candidates), made_with=made_with)

@@ -45,6 +45,7 @@ CASES = (
     Case("llama", BIASES),
     Case("internlm3", BIASES),
     Case("iquestcoder", BIASES),
+    Case("exaone", BIASES),
     Case(
         "granite",
         {

@@ -8,6 +8,16 @@ from pruning.family_configs.dense import WIDE
 
 DENSE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 CHOICE = {"num_experts": 4, **DENSE}
+LATENT = {
+    **{
+        "q_lora_rank": 20,
+        "kv_lora_rank": 12,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 12,
+        "v_head_dim": 16,
+    },
+    **{"num_key_value_heads": 4, "head_dim": None, "attention_bias": True},
+}
 # as wide as the residual stream, which is all heads, but not of its channels
 SQUARE = (
     *((f"self_attn.{name}.{kind}", 0) for name in ("q_proj", "q_norm") for kind in ("weight", "bias")),
@@ -144,6 +154,31 @@ CASES = (
         route=route(softmax, True, "block_sparse_moe.router"),
     ),
     Case(
+        "granitemoeshared",
+        {
+            **{"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True},
+            **{"intermediate_size": 24, "shared_intermediate_size": 80, "residual_multiplier": 0.5},
+        },
+        {"intermediate_size": 16, "shared_intermediate_size": 48, "num_local_experts": 3},
+        places=Places(
+            mlp_in="shared_mlp.input_linear",
+            mlp_part=(1, 2),
+            mlp_out="shared_mlp.output_linear",
+            experts="block_sparse_moe.experts",
+        ),
+        route=route(softmax, True, "block_sparse_moe.router"),
+    ),
+    Case(
+        "dots1",
+        {
+            **{**DENSE, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
+            **{"attention_bias": True, "norm_topk_prob": True, "routed_scaling_factor": 1.5},
+        },
+        {"n_routed_experts": 3},
+        route=route(sigmoid, True),
+        fixed=("expert_mlp", "moe_intermediate_size", 16),
+    ),
+    Case(
         "glm4_moe",
         {
             **DENSE,
@@ -158,25 +193,30 @@ CASES = (
     ),
     Case(
         "deepseek_v3",
-        {
-            **DENSE,
-            "n_routed_experts": 4,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            "q_lora_rank": 20,
-            "kv_lora_rank": 12,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 12,
-            "v_head_dim": 16,
-            "num_key_value_heads": 4,
-            "head_dim": None,
-            "attention_bias": True,
-        },
+        {**DENSE, **LATENT, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
         {"n_routed_experts": 3, "num_key_value_heads": None},
         route=route(sigmoid, True),
         fixed=("expert_mlp", "moe_intermediate_size", 16),
     ),
+    Case(
+        "deepseek_v2",
+        {
+            **{**DENSE, **LATENT, "n_routed_experts": 4, "first_k_dense_replace": 1},
+            "routed_scaling_factor": 1.5,
+        },
+        {"n_routed_experts": 3, "num_key_value_heads": None},
+        route=route(softmax, False),
+        fixed=("expert_mlp", "moe_intermediate_size", 16),
+    ),
+    Case(
+        "glm4_moe_lite",
+        {**DENSE, **LATENT, "n_routed_experts": 4, "mlp_layer_types": ["dense", "dense", "sparse"]},
+        {"n_routed_experts": 3, "num_key_value_heads": None},
+        route=route(sigmoid, True),
+        fixed=("expert_mlp", "moe_intermediate_size", 16),
+    ),
+    # its class sets the embedding of a padding token to 0 when it is loaded, whatever the checkpoint says
+    Case("youtu", {**LATENT, "pad_token_id": None}, {"num_key_value_heads": None}),
     Case(
         "gpt_oss",
         {

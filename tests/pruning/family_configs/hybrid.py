@@ -7,13 +7,17 @@ from pruning.family_configs.experts import CHOICE, route, sigmoid, softmax
 
 DELTA_NETS = {
     "layer_types": ["linear_attention", "linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
+    # 4 key heads with 2 value heads each become 3 with 1, or 2 with 2
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
     "attention_bias": True,
 }
-STAY = ("delta_heads", "linear_num_value_heads", 2)
+DELTA = {"norm_offset": 1.0, "fixed": ("delta_dim", "linear_value_head_dim", 4)}
+DELTA_PLACES = Places(delta="linear_attn")
+FEWER_VALUES = {"linear_num_value_heads": 3, "linear_num_key_heads": 3}
+FEWER_KEYS = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
 CONV = {
     "layer_types": ["conv", "conv", "full_attention"],
     "conv_bias": True,
@@ -85,22 +89,22 @@ def _squared_relu(module, expert, x):
 
 
 CASES = (
-    Case("qwen3_5_text", DELTA_NETS, norm_offset=1.0, fixed=STAY),
+    Case("qwen3_5_text", DELTA_NETS, FEWER_VALUES, DELTA_PLACES, **DELTA),
     Case(
         "qwen3_5_moe_text",
         {**CHOICE, **DELTA_NETS, "shared_expert_intermediate_size": 40},
-        {**EXPERTS, "intermediate_size": None},
-        norm_offset=1.0,
+        {**EXPERTS, **FEWER_KEYS, "intermediate_size": None},
+        DELTA_PLACES,
         route=route(softmax, True),
-        fixed=STAY,
+        **DELTA,
     ),
     Case(
         "qwen3_next",
         {**CHOICE, **DELTA_NETS, "shared_expert_intermediate_size": 40, "mlp_only_layers": [2]},
-        EXPERTS,
-        norm_offset=1.0,
+        {**EXPERTS, **FEWER_VALUES},
+        DELTA_PLACES,
         route=route(softmax, True),
-        fixed=STAY,
+        **DELTA,
     ),
     Case(
         "lfm2",
@@ -193,7 +197,6 @@ CASES = (
         places=NEMOTRON,
         route=route(sigmoid, True, "mixer.gate"),
         expert=_squared_relu,
-        stored_root="backbone.",
         approximate=APPROXIMATE,
     ),
 )

@@ -38,7 +38,12 @@ CASES = (
         ),
         **MEAN,
     ),
-    Case("stablelm", {"use_qkv_bias": True, "head_dim": 12, "partial_rotary_factor": 0.5}, **SQUARE, **MEAN),
+    Case(
+        "stablelm",
+        {"use_qkv_bias": True, "qk_layernorm": True, "head_dim": 12, "partial_rotary_factor": 0.5},
+        **SQUARE,
+        **MEAN,
+    ),
     Case(
         "persimmon",
         {"head_dim": 12, "num_key_value_heads": None},

@@ -6,6 +6,7 @@ import torch
 
 from pruning.family_case import Case, Places
 from pruning.family_configs.dense import FOUR, GEMMA, GEMMA4, GEMMA4_TARGET, SQUARE, WINDOWS
+from pruning.family_configs.hybrid import CASES as HYBRID
 
 INSIDE = dict(
     layers="model.language_model.layers",
@@ -50,6 +51,25 @@ def placed_patches():
         "pixel_values": _random(1, 16, 3 * 2 * 2),
         "image_position_ids": places[None],
     }
+
+
+TEXT = {case.model_type: case for case in HYBRID}
+QWEN3_5 = {
+    "vision_config": {**QWEN_ENCODER, "out_hidden_size": 48, "num_position_embeddings": 16},
+    **QWEN,
+}
+
+
+def _around(text, model_type, config, follow, images):
+    """The case of a model around a text model that has one of its own."""
+    return dataclasses.replace(
+        TEXT[text],
+        model_type=model_type,
+        config={"text_config": {"model_type": text, **TEXT[text].config}, **config},
+        places=dataclasses.replace(TEXT[text].places, **INSIDE),
+        follow=follow,
+        images=images,
+    )
 
 
 CASES = (
@@ -165,5 +185,15 @@ CASES = (
             *(f"deepstack_merger_list.0.linear_fc2.{kind}" for kind in ("weight", "bias")),
         ),
         kept_layer=0,
+    ),
+    *(
+        _around(
+            f"{name}_text",
+            name,
+            QWEN3_5,
+            ("visual.merger.linear_fc2.weight", "visual.merger.linear_fc2.bias"),
+            patches,
+        )
+        for name in ("qwen3_5", "qwen3_5_moe")
     ),
 )

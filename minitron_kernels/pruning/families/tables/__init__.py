@@ -4,6 +4,7 @@ from minitron_kernels.pruning.families.tables import (  # noqa: F401  they regis
     delta_nets,
     dense,
     experts,
+    gpt,
     hybrid_heads,
     layernorm,
     mamba,

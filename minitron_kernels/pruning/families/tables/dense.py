@@ -21,6 +21,7 @@ from minitron_kernels.pruning.families.parts import (
     plain_mlp,
 )
 from minitron_kernels.pruning.families.registry import register_family
+from minitron_kernels.pruning.families.stored_names import StoredNames
 
 _BIAS, _MLP_BIAS = flag("attention_bias"), flag("mlp_bias")
 _NORMS = norms(*TWO_NORMS)
@@ -49,6 +50,29 @@ def _long_rope_fits(config: Config) -> str | None:
 _LLAMA = (*attention(qkv_bias=_BIAS, out_bias=_BIAS), *gated_mlp(_MLP_BIAS), *_NORMS)
 for _type in ("llama", "internlm3", "iquestcoder"):
     register_family(Family((_type,), layer=_LLAMA, refuses=heads_divide_hidden))
+# EXAONE 3: Llama, whose checkpoints have other names, and their config.json another key
+register_family(
+    Family(
+        ("exaone",),
+        layer=_LLAMA,
+        refuses=heads_divide_hidden,
+        restated={"num_layers": lambda config: config["num_hidden_layers"]},
+        stored_names=StoredNames(
+            renamed=(
+                ("model.embed_tokens.", "transformer.wte."),
+                ("model.layers.", "transformer.h."),
+                ("model.norm.", "transformer.ln_f."),
+                (".self_attn.o_proj.", ".attn.attention.out_proj."),
+                (".self_attn.", ".attn.attention."),
+                (".input_layernorm.", ".ln_1."),
+                (".post_attention_layernorm.", ".ln_2."),
+                (".mlp.gate_proj.", ".mlp.c_fc_0."),
+                (".mlp.up_proj.", ".mlp.c_fc_1."),
+                (".mlp.down_proj.", ".mlp.c_proj."),
+            )
+        ),
+    )
+)
 register_family(Family(("granite",), layer=_LLAMA))
 register_family(Family(("smollm3",), layer=_LLAMA, per_layer_keys=("layer_types", "no_rope_layers")))
 for _type in ("mistral", "ministral", "ministral3"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from minitron_kernels.pruning.families.configs import Config, config_value
 from minitron_kernels.pruning.families.family import Family, Param, Taps
 from minitron_kernels.pruning.families.parts import (
@@ -18,7 +20,7 @@ from minitron_kernels.pruning.families.parts import (
     stacked,
     unless,
 )
-from minitron_kernels.pruning.families.registry import register_family
+from minitron_kernels.pruning.families.registry import family_of, register_family
 from minitron_kernels.pruning.families.tables.shared_experts import (
     qwen_dense_layers,
     qwen_is_sparse,
@@ -141,6 +143,32 @@ register_family(
         taps=Taps(mlp_down=None, mlp_up=None, experts=f"{_GRANITE_BLOCK}.experts"),
         size_keys=_ONLY_EXPERTS,
         is_sparse=always,
+    )
+)
+
+
+def _has_shared(config: Config, layer: int) -> bool:
+    return config_value(config, "shared_intermediate_size", 0) > 0
+
+
+_SHARED = (
+    *linear("shared_mlp.input_linear", "mlp+mlp, hidden", when=_has_shared),
+    *linear("shared_mlp.output_linear", "hidden, mlp", when=_has_shared),
+)
+_granite = family_of({"model_type": "granitemoe"})
+register_family(
+    dataclasses.replace(
+        _granite,
+        model_types=("granitemoeshared",),
+        layer=(*_granite.layer, *_SHARED),
+        stored_layer=(*(_granite.stored_layer or ()), *_SHARED),
+        taps=Taps(
+            mlp_down="shared_mlp.output_linear",
+            mlp_up="shared_mlp.input_linear",
+            mlp_up_part=(1, 2),
+            experts=f"{_GRANITE_BLOCK}.experts",
+        ),
+        size_keys={**_ONLY_EXPERTS, "mlp": ("shared_intermediate_size",)},
     )
 )
 

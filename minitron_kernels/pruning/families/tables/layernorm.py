@@ -123,6 +123,10 @@ register_family(
         ("stablelm",),
         layer=(
             *attention(qkv_bias=flag("use_qkv_bias")),
+            *(
+                Param(f"self_attn.{side}_layernorm.norms.{{{head}}}.weight", "head_dim", flag("qk_layernorm"))
+                for side, head in (("q", "head"), ("k", "kv_head"))
+            ),
             *gated_mlp(),
             *norms("input_layernorm", bias=True),
             *norms("post_attention_layernorm", bias=True, when=_serial),

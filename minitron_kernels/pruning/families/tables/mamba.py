@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from minitron_kernels.pruning.families.configs import Config, config_value
-from minitron_kernels.pruning.families.family import Family, Param, Taps, When
+from minitron_kernels.pruning.families.family import Family, Param, State, Taps, When
 from minitron_kernels.pruning.families.parts import (
     always,
     attention,
@@ -24,9 +24,11 @@ from minitron_kernels.pruning.families.parts import (
     norms,
     outer,
     stacked,
+    two_experts,
     unless,
 )
 from minitron_kernels.pruning.families.registry import register_family
+from minitron_kernels.pruning.families.stored_names import StoredNames
 
 _FEWER = "the norm in a state space divides by the root mean square of the channels that stay in a group"
 _X = "mamba_heads*mamba_dim"  # heads of channels
@@ -52,12 +54,21 @@ def _mamba(
     )
 
 
+def _states(when: When = always) -> tuple[State, ...]:
+    """What a state space keeps of a sequence: the convolution's last inputs, and a state of each channel."""
+    return (
+        State(f"{_X}+mamba_bc+mamba_bc, mamba_kernel", when),
+        State("mamba_heads, mamba_dim, mamba_state", when, wide=True),
+    )
+
+
 # of Bamba, Granite and Falcon-H1
 _KEYS = {
     "mamba_heads": ("mamba_n_heads",),
     "mamba_dim": ("mamba_d_head",),
     "mamba_groups": ("mamba_n_groups",),
     "mamba_kernel": ("mamba_d_conv",),
+    "mamba_state": ("mamba_d_state",),
 }
 
 
@@ -94,7 +105,10 @@ def _fills_expand(config: Config) -> str | None:
     )
 
 
-_EXPAND = {"mamba_expand": lambda sizes: sizes["mamba_heads"] * sizes["mamba_dim"] // sizes["hidden"]}
+def _expand(sizes: Mapping[str, int], _config: Config) -> int:
+    return sizes["mamba_heads"] * sizes["mamba_dim"] // sizes["hidden"]
+
+
 _ATTENTION_BIAS = flag("attention_bias")
 
 
@@ -138,9 +152,10 @@ register_family(
         taps=_TAPS,
         size_keys=_KEYS,
         computed=_COMPUTED,
-        derived=_EXPAND,
+        derived={"mamba_expand": _expand},
         per_layer_keys=(),
         layer_index_keys=("attn_layer_indices",),
+        states=_states(unless(_attends)),
         refuses=_fills_expand,
         approximates={"mamba_heads": _FEWER, "mamba_dim": _FEWER},
     )
@@ -169,8 +184,9 @@ register_family(
         taps=_TAPS,
         size_keys=_KEYS,
         computed=_COMPUTED,
-        derived={"mamba_d_ssm": lambda sizes: sizes["mamba_heads"] * sizes["mamba_dim"]},
+        derived={"mamba_d_ssm": lambda sizes, config: sizes["mamba_heads"] * sizes["mamba_dim"]},
         per_layer_keys=(),
+        states=_states(),
         approximates={"mamba_heads": _FEWER, "mamba_dim": _FEWER},
     )
 )
@@ -183,6 +199,18 @@ def _has_experts(config: Config, layer: int) -> bool:
 
 
 _LINEAR = is_of("linear_attention")
+
+
+def _is_idle(sizes: Mapping[str, int], config: Config) -> bool:
+    """Whether there is no state space, and the heads that the config says of one do not fit hidden_size.
+
+    Such models are Granite 4.0 Micro, 1B and 350M. transformers compares these numbers all the same.
+    """
+    layers = range(config_value(config, "num_hidden_layers"))
+    fits = sizes["mamba_heads"] * sizes["mamba_dim"] % sizes["hidden"] == 0
+    return not fits and not any(_LINEAR(config, layer) for layer in layers)
+
+
 _MOE = "block_sparse_moe"
 _GRANITE_NORMS = ("input_layernorm", "post_attention_layernorm")
 _GRANITE = (
@@ -220,7 +248,13 @@ register_family(
             "experts": ("num_local_experts",),
         },
         computed=_COMPUTED,
-        derived=_EXPAND,
+        derived={
+            "mamba_expand": lambda sizes, config: 1 if _is_idle(sizes, config) else _expand(sizes, config),
+            "mamba_n_heads": lambda sizes, config: 1 if _is_idle(sizes, config) else sizes["mamba_heads"],
+            "mamba_d_head": lambda sizes, config: sizes["hidden" if _is_idle(sizes, config) else "mamba_dim"],
+        },
+        restated={"layers_block_type": lambda config: config["layer_types"]},
+        states=_states(_LINEAR),
         is_sparse=_has_experts,
         refuses=_fills_expand,
         approximates={"mamba_heads": _FEWER, "mamba_dim": _FEWER},
@@ -257,8 +291,10 @@ def _nemotron_fixed(config: Config) -> Mapping[str, str]:
     return {"experts": "tokens choose among n_group groups of experts first, and plans choose among all"}
 
 
-def _never_ties(config: Config) -> str | None:
-    return "its class does not tie its head" if config_value(config, "tie_word_embeddings", False) else None
+def _unfit(config: Config) -> str | None:
+    if config_value(config, "tie_word_embeddings", False):
+        return "its class does not tie its head"
+    return two_experts(config)
 
 
 _USE_BIAS = flag("use_bias")
@@ -315,6 +351,7 @@ register_family(
             "mamba_dim": ("mamba_head_dim",),
             "mamba_groups": ("n_groups",),
             "mamba_kernel": ("conv_kernel",),
+            "mamba_state": ("ssm_state_size",),
             "expert_mlp": ("moe_intermediate_size",),
             "experts": ("n_routed_experts", "num_local_experts"),
             "shared_mlp": ("moe_shared_expert_intermediate_size",),
@@ -323,9 +360,11 @@ register_family(
         computed={"mamba_bc": _bc("n_groups", "ssm_state_size")},
         is_sparse=_SPARSE,
         per_layer_keys=(_KINDS,),
-        restated={"hybrid_override_pattern": _pattern},
+        restated={"hybrid_override_pattern": _pattern, "layer_types": lambda config: config[_KINDS]},
+        states=_states(_MAMBA),
+        stored_names=StoredNames(renamed=(("model.", "backbone."),)),
         fixed=_nemotron_fixed,
-        refuses=_never_ties,
+        refuses=_unfit,
         approximates={"mamba_heads": _FEWER, "mamba_dim": _FEWER},
     )
 )

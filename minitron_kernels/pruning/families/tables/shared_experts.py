@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from minitron_kernels.pruning.families.configs import Config, config_value
 from minitron_kernels.pruning.families.family import Family, Param, Taps, When
@@ -14,10 +15,12 @@ from minitron_kernels.pruning.families.parts import (
     experts,
     flag,
     gated_mlp,
+    is_of,
     linear,
     norms,
     one_by_one,
     one_key_for_each_head,
+    two_experts,
     unless,
 )
 from minitron_kernels.pruning.families.registry import register_family
@@ -85,7 +88,7 @@ register_family(
     )
 )
 
-# ---- DeepSeek-V3, GLM-4-MoE: dense layers first, and a learned correction of the router's choice
+# ---- DeepSeek, GLM-4-MoE, dots.llm1: dense layers first, and a learned correction of the router's choice
 
 
 def _is_sparse(config: Config, layer: int) -> bool:
@@ -99,24 +102,39 @@ def _fixed(config: Config) -> Mapping[str, str]:
 
 
 _CORRECTION = Param("mlp.gate.e_score_correction_bias", "experts", _is_sparse, buffer=True)
-_BLOCKS = (
-    *norms(*TWO_NORMS),
-    *gated_mlp(when=unless(_is_sparse)),
-    *shared_expert("mlp.shared_experts", _is_sparse),
-    _CORRECTION,
-)
+_FIRST_DENSE: dict[str, Any] = dict(dense_layers=lambda layers: {"first_k_dense_replace": len(layers)})
 
 
-def _deepseek_like(model_type: str, attention: tuple[Param, ...], **more: object) -> Family:
+def _deepseek_like(
+    model_type: str,
+    attention: tuple[Param, ...],
+    *,
+    corrected: bool = True,
+    sparse: When = _is_sparse,
+    refuses: Callable[[Config], str | None] = lambda config: None,
+    **more: Any,
+) -> Family:
+    """Dense layers, and others with experts that are chosen and shared ones.
+
+    corrected: whether a learned correction is added for the router's choice. sparse: which have experts.
+    """
+    common = (
+        *attention,
+        *norms(*TWO_NORMS),
+        *gated_mlp(when=unless(sparse)),
+        *shared_expert("mlp.shared_experts", sparse),
+        *((dataclasses.replace(_CORRECTION, when=sparse),) if corrected else ()),
+    )
     return Family(
         (model_type,),
-        layer=(*attention, *_BLOCKS, *experts("mlp", _is_sparse)),
-        stored_layer=(*attention, *_BLOCKS, *one_by_one("mlp", _is_sparse)),
+        layer=(*common, *experts("mlp", sparse)),
+        stored_layer=(*common, *one_by_one("mlp", sparse)),
         taps=Taps(experts="mlp.experts"),
-        is_sparse=_is_sparse,
-        dense_layers=lambda layers: {"first_k_dense_replace": len(layers)},
+        is_sparse=sparse,
         fixed=_fixed,
-        **more,  # type: ignore[arg-type]
+        # of these the routers compare groups by the sum of their two best
+        refuses=lambda config: refuses(config) or (two_experts(config) if corrected else None),
+        **more,
     )
 
 
@@ -131,9 +149,17 @@ def _shared_size(config: Config) -> int:
 
 
 _GLM4 = attention(qkv_bias=_BIAS, qk_norm=flag("use_qk_norm"))
-register_family(
-    _deepseek_like("glm4_moe", _GLM4, size_keys=_EXPERT_KEYS, computed={"shared_mlp": _shared_size})
-)
+_DOTS = attention(qkv_bias=_BIAS, out_bias=_BIAS, qk_norm=True)
+for _type, _attention in (("glm4_moe", _GLM4), ("dots1", _DOTS)):
+    register_family(
+        _deepseek_like(
+            _type,
+            _attention,
+            size_keys=_EXPERT_KEYS,
+            computed={"shared_mlp": _shared_size},
+            **_FIRST_DENSE,
+        )
+    )
 
 
 def _compresses_queries(config: Config, layer: int) -> bool:
@@ -157,23 +183,40 @@ _LATENT = (
     *linear("self_attn.o_proj", "hidden, heads", _BIAS),
 )
 
-
+_LATENT_KEYS = {
+    "head_dim": ("v_head_dim",),
+    "q_latent": ("q_lora_rank",),
+    "kv_latent": ("kv_lora_rank",),
+    "rope_dim": ("qk_rope_head_dim",),
+}
+_LATENT_COMPUTED = {
+    "qk_dim": _sum_of("qk_nope_head_dim", "qk_rope_head_dim"),
+    "kv_b_dim": _sum_of("qk_nope_head_dim", "v_head_dim"),
+}
+_LATENT_SIZES: dict[str, Any] = dict(
+    size_keys={**_EXPERT_KEYS, **_LATENT_KEYS},
+    computed={"shared_mlp": _shared_size, **_LATENT_COMPUTED},
+    refuses=one_key_for_each_head,
+)
+register_family(_deepseek_like("deepseek_v2", _LATENT, corrected=False, **_LATENT_SIZES, **_FIRST_DENSE))
+register_family(_deepseek_like("deepseek_v3", _LATENT, **_LATENT_SIZES, **_FIRST_DENSE))
+# GLM-4.7-Flash: the config has the kind of each layer's MLP
 register_family(
     _deepseek_like(
-        "deepseek_v3",
+        "glm4_moe_lite",
         _LATENT,
-        size_keys={
-            **_EXPERT_KEYS,
-            "head_dim": ("v_head_dim",),
-            "q_latent": ("q_lora_rank",),
-            "kv_latent": ("kv_lora_rank",),
-            "rope_dim": ("qk_rope_head_dim",),
-        },
-        computed={
-            "shared_mlp": _shared_size,
-            "qk_dim": _sum_of("qk_nope_head_dim", "qk_rope_head_dim"),
-            "kv_b_dim": _sum_of("qk_nope_head_dim", "v_head_dim"),
-        },
+        sparse=is_of("sparse", "mlp_layer_types"),
+        per_layer_keys=("layer_types", "mlp_layer_types"),
+        **_LATENT_SIZES,
+    )
+)
+# Youtu-LLM: no experts
+register_family(
+    Family(
+        ("youtu",),
+        layer=(*_LATENT, *gated_mlp(), *norms(*TWO_NORMS)),
+        size_keys=_LATENT_KEYS,
+        computed=_LATENT_COMPUTED,
         refuses=one_key_for_each_head,
     )
 )

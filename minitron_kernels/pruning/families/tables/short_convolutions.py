@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minitron_kernels.pruning.families.configs import Config, config_value, written_value
-from minitron_kernels.pruning.families.family import Family, Param, Taps, When
+from minitron_kernels.pruning.families.family import Family, Param, State, Taps, When
 from minitron_kernels.pruning.families.parts import (
     attention,
     both,
@@ -51,6 +51,7 @@ _SHARED: dict[str, Any] = dict(
     outer=_OUTER,
     final_norm="model.embedding_norm",
     follows={"conv": "hidden"},
+    states=(State("conv, conv_kernel", _CONV),),
 )
 _SIZES = {"conv": ("hidden_size",), "conv_kernel": ("conv_L_cache",)}
 
@@ -94,7 +95,7 @@ register_family(
         taps=_taps(),
         size_keys=_SIZES,
         computed={"mlp": _mlp_size},
-        derived={"block_auto_adjust_ff_dim": lambda sizes: False},
+        derived={"block_auto_adjust_ff_dim": lambda sizes, config: False},
         layer_index_keys=("full_attn_idxs",),
         restated=_RESTATED,
         **_SHARED,

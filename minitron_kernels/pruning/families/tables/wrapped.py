@@ -162,3 +162,16 @@ register_multimodal(
         layouts=(_QWEN,),
     )
 )
+
+# ---- Qwen3.5: the same encoder, without DeepStack
+
+for _type in ("qwen3_5", "qwen3_5_moe"):
+    register_multimodal(
+        Multimodal(
+            (_type,),
+            params=linear("model.visual.merger.linear_fc2", "hidden, vision", True),
+            config_follows={"vision_config.out_hidden_size": "hidden"},
+            computed={"vision": _vision("hidden_size", _merged_patches)},
+            layouts=(_QWEN,),
+        )
+    )
