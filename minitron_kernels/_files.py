@@ -16,6 +16,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         OSError: it cannot be written; no other file is left beside it.
     """
     path = Path(path)
+    try:
+        _write(path, text)
+    except OSError as error:  # the name of the file beside it says nothing to a reader
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _write(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:

@@ -21,6 +21,21 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "minitron_kernels"
+# what tells a user that an installation works; the rest is for those who change it
+QUICK = (
+    "test_backend.py",
+    "kl_loss/test_kl_loss.py",
+    "kl_loss/test_training.py",
+    "importance/test_importance.py",
+    "gather/test_gather.py",
+    "pruning/test_collect.py",
+    "pruning/test_plan.py",
+    "pruning/test_prune_model_results.py",
+    "pruning/test_cli.py",
+    "distillation/test_step.py",
+    "distillation/test_cli.py",
+    "evaluation/test_harness.py",
+)
 
 
 def _prefer_installed() -> Path | None:
@@ -62,6 +77,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail, rather than skip tests, without the compiled extension",
     )
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="whether this build works here, in a few minutes: each op, and each command from end to end",
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """--quick: files that are not among QUICK are not even imported."""
+    if not config.getoption("--quick") or not collection_path.name.startswith("test_"):
+        return None
+    return str(collection_path.relative_to(ROOT / "tests")) not in QUICK or None
 
 
 def pytest_configure(config: pytest.Config) -> None:

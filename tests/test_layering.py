@@ -19,7 +19,8 @@ TORCH = ("torch", "ATen", "c10")
 
 
 # parts of the house that are a module, or a package without rooms
-ALONE = ("_native", "_workspace", "_backend", "_tensors", "_files", "_opaque", "_command", "distillation")
+ALONE = ("_native", "_workspace", "_backend", "_tensors", "_files", "_opaque", "_command")
+ALONE += ("distillation", "evaluation")
 
 
 def part_of(module: str) -> str:
@@ -52,6 +53,7 @@ MAY_IMPORT = {
     "_files": set(),
     "_opaque": set(),
     "_command": {"_command"},
+    "evaluation": {"evaluation", "_command", "_files", "top"},
     "_backend": {"_native"},
     "ops": set(),
     "reference": set(),
@@ -76,6 +78,7 @@ MAY_IMPORT = {
     "pruning": {f"pruning.{room}" for room in ROOMS},
     "distillation": {
         "distillation",
+        "evaluation",
         "pruning",
         "pruning.families",
         "pruning.checkpoint",

@@ -22,7 +22,7 @@ from common import tables
 from common.harness import WorkerError, run_worker, summarize, write_json
 from common.machine import describe, facts
 from common.memory_ways import Ways
-from common.tables import MARK, MARKED
+from common.tables import MARK, MARKED, NOISY, VARIED, is_noisy
 
 WORKER = Path(__file__).with_name("bandwidth_worker.py")
 FAULT = " †"  # at the label of a row that is faster than its floor
@@ -227,7 +227,10 @@ def table(run: dict[str, Any], draw: Callable[..., str]) -> str:
     busy = "CPU ms" if run["device"] == "cpu" else "GPU ms"
     rows = [
         [
-            row["label"] + MARK * bool(row.get("launches_seen")) + FAULT * is_below_floor(row),
+            row["label"]
+            + MARK * bool(row.get("launches_seen"))
+            + FAULT * is_below_floor(row)
+            + NOISY * is_noisy(row["ratio"]),
             _spread(row["busy_s"], lambda s: f"{s * 1e3:.3g}"),
             _spread(row["ratio"], tables.ratio),
             f"{run['bytes'] / row['busy_s']['median'] / 1e9:.3g}",
@@ -244,6 +247,7 @@ def table(run: dict[str, Any], draw: Callable[..., str]) -> str:
     ]
     marked = [MARKED] if any(row.get("launches_seen") for row in run["rows"]) else []
     marked += [FAULTY] if any(is_below_floor(row) for row in run["rows"] if row["status"] == "ok") else []
+    marked += [VARIED] if any(is_noisy(row["ratio"]) for row in run["rows"] if row["status"] == "ok") else []
     return "\n\n".join(filter(None, [draw(names, rows) if rows else "", *marked, "; ".join(lines)]))
 
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 MIB = 2**20
 MARK = " *"  # at the label of a row whose time on the GPU includes gaps
+NOISY = " ‡"  # at the label of a row whose ratio varied too much to mean something
+VARIED = (
+    "‡ a fifth of its ratios is more than twice another fifth: the machine was busy, or the run too short"
+)
 MARKED = "* the call waits for the GPU, or its launches take longer than its work: they are in its GPU time"
+
+
+def is_noisy(summary: Mapping[str, float]) -> bool:
+    """Whether a summary of measurements varied too much for its median to mean something."""
+    return summary["p80"] > 2 * summary["p20"]
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

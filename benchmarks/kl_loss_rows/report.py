@@ -71,7 +71,9 @@ def _time_columns(run: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
     if run["device"] != "cpu":
         share["TFLOP/s"] = f"{row.get('flops', run['flops']) / row['busy_s']['median'] / 1e12:.0f}"
     return {
-        LABEL: row["label"] + tables.MARK * bool(row.get("launches_seen")),
+        LABEL: row["label"]
+        + tables.MARK * bool(row.get("launches_seen"))
+        + tables.NOISY * tables.is_noisy(row["ratio"]),
         _busy(run): _spread(row["busy_s"], tables.seconds),
         "÷ floor": _spread(row["ratio"], tables.ratio),
         **share,
@@ -102,6 +104,7 @@ def _remarks(run: dict[str, Any]) -> list[str]:
     """Below the table: what a mark means, which rows are of another loss."""
     rows = _measured(run)
     marked = [tables.MARKED] if any(row.get("launches_seen") for row in rows) else []
+    marked += [tables.VARIED] if any(tables.is_noisy(row["ratio"]) for row in rows) else []
     others = [row["label"] for row in rows if "flops" in row]
     if not others:
         return marked

@@ -9,6 +9,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
   m.def(
       "importance_moments(Tensor x, Tensor? mask, Tensor? cu_seqlens, int num_heads, int moments) -> "
       "(Tensor sums, Tensor counts)");
+  // Adds such sums, values [num_sums, B, M] contiguous, float32 or float64, and counts [B] (or [B, G], where
+  // each of G equal groups of values has its own) to a state: sums and squares [K, M] float64, sequences and
+  // tokens int64 [] (or [G]). aggregations: K of the bits of `moments`.
+  m.def(
+      "importance_add_(Tensor(a!) sums, Tensor(b!) squares, Tensor(c!) sequences, Tensor(d!) tokens, "
+      "Tensor values, Tensor counts, int[] aggregations, int moments) -> ()");
   // Of each row of x its L2 norm, or with y 1 - the cosine of the two rows.
   m.def("importance_rows(Tensor x, Tensor? y) -> Tensor");
 }

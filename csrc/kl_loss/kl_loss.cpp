@@ -98,11 +98,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
       "Tensor(e!)? grad_bias, Tensor(f!)? grad_head_accumulator, Tensor(g!) workspace, int vocab_size, "
       "float[] options, int[] plan, Tensor? labels=None, Tensor(h!)? metrics=None, Tensor? ce_weight=None, "
       "int total_vocab=0) -> ()");
+  // Of ids and log-probabilities [N, k] of a sparse teacher, and the tail's [N] (none: the ids are a sample),
+  // in rows that are valid: the ids ascending with -1 behind them, outcomes [N, k + 1], and whether all is as
+  // the op in Python wants it; if not, the rest is undefined.
+  m.def(
+      "sparse_outcomes(Tensor ids, Tensor logprobs, Tensor? tail, Tensor? valid, int vocab_size, "
+      "bool untempered) -> (Tensor ids, Tensor outcomes, bool fits)");
   // Bytes of each part of that workspace, in the order of LinearKLPlan.PARTS, and their sum. outcomes: k + 1
   // of a sparse teacher, 0 for one with a head.
   m.def(
       "linear_kl_loss_layout(int tokens, int vocab_size, int student_hidden_size, int teacher_hidden_size, "
-      "int accumulate_bytes, bool grad_hidden, bool grad_head, bool head_in_place, int[] plan, int threads, "
+      "int accumulate_bytes, bool grad_hidden, bool grad_head, bool head_in_place, int[] plan, "
       "bool metrics=False, int outcomes=0) -> int[]");
   // The engine in which a bf16 product runs fastest here: a name in ENGINES of ops/kl_loss/engines_cpu.py.
   m.def("bf16_engine() -> str");

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import importlib.util
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +88,14 @@ def load_tokenizer(path: Path) -> Any:
         ) from None
 
 
-def load_model(path: Path, dtype: str, *, otherwise: str = "scored", with_head: bool = False) -> Any:
+def load_model(
+    path: Path,
+    dtype: str,
+    *,
+    otherwise: str = "scored",
+    with_head: bool = False,
+    device_map: str | None = None,
+) -> Any:
     """The model; checks that no weights are missing, since transformers makes up missing ones.
 
     Args:
@@ -92,6 +103,10 @@ def load_model(path: Path, dtype: str, *, otherwise: str = "scored", with_head: 
         dtype: of DTYPES.
         otherwise: what would happen to random weights, for the error.
         with_head: whether the head's weights must be there too, or be tied to the embedding.
+        device_map: "auto" divides the model over GPUs, memory and disk (accelerate); None: it is on the CPU.
+
+    Raises:
+        ValueError: weights are missing, or there is an adapter; accelerate is needed and not installed.
     """
     import transformers
 
@@ -101,6 +116,8 @@ def load_model(path: Path, dtype: str, *, otherwise: str = "scored", with_head: 
     options: dict[str, Any] = {"key_mapping": PREFIXES}
     if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:  # whose names have such prefixes
         kind, options = transformers.AutoModelForImageTextToText, {}
+    if device_map is not None:
+        options |= _divided(device_map)
     loaded: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     model, report = loaded
     lacking = sorted(name for name in report["missing_keys"] if with_head or not name.startswith("lm_head."))
@@ -110,3 +127,12 @@ def load_model(path: Path, dtype: str, *, otherwise: str = "scored", with_head: 
             f"{path}: does not hold {few(wrong)} as config.json says: random weights would be {otherwise}"
         )
     return model
+
+
+def _divided(device_map: str) -> dict[str, Any]:
+    """Options by which transformers divides a model; what fits nowhere goes to a folder, until the end."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise ValueError("--device auto needs accelerate: pip install accelerate")
+    folder = tempfile.mkdtemp(prefix="minitron-offload-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return {"device_map": device_map, "offload_folder": folder}

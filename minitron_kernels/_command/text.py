@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,42 +10,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minitron_kernels._command import documents
+from minitron_kernels._command.progress import tqdm_for
+
 _PIECE_CHARACTERS = 1 << 20  # tokenised in one call
 _PIECE_TOKENS = 1 << 22  # looked at in one call
-# first bytes of files that are not text -> what they are, and what to do
-_OTHER_FORMATS = {
-    b"PAR1": 'is Parquet: make a .jsonl by pandas.read_parquet(..).to_json(.., orient="records", lines=True)',
-    b"\x1f\x8b": "is compressed by gzip: unpack it by gunzip first",
-    b"\x28\xb5\x2f\xfd": "is compressed by zstd: unpack it by unzstd first",
-    b"\xfd7zXZ": "is compressed by xz: unpack it by unxz first",
-    b"BZh": "is compressed by bzip2: unpack it by bunzip2 first",
-    b"PK\x03\x04": "is a zip archive (.zip, .npz): unpack it first; token ids go into a .npy by numpy.save()",
-    b"ARROW1": "is Arrow: write a .jsonl with a text on each line, by datasets' to_json()",
-}
+_LEAST_CHARACTERS = 1 << 22  # of text that is not tokenised as a whole to draw some windows of it
+_PER_TOKEN = 8  # characters that are looked at for each token of a drawn window
 
 
 class TokenWindows:
     """The tokens of files in windows of one length, without overlap, in the order of the text.
 
     Where the tokenizer begins a text with a special token (BOS), each window begins with it too. Token ids
-    out of a .npy stay in the file and are read as they are asked for.
+    out of a .npy stay in the file and are read as they are asked for; text is tokenised as a whole.
 
     Args:
-        files: text in UTF-8; .jsonl (.ndjson) with a "text" on each line; or .npy with token ids.
+        files: text in UTF-8; .jsonl (.ndjson), .parquet or .arrow with a "text" or chat "messages" in each
+            row; .npy with token ids; folders of those. Text may be compressed (gzip, bzip2, xz, zstd).
         tokenizer: of transformers; None where all files are .npy.
         length: tokens of a window.
+        text_key: the key or column with the text; None: "text", or else "messages".
 
     Raises:
-        ValueError: a file cannot be read as its suffix says; there are fewer tokens than one window.
+        ValueError, OSError: a file cannot be read as its suffix says; there are fewer tokens than one window.
     """
 
-    def __init__(self, files: Sequence[Path], tokenizer: Any, *, length: int) -> None:
+    def __init__(
+        self, files: Sequence[Path], tokenizer: Any, *, length: int, text_key: str | None = None
+    ) -> None:
         if length < 2:
             raise ValueError(f"seq-len must be at least 2, got {length}")
         self.length = length
         self._start = _first_tokens(tokenizer)
         self._body = length - len(self._start)
-        self._parts = [part for file in files for part in _tokens(file, tokenizer)]
+        self._parts = list(_parts(documents.expand(files), tokenizer, text_key))
         self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
         self.tokens = int(self._ends[-1]) if self._parts else 0
         self._count = self.tokens // self._body
@@ -89,6 +87,87 @@ class TokenWindows:
         return min(*low, *start), max(*high, *start)
 
 
+def drawn_windows(
+    files: Sequence[Path],
+    tokenizer: Any,
+    *,
+    length: int,
+    samples: int,
+    seed: int,
+    text_key: str | None = None,
+) -> Tensor:
+    """`samples` windows drawn at random, in the order of the text; all if there are fewer.
+
+    Of a long text only the drawn stretches are tokenised: it is divided into stretches of 8 · length
+    characters, some of which are drawn, and a window is the first `length` tokens behind the first space in
+    its stretch. (A short text, or one of which most is wanted, is tokenised whole, as TokenWindows does.)
+
+    Args:
+        files, tokenizer, length, text_key: see TokenWindows.
+        samples, seed: as above.
+
+    Returns:
+        [windows, length] int64.
+
+    Raises:
+        ValueError, OSError: see TokenWindows.
+    """
+    if length < 2 or samples < 1:
+        raise ValueError(f"seq-len must be at least 2 and samples at least 1, got {length} and {samples}")
+    found = documents.expand(files)
+    if not any(documents.is_ids(file) for file in found):
+        stretch = length * _PER_TOKEN
+        texts = [text for file in found for text in documents.texts(file, tokenizer, text_key)]
+        total = sum(map(len, texts))
+        if total >= max(_LEAST_CHARACTERS, 2 * samples * stretch):
+            windows = _Stretches(texts, tokenizer, length, stretch).draw(samples, seed)
+            if len(windows) == samples:  # else the text has fewer tokens than its characters promise
+                return torch.tensor(windows)
+    all_windows = TokenWindows(files, tokenizer, length=length, text_key=text_key)
+    return torch.stack([all_windows[index] for index in all_windows.draw(samples, seed)])
+
+
+class _Stretches:
+    """Texts behind each other, divided into stretches of equally many characters."""
+
+    def __init__(self, texts: list[str], tokenizer: Any, length: int, stretch: int) -> None:
+        self._texts, self._tokenizer = texts, tokenizer
+        self._length, self._stretch = length, stretch
+        self._ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+        self._start, self._end = _first_tokens(tokenizer), _last_tokens(tokenizer)
+
+    def draw(self, samples: int, seed: int) -> list[list[int]]:
+        """Windows of drawn stretches, in the order of the text."""
+        count = int(self._ends[-1]) // self._stretch
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+        found: dict[int, list[int]] = {}
+        for index in order:
+            window = self._window(index)
+            if window is not None:
+                found[index] = window
+            if len(found) == samples:
+                break
+        return [found[index] for index in sorted(found)]
+
+    def _window(self, index: int) -> list[int] | None:
+        """The first tokens of a stretch, and of those behind it where it has too few; None at the end."""
+        at, ids = index * self._stretch, list(self._start)
+        first = True
+        while len(ids) < self._length and at < int(self._ends[-1]):
+            number = int(np.searchsorted(self._ends, at, "right"))
+            text, end = self._texts[number], int(self._ends[number])
+            begin = at - (end - len(text))
+            piece = text[begin : begin + self._stretch]
+            at += len(piece)
+            if first and begin:  # inside a text: it goes on behind a space, so as not to begin within a word
+                piece = piece[piece.find(" ") + 1 :]
+            first = False
+            ids += _encoded(self._tokenizer, piece)
+            if at == end:
+                ids += self._end
+        return ids[: self._length] if len(ids) >= self._length else None
+
+
 def _range(ids: np.ndarray) -> tuple[int, int]:
     """(min, max), read piece by piece."""
     pieces = [ids[begin : begin + _PIECE_TOKENS] for begin in range(0, len(ids), _PIECE_TOKENS)]
@@ -101,56 +180,33 @@ def _first_tokens(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-def _tokens(file: Path, tokenizer: Any) -> Iterator[np.ndarray]:
-    if file.suffix == ".npy":
-        try:
-            ids = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{file}: cannot be read as token ids: {error}") from None
-        if ids.dtype.kind not in "iu":
-            raise ValueError(f"{file}: token ids must be integers, got {ids.dtype}")
-        ids = ids.reshape(-1)
-        if len(ids) and ids.dtype.kind == "i" and (least := _range(ids)[0]) < 0:
-            raise ValueError(f"{file}: token ids must be 0 or greater, got {least}")
-        yield ids
-        return
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for text in _texts(file):
-        ids = []
-        for begin in range(0, len(text), _PIECE_CHARACTERS):
-            piece = text[begin : begin + _PIECE_CHARACTERS]
-            ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-        yield np.array([*ids, *end], dtype=np.int32)
+def _last_tokens(tokenizer: Any) -> list[int]:
+    """[EOS] if there is one: it stands behind each text."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _texts(file: Path) -> Iterator[str]:
-    with file.open("rb") as stream:
-        head = stream.read(8)
-    for magic, advice in _OTHER_FORMATS.items():
-        if head.startswith(magic):
-            raise ValueError(f"{file}: must be text, .jsonl or .npy, but {advice}")
-    if file.suffix == ".json":
-        raise ValueError(
-            f'{file}: a .json is not read: write a .jsonl, with an object {{"text": ...}} on each line '
-            "(if it has these lines already, rename it)"
-        )
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # drops a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: must be text in UTF-8, but byte {error.start} is not") from None
-    if file.suffix not in (".jsonl", ".ndjson"):
-        yield text
-        return
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would split inside strings, at U+2028
-        if line.strip():
-            yield _text_of(line, f"{file}: line {number}")
+def _encoded(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _text_of(line: str, where: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{where} is not a JSON object with a "text"') from None
-    if not isinstance(text, str):
-        raise ValueError(f'{where} must have a string as its "text", got {type(text).__name__}')
-    return text
+def _parts(files: Sequence[Path], tokenizer: Any, text_key: str | None) -> Iterator[np.ndarray]:
+    """The token ids of each text, and of each .npy; with progress where it takes long."""
+    bar = tqdm_for(None)
+    shown = None if bar is None else bar(desc="tokenising", total=None, unit="text", delay=5)
+    for file in files:
+        if documents.is_ids(file):
+            ids = documents.ids(file)
+            if len(ids) and ids.dtype.kind == "i" and (least := _range(ids)[0]) < 0:
+                raise ValueError(f"{file}: token ids must be 0 or greater, got {least}")
+            yield ids
+            continue
+        for text in documents.texts(file, tokenizer, text_key):
+            pieces = [
+                np.array(_encoded(tokenizer, text[begin : begin + _PIECE_CHARACTERS]), dtype=np.int32)
+                for begin in range(0, len(text), _PIECE_CHARACTERS)
+            ]
+            yield np.concatenate([*pieces, np.array(_last_tokens(tokenizer), dtype=np.int32)])
+            if shown is not None:
+                shown.update()
+    if shown is not None:
+        shown.close()

@@ -26,9 +26,9 @@ from distillation.cli_runs import (
     save_tokenizer,
     train_of,
 )
+from minitron_kernels._command.progress import Progress
 from minitron_kernels.distillation.cli.data import Shuffled
 from minitron_kernels.distillation.cli.job import Job, job_of
-from minitron_kernels.distillation.cli.progress import Progress
 from minitron_kernels.distillation.cli.record import checkpoints, read_record
 
 STEPS = 6
@@ -374,7 +374,8 @@ def test_errors_are_one_line_that_names_the_flag(folder, tmp_path, capsys):
     assert "has no cache.json" in train("--cache", tmp_path)
     assert "a cache of tier topk needs no teacher, leave one" in train("--cache", folder / "cache")
     assert "there is no such file (--data)" in train("--data", tmp_path / "nothing.txt")
-    assert "is a folder: give its files (--eval-data)" in train("--eval-data", tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "is a folder without .txt" in train("--eval-data", tmp_path / "empty")
     assert "--seq-len must be at most" in train("--seq-len", 65)
     assert "fewer than one window of 64" in train("--seq-len", 64, "--eval-data", tmp_path / "short.txt")
     assert "give one of --steps, --tokens and --epochs, got --steps and --tokens" in train("--tokens", 5)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from distillation.cli_runs import one_line, run
+from minitron_kernels._command.progress import Progress, duration
 from minitron_kernels.distillation.cli.config import load, to_toml
 from minitron_kernels.distillation.cli.main import main
-from minitron_kernels.distillation.cli.progress import Progress, duration
 from minitron_kernels.distillation.cli.tables import TABLES, options_of
 
 if sys.version_info < (3, 11):
@@ -177,7 +177,7 @@ def test_as_a_module(tmp_path):
 
 def test_progress_without_a_terminal(capsys, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("minitron_kernels.distillation.cli.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("minitron_kernels._command.progress.time.monotonic", lambda: clock[0])
     progress = Progress("distilling", 100, done=40)
     for step in range(60):
         clock[0] += 2

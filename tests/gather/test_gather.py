@@ -179,6 +179,12 @@ def test_blocks(keep, size, block):
     assert mk.ChannelIndex(torch.tensor(list(keep), dtype=torch.int64), size).block == block
 
 
+def test_blocks_under_another_default_device():
+    """An index is on the CPU, wherever new tensors are made."""
+    with torch.device("meta"):
+        assert mk.ChannelIndex(torch.arange(16, device="cpu"), 32).block == 16
+
+
 @settings(max_examples=60)
 @given(data=st.data())
 def test_any_shape(data):

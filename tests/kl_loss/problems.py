@@ -101,7 +101,7 @@ def force_plan(monkeypatch, **numbers):
             N, V, H, Ht, max(dtype.itemsize, 4),
             options["grad_hidden"], options["grad_head"],
             options["grad_head_accumulator"] or dtype != torch.bfloat16,
-            p.numbers, torch.get_num_threads(), options.get("metrics", False),
+            p.numbers, options.get("metrics", False),
             options.get("outcomes", 0),
         )  # fmt: skip
         made.append(dataclasses.replace(p, part_bytes=tuple(parts)))

@@ -54,9 +54,9 @@ void pack(void* argument) {
     case kConvert:
       return x.kernels->convert(x.src, kSource, x.ld, x.rows, x.cols, x.padded, x.dst);
     case kCastPanel:
-      return x.kernels->cast_panel(panel, x.rows, x.dst, x.ld);
+      return x.kernels->cast_panel(panel, {x.rows, kPanel}, x.dst, x.ld);
     case kTransposePanel:
-      return x.kernels->transpose_panel(panel, x.rows, x.padded, x.dst, x.ld);
+      return x.kernels->transpose_panel(panel, {x.rows, kPanel}, x.padded, x.dst, x.ld);
     default:
       return x.kernels->narrow(panel, x.ld, x.rows, x.cols, x.dst, DType::kBFloat16, x.padded);
   }

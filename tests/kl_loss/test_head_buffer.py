@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 import minitron_kernels as mk
 from kl_loss.problems import make_linear
 from kl_loss.test_memory import allocations
+from minitron_kernels.ops.kl_loss.blocks_cpu import Caches
 
 pytestmark = pytest.mark.native
 N, H, HT, V = 70, 48, 56, 300
@@ -216,3 +217,26 @@ def test_what_cannot_be_lent():
         mk.linear_kl_loss(*(x.detach() for x in half[:1]), *half[1:2], *(x.detach() for x in half[2:]),
                           grad_head_buffer=fine.half())  # fmt: skip
     assert fine.isnan().all()
+
+
+def test_the_planner_knows_of_it(monkeypatch):
+    """A large gradient goes around the caches into lent memory alone; what a call refuses it refuses."""
+    monkeypatch.setattr(Caches, "of_this_cpu", staticmethod(Caches))
+    shape = (256, 131072, 2048, 2560)
+    for options, expected in (
+        ({}, False),
+        ({"grad_head_buffer": True}, True),
+        ({"grad_head_buffer": True, "sparse_ids": 8}, True),
+        ({"grad_head_buffer": True, "grad_head": False}, False),
+        ({"grad_head_buffer": True, "device": "cuda"}, None),
+    ):
+        sizes = (*shape[:3], 0) if "sparse_ids" in options else shape
+        plan = mk.plan_linear_kl_loss(*sizes, **options)
+        assert expected is None or plan.blocks.stream_head == expected
+    for options, error in (
+        ({"grad_head_accumulator": True}, ValueError),
+        ({"dtype": torch.float16}, TypeError),
+    ):
+        for device in ("cpu", "cuda"):
+            with pytest.raises(error, match="grad_head_buffer"):
+                mk.plan_linear_kl_loss(*shape, grad_head_buffer=True, device=device, **options)

@@ -46,9 +46,9 @@ PAIRS = [
 def made(monkeypatch):
     """Counts the plans that are made, from an empty cache on."""
     plan_cpu._plan.cache_clear()
-    count, search = [], plan_cpu._Planner.plan
+    count, search = [], plan_cpu.Planner.plan
     monkeypatch.setattr(
-        plan_cpu._Planner, "plan", lambda self, schedule: (count.append(schedule), search(self, schedule))[1]
+        plan_cpu.Planner, "plan", lambda self, schedule: (count.append(schedule), search(self, schedule))[1]
     )
     yield count
     plan_cpu._plan.cache_clear()

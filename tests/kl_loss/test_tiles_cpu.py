@@ -250,7 +250,7 @@ def test_plans_that_tiles_do_not_fit():
     """A tile of the vocabulary holds at least one of k; only bf16 lies in tiles."""
     layout = torch.ops.minitron_kernels.linear_kl_loss_layout
     numbers = mk.plan_linear_kl_loss(64, 100, 8, 8, dtype=BF16, engine="portable_amx").numbers
-    assert layout(64, 100, 8, 8, 4, True, True, False, numbers, 1)
+    assert layout(64, 100, 8, 8, 4, True, True, False, numbers)
     for wrong in ([*numbers[:2], 30, *numbers[3:]], [*numbers[:5], 1, *numbers[6:]]):
         with pytest.raises(ValueError, match="plan out of range"):
-            layout(64, 100, 8, 8, 4, True, True, False, wrong, 1)
+            layout(64, 100, 8, 8, 4, True, True, False, wrong)

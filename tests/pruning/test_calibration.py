@@ -1,6 +1,5 @@
 """Calibration windows from files: what counts as text, as lines, as token ids."""
 
-import gzip
 import io
 import json
 import zipfile
@@ -92,15 +91,11 @@ def saved(array):
     ("name", "content", "message"),
     [
         ("a.json", b'[{"text": "a"}]', r"a \.json is not read: write a \.jsonl"),
-        ("a.parquet", b"PAR1\x15\x04", r"must be text.* is Parquet: .*to_json"),
-        ("a.txt.gz", gzip.compress(b"text", mtime=0), "compressed by gzip: unpack it"),
-        ("a.txt", gzip.compress(b"text", mtime=0), "compressed by gzip"),  # whatever it is called
-        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x04", "compressed by zstd"),
         ("a.npz", zipped(), r"zip archive.*\.npy by numpy\.save"),
         ("a.txt", b"abc\xff", "must be text in UTF-8, but byte 3 is not"),
         ("a.jsonl", b'{"text": "a"}\n[1]', "is not a JSON object"),
         ("a.jsonl", b'\n{"text": "a"} {"text": "b"}', "line 2 is not a JSON"),
-        ("a.jsonl", b'{"text": null}', 'must have a string as its "text", got NoneType'),
+        ("a.jsonl", b'{"text": null}', 'must have a string as its "text", .* got NoneType'),
         ("a.jsonl", b'{"text": ["a"]}', "got list"),
         ("a.npy", saved(np.array([3, -1, 2])), "token ids must be 0 or greater, got -1"),
         ("a.npy", saved(np.array([3.0])), "token ids must be integers, got float64"),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import minitron_kernels
 from minitron_kernels.pruning import ImportanceScores, PruningPlan
-from minitron_kernels.pruning.cli import main as cli_main
+from minitron_kernels.pruning.cli import scoring
 from minitron_kernels.pruning.cli.main import main
 from pruning.checkpoints import save_tiny
 
@@ -89,7 +89,7 @@ def test_how_much_is_scored(folder, tmp_path):
 def test_batches_and_device_reach_the_model(folder, tmp_path, monkeypatch):
     from minitron_kernels.pruning.score import collect
 
-    shapes, collected, load, moved = [], collect.collect_importance, cli_main.load_model, []
+    shapes, collected, load, moved = [], collect.collect_importance, scoring.load_model, []
 
     def note_moves(*args):
         model = load(*args)
@@ -97,7 +97,7 @@ def test_batches_and_device_reach_the_model(folder, tmp_path, monkeypatch):
         model.to = lambda device: (moved.append(device), to(device))[1]
         return model
 
-    monkeypatch.setattr(cli_main, "load_model", note_moves)
+    monkeypatch.setattr(scoring, "load_model", note_moves)
 
     def note(model, batches, *args, **kwargs):
         shapes.append((model.device.type, [tuple(batch.shape) for batch in batches], kwargs["progress"]))
@@ -223,7 +223,7 @@ def test_weights_that_are_not_there_are_not_made_up(folder, tmp_path, capsys):
 
 
 def test_what_cannot_work_is_said_before_the_work(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli_main, "load_model", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(scoring, "load_model", lambda *args: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("x")
     (tmp_path / "dir").mkdir()
     command = ["score", folder / "llama", folder / "tokens.npy", "--seq-len", 32, "--samples", 2, "-o"]

@@ -10,6 +10,13 @@ namespace minitron {
 
 // Columns of a packed B panel (see pack.h). 64 keeps four AVX-512 accumulators per row of A.
 constexpr int kPanel = 64;
+// Tokens of a last panel are computed in multiples of so many: whole vectors of every SIMD level.
+constexpr int64_t kLaneStep = 16;
+// What is computed of a panel [entries, kPanel]: rows, and the first columns of each, a multiple of
+// kLaneStep.
+struct PanelSize {
+  int64_t entries, lanes;
+};
 // Most products that are summed in one accumulator. A longer K is split: one long chain has twice the fp32
 // error.
 constexpr int64_t kMaxChain = 256;

@@ -168,25 +168,25 @@ inline void convert_rows(const bf16* src, int64_t ld, int64_t rows, int64_t cols
   }
 }
 
-// [rows, kPanel] -> the same as Op, with leading dimension ld.
+// [entries, kPanel] -> the same as Op, with leading dimension ld.
 template <typename A, typename Op>
-void cast_panel(const A* panel, int64_t rows, Op* dst, int64_t ld) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int c = 0; c < kPanel; c += kLanes<A>) store(dst + r * ld + c, load<A>(panel + r * kPanel + c));
+void cast_panel(const A* panel, PanelSize size, Op* dst, int64_t ld) {
+  for (int64_t r = 0; r < size.entries; ++r) {
+    for (int c = 0; c < size.lanes; c += kLanes<A>) store(dst + r * ld + c, load<A>(panel + r * kPanel + c));
   }
 }
 
-// [rows, kPanel] -> its transpose [kPanel, padded_rows] as Op, zero beyond `rows`, with leading dimension
-// ld >= padded_rows.
+// [entries, kPanel] -> its transpose [kPanel, padded_rows] as Op, zero beyond `entries`, with leading
+// dimension ld >= padded_rows.
 template <typename A, typename Op>
-void transpose_panel(const A* panel, int64_t rows, int64_t padded_rows, Op* dst, int64_t ld) {
+void transpose_panel(const A* panel, PanelSize size, int64_t padded_rows, Op* dst, int64_t ld) {
   constexpr int L = kLanes<A>;
-  for (int64_t r = rows; r < padded_rows; ++r) {
-    for (int c = 0; c < kPanel; ++c) dst[c * ld + r] = Op{};
+  for (int64_t r = size.entries; r < padded_rows; ++r) {
+    for (int c = 0; c < size.lanes; ++c) dst[c * ld + r] = Op{};
   }
-  for (int64_t r0 = 0; r0 < rows; r0 += L) {
-    const int64_t height = rows - r0 < L ? rows - r0 : L;
-    for (int c0 = 0; c0 < kPanel; c0 += L) {
+  for (int64_t r0 = 0; r0 < size.entries; r0 += L) {
+    const int64_t height = size.entries - r0 < L ? size.entries - r0 : L;
+    for (int c0 = 0; c0 < size.lanes; c0 += L) {
       Vec<A> block[L] = {};
       for (int64_t i = 0; i < height; ++i) block[i] = load<A>(panel + (r0 + i) * kPanel + c0);
       transpose_square<A>(block);

@@ -12,7 +12,7 @@ namespace minitron {
 inline int64_t max_threads() { return torch::stable::get_num_threads(); }
 
 // Calls f(task, slot) for each task in [0, n). At most `most` threads take the tasks in order, whichever is
-// free. slot < max_threads() is the number of the thread's scratch memory; a result must not depend on it.
+// free. slot < most is the number of the thread's scratch memory; a result must not depend on it.
 template <typename F>
 void parallel_tasks(int64_t n, int64_t most, F&& f) {
   const int64_t threads = std::min({n, max_threads(), most});

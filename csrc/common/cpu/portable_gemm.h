@@ -33,11 +33,11 @@ inline void gemm_block(int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t l
   Vec<A> acc[kRows][kVecs] = {};
   for (int64_t k = 0; k < K; ++k) {
     Vec<A> row[kVecs];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < kVecs; ++j) row[j] = load_b<A>(b, ldb, k, j * L);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int j = 0; j < kVecs; ++j) acc[i][j] += element(a + i * lda + k) * row[j];
     }
   }
@@ -60,18 +60,32 @@ inline const Op* column_of(const Op* b, int64_t n) {
   return b + (sizeof(Op) == 2 ? 2 * n : n);
 }
 
+// The columns of C that kVecs vectors hold, N of them.
+template <typename A, int kVecs, typename Op>
+inline void gemm_columns(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+                         const Op* a, const Op* b, A* c) {
+  constexpr int kRows = kVecs > 1 ? 6 : 12;  // so that additions overlap
+  int64_t m = 0;
+  for (; m + kRows <= M; m += kRows) {
+    gemm_block<A, kRows, kVecs>(N, K, lda, ldb, ldc, add, a + m * lda, b, c + m * ldc);
+  }
+  for (; m < M; ++m) gemm_block<A, 1, kVecs>(N, K, lda, ldb, ldc, add, a + m * lda, b, c + m * ldc);
+}
+
+// A last block of columns takes no more vectors than it needs: of few tokens a panel has few.
 template <typename Op, typename A>
 void portable_gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add,
                    const Op* a, const Op* b, A* c) {
-  constexpr int L = kLanes<A>, kVecs = MINITRON_VECTOR_BYTES == 64 ? 4 : 2, kRows = 6;
+  constexpr int L = kLanes<A>, kVecs = MINITRON_VECTOR_BYTES == 64 ? 4 : 2;
   for (int64_t n = 0; n < N; n += kVecs * L) {
-    int64_t m = 0;
-    for (; m + kRows <= M; m += kRows) {
-      gemm_block<A, kRows, kVecs>(N - n, K, lda, ldb, ldc, add, a + m * lda, column_of(b, n),
-                                  c + m * ldc + n);
-    }
-    for (; m < M; ++m) {
-      gemm_block<A, 1, kVecs>(N - n, K, lda, ldb, ldc, add, a + m * lda, column_of(b, n), c + m * ldc + n);
+    const Op* columns = column_of(b, n);
+    const int64_t rest = N - n;
+    if (rest <= L) {
+      gemm_columns<A, 1>(M, rest, K, lda, ldb, ldc, add, a, columns, c + n);
+    } else if (rest <= 2 * L) {
+      gemm_columns<A, 2>(M, rest, K, lda, ldb, ldc, add, a, columns, c + n);
+    } else {
+      gemm_columns<A, kVecs>(M, rest, K, lda, ldb, ldc, add, a, columns, c + n);
     }
   }
 }

@@ -105,12 +105,12 @@ inline void tile_convert(const bf16* src, int64_t ld, int64_t rows, int64_t cols
   }
 }
 
-// A panel [rows, kPanel] as kPanel columns of an A operand.
-inline void tile_cast_panel(const float* panel, int64_t rows, bf16* dst, int64_t ld) {
-  for (int64_t r = 0; r < round_up(rows, kTileRows); ++r) {
-    for (int c = 0; c < kPanel; c += kTileDepth) {
+// A panel [entries, kPanel] as columns of an A operand, of which kTileDepth are one piece.
+inline void tile_cast_panel(const float* panel, PanelSize size, bf16* dst, int64_t ld) {
+  for (int64_t r = 0; r < round_up(size.entries, kTileRows); ++r) {
+    for (int c = 0; c < size.lanes; c += kTileDepth) {
       bf16* out = dst + tile_a(r, c, ld);
-      if (r < rows) {
+      if (r < size.entries) {
         narrow_row(panel + r * kPanel + c, out);
       } else {
         std::memset(out, 0, kTileDepth * sizeof(bf16));
@@ -119,15 +119,15 @@ inline void tile_cast_panel(const float* panel, int64_t rows, bf16* dst, int64_t
   }
 }
 
-// A panel [rows, kPanel], transposed, as kPanel rows of an A operand; its k in [rows, padded_rows) are zero.
-inline void tile_transpose_panel(const float* panel, int64_t rows, int64_t padded_rows, bf16* dst,
+// A panel [entries, kPanel], transposed, as rows of an A operand; its k in [entries, padded_rows) are zero.
+inline void tile_transpose_panel(const float* panel, PanelSize size, int64_t padded_rows, bf16* dst,
                                  int64_t ld) {
   constexpr int L = kLanes<float>;
   const auto row = [&](int64_t r, int c) {
-    return r < rows ? load<float>(panel + r * kPanel + c) : Vec<float>{};
+    return r < size.entries ? load<float>(panel + r * kPanel + c) : Vec<float>{};
   };
   for (int64_t r = 0; r < padded_rows; r += 2 * L) {
-    for (int c = 0; c < kPanel; c += L) {
+    for (int c = 0; c < size.lanes; c += L) {
       Vec<float> block[L];  // of pairs
       for (int i = 0; i < L; ++i) {
         block[i] = bit_cast<Vec<float>>(narrow_pairs(row(r + 2 * i, c), row(r + 2 * i + 1, c)));

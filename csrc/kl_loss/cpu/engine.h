@@ -52,6 +52,23 @@ struct Engine {
   void (*end_task)();
 };
 
+// The GEMMs of one task: what begins with them ends however they end.
+template <typename Engine>
+class EngineTask {
+ public:
+  explicit EngineTask(const Engine& engine) : end_(engine.end_task) {
+    if (engine.begin_task) engine.begin_task();
+  }
+  ~EngineTask() {
+    if (end_) end_();
+  }
+  EngineTask(const EngineTask&) = delete;
+  EngineTask& operator=(const EngineTask&) = delete;
+
+ private:
+  void (*const end_)();
+};
+
 // The engine of bf16 operands in tiles. One that cannot run here throws why.
 inline Engine<bf16, float> tile_engine(Implementation implementation) {
   const TileKernels& portable = tile_kernels();

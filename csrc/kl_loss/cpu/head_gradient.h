@@ -65,8 +65,8 @@ class HeadGradient {
                 int64_t ld) const {
     const int64_t cols = std::min<int64_t>(kPanel, shape_.student_hidden_size - h);
     const Op* hidden = workspace_.hidden_packed() + h * chunk.padded;
-    for (int64_t n = 0; n < chunk.padded; n += kMaxChain) {
-      gemm_(rows, cols, std::min(kMaxChain, chunk.padded - n), chunk.padded, kPanel, ld, add || n > 0,
+    for (int64_t n = 0; n < chunk.lanes; n += kMaxChain) {
+      gemm_(rows, cols, std::min(kMaxChain, chunk.lanes - n), chunk.padded, kPanel, ld, add || n > 0,
             dz_transposed + n * operands_.k_stride, hidden + n * kPanel, out);
     }
   }

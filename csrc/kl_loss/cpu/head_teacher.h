@@ -22,7 +22,7 @@ class HeadTeacher : public RowMerger<Op, A> {
     const auto bias = [&](const void* b) { return b ? static_cast<const A*>(b) + tile.begin : nullptr; };
     const int64_t n = panel * kPanel;
     kernels_.panel_stats(
-        logits.student, logits.teacher, tile.entries, bias(problem_.student_bias),
+        logits.student, logits.teacher, {tile.entries, chunk.width(panel)}, bias(problem_.student_bias),
         bias(problem_.teacher_bias), problem_.options, needs_tile_kl(),
         workspace_.partials(chunk, tile.index) + n, chunk.padded, workspace_.panel_labels(chunk, tile, panel),
         shape_.metrics && first_look ? workspace_.metric_state(chunk, tile.index) + n : nullptr);
@@ -33,7 +33,7 @@ class HeadTeacher : public RowMerger<Op, A> {
   bool looks_again() const { return needs_second_look(problem_.options.divergence()); }
   void look_again(const Chunk& chunk, const Tile& tile, int64_t panel, const PanelLogits<A>& logits) const {
     const int64_t n = panel * kPanel;
-    kernels_.panel_kl(logits.student, logits.teacher, tile.entries, problem_.options,
+    kernels_.panel_kl(logits.student, logits.teacher, {tile.entries, chunk.width(panel)}, problem_.options,
                       workspace_.row_stats(chunk) + n, chunk.padded,
                       workspace_.tile_kl(chunk, tile.index) + n, workspace_.tile_loss(chunk, tile.index) + n);
   }
@@ -45,9 +45,10 @@ class HeadTeacher : public RowMerger<Op, A> {
       ce = {workspace_.panel_labels(chunk, tile, panel), workspace_.inv_sum_y(chunk) + n,
             workspace_.ce_weights(chunk) + n, problem_.total_vocab};
     }
-    kernels_.panel_grad(logits.student, logits.teacher, logits.ahead, tile.entries, problem_.options,
-                        workspace_.row_stats(chunk) + n, chunk.padded, workspace_.row_weights(chunk) + n,
-                        problem_.ce_weight ? &ce : nullptr, dz, workspace_.tile_loss(chunk, tile.index) + n);
+    kernels_.panel_grad(logits.student, logits.teacher, logits.ahead, {tile.entries, chunk.width(panel)},
+                        problem_.options, workspace_.row_stats(chunk) + n, chunk.padded,
+                        workspace_.row_weights(chunk) + n, problem_.ce_weight ? &ce : nullptr, dz,
+                        workspace_.tile_loss(chunk, tile.index) + n);
   }
 
  private:

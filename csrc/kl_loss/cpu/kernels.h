@@ -93,28 +93,29 @@ struct KlKernels {
                        const RowCrossEntropy<A>*, void* grad);
 
   // linear_kl_loss, on panels [entries of the vocabulary, kPanel tokens]. Values per token, such as stats and
-  // loss, are runs of kPanel, `stride` apart where there are several. panel_stats transforms the panels in
+  // loss, are runs of kPanel, `stride` apart where there are several. Lanes that are not computed are neither
+  // read nor written. panel_stats transforms the panels in
   // place (with a bias per entry, or nullptr); the others read what it left. metric_state: kNumMetricState
   // runs, or null where nobody asks; its sums count from the panel's maximum, and the label's is its s.
-  void (*panel_stats)(A* student, A* teacher, int64_t entries, const A* student_bias, const A* teacher_bias,
+  void (*panel_stats)(A* student, A* teacher, PanelSize, const A* student_bias, const A* teacher_bias,
                       const LossOptions&, bool needs_kl, A* partials, int64_t stride, const PanelLabels&,
                       A* metric_state);
-  void (*panel_kl)(const A* student, const A* teacher, int64_t entries, const LossOptions&, const A* stats,
+  void (*panel_kl)(const A* student, const A* teacher, PanelSize, const LossOptions&, const A* stats,
                    int64_t stride, A* kl, A* loss);
   // panel_grad also fetches the panels that lie `ahead` elements behind these, 0 for none.
-  void (*panel_grad)(const A* student, const A* teacher, int64_t ahead, int64_t entries, const LossOptions&,
+  void (*panel_grad)(const A* student, const A* teacher, int64_t ahead, PanelSize, const LossOptions&,
                      const A* stats, int64_t stride, const A* row_weight, const PanelCrossEntropy<A>*, A* dz,
                      A* loss);
   // linear_sparse_kl_loss, the same: what it needs is kPartMaxS and kPartSumS of the tail, and the logits of
   // the ids, in whose place it leaves -inf. `write`: into the student's outcomes. metric_state is that of the
   // tail, but for the label's logit, if it is an id. In PanelCrossEntropy inv_sum_y is log sum exp y.
-  void (*sparse_panel_stats)(A* student, int64_t entries, const A* bias, const LossOptions&,
+  void (*sparse_panel_stats)(A* student, PanelSize, const A* bias, const LossOptions&,
                              const PanelOutcomes<A>&, bool write, A* partials, int64_t stride,
                              const PanelLabels&, A* metric_state);
-  void (*sparse_panel_grad)(const A* student, int64_t entries, const LossOptions&, const PanelOutcomes<A>&,
+  void (*sparse_panel_grad)(const A* student, PanelSize, const LossOptions&, const PanelOutcomes<A>&,
                             const PanelOutcomeGrads<A>&, const PanelCrossEntropy<A>*, A* dz);
   // sums[v] += the sum over tokens of the panel's entry v.
-  void (*panel_entry_sums)(const A* panel, int64_t entries, A* sums);
+  void (*panel_entry_sums)(const A* panel, PanelSize, A* sums);
   Gemm<A, A> gemm;
 };
 
@@ -129,9 +130,9 @@ struct PackKernels {
                int64_t cols, Op* dst);
   void (*convert)(const void* src, DType, int64_t ld, int64_t rows, int64_t cols, int64_t padded_cols,
                   Op* dst);
-  void (*cast_panel)(const A* panel, int64_t rows, Op* dst, int64_t ld);
-  // K is the panel's rows, padded to padded_rows.
-  void (*transpose_panel)(const A* panel, int64_t rows, int64_t padded_rows, Op* dst, int64_t ld);
+  void (*cast_panel)(const A* panel, PanelSize, Op* dst, int64_t ld);
+  // K is the panel's entries, padded to padded_rows.
+  void (*transpose_panel)(const A* panel, PanelSize, int64_t padded_rows, Op* dst, int64_t ld);
   // [rows, cols] of type A, rounded to a tensor's dtype.
   void (*narrow)(const A* src, int64_t lds, int64_t rows, int64_t cols, void* dst, DType, int64_t ldd);
 };

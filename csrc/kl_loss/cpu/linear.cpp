@@ -12,8 +12,7 @@ namespace {
 std::vector<int64_t> linear_kl_loss_layout(int64_t tokens, int64_t vocab_size, int64_t student_hidden_size,
                                            int64_t teacher_hidden_size, int64_t accumulate_bytes,
                                            bool grad_hidden, bool grad_head, bool head_in_place,
-                                           std::vector<int64_t> plan, int64_t threads, bool metrics,
-                                           int64_t outcomes) {
+                                           std::vector<int64_t> plan, bool metrics, int64_t outcomes) {
   return make_layout({.tokens = tokens,
                       .vocab_size = vocab_size,
                       .student_hidden_size = student_hidden_size,
@@ -24,8 +23,7 @@ std::vector<int64_t> linear_kl_loss_layout(int64_t tokens, int64_t vocab_size, i
                       .head_in_place = head_in_place,
                       .metrics = metrics,
                       .outcomes = outcomes,
-                      .plan = LinearPlan::of(plan),
-                      .threads = threads})
+                      .plan = LinearPlan::of(plan)})
       .bytes();
 }
 

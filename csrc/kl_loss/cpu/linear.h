@@ -102,17 +102,16 @@ class LinearKL {
   // Tasks that multiply.
   template <typename F>
   void gemm_tasks(int64_t n, F&& f) const {
-    parallel_tasks(n, [&](int64_t task, int64_t slot) {
-      if (engine_.begin_task) engine_.begin_task();
+    parallel_tasks(n, shape_.plan.threads, [&](int64_t task, int64_t slot) {
+      const EngineTask<Engine<Op, A>> running(engine_);
       f(task, slot);
-      if (engine_.end_task) engine_.end_task();
     });
   }
 
   // Hidden states as B operands: transposed for the logits, and as they are for dW.
   void pack(const Chunk& chunk) {
     const int64_t* index = problem_.valid_tokens.data() + chunk.begin;
-    parallel_tasks(chunk.padded / kPanel, [&](int64_t panel, int64_t) {
+    parallel_tasks(chunk.panels(), [&](int64_t panel, int64_t) {
       const int64_t first = panel * kPanel, tokens = std::min<int64_t>(kPanel, chunk.tokens - first);
       const auto side = [&](const Matrix& x, Op* packed) {
         pack_.transposed(x.data, x.dtype, x.ld, index + first, tokens, x.cols,
@@ -134,8 +133,8 @@ class LinearKL {
   // C[tile, panels of tokens] = W[tile, :] X^T for panels [first, last) of the packed hidden states; `done`
   // is called with each panel when it is finished, and in cache.
   template <typename F>
-  void make_logits(const Matrix& head, const Op* packed, const Tile& tile, int64_t first, int64_t last,
-                   A* out, int64_t slot, F&& done) const {
+  void make_logits(const Matrix& head, const Op* packed, const Chunk& chunk, const Tile& tile, int64_t first,
+                   int64_t last, A* out, int64_t slot, F&& done) const {
     const int64_t depth = shape_.depth(head.cols);
     const bool direct = operands_.in_place && head.dtype == kDTypeOf<Op> && depth == head.cols;
     if (depth == 0) {  // of a sum without terms nothing would be written
@@ -155,7 +154,7 @@ class LinearKL {
         a = converted;
       }
       for (int64_t panel = first; panel < last; ++panel) {
-        gemm_(tile.entries, kPanel, chain, direct ? head.ld : chain, kPanel, kPanel, k > 0, a,
+        gemm_(tile.entries, chunk.width(panel), chain, direct ? head.ld : chain, kPanel, kPanel, k > 0, a,
               packed + (panel * depth + k) * kPanel, out + (panel - first) * panel_size());
         if (k + chain == depth) done(panel);
       }
@@ -166,17 +165,18 @@ class LinearKL {
   // kept.
   template <typename F>
   void make_panels(const Chunk& chunk, const Tile& tile, int64_t slot, F&& f) const {
-    const int64_t block = shape_.plan.token_block / kPanel, panels = chunk.padded / kPanel;
+    const int64_t block = shape_.plan.token_block / kPanel, panels = chunk.panels();
     for (int64_t first = 0; first < panels; first += block) {
       const int64_t last = std::min(first + block, panels);
       const PanelLogits<A> logits = shape_.is_made_in_scratch(tile.index)
                                         ? scratch_logits(slot)
                                         : kept_logits(chunk, tile).at(first * panel_size());
       if (logits.teacher) {
-        make_logits(problem_.teacher_head, workspace_.teacher_packed(), tile, first, last, logits.teacher,
-                    slot, [](int64_t) {});
+        make_logits(problem_.teacher_head, workspace_.teacher_packed(), chunk, tile, first, last,
+                    logits.teacher, slot, [](int64_t) {});
       }
-      make_logits(problem_.student_head, workspace_.student_packed(), tile, first, last, logits.student, slot,
+      make_logits(problem_.student_head, workspace_.student_packed(), chunk, tile, first, last,
+                  logits.student, slot,
                   [&](int64_t panel) { f(panel, logits.at((panel - first) * panel_size())); });
     }
   }
@@ -203,7 +203,7 @@ class LinearKL {
       });
       return;
     }
-    const int64_t panels = chunk.padded / kPanel;
+    const int64_t panels = chunk.panels();
     for (int64_t panel = 0; panel < panels; ++panel) {
       PanelLogits<A> logits = kept_logits(chunk, tile).at(panel * panel_size());
       logits.ahead = panel + 1 < panels ? panel_size() : 0;
@@ -270,11 +270,12 @@ class LinearKL {
     look_at_panels(chunk, tile, slot, [&](int64_t panel, const PanelLogits<A>& logits) {
       teacher_.grad(chunk, tile, panel, logits, dz_panel);
       const int64_t n = panel * kPanel;
-      if (problem_.grad_bias) kernels_.panel_entry_sums(dz_panel, tile.entries, sums);
+      const PanelSize size{tile.entries, chunk.width(panel)};
+      if (problem_.grad_bias) kernels_.panel_entry_sums(dz_panel, size, sums);
       if (shape_.grad_head)
-        pack_.cast_panel(dz_panel, tile.entries, transposed + n * operands_.k_stride, chunk.padded);
+        pack_.cast_panel(dz_panel, size, transposed + n * operands_.k_stride, chunk.padded);
       if (shape_.grad_hidden) {
-        pack_.transpose_panel(dz_panel, tile.entries, shape_.depth(tile.entries), dz.data + n * dz.ld, dz.ld);
+        pack_.transpose_panel(dz_panel, size, shape_.depth(tile.entries), dz.data + n * dz.ld, dz.ld);
       }
     });
     if (problem_.grad_bias) {
@@ -295,7 +296,7 @@ class LinearKL {
   void hidden_of_tiles(const Chunk& chunk, int64_t first_tile, int64_t last_tile) const {
     const int64_t width = shape_.plan.hidden_columns, height = shape_.plan.hidden_tokens;
     const int64_t blocks = ceil_div(shape_.student_hidden_size, width);
-    gemm_tasks(blocks * ceil_div(chunk.padded, height), [&](int64_t task, int64_t) {
+    gemm_tasks(blocks * ceil_div(chunk.lanes, height), [&](int64_t task, int64_t) {
       const int64_t begin = task % blocks * width, n = task / blocks * height;
       const int64_t end = std::min(begin + width, shape_.student_hidden_size);
       for (int64_t index = first_tile; index < last_tile; ++index) {
@@ -303,7 +304,7 @@ class LinearKL {
         const Op* packed = workspace_.head_packed(index, first_tile);
         const auto dz = workspace_.dz(chunk, index, first_tile);
         for (int64_t h = begin; h < end; h += kPanel) {
-          gemm_(std::min(height, chunk.padded - n), kPanel, depth, dz.ld, kPanel, kPanel, index > 0,
+          gemm_(std::min(height, chunk.lanes - n), kPanel, depth, dz.ld, kPanel, kPanel, index > 0,
                 dz.data + n * dz.ld, packed + h * depth, workspace_.hidden_panel(chunk, h) + n * kPanel);
         }
       }

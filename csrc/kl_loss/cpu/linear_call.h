@@ -131,8 +131,7 @@ class LinearCall {
                             .head_in_place = accumulator_given || problem.grad_head.dtype == accumulate(),
                             .metrics = problem.metrics != nullptr,
                             .outcomes = outcomes,
-                            .plan = plan,
-                            .threads = max_threads()};
+                            .plan = plan};
     const Tensor& workspace = arguments_.workspace;
     const int64_t bytes = make_layout(shape).total;
     STD_TORCH_CHECK(workspace.numel() >= bytes, "workspace must have at least ", bytes, " bytes, got ",

@@ -9,9 +9,14 @@
 
 namespace minitron {
 
-// Some of the valid tokens, worked on together. padded: their number rounded up to whole panels.
+// Some of the valid tokens, worked on together, in panels. There is memory for whole panels, `padded`; what
+// is computed are the first `lanes` of them: of a last panel no more than its tokens fill.
 struct Chunk {
-  int64_t index, begin, tokens, padded;
+  int64_t index, begin, tokens, lanes, padded;
+
+  int64_t panels() const { return padded / kPanel; }
+  // Lanes of a panel.
+  int64_t width(int64_t panel) const { return std::min<int64_t>(kPanel, lanes - panel * kPanel); }
 };
 // Some entries of the vocabulary, the work of one task.
 struct Tile {
@@ -28,7 +33,6 @@ struct LinearShape {
   bool metrics;        // whether more is known of a row than the divergence
   int64_t outcomes;    // of a sparse teacher; 0 for one with a head, whose logits are made too
   LinearPlan plan;
-  int64_t threads;
 
   // Values of type A that a tile, and a chunk, hold of each token.
   int64_t partial_columns() const {
@@ -47,6 +51,8 @@ struct LinearShape {
   // Whether the logits of a tile are made in a thread's scratch memory; else where they are kept.
   bool is_made_in_scratch(int64_t tile) const { return plan.stream_logits || !is_stored(tile); }
   OperandLayout operands() const { return operand_layout(plan.operands, plan.implementation); }
+  // Lanes are the K of dW: whole steps of it.
+  int64_t lane_step() const { return std::max(kLaneStep, operands().depth); }
   // K of a GEMM over so many columns or entries.
   int64_t depth(int64_t columns) const { return round_up(columns, operands().depth); }
   // Whether each row of the head's gradient is written once, from scratch memory; else it adds up in place.
@@ -55,7 +61,7 @@ struct LinearShape {
 
   Chunk chunk(int64_t index) const {
     const int64_t begin = index * chunk_size(), size = std::min(chunk_size(), tokens - begin);
-    return {index, begin, size, round_up(size, kPanel)};
+    return {index, begin, size, round_up(size, lane_step()), round_up(size, kPanel)};
   }
   Tile tile(int64_t index) const {
     const int64_t begin = index * plan.tile;
@@ -137,7 +143,7 @@ inline LinearLayout make_layout(const LinearShape& shape) {
   layout.entry_sums = take(tile * accumulate);
   layout.scratch_stride = cursor;
   cursor = shared;
-  layout.scratch = take(layout.scratch_stride * shape.threads);
+  layout.scratch = take(layout.scratch_stride * plan.threads);
 
   // recompute finishes the head gradient of a tile group before the next one; dX of all tokens grows until
   // the end

@@ -31,17 +31,18 @@ struct LinearPlan {
   DType operands;        // what the GEMMs multiply
   Implementation implementation;
 
-  // What suits the caches; no bit of a result depends on it.
+  // What suits caches and threads; no bit of a result depends on it.
   int64_t token_block;    // tokens whose logits are made and reduced together
   int64_t hidden_tokens;  // tokens and columns of dX that are one task
   int64_t hidden_columns;
   int64_t head_rows;   // rows of dW that are gathered in cache and written as one piece
   bool stream_logits;  // kept logits are written around the caches
   bool stream_head;    // so is dW
+  int64_t threads;     // that multiply at the same time, at most: each has scratch memory
 
   // From `int[] plan` of the ops: these fields in this order, enumerators as their numbers.
   static LinearPlan of(const std::vector<int64_t>& numbers) {
-    if (numbers.size() != 13) throw std::invalid_argument("plan must be the 13 numbers of LinearPlan");
+    if (numbers.size() != 14) throw std::invalid_argument("plan must be the 14 numbers of LinearPlan");
     const int64_t schedule = numbers[0], operands = numbers[5], implementation = numbers[6];
     const LinearPlan plan{.schedule = Schedule(schedule),
                           .chunk_tokens = numbers[1],
@@ -55,7 +56,8 @@ struct LinearPlan {
                           .hidden_columns = numbers[9],
                           .head_rows = numbers[10],
                           .stream_logits = numbers[11] != 0,
-                          .stream_head = numbers[12] != 0};
+                          .stream_head = numbers[12] != 0,
+                          .threads = numbers[13]};
     const bool known = schedule >= 0 && schedule <= int64_t(Schedule::kForward) && operands >= 0 &&
                        operands <= int64_t(DType::kBFloat16) && implementation >= 0 &&
                        implementation <= int64_t(Implementation::kPortableAvx512Bf16);
@@ -63,7 +65,8 @@ struct LinearPlan {
     const bool in_tiles = implementation >= int64_t(Implementation::kAmx);
     const bool fits = !in_tiles || (plan.tile >= 32 && plan.operands == DType::kBFloat16);
     const bool sizes = plan.chunk_tokens > 0 && plan.tile > 0 && plan.tile % 2 == 0 && plan.tile_group > 0 &&
-                       plan.stored_tiles >= 0 && plan.head_rows > 0 && plan.head_rows % 16 == 0;
+                       plan.stored_tiles >= 0 && plan.head_rows > 0 && plan.head_rows % 16 == 0 &&
+                       plan.threads > 0;
     bool blocks = true;
     for (int64_t block : {plan.token_block, plan.hidden_tokens, plan.hidden_columns}) {
       blocks = blocks && block > 0 && block % kPanel == 0;

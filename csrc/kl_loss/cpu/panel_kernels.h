@@ -11,11 +11,11 @@
 namespace minitron::MINITRON_SIMD {
 
 template <typename A>
-inline void transform_panel(A* panel, int64_t entries, const A* bias, A scale, A softcap, A inv_tau) {
+inline void transform_panel(A* panel, PanelSize size, const A* bias, A scale, A softcap, A inv_tau) {
   if (!bias && scale == A(1) && softcap == A(0) && inv_tau == A(1)) return;
-  for (int64_t v = 0; v < entries; ++v) {
+  for (int64_t v = 0; v < size.entries; ++v) {
     const Vec<A> b = splat(bias ? bias[v] : A(0));
-    for (int c = 0; c < kPanel; c += kLanes<A>) {
+    for (int c = 0; c < size.lanes; c += kLanes<A>) {
       A* p = panel + v * kPanel + c;
       store(p, transform_logit<A>(load<A>(p) + b, scale, softcap, inv_tau));
     }
@@ -107,56 +107,56 @@ inline Vec<A> reduce_column_with_metrics(const A* column, int64_t entries, A tau
 }
 
 template <typename A, AtUnitTemperature kY>
-void panel_stats_of(const A* student, const A* teacher, int64_t entries, const LossOptions& o, bool needs_kl,
+void panel_stats_of(const A* student, const A* teacher, PanelSize size, const LossOptions& o, bool needs_kl,
                     A* partials, int64_t stride, A* metric_state) {
-  for (int c = 0; c < kPanel; c += kLanes<A>) {
+  for (int c = 0; c < size.lanes; c += kLanes<A>) {
     Vec<A> max_s, sum_s, max_t;
     if constexpr (kY == AtUnitTemperature::kNothing) {
-      sum_s = reduce_column<A>(student + c, entries, &max_s);
+      sum_s = reduce_column<A>(student + c, size.entries, &max_s);
     } else {
-      sum_s = reduce_column_with_metrics<A, kY>(student + c, entries, A(1 / o.inv_tau), &max_s,
+      sum_s = reduce_column_with_metrics<A, kY>(student + c, size.entries, A(1 / o.inv_tau), &max_s,
                                                 metric_state + c, stride);
     }
-    const Vec<A> sum_t = reduce_column<A>(teacher + c, entries, &max_t);
+    const Vec<A> sum_t = reduce_column<A>(teacher + c, size.entries, &max_t);
     store(partials + kPartMaxS * stride + c, max_s);
     store(partials + kPartSumS * stride + c, sum_s);
     store(partials + kPartMaxT * stride + c, max_t);
     store(partials + kPartSumT * stride + c, sum_t);
-    store(partials + kPartKL * stride + c,
-          needs_kl ? tile_kl<A>(student + c, teacher + c, entries, o.divergence(), max_s, sum_s, max_t, sum_t)
-                   : Vec<A>{});
+    store(partials + kPartKL * stride + c, needs_kl ? tile_kl<A>(student + c, teacher + c, size.entries,
+                                                                 o.divergence(), max_s, sum_s, max_t, sum_t)
+                                                    : Vec<A>{});
   }
 }
 
 // The logits of the labels; -inf where a token's is not in the panel.
 template <typename A>
-inline void take_labels(const A* student, int64_t entries, const PanelLabels& labels, A* out) {
-  for (int c = 0; c < kPanel; ++c) {
+inline void take_labels(const A* student, PanelSize size, const PanelLabels& labels, A* out) {
+  for (int c = 0; c < size.lanes; ++c) {
     const int64_t v = labels.labels[c] - labels.first_token;
-    out[c] = v >= 0 && v < entries ? student[v * kPanel + c] : -std::numeric_limits<A>::infinity();
+    out[c] = v >= 0 && v < size.entries ? student[v * kPanel + c] : -std::numeric_limits<A>::infinity();
   }
 }
 
 template <typename A>
-void panel_stats(A* student, A* teacher, int64_t entries, const A* student_bias, const A* teacher_bias,
+void panel_stats(A* student, A* teacher, PanelSize size, const A* student_bias, const A* teacher_bias,
                  const LossOptions& o, bool needs_kl, A* partials, int64_t stride, const PanelLabels& labels,
                  A* metric_state) {
-  transform_panel<A>(student, entries, student_bias, A(o.student_scale), A(o.student_softcap), A(o.inv_tau));
-  transform_panel<A>(teacher, entries, teacher_bias, A(o.teacher_scale), A(o.teacher_softcap), A(o.inv_tau));
+  transform_panel<A>(student, size, student_bias, A(o.student_scale), A(o.student_softcap), A(o.inv_tau));
+  transform_panel<A>(teacher, size, teacher_bias, A(o.teacher_scale), A(o.teacher_softcap), A(o.inv_tau));
   with_unit_temperature(metric_state != nullptr, o, [&](auto y) {
-    panel_stats_of<A, y()>(student, teacher, entries, o, needs_kl, partials, stride, metric_state);
+    panel_stats_of<A, y()>(student, teacher, size, o, needs_kl, partials, stride, metric_state);
   });
-  if (metric_state) take_labels(student, entries, labels, metric_state + kStateLabel * stride);
+  if (metric_state) take_labels(student, size, labels, metric_state + kStateLabel * stride);
 }
 
 // JSD: each token's loss over these entries, and KL(student || mixture), which its gradient needs first.
 template <typename A>
-void panel_kl(const A* student, const A* teacher, int64_t entries, const LossOptions& o, const A* stats,
+void panel_kl(const A* student, const A* teacher, PanelSize size, const LossOptions& o, const A* stats,
               int64_t stride, A* kl, A* loss) {
-  for (int c = 0; c < kPanel; c += kLanes<A>) {
+  for (int c = 0; c < size.lanes; c += kLanes<A>) {
     const RowStats<A> row = load_stats(stats, stride, c);
     Vec<A> total_kl{};
-    store(loss + c, column_sum<A>(entries, [&](int64_t v) {
+    store(loss + c, column_sum<A>(size.entries, [&](int64_t v) {
             const auto terms = divergence_terms<A, Divergence::kJSD>(
                 load<A>(student + v * kPanel + c), load<A>(teacher + v * kPanel + c), row, Shares<A>(o.beta));
             total_kl += terms.kl;
@@ -167,13 +167,13 @@ void panel_kl(const A* student, const A* teacher, int64_t entries, const LossOpt
 }
 
 template <typename A, Divergence kDivergence, AtUnitTemperature kY>
-void panel_grad_of(const A* student, const A* teacher, int64_t ahead, int64_t entries, const LossOptions& o,
+void panel_grad_of(const A* student, const A* teacher, int64_t ahead, PanelSize size, const LossOptions& o,
                    const A* stats, int64_t stride, const A* row_weight, const PanelCrossEntropy<A>* ce, A* dz,
                    A* loss) {
   const A tau = A(1 / o.inv_tau);
   const Vec<A> spread = splat(
       kY == AtUnitTemperature::kNothing ? A(0) : TargetShares<A>(o.label_smoothing, ce->total_vocab).spread);
-  for (int c = 0; c < kPanel; c += kLanes<A>) {
+  for (int c = 0; c < size.lanes; c += kLanes<A>) {
     const RowStats<A> row = load_stats(stats, stride, c);
     const Vec<A> weight = load<A>(row_weight + c);
     Vec<A> ce_weight{}, inv_sum_y{};
@@ -181,8 +181,9 @@ void panel_grad_of(const A* student, const A* teacher, int64_t ahead, int64_t en
       ce_weight = load<A>(ce->weight + c) * tau;
       inv_sum_y = load<A>(ce->inv_sum_y + c);
     }
-    store(loss + c, column_sum<A>(entries, [&](int64_t v) {
-            const int64_t part = ahead + c * entries + v * kLanes<A>;  // the passes over c fetch all of it
+    store(loss + c, column_sum<A>(size.entries, [&](int64_t v) {
+            const int64_t part =
+                ahead + c * size.entries + v * kLanes<A>;  // the passes over c fetch all of it
             __builtin_prefetch(student + part);
             __builtin_prefetch(teacher + part);
             const Vec<A> s = load<A>(student + v * kPanel + c);
@@ -201,12 +202,12 @@ void panel_grad_of(const A* student, const A* teacher, int64_t ahead, int64_t en
 
 // What the labels add to a panel's dz, of which there is at most one a token.
 template <typename A>
-inline void subtract_labels(const A* student, int64_t entries, const LossOptions& o,
+inline void subtract_labels(const A* student, PanelSize size, const LossOptions& o,
                             const PanelCrossEntropy<A>& ce, A* dz) {
   const A share = TargetShares<A>(o.label_smoothing, ce.total_vocab).label * A(1 / o.inv_tau);
-  for (int c = 0; c < kPanel; ++c) {
+  for (int c = 0; c < size.lanes; ++c) {
     const int64_t v = ce.labels.labels[c] - ce.labels.first_token;
-    if (v < 0 || v >= entries) continue;
+    if (v < 0 || v >= size.entries) continue;
     const Vec<A> g = grad_of_logit<A>(splat(student[v * kPanel + c]), splat(ce.weight[c] * share),
                                       A(o.student_scale), A(o.student_softcap), A(o.inv_tau));
     dz[v * kPanel + c] -= g[0];
@@ -214,23 +215,23 @@ inline void subtract_labels(const A* student, int64_t entries, const LossOptions
 }
 
 template <typename A>
-void panel_grad(const A* student, const A* teacher, int64_t ahead, int64_t entries, const LossOptions& o,
+void panel_grad(const A* student, const A* teacher, int64_t ahead, PanelSize size, const LossOptions& o,
                 const A* stats, int64_t stride, const A* row_weight, const PanelCrossEntropy<A>* ce, A* dz,
                 A* loss) {
   with_divergence(o.divergence(), [&](auto divergence) {
     with_unit_temperature(ce != nullptr, o, [&](auto y) {
-      panel_grad_of<A, divergence(), y()>(student, teacher, ahead, entries, o, stats, stride, row_weight, ce,
-                                          dz, loss);
+      panel_grad_of<A, divergence(), y()>(student, teacher, ahead, size, o, stats, stride, row_weight, ce, dz,
+                                          loss);
     });
   });
-  if (ce) subtract_labels<A>(student, entries, o, *ce, dz);
+  if (ce) subtract_labels<A>(student, size, o, *ce, dz);
 }
 
 template <typename A>
-void panel_entry_sums(const A* panel, int64_t entries, A* sums) {
-  for (int64_t v = 0; v < entries; ++v) {
+void panel_entry_sums(const A* panel, PanelSize size, A* sums) {
+  for (int64_t v = 0; v < size.entries; ++v) {
     Vec<A> total{};
-    for (int c = 0; c < kPanel; c += kLanes<A>) total += load<A>(panel + v * kPanel + c);
+    for (int c = 0; c < size.lanes; c += kLanes<A>) total += load<A>(panel + v * kPanel + c);
     sums[v] += sum_lanes<A>(total);
   }
 }

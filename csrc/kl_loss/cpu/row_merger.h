@@ -29,8 +29,8 @@ class RowMerger : public TokenRows<Op, A> {
   // The stats of each token from the partials of its tiles, and its loss where the tiles have their KL.
   void merge(const Chunk& chunk) const {
     A* stats = workspace_.row_stats(chunk);
-    parallel_tasks(chunk.padded / kPanel, [&](int64_t panel, int64_t) {
-      for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel; ++n) {
+    parallel_tasks(chunk.panels(), [&](int64_t panel, int64_t) {
+      for (int64_t n = panel * kPanel; n < panel * kPanel + chunk.width(panel); ++n) {
         const MergedSum student = merge_sum(chunk, n, kPartMaxS, kPartSumS);
         const MergedSum teacher = merge_sum(chunk, n, kPartMaxT, kPartSumT);
         const double kl = needs_tile_kl() ? merge_kl(chunk, n, student, teacher) : 0.0;
@@ -51,8 +51,8 @@ class RowMerger : public TokenRows<Op, A> {
 
   // JSD: KL(S || M) of each token from its tiles, and the loss.
   void merge_again(const Chunk& chunk) const {
-    parallel_tasks(chunk.padded / kPanel, [&](int64_t panel, int64_t) {
-      for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel; ++n) {
+    parallel_tasks(chunk.panels(), [&](int64_t panel, int64_t) {
+      for (int64_t n = panel * kPanel; n < panel * kPanel + chunk.width(panel); ++n) {
         double kl = 0;
         for (int64_t t = 0; t < shape_.tiles(); ++t) kl += workspace_.tile_kl(chunk, t)[n];
         workspace_.row_stats(chunk)[kKL * chunk.padded + n] = A(kl);

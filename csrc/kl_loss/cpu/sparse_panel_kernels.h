@@ -29,12 +29,12 @@ inline void each_id(const PanelOutcomes<A>& outcomes, int64_t entries, F&& f) {
 
 // kStateTotalY of the tail: -inf in a column is an id, or a token that is masked out, whose y is -inf.
 template <typename A>
-inline void total_of_tail(const A* panel, int64_t entries, A tau, const A* max, const int64_t* ids, A* out) {
-  for (int c = 0; c < kPanel; c += kLanes<A>) {
+inline void total_of_tail(const A* panel, PanelSize size, A tau, const A* max, const int64_t* ids, A* out) {
+  for (int c = 0; c < size.lanes; c += kLanes<A>) {
     const Vec<A> top = load<A>(max + c), lowest = splat(-std::numeric_limits<A>::infinity());
     const Vec<A> base = top == lowest ? Vec<A>{} : top;
     Vec<A> gone{};
-    store(out + c, column_sum<A>(entries, [&](int64_t v) {
+    store(out + c, column_sum<A>(size.entries, [&](int64_t v) {
             const Vec<A> x = load<A>(panel + v * kPanel + c);
             gone += x == lowest ? splat(A(1)) : Vec<A>{};
             return x == lowest ? Vec<A>{} : (x - base) * tau;
@@ -46,13 +46,13 @@ inline void total_of_tail(const A* panel, int64_t entries, A tau, const A* max, 
 }
 
 template <typename A>
-void sparse_panel_stats(A* student, int64_t entries, const A* bias, const LossOptions& o,
+void sparse_panel_stats(A* student, PanelSize size, const A* bias, const LossOptions& o,
                         const PanelOutcomes<A>& outcomes, bool write, A* partials, int64_t stride,
                         const PanelLabels& labels, A* metric_state) {
-  transform_panel<A>(student, entries, bias, A(o.student_scale), A(o.student_softcap), A(o.inv_tau));
-  if (metric_state) take_labels(student, entries, labels, metric_state + kStateLabel * stride);
+  transform_panel<A>(student, size, bias, A(o.student_scale), A(o.student_softcap), A(o.inv_tau));
+  if (metric_state) take_labels(student, size, labels, metric_state + kStateLabel * stride);
   int64_t taken[kPanel] = {};
-  each_id(outcomes, entries, [&](int64_t c, int64_t i, int64_t v) {
+  each_id(outcomes, size.entries, [&](int64_t c, int64_t i, int64_t v) {
     A& logit = student[v * kPanel + c];
     if (write) outcomes.student[outcomes.rows[c] * (outcomes.k + 1) + i] = logit;
     logit = -std::numeric_limits<A>::infinity();
@@ -61,28 +61,28 @@ void sparse_panel_stats(A* student, int64_t entries, const A* bias, const LossOp
   const A tau = A(1 / o.inv_tau);
   A* max = partials + kPartMaxS * stride;
   with_unit_temperature(metric_state != nullptr, o, [&](auto y) {
-    for (int c = 0; c < kPanel; c += kLanes<A>) {
+    for (int c = 0; c < size.lanes; c += kLanes<A>) {
       Vec<A> max_s, sum_s;
       if constexpr (y() == AtUnitTemperature::kNothing) {
-        sum_s = reduce_column<A>(student + c, entries, &max_s);
+        sum_s = reduce_column<A>(student + c, size.entries, &max_s);
       } else {
-        sum_s =
-            reduce_column_with_metrics<A, y()>(student + c, entries, tau, &max_s, metric_state + c, stride);
+        sum_s = reduce_column_with_metrics<A, y()>(student + c, size.entries, tau, &max_s, metric_state + c,
+                                                   stride);
       }
       store(max + c, max_s);
       store(partials + kPartSumS * stride + c, sum_s);
     }
   });
   if (metric_state && o.label_smoothing > 0) {
-    total_of_tail<A>(student, entries, tau, max, taken, metric_state + kStateTotalY * stride);
+    total_of_tail<A>(student, size, tau, max, taken, metric_state + kStateTotalY * stride);
   }
 }
 
 template <typename A, AtUnitTemperature kY>
-void grad_of_tail(const A* student, int64_t entries, const LossOptions& o, const PanelOutcomeGrads<A>& of,
+void grad_of_tail(const A* student, PanelSize size, const LossOptions& o, const PanelOutcomeGrads<A>& of,
                   const PanelCrossEntropy<A>* ce, A* dz) {
   const A tau = A(1 / o.inv_tau);
-  for (int c = 0; c < kPanel; c += kLanes<A>) {
+  for (int c = 0; c < size.lanes; c += kLanes<A>) {
     const Vec<A> lse = load<A>(of.tail_lse + c), g = load<A>(of.tail_grad + c);
     Vec<A> ce_weight{}, lse_y{}, share{}, spread{};
     if constexpr (kY != AtUnitTemperature::kNothing) {
@@ -91,7 +91,7 @@ void grad_of_tail(const A* student, int64_t entries, const LossOptions& o, const
       share = exp_nonpositive<A>(lse - lse_y);  // the tail's, of all probability
       spread = splat(TargetShares<A>(o.label_smoothing, ce->total_vocab).spread);
     }
-    for (int64_t v = 0; v < entries; ++v) {
+    for (int64_t v = 0; v < size.entries; ++v) {
       const Vec<A> s = load<A>(student + v * kPanel + c), p = exp_nonpositive<A>(s - lse);
       Vec<A> mixed = g * p;
       if constexpr (kY == AtUnitTemperature::kShared) mixed += (p * share - spread) * ce_weight;
@@ -105,15 +105,15 @@ void grad_of_tail(const A* student, int64_t entries, const LossOptions& o, const
 }
 
 template <typename A>
-void sparse_panel_grad(const A* student, int64_t entries, const LossOptions& o,
+void sparse_panel_grad(const A* student, PanelSize size, const LossOptions& o,
                        const PanelOutcomes<A>& outcomes, const PanelOutcomeGrads<A>& of,
                        const PanelCrossEntropy<A>* ce, A* dz) {
   with_unit_temperature(ce != nullptr, o,
-                        [&](auto y) { grad_of_tail<A, y()>(student, entries, o, of, ce, dz); });
-  if (ce) subtract_labels<A>(student, entries, o, *ce, dz);  // those of the tail
+                        [&](auto y) { grad_of_tail<A, y()>(student, size, o, of, ce, dz); });
+  if (ce) subtract_labels<A>(student, size, o, *ce, dz);  // those of the tail
   const TargetShares<A> shares(o.label_smoothing, ce ? ce->total_vocab : 1);
   const A tau = A(1 / o.inv_tau);
-  each_id(outcomes, entries, [&](int64_t c, int64_t i, int64_t v) {
+  each_id(outcomes, size.entries, [&](int64_t c, int64_t i, int64_t v) {
     const A s = outcomes.student[outcomes.rows[c] * (outcomes.k + 1) + i];
     A g = of.grads[c * (outcomes.k + 1) + i];
     if (ce) {

@@ -36,9 +36,9 @@ class SparseTeacher : public TokenRows<Op, A> {
     const A* bias = static_cast<const A*>(problem_.student_bias);
     const int64_t n = panel * kPanel;
     kernels_.sparse_panel_stats(
-        logits.student, tile.entries, bias ? bias + tile.begin : nullptr, problem_.options,
-        outcomes_of(chunk, tile, panel), first_look, workspace_.partials(chunk, tile.index) + n, chunk.padded,
-        workspace_.panel_labels(chunk, tile, panel),
+        logits.student, {tile.entries, chunk.width(panel)}, bias ? bias + tile.begin : nullptr,
+        problem_.options, outcomes_of(chunk, tile, panel), first_look,
+        workspace_.partials(chunk, tile.index) + n, chunk.padded, workspace_.panel_labels(chunk, tile, panel),
         shape_.metrics && first_look ? workspace_.metric_state(chunk, tile.index) + n : nullptr);
   }
 
@@ -78,7 +78,7 @@ class SparseTeacher : public TokenRows<Op, A> {
             problem_.total_vocab};
     }
     kernels_.sparse_panel_grad(
-        logits.student, tile.entries, problem_.options, outcomes_of(chunk, tile, panel),
+        logits.student, {tile.entries, chunk.width(panel)}, problem_.options, outcomes_of(chunk, tile, panel),
         {tail_lse(chunk) + n, tail_grad(chunk) + n, grads(chunk, n)}, problem_.ce_weight ? &ce : nullptr, dz);
   }
 
@@ -116,8 +116,8 @@ class SparseTeacher : public TokenRows<Op, A> {
   template <typename F>
   void each_token(const Chunk& chunk, F&& f) const {
     load_weights(chunk);
-    parallel_tasks(chunk.padded / kPanel, [&](int64_t panel, int64_t) {
-      for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel; ++n) {
+    parallel_tasks(chunk.panels(), [&](int64_t panel, int64_t) {
+      for (int64_t n = panel * kPanel; n < panel * kPanel + chunk.width(panel); ++n) {
         if (n < chunk.tokens) {
           f(n);
           continue;

@@ -12,12 +12,12 @@ from typing import Any
 
 from minitron_kernels._command.messages import say, show
 from minitron_kernels._command.models import check_free, check_model, load_model
+from minitron_kernels._command.progress import Progress
 from minitron_kernels.distillation.cli import config as configs
 from minitron_kernels.distillation.cli.arguments import flags_of
 from minitron_kernels.distillation.cli.data import Chosen, collate, needs_tokenizer, read_windows
 from minitron_kernels.distillation.cli.interrupt import Interrupt, Stopped, exit_code
 from minitron_kernels.distillation.cli.job import choose_device, own_device, rank, world_size
-from minitron_kernels.distillation.cli.progress import Progress
 
 _OF_TIER = {"k": "topk", "mass": "topk", "temperatures": "topk", "quantiser": "topk", "draws": "sampled"}
 
@@ -79,6 +79,7 @@ def cache(args: argparse.Namespace) -> int:
         seq_len=config["seq_len"],
         samples=config["samples"],
         seed=config["seed"],
+        text_key=config["text_key"],
     )
     if config["samples"] is not None and len(data) < config["samples"] and rank() == 0:
         message = f"--data has {len(data)} windows of {config['seq_len']} tokens, not {config['samples']}"

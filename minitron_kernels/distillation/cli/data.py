@@ -65,7 +65,14 @@ def needs_tokenizer(files: Sequence[str]) -> bool:
 
 
 def read_windows(
-    files: Sequence[str], folder: str, *, seq_len: int, samples: int | None, seed: int, option: str = "--data"
+    files: Sequence[str],
+    folder: str,
+    *,
+    seq_len: int,
+    samples: int | None,
+    seed: int,
+    option: str = "--data",
+    text_key: str | None = None,
 ) -> Chosen:
     """The windows of files, in the tokens of the tokenizer in a checkpoint's folder.
 
@@ -77,15 +84,14 @@ def read_windows(
     from minitron_kernels.pruning.families.configs import config_value
 
     for file in files:
-        if not Path(file).is_file():
-            reason = "is a folder: give its files" if Path(file).is_dir() else "there is no such file"
-            raise FileNotFoundError(2, f"{reason} ({option})", file)
+        if not Path(file).exists():
+            raise FileNotFoundError(2, f"there is no such file ({option})", file)
     tokenizer: Any = load_tokenizer(Path(folder)) if needs_tokenizer(files) else None
     config = AutoConfig.from_pretrained(folder)
     longest = config_value(config, "max_position_embeddings", seq_len)
     if seq_len > longest:
         raise ValueError(f"--seq-len must be at most {folder}'s {longest} positions, got {seq_len}")
-    windows = TokenWindows([Path(file) for file in files], tokenizer, length=seq_len)
+    windows = TokenWindows([Path(file) for file in files], tokenizer, length=seq_len, text_key=text_key)
     low, high = windows.ids_range()
     vocab = config_value(config, "vocab_size")
     if not 0 <= low <= high < vocab:

@@ -17,7 +17,10 @@ from minitron_kernels.distillation.cli.options import (
     whole,
 )
 
-TEXT = 'text in UTF-8; .jsonl with a "text" on each line; or .npy with token ids'
+TEXT = (
+    'text in UTF-8; .jsonl, .parquet or .arrow with a "text" or chat "messages"; .npy with token ids; '
+    "folders of these; text may be compressed"
+)
 DEVICES = ("auto", "cpu", "cuda")
 Group = tuple[str, str, tuple[Option, ...]]  # name, what is to be said of it, options
 
@@ -40,6 +43,8 @@ TRAIN: tuple[Group, ...] = (
                  metavar="DIR"),
             path("cache", "folder that `minitron-distill cache` filled", metavar="DIR"),
             path("data", TEXT, many=True, metavar="FILE"),
+            Option("text_key", str, 'with the text in the data; default: "text", or else "messages"',
+                   metavar="KEY"),
             path("out", "folder to create: model, record, curves and checkpoints", metavar="DIR", short="-o"),
             whole("seq_len", "tokens of a window", 2, default=2048),
             whole("samples", "windows, drawn at random by --seed; default: all"),
@@ -130,6 +135,8 @@ CACHE: tuple[Group, ...] = (
         (
             path("teacher", "folder of the teacher's checkpoint, with its tokenizer", metavar="DIR"),
             path("data", TEXT, many=True, metavar="FILE"),
+            Option("text_key", str, 'with the text in the data; default: "text", or else "messages"',
+                   metavar="KEY"),
             path("out", "folder of the cache; one that is there is gone on with", metavar="DIR", short="-o"),
             whole("seq_len", "tokens of a window", 2, default=2048),
             whole("samples", "windows, drawn at random by --seed; default: all"),

@@ -195,6 +195,7 @@ def _windows(config: dict[str, Any], key: str, samples: str) -> Chosen:
         samples=config[samples],
         seed=config["seed"],
         option=option,
+        text_key=config["text_key"],
     )
     if config[samples] is not None and len(data) < config[samples]:
         tell(

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from minitron_kernels._command.progress import Progress
 from minitron_kernels._files import write_text
 from minitron_kernels.distillation.cli.data import Shuffled, collate
 from minitron_kernels.distillation.cli.interrupt import Interrupt
 from minitron_kernels.distillation.cli.job import Job, rank
-from minitron_kernels.distillation.cli.progress import Progress
 from minitron_kernels.distillation.cli.record import COMPLETE, RunRecord
 from minitron_kernels.distillation.trainers.hf import DistillationTrainer
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from minitron_kernels._command.messages import few
+from minitron_kernels._command.progress import duration
 from minitron_kernels.distillation.cli.estimate import size_text
-from minitron_kernels.distillation.cli.progress import duration
 from minitron_kernels.distillation.recipe import costs
 from minitron_kernels.distillation.recipe.config import Recipe, steps_of, tokens_of_step
 from minitron_kernels.distillation.recipe.graph import Given, Graph, Line, Node

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from minitron_kernels._command.progress import duration
 from minitron_kernels.distillation.cli import record as records
-from minitron_kernels.distillation.cli.progress import duration
 from minitron_kernels.distillation.recipe.config import Recipe
 from minitron_kernels.distillation.recipe.dry_run import changes_text
 from minitron_kernels.distillation.recipe.graph import TRAINED, Graph, Line, Node, folder_of

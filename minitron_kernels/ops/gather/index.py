@@ -85,7 +85,9 @@ class ChannelIndex:
             return False
         groups = self.values.view(-1, block)
         first = groups[:, :1]
-        return not bool((first % block).any() | (groups - first != torch.arange(block)).any())
+        return not bool(
+            (first % block).any() | (groups - first != torch.arange(block, device=self.values.device)).any()
+        )
 
     def on(self, device: torch.device, block: int = 1) -> Tensor:
         """[K / block] int64 on `device`: the indices of the blocks. They are cached for later calls.

@@ -170,3 +170,5 @@ def _fake_rows(x: Tensor, y: Tensor | None) -> Tensor:
 for _suffix in ("_triton", "") if _native.available() else ("_triton",):
     torch.library.register_fake(f"minitron_kernels::importance_moments{_suffix}", _fake_moments)
     torch.library.register_fake(f"minitron_kernels::importance_rows{_suffix}", _fake_rows)
+if _native.available():
+    torch.library.register_fake("minitron_kernels::importance_add_", lambda *_: None)

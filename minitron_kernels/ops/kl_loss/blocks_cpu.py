@@ -1,8 +1,8 @@
 """How linear_kl_loss on the CPU divides its work so that each part stays in cache.
 
-Sizes of caches are read once, of the CPU that runs this; machines differ in speed and memory by what follows
-from them, but no bit of a result does: sums run over the tiles and chains of the plan, which are the same
-everywhere.
+Sizes of caches are read once, of the CPU that runs this. Speed and memory follow from them and from the
+number of threads, but no bit of a result does: sums run over tiles, chains and chunks of tokens, which are
+the same everywhere (planner_cpu.py chooses chunks without looking at either).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _from_sysconf() -> dict[str, int]:
 
 
 class Blocks(NamedTuple):
-    """The last numbers of LinearPlan in csrc/kl_loss/cpu/linear_plan.h.
+    """Numbers of LinearPlan in csrc/kl_loss/cpu/linear_plan.h.
 
     token_block: tokens whose logits are made and reduced together. hidden_tokens and hidden_columns: of the
     hidden states' gradient, made by one task. head_rows: rows of the head's gradient that are written as one

@@ -22,20 +22,12 @@ def check_buffer(
     buffer: Tensor | None, accumulator: Tensor | None, head: Tensor, parameter: Tensor, *inputs: Tensor | None
 ) -> None:
     """Memory for the gradient to `head`, shared with nothing. `parameter`: what the caller gave as head."""
+    check_places(accumulator is not None, buffer is not None, head.dtype)
     if buffer is None:
         return
-    if accumulator is not None:
-        raise ValueError(
-            "grad_head_buffer and grad_head_accumulator are places for the same gradient: give one"
-        )
     if torch.compiler.is_compiling():
         raise ValueError("grad_head_buffer is not for compiled calls: the compiler plans their memory")
     check_tensor("grad_head_buffer", buffer)
-    if head.dtype == torch.float16:
-        raise TypeError(
-            "grad_head_buffer is not for a float16 student_head, whose gradient is made in float32 and "
-            "rounded when the loss scale is known: leave it out"
-        )
     if buffer.dtype != head.dtype:
         raise TypeError(f"grad_head_buffer must be {head.dtype} as student_head is here, got {buffer.dtype}")
     if buffer.shape != head.shape or buffer.device != head.device or not buffer.is_contiguous():
@@ -70,6 +62,21 @@ def check_buffer(
         _given.discard(memory)
     elif memory in _given:
         raise RuntimeError(_TWICE)
+
+
+def check_places(accumulator: bool, buffer: bool, dtype: torch.dtype) -> None:
+    """Which of both are given for the gradient to a head of this dtype."""
+    if not buffer:
+        return
+    if accumulator:
+        raise ValueError(
+            "grad_head_buffer and grad_head_accumulator are places for the same gradient: give one"
+        )
+    if dtype == torch.float16:
+        raise TypeError(
+            "grad_head_buffer is not for a float16 student_head, whose gradient is made in float32 and "
+            "rounded when the loss scale is known: leave it out"
+        )
 
 
 def version_of(buffer: Tensor | None) -> Tensor | None:

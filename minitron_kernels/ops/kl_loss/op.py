@@ -274,8 +274,7 @@ def linear_kl_loss(
         backend: see kl_loss().
 
     Returns:
-        As kl_loss(). Bitwise the same from run to run and on all ranks; and for any number of threads that
-        share the tokens out in chunks of the same size (chunk_rows of the plan).
+        As kl_loss(). Bitwise the same from run to run, on all ranks, and for any number of threads.
 
     Raises:
         As kl_loss(); ValueError too for a workspace too small (says the least that would do), or if ranks

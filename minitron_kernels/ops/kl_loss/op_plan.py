@@ -8,6 +8,7 @@ from minitron_kernels import _native
 from minitron_kernels.ops.kl_loss import plan_cpu, plan_gpu
 from minitron_kernels.ops.kl_loss.budget import GPU_WORKSPACE_BYTES, check_schedule
 from minitron_kernels.ops.kl_loss.gpu_figures import FIGURES, GpuFigures, figures_of
+from minitron_kernels.ops.kl_loss.head_buffer import check_places
 from minitron_kernels.ops.kl_loss.plan import LinearKLPlan, grad_dtype
 from minitron_kernels.ops.kl_loss.plan_gpu import GpuProblem
 
@@ -33,6 +34,7 @@ def plan_linear_kl_loss(
     tp_size: int = 1,
     sparse_ids: int | None = None,
     return_parts: bool = False,
+    grad_head_buffer: bool = False,
 ) -> LinearKLPlan:
     """Plans a call of linear_kl_loss without making it; print(plan.explain()) shows schedule and memory.
 
@@ -70,14 +72,16 @@ def plan_linear_kl_loss(
         tp_size: ranks of tp_group, which share the vocabulary: vocab_size is then that of one rank, the
             largest. The time of what they exchange is not in the prediction. GPU only.
         return_parts: whether a cross-entropy or parts are asked for, which take some memory on a CPU.
+        grad_head_buffer: whether memory for the head's gradient is lent, into which a CPU writes around the
+            caches where it is large.
 
     Returns:
         The plan; total_bytes, and for a GPU predicted_seconds, say what it costs.
 
     Raises:
-        TypeError: a GPU has no kernels for float64.
-        ValueError: an unknown schedule, engine, device or gpu; a budget too small for any plan: says the
-            least that would do.
+        TypeError: a GPU has no kernels for float64; a buffer is lent for the gradient of a float16 head.
+        ValueError: an unknown schedule, engine, device or gpu; both an accumulator and a buffer; a budget too
+            small for any plan: says the least that would do.
         RuntimeError: a plan for the CPU, and the extension is not built.
     """
     check_schedule(schedule)
@@ -86,6 +90,7 @@ def plan_linear_kl_loss(
             "sparse_ids must be at least 0, and teacher_hidden_size 0 beside it; got "
             f"{sparse_ids} and {teacher_hidden_size}"
         )
+    check_places(grad_head_accumulator, grad_head_buffer, dtype)
     target, teacher_dtype = torch.device(device), teacher_dtype or dtype
     if target.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda'; got {device!r}")
@@ -133,6 +138,7 @@ def plan_linear_kl_loss(
         engine=engine or plan_cpu.operand_type(dtype, teacher_dtype),
         metrics=return_parts,
         outcomes=0 if sparse_ids is None else sparse_ids + 1,
+        lent=grad_head and grad_head_buffer,
     )
 
 

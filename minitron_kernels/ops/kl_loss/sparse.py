@@ -88,7 +88,8 @@ def linear_sparse_kl_loss(
         student_head: [V, H], see linear_kl_loss().
         ids: [..., k] int64 or int32, tokens in any order, each once; −1 where a token has fewer than k.
         logprobs: [..., k] log-probabilities of the ids in the teacher's softmax over the vocabulary, at
-            temperature 1. Not looked at where the id is −1.
+            temperature 1. Not looked at where the id is −1. A constant, as log_tail is: if it
+            requires grad, it is refused.
         log_tail: [...] logarithm of the other tokens' probability, log(1 − Σ exp(logprobs)), −inf for none;
             or a mapping {temperature: [...]} of log Σ p^(1/temperature) over the other tokens, one of which
             is `temperature`; or None for sampled ids, with divergence="forward_kl" at temperature 1.

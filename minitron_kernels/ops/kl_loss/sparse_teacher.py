@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minitron_kernels import _native
 from minitron_kernels._opaque import opaque_op
-from minitron_kernels.ops.kl_loss.checks import check_tensor, positive
+from minitron_kernels.ops.kl_loss.checks import check_constant, check_tensor, positive
 
 LogTail = Tensor | Mapping[float, Tensor] | None
 _SLACK = 0.01  # of a row's probability: what 8-bit log-probabilities of many ids may add up to
@@ -66,16 +67,22 @@ def sparse_teacher(
             "log_tail=None, for sampled ids, goes with divergence='forward_kl' alone: a token that was not "
             "sampled may have any probability"
         )
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    ids, logprobs, tail = _sorted_outcomes(
-        ids.reshape(-1, ids.shape[-1]) if ids.numel() else ids.reshape(shape.numel(), ids.shape[-1]),
-        logprobs.detach().reshape(shape.numel(), ids.shape[-1]).to(dtype),
+    check_constant("logprobs", logprobs)
+    dtype, k = torch.promote_types(student.dtype, torch.float32), ids.shape[-1]
+    if ids.dim() != 2:
+        ids = ids.reshape(-1, k) if ids.numel() else ids.reshape(shape.numel(), k)
+        logprobs = logprobs.reshape(shape.numel(), k)
+    ids, outcomes = _sorted_outcomes(
+        ids,
+        logprobs.detach().to(dtype),
         None if tail is None else tail.detach().reshape(-1).to(dtype),
         valid,
         vocab_size,
         temperature == 1,
     )
-    return SparseTeacher(ids, torch.cat((logprobs / temperature, tail[:, None]), 1))
+    if temperature != 1:
+        outcomes = torch.cat((outcomes[:, :-1] / temperature, outcomes[:, -1:]), 1)
+    return SparseTeacher(ids, outcomes)
 
 
 def _tail_at(log_tail: LogTail, temperature: float, shape: torch.Size, student: Tensor) -> Tensor | None:
@@ -99,6 +106,7 @@ def _tail_at(log_tail: LogTail, temperature: float, shape: torch.Size, student: 
             raise TypeError(f"log_tail must be floating point, got {tail.dtype}")
     for of, tail in declared.items():
         if of == temperature:
+            check_constant("log_tail", tail)
             return tail
     raise ValueError(
         f"log_tail is declared for temperature {', '.join(map(str, declared))}, but the loss is at "
@@ -115,11 +123,36 @@ def _sorted_outcomes(
     valid: Tensor | None,
     vocab_size: int,
     untempered: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids ascending with -1 behind, their log-probabilities with -inf there, and the tail; after all checks.
+) -> tuple[Tensor, Tensor]:
+    """Ids ascending with -1 behind, and outcomes: their log-probabilities with -inf there, then the tail.
 
-    Rows that do not count have no ids, and a tail of 1.
+    After all checks. Rows that do not count have no ids, and a tail of 1.
     """
+    if ids.device.type == "cpu" and _native.available():
+        order, outcomes, fits = torch.ops.minitron_kernels.sparse_outcomes.default(
+            ids.to(torch.int64).contiguous(),
+            logprobs.contiguous(),
+            None if tail is None else tail.contiguous(),
+            valid,
+            vocab_size,
+            untempered,
+        )
+        if fits:
+            return order, outcomes
+    # without the extension; and what says what is wrong
+    order, logprobs, tail = _sorted_by_torch(ids, logprobs, tail, valid, vocab_size, untempered)
+    return order, torch.cat((logprobs, tail[:, None]), 1)
+
+
+def _sorted_by_torch(
+    ids: Tensor,
+    logprobs: Tensor,
+    tail: Tensor | None,
+    valid: Tensor | None,
+    vocab_size: int,
+    untempered: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by torch, on any device; ids, their log-probabilities, and the tail."""
     k = ids.shape[1]
     given = ids != -1
     if valid is not None:
@@ -171,9 +204,8 @@ def _refuse(wrong: Tensor, what: str, values: Tensor) -> None:
 @_sorted_outcomes.register_fake
 def _(
     ids: Tensor, logprobs: Tensor, tail: Tensor | None, valid: Tensor | None, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     return (
-        torch.empty_like(ids, dtype=torch.int64),
-        torch.empty_like(logprobs),
-        logprobs.new_empty(ids.shape[:1]),
+        ids.new_empty(ids.shape, dtype=torch.int64),
+        logprobs.new_empty((ids.shape[0], ids.shape[1] + 1)),
     )

@@ -42,7 +42,9 @@ If it was killed or ran out of disk, run the same command again: it goes on from
 SCORE_EXAMPLES = """\
 examples:
   minitron-prune score SmolLM2-135M text.txt -o scores --samples 256 --seq-len 512
-  minitron-prune score Mistral-NeMo-12B tokens.npy -o scores --device cuda --dtype bfloat16
+  minitron-prune score Mistral-NeMo-12B tokens.npy -o scores --device auto --dtype bfloat16
+
+It keeps what it has once a minute: if it was killed, run the same command again.
 """
 # option -> names of that size in configs
 SIZES = {
@@ -113,7 +115,7 @@ def _add_score(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--mlp-tap", default="down_proj_input", choices=["down_proj_input", "up_proj_output"])
     sub.add_argument("--head-score", default="norm", choices=["norm", "channels"])
     sub.add_argument("--expert-score", default="norm", choices=["norm", "reap"])
-    _add_where(sub)
+    _add_where(sub, 'default: cpu; "auto": over GPUs, memory and disk')
 
 
 def _add_plan(sub: argparse.ArgumentParser) -> None:
@@ -147,8 +149,10 @@ def _add_text(sub: argparse.ArgumentParser) -> None:
         "text",
         nargs="+",
         type=Path,
-        help='text in UTF-8; .jsonl with a "text" on each line; or .npy with token ids',
+        help='text in UTF-8; .jsonl, .parquet or .arrow with a "text" or chat "messages"; .npy with token '
+        "ids; folders of these; text may be compressed",
     )
+    sub.add_argument("--text-key", metavar="KEY", help='with the text; default: "text", or else "messages"')
 
 
 def _add_windows(sub: argparse.ArgumentParser, samples: int) -> None:
@@ -165,11 +169,11 @@ def _add_windows(sub: argparse.ArgumentParser, samples: int) -> None:
     sub.add_argument("--seed", type=int, default=0, help="of the random choice (default 0)")
 
 
-def _add_where(sub: argparse.ArgumentParser) -> None:
+def _add_where(sub: argparse.ArgumentParser, device: str = "default: cpu") -> None:
     sub.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="of the model; default: auto, the checkpoint's"
     )
-    sub.add_argument("--device", default="cpu", help="default: cpu")
+    sub.add_argument("--device", default="cpu", help=device)
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
 
 

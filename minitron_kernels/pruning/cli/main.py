@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 from minitron_kernels._command.messages import few, message_of, say, show
 from minitron_kernels._command.models import check_free, check_model, device_of, load_model
+from minitron_kernels._command.progress import lines_in_logs
 from minitron_kernels.pruning.cli.arguments import SIZES, parser_of
+from minitron_kernels.pruning.cli.scoring import kept_folder, score
 from minitron_kernels.pruning.cli.targets import searched, target_of, windows_of
 
 WHY_FILES = "they may describe the old weights; copy those that you know to be valid still"
@@ -41,6 +43,7 @@ WORDS = (
     (r"\bmemory_bytes\b", "--memory"),
     (r"\bactive_params\b", "--active-params"),
     (r"\bprogress_file\b", "--progress-file"),
+    (r"\btext_key\b", "--text-key"),
     (r"^search (?=would|finds|cannot|must|chooses)", "--search "),
     (rf"^({'|'.join(ARGUMENTS)}) (must|of|drops|gives|has|belong|are|and)\b", None),
     (r"^(\w+)(?= (?:must be|gives the size|is not a size))", None),
@@ -53,11 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         {"score": score, "plan": plan, "search": search, "prune": prune, "info": info}
     ).parse_args(argv)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), lines_in_logs():
             warnings.showwarning = lambda message, *where: _say("warning", message)
             args.run(args)
     except KeyboardInterrupt:
         kept = args.command == "prune" or (args.command == "search" and args.progress_file)
+        kept = kept or (args.command == "score" and kept_folder(args.output).is_dir())
         again = "goes on from here" if kept else "begins anew"
         _say("interrupted", f"the same command {again}")
         return 130
@@ -86,29 +90,6 @@ def _as_option(found: re.Match[str]) -> str:
     option = names.get(found[1], found[1].replace("_", "-"))
     known = found[1] in names or found[1] in ARGUMENTS
     return found[0].replace(found[1], f"--{option}", 1) if known else found[0]
-
-
-def score(args: argparse.Namespace) -> None:
-    """Calibration text -> scores folder."""
-    check_free(args.output, args.overwrite, folder=True)
-    check_model(args.model)
-    device = device_of(args.device)
-    from minitron_kernels.pruning.score.collect import collect_importance
-
-    windows = windows_of(args)
-    model = load_model(args.model, args.dtype).to(device)
-    scores = collect_importance(
-        model,
-        list(windows.split(args.batch_size)),
-        args.axes,
-        seq=args.seq,
-        mlp_tap=args.mlp_tap,
-        head_score=args.head_score,
-        expert_score=args.expert_score,
-        progress=False if args.quiet else None,
-    )
-    scores.save(args.output)
-    show(f"{args.output}: {scores.tokens:,} tokens, {', '.join(scores.axes)}")
 
 
 def plan(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.counts import EXPERTS_PER_TOKEN, Budget
 from minitron_kernels.pruning.plan.find_sizes import Candidate, nothing_to_cut, sizes_within
 from minitron_kernels.pruning.plan.layer_plan import LayerPlan
+from minitron_kernels.pruning.plan.loadable import remedy, warn_of_hidden
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 from minitron_kernels.pruning.plan.selection import ORDERS, KeptHeads, choose_heads
 from minitron_kernels.pruning.plan.sizes import (
@@ -179,6 +180,8 @@ def make_plan(
         given.update({names[name]: size for name, size in candidates[0].sizes.items()})
         if all(before[axis] == size for axis, size in given.items()) and len(layers) == before["layers"]:
             raise ValueError(nothing_to_cut(budget, candidates[0]))
+        if loadable and "hidden_size" in candidates[0].sizes:
+            warn_of_hidden(family, config, {**before, **given}, divisor)
         if len(layers) != given.get("layers", len(layers)):
             layers = kept_layers(table, before["layers"], given["layers"], True, None, block_losses)
             check_layers(family, config, layers)
@@ -206,7 +209,8 @@ def make_plan(
     _settle_experts(family, config, target, after, num_experts_per_tok)
     if loadable and (reason := family.refuses(target)):
         raise ValueError(
-            f"transformers would not load the pruned model: {reason}. Take other sizes, or loadable=False"
+            f"transformers would not load the pruned model: {reason}. {remedy(family, config, after)}"
+            "Take other sizes, or loadable=False"
         )
 
     hidden = table.keep("hidden", None, after["hidden"], order)

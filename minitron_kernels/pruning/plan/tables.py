@@ -17,6 +17,7 @@ from minitron_kernels.pruning.plan.selection import (
     best_block,
     checked_scores,
     choose_heads,
+    format_runs,
     least_loss,
     top,
 )
@@ -114,7 +115,10 @@ def kept_layers(
             or len(set(gone)) < len(gone)
             or len(gone) >= before
         ):
-            raise ValueError(f"drop_layers must name some of {before} layers, each once, got {list(drop)}")
+            raise ValueError(
+                f"drop_layers must name some of the layers 0 to {before - 1}, each once and not all, got "
+                f"{format_runs(gone)}"
+            )
         if depth_is_given and after != before - len(gone):
             raise ValueError(
                 f"num_hidden_layers {after} is not what drop_layers leaves of {before}: {before - len(gone)}"

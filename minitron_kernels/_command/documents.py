@@ -1,0 +1,225 @@
+"""Documents of files: text, JSON lines, Parquet, Arrow (data sets on disk), token ids; compressed or not."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+# of files in a folder, those that are read
+SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson", ".parquet", ".arrow", ".npy")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+KEYS = ("text", "messages")  # of which the first that a document has is read, unless a key is named
+_ARROW_STREAM = b"\xff\xff\xff\xff"
+
+# first bytes of files that are not text -> what unpacks them
+_UNPACKERS: dict[bytes, Callable[[bytes], bytes]] = {
+    b"\x1f\x8b": gzip.decompress,
+    b"BZh": bz2.decompress,
+    b"\xfd7zXZ": lzma.decompress,
+}
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_ZIP = b"PK\x03\x04"
+
+
+def expand(files: Sequence[Path]) -> list[Path]:
+    """The files, and in place of a folder those in it that have a known suffix, by name.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file; a folder has none.
+    """
+    found = []
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(2, "there is no such file", str(file))
+        if not file.is_dir():
+            found.append(file)
+            continue
+        inside = [path for path in sorted(file.rglob("*")) if path.is_file() and _kind(path) in SUFFIXES]
+        if not inside:
+            raise ValueError(f"{file}: is a folder without {', '.join(SUFFIXES)} files")
+        found += inside
+    return found
+
+
+def _kind(file: Path) -> str:
+    """The suffix that tells what a file holds, that of compression apart."""
+    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
+
+
+def is_ids(file: Path) -> bool:
+    """Whether the file holds token ids, for which no tokenizer is needed."""
+    return file.suffix == ".npy"
+
+
+def texts(file: Path, tokenizer: Any, text_key: str | None = None) -> Iterator[str]:
+    """The texts of a file that is not .npy, one after the other.
+
+    Chat messages, a list of {"role", "content"}, become text by the tokenizer's chat template.
+
+    Args:
+        file: as expand() gives them.
+        tokenizer: of transformers.
+        text_key: the key or column with the text or the messages; None: "text", or else "messages".
+
+    Raises:
+        ValueError: the file cannot be read as its suffix says; names it, and what to do.
+    """
+    kind = _kind(file)
+    if kind in (".parquet", ".arrow"):
+        for number, value in enumerate(_column(file, kind, text_key)):
+            yield _as_text(value, tokenizer, f"{file}: row {number}")
+        return
+    if kind == ".json":
+        raise ValueError(
+            f'{file}: a .json is not read: write a .jsonl, with an object {{"text": ...}} on each line '
+            "(if it has these lines already, rename it)"
+        )
+    if kind not in (".jsonl", ".ndjson"):
+        yield _decoded(file, _read(file))
+        return
+    # split at line feeds alone: splitlines() would split inside strings, at U+2028
+    for number, line in enumerate(_decoded(file, _read(file)).split("\n"), 1):
+        if line.strip():
+            yield _of_line(line, tokenizer, text_key, f"{file}: line {number}")
+
+
+def ids(file: Path) -> np.ndarray:
+    """The token ids of a .npy, flat; they stay in the file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file}: cannot be read as token ids: {error}") from None
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{file}: token ids must be integers, got {array.dtype}")
+    return array.reshape(-1)
+
+
+def _read(file: Path) -> bytes:
+    """The bytes of a file, unpacked."""
+    with file.open("rb") as stream:
+        head = stream.read(8)
+        stream.seek(0)
+        for magic, unpack in _UNPACKERS.items():
+            if head.startswith(magic):
+                try:
+                    return unpack(stream.read())
+                except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+                    raise ValueError(f"{file}: cannot be unpacked: {error}") from None
+        if head.startswith(_ZSTD):
+            return _unzstd(file, stream)
+        if head.startswith(_ZIP):
+            raise ValueError(
+                f"{file}: must be text, .jsonl or .npy, but is a zip archive (.zip, .npz): unpack it first; "
+                "token ids go into a .npy by numpy.save()"
+            )
+        if head.startswith((b"PAR1", b"ARROW1", _ARROW_STREAM)):
+            name = "Parquet" if head.startswith(b"PAR1") else "Arrow"
+            raise ValueError(f"{file}: is {name}, but is not called so: rename it to .{name.lower()}")
+        return stream.read()
+
+
+def _unzstd(file: Path, stream: IO[bytes]) -> bytes:
+    try:
+        import zstandard
+    except ImportError:
+        raise ValueError(
+            f"{file}: is compressed by zstd: pip install zstandard, or unpack it by unzstd"
+        ) from None
+    data, found = stream.read(), []
+    while data:  # frame by frame
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            found.append(frame.decompress(data))
+        except zstandard.ZstdError as error:
+            raise ValueError(f"{file}: cannot be unpacked: {error}") from None
+        if not frame.eof:
+            raise ValueError(f"{file}: cannot be unpacked: it ends within a frame")
+        data = frame.unused_data
+    return b"".join(found)
+
+
+def _decoded(file: Path, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")  # drops a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: must be text in UTF-8, but byte {error.start} is not") from None
+
+
+def _of_line(line: str, tokenizer: Any, text_key: str | None, where: str) -> str:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    wanted = KEYS if text_key is None else (text_key,)
+    key = next((key for key in wanted if isinstance(found, dict) and key in found), None)
+    if key is None:
+        has = f": it has {', '.join(map(repr, list(found)[:8]))}" if isinstance(found, dict) else ""
+        other = "; name another key by text_key" if has else ""
+        raise ValueError(f'{where} is not a JSON object with a "{wanted[0]}"{has}{other}')
+    return _as_text(found[key], tokenizer, where, key)
+
+
+def _column(file: Path, kind: str, text_key: str | None) -> Iterator[Any]:
+    """The values of a column, read a part at a time."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{file}: needs pyarrow: pip install pyarrow") from None
+    try:
+        if kind == ".parquet":
+            table = pyarrow.parquet.ParquetFile(file)
+            key = _key_of(table.schema_arrow.names, text_key, file)
+            parts = table.iter_batches(columns=[key], batch_size=1024)
+        else:
+            with file.open("rb") as stream:
+                opens = pyarrow.ipc.open_file if stream.read(6) == b"ARROW1" else pyarrow.ipc.open_stream
+            source = opens(pyarrow.memory_map(str(file)))
+            key = _key_of(source.schema.names, text_key, file)
+            whole = opens is pyarrow.ipc.open_file
+            parts = map(source.get_batch, range(source.num_record_batches)) if whole else iter(source)
+        for part in parts:
+            yield from part.column(part.schema.get_field_index(key)).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: cannot be read as {kind[1:]}: {error}") from None
+
+
+def _key_of(names: Sequence[str], text_key: str | None, file: Path) -> str:
+    wanted = KEYS if text_key is None else (text_key,)
+    for key in wanted:
+        if key in names:
+            return key
+    raise ValueError(
+        f"{file}: has no column {wanted[0]!r}, but {', '.join(map(repr, names[:8]))}; name one by text_key"
+    )
+
+
+def _as_text(value: Any, tokenizer: Any, where: str, key: str = "text") -> str:
+    if isinstance(value, str):
+        return value
+    chat = isinstance(value, list) and all(isinstance(each, Mapping) and "role" in each for each in value)
+    if not chat or not value:
+        raise ValueError(
+            f'{where} must have a string as its "{key}", or messages with "role" and "content", got '
+            f"{type(value).__name__}"
+        )
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            f"{where} has chat messages, but the tokenizer has no chat template to write them by"
+        )
+    try:
+        return tokenizer.apply_chat_template(value, tokenize=False)
+    except Exception as error:  # templates raise errors of their own
+        raise ValueError(f"{where}: the chat template refuses its messages: {error}") from None

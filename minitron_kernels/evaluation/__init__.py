@@ -1,0 +1,16 @@
+"""Benchmarks of a model by lm-evaluation-harness, beside what was published of Minitron's models."""
+
+from minitron_kernels.evaluation.benchmarks import BENCHMARKS, PUBLISHED, Benchmark
+from minitron_kernels.evaluation.harness import check_installed
+from minitron_kernels.evaluation.results import Evaluation, evaluation_table
+from minitron_kernels.evaluation.run import evaluate
+
+__all__ = [
+    "BENCHMARKS",
+    "PUBLISHED",
+    "Benchmark",
+    "Evaluation",
+    "check_installed",
+    "evaluate",
+    "evaluation_table",
+]

@@ -1,0 +1,260 @@
+"""What is evaluated, tables and files: all that needs no lm-evaluation-harness."""
+
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from evaluation import tiny
+from minitron_kernels.evaluation import (
+    BENCHMARKS,
+    PUBLISHED,
+    Evaluation,
+    evaluate,
+    evaluation_table,
+    harness,
+    run,
+    xlsum,
+)
+from minitron_kernels.evaluation.choice import Choice, check_known, of_folder, running_code, written
+from minitron_kernels.evaluation.cli import main
+
+
+def entry(name="hellaswag", value=50.0, stderr=0.5, **more):
+    one = BENCHMARKS.get(name)
+    about = {"title": one.title, "metric": one.label, "shots": one.shots} if one else {}
+    fixed = {"value": value, "stderr": stderr, "unit": "%", "documents": 9, "of": 9, "seconds": 1.0}
+    return {**fixed, "warnings": [], "all": {}, "asked": name, **about, **more}
+
+
+def test_the_nine_are_those_of_the_announcement():
+    shots = {one.title.split()[0]: one.shots for one in BENCHMARKS.values()}
+    assert shots == {
+        **{"WinoGrande": 5, "ARC-Challenge": 25, "MMLU": 5, "HellaSwag": 10, "GSM8K": 5, "TruthfulQA": 0},
+        **{"XLSum": 3, "MBPP": 0, "HumanEval": 0},
+    }
+    four = [row for row in PUBLISHED if row.source == "announcement"]
+    assert [row.model for row in four] == [
+        *("Llama 3.1 8B", "Gemma 7B", "Mistral-NeMo-Minitron 8B", "Mistral NeMo 12B")
+    ]
+    assert all(list(row.results) == list(BENCHMARKS) for row in four)
+    best = {name: max((row.results[name], row.model) for row in four[:3])[1] for name in BENCHMARKS}
+    assert set(best.values()) == {"Mistral-NeMo-Minitron 8B"}  # "leads on nine popular benchmarks"
+    assert all(0 < value < 100 for row in PUBLISHED for value in row.results.values())
+
+
+def test_names_and_shots():
+    found = written(["arc_challenge", "truthfulqa_mc2", "mine", "mine::part:3", "hellaswag:0"])
+    assert [(one.name, one.task, one.shots) for one in found] == [
+        ("arc_challenge", "arc_challenge", 25),
+        ("truthfulqa", "truthfulqa_mc2", 0),
+        ("mine", "mine", None),
+        ("mine::part", "mine::part", 3),
+        ("hellaswag", "hellaswag", 0),
+    ]
+    for wrong in ([], ["a", "a:1"], ["truthfulqa", "truthfulqa_mc2"]):
+        with pytest.raises(ValueError, match="tasks must be different names"):
+            written(wrong)
+    with pytest.raises(TypeError, match="tasks must be a list"):
+        written("arc_challenge")
+
+
+def index_of(**configs):
+    """An index as lm-eval makes it."""
+    return {
+        name: SimpleNamespace(
+            kind=SimpleNamespace(name="GROUP" if "group" in config else "TASK"), cfg=config, tags=set()
+        )
+        for name, config in configs.items()
+    }
+
+
+def test_tasks_of_a_folder_and_which_run_code():
+    index = index_of(
+        a={"task": "a"},
+        b={"task": "b", "unsafe_code": True},
+        inner={"group": "inner", "task": ["b"]},
+        outer={"group": "outer", "task": [{"group": "inner"}, "a"]},
+        c={"task": "c"},
+    )
+    assert of_folder(index) == ["outer", "c"]
+    assert running_code(written(["outer", "c", "mbpp"]), index) == ["outer", "mbpp"]
+    with pytest.raises(ValueError, match="no task 'outr' in here: did you mean outer"):
+        check_known([Choice("outr", "outr", None, None)], list(index), "here")
+
+
+def test_the_table():
+    mine = Evaluation(
+        "student",
+        {
+            "hellaswag": entry(),
+            "ppl": entry("ppl", 12.345678, None, unit="", metric="ppl", shots=None, title="ppl"),
+        },
+    )
+    other = Evaluation("teacher|x", {"hellaswag": entry(value=60.0), "mmlu": entry("mmlu", 70.0)})
+    lines = evaluation_table([mine, other]).splitlines()
+    assert lines[:4] == [
+        "| model | MMLU 5-shot | HellaSwag 10-shot | ppl (ppl) |",
+        "|---|---:|---:|---:|",
+        "| student | – | 50.00 ± 0.50 | 12.35 |",
+        "| teacher\\|x | 70.00 ± 0.50 | 60.00 ± 0.50 | – |",
+    ]
+    assert "| *Mistral-NeMo-Minitron 8B* | 69.51 | 83.03 | – |" in lines
+    assert sum(line.startswith("| *") for line in lines) == 4 and "by another set-up" in lines[-1]
+    assert "*" not in evaluation_table([mine], "none")
+    assert "*Minitron 4B*" in evaluation_table([mine], "all")
+    few = Evaluation("few", {"hellaswag": entry(shots=0), "mmlu": entry("mmlu", documents=3)})
+    shown = evaluation_table([few])
+    assert "| *Llama 3.1 8B* | 65.28 | – |" in shown  # other shots are not the announcement's
+    assert "mmlu: 3 of 9): not comparable" in shown
+    with pytest.raises(ValueError, match="published must be one of"):
+        mine.table("some")
+
+
+def test_files(tmp_path):
+    result = Evaluation("m", {"mmlu": entry("mmlu")}, {"limit": None}, {"torch": "2"}, ["mbpp"], "abc")
+    result.save(tmp_path / "deep" / "a.json")
+    assert Evaluation.load(tmp_path / "deep" / "a.json") == result
+    assert (tmp_path / "deep" / "a.md").read_text().startswith("| model | MMLU 5-shot |")
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["a.json", "a.md"]
+    for text, message in (
+        ("[", "is not JSON"),
+        ("[]", "is not an evaluation"),
+        ('{"format": 1}', "is not an eval"),
+    ):
+        (tmp_path / "b.json").write_text(text)
+        with pytest.raises(ValueError, match=f"b.json: {message}"):
+            Evaluation.load(tmp_path / "b.json")
+
+
+class Stub:
+    """evaluate() without lm-eval, of tasks a, b and c with the values 1, 2 and 3.
+
+    Attributes:
+        model: a checkpoint's folder.
+        ran: the tasks that ran.
+        interrupted: at which task Ctrl-C comes.
+    """
+
+    def __init__(self, model):
+        self.model, self.ran, self.interrupted = model, [], ""
+        self.values = {"a": 0.01, "b": 0.02, "c": 0.03}
+        self.index = index_of(**{name: {"task": name} for name in (*self.values, "mbpp")})
+
+    def run(self, lm, loaded, **options):
+        (name,) = loaded["tasks"]
+        if name == self.interrupted:
+            raise KeyboardInterrupt
+        self.ran.append(name)
+        metrics = {"acc,none": self.values[name], "acc_stderr,none": "N/A", "alias": name}
+        counts = {"original": 5, "effective": 5}
+        return {"results": {name: metrics}, "n-shot": {name: None}, "n-samples": {name: counts}}
+
+
+@pytest.fixture
+def stub(monkeypatch, tmp_path):
+    tiny.save_model(tmp_path / "model")
+    stub = Stub(tmp_path / "model")
+    monkeypatch.setattr(harness, "check_installed", lambda: None)
+    monkeypatch.setattr(harness, "version", lambda: "0")
+    manager = SimpleNamespace(task_index=stub.index)
+    monkeypatch.setattr(harness, "manager_of", lambda folder, defaults: manager)
+    monkeypatch.setattr(harness, "load_task", lambda manager, choice, folder: {"tasks": {choice.task: None}})
+    monkeypatch.setattr(harness, "wrap", lambda model, tokenizer, **options: None)
+    monkeypatch.setattr(harness, "run", stub.run)
+    return stub
+
+
+def test_an_interrupted_one_goes_on(stub, tmp_path):
+    output, tasks = tmp_path / "out.json", ["a", "b", "c"]
+    stub.interrupted = "c"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(stub.model, tasks, output=output, limit=3)
+    assert set(Evaluation.load(output).tasks) == {"a", "b"}
+    stub.interrupted = ""
+    result = evaluate(stub.model, tasks, output=output, limit=3)
+    assert stub.ran == tasks  # none twice
+    assert {name: entry["value"] for name, entry in result.tasks.items()} == {"a": 1, "b": 2, "c": 3}
+    with pytest.raises(ValueError, match=r"holds results with settings .*limit.*, not .*overwrite"):
+        evaluate(stub.model, ["a"], output=output)
+    assert evaluate(stub.model, ["a"], output=output, overwrite=True).tasks.keys() == {"a"}
+    with pytest.raises(ValueError, match="holds a with 0 shots, not 2"):
+        evaluate(stub.model, ["a:2"], output=output)
+
+
+def test_another_model_is_another_result(stub, tmp_path):
+    model, ran = stub.model, stub.ran
+    output = model / "evaluation.json"  # results beside the weights are not part of the model
+    evaluate(model, ["a"], output=output)
+    evaluate(model, ["a"], output=output)
+    assert ran == ["a"]
+    tiny.save_model(model, seed=1)
+    with pytest.raises(ValueError, match="holds results with fingerprint"):
+        evaluate(model, ["a"], output=output)
+
+
+def test_arguments(stub, tmp_path):
+    model, ran = stub.model, stub.ran
+    for options, message in (
+        (dict(batch_size=0), "batch_size must be"),
+        (dict(limit=True), "limit must be"),
+        (dict(max_length=-1), "max_length must be"),
+        (dict(tasks_path=tmp_path / "no"), "no such folder"),
+        (dict(tasks_path=tmp_path / "model"), r"has no \.yaml files"),
+        (dict(output=tmp_path / "no" / "a.json"), "no such folder to write"),
+        (dict(output=tmp_path / "a.md"), "output must be a .json file"),
+        (dict(device="mars"), "mars: cannot be used"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            evaluate(model, ["a"], **options)
+    with pytest.raises(OSError, match="no such folder"):
+        evaluate(tmp_path / "nothing", ["a"])
+    assert ran == []
+
+
+def test_lm_eval_is_asked_for(monkeypatch, capsys, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
+    with pytest.raises(ImportError, match=r"pip install 'lm_eval\[hf\]==.*minitron-kernels\[evaluate\]"):
+        evaluate(tmp_path)
+    assert main([str(tmp_path)]) == 1
+    assert "error: evaluation needs lm-evaluation-harness" in capsys.readouterr().err
+
+
+def test_the_command_without_a_model(tmp_path, capsys):
+    Evaluation("teacher", {"mmlu": entry("mmlu")}).save(tmp_path / "a.json")
+    assert main(["--beside", str(tmp_path / "a.json"), "--published", "none"]) == 0
+    assert "| teacher | 50.00 ± 0.50 |" in capsys.readouterr().out
+    assert main(["--list"]) == 0
+    assert "humaneval" in (out := capsys.readouterr().out) and out.count("runs code") == 2
+    with pytest.raises(SystemExit):
+        main([])
+    (tmp_path / "b.json").write_text("{}")
+    assert main(["--beside", str(tmp_path / "b.json")]) == 1
+    assert "b.json: is not an evaluation" in capsys.readouterr().err
+
+
+def test_the_command_says_options(stub, capsys):
+    assert main([str(stub.model), "--tasks", "mbpp"]) == 1
+    error = capsys.readouterr().err
+    assert "--tasks: mbpp run code" in error and "--run-code" in error and "--no-code" in error
+    assert "run_code" not in error
+
+
+class Docs(list):
+    def select(self, numbers):
+        return [self[number] for number in numbers]
+
+
+def test_xlsum_is_a_fifth():
+    assert xlsum.first_fifth(Docs(range(11))) == [0, 1, 2]
+    config = xlsum.config()
+    assert json.dumps(config["dataset_kwargs"]).count("english") == 2 and config["num_fewshot"] == 3
+
+
+def test_rouge(monkeypatch):
+    pytest.importorskip("rouge_score", reason=f"needs {harness.PIP}")
+    # the longest common subsequence has 3 of 4 and of 5 words: 2·(3/4)(3/5)/(3/4 + 3/5)
+    assert xlsum.rougeL(["the cats sat down"], ["the cat quickly sat up"]) == pytest.approx(2 / 3)
+    assert run.ALLOW_CODE == "HF_ALLOW_CODE_EVAL"

@@ -1,0 +1,193 @@
+"""Calibration text out of files of many forms, and windows of a long text of which a part is tokenised."""
+
+import bz2
+import gzip
+import itertools
+import json
+import lzma
+
+import numpy as np
+import pytest
+
+from minitron_kernels._command import text as text_module
+from minitron_kernels.pruning.score.calibration import calibration_windows
+from pruning.test_calibration import Begun, Letters, in_letters, tokens, windows
+
+ROWS = [{"text": "ab", "body": "xyz"}, {"text": "c", "body": "w"}]
+WANTED = (in_letters("ab") + in_letters("c"))[:4]
+
+
+class Chat(Letters):
+    """A tokenizer with a template for chats."""
+
+    chat_template = "of this test"
+
+    def apply_chat_template(self, messages, tokenize):
+        assert tokenize is False
+        if any(message["role"] == "nobody" for message in messages):
+            raise RuntimeError("Unexpected role")
+        return "".join(f"{message['role'][0]}{message['content']}" for message in messages)
+
+
+def as_jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)]
+)
+def test_compressed_lines(tmp_path, suffix, pack):
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(pack(as_jsonl(ROWS)))
+    assert tokens(path) == WANTED
+    path.rename(tmp_path / "a.txt").write_bytes(pack(b"ab"))  # by its content, whatever it is called
+    assert tokens(tmp_path / "a.txt") == in_letters("ab")[:2]
+    (tmp_path / f"b.txt{suffix}").write_bytes(pack(b"some text, some text")[:-9])
+    with pytest.raises(ValueError, match=r"b\.txt.*: cannot be unpacked"):
+        tokens(tmp_path / f"b.txt{suffix}")
+
+
+def test_zstd(tmp_path):
+    zstandard = pytest.importorskip("zstandard", reason="needs pip install zstandard")
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(as_jsonl(ROWS)))
+    assert tokens(tmp_path / "a.jsonl.zst") == WANTED
+    (tmp_path / "b.txt.zst").write_bytes(b"\x28\xb5\x2f\xfd\x04")
+    with pytest.raises(ValueError, match=r"b\.txt\.zst: cannot be unpacked"):
+        tokens(tmp_path / "b.txt.zst")
+
+
+def test_parquet_and_arrow(tmp_path):
+    pytest.importorskip("pyarrow", reason="needs pip install pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({name: [row[name] for row in ROWS] for name in ("body", "text")})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with (
+        pyarrow.OSFile(str(tmp_path / "b.arrow"), "wb") as sink,
+        pyarrow.ipc.new_file(sink, table.schema) as out,
+    ):
+        out.write_table(table)
+    with (
+        pyarrow.OSFile(str(tmp_path / "c.arrow"), "wb") as sink,
+        pyarrow.ipc.new_stream(sink, table.schema) as out,
+    ):
+        out.write_table(table)
+    for name in ("a.parquet", "b.arrow", "c.arrow"):
+        assert tokens(tmp_path / name) == WANTED, name
+        found = windows(tmp_path / name, text_key="body").flatten().tolist()
+        assert found == in_letters("xyz") + in_letters("w"), name
+        with pytest.raises(ValueError, match=rf"{name}: has no column 'words', but 'body', 'text'.*text_key"):
+            windows(tmp_path / name, text_key="words")
+        (tmp_path / name).rename(tmp_path / "d.txt")
+        with pytest.raises(ValueError, match=r"d\.txt: is (Parquet|Arrow), but is not called so"):
+            tokens(tmp_path / "d.txt")
+        (tmp_path / name).write_bytes((tmp_path / "d.txt").read_bytes()[:-20])
+        with pytest.raises(ValueError, match=f"{name}: cannot be read as"):
+            tokens(tmp_path / name)
+
+
+def test_a_folder_is_its_files(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b.jsonl.gz").write_bytes(gzip.compress(as_jsonl(ROWS[1:])))
+    (tmp_path / "a.txt").write_text("ab")
+    (tmp_path / "dataset_info.json").write_text("{}")  # as data sets have beside their files
+    assert tokens(tmp_path) == WANTED
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match=r"none: is a folder without \.txt"):
+        tokens(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        tokens(tmp_path / "nothing")
+
+
+def test_keys_of_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(as_jsonl(ROWS))
+    assert windows(path, text_key="body").flatten().tolist() == in_letters("xyz") + in_letters("w")
+    with pytest.raises(
+        ValueError, match=r"line 1 is not a JSON object with a \"words\": it has 'text', 'body'"
+    ):
+        windows(path, text_key="words")
+
+
+def test_chats(tmp_path):
+    path, talk = (
+        tmp_path / "a.jsonl",
+        [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}],
+    )
+    path.write_bytes(as_jsonl([{"messages": talk}]))
+    assert windows(path, tokenizer=Chat(), length=5).flatten().tolist() == in_letters("ubac")
+    path.write_bytes(as_jsonl([{"talk": talk}]))
+    assert windows(path, tokenizer=Chat(), length=5, text_key="talk").flatten().tolist() == in_letters("ubac")
+    with pytest.raises(ValueError, match="line 1 has chat messages, but the tokenizer has no chat template"):
+        windows(path, text_key="talk")
+    for messages, message in (([], "must have a string"), ([{"content": "b"}], "must have a string")):
+        path.write_bytes(as_jsonl([{"messages": messages}]))
+        with pytest.raises(ValueError, match=message):
+            windows(path, tokenizer=Chat())
+    path.write_bytes(as_jsonl([{"messages": [{"role": "nobody", "content": ""}]}]))
+    with pytest.raises(ValueError, match="line 1: the chat template refuses its messages: Unexpected role"):
+        windows(path, tokenizer=Chat())
+
+
+class Counting(Letters):
+    """A tokenizer that counts the characters it is given."""
+
+    def __init__(self, letters=1):
+        self.seen, self.letters = 0, letters
+
+    def __call__(self, text, **options):
+        self.seen += len(text)
+        return {"input_ids": [ord(text[place]) for place in range(0, len(text), self.letters)]}
+
+
+def long_text(words):
+    return " ".join(f"{number:04d}" for number in range(words))
+
+
+@pytest.fixture
+def short_is_long(monkeypatch):
+    monkeypatch.setattr(text_module, "_LEAST_CHARACTERS", 1000)
+
+
+def test_of_a_long_text_what_is_drawn_is_tokenised(tmp_path, short_is_long):
+    text = long_text(2000)
+    (tmp_path / "a.txt").write_text(text)
+    counting = Counting()
+    found = windows(tmp_path / "a.txt", tokenizer=counting, length=10, samples=5)
+    assert counting.seen < 5 * 80 + 10 < len(text) / 10
+    places = [text.index("".join(map(chr, row))) for row in found.tolist()]  # words are unlike each other
+    assert found.shape == (5, 10) and places == sorted(places)
+    assert all(place == 0 or text[place - 1] == " " for place in places)  # none begins within a word
+    assert all(later - earlier >= 10 for earlier, later in itertools.pairwise(places))
+    again = windows(tmp_path / "a.txt", tokenizer=Counting(), length=10, samples=5)
+    others = windows(tmp_path / "a.txt", tokenizer=Counting(), length=10, samples=5, seed=1)
+    assert again.equal(found) and not others.equal(found)
+
+
+def test_long_texts_of_few_tokens_and_of_many_documents(tmp_path, short_is_long):
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl([{"text": f"{number:03d}"} for number in range(1000)]))
+    found = windows(tmp_path / "a.jsonl", length=10, samples=20)
+    for row in found.tolist():
+        assert row.count(1) >= 2 and 1 not in row[:1]  # texts of three letters, each with its end
+        numbers = "".join(chr(token) if token != 1 else " " for token in row).split()
+        whole = [int(number) for number in numbers if len(number) == 3]
+        assert whole == list(range(whole[0], whole[0] + len(whole)))
+    text = long_text(4000)
+    (tmp_path / "b.txt").write_text(text)
+    # a token is 20 letters, more than a stretch allows for: windows go on behind their stretch
+    found = windows(tmp_path / "b.txt", tokenizer=Counting(20), length=10, samples=5)
+    assert found.shape == (5, 10)
+    begun = windows(tmp_path / "b.txt", tokenizer=Begun(), length=10, samples=5)
+    assert begun[:, 0].tolist() == [2] * 5 and not (begun[:, 1:] == 2).any()
+
+
+def test_where_most_is_wanted_all_is_tokenised(tmp_path, short_is_long):
+    (tmp_path / "a.txt").write_text(long_text(300))
+    some = windows(tmp_path / "a.txt", length=10, samples=100)
+    everything = windows(tmp_path / "a.txt", length=10)
+    rows = {tuple(row) for row in everything.tolist()}
+    assert len(some) == 100 and {tuple(row) for row in some.tolist()} <= rows
+    np.save(tmp_path / "b.npy", np.arange(5000))
+    found = calibration_windows([tmp_path / "b.npy"], None, length=10, samples=3)
+    assert (found[:, 0] % 10 == 0).all()
