@@ -77,6 +77,26 @@ def test_large_results_go_around_the_caches(simd_level, kind, pad):
     assert_gathered(mk.gather_channels(weight, rows, backend="native"), weight, rows)
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", WIDTHS)
+def test_a_row_made_in_every_way(simd_level, dtype):
+    """A run, dense, sparse, shuffled and repeated columns in one row, each in more than is packed at a time;
+    numbers of rows around those that are made together.
+    """
+    parts = [
+        torch.arange(2100),
+        2100 + keep_some(2500, 2000),
+        4600 + keep_some(3000, 200),
+        4600 + keep_some(3000, 1500, "shuffled"),
+        7600 + keep_some(300, 1500, "repeated").sort()[0],
+        keep_some(7900, 1100),
+    ]
+    cols = torch.cat(parts)
+    for rows in (4, 5, 7, 8, 9):
+        weight = make_weight(rows, 7900, dtype=dtype)
+        assert_gathered(mk.gather_channels(weight, cols=cols, backend="native"), weight, None, cols)
+
+
 def strided(x):
     """Ways to look at [4, 30, 200]."""
     return {

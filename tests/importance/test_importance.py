@@ -65,6 +65,24 @@ def test_around_every_block(simd_level):
 
 
 @pytest.mark.native
+def test_around_every_span(simd_level):
+    """Channels of 64 tokens are read as eight stretches side by side: whole spans, what is left behind them
+    or by a mask, packed and strided ones.
+    """
+    for tokens in (56, 63, 64, 65, 71, 72, 127, 128, 200, 577):
+        for dtype in DTYPES[:2]:
+            assert_moments(activations(2, tokens, 97, dtype=dtype), kinds_of_sums=(1, 7))
+    x = activations(3, 300, 70, dtype=torch.bfloat16)
+    mask = torch.rand(3, 300, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask[1, :170] = mask[2, 64:] = False
+    x[~mask] = float("nan")
+    assert_moments(x, mask=mask, kinds_of_sums=(1, 7))
+    borders = [0, 64, 127, 127, 192, 257, 300]
+    assert_moments(x[0], mask=mask[0], cu_seqlens=borders, kinds_of_sums=(1, 7))
+    assert_moments(activations(2, 400, 90)[:, ::2, 3:80], kinds_of_sums=(1, 7))
+
+
+@pytest.mark.native
 @pytest.mark.parametrize("threads", [1, 3])
 def test_blocks_of_wide_rows(threads):
     """Rows of more channels, and of more heads, than a block has; a real layer's activations."""
@@ -181,13 +199,14 @@ def test_any_shape(B, S, heads, width, dtype, masked, seed):
 
 
 @pytest.mark.native
-def test_same_bits_for_any_thread_count():
+@pytest.mark.parametrize("kinds", [1, 7])  # 1: vectors in pairs
+def test_same_bits_for_any_thread_count(kinds):
     x, threads = activations(2, 300, 5000, dtype=torch.bfloat16), torch.get_num_threads()
     results = []
     try:
         for n in (1, 2, 3, 8):
             torch.set_num_threads(n)
-            results.append([moments_of(x, None, None, heads, 7, "native").values for heads in (0, 40)])
+            results.append([moments_of(x, None, None, heads, kinds, "native").values for heads in (0, 40)])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True))

@@ -16,6 +16,7 @@ constexpr int64_t kTile = 64;
 // A result this large will not be found in the caches later: streaming stores need not read its lines first.
 constexpr int64_t kStreamBytes = 4 << 20;
 constexpr int64_t kMaxScratch = 1 << 18;  // a row of this size, made in scratch first, stays in the L2 cache
+constexpr int64_t kPageBytes = 4096;      // of the smallest pages
 constexpr int64_t kPlanRows = 4;          // a plan costs as much as a few rows
 
 struct Job : GatherArguments {
@@ -65,6 +66,12 @@ void gather_rows(const Job& job) {
   });
 }
 
+// A store around the caches waits for the address of its page, which no prefetcher looks up before: so a line
+// of each page of a row to come is prefetched.
+void look_up_pages(const char* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += kPageBytes) __builtin_prefetch(row + at);
+}
+
 void gather_by_plan(const Job& job) {
   const GatherKernels& kernels = gather_kernels();
   const GatherPlan plan = make_plan(kernels, job.cols.index, job.cols.count, job.element_size,
@@ -74,15 +81,17 @@ void gather_by_plan(const Job& job) {
   const bool direct = aligned || !job.stream || bytes > kMaxScratch;
   const std::unique_ptr<char[]> scratch(direct ? nullptr : new char[max_threads() * bytes]);
   for_row_runs(job, [&](const char* source, char* out, int64_t begin, int64_t end, int64_t slot) {
-    for (int64_t r = begin; r < end; ++r) {
-      char* to = out + r * job.out.row_stride;
-      if (direct) {
-        kernels.row(plan, job.source_row(source, r), to, job.stream && aligned);
-      } else {
-        char* row = scratch.get() + slot * bytes;
-        kernels.row(plan, job.source_row(source, r), row, false);
-        stream_copy(to, row, bytes);
+    const int64_t most = direct ? kGroupRows : 1;
+    for (int64_t r = begin; r < end; r += most) {
+      RowGroup group{.count = std::min(most, end - r), .stream = job.stream && aligned};
+      for (int64_t i = 0; i < group.count; ++i) {
+        const int64_t next = std::min(r + i + most, job.rows.count - 1);
+        group.source[i] = job.source_row(source, r + i), group.next[i] = job.source_row(source, next);
+        group.out[i] = direct ? out + (r + i) * job.out.row_stride : scratch.get() + slot * bytes;
+        if (job.stream) look_up_pages(out + next * job.out.row_stride, bytes);
       }
+      kernels.rows(plan, group);
+      if (!direct) stream_copy(out + r * job.out.row_stride, group.out[0], bytes);
     }
   });
 }

@@ -1,5 +1,5 @@
-// Makes a row by its plan: runs are copied, blocks shuffled out of windows of the row, the rest is moved
-// element by element.
+// Makes rows by their plan: runs are copied, lines shuffled out of windows of the row or packed, the rest is
+// moved element by element.
 #include <stdexcept>
 
 #include "common/cpu/stream.h"
@@ -12,7 +12,7 @@ namespace {
 #if defined(__AVX512BW__)
 // Words of 16 bits, each from any of 64 in two vectors.
 struct Words {
-  static constexpr ShuffleShape kShape{64, 128, 2};
+  static constexpr ShuffleShape kShape{128, 2};
   using V = __m512i;
   static V load(const char* p) { return _mm512_loadu_si512(p); }
   static V shuffle(const Step& step, const uint8_t* lanes, const char* row) {
@@ -24,11 +24,11 @@ struct Words {
   static void store(char* p, V v) { _mm512_storeu_si512(p, v); }
   static void stream(char* p, V v) { _mm512_stream_si512(reinterpret_cast<V*>(p), v); }
 };
-using Wide = Words;
+#define MINITRON_WORDS 1
 #elif MINITRON_VECTOR_BYTES == 64
 // The same word by word, so that such plans can be tested on CPUs without AVX-512.
 struct Words {
-  static constexpr ShuffleShape kShape{64, 128, 2};
+  static constexpr ShuffleShape kShape{128, 2};
   struct V {
     uint16_t word[32];
   };
@@ -50,47 +50,29 @@ struct Words {
     stream_lines(p, reinterpret_cast<const char*>(v.word), sizeof(v));
   }
 };
-using Wide = Words;
-#else
-struct Bytes;
-using Wide = Bytes;
+#define MINITRON_WORDS 1
 #endif
 
-#if defined(__SSSE3__)
-// Bytes, each from any of 16; a lane of kNoByte becomes zero.
-struct Bytes {
-  static constexpr ShuffleShape kShape{16, 16, 1};
-  using V = __m128i;
-  static V load(const char* p) { return _mm_loadu_si128(reinterpret_cast<const V*>(p)); }
-  static V shuffle(const Step& step, const uint8_t* lanes, const char* row) {
-    return _mm_shuffle_epi8(load(row + step.from), _mm_loadu_si128(reinterpret_cast<const V*>(lanes)));
-  }
-  static V merge(V a, V b) { return _mm_or_si128(a, b); }
-  static void store(char* p, V v) { _mm_storeu_si128(reinterpret_cast<V*>(p), v); }
-  static void stream(char* p, V v) { _mm_stream_si128(reinterpret_cast<V*>(p), v); }
-};
-#else
-// Without a shuffle: runs and elements only.
-struct Bytes {
-  static constexpr ShuffleShape kShape{16, 0, 1};
-};
-#endif
-
-void encode(const ShuffleShape& shape, const uint8_t* source_of, Step* step, uint8_t* lanes) {
-  for (int64_t i = 0; i < shape.block / shape.unit; ++i) {
-    const uint8_t source = source_of[i * shape.unit];
+void encode(const uint8_t* source_of, Step* step, uint8_t* lanes) {
+  for (int64_t i = 0; i < kLineBytes / 2; ++i) {
+    const uint8_t source = source_of[i * 2];
     if (source != kNoByte) step->filled |= uint32_t(1) << i;
-    if (shape.unit == 2) {
-      const uint16_t word = source / 2;
-      std::memcpy(lanes + 2 * i, &word, 2);
-    } else {
-      lanes[i] = source;
-    }
+    const uint16_t word = source / 2;
+    std::memcpy(lanes + 2 * i, &word, 2);
   }
 }
 
 template <bool kStream>
 void copy_line(char* to, const char* from) {
+#if defined(__AVX2__)
+  if constexpr (kStream) {
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), low);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + 32), high);
+    return;
+  }
+#endif
   if constexpr (kStream) {
     stream_lines(to, from, kLineBytes);
   } else {
@@ -102,24 +84,82 @@ void copy_line(char* to, const char* from) {
 // prefetchers stop at the end of a page, and the work between two loads keeps too few of them in flight.
 constexpr int64_t kAhead = 512;
 
-template <typename Isa, int64_t kSteps, bool kStream>
-void shuffle(const Step* step, const uint8_t* lanes, int64_t steps, const char* source, char* out,
-             char* end) {
-  constexpr int64_t kBlock = Isa::kShape.block;
+template <bool kStream>
+void copy_lines(const int32_t* from, int64_t lines, const char* source, char* out) {
+  for (int64_t i = 0; i < lines; ++i) {
+    __builtin_prefetch(source + from[i] + kAhead);
+    copy_line<kStream>(out + i * kLineBytes, source + from[i]);
+  }
+}
+
+#if defined(MINITRON_WORDS)
+template <int64_t kSteps, bool kStream>
+void shuffle(const Step* step, const Lanes* lanes, int64_t steps, const char* source, char* out, char* end) {
   const int64_t n = kSteps ? kSteps : steps;
-  for (; out != end; out += kBlock, step += n, lanes += n * kBlock) {
-    if ((end - out) % kLineBytes == 0) __builtin_prefetch(source + step->from + kAhead);
-    auto block = Isa::shuffle(step[0], lanes, source);
-    for (int64_t i = 1; i < n; ++i) {
-      block = Isa::merge(block, Isa::shuffle(step[i], lanes + i * kBlock, source));
-    }
+  for (; out != end; out += kLineBytes, step += n, lanes += n) {
+    __builtin_prefetch(source + step->from + kAhead);
+    auto line = Words::shuffle(step[0], lanes[0].byte, source);
+    for (int64_t i = 1; i < n; ++i) line = Words::merge(line, Words::shuffle(step[i], lanes[i].byte, source));
     if constexpr (kStream) {
-      Isa::stream(out, block);
+      Words::stream(out, line);
     } else {
-      Isa::store(out, block);
+      Words::store(out, line);
     }
   }
 }
+
+template <bool kStream>
+void shuffle(const GatherPlan& plan, const Segment& segment, const char* source, char* out) {
+  const Step* step = plan.steps.data() + segment.first;
+  const Lanes* lanes = plan.lanes.data() + segment.first;
+  char* end = out + segment.bytes;
+  switch (segment.steps) {
+    case 1:
+      return shuffle<1, kStream>(step, lanes, 1, source, out, end);
+    case 2:
+      return shuffle<2, kStream>(step, lanes, 2, source, out, end);
+    case 3:
+      return shuffle<3, kStream>(step, lanes, 3, source, out, end);
+    default:
+      return shuffle<0, kStream>(step, lanes, segment.steps, source, out, end);
+  }
+}
+#endif
+
+#if defined(__SSSE3__)
+constexpr int64_t kPacksPerPrefetch = 4;  // about a line of the source
+constexpr int64_t kPackAhead = 1024;
+
+// A segment of kRows rows, made aside first: a step stores a whole vector, of which the next one overwrites
+// what is no element, and streaming stores must fill lines.
+template <int64_t kRows, bool kStream>
+void pack(const GatherPlan& plan, const Segment& segment, const RowGroup& group, int64_t first) {
+  alignas(kLineBytes) char made[kRows][kPieceBytes + kLineBytes];
+  const char *source[kRows], *next[kRows];
+  for (int64_t r = 0; r < kRows; ++r) {
+    source[r] = group.source[first + r], next[r] = group.next[first + r];
+  }
+  const Pack *step = plan.packs.data() + segment.first, *const end = step + segment.steps;
+  for (int64_t at = 0; step != end;) {
+    const int64_t ahead = step->from + kPackAhead, behind = ahead - plan.row_bytes;
+    for (int64_t r = 0; r < kRows; ++r) {
+      __builtin_prefetch(behind < 0 ? source[r] + ahead : next[r] + behind);
+    }
+    for (const Pack* const stop = step + std::min(kPacksPerPrefetch, end - step); step != stop; ++step) {
+      const __m128i places = _mm_load_si128(reinterpret_cast<const __m128i*>(step->byte));
+      for (int64_t r = 0; r < kRows; ++r) {
+        const __m128i window = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source[r] + step->from));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(made[r] + at), _mm_shuffle_epi8(window, places));
+      }
+      at += step->bytes;
+    }
+  }
+  for (int64_t r = 0; r < kRows; ++r) {
+    char* to = group.out[first + r] + segment.to;
+    for (int64_t i = 0; i < segment.bytes; i += kLineBytes) copy_line<kStream>(to + i, made[r] + i);
+  }
+}
+#endif
 
 template <int64_t kElementSize, bool kStream>
 void elements(const int64_t* cols, int64_t n, const char* source, char* out) {
@@ -135,75 +175,73 @@ void elements(const int64_t* cols, int64_t n, const char* source, char* out) {
     std::memcpy(out + i * kElementSize, source + cols[i] * kElementSize, kElementSize);
 }
 
-template <typename Isa, bool kStream>
-void make_row(const GatherPlan& plan, const char* source, char* out) {
-  for (const Segment& segment : plan.segments) {
-    char* to = out + segment.to;
-    if (segment.kind == Segment::kLines) {
-      const int32_t* from = plan.lines.data() + segment.first;
-      for (char* end = to + segment.bytes; to != end; to += kLineBytes, ++from) {
-        __builtin_prefetch(source + *from + kAhead);
-        copy_line<kStream>(to, source + *from);
-      }
-    } else if (segment.kind == Segment::kElements) {
-      const int64_t *cols = plan.cols + segment.to / plan.element_size, n = segment.bytes / plan.element_size;
-      switch (plan.element_size) {
-        case 1:
-          elements<1, kStream>(cols, n, source, to);
-          break;
-        case 2:
-          elements<2, kStream>(cols, n, source, to);
-          break;
-        case 4:
-          elements<4, kStream>(cols, n, source, to);
-          break;
-        case 8:
-          elements<8, kStream>(cols, n, source, to);
-          break;
-        case 16:
-          elements<16, kStream>(cols, n, source, to);
-          break;
-        default:
-          throw std::logic_error("elements have 1, 2, 4, 8 or 16 bytes");
-      }
-    } else if constexpr (Isa::kShape.window > 0) {
-      const Step* step = plan.steps.data() + segment.first;
-      const uint8_t* lanes = plan.lanes.data()->byte + segment.first * Isa::kShape.block;
-      char* end = to + segment.bytes;
-      switch (segment.steps) {
-        case 1:
-          shuffle<Isa, 1, kStream>(step, lanes, 1, source, to, end);
-          break;
-        case 2:
-          shuffle<Isa, 2, kStream>(step, lanes, 2, source, to, end);
-          break;
-        case 3:
-          shuffle<Isa, 3, kStream>(step, lanes, 3, source, to, end);
-          break;
-        default:
-          shuffle<Isa, 0, kStream>(step, lanes, segment.steps, source, to, end);
-      }
-    } else {
-      throw std::logic_error("a plan has shuffles at a SIMD level without any");
-    }
+template <bool kStream>
+void elements(const GatherPlan& plan, const Segment& segment, const char* source, char* out) {
+  const int64_t *cols = plan.cols + segment.to / plan.element_size, n = segment.bytes / plan.element_size;
+  switch (plan.element_size) {
+    case 1:
+      return elements<1, kStream>(cols, n, source, out);
+    case 2:
+      return elements<2, kStream>(cols, n, source, out);
+    case 4:
+      return elements<4, kStream>(cols, n, source, out);
+    case 8:
+      return elements<8, kStream>(cols, n, source, out);
+    case 16:
+      return elements<16, kStream>(cols, n, source, out);
+    default:
+      throw std::logic_error("elements have 1, 2, 4, 8 or 16 bytes");
   }
 }
 
 template <bool kStream>
-void row(const GatherPlan& plan, const char* source, char* out) {
-  if (plan.element_size >= Wide::kShape.unit) {
-    make_row<Wide, kStream>(plan, source, out);
-  } else {
-    make_row<Bytes, kStream>(plan, source, out);
+void rows(const GatherPlan& plan, const RowGroup& group) {
+  for (const Segment& segment : plan.segments) {
+    if (segment.kind == Segment::kPack) {
+#if defined(__SSSE3__)
+      if (group.count == kGroupRows) {
+        pack<kGroupRows, kStream>(plan, segment, group, 0);
+      } else {
+        for (int64_t r = 0; r < group.count; ++r) pack<1, kStream>(plan, segment, group, r);
+      }
+      continue;
+#endif
+      throw std::logic_error("a plan packs at a SIMD level that cannot");
+    }
+    for (int64_t r = 0; r < group.count; ++r) {
+      const char* source = group.source[r];
+      char* out = group.out[r] + segment.to;
+      if (segment.kind == Segment::kLines) {
+        copy_lines<kStream>(plan.lines.data() + segment.first, segment.bytes / kLineBytes, source, out);
+      } else if (segment.kind == Segment::kElements) {
+        elements<kStream>(plan, segment, source, out);
+      } else {
+#if defined(MINITRON_WORDS)
+        shuffle<kStream>(plan, segment, source, out);
+#else
+        throw std::logic_error("a plan has shuffles at a SIMD level without any");
+#endif
+      }
+    }
   }
 }
 
 }  // namespace
 
 const GatherKernels& gather_kernels() {
-  static const GatherKernels table{Wide::kShape, Bytes::kShape, encode,
-                                   [](const GatherPlan& plan, const char* source, char* out, bool stream) {
-                                     stream ? row<true>(plan, source, out) : row<false>(plan, source, out);
+#if defined(MINITRON_WORDS)
+  constexpr ShuffleShape kShuffle = Words::kShape;
+#else
+  constexpr ShuffleShape kShuffle{0, 0};
+#endif
+#if defined(__SSSE3__)
+  constexpr bool kPacks = true;
+#else
+  constexpr bool kPacks = false;
+#endif
+  static const GatherKernels table{kShuffle, kPacks, encode,
+                                   [](const GatherPlan& plan, const RowGroup& group) {
+                                     group.stream ? rows<true>(plan, group) : rows<false>(plan, group);
                                    }};
   return table;
 }

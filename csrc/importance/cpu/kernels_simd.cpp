@@ -21,10 +21,11 @@ constexpr int64_t kUnroll = 64 / (kL * 2);
 template <int64_t kMoments, typename T>
 constexpr bool kPaired = kMoments == kAbs && std::is_same_v<T, bf16>;
 
-// Two vectors of floats from a row, of even and of odd places.
-inline void load_pair(const bf16* p, V (&out)[2]) {
+// The magnitudes of two vectors of floats from a row, of even and of odd places.
+inline void load_magnitudes(const bf16* p, V (&out)[2]) {
   U32 raw;
   std::memcpy(&raw, p, sizeof(raw));
+  raw &= 0x7fff7fffu;  // both at once
   out[0] = bit_cast<V>(raw << 16);
   out[1] = bit_cast<V>(raw & 0xffff0000u);
 }
@@ -36,7 +37,7 @@ int64_t in_pair(int64_t c) {
 }
 
 // How far ahead a row is prefetched: hardware prefetchers stop at the end of a page. Rows are read a group at
-// a time, so behind the last bytes of a row comes the row of the next group.
+// a time, so behind the last bytes of a row comes that of the next group.
 struct Ahead {
   int64_t bytes;      // how far
   int64_t row_bytes;  // from here on in the next group
@@ -51,8 +52,7 @@ template <int64_t kMoments>
 class Sums {
  public:
   // `paired`: whether they are loaded so, see kPaired.
-  Sums(void* scratch, int64_t values, const Ahead& ahead, bool paired)
-      : values_(values), ahead_(ahead), padded_(round_up(values, 16)) {
+  Sums(void* scratch, int64_t values, bool paired) : values_(values), padded_(round_up(values, 16)) {
     paired_ = paired ? values / (kUnroll * kL) * (kUnroll * kL) : 0;
     total_ = static_cast<double*>(scratch);
     chain_ = reinterpret_cast<float*>(total_ + kNumSums * padded_);
@@ -63,19 +63,20 @@ class Sums {
   // The scratch memory behind that of this object.
   float* scratch_end() const { return chain_ + kNumSums * padded_; }
 
-  // Adds n <= kGroup tokens, row r of them at rows[r].
+  // Adds n <= kGroup tokens, row r of them at rows[r * apart].
   template <typename T>
-  void add(const T* const* rows, int64_t n) {
+  void add(const T* const* rows, int64_t apart, int64_t n, const Ahead& ahead) {
+    const T* row[kGroup] = {};
+    for (int64_t r = 0; r < n; ++r) row[r] = rows[r * apart];
     const float share = float(n) / float(in_chain_ + n), weight = float(in_chain_) * share;
+    const auto whole = [](const T* p) { return load<float>(p); };
     int64_t c = 0;
     for (; c + kUnroll * kL <= values_; c += kUnroll * kL) {
-      add_columns<kUnroll>(rows, n, c, share, weight, [](const T* p) { return load<float>(p); });
+      add_columns<kUnroll>(row, n, c, share, weight, ahead, whole);
     }
-    for (; c + kL <= values_; c += kL) {
-      add_columns<1>(rows, n, c, share, weight, [](const T* p) { return load<float>(p); });
-    }
+    for (; c + kL <= values_; c += kL) add_columns<1>(row, n, c, share, weight, ahead, whole);
     if (const int64_t left = values_ - c) {
-      add_columns<1>(rows, n, c, share, weight,
+      add_columns<1>(row, n, c, share, weight, ahead,
                      [=](const T* p) { return load_partial<float>(p, left, 0.0f); });
     }
     in_chain_ += n;
@@ -101,7 +102,8 @@ class Sums {
   float* chain(int64_t k) const { return chain_ + k * padded_; }
 
   template <int64_t kN, typename T, typename Load>
-  void add_columns(const T* const* rows, int64_t n, int64_t c, float share, float weight, Load&& load_at) {
+  void add_columns(const T* const (&rows)[kGroup], int64_t n, int64_t c, float share, float weight,
+                   const Ahead& distance, Load&& load_at) {
     V magnitude[kN] = {}, square[kN] = {}, pivot[kN] = {}, shift[kN] = {}, shift_square[kN] = {};
     if constexpr (kMoments & kCentred) {
       // around the mean so far, so that little cancels; in a new chain around the first token
@@ -109,17 +111,16 @@ class Sums {
         pivot[j] = in_chain_ ? load<float>(chain(kNumSums - 2) + c + j * kL) : load_at(rows[0] + c + j * kL);
       }
     }
-    const int64_t ahead = ahead_.from(c * sizeof(T));
+    const int64_t ahead = c * sizeof(T) + distance.from(c * sizeof(T));
     for (int64_t r = 0; r < n; ++r) {
       for (int64_t at = 0; at < int64_t(kN * kL * sizeof(T)); at += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(rows[r] + c) + ahead + at);
+        __builtin_prefetch(reinterpret_cast<const char*>(rows[r]) + ahead + at);
       }
       if constexpr (kPaired<kMoments, T> && kN % 2 == 0) {
         for (int64_t j = 0; j < kN; j += 2) {
           V pair[2];
-          load_pair(rows[r] + c + j * kL, pair);
-          magnitude[j] += bit_cast<V>(bit_cast<U32>(pair[0]) & 0x7fffffffu);
-          magnitude[j + 1] += bit_cast<V>(bit_cast<U32>(pair[1]) & 0x7fffffffu);
+          load_magnitudes(rows[r] + c + j * kL, pair);
+          magnitude[j] += pair[0], magnitude[j + 1] += pair[1];
         }
         continue;
       }
@@ -178,7 +179,6 @@ class Sums {
   }
 
   int64_t values_, paired_;
-  Ahead ahead_;
   int64_t padded_, tokens_ = 0, in_chain_ = 0;
   double* total_;
   float* chain_;
@@ -255,11 +255,14 @@ float distance(const T* x, const T* y, int64_t n, int64_t ahead) {
 constexpr int64_t kLongRow = 16 << 10;  // bytes
 constexpr int64_t kAhead = 512;         // bytes, along one row
 constexpr int64_t kGroupAhead = 256;    // bytes, along each of the rows of a group
+// The rows of a group are this many tokens apart. So groups, one after the other, read kGroup long stretches
+// side by side; rows that follow each other would be as many short ones that all end at once.
+constexpr int64_t kApart = 8;
 
-// Short rows are prefetched some groups ahead.
-Ahead ahead_of(int64_t row_bytes, int64_t stride) {
-  if (row_bytes < 2 * kGroupAhead) return {2 * kGroup * stride, 0, 0};
-  return {kGroupAhead, row_bytes, kGroup * stride - row_bytes};
+// next: bytes from a row to that of the next group. Short rows are prefetched two groups ahead.
+Ahead ahead_of(int64_t row_bytes, int64_t next) {
+  if (row_bytes < 2 * kGroupAhead) return {2 * next, 0, 0};
+  return {kGroupAhead, row_bytes, next - row_bytes};
 }
 
 template <int64_t kMoments, typename T>
@@ -267,16 +270,13 @@ int64_t moments(const MomentsTask& task, void* scratch) {
   // norms of heads are padded to whole vectors: there are few of them
   const int64_t lanes = task.heads ? round_up(task.values, kL) : task.values;
   const int64_t row_bytes = task.values * task.head_dim * sizeof(T);
-  const Ahead ahead = ahead_of(row_bytes, task.stride);
   // heads are read row after row; short ones and pieces of rows are prefetched some tokens ahead
   const int64_t along = row_bytes >= kLongRow && row_bytes == task.stride ? kAhead : 2 * kGroup * task.stride;
-  Sums<kMoments> sums(scratch, lanes, task.heads ? Ahead{} : ahead, !task.heads && kPaired<kMoments, T>);
+  Sums<kMoments> sums(scratch, lanes, !task.heads && kPaired<kMoments, T>);
   float* norms = sums.scratch_end();
   if (task.heads) std::fill_n(norms, kGroup * lanes, 0.0f);
-  const T* rows[kGroup];
-  int64_t n = 0;
-  const auto add = [&] {
-    if (!task.heads) return sums.add(rows, n);
+  const T* rows[kGroup * kApart];
+  const auto add_heads = [&](int64_t n) {
     const float* heads[kGroup];
     for (int64_t r = 0; r < n; ++r) {
       float* out = norms + r * lanes;
@@ -285,14 +285,29 @@ int64_t moments(const MomentsTask& task, void* scratch) {
       }
       heads[r] = out;
     }
-    sums.add(heads, n);
+    sums.add(heads, 1, n, Ahead{});
   };
+  const auto add = [&](int64_t n) {
+    if (task.heads) return add_heads(n);
+    if (n == kGroup * kApart) {
+      for (int64_t i = 0; i < kApart; ++i) {
+        const int64_t next = i + 1 < kApart ? 1 : kGroup * kApart - i;
+        sums.add(rows + i, kApart, kGroup, ahead_of(row_bytes, next * task.stride));
+      }
+      return;
+    }
+    for (int64_t i = 0; i < n; i += kGroup) {
+      sums.add(rows + i, 1, std::min(kGroup, n - i), ahead_of(row_bytes, kGroup * task.stride));
+    }
+  };
+  const int64_t most = task.heads ? kGroup : kGroup * kApart;
+  int64_t n = 0;
   for (int64_t t = 0; t < task.tokens; ++t) {
     if (task.mask && !task.mask[t]) continue;
     rows[n++] = reinterpret_cast<const T*>(task.x + t * task.stride);
-    if (n == kGroup) add(), n = 0;
+    if (n == most) add(n), n = 0;
   }
-  if (n) add();
+  if (n) add(n);
   return sums.finish(task.sums, task.values, task.sum_stride);
 }
 
