@@ -81,10 +81,11 @@ def test_a_part_of_a_state(monkeypatch, native_calls):
 
 
 def test_what_is_left_to_torch(monkeypatch, native_calls):
-    """Strided moments, one count for all groups: the same result without the native call."""
+    """Strided moments, other counts, one count for all groups: the same result without the native call."""
     for groups, change in (
         (None, lambda m: m._replace(values=m.values.transpose(1, 2).contiguous().transpose(1, 2))),
         (None, lambda m: m._replace(counts=m.counts.repeat_interleave(2)[::2])),
+        (None, lambda m: m._replace(counts=m.counts.int())),
         (2, lambda m: m),
     ):
         moments = made(("mean",), 3, 6)
@@ -93,6 +94,32 @@ def test_what_is_left_to_torch(monkeypatch, native_calls):
         by_torch(monkeypatch, expected, moments)
         assert_alike(ours, expected)
     assert not native_calls
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_moments_that_do_not_fit_are_refused(monkeypatch, native):
+    """Before anything is added, and not spread over channels or taken for another aggregation."""
+    if not native:
+        monkeypatch.setattr(_native, "available", lambda: False)
+    m = made(("mean", "L2"), 2, 6)
+    grouped = m._replace(counts=torch.ones(2, 3, dtype=torch.int64))
+    for options, moments, name in (
+        ({"seq": ("mean", "var")}, m, "flags"),
+        ({}, m._replace(flags=7), "values"),
+        ({}, m._replace(values=m.values[0]), "values"),
+        ({}, m._replace(values=m.values[:, :, :1]), "values"),
+        ({}, m._replace(values=m.values[:, :1]), "counts"),
+        ({}, m._replace(counts=m.counts[:1]), "counts"),
+        ({}, m._replace(counts=m.counts.float()), "counts"),
+        ({}, m._replace(counts=m.counts[0]), "counts"),
+        ({}, grouped, "counts"),
+        ({"groups": 2}, grouped, "counts"),
+    ):
+        state = ImportanceState(6, **({"seq": ("L2", "mean")} | options))
+        with pytest.raises(ValueError, match=rf"moments\.{name} must"):
+            state.add_(moments)
+        assert not any(x.any() for x in state._tensors().values())
+    assert ImportanceState(6, groups=3).add_(grouped).tokens.tolist() == [2, 2, 2]
 
 
 def test_the_op_refuses_what_does_not_fit():

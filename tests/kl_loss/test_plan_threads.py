@@ -124,3 +124,12 @@ def test_few_threads_where_there_is_room_for_few():
     assert plan.threads == 1 and "1 thread(s)" in plan.explain()
     plenty = planned(SHAPES[1], 4 << 30, 128, schedule="recompute")
     assert plenty.threads == 128 and plenty.tile_group >= 128
+
+
+@pytest.mark.parametrize("schedule", ["auto", "store", "recompute"])
+@pytest.mark.parametrize("shape", [(5, 0, 64, 80), (0, 0, 64, 80), (0, 1000, 64, 80)])
+def test_nothing_to_store_fits(shape, schedule):
+    """No vocabulary, or no tokens: a plan, and not an error that names less than the budget as too much."""
+    plan = planned(shape, MIB, 2, schedule=schedule)
+    assert plan.workspace_bytes <= MIB and schedule in ("auto", plan.schedule)
+    assert plan.schedule != "store" or plan.stored_share == 1.0

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from minitron_kernels import _native
-from minitron_kernels.ops.importance.moments import MOMENT_OF, Moments
+from minitron_kernels.ops.importance.moments import MOMENT_OF, Moments, num_moments
 
 BATCH_AGGREGATIONS = ("L2", "mean", "var")
 
@@ -141,7 +141,12 @@ class ImportanceState(_Sums):
         return sum(MOMENT_OF[name] for name in self.seq)
 
     def add_(self, moments: Moments) -> ImportanceState:
-        """Adds sequences by their moments (moments_of() with this state's `kinds`). Returns itself."""
+        """Adds sequences by their moments (moments_of() with this state's `kinds`). Returns itself.
+
+        Raises:
+            ValueError: they are of other aggregations, channels or groups; nothing is added then.
+        """
+        self._check(moments)
         if self._is_native(moments):
             aggregations = [MOMENT_OF[name] for name in self.seq]
             torch.ops.minitron_kernels.importance_add_.default(
@@ -157,6 +162,26 @@ class ImportanceState(_Sums):
         self.tokens += moments.counts.sum(0)
         return self
 
+    def _check(self, moments: Moments) -> None:
+        """That they are this state's: torch would spread one channel, or one count, over all."""
+        values, counts, flags = moments
+        if self.kinds & ~flags:
+            raise ValueError(f"moments.flags must have those of {', '.join(self.seq)}, got {flags}")
+        C, sums = self.num_channels, num_moments(flags)
+        if values.dim() != 3 or values.shape[0] != sums or values.shape[2] != C:
+            raise ValueError(f"moments.values must be [{sums}, B, {C}], got {tuple(values.shape)}")
+        of_all = counts.dim() == 1 or counts.shape[1:] == self.tokens.shape
+        if (
+            counts.dim() == 0
+            or counts.shape[0] != values.shape[1]
+            or not of_all
+            or counts.is_floating_point()
+        ):
+            raise ValueError(
+                f"moments.counts must be {[values.shape[1], *self.tokens.shape]} integers, one for each "
+                f"sequence (and group), got {counts.dtype} {list(counts.shape)}"
+            )
+
     def _is_native(self, moments: Moments) -> bool:
         """Whether one native call can add them, in place of seventeen of torch."""
         values, counts = moments.values, moments.counts
@@ -166,9 +191,9 @@ class ImportanceState(_Sums):
             and _native.available()
             and values.dtype in (torch.float32, torch.float64)
             and values.is_contiguous()
+            and counts.dtype == torch.int64
             and counts.is_contiguous()
             and counts.shape[1:] == self.tokens.shape
-            and values.shape[2] == self.num_channels
         )
 
     def part(self, begin: int, end: int) -> ImportanceState:

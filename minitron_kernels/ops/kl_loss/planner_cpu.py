@@ -78,8 +78,9 @@ class CpuPlan(LinearKLPlan):
 
     @property
     def stored_share(self) -> float:
-        """The share of the logits that is kept from the sums to the gradient."""
-        return self.stored_tiles / max(1, -(-self.vocab_size // self.tile))
+        """The share of the logits that is kept from the sums to the gradient; all of none."""
+        tiles = -(-self.vocab_size // self.tile)
+        return self.stored_tiles / tiles if tiles else 1.0
 
     def _explain_operands(self) -> str:
         return f", operands {self.engine}"
