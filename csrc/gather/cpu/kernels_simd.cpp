@@ -145,7 +145,8 @@ void pack(const GatherPlan& plan, const Segment& segment, const RowGroup& group,
     for (int64_t r = 0; r < kRows; ++r) {
       __builtin_prefetch(behind < 0 ? source[r] + ahead : next[r] + behind);
     }
-    for (const Pack* const stop = step + std::min<int64_t>(kPacksPerPrefetch, end - step); step != stop; ++step) {
+    for (const Pack* const stop = step + std::min<int64_t>(kPacksPerPrefetch, end - step); step != stop;
+         ++step) {
       const __m128i places = _mm_load_si128(reinterpret_cast<const __m128i*>(step->byte));
       for (int64_t r = 0; r < kRows; ++r) {
         const __m128i window = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source[r] + step->from));
