@@ -36,13 +36,21 @@ def texts() -> dict[str, str]:
 
 
 def without_page() -> dict[str, str]:
-    """{page: text} for packages that no page of the reference names: each gets one."""
-    named = {name for text in texts().values() for name in OTHERS.findall(text)}
-    return {
-        f"reference/{name.removeprefix('minitron_kernels.')}.md": f"# `{name}`\n\n<!-- others of {name} -->\n"
-        for name in packages()
-        if name not in named
-    }
+    """{page: text} for packages that no page of the reference names: each gets one.
+
+    Raises: ValueError where the new page would take the place of a written one.
+    """
+    written = texts()
+    named = {name for text in written.values() for name in OTHERS.findall(text)}
+    pages = {}
+    for name in packages():
+        if name in named:
+            continue
+        page = f"reference/{name.removeprefix('minitron_kernels.')}.md"
+        if page in written:
+            raise ValueError(f"docs/{page}: wanted a line <!-- others of {name} -->: add it at the end")
+        pages[page] = f"# `{name}`\n\n<!-- others of {name} -->\n"
+    return pages
 
 
 def listed() -> list[str]:

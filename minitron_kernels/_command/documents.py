@@ -15,6 +15,7 @@ import numpy as np
 
 # of files in a folder, those that are read
 SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson", ".parquet", ".arrow", ".npy")
+_PLAIN = (".txt", ".md")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 KEYS = ("text", "messages")  # of which the first that a document has is read, unless a key is named
 _ARROW_STREAM = b"\xff\xff\xff\xff"
@@ -32,6 +33,8 @@ _ZIP = b"PK\x03\x04"
 def expand(files: Sequence[Path]) -> list[Path]:
     """The files, and in place of a folder those in it that have a known suffix, by name.
 
+    What is hidden in a folder is not its data, and a README.md is not where there are files other than text.
+
     Raises:
         FileNotFoundError, ValueError: there is no such file; a folder has none.
     """
@@ -42,21 +45,29 @@ def expand(files: Sequence[Path]) -> list[Path]:
         if not file.is_dir():
             found.append(file)
             continue
-        inside = [path for path in sorted(file.rglob("*")) if path.is_file() and _kind(path) in SUFFIXES]
+        inside = [path for path in sorted(file.rglob("*")) if kind_of(path) in SUFFIXES]
+        inside = [path for path in inside if path.is_file() and not _is_hidden(path.relative_to(file))]
+        if any(kind_of(path) not in _PLAIN for path in inside):
+            inside = [path for path in inside if path.name.lower() != "readme.md"]
         if not inside:
             raise ValueError(f"{file}: is a folder without {', '.join(SUFFIXES)} files")
         found += inside
     return found
 
 
-def _kind(file: Path) -> str:
-    """The suffix that tells what a file holds, that of compression apart."""
-    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def kind_of(file: Path) -> str:
+    """The suffix that tells what a file holds, in small letters, that of compression apart."""
+    name = Path(file.name.lower())
+    return Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
 
 
 def is_ids(file: Path) -> bool:
     """Whether the file holds token ids, for which no tokenizer is needed."""
-    return file.suffix == ".npy"
+    return file.suffix.lower() == ".npy"
 
 
 def texts(file: Path, tokenizer: Any, text_key: str | None = None) -> Iterator[str]:
@@ -72,10 +83,10 @@ def texts(file: Path, tokenizer: Any, text_key: str | None = None) -> Iterator[s
     Raises:
         ValueError: the file cannot be read as its suffix says; names it, and what to do.
     """
-    kind = _kind(file)
+    kind = kind_of(file)
     if kind in (".parquet", ".arrow"):
         for number, value in enumerate(_column(file, kind, text_key)):
-            yield _as_text(value, tokenizer, f"{file}: row {number}")
+            yield _as_text(value, tokenizer, f"{file}: row {number}", text_key or "text")
         return
     if kind == ".json":
         raise ValueError(
@@ -83,7 +94,9 @@ def texts(file: Path, tokenizer: Any, text_key: str | None = None) -> Iterator[s
             "(if it has these lines already, rename it)"
         )
     if kind not in (".jsonl", ".ndjson"):
-        yield _decoded(file, _read(file))
+        text = _decoded(file, _read(file))
+        _check_not_lines(file, text, text_key)
+        yield text
         return
     # split at line feeds alone: splitlines() would split inside strings, at U+2028
     for number, line in enumerate(_decoded(file, _read(file)).split("\n"), 1):
@@ -155,6 +168,20 @@ def _decoded(file: Path, data: bytes) -> str:
         return data.decode("utf-8-sig")  # drops a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: must be text in UTF-8, but byte {error.start} is not") from None
+
+
+def _check_not_lines(file: Path, text: str, text_key: str | None) -> None:
+    """Raises ValueError if the first line is an object with a text: then the file is not a text."""
+    first = next((line for line in text.split("\n", 8) if line.strip()), "")
+    if not first.lstrip().startswith("{"):
+        return
+    try:
+        found = json.loads(first)
+    except ValueError:
+        return
+    for key in KEYS if text_key is None else (text_key,):
+        if isinstance(found.get(key), str | list):
+            raise ValueError(f'{file}: has lines of JSON with a "{key}": rename it to .jsonl')
 
 
 def _of_line(line: str, tokenizer: Any, text_key: str | None, where: str) -> str:

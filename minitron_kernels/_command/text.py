@@ -158,9 +158,12 @@ class _Stretches:
             text, end = self._texts[number], int(self._ends[number])
             begin = at - (end - len(text))
             piece = text[begin : begin + self._stretch]
+            half = self._stretch // 2  # spaces are looked for so far; there are scripts without
+            if begin + len(piece) < len(text) and (last := piece.rfind(" ", half)) > 0:
+                piece = piece[:last]  # the next one begins with the space, not within a word
             at += len(piece)
             if first and begin:  # inside a text: it goes on behind a space, so as not to begin within a word
-                piece = piece[piece.find(" ") + 1 :]
+                piece = piece[piece.find(" ", 0, half) + 1 :]
             first = False
             ids += _encoded(self._tokenizer, piece)
             if at == end:

@@ -2,7 +2,7 @@
 
 from minitron_kernels.evaluation.benchmarks import BENCHMARKS, PUBLISHED, Benchmark
 from minitron_kernels.evaluation.harness import check_installed
-from minitron_kernels.evaluation.results import Evaluation, evaluation_table
+from minitron_kernels.evaluation.results import Evaluation, OtherResultsError, evaluation_table
 from minitron_kernels.evaluation.run import evaluate
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "PUBLISHED",
     "Benchmark",
     "Evaluation",
+    "OtherResultsError",
     "check_installed",
     "evaluate",
     "evaluation_table",

@@ -21,6 +21,7 @@ from minitron_kernels.evaluation.choice import Choice
 VERSION = "0.4.13"
 PIP = f"pip install 'lm_eval[hf]=={VERSION}'"
 # metrics that are shares, shown in per cent; an earlier one is rather the headline of a task
+# (squadv2's and SCROLLS' f1 are in per cent already: a share is at most 1)
 SHARES = ("acc_norm", "acc", "exact_match", "pass@1", "pass_at_1", "f1", "em", "mcc", "rougeL")
 # what lm-eval says of every model that it did not load itself
 _ALWAYS_SAID = ("`pretrained` model kwarg is not of type", "Passed an already-initialized model")
@@ -186,7 +187,8 @@ def _entry(choice: Choice, key: str, leaves: list[str], done: Mapping[str, Any])
         ranks = {name: rank for rank, name in enumerate(SHARES)}
         metric = min(metrics, key=lambda name: ranks.get(name.split(",")[0], len(ranks)))
         label, title = metric.split(",")[0], choice.name
-    scale = 100.0 if metric.split(",")[0] in SHARES else 1.0
+    is_share = metric.split(",")[0] in SHARES
+    scale = 100.0 if is_share and abs(metrics[metric]) <= 1.0 else 1.0
     name, kind = metric.split(",", 1)
     stderr = done["results"][key].get(f"{name}_stderr,{kind}")
     shots = {int(done["n-shot"].get(leaf) or 0) for leaf in leaves}
@@ -194,7 +196,7 @@ def _entry(choice: Choice, key: str, leaves: list[str], done: Mapping[str, Any])
     return {
         "value": scale * metrics[metric],
         "stderr": scale * stderr if _is_number(stderr) else None,
-        "unit": "%" if scale == 100.0 else "",
+        "unit": "%" if is_share else "",
         "metric": label,
         "shots": shots.pop() if len(shots) == 1 else None,
         "title": title,

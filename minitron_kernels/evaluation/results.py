@@ -18,6 +18,10 @@ PUBLISHED_CHOICES = ("announcement", "all", "none")
 _FIELDS = ("model", "settings", "versions", "tasks", "left_out", "fingerprint")
 
 
+class OtherResultsError(ValueError):
+    """A file holds results of another model, other settings, or other shots."""
+
+
 @dataclass
 class Evaluation:
     """The results of one model.
@@ -27,7 +31,8 @@ class Evaluation:
         tasks: {task: {"value": of the metric, in per cent where it is a share; "stderr": its standard error
             in the same unit, or None; "metric", "shots", "title", "unit": "%" or ""; "documents" that were
             evaluated, "of": that there are; "seconds"; "warnings" of lm-eval; "all": what lm-eval returned}}.
-        settings: limit, dtype, chat_template, max_length, seed: what the results depend on.
+        settings: limit, dtype, chat_template, max_length, seed, tasks_path (a hash of the files in it): what
+            the results depend on.
         versions: of lm_eval, transformers, torch and this library.
         left_out: tasks that were not run since they run code.
         fingerprint: of the checkpoint's files; None for a model in memory.

@@ -24,7 +24,7 @@ from minitron_kernels.evaluation.choice import (
     running_code,
     written,
 )
-from minitron_kernels.evaluation.results import Evaluation
+from minitron_kernels.evaluation.results import Evaluation, OtherResultsError
 
 ALLOW_CODE = "HF_ALLOW_CODE_EVAL"  # asked for by the library that runs the code
 
@@ -106,6 +106,7 @@ def evaluate(
         "chat_template": chat_template,
         "max_length": max_length,
         "seed": seed,
+        "tasks_path": None if folder is None else _hash_of_folder(folder),
     }
     if not in_memory:
         check_model(Path(model))
@@ -172,6 +173,7 @@ def _run_all(
                     "seconds": round(time.monotonic() - begin, 3),
                     "warnings": sorted(said),
                     "asked": choice.name,
+                    "asked_shots": choice.shots,
                 }
                 result.tasks[name] = entry | more
             for text, times in said.items():
@@ -256,12 +258,18 @@ def _is_done(choice: Choice, result: Evaluation) -> bool:
     """Whether results of this choice are there, with its shots.
 
     Raises:
-        ValueError: they are, with others.
+        OtherResultsError: they are, with others.
     """
     there = [entry for entry in result.tasks.values() if entry["asked"] == choice.name]
     for entry in there:
+        asked = entry.get("asked_shots")
+        if choice.shots is None and asked is not None:
+            raise OtherResultsError(
+                f"output holds {choice.name} with {asked} shots, as was asked for, not with its own: take "
+                "another output, or overwrite it"
+            )
         if choice.shots is not None and entry["shots"] != choice.shots:
-            raise ValueError(
+            raise OtherResultsError(
                 f"output holds {choice.name} with {entry['shots']} shots, not {choice.shots}: take another "
                 "output, or overwrite it"
             )
@@ -272,7 +280,8 @@ def _resumed(new: Evaluation, output: Path, overwrite: bool) -> Evaluation:
     """The results in `output`, if they are of the same model and settings.
 
     Raises:
-        ValueError, OSError: they are of others, or it is something else; it cannot be written.
+        OtherResultsError: they are of others.
+        ValueError, OSError: it is something else; it cannot be written.
     """
     if output.suffix != ".json":
         raise ValueError(f"output must be a .json file (the table goes into a .md beside it), got {output}")
@@ -282,11 +291,11 @@ def _resumed(new: Evaluation, output: Path, overwrite: bool) -> Evaluation:
     old = Evaluation.load(output)
     again = "take another output, or overwrite it"
     if new.fingerprint is None:
-        raise ValueError(f"{output}: holds results, perhaps not of this model in memory: {again}")
+        raise OtherResultsError(f"{output}: holds results, perhaps not of this model in memory: {again}")
     for name in ("model", "fingerprint", "settings", "versions"):
         mine, theirs = getattr(new, name), getattr(old, name)
         if mine != theirs:
-            raise ValueError(f"{output}: holds results with {name} {theirs!r}, not {mine!r}: {again}")
+            raise OtherResultsError(f"{output}: holds results with {name} {theirs!r}, not {mine!r}: {again}")
     old.left_out = []
     return old
 
@@ -297,10 +306,25 @@ def fingerprint(folder: Path) -> str:
         *("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json"),
         "tokenizer*",
     ]
-    parts += ["special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*"]
+    parts += ["special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"]
+    parts += ["*.model", "*.tiktoken"]
     files = sorted({path for part in parts for path in folder.glob(part) if path.is_file()})
     lines = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _hash_of_folder(folder: Path) -> str:
+    """Of the names and contents of all files below a folder."""
+    found = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if "__pycache__" in path.parts:  # written by the run itself
+            continue
+        content = hashlib.sha256()
+        with path.open("rb") as stream:
+            while piece := stream.read(1 << 20):
+                content.update(piece)
+        found.update(f"{path.relative_to(folder).as_posix()} {content.hexdigest()}\n".encode())
+    return found.hexdigest()[:16]
 
 
 def _versions() -> dict[str, str]:

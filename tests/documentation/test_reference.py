@@ -4,6 +4,8 @@ import ast
 import re
 import runpy
 
+import pytest
+
 from documentation.snippets import ROOT
 
 TOOL = runpy.run_path(str(ROOT / "docs/tools/public.py"))
@@ -68,6 +70,14 @@ def test_a_package_that_no_page_names_gets_one(monkeypatch):
         "# `minitron_kernels.pruning`\n\n<!-- others of minitron_kernels.pruning -->\n"
     )
     assert len(TOOL["without_page"]()) == len(TOOL["packages"]()) - 1
+
+
+def test_no_page_takes_the_place_of_a_written_one(monkeypatch):
+    monkeypatch.setitem(
+        TOOL["without_page"].__globals__, "texts", lambda: {"reference/pruning.md": "# Pruning\n"}
+    )
+    with pytest.raises(ValueError, match=r"docs/reference/pruning\.md.*others of minitron_kernels\.pruning"):
+        TOOL["without_page"]()
 
 
 def test_no_name_stands_twice():

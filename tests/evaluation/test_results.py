@@ -11,6 +11,7 @@ from minitron_kernels.evaluation import (
     BENCHMARKS,
     PUBLISHED,
     Evaluation,
+    OtherResultsError,
     evaluate,
     evaluation_table,
     harness,
@@ -192,6 +193,36 @@ def test_another_model_is_another_result(stub, tmp_path):
     tiny.save_model(model, seed=1)
     with pytest.raises(ValueError, match="holds results with fingerprint"):
         evaluate(model, ["a"], output=output)
+
+
+def test_other_tokenizers_tasks_and_shots_are_other_results(stub, tmp_path):
+    model, output = stub.model, tmp_path / "out.json"
+    (tmp_path / "tasks" / "data").mkdir(parents=True)
+    for name in ("a.yaml", "data/a.jsonl"):
+        (tmp_path / "tasks" / name).write_text("1")
+    how = dict(tasks_path=tmp_path / "tasks", output=output)
+    evaluate(model, ["a"], **how)
+    evaluate(model, ["a"], **how)
+    assert stub.ran == ["a"]
+    (tmp_path / "tasks" / "data" / "a.jsonl").write_text("2")
+    with pytest.raises(OtherResultsError, match="holds results with settings"):
+        evaluate(model, ["a"], **how)
+    evaluate(model, ["a:0"], **how, overwrite=True)
+    with pytest.raises(OtherResultsError, match="holds a with 0 shots, as was asked for, not with its own"):
+        evaluate(model, ["a"], **how)
+    (model / "spiece.model").write_text("1")
+    with pytest.raises(OtherResultsError, match="holds results with fingerprint"):
+        evaluate(model, ["a:0"], **how)
+
+
+def test_shares_that_are_in_per_cent_already():
+    """Of squadv2, f1 is one of 0 to 100."""
+    done = {"n-shot": {"s": 0}, "n-samples": {"s": {"original": 4, "effective": 4}}}
+    found = {}
+    for value in (0.25, 25.0):
+        done["results"] = {"s": {"f1,none": value, "f1_stderr,none": value / 10}}
+        found[value] = harness.entries_of(Choice("s", "s", None, None), {"tasks": {"s": None}}, done)["s"]
+    assert [(one["value"], one["stderr"], one["unit"]) for one in found.values()] == [(25.0, 2.5, "%")] * 2
 
 
 def test_arguments(stub, tmp_path):

@@ -93,6 +93,32 @@ def test_what_was_kept_of_another_command_is_not_used(place, interrupted_at, cha
     assert ImportanceScores.load(place / "scores").tokens == 256
 
 
+@pytest.mark.parametrize("change", ["tokenizer", "weights"])
+def test_what_the_text_and_the_model_are_made_of_counts(place, interrupted_at, change):
+    at, ran = interrupted_at
+    save_tokenizer(place / "model")
+    (place / "a.txt").write_text(" ".join(f"w{number % 90}" for number in range(600)))
+    (place / "model" / "pytorch_model.bin").write_bytes(b"not read where there are safetensors")
+    few = ["--samples", 8, "--batch-size", 2, "--quiet"]
+    at.append(3)
+    assert score(place, "scores", *few, text="a.txt") == 130 and ran == [1, 1]
+    if change == "tokenizer":
+        file = place / "model" / "tokenizer.json"
+        file.write_text(file.read_text().replace('"w1"', '"v1"'))  # now w1 is unknown
+    else:
+        (place / "model" / "pytorch_model.bin").write_bytes(b"others")
+    ran.clear()
+    assert score(place, "scores", *few, text="a.txt") == 0 and ran == [1] * 4
+    assert score(place, "whole", *few, text="a.txt") == 0
+    assert same(*(ImportanceScores.load(place / name) for name in ("scores", "whole")))
+
+
+def test_a_folder_of_ids_needs_no_tokenizer(place):
+    (place / "ids").mkdir()
+    (place / "tokens.npy").rename(place / "ids" / "tokens.npy")
+    assert score(place, "scores", "--samples", 2, "--quiet", "--axes", "mlp", text="ids") == 0
+
+
 def test_experts_alone_begin_anew(tmp_path, interrupted_at, capsys):
     """They do not tell how many tokens they are of."""
     at, _ = interrupted_at

@@ -191,3 +191,74 @@ def test_where_most_is_wanted_all_is_tokenised(tmp_path, short_is_long):
     np.save(tmp_path / "b.npy", np.arange(5000))
     found = calibration_windows([tmp_path / "b.npy"], None, length=10, samples=3)
     assert (found[:, 0] % 10 == 0).all()
+
+
+def test_capital_letters_are_the_same_suffix(tmp_path):
+    (tmp_path / "A.JSONL").write_bytes(as_jsonl(ROWS))
+    (tmp_path / "B.jsonl.GZ").write_bytes(gzip.compress(as_jsonl(ROWS)))
+    assert tokens(tmp_path / "A.JSONL") == tokens(tmp_path / "B.jsonl.GZ") == WANTED
+    with (tmp_path / "C.NPY").open("wb") as stream:
+        np.save(stream, np.arange(8))
+    assert tokens(tmp_path / "C.NPY") == list(range(8))
+
+
+def test_json_lines_are_not_scored_as_text(tmp_path):
+    for name in ("a.txt", "b"):
+        (tmp_path / name).write_bytes(b"\n" + as_jsonl(ROWS))
+        message = rf'{name}: has lines of JSON with a "text": rename it to \.jsonl'
+        with pytest.raises(ValueError, match=message):
+            tokens(tmp_path / name)
+    (tmp_path / "c.txt").write_bytes(as_jsonl([{"body": "ab"}]))
+    with pytest.raises(ValueError, match='"body"'):
+        windows(tmp_path / "c.txt", text_key="body")
+    for text in ('{"text": "ab", and no more', '["text"]', '{"other": 1}', '{"text": 1}'):
+        (tmp_path / "c.txt").write_text(text)
+        assert tokens(tmp_path / "c.txt")[:2] == in_letters(text)[:2]
+
+
+def test_a_folder_of_a_data_set_is_its_data(tmp_path):
+    """A download of the hub has a card, and a hidden folder."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_bytes(as_jsonl(ROWS))
+    (tmp_path / "README.md").write_text("what this is")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "b.txt").write_text("not this")
+    assert tokens(tmp_path) == WANTED
+    (tmp_path / "data" / "a.jsonl").unlink()
+    assert tokens(tmp_path) == in_letters("what this is")[:12]  # of text alone it is a text
+
+
+def test_the_key_that_is_wrong_is_named(tmp_path):
+    pytest.importorskip("pyarrow", reason="needs pip install pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a", None]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r'row 1 must have a string as its "body".*got NoneType'):
+        windows(tmp_path / "a.parquet", text_key="body")
+
+
+class Words(Letters):
+    """One token a word; the same token for the same word."""
+
+    def __call__(self, text, **options):
+        return {"input_ids": [int(word) for word in text.split(" ") if word]}
+
+
+def test_drawn_windows_are_pieces_of_the_text_as_a_whole(tmp_path, short_is_long):
+    words = [10_000_000_000 + number for number in range(3000)]  # longer than a stretch allows for
+    (tmp_path / "a.txt").write_text(" ".join(map(str, words)))
+    found = windows(tmp_path / "a.txt", tokenizer=Words(), length=10, samples=9)
+    assert found.shape == (9, 10)
+    for row in found.tolist():
+        assert row == list(range(row[0], row[0] + 10)) and row[0] in words
+
+
+def test_drawn_windows_do_not_overlap_where_spaces_are_rare(tmp_path, short_is_long):
+    letters = [chr(0x4E00 + number) for number in range(8000)]  # as in Chinese, each once
+    for place in range(79, 8000, 160):
+        letters[place] = " "
+    (tmp_path / "a.txt").write_text("".join(letters))
+    found = windows(tmp_path / "a.txt", length=10, samples=40).flatten()
+    found = found[found != ord(" ")]
+    assert len(found) >= 360 and len(found.unique()) == len(found)

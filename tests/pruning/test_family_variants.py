@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ VARIANTS = {
     "no biases": ("opt", {"enable_bias": False}, NARROW, None),
     "queries without a latent": (
         "deepseek_v2",
-        {},
+        {"attention_bias": True, "mlp_bias": True},
         {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "n_routed_experts": 3},
         None,
     ),
@@ -151,6 +152,30 @@ def test_masks_of_old_checkpoints_are_left_out(tmp_path):
     expected = {name.removeprefix("transformer."): tensor for name, tensor in smaller.state_dict().items()}
     assert set(found) == set(expected) - {"lm_head.weight"}
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_masks_of_pythia_are_left_out(tmp_path):
+    model, tensors = saved("gpt_neox", tmp_path / "source")
+    masks = {"bias": torch.ones(1, 1, 64, 64, dtype=torch.bool), "masked_bias": torch.tensor(-1e9)}
+    for name, mask in masks.items():
+        tensors |= {f"gpt_neox.layers.{layer}.attention.{name}": mask.clone() for layer in range(3)}
+    save_file(tensors, tmp_path / "source" / "model.safetensors", {"format": "pt"})
+    plan = plan_of(model.config, drop_layers=[1])
+    prune_checkpoint(tmp_path / "source", tmp_path / "smaller", plan, progress=False)
+    found = load_file(tmp_path / "smaller" / "model.safetensors")
+    assert found and not any(name.endswith(("attention.bias", "masked_bias")) for name in found)
+
+
+def test_budget_says_that_heads_hold_the_hidden_size():
+    config = CASES["gpt2"].make_config()
+    count = family_of(config).count_parameters(config)
+    with pytest.warns(UserWarning, match="n_embd stays 48: .* n_embd must be 12 for each of n_head"):
+        plan = plan_of(config, params=0.9 * count)
+    assert len(plan.hidden) == 48
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = plan_of(config, params=0.9 * count, search=["n_embd", "n_head"])
+    assert len(plan.hidden) == 24
 
 
 def test_layers_of_gpt_neo_are_named_twice():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from minitron_kernels._command import documents
 from minitron_kernels._command.models import load_tokenizer
 from minitron_kernels._command.text import TokenWindows
 
@@ -61,7 +62,7 @@ def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def needs_tokenizer(files: Sequence[str]) -> bool:
     """Whether one of the files is text, and not token ids."""
-    return any(not file.endswith(".npy") for file in files)
+    return any(not documents.is_ids(file) for file in documents.expand([Path(file) for file in files]))
 
 
 def read_windows(

@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from minitron_kernels.distillation.cli.config import near, parse_toml, toml_of
-from minitron_kernels.distillation.recipe.tables import LENGTHS, SHARED, TABLES, TARGETS, TOGETHER, options_of
+from minitron_kernels.distillation.recipe.tables import (
+    AGGREGATIONS,
+    LENGTHS,
+    SHARED,
+    TABLES,
+    TARGETS,
+    TOGETHER,
+    options_of,
+)
 
 OTHERS = ("teacher_config", "compare")
 Tables = dict[str, dict[str, Any]]
@@ -218,12 +226,23 @@ def _check(tables: Tables, where: str) -> None:
         raise ValueError(f'{where}: [plan] layers_by = "loss" needs num_hidden_layers, how many stay')
     if plan["layers_by"] == "loss" and plan["rounds"] > 1:
         raise ValueError(f'{where}: [plan] layers_by = "loss" goes with rounds = 1')
+    if plan["batch"] not in AGGREGATIONS:
+        raise ValueError(
+            f"{where}: [plan] batch must be one of {', '.join(AGGREGATIONS)}, got {plan['batch']!r}"
+        )
+    if plan["seq"] not in tables["score"]["seq"]:
+        raise ValueError(
+            f"{where}: [plan] seq must be one that [score] seq collects "
+            f"({', '.join(tables['score']['seq'])}), got {plan['seq']!r}"
+        )
     reads = ["score", *(["plan"] if plan["layers_by"] == "loss" else [])]
     reads += [table for table in ("correct", "distill") if tables[table]["enabled"]]
     for table in reads:
         if not tables[table]["data"]:
             raise ValueError(f"{where}: [{table}] needs data: give it there, or in [recipe] for all stages")
     evaluate = tables["evaluate"]
+    if evaluate["tasks_path"] and not evaluate["tasks"]:
+        raise ValueError(f"{where}: [evaluate] tasks_path needs tasks: the names of those that are run")
     if evaluate["enabled"] and not evaluate["data"] and not evaluate["tasks"]:
         raise ValueError(f"{where}: [evaluate] needs data (or held_out in [recipe]), or tasks")
     for table in ("correct", "distill"):

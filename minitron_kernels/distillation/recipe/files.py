@@ -5,14 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-WHOLE_BYTES = 64 << 20  # a file of no more is hashed whole
-_BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # of a greater one these, evenly spaced, the first and the last with them
+from minitron_kernels._command.documents import kind_of
+from minitron_kernels._files import write_text
+
+KNOWN = ".hashes.json"  # in the folder of a recipe
+WHOLE_BYTES = 64 << 20  # the hash of a greater file is remembered
+_NEAR_SECONDS = 2.0  # a change so short before may be followed by another of the same time
 # of a checkpoint's folder, what a model, its tokenizer and its settings are made of
-_OF_MODEL = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
+_OF_MODEL = (
+    *(".json", ".safetensors", ".bin", ".pt", ".gguf", ".py"),
+    *(".model", ".txt", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe"),
+)
+_known: dict[str, list[Any]] = {}  # path -> size, time of its last change, number of its inode, hash
 
 
 def digest_of(value: Any) -> str:
@@ -21,26 +30,49 @@ def digest_of(value: Any) -> str:
 
 
 def digest_of_file(path: Path) -> str:
-    """The size and a SHA-256 of a file: of all of it up to 64 MiB, of 64 blocks of 64 KiB beyond.
+    """The size and a SHA-256 of all of a file.
 
-    A change of a greater file that keeps its size and leaves all blocks is not seen.
+    That of a file beyond 64 MiB is remembered, and is not computed again while the file's size, inode and
+    time of its last change are the same.
     """
-    size = path.stat().st_size
+    about, key = path.stat(), os.path.realpath(path)
+    stamp = [about.st_size, about.st_mtime_ns, about.st_ino]
+    if _known.get(key, [])[:3] == stamp:
+        return str(_known[key][3])
+    _known.pop(key, None)
     found = hashlib.sha256()
     with path.open("rb") as stream:
-        if size <= WHOLE_BYTES:
-            while piece := stream.read(1 << 20):
-                found.update(piece)
-        else:
-            for number in range(_BLOCKS):
-                stream.seek((size - _BLOCK_BYTES) * number // (_BLOCKS - 1))
-                found.update(stream.read(_BLOCK_BYTES))
-    return f"{size}:{found.hexdigest()[:32]}"
+        while piece := stream.read(1 << 20):
+            found.update(piece)
+    digest = f"{about.st_size}:{found.hexdigest()[:32]}"
+    if about.st_size > WHOLE_BYTES and time.time() - about.st_mtime_ns / 1e9 > _NEAR_SECONDS:
+        _known[key] = [*stamp, digest]
+    return digest
 
 
-def digest_of_files(paths: Iterable[Path]) -> str:
-    """Of files in their order; their names do not count."""
-    return digest_of([digest_of_file(path) for path in paths])
+def recall(path: Path) -> None:
+    """Takes up the hashes that keep() wrote; none where the file is not there, or is damaged."""
+    _known.clear()
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        _known.update({key: entry for key, entry in found.items() if len(entry) == 4})
+    except (OSError, ValueError, AttributeError, TypeError):
+        return
+
+
+def keep(path: Path) -> None:
+    """Writes the hashes of great files that are there still, if they are others than those in the file."""
+    for key in [key for key in _known if not os.path.isfile(key)]:
+        del _known[key]
+    text = json.dumps(_known, indent=1) + "\n"
+    before = path.read_text(encoding="utf-8") if path.is_file() else "{}\n"
+    if text != before:
+        write_text(path, text)
+
+
+def digest_of_files(paths: Iterable[Path], names: Iterable[str] = ()) -> str:
+    """Of files in their order, with the suffixes by which they are read; and of `names`."""
+    return digest_of([[[kind_of(path), digest_of_file(path)] for path in paths], list(names)])
 
 
 def digest_of_model(folder: Path) -> str:

@@ -5,6 +5,7 @@ Variants share stages that depend on the same: a comparison of losses shares sco
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -111,7 +112,7 @@ class _Maker:
     def __init__(self, recipe: Recipe, dry: bool) -> None:
         self.dry = dry
         self.nodes: dict[str, Node] = {}  # by digest
-        self.texts: dict[tuple[str, ...], Given] = {}
+        self.texts: dict[tuple[tuple[str, ...], bool], Given] = {}  # by files, and whether names count
         folder = Path(recipe.base["recipe"]["teacher"])
         if (folder / "config.json").is_file() or not dry:
             check_model(folder)
@@ -158,11 +159,13 @@ class _Maker:
         for name in config["models"]:
             if name in line.models:
                 inputs = {"model": line.models[name]}
+                more = {"lm_eval": version_of_harness()} if config["tasks"] else None
                 if config["data"]:
-                    inputs |= self._text(line.variant, "evaluate")
+                    inputs |= self._text(line.variant, "evaluate", named=True)
                 if config["tasks_path"] and config["tasks"]:
                     inputs["tasks"] = self._tasks(config["tasks_path"])
-                line.evaluations[name] = self._node(line.variant, "evaluate", f"evaluate/{name}", inputs)
+                path = f"evaluate/{name}"
+                line.evaluations[name] = self._node(line.variant, "evaluate", path, inputs, more)
 
     def _node(
         self,
@@ -187,17 +190,25 @@ class _Maker:
             raise FileNotFoundError(2, "there is no such folder ([evaluate] tasks_path)", folder)
         return Given((path,), digest_of(folder), (path,))
 
-    def _text(self, variant: Variant, stage: str) -> dict[str, Node | Given]:
+    def _text(self, variant: Variant, stage: str, *, named: bool = False) -> dict[str, Node | Given]:
         files = tuple(variant[stage]["data"])
-        if files not in self.texts:
+        if (files, named) not in self.texts:
             paths = tuple(map(Path, files))
             lacking = tuple(path for path in paths if not path.is_file())
             if lacking and not self.dry:
                 reason = "is a folder: give its files" if lacking[0].is_dir() else "there is no such file"
                 raise FileNotFoundError(2, f"{reason} ([{stage}] data)", str(lacking[0]))
-            digest = digest_of(files) if lacking else digest_of_files(paths)
-            self.texts[files] = Given(paths, digest, lacking)
-        return {"data": self.texts[files]}
+            digest = digest_of(files) if lacking else digest_of_files(paths, files if named else ())
+            self.texts[files, named] = Given(paths, digest, lacking)
+        return {"data": self.texts[files, named]}
+
+
+def version_of_harness() -> str | None:
+    """The version of lm-eval, on which the results of its tasks depend; None: it is not installed."""
+    try:
+        return importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def needs_teacher(config: Mapping[str, Any]) -> bool:

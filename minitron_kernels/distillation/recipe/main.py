@@ -92,12 +92,14 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Runs a recipe, or says what it would do."""
+    from minitron_kernels.distillation.recipe import files
     from minitron_kernels.distillation.recipe.config import load
     from minitron_kernels.distillation.recipe.graph import check_out, graph_of
 
     settings = [*args.set, *([f"recipe.out={_quoted(args.out)}"] if args.out else [])]
     recipe = load(shipped.find(args.recipe), settings)
     check_out(recipe)
+    files.recall(recipe.out / files.KNOWN)
     graph = graph_of(recipe, dry=args.dry_run)
     from minitron_kernels.distillation.recipe.dry_run import check_targets, describe
     from minitron_kernels.distillation.recipe.run import check_free, verdicts_of
@@ -116,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
         state = State(recipe.out)  # as the run before left it
         verdicts = verdicts_of(graph, state)
         check_free(graph, state, verdicts, redo=args.redo)
+        files.keep(recipe.out / files.KNOWN)
         if any(node.config.get("tasks") for node in graph.nodes):
             harness().check_installed()
         context = Context(recipe.out, _say, args.quiet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 from collections.abc import Callable, Mapping
@@ -146,6 +147,7 @@ def evaluate(node: Node, into: Path, context: Context) -> str:
                 samples=config["samples"],
                 seed=config["seed"],
                 option="[evaluate] data",
+                text_key=config["text_key"],
             )
             batches = [data.windows[index] for index in data.chosen]
             split = torch.stack(batches).split(config["batch_size"])
@@ -175,8 +177,9 @@ def harness() -> Any:
 def _tasks(
     folder: Path, config: Mapping[str, Any], device: str, into: Path, context: Context
 ) -> dict[str, Any]:
-    """lm-eval's results for a checkpoint."""
-    done = harness().evaluate(
+    """lm-eval's results for a checkpoint; those that an interrupted run left are gone on with."""
+    call = functools.partial(
+        harness().evaluate,
         str(folder),
         config["tasks"],
         tasks_path=config["tasks_path"],
@@ -188,7 +191,10 @@ def _tasks(
         output=into / TASKS,
         progress=context.progress,
     )
-    return dict(done.tasks)
+    try:
+        return dict(call().tasks)
+    except harness().OtherResultsError:  # of another release, say: they are of use to nobody
+        return dict(call(overwrite=True).tasks)
 
 
 def windows_of(node: Node, model_folder: Path, context: Context) -> torch.Tensor:
@@ -201,6 +207,7 @@ def windows_of(node: Node, model_folder: Path, context: Context) -> torch.Tensor
         samples=config["samples"],
         seed=config["seed"],
         option=f"[{node.stage}] data",
+        text_key=config["text_key"],
     )
     if config["samples"] is not None and len(data) < config["samples"]:
         context.say(

@@ -36,6 +36,7 @@ LENGTHS = ("steps", "tokens", "epochs")
 # keys of which a variant that gives one replaces all: what is cut, and how long is trained
 TOGETHER = {"plan": (TARGETS,), "correct": (LENGTHS,), "distill": (LENGTHS,)}
 SCORES = ("activations", "random", "magnitude")
+AGGREGATIONS = ("mean", "L2", "var")
 MODELS = ("teacher", "corrected", "pruned", "distilled")
 _AXES = ("hidden", "mlp", "heads", "layers", "experts", "expert_mlp", "conv", "mamba")
 _GIVEN = ("student", "teacher", "cache", "out", "quiet")  # of train, by the recipe
@@ -53,12 +54,17 @@ def _text(of: str, source: str = "data of [recipe]") -> Option:
     return path("data", f"{of}: {TEXT}; default: {source}", many=True, metavar="FILE")
 
 
+def _text_key(default: str) -> Option:
+    return Option("text_key", str, f'with the text in the data; default: {default}"text", or else "messages"')
+
+
 def _windows(samples: int | None) -> tuple[Option, ...]:
     return (
         whole("samples", "windows, drawn at random by seed", default=samples),
         whole("seq_len", "tokens of a window; default: that of [recipe], else 2048", 2, default=2048),
         whole("batch_size", "windows of a forward pass", default=1, may_change=True),
         whole("seed", "of drawing; default: that of [recipe], else 0", 0, default=0),
+        _text_key("that of [recipe], else "),
     )
 
 
@@ -86,6 +92,7 @@ TABLES: dict[str, tuple[Option, ...]] = {
         path("held_out", f"to evaluate on: {TEXT}", many=True, metavar="FILE"),
         whole("seq_len", "tokens of a window, of all stages that do not say", 2),
         whole("seed", "of all stages that do not say", 0),
+        _text_key(""),
         one_of("device", DEVICES, "of all stages that do not say"),
         whole("processes", "that torchrun starts for [correct] and [distill]", default=1),
         switch("picture", "draw report.png, where matplotlib is installed", default=True),
@@ -95,7 +102,7 @@ TABLES: dict[str, tuple[Option, ...]] = {
         _text("calibration text"),
         *_windows(1024),
         one_of("axes", _AXES, "what is scored; default: all that the model has", many=True),
-        one_of("seq", ("mean", "L2", "var"), "sums over tokens", many=True, default=["mean"]),
+        one_of("seq", AGGREGATIONS, "sums over tokens", many=True, default=["mean"]),
         one_of("mlp_tap", ("down_proj_input", "up_proj_output"), "of neurons", default="down_proj_input"),
         one_of("head_score", ("norm", "channels"), "of heads", default="norm"),
         one_of("expert_score", ("norm", "reap"), "of experts", default="norm"),
@@ -154,7 +161,8 @@ TABLES: dict[str, tuple[Option, ...]] = {
         size("disk_rate", "bytes a second that checkpoints are read and written with"),
     ),
 }  # fmt: skip
-SHARED = ("data", "seq_len", "seed", "device", "picture")  # keys of [recipe] for all stages that have them
+# keys of [recipe] for all stages that have them
+SHARED = ("data", "seq_len", "seed", "text_key", "device", "picture")
 
 
 def options_of(table: str) -> dict[str, Option]:

@@ -28,6 +28,8 @@ def train(node: Node, into: Path, context: Context) -> int:
     """
     flags = flags_of(node, into, context)
     begun = (into / records.CONFIG).is_file() and (into / records.RECORD).is_file()
+    if begun and records.read_record(into).get("status") == "done":  # it was killed before its note
+        return 0
     if not begun and into.exists():
         shutil.rmtree(into)
     if node.config["processes"] > 1:

@@ -32,7 +32,7 @@ from minitron_kernels.pruning.checkpoint.safetensors_files import (
 from minitron_kernels.pruning.checkpoint.shards import Shard, is_whole, plan_shards, write_shards
 from minitron_kernels.pruning.checkpoint.side_files import check_plain, side_files
 from minitron_kernels.pruning.checkpoint.staging import Staging, check_target
-from minitron_kernels.pruning.families.configs import config_value
+from minitron_kernels.pruning.families.configs import config_value, other_names
 from minitron_kernels.pruning.families.family import MTP_KEYS
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
@@ -298,6 +298,9 @@ def _change(
         # where head_dim is absent or null it follows from other sizes, which have changed
         elif changed or (key in sizes and here is None):
             config[key] = value
+    for other, own in other_names(after).items():  # both are read, and one of them would say the old value
+        if other in config and own in after and (own not in before or before[own] != after[own]):
+            config[other] = after[own]
 
 
 def _read(path: Path) -> bytes:

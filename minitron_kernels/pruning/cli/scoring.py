@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import shutil
 import time
@@ -15,7 +16,6 @@ from typing import Any
 from torch import Tensor
 
 from minitron_kernels import __version__
-from minitron_kernels._command.documents import expand
 from minitron_kernels._command.messages import say, show
 from minitron_kernels._command.models import check_free, check_model, device_of, load_model
 from minitron_kernels._command.progress import tqdm_for
@@ -47,7 +47,7 @@ def score(args: argparse.Namespace) -> None:
     windows = windows_of(args)
     batches = list(windows.split(args.batch_size))
     say_estimate(args.model, args.dtype, args.device, windows.numel())
-    kept = Kept(args)
+    kept = Kept(args, windows)
     scores, done = kept.load(args.batch_size * args.seq_len)
     if done:
         say("minitron-prune", "resumed", f"batch {done} of {len(batches)} is done")
@@ -103,11 +103,14 @@ class Kept:
     How many batches they are of follows from their tokens, so that no count can disagree with the sums.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, windows: Tensor) -> None:
         self.folder = kept_folder(args.output)
-        files = [args.model / "config.json", *sorted(args.model.glob("*.safetensors")), *expand(args.text)]
+        weights = sorted(path for end in ("safetensors", "bin") for path in args.model.glob(f"*.{end}"))
+        files = [args.model / "config.json", *weights]
         about = {
-            "version": __version__,
+            "versions": [__version__, *map(importlib.metadata.version, ("torch", "transformers"))],
+            # of the tokens themselves: text, tokenizer, template and drawing are in them
+            "windows": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest(),
             "files": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
             **{name: getattr(args, name) for name in (*_OPTIONS, "dtype", "device", "text_key")},
         }

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minitron_kernels._command.documents import is_ids
+from minitron_kernels._command.documents import expand, is_ids
 from minitron_kernels._command.messages import say
 from minitron_kernels._command.models import load_tokenizer
 from minitron_kernels.pruning.cli.arguments import SIZES
@@ -64,7 +64,7 @@ def windows_of(args: argparse.Namespace) -> Tensor:
     longest = config_value(config, "max_position_embeddings", args.seq_len)
     if args.seq_len > longest:
         raise ValueError(f"--seq-len must be at most the model's {longest} positions, got {args.seq_len}")
-    text = not all(is_ids(file) for file in args.text)
+    text = not all(is_ids(file) for file in expand(args.text))
     tokenizer = load_tokenizer(args.model) if text else None
     windows = calibration_windows(
         args.text,

@@ -81,6 +81,17 @@ def full_config(config: Config) -> Config | None:
     return _parsed(model_type, _text(config)) if isinstance(model_type, str) else None
 
 
+def other_names(config: Config) -> Mapping[str, str]:
+    """{other name of a key: its own name} of a config's keys, which transformers reads by both.
+
+    Checkpoints may have either: Qwen3-MoE's "num_experts" is transformers' "num_local_experts".
+    """
+    from transformers import CONFIG_MAPPING  # slow
+
+    model_type = written_value(config, "model_type")
+    return CONFIG_MAPPING[model_type].attribute_map if model_type in CONFIG_MAPPING else {}
+
+
 @functools.lru_cache(maxsize=64)
 def _parsed(model_type: str, text: str) -> Config | None:
     from transformers import CONFIG_MAPPING  # slow; needed only for configs that leave keys out

@@ -108,7 +108,11 @@ def head_layernorms(when: When) -> tuple[Param, ...]:
 def gated_mlp(bias: When | bool = False, when: When | None = None) -> tuple[Param, ...]:
     """An MLP of gate_proj, up_proj and down_proj."""
     params = (*linear("mlp.gate_proj", "mlp, hidden", bias), *plain_mlp(bias))
-    return tuple(dataclasses.replace(param, when=when) for param in params) if when else params
+    if when is None:
+        return params
+    return tuple(
+        dataclasses.replace(param, when=both(when, param.when) if param.when else when) for param in params
+    )
 
 
 def plain_mlp(bias: When | bool = False, up: str = "up_proj", down: str = "down_proj") -> tuple[Param, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from minitron_kernels.pruning.families.configs import Config, config_value
 from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.plan.find_sizes import SEARCH_DIVISOR
-from minitron_kernels.pruning.plan.sizes import divisor_of, write_sizes
+from minitron_kernels.pruning.plan.sizes import divisor_of, head_dim_changes, write_sizes
 
 _ROUND = 8  # a multiple of it is mentioned too, since GEMMs want at least that
 
@@ -44,20 +44,19 @@ def warn_of_hidden(
         sizes: that were chosen, by axis.
         divisor: of make_plan().
     """
-    whole = family.sizes(config)["hidden"]
-    step = divisor_of(divisor, "hidden_size", "hidden", SEARCH_DIVISOR)
+    whole, name = family.sizes(config)["hidden"], family.keys_of("hidden")[0]
+    step = divisor_of(divisor, name, "hidden", SEARCH_DIVISOR)
     smaller = range(-(-whole // 4 // step) * step or step, whole, step)
     reasons = [_reason(family, config, sizes, size) for size in smaller]
     if sizes["hidden"] < whole or not reasons or None in reasons:
         return
-    message = (
-        f"hidden_size stays {whole}: transformers would load no smaller multiple of {step}: {reasons[-1]}"
-    )
+    message = f"{name} stays {whole}: transformers would load no smaller multiple of {step}: {reasons[-1]}"
     warnings.warn(f"{message}. {remedy(family, config, {**sizes, 'hidden': smaller[-1]})}", stacklevel=3)
 
 
 def _reason(family: Family, config: Config, sizes: Mapping[str, int], hidden: int) -> str | None:
-    return family.refuses(write_sizes(family, config, {**sizes, "hidden": hidden}))
+    sizes = {**sizes, "hidden": hidden}
+    return head_dim_changes(family, sizes) or family.refuses(write_sizes(family, config, sizes))
 
 
 def _around(sizes: list[int], wanted: int) -> list[int]:

@@ -180,7 +180,9 @@ def make_plan(
         given.update({names[name]: size for name, size in candidates[0].sizes.items()})
         if all(before[axis] == size for axis, size in given.items()) and len(layers) == before["layers"]:
             raise ValueError(nothing_to_cut(budget, candidates[0]))
-        if loadable and "hidden_size" in candidates[0].sizes:
+        searched = {names[name] for name in candidates[0].sizes}
+        # where the config has no head_dim, hidden and heads are cut alike, if both are searched
+        if loadable and "hidden" in searched and ("heads" not in searched or family.keys_of("head_dim")):
             warn_of_hidden(family, config, {**before, **given}, divisor)
         if len(layers) != given.get("layers", len(layers)):
             layers = kept_layers(table, before["layers"], given["layers"], True, None, block_losses)

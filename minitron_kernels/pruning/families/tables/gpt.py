@@ -132,6 +132,7 @@ register_family(
         taps=_GPT_TAPS,
         size_keys=_GPT_SIZES,
         computed={"mlp": _gpt2_mlp, "kv_heads": _one_or_all},
+        derived={"num_key_value_heads": lambda sizes, config: sizes["kv_heads"]},
         approximates=_HIDDEN,
         stored_names=_MASKS,
         **_IN_TRANSFORMER,

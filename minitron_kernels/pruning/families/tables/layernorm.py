@@ -20,6 +20,7 @@ from minitron_kernels.pruning.families.parts import (
     plain_mlp,
 )
 from minitron_kernels.pruning.families.registry import register_family
+from minitron_kernels.pruning.families.stored_names import StoredNames
 
 _BIAS, _MLP_BIAS = flag("attention_bias"), flag("mlp_bias")
 _HIDDEN = {"hidden": MEAN_OF_FEWER}
@@ -178,6 +179,7 @@ register_family(
         embedding="gpt_neox.embed_in",
         final_norm="gpt_neox.final_layer_norm",
         aliases={"embed_out.weight": "lm_head.weight"},
+        stored_names=StoredNames(computed=("attention.bias", "attention.masked_bias")),  # masks of Pythia's
         approximates=_HIDDEN,
         refuses=heads_alike,
     )

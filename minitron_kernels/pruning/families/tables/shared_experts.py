@@ -36,15 +36,16 @@ _GROUPS = (
 )
 
 
-def shared_expert(block: str, when: When) -> tuple[Param, ...]:
+def shared_expert(block: str, when: When, bias: When | bool = False) -> tuple[Param, ...]:
     """A shared expert, whose neurons stay."""
     return tuple(
-        Param(f"{block}.{name}.weight", axes, when)
+        param
         for name, axes in (
             ("gate_proj", "shared_mlp, hidden"),
             ("up_proj", "shared_mlp, hidden"),
             ("down_proj", "hidden, shared_mlp"),
         )
+        for param in linear(f"{block}.{name}", axes, bias, when=when)
     )
 
 
@@ -110,19 +111,21 @@ def _deepseek_like(
     attention: tuple[Param, ...],
     *,
     corrected: bool = True,
+    mlp_bias: When | bool = False,
     sparse: When = _is_sparse,
     refuses: Callable[[Config], str | None] = lambda config: None,
     **more: Any,
 ) -> Family:
     """Dense layers, and others with experts that are chosen and shared ones.
 
-    corrected: whether a learned correction is added for the router's choice. sparse: which have experts.
+    corrected: whether a learned correction is added for the router's choice. mlp_bias: of dense layers and
+    shared experts. sparse: which layers have experts.
     """
     common = (
         *attention,
         *norms(*TWO_NORMS),
-        *gated_mlp(when=unless(sparse)),
-        *shared_expert("mlp.shared_experts", sparse),
+        *gated_mlp(mlp_bias, unless(sparse)),
+        *shared_expert("mlp.shared_experts", sparse, mlp_bias),
         *((dataclasses.replace(_CORRECTION, when=sparse),) if corrected else ()),
     )
     return Family(
@@ -198,7 +201,11 @@ _LATENT_SIZES: dict[str, Any] = dict(
     computed={"shared_mlp": _shared_size, **_LATENT_COMPUTED},
     refuses=one_key_for_each_head,
 )
-register_family(_deepseek_like("deepseek_v2", _LATENT, corrected=False, **_LATENT_SIZES, **_FIRST_DENSE))
+register_family(
+    _deepseek_like(
+        "deepseek_v2", _LATENT, corrected=False, mlp_bias=flag("mlp_bias"), **_LATENT_SIZES, **_FIRST_DENSE
+    )
+)
 register_family(_deepseek_like("deepseek_v3", _LATENT, **_LATENT_SIZES, **_FIRST_DENSE))
 # GLM-4.7-Flash: the config has the kind of each layer's MLP
 register_family(
