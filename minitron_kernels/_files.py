@@ -19,7 +19,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     try:
         _write(path, text)
     except OSError as error:  # the name of the file beside it says nothing to a reader
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def _write(path: Path, text: str) -> None:

@@ -213,7 +213,7 @@ def test_a_wrong_loss_ends_the_run(monkeypatch, kind, wrong):
         return {"kl": 1.0, "rows": {k: wrong if spoilt and k == "recompute" else RIGHT for k in spec["keys"]}}
 
     monkeypatch.setattr(kl_loss, "run_worker", worker)
-    arguments = ["--shape", "8,8,8,32", "--impl", "naive", "store", "recompute"]
+    arguments = ["--shape", "8,8,8,32", "--dtype", "bf16", "--impl", "naive", "store", "recompute"]
     with pytest.raises(SystemExit, match="correctness gate: minitron, recompute"):
         kl_loss.main(arguments)
     assert all(spec["work"] == "errors" and spec["case"]["name"] == "gate" for spec in asked)
