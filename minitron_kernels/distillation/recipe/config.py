@@ -243,11 +243,28 @@ def _check(tables: Tables, where: str) -> None:
     evaluate = tables["evaluate"]
     if evaluate["tasks_path"] and not evaluate["tasks"]:
         raise ValueError(f"{where}: [evaluate] tasks_path needs tasks: the names of those that are run")
+    if evaluate["enabled"] and evaluate["tasks"]:
+        _check_tasks(evaluate, f"{where}: [evaluate]")
     if evaluate["enabled"] and not evaluate["data"] and not evaluate["tasks"]:
         raise ValueError(f"{where}: [evaluate] needs data (or held_out in [recipe]), or tasks")
     for table in ("correct", "distill"):
         if tables[table]["enabled"]:
             _check_training(tables[table], f"{where}: [{table}]", tables["recipe"]["processes"])
+
+
+def _check_tasks(evaluate: Mapping[str, Any], where: str) -> None:
+    from minitron_kernels.evaluation.choice import written
+
+    try:
+        choices = written(evaluate["tasks"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} {error}") from None
+    running = [one.name for one in choices if one.benchmark is not None and one.benchmark.runs_code]
+    if running and evaluate["run_code"] is None:
+        raise ValueError(
+            f"{where} tasks: {', '.join(running)} run code that the model wrote: say run_code = true, or "
+            "false to leave them out"
+        )
 
 
 def _check_training(config: Mapping[str, Any], where: str, processes: int) -> None:

@@ -114,14 +114,14 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _quieten(args.quiet)
     state = State(recipe.out)
-    with state.locked(), _terminated():
+    with (lock := state).locked(), _terminated():
         state = State(recipe.out)  # as the run before left it
         verdicts = verdicts_of(graph, state)
         check_free(graph, state, verdicts, redo=args.redo)
         files.keep(recipe.out / files.KNOWN)
         if any(node.config.get("tasks") for node in graph.nodes):
             harness().check_installed()
-        context = Context(recipe.out, _say, args.quiet)
+        context = Context(recipe.out, _say, args.quiet, lock.lock)
         code = run_stages(graph, state, context, verdicts)
         if code:
             _say("interrupted", "the same command goes on")

@@ -44,11 +44,13 @@ class Context:
         out: folder of the recipe.
         say: prints a line: what kind, and the message.
         quiet: no progress.
+        lock: the open file that keeps other runs out, which processes of training hold too.
     """
 
     out: Path
     say: Say
     quiet: bool = False
+    lock: int | None = None
 
     @property
     def progress(self) -> bool | None:

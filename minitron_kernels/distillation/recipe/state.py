@@ -31,6 +31,7 @@ class State:
 
     def __init__(self, out: Path) -> None:
         self.out, self.path = out, out / FILE
+        self.lock: int | None = None  # the open file of locked()
         self.entries: dict[str, dict[str, Any]] = {}
         if not self.path.is_file():
             return
@@ -57,7 +58,11 @@ class State:
                 raise ValueError(
                     f"{self.out}: another run is at work in it; wait for it, or end it"
                 ) from None
-            yield
+            self.lock = stream.fileno()
+            try:
+                yield
+            finally:
+                self.lock = None
 
     def verdict(self, node: Node) -> tuple[str, str]:
         """(DONE, GO_ON, AGAIN or NEW, why it is done again)."""

@@ -33,7 +33,7 @@ def train(node: Node, into: Path, context: Context) -> int:
     if not begun and into.exists():
         shutil.rmtree(into)
     if node.config["processes"] > 1:
-        return _by_torchrun(flags, node.config["processes"], into, begun)
+        return _by_torchrun(flags, node.config["processes"], into, begun, context.lock)
     from minitron_kernels.distillation.cli.train import train
 
     how = {"config": None, "print_config": False, "dry_run": False, "overwrite": False, "debug": True}
@@ -62,14 +62,22 @@ def command_of(processes: int, file: Path, *, resume: bool, out: Path) -> list[s
     return [*begin, "-m", "minitron_kernels.distillation", "train", *end]
 
 
-def _by_torchrun(flags: dict[str, Any], processes: int, into: Path, begun: bool) -> int:
-    """Runs the command; a signal goes on to it, and it is waited for."""
+def _by_torchrun(
+    flags: dict[str, Any], processes: int, into: Path, begun: bool, lock: int | None = None
+) -> int:
+    """Runs the command; a signal goes on to it, and it is waited for.
+
+    It holds the lock of the recipe's folder too: if the recipe alone is killed, the next one must not train
+    beside it.
+    """
     file = into.parent / f".{into.name}.toml"
     into.parent.mkdir(parents=True, exist_ok=True)
     records.write_text(file, configs.to_toml("train", flags))
     got: list[int] = []
     # in a session of its own it gets no Ctrl-C from the terminal, but the signal that is passed on
-    child = subprocess.Popen(command_of(processes, file, resume=begun, out=into), start_new_session=True)
+    command = command_of(processes, file, resume=begun, out=into)
+    held = () if lock is None else (lock,)
+    child = subprocess.Popen(command, start_new_session=True, pass_fds=held)
 
     def pass_on(number: int, frame: Any) -> None:
         got.append(number)

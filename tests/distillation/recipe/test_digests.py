@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+import time
 import types
 
 import pytest
@@ -12,6 +14,7 @@ from distillation.recipe.tomls import tables, write
 from minitron_kernels.distillation.recipe import files, graph, stages, train
 from minitron_kernels.distillation.recipe.config import load
 from minitron_kernels.distillation.recipe.graph import graph_of
+from minitron_kernels.distillation.recipe.state import State
 
 LONG_AGO = 10**18  # nanoseconds
 
@@ -128,6 +131,8 @@ def test_what_would_fail_later_or_be_left_out(digests):
     for changes, message in (
         ({"evaluate": {"tasks_path": "tasks"}}, r"\[evaluate\] tasks_path needs tasks"),
         ({"score": {"seq": ["L2"]}}, r"\[plan\] seq must be one that \[score\] seq .*L2\), got 'mean'"),
+        ({"evaluate": {"tasks": ["mbpp"]}}, r"\[evaluate\] tasks: mbpp run code .* say run_code"),
+        ({"evaluate": {"tasks": ["a", "a:1"]}}, r"\[evaluate\] tasks must be different names"),
         ({"plan": {"batch": "max"}}, r"\[plan\] batch must be one of mean, L2, var, got 'max'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -148,6 +153,29 @@ def test_a_trained_model_whose_note_is_lacking_is_not_trained_again(digests, tmp
         (into / "distillation.json").write_text(json.dumps({**about, "status": status}))
         assert train.train(node, into, stages.Context(tmp_path / "out", print)) == 0
         assert len(trained) == times, status
+
+
+def test_a_trainer_that_outlives_its_recipe_keeps_others_out(digests, tmp_path, monkeypatch):
+    """After a kill of the recipe alone; two trainers would write into one folder."""
+    digests(recipe={"processes": 2})
+    node = next(n for n in graph_of(load(tmp_path / "recipe.toml")).nodes if n.stage == "distill")
+    outlives = f"sleep 60 >/dev/null 2>&1 & echo $! >{tmp_path}/pid"
+    monkeypatch.setattr(train, "command_of", lambda *_, **__: ["sh", "-c", outlives])
+    out = tmp_path / "out"
+    with (state := State(out)).locked():
+        assert train.train(node, out / "distill", stages.Context(out, print, lock=state.lock)) == 0
+    try:
+        with pytest.raises(ValueError, match="another run is at work"), State(out).locked():
+            pass
+    finally:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    for _ in range(100):  # until it has ended
+        try:
+            with State(out).locked():
+                return
+        except ValueError:
+            time.sleep(0.05)
+    pytest.fail("the lock outlives its holders")
 
 
 def test_tasks_that_another_harness_did_are_done_again(tmp_path, monkeypatch):
