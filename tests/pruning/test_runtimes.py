@@ -5,17 +5,8 @@ import torch
 
 from minitron_kernels.pruning import make_plan, runtime_notes
 from minitron_kernels.pruning.plan.runtimes import new_notes
+from pruning.paper_models import NEMO
 
-NEMO = dict(
-    model_type="mistral",
-    hidden_size=5120,
-    intermediate_size=14336,
-    num_hidden_layers=40,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=131072,
-)
 NEMOTRON = dict(NEMO, model_type="nemotron", num_attention_heads=40)  # 40 · 128 = 5120
 GPT2 = dict(model_type="gpt2", n_embd=1024, n_head=16, n_layer=24, n_positions=64, vocab_size=128)
 SIZES = dict(
