@@ -1,10 +1,15 @@
-"""Text files that are there as a whole, or as they were before."""
+"""Text files that are there as a whole, or as they were before; and what was wrong with one."""
 
 from __future__ import annotations
 
 import os
 import secrets
 from pathlib import Path
+
+
+def reason(error: OSError) -> str:
+    """What went wrong, without the file. An error that was raised with a text alone has no `strerror`."""
+    return error.strerror or str(error)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -19,7 +24,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     try:
         _write(path, text)
     except OSError as error:  # the name of the file beside it says nothing to a reader
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+        raise OSError(error.errno, reason(error), str(path)) from None
 
 
 def _write(path: Path, text: str) -> None:

@@ -64,7 +64,7 @@ MAY_IMPORT = {
         "_opaque",
     },
     "pruning.families": {"pruning.families"},
-    "pruning.score": {"pruning.score", "pruning.families", "op", "_command"},
+    "pruning.score": {"pruning.score", "pruning.families", "op", "_command", "_files"},
     "pruning.plan": {"pruning.plan", "pruning.families", "_files"},
     "pruning.cut": {"pruning.cut", "pruning.plan", "pruning.families", "op"},
     "pruning.search": {
@@ -72,7 +72,15 @@ MAY_IMPORT = {
         *("_command", "_files"),
     },
     "pruning.checkpoint": {
-        *("pruning.checkpoint", "pruning.cut", "pruning.plan", "pruning.families", "op", "_command"),
+        *(
+            "pruning.checkpoint",
+            "pruning.cut",
+            "pruning.plan",
+            "pruning.families",
+            "op",
+            "_command",
+            "_files",
+        ),
     },
     "pruning.cli": {"top", "_command", "pruning", *(f"pruning.{room}" for room in ROOMS)},
     "pruning": {f"pruning.{room}" for room in ROOMS},

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from minitron_kernels._files import reason
 from minitron_kernels.pruning.checkpoint.staging import fsync_path, write_all
 
 BLOCK_BYTES = 4 << 20  # of one write
@@ -28,7 +29,7 @@ def disk_error(error: OSError, path: Path) -> OSError:
         advice = "free some space; the finished shards are kept, and the same call goes on from there"
     else:
         advice = "choose another folder, or change its rights; finished shards are kept"
-    return type(error)(error.errno, f"could not be written ({error.strerror}): {advice}", str(path))
+    return type(error)(error.errno, f"could not be written ({reason(error)}): {advice}", str(path))
 
 
 def publish(path: Path, parts: Iterable[bytes | memoryview], *, replace: bool) -> None:

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minitron_kernels._files import reason
 from minitron_kernels.distillation.cache.sequences import DIGEST_BYTES, described, digest
 from minitron_kernels.distillation.cache.spec import FORMAT, VERSION
 from minitron_kernels.pruning.checkpoint.safetensors_files import (
@@ -220,7 +221,7 @@ class Shard:
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise ValueError(f"{self.path}: cannot be read any more ({error.strerror})") from None
+            raise ValueError(f"{self.path}: cannot be read any more ({reason(error)})") from None
         if (size := os.fstat(fd).st_size) != self.size:
             os.close(fd)
             raise ValueError(f"{self.path}: had {self.size} bytes and has {size}: it was changed; {REMEDY}")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_kernels._command.progress import tqdm_for
+from minitron_kernels._files import reason
 from minitron_kernels.pruning.checkpoint.matching import check_result, match, with_tied
 from minitron_kernels.pruning.checkpoint.model_card import PLAN_FILE, model_card, source_name
 from minitron_kernels.pruning.checkpoint.safetensors_files import (
@@ -307,7 +308,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise OSError(error.errno, f"could not be read ({error.strerror})", str(path)) from None
+        raise OSError(error.errno, f"could not be read ({reason(error)})", str(path)) from None
 
 
 def _made(

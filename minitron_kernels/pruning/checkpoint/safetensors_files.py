@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from minitron_kernels._files import reason
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors package's own limit
@@ -67,8 +69,8 @@ def _open_regular(path: Path) -> tuple[int, os.stat_result]:
         # non-blocking: opening a named pipe would wait for its other end
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"{path}: cannot be opened: {reason}") from None
+        why = reason(error) if isinstance(error, OSError) else error
+        raise ValueError(f"{path}: cannot be opened: {why}") from None
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)
@@ -146,7 +148,7 @@ class SafetensorsFile:
         try:
             count = read_at(self.fd, buffer, begin)
         except OSError as error:
-            raise OSError(error.errno, f"could not be read ({error.strerror})", str(self.path)) from None
+            raise OSError(error.errno, f"could not be read ({reason(error)})", str(self.path)) from None
         if count < len(buffer):
             raise ValueError(f"{self.path}: ends at byte {begin + count}, inside a tensor; {AGAIN}")
 
@@ -200,7 +202,7 @@ def read_json(path: Path) -> dict[str, Any]:
         finally:
             os.close(fd)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ValueError(f"{path}: cannot be read: {reason(error)}") from None
     if count > LONGEST_HEADER:
         raise ValueError(f"{path}: has {status.st_size} bytes; at most {LONGEST_HEADER} are read")
     return _parse_json(path, bytes(text[:count]))

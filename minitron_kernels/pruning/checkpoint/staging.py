@@ -26,6 +26,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from minitron_kernels._files import reason
+
 ASIDE = "replaced"  # folder of a checkpoint that is being replaced
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # arguments of renameat2 on Linux
 
@@ -56,7 +58,7 @@ def write_error(error: OSError, path: Path) -> OSError:
     advice = "the finished files are kept, and the same call goes on from there"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         advice = f"free some space; {advice}"
-    return OSError(error.errno, f"could not be written ({error.strerror}): {advice}", str(path))
+    return OSError(error.errno, f"could not be written ({reason(error)}): {advice}", str(path))
 
 
 def check_target(dst: Path, overwrite: bool) -> None:
@@ -111,7 +113,7 @@ class Staging:
             path.mkdir(exist_ok=True)
             lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            message = f"cannot be written to ({error.strerror}): choose another dst, or change its rights"
+            message = f"cannot be written to ({reason(error)}): choose another dst, or change its rights"
             raise OSError(error.errno, message, str(path)) from None
         staging = None
         try:
@@ -209,7 +211,7 @@ class Staging:
             fsync_path(self.dst.parent)
         except OSError as error:
             message = (
-                f"is complete, but its name may not be on the disk yet ({error.strerror}): check the disk"
+                f"is complete, but its name may not be on the disk yet ({reason(error)}): check the disk"
             )
             raise OSError(error.errno, message, str(self.dst)) from None
         shutil.rmtree(replaced, ignore_errors=True)

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from minitron_kernels._files import reason
+
 ABOUT = "importance.json"
 TENSORS = "importance-{digest}.safetensors"
 FORMAT = "minitron_kernels.importance"
@@ -73,6 +75,6 @@ def _replace(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:  # the part's name says nothing to a reader
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, reason(error), str(path)) from None
     finally:
         part.unlink(missing_ok=True)
