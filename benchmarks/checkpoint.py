@@ -43,7 +43,6 @@ from minitron_kernels.pruning import PruningPlan
 WORKER = Path(__file__).parent / "checkpoint_rows/worker.py"
 FULL = {"hidden": 5120, "mlp": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128, "vocab": 32768}
 QUICK = {"hidden": 640, "mlp": 1792, "heads": 4, "kv_heads": 1, "head_dim": 128, "vocab": 32768}
-FAULTY = "† faster than its floor: a fault of the floor, which was not the fastest way to leave these bytes"
 TARGETS = {5120: (4096, 11520), 640: (512, 1440)}
 
 
@@ -156,7 +155,7 @@ def table(result: dict[str, Any], run: dict[str, Any], draw: Any) -> str:
                 LABELS[row],
                 tables.seconds(wall["median"]),
                 f"{tables.seconds(wall['p20'])}–{tables.seconds(wall['p80'])}",
-                tables.ratio(ratio["median"]) + ("†" if below else ""),
+                tables.ratio(ratio["median"]) + tables.FAULT * below,
                 f"{tables.ratio(ratio['p20'])}–{tables.ratio(ratio['p80'])}",
                 tables.seconds(got["busy_s"]["median"]),
                 f"{result['kept_bytes'] / 1e6 / wall['median']:.0f}",
@@ -171,7 +170,7 @@ def table(result: dict[str, Any], run: dict[str, Any], draw: Any) -> str:
         f"{result['layers']} layers, page cache {run['cache']}, {threads}, "
         f"{run['rows']['cp']['wall_s']['n']} repetitions; MB/s of what is written"
     )
-    return f"{title}\n\n{draw(header, lines)}" + (f"\n\n{FAULTY}" if faulty else "")
+    return f"{title}\n\n{draw(header, lines)}" + (f"\n\n{tables.FAULTY}" if faulty else "")
 
 
 def check_disk(folder: Path, gb: float) -> None:

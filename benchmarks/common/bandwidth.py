@@ -22,11 +22,9 @@ from common import tables
 from common.harness import WorkerError, run_worker, summarize, write_json
 from common.machine import describe, facts
 from common.memory_ways import Ways
-from common.tables import MARK, MARKED, NOISY, VARIED, is_noisy
+from common.tables import FAULT, FAULTY, MARK, MARKED, NOISY, VARIED, is_noisy
 
 WORKER = Path(__file__).with_name("bandwidth_worker.py")
-FAULT = " †"  # at the label of a row that is faster than its floor
-FAULTY = "† faster than its floor: a fault of the floor, which was not the fastest way to move these bytes"
 Case = Mapping[str, Any]  # of numbers and strings, since it goes to the worker as JSON
 
 

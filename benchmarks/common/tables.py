@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 MIB = 2**20
 MARK = " *"  # at the label of a row whose time on the GPU includes gaps
 NOISY = " ‡"  # at the label of a row whose ratio varied too much to mean something
+FAULT = " †"  # at a ratio, or the label of a row, that is below its floor
+FAULTY = "† faster than its floor: a fault of the floor, which was not the fastest way to move these bytes"
 VARIED = (
     "‡ a fifth of its ratios is more than twice another fifth: the machine was busy, or the run too short"
 )
