@@ -72,10 +72,8 @@ void look_up_pages(const char* row, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += kPageBytes) __builtin_prefetch(row + at);
 }
 
-void gather_by_plan(const Job& job) {
+void gather_by_plan(const Job& job, const GatherPlan& plan) {
   const GatherKernels& kernels = gather_kernels();
-  const GatherPlan plan = make_plan(kernels, job.cols.index, job.cols.count, job.element_size,
-                                    job.source.cols * job.element_size);
   const int64_t bytes = job.row_bytes();
   const bool aligned = job.out.aligned(kLineBytes);
   const bool direct = aligned || !job.stream || bytes > kMaxScratch;
@@ -156,10 +154,16 @@ void gather_channels(Tensor out, Tensor weight, std::optional<Tensor> rows, std:
   if (arguments.empty()) return;
   arguments.prefer_rows();
   const Job job{arguments, arguments.out.matrices(), out.numel() * arguments.element_size >= kStreamBytes};
-  if (job.side_by_side() && !job.cols.index) return gather_rows(job);
-  if (job.side_by_side() && job.matrices * job.rows.count >= kPlanRows &&
-      job.source.cols * job.element_size <= kMaxRowBytes) {
-    return gather_by_plan(job);
+  const int64_t source_bytes = job.source.cols * job.element_size;
+  const bool plans = job.matrices * job.rows.count >= kPlanRows && source_bytes <= kMaxRowBytes;
+  if (job.side_by_side() && !job.cols.index) {
+    // rows side by side keep more loads in flight than one copy after the other
+    const bool lines = job.stream && job.out.aligned(kLineBytes) && source_bytes % kLineBytes == 0;
+    return plans && lines ? gather_by_plan(job, plan_of_all(source_bytes)) : gather_rows(job);
+  }
+  if (job.side_by_side() && plans) {
+    return gather_by_plan(
+        job, make_plan(gather_kernels(), job.cols.index, job.cols.count, job.element_size, source_bytes));
   }
   dispatch_element_size(job.element_size, [&](auto element) { gather_elements<decltype(element)>(job); });
 }

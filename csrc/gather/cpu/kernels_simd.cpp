@@ -64,7 +64,11 @@ void encode(const uint8_t* source_of, Step* step, uint8_t* lanes) {
 
 template <bool kStream>
 void copy_line(char* to, const char* from) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  if constexpr (kStream) {
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+  }
+#elif defined(__AVX2__)
   if constexpr (kStream) {
     const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32));
@@ -84,44 +88,69 @@ void copy_line(char* to, const char* from) {
 // prefetchers stop at the end of a page, and the work between two loads keeps too few of them in flight.
 constexpr int64_t kAhead = 512;
 
-template <bool kStream>
-void copy_lines(const int32_t* from, int64_t lines, const char* source, char* out) {
-  for (int64_t i = 0; i < lines; ++i) {
-    __builtin_prefetch(source + from[i] + kAhead);
-    copy_line<kStream>(out + i * kLineBytes, source + from[i]);
+// Rows of a group, side by side: one alone keeps too few loads in flight.
+template <int64_t kRows>
+struct Side {
+  const char *source[kRows], *next[kRows];
+  char* out[kRows];
+  int64_t row_bytes;
+
+  Side(const GatherPlan& plan, const RowGroup& group, int64_t first, int64_t to) : row_bytes(plan.row_bytes) {
+    for (int64_t r = 0; r < kRows; ++r) {
+      source[r] = group.source[first + r], next[r] = group.next[first + r];
+      out[r] = group.out[first + r] + to;
+    }
+  }
+  // Of each row, what lies at `at`, in its own source or, behind its end, in that of the row after it.
+  void prefetch(int64_t at) const {
+    const int64_t behind = at - row_bytes;
+    for (int64_t r = 0; r < kRows; ++r) __builtin_prefetch(behind < 0 ? source[r] + at : next[r] + behind);
+  }
+};
+
+template <int64_t kRows, bool kStream>
+void copy_lines(const GatherPlan& plan, const Segment& segment, const RowGroup& group, int64_t first) {
+  const Side<kRows> side(plan, group, first, segment.to);
+  const int32_t* from = plan.lines.data() + segment.first;
+  for (int64_t at = 0; at < segment.bytes; at += kLineBytes, ++from) {
+    side.prefetch(*from + kAhead);
+    for (int64_t r = 0; r < kRows; ++r) copy_line<kStream>(side.out[r] + at, side.source[r] + *from);
   }
 }
 
 #if defined(MINITRON_WORDS)
-template <int64_t kSteps, bool kStream>
-void shuffle(const Step* step, const Lanes* lanes, int64_t steps, const char* source, char* out, char* end) {
-  const int64_t n = kSteps ? kSteps : steps;
-  for (; out != end; out += kLineBytes, step += n, lanes += n) {
-    __builtin_prefetch(source + step->from + kAhead);
-    auto line = Words::shuffle(step[0], lanes[0].byte, source);
-    for (int64_t i = 1; i < n; ++i) line = Words::merge(line, Words::shuffle(step[i], lanes[i].byte, source));
-    if constexpr (kStream) {
-      Words::stream(out, line);
-    } else {
-      Words::store(out, line);
+template <int64_t kSteps, int64_t kRows, bool kStream>
+void shuffle(const GatherPlan& plan, const Segment& segment, const RowGroup& group, int64_t first) {
+  const Side<kRows> side(plan, group, first, segment.to);
+  const Step* step = plan.steps.data() + segment.first;
+  const Lanes* lanes = plan.lanes.data() + segment.first;
+  const int64_t n = kSteps ? kSteps : segment.steps;
+  for (int64_t at = 0; at < segment.bytes; at += kLineBytes, step += n, lanes += n) {
+    side.prefetch(step->from + kAhead);
+    for (int64_t r = 0; r < kRows; ++r) {
+      auto line = Words::shuffle(step[0], lanes[0].byte, side.source[r]);
+      for (int64_t i = 1; i < n; ++i)
+        line = Words::merge(line, Words::shuffle(step[i], lanes[i].byte, side.source[r]));
+      if constexpr (kStream) {
+        Words::stream(side.out[r] + at, line);
+      } else {
+        Words::store(side.out[r] + at, line);
+      }
     }
   }
 }
 
-template <bool kStream>
-void shuffle(const GatherPlan& plan, const Segment& segment, const char* source, char* out) {
-  const Step* step = plan.steps.data() + segment.first;
-  const Lanes* lanes = plan.lanes.data() + segment.first;
-  char* end = out + segment.bytes;
+template <int64_t kRows, bool kStream>
+void shuffle(const GatherPlan& plan, const Segment& segment, const RowGroup& group, int64_t first) {
   switch (segment.steps) {
     case 1:
-      return shuffle<1, kStream>(step, lanes, 1, source, out, end);
+      return shuffle<1, kRows, kStream>(plan, segment, group, first);
     case 2:
-      return shuffle<2, kStream>(step, lanes, 2, source, out, end);
+      return shuffle<2, kRows, kStream>(plan, segment, group, first);
     case 3:
-      return shuffle<3, kStream>(step, lanes, 3, source, out, end);
+      return shuffle<3, kRows, kStream>(plan, segment, group, first);
     default:
-      return shuffle<0, kStream>(step, lanes, segment.steps, source, out, end);
+      return shuffle<0, kRows, kStream>(plan, segment, group, first);
   }
 }
 #endif
@@ -135,29 +164,22 @@ constexpr int64_t kPackAhead = 1024;
 template <int64_t kRows, bool kStream>
 void pack(const GatherPlan& plan, const Segment& segment, const RowGroup& group, int64_t first) {
   alignas(kLineBytes) char made[kRows][kPieceBytes + kLineBytes];
-  const char *source[kRows], *next[kRows];
-  for (int64_t r = 0; r < kRows; ++r) {
-    source[r] = group.source[first + r], next[r] = group.next[first + r];
-  }
+  const Side<kRows> side(plan, group, first, segment.to);
   const Pack *step = plan.packs.data() + segment.first, *const end = step + segment.steps;
   for (int64_t at = 0; step != end;) {
-    const int64_t ahead = step->from + kPackAhead, behind = ahead - plan.row_bytes;
-    for (int64_t r = 0; r < kRows; ++r) {
-      __builtin_prefetch(behind < 0 ? source[r] + ahead : next[r] + behind);
-    }
+    side.prefetch(step->from + kPackAhead);
     for (const Pack* const stop = step + std::min<int64_t>(kPacksPerPrefetch, end - step); step != stop;
          ++step) {
       const __m128i places = _mm_load_si128(reinterpret_cast<const __m128i*>(step->byte));
       for (int64_t r = 0; r < kRows; ++r) {
-        const __m128i window = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source[r] + step->from));
+        const __m128i window = _mm_loadu_si128(reinterpret_cast<const __m128i*>(side.source[r] + step->from));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(made[r] + at), _mm_shuffle_epi8(window, places));
       }
       at += step->bytes;
     }
   }
   for (int64_t r = 0; r < kRows; ++r) {
-    char* to = group.out[first + r] + segment.to;
-    for (int64_t i = 0; i < segment.bytes; i += kLineBytes) copy_line<kStream>(to + i, made[r] + i);
+    for (int64_t i = 0; i < segment.bytes; i += kLineBytes) copy_line<kStream>(side.out[r] + i, made[r] + i);
   }
 }
 #endif
@@ -195,34 +217,38 @@ void elements(const GatherPlan& plan, const Segment& segment, const char* source
   }
 }
 
+template <int64_t kRows, bool kStream>
+void make(const GatherPlan& plan, const Segment& segment, const RowGroup& group, int64_t first) {
+  switch (segment.kind) {
+    case Segment::kLines:
+      return copy_lines<kRows, kStream>(plan, segment, group, first);
+    case Segment::kShuffle:
+#if defined(MINITRON_WORDS)
+      return shuffle<kRows, kStream>(plan, segment, group, first);
+#else
+      throw std::logic_error("a plan has shuffles at a SIMD level without any");
+#endif
+    case Segment::kPack:
+#if defined(__SSSE3__)
+      return pack<kRows, kStream>(plan, segment, group, first);
+#else
+      throw std::logic_error("a plan packs at a SIMD level that cannot");
+#endif
+    case Segment::kElements:
+      for (int64_t r = first; r < first + kRows; ++r)
+        elements<kStream>(plan, segment, group.source[r], group.out[r] + segment.to);
+      return;
+  }
+  throw std::logic_error("no such kind of segment");
+}
+
 template <bool kStream>
 void rows(const GatherPlan& plan, const RowGroup& group) {
   for (const Segment& segment : plan.segments) {
-    if (segment.kind == Segment::kPack) {
-#if defined(__SSSE3__)
-      if (group.count == kGroupRows) {
-        pack<kGroupRows, kStream>(plan, segment, group, 0);
-      } else {
-        for (int64_t r = 0; r < group.count; ++r) pack<1, kStream>(plan, segment, group, r);
-      }
-      continue;
-#endif
-      throw std::logic_error("a plan packs at a SIMD level that cannot");
-    }
-    for (int64_t r = 0; r < group.count; ++r) {
-      const char* source = group.source[r];
-      char* out = group.out[r] + segment.to;
-      if (segment.kind == Segment::kLines) {
-        copy_lines<kStream>(plan.lines.data() + segment.first, segment.bytes / kLineBytes, source, out);
-      } else if (segment.kind == Segment::kElements) {
-        elements<kStream>(plan, segment, source, out);
-      } else {
-#if defined(MINITRON_WORDS)
-        shuffle<kStream>(plan, segment, source, out);
-#else
-        throw std::logic_error("a plan has shuffles at a SIMD level without any");
-#endif
-      }
+    if (group.count == kGroupRows) {
+      make<kGroupRows, kStream>(plan, segment, group, 0);
+    } else {
+      for (int64_t r = 0; r < group.count; ++r) make<1, kStream>(plan, segment, group, r);
     }
   }
 }

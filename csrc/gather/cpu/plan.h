@@ -134,4 +134,12 @@ inline GatherPlan make_plan(const GatherKernels& kernels, const int64_t* cols, i
   return plan;
 }
 
+// All of a row that is whole lines.
+inline GatherPlan plan_of_all(int64_t row_bytes) {
+  GatherPlan plan{nullptr, 1, row_bytes, {}, {}, {}, {}, {}};
+  plan.segments.push_back({Segment::kLines, 0, row_bytes, 0, 0});
+  for (int64_t at = 0; at < row_bytes; at += kLineBytes) plan.lines.push_back(int32_t(at));
+  return plan;
+}
+
 }  // namespace minitron
