@@ -78,6 +78,19 @@ def test_large_results_go_around_the_caches(simd_level, kind, pad):
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("apart", [0, 32, 33])
+def test_large_whole_rows_of_whole_lines(simd_level, apart):
+    """Rows of 81 lines, four at a time and the rest; in one piece, from line to line, and not."""
+    weight = make_weight(1101, 2592)
+    for rows in (keep_some(1101, 1050), torch.arange(1101).flip(0), None):
+        count = 1101 if rows is None else len(rows)
+        room = torch.zeros(count, 2592 + apart, dtype=torch.bfloat16)
+        mk.gather_channels(weight, rows, out=room[:, :2592], backend="native")
+        assert_gathered(room[:, :2592], weight, rows)
+        assert (bytes_of(room[:, 2592:]) == 0).all()
+
+
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", WIDTHS)
 def test_a_row_made_in_every_way(simd_level, dtype):
     """A run, dense, sparse, shuffled and repeated columns in one row, each in more than is packed at a time;

@@ -113,7 +113,7 @@ void copy_lines(const GatherPlan& plan, const Segment& segment, const RowGroup& 
   const Side<kRows> side(plan, group, first, segment.to);
   const int32_t* from = plan.lines.data() + segment.first;
   for (int64_t at = 0; at < segment.bytes; at += kLineBytes, ++from) {
-    side.prefetch(*from + kAhead);
+    side.prefetch(at + kAhead < segment.bytes ? from[kAhead / kLineBytes] : *from + kAhead);
     for (int64_t r = 0; r < kRows; ++r) copy_line<kStream>(side.out[r] + at, side.source[r] + *from);
   }
 }
