@@ -1,7 +1,8 @@
-"""Text files that are there as a whole, or as they were before; and what was wrong with one."""
+"""Text files that are there as a whole, or as they were before; hashes of files; what was wrong with one."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from pathlib import Path
@@ -10,6 +11,23 @@ from pathlib import Path
 def reason(error: OSError) -> str:
     """What went wrong, without the file. An error that was raised with a text alone has no `strerror`."""
     return error.strerror or str(error)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    found = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def sha256_of_folder(folder: str | os.PathLike[str]) -> str:
+    """Of the names and bytes of all files below a folder, but for what Python compiles beside its modules."""
+    folder = Path(folder)
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+    lines = [f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n" for path in paths]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

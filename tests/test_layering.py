@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "_tensors": set(),
     "_files": set(),
     "_opaque": set(),
-    "_command": {"_command"},
+    "_command": {"_command", "_files"},
     "evaluation": {"evaluation", "_command", "_files", "top"},
     "_backend": {"_native"},
     "ops": set(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import importlib.util
 import os
 import re
@@ -12,8 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from minitron_kernels._command.messages import few
+from minitron_kernels._files import sha256_of
 
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# of a checkpoint's folder, what a model and its tokenizer are made of; other files are results beside them
+_OF_MODEL = (
+    *("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("chat_template*", "*.model", "*.tiktoken"),
+)
 # what wrappers add to names (pruning removes it too) -> what it is replaced by
 PREFIXES = {
     r"_orig_mod\.": "",
@@ -48,6 +56,21 @@ def check_model(path: Path) -> None:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
             reason += f"; a model of the hub is downloaded first: hf download {path} --local-dir {path.name}"
     raise FileNotFoundError(2, reason, str(path))
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model and its tokenizer in a checkpoint's folder, by name."""
+    return sorted({path for name in _OF_MODEL for path in folder.glob(name) if path.is_file()})
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """A SHA-256 of the weights, config and tokenizer in a checkpoint's folder, which are read whole.
+
+    Sizes and times do not tell models apart: those of one shape have the same sizes, and archives and images
+    set all times alike.
+    """
+    lines = [f"{path.name} {sha256_of(path)}\n" for path in model_files(folder)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def check_no_adapter(folder: Path) -> None:

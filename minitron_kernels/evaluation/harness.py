@@ -188,8 +188,10 @@ def _entry(choice: Choice, key: str, leaves: list[str], done: Mapping[str, Any])
         metric = min(metrics, key=lambda name: ranks.get(name.split(",")[0], len(ranks)))
         label, title = metric.split(",")[0], choice.name
     is_share = metric.split(",")[0] in SHARES
-    scale = 100.0 if is_share and abs(metrics[metric]) <= 1.0 else 1.0
     name, kind = metric.split(",", 1)
+    # of a task in per cent already, a part or a bound of the metric shows it where the metric itself is small
+    like = [value for other, value in metrics.items() if other.split(",")[0].endswith(name)]
+    scale = 100.0 if is_share and max(map(abs, like)) <= 1.0 else 1.0
     stderr = done["results"][key].get(f"{name}_stderr,{kind}")
     shots = {int(done["n-shot"].get(leaf) or 0) for leaf in leaves}
     counts = [done["n-samples"][leaf] for leaf in leaves]

@@ -31,11 +31,11 @@ class Evaluation:
         tasks: {task: {"value": of the metric, in per cent where it is a share; "stderr": its standard error
             in the same unit, or None; "metric", "shots", "title", "unit": "%" or ""; "documents" that were
             evaluated, "of": that there are; "seconds"; "warnings" of lm-eval; "all": what lm-eval returned}}.
-        settings: limit, dtype, chat_template, max_length, seed, tasks_path (a hash of the files in it): what
-            the results depend on.
+        settings: limit, dtype, chat_template, max_length, seed, tasks_path (a hash of the files in it),
+            tokenizer (a hash of one that was given): what the results depend on.
         versions: of lm_eval, transformers, torch and this library.
         left_out: tasks that were not run since they run code.
-        fingerprint: of the checkpoint's files; None for a model in memory.
+        fingerprint: a hash of the checkpoint's weights, config and tokenizer; None for a model in memory.
     """
 
     model: str
@@ -132,6 +132,18 @@ def _comparable(name: str, column: tuple[Any, ...]) -> bool:
     return benchmark is not None and column[1:] == (benchmark.label, benchmark.shots)
 
 
+def _differences(first: Evaluation, other: Evaluation) -> list[str]:
+    """What rows of the same tasks differ in beside the model: settings, and the harness that ran them."""
+    found = {**first.settings, "lm_eval": first.versions.get("lm_eval")}
+    theirs = {**other.settings, "lm_eval": other.versions.get("lm_eval")}
+    names = [name for name in {**found, **theirs} if name != "limit"]  # which is said by the documents
+    return [
+        f"{name} {theirs.get(name)!r}, not {found.get(name)!r}"
+        for name in names
+        if theirs.get(name) != found.get(name)
+    ]
+
+
 def _notes(results: Sequence[Evaluation], published: bool) -> list[str]:
     notes = []
     if published:
@@ -139,6 +151,10 @@ def _notes(results: Sequence[Evaluation], published: bool) -> list[str]:
             "Rows in italics are as published, by another set-up: harness version, prompts of XL-Sum and "
             "sampling differ."
         )
+    for number, result in enumerate(results):
+        first = next((one for one in results[:number] if set(one.tasks) & set(result.tasks)), result)
+        if differ := _differences(first, result):
+            notes.append(f"{result.model}: evaluated otherwise than {first.model}: {', '.join(differ)}.")
     for result in results:
         parts = [
             f"{name}: {entry['documents']:,} of {entry['of']:,}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import time
 import warnings
@@ -12,8 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from minitron_kernels import __version__
-from minitron_kernels._command.models import check_free, check_model, device_of, load_model, load_tokenizer
+from minitron_kernels._command.models import (
+    check_free,
+    check_model,
+    checkpoint_hash,
+    device_of,
+    load_model,
+    load_tokenizer,
+)
 from minitron_kernels._command.progress import Progress, in_terminal, lines_wanted
+from minitron_kernels._files import sha256_of_folder
 from minitron_kernels.evaluation import harness
 from minitron_kernels.evaluation.benchmarks import BENCHMARKS
 from minitron_kernels.evaluation.choice import (
@@ -106,7 +115,8 @@ def evaluate(
         "chat_template": chat_template,
         "max_length": max_length,
         "seed": seed,
-        "tasks_path": None if folder is None else _hash_of_folder(folder),
+        "tasks_path": None if folder is None else sha256_of_folder(folder)[:16],
+        "tokenizer": None if in_memory or tokenizer is None else _hash_of_tokenizer(tokenizer),
     }
     if not in_memory:
         check_model(Path(model))
@@ -114,7 +124,7 @@ def evaluate(
         type(model).__name__ if in_memory else Path(model).resolve().name,
         settings=settings,
         versions=_versions(),
-        fingerprint=None if in_memory else fingerprint(Path(model)),
+        fingerprint=None if in_memory else checkpoint_hash(Path(model))[:16],
     )
     if output is not None:
         result = _resumed(result, Path(output), overwrite)
@@ -300,31 +310,13 @@ def _resumed(new: Evaluation, output: Path, overwrite: bool) -> Evaluation:
     return old
 
 
-def fingerprint(folder: Path) -> str:
-    """Tells checkpoints apart without reading their weights: names, sizes and times of change of files."""
-    parts = [
-        *("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json"),
-        "tokenizer*",
-    ]
-    parts += ["special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"]
-    parts += ["*.model", "*.tiktoken"]
-    files = sorted({path for part in parts for path in folder.glob(part) if path.is_file()})
-    lines = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def _hash_of_folder(folder: Path) -> str:
-    """Of the names and contents of all files below a folder."""
-    found = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if "__pycache__" in path.parts:  # written by the run itself
-            continue
-        content = hashlib.sha256()
-        with path.open("rb") as stream:
-            while piece := stream.read(1 << 20):
-                content.update(piece)
-        found.update(f"{path.relative_to(folder).as_posix()} {content.hexdigest()}\n".encode())
-    return found.hexdigest()[:16]
+def _hash_of_tokenizer(tokenizer: Any) -> str:
+    """Of what a tokenizer in memory makes of text: all of a fast one, the vocabulary of another; and the
+    special tokens and the chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    body = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    more = [str(getattr(tokenizer, name, None)) for name in ("special_tokens_map", "chat_template")]
+    return hashlib.sha256(json.dumps([body, more]).encode()).hexdigest()[:16]
 
 
 def _versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -129,6 +130,17 @@ def test_files(tmp_path):
             Evaluation.load(tmp_path / "b.json")
 
 
+def test_rows_that_were_evaluated_otherwise_say_so():
+    same = {"limit": 3, "chat_template": False, "dtype": "auto"}
+    first = Evaluation("one", {"mmlu": entry("mmlu")}, same, {"lm_eval": "0.4.13", "torch": "2"})
+    chat = Evaluation("two", {"mmlu": entry("mmlu")}, {**same, "chat_template": True}, {"lm_eval": "0.4.14"})
+    note = "two: evaluated otherwise than one: chat_template True, not False, lm_eval '0.4.14', not '0.4.13'."
+    assert note in evaluation_table([first, chat]).splitlines()
+    apart = Evaluation("three", {"gsm8k": entry("gsm8k")}, {**same, "chat_template": True})
+    like = Evaluation("four", {"mmlu": entry("mmlu")}, {**same, "limit": None}, {"lm_eval": "0.4.13"})
+    assert "otherwise" not in evaluation_table([first, apart, like])
+
+
 class Stub:
     """evaluate() without lm-eval, of tasks a, b and c with the values 1, 2 and 3.
 
@@ -195,6 +207,38 @@ def test_another_model_is_another_result(stub, tmp_path):
         evaluate(model, ["a"], output=output)
 
 
+def test_sizes_and_times_do_not_tell_models_apart(stub, tmp_path):
+    """Two checkpoints of one shape, out of an archive that sets all times alike."""
+    model, output = stub.model, tmp_path / "out.json"
+
+    def unpacked(seed):
+        tiny.save_model(model, seed=seed)
+        for path in model.iterdir():
+            os.utime(path, ns=(10**18, 10**18))
+
+    unpacked(0)
+    evaluate(model, ["a"], output=output)
+    unpacked(0)  # the same again
+    evaluate(model, ["a", "b"], output=output)
+    assert stub.ran == ["a", "b"]
+    unpacked(1)
+    with pytest.raises(OtherResultsError, match="holds results with fingerprint"):
+        evaluate(model, ["a"], output=output)
+
+
+def test_a_tokenizer_that_is_given_counts(stub, tmp_path):
+    from transformers import AutoTokenizer
+
+    output, found = tmp_path / "out.json", [AutoTokenizer.from_pretrained(stub.model) for _ in range(3)]
+    found[2].add_tokens(["w99"])
+    for tokenizer in found[:2]:
+        evaluate(stub.model, ["a"], tokenizer=tokenizer, output=output)
+    assert stub.ran == ["a"]
+    for other in (found[2], None):
+        with pytest.raises(OtherResultsError, match=r"holds results with settings .*tokenizer"):
+            evaluate(stub.model, ["a"], tokenizer=other, output=output)
+
+
 def test_other_tokenizers_tasks_and_shots_are_other_results(stub, tmp_path):
     model, output = stub.model, tmp_path / "out.json"
     (tmp_path / "tasks" / "data").mkdir(parents=True)
@@ -223,6 +267,12 @@ def test_shares_that_are_in_per_cent_already():
         done["results"] = {"s": {"f1,none": value, "f1_stderr,none": value / 10}}
         found[value] = harness.entries_of(Choice("s", "s", None, None), {"tasks": {"s": None}}, done)["s"]
     assert [(one["value"], one["stderr"], one["unit"]) for one in found.values()] == [(25.0, 2.5, "%")] * 2
+    # 0.9 % of a model that knows nothing is not 90 %: the metric's parts show what it is counted in
+    done["results"] = {
+        "s": {"f1,none": 0.9, "f1_stderr,none": 0.1, "HasAns_f1,none": 1.8, "acc_x,none": 50.0}
+    }
+    small = harness.entries_of(Choice("s", "s", None, None), {"tasks": {"s": None}}, done)["s"]
+    assert (small["value"], small["stderr"]) == (0.9, 0.1)
 
 
 def test_arguments(stub, tmp_path):
