@@ -357,6 +357,26 @@ def test_fingerprints(teacher):
         model_fingerprint(torch.nn.Linear(2, 2, device="meta"))
 
 
+def test_adapters_are_part_of_a_teacher(tmp_path):
+    """Their scale is in no weight, nor whether they are on."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+
+    def adapted(alpha):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"], init_lora_weights=False)
+        return peft.get_peft_model(tiny_model("llama", seed=1), config)
+
+    on, off, scaled = ModelTeacher(adapted(4)), ModelTeacher(adapted(4), disable_adapters=True), adapted(8)
+    made = {"tier": "topk", "k": 3, "progress": False}
+    for number, teacher in enumerate((on, ModelTeacher(adapted(4)))):
+        assert cache_teacher(teacher, [torch.tensor([[1, number]])], tmp_path / "c", **made).added == 1
+    for other in (off, scaled):
+        with pytest.raises(ValueError, match="is a cache with teacher"):
+            cache_teacher(other, [torch.tensor([[1, 2, 4]])], tmp_path / "c", **made)
+        with pytest.raises(ValueError, match="fallback is not the teacher that was cached"):
+            CachedTeacher(tmp_path / "c", fallback=other)
+
+
 def test_softcaps_and_scales(tmp_path):
     """Gemma 2 caps its logits; what is cached is what it says."""
     model = tiny_model("gemma2", seed=1)

@@ -52,7 +52,7 @@ def teacher_spec(
     """The spec of a cache of this teacher; see cache_teacher()."""
     lm, device = as_teacher(teacher)
     signal = run_teacher(lm, [Sequence(0, 0, 1, torch.zeros(1, dtype=torch.int64))], device)
-    model = getattr(lm, "model", None)
+    model: Any = getattr(lm, "model", None)
     if teacher_name is None and not isinstance(model, nn.Module):
         raise ValueError("teacher_name must be given for a teacher that is not a ModelTeacher")
     rows = signal.head.shape[0]
@@ -63,7 +63,8 @@ def teacher_spec(
     vocab_size = vocab_size or rows
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
-        "teacher": teacher_name or model_fingerprint(model),  # type: ignore[arg-type]
+        "teacher": teacher_name
+        or model_fingerprint(model, disable_adapters=getattr(lm, "disable_adapters", False)),
         "tokenizer": None if tokenizer is None else tokenizer_hash(tokenizer),
     }
     if tier == "sampled":

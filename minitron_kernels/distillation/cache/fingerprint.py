@@ -25,12 +25,15 @@ _IDLE = (
     "id2label",
     "label2id",
 )
+# of an adapter's config, what changes no output: where it came from, and how it is trained
+_IDLE_OF_ADAPTERS = ("base_model_name_or_path", "inference_mode", "peft_version", "revision", "lora_dropout")
 
 
-def model_fingerprint(model: nn.Module) -> str:
+def model_fingerprint(model: nn.Module, *, disable_adapters: bool = False) -> str:
     """ "model:" and a SHA-256 of the model's config and weights, their dtype included.
 
-    All weights are read: some seconds for 10 GB.
+    All weights are read: some seconds for 10 GB. Of a PEFT model the adapters' settings count too (their
+    scale is in no weight), which of them are active, and `disable_adapters`, as ModelTeacher has it.
 
     Raises:
         TypeError: weights that are sharded over ranks or on no device: give the teacher a name instead.
@@ -39,6 +42,8 @@ def model_fingerprint(model: nn.Module) -> str:
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
         whole.update(json.dumps(_active(config.to_dict()), sort_keys=True, default=str).encode())
+    if (adapters := _adapters(model, disable_adapters)) is not None:
+        whole.update(json.dumps(adapters, sort_keys=True, default=_written).encode())
     for name, x in sorted(model.state_dict(keep_vars=True).items()):
         if is_dtensor(x) or x.device.type == "meta":
             raise TypeError(
@@ -49,6 +54,25 @@ def model_fingerprint(model: nn.Module) -> str:
         for piece in bytes_of(x):
             whole.update(piece)
     return f"model:{whole.hexdigest()}"
+
+
+def _adapters(model: Any, disabled: bool) -> Any:
+    """What beside weights says how a PEFT model's adapters count; None where there are none."""
+    found = getattr(model, "peft_config", None)
+    if not found:
+        return None
+    if disabled:
+        return "disabled"
+    settings = {
+        name: {key: value for key, value in config.to_dict().items() if key not in _IDLE_OF_ADAPTERS}
+        for name, config in found.items()
+    }
+    return [settings, getattr(model, "active_adapters", None)]
+
+
+def _written(value: Any) -> Any:
+    """What JSON does not know; sets, whose order is another in each process, by their sorted members."""
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
 def _active(config: Any) -> Any:

@@ -69,7 +69,9 @@ class CachedTeacher:
                 raise TypeError(
                     "fallback must be a model or a ModelTeacher, to be compared with the cached one"
                 )
-            elif model_fingerprint(model) != self.spec.teacher:
+            elif self.spec.teacher != model_fingerprint(
+                model, disable_adapters=getattr(self._fallback, "disable_adapters", False)
+            ):
                 raise ValueError("fallback is not the teacher that was cached: its config or weights differ")
         self.check_student(vocab_size, tokenizer)
 
