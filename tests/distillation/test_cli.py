@@ -145,7 +145,8 @@ def test_options_reach_the_trainer(tmp_path):
     assert (made.learning_rate, made.lr_scheduler_kwargs, made.warmup_steps) == (0.5, {"min_lr": 0.25}, 2)
     assert (made.weight_decay, made.adam_beta1, made.adam_beta2) == (0.125, 0.75, 0.625)
     assert (made.max_grad_norm, made.seed, made.bf16, made.max_steps) == (7.0, 11, True, 29)
-    assert (made.save_steps, made.save_total_limit, made.logging_steps, made.eval_steps) == (13, 17, 19, 23)
+    assert (made.save_steps, made.logging_steps, made.eval_steps) == (13, 19, 23)
+    assert made.save_total_limit is None  # old checkpoints go when the new one is marked, and not before
     assert not made.eval_on_start and "gradient_checkpointing=True" in repr(made).replace(
         "activation", "gradient"
     )

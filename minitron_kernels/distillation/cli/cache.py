@@ -142,7 +142,8 @@ def _check_out(out: Path) -> None:
     """Checks that the cache's folder can be written: a new one, an empty one, or a cache."""
     from minitron_kernels.distillation.cache.spec import SPEC_FILE
 
-    if out.is_dir() and (not any(out.iterdir()) or (out / SPEC_FILE).is_file()):
+    # what is hidden may be the spec that another process is writing
+    if out.is_dir() and (all(p.name.startswith(".") for p in out.iterdir()) or (out / SPEC_FILE).is_file()):
         check_free(out, True, folder=True, option="--out")
         return
     if out.exists():

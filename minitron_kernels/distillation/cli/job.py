@@ -58,9 +58,16 @@ def job_of(config: Mapping[str, Any], windows: int) -> Job:
         steps = -(-config["tokens"] // (per_step * config["seq_len"]))
     else:
         steps = math.ceil((config["epochs"] or 1) * windows / per_step)
-    if config["warmup"] > steps:
-        raise ValueError(f"--warmup must be at most the {steps} steps of the run, got {config['warmup']}")
+    check_warmup(config, steps)
     return Job(windows, config["seq_len"], processes, per_step, steps)
+
+
+def check_warmup(config: Mapping[str, Any], steps: int) -> None:
+    """Raises ValueError if the warm-up does not fit into the steps of a run."""
+    linear = config["lr_schedule"] == "linear"  # it divides by the steps behind the warm-up
+    if config["warmup"] > steps - linear:
+        what = f"less than the {steps}" if linear else f"at most the {steps}"
+        raise ValueError(f"--warmup must be {what} steps of the run, got {config['warmup']}")
 
 
 def world_size() -> int:

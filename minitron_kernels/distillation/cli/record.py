@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 from minitron_kernels._files import write_text
 
 CONFIG, RECORD, PICTURE = "distillation.toml", "distillation.json", "distillation.png"
-COMPLETE = "complete"  # a file in a checkpoint's folder, written after all others
+COMPLETE = "complete"  # a file in a checkpoint's folder, written after all others: their names and sizes
 FORMAT, VERSION = "minitron-distillation-run", 1
 _PACKAGES = ("torch", "transformers", "accelerate", "triton", "numpy", "safetensors")
 
@@ -59,6 +61,20 @@ class RunRecord:
             write_text(self.path, json.dumps(self.entries, indent=1, ensure_ascii=False) + "\n")
 
 
+def take_lock(handle: int, folder: Path) -> None:
+    """Takes the lock on an open file, by which runs keep each other out of a folder.
+
+    Raises:
+        ValueError: another run has it.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another run is at work in it; wait for it, or end it") from None
+    except OSError:  # a file system without locks
+        return
+
+
 def now() -> str:
     """The time in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -80,12 +96,45 @@ def read_record(folder: Path) -> dict[str, Any]:
     return found
 
 
+def mark_complete(checkpoint: Path) -> None:
+    """Marks a checkpoint all of whose files are written."""
+    files = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in _files_of(checkpoint)}
+    write_text(checkpoint / COMPLETE, json.dumps({"files": files}, indent=1) + "\n")
+
+
+def _files_of(checkpoint: Path) -> list[Path]:
+    return [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != COMPLETE]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether it has its mark, and all files with the sizes that this names: one that lacks its optimizer's
+    state would be gone on with, with another."""
+    try:
+        files = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["files"]
+        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def checkpoints(folder: Path) -> tuple[list[Path], list[Path]]:
     """(complete checkpoints, broken ones), each by step."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
-    found.sort(key=lambda path: int(path.name.split("-")[1]))
-    whole = [path for path in found if (path / COMPLETE).is_file()]
+    found.sort(key=_step_of)
+    whole = [path for path in found if _is_whole(path)]
     return whole, [path for path in found if path not in whole]
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def keep_last(folder: Path, keep: int) -> None:
+    """Removes all complete checkpoints but the last `keep`, and broken ones of earlier steps."""
+    whole, broken = checkpoints(folder)
+    last = _step_of(whole[-1]) if whole else -1
+    for old in [*whole[: max(len(whole) - keep, 0)], *(one for one in broken if _step_of(one) < last)]:
+        (old / COMPLETE).unlink(missing_ok=True)  # first: what is left of it by a kill is not complete
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def curves(log: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:

@@ -165,9 +165,9 @@ def make_loss(config: Mapping[str, Any], student: Any, teacher: Any) -> Any:
 
 def _hidden_states(config: Mapping[str, Any], student: Any, teacher: Any) -> dict[str, Any]:
     """Arguments of DistillationLoss for the hidden-state term."""
+    import torch
+
     from minitron_kernels.distillation.hidden_states import HiddenStatesLoss
-    from minitron_kernels.pruning import PruningPlan
-    from minitron_kernels.pruning.checkpoint.model_card import PLAN_FILE
 
     if teacher is None:  # a cache of hidden states: a map is learnt without the teacher's channels
         from transformers import AutoConfig
@@ -184,15 +184,33 @@ def _hidden_states(config: Mapping[str, Any], student: Any, teacher: Any) -> dic
             raise ValueError(f"--hidden-layers {text}: the student's layer {own} is given twice")
         layers[own] = other
     kept = None
-    plan = Path(config["student"]) / PLAN_FILE
-    if student.hidden_size != teacher.hidden_size and plan.is_file():
-        hidden = PruningPlan.load(plan).hidden
-        kept = hidden if hidden is not None and len(hidden) == student.hidden_size else None
-    term = HiddenStatesLoss(
-        layers,
-        kind=config["hidden_kind"],
-        student_width=student.hidden_size,
-        teacher_width=teacher.hidden_size,
-        kept_channels=kept,
-    )
+    if student.hidden_size != teacher.hidden_size:
+        kept = _kept_channels(Path(config["student"]), student.hidden_size, teacher.hidden_size)
+    with torch.random.fork_rng(devices=[]):  # the map begins by --seed, whatever was drawn before
+        torch.manual_seed(config["seed"])
+        term = HiddenStatesLoss(
+            layers,
+            kind=config["hidden_kind"],
+            student_width=student.hidden_size,
+            teacher_width=teacher.hidden_size,
+            kept_channels=kept,
+        )
     return {"hidden_states": term, "hidden_weight": config["hidden_weight"]}
+
+
+def _kept_channels(folder: Path, width: int, of: int) -> Any:
+    """The channels of a teacher that a student has, by the plan in the student's folder; None: not known.
+
+    After several rounds of pruning the plan there is that of the last one: it names channels of the model
+    between, not of the teacher.
+    """
+    from minitron_kernels.pruning import PruningPlan
+    from minitron_kernels.pruning.checkpoint.model_card import PLAN_FILE
+    from minitron_kernels.pruning.families.registry import family_of
+
+    if not (folder / PLAN_FILE).is_file():
+        return None
+    plan = PruningPlan.load(folder / PLAN_FILE)
+    source = family_of(plan.source_config).sizes(plan.source_config)["hidden"]
+    kept = plan.hidden
+    return kept if source == of and kept is not None and len(kept) == width else None

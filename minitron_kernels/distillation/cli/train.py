@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import shutil
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from minitron_kernels._command.messages import few, say, show
-from minitron_kernels._command.models import check_free, load_model
+from minitron_kernels._command.models import check_free, checkpoint_hash, load_model, model_files
 from minitron_kernels._files import write_text
 from minitron_kernels.distillation.cli import config as configs
 from minitron_kernels.distillation.cli import record as records
@@ -28,6 +30,9 @@ from minitron_kernels.distillation.cli.teachers import (
 )
 
 _PATHS = ("student", "teacher", "cache", "data", "eval_data", "out")
+_ABOUT = "of this run; `minitron-distill train --resume` reads it"
+# windows and tokens of which all are hashed; of more, evenly spaced ones
+_MOST_WINDOWS, _MOST_TOKENS = 1 << 16, 1 << 27
 
 
 def tell(kind: str, message: object) -> None:
@@ -76,8 +81,6 @@ def _run(
 ) -> int:
     from transformers.utils import logging
 
-    from minitron_kernels.distillation.cli import training
-
     if config["quiet"] or not sys.stderr.isatty():
         logging.disable_progress_bar()
     out = Path(config["out"])
@@ -86,22 +89,38 @@ def _run(
     head = student.get_output_embeddings().weight.shape[0]
     teacher = load_teacher(config, tokenizer, head)
     loss = make_loss(config, student, teacher)
-    about = {"config": config, "job": vars(job), "data": _digest(data)}
-    checkpoint = _last_checkpoint(out, about) if resume else None
-    record = records.RunRecord(out, about, writes=rank() == 0)
+    about = {"config": config, "job": vars(job), "data": _digest(data), "teacher": _teacher_of(config)}
     if rank() == 0:
-        if not resume and out.exists():  # --overwrite
-            _clear(out)
         out.mkdir(parents=True, exist_ok=True)
-        text = configs.to_toml(
-            "train", config, about="of this run; `minitron-distill train --resume` reads it"
-        )
-        write_text(out / records.CONFIG, text)
-    record.update(parameters=sum(p.numel() for p in student.parameters()))
-    if not config["quiet"]:
-        tell("distilling", f"{job}, on {device}")
-    interrupt = Interrupt(_say_wait)
-    models, windows = (student, teacher, loss), (data, held_out)
+    with _alone(out):
+        checkpoint = _last_checkpoint(out, about) if resume else None
+        record = records.RunRecord(out, about, writes=rank() == 0)
+        if rank() == 0:
+            if not resume:  # --overwrite
+                _clear(out)
+            write_text(out / records.CONFIG, configs.to_toml("train", config, about=_ABOUT))
+        record.update(parameters=sum(p.numel() for p in student.parameters()))
+        if not config["quiet"]:
+            tell("distilling", f"{job}, on {device}")
+        models, windows = (student, teacher, loss), (data, held_out)
+        return _train(config, job, device, models, windows, record, checkpoint, tokenizer, written)
+
+
+def _train(
+    config: dict[str, Any],
+    job: Job,
+    device: str,
+    models: tuple[Any, Any, Any],
+    windows: tuple[Chosen, Chosen | None],
+    record: records.RunRecord,
+    checkpoint: Path | None,
+    tokenizer: Any,
+    written: Any,
+) -> int:
+    """Trains, and writes what came out; `written` is the dtype of its weights."""
+    from minitron_kernels.distillation.cli import training
+
+    out, interrupt = Path(config["out"]), Interrupt(_say_wait)
     try:
         student, watch = training.run(config, job, device, models, windows, record, interrupt, checkpoint)
     except Stopped as stop:
@@ -126,6 +145,24 @@ def _run(
     return 0
 
 
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keeps other runs out of a run's folder, by a lock on it that the first process holds until it ends.
+
+    Raises:
+        ValueError: another run is in it.
+    """
+    if rank() > 0:
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        records.take_lock(folder, out)
+        yield
+    finally:
+        os.close(folder)
+
+
 def _of_the_run(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """The configuration of the run in --out, with what may change and was given.
 
@@ -148,6 +185,14 @@ def _of_the_run(config: dict[str, Any], args: argparse.Namespace) -> dict[str, A
     return now
 
 
+def note_moved(out: Path, config: Mapping[str, Any]) -> None:
+    """Notes where models and texts of the run in `out` are now; the caller knows that they are the same."""
+    before = configs.load("train", out / records.CONFIG, {})
+    now = {**before, **_absolute({name: config[name] for name in _PATHS if name != "out"})}
+    if now != before:
+        write_text(out / records.CONFIG, configs.to_toml("train", now, about=_ABOUT))
+
+
 def _absolute(config: dict[str, Any]) -> dict[str, Any]:
     """With paths that hold in another folder too."""
 
@@ -165,7 +210,7 @@ def _check_out(config: dict[str, Any], *, resume: bool, overwrite: bool) -> None
     for name in ("student", "teacher", "cache"):
         if config[name] is not None and os.path.realpath(config[name]) == os.path.realpath(out):
             raise ValueError(f"--out must be another folder than --{name}, got {out}")
-    if resume:
+    if resume or rank() > 0:  # the first process may have begun the run already
         return
     if (out / records.RECORD).is_file() and not overwrite:
         raise FileExistsError(17, "has a run already; --resume, --overwrite, or another --out", str(out))
@@ -177,11 +222,12 @@ def _check_out(config: dict[str, Any], *, resume: bool, overwrite: bool) -> None
 
 
 def _clear(out: Path) -> None:
-    """Removes the checkpoints, weights and record of a run, and nothing else."""
+    """Removes the checkpoints, model, tokenizer and record of a run, and nothing else: a chat template that
+    the next student does not have would stay with it."""
     whole, broken = records.checkpoints(out)
     for folder in (*whole, *broken):
         shutil.rmtree(folder)
-    for path in (out / records.RECORD, out / records.PICTURE, *out.glob("model*.safetensors*")):
+    for path in (out / records.RECORD, out / records.PICTURE, *model_files(out)):
         path.unlink(missing_ok=True)
 
 
@@ -211,12 +257,26 @@ def _windows(config: dict[str, Any], key: str, samples: str) -> Chosen:
 
 
 def _digest(data: Chosen) -> dict[str, Any]:
-    """What must be the same where a run is resumed: the number of windows, and 64 of them."""
-    step = max(1, len(data) // 64)
+    """What must be the same where a run is resumed: the number of windows, and the tokens in them.
+
+    All of them up to 65,536 windows and 2^27 tokens; of more, so many that are evenly spaced.
+    """
+    step = max(1, -(-len(data) // _MOST_WINDOWS), -(-len(data) * data.windows.length // _MOST_TOKENS))
     sums = hashlib.sha256()
     for index in range(0, len(data), step):
         sums.update(data[index]["input_ids"].numpy().tobytes())
     return {"windows": len(data), "sha256": sums.hexdigest()}
+
+
+def _teacher_of(config: dict[str, Any]) -> str | None:
+    """Who teaches, by content; of the first process alone, since it is read whole."""
+    if rank() > 0:
+        return None
+    if config["cache"] is not None:
+        from minitron_kernels.distillation.cache import TeacherCache
+
+        return f"cache {TeacherCache(config['cache']).spec.sha256}"
+    return None if config["teacher"] is None else checkpoint_hash(Path(config["teacher"]))
 
 
 def _stored_dtype(student: Any, config: dict[str, Any]) -> Any:
@@ -235,11 +295,14 @@ def _last_checkpoint(out: Path, about: dict[str, Any]) -> Path | None:
     """The newest complete checkpoint of the run; None: it begins anew.
 
     Raises:
-        ValueError: the data or the number of windows in a step are others than the run's.
+        ValueError: the data, the teacher, or the number of windows in a step are others than the run's.
     """
     before = records.read_record(out)
     if before["data"] != about["data"]:
         raise ValueError(f"{out}: the run to resume has other --data: its files have changed since")
+    if rank() == 0 and before["teacher"] != about["teacher"]:
+        which = "cache" if about["config"]["cache"] else "teacher"
+        raise ValueError(f"{out}: the run to resume has another --{which}: its files have changed since")
     if before["job"]["per_step"] != about["job"]["per_step"]:
         raise ValueError(
             f"{out}: the run to resume has {before['job']['per_step']} windows in a step, of "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,13 @@ import torch.distributed as dist
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from minitron_kernels._command.progress import Progress
-from minitron_kernels._files import write_text
 from minitron_kernels.distillation.cli.data import Shuffled, collate
 from minitron_kernels.distillation.cli.interrupt import Interrupt
 from minitron_kernels.distillation.cli.job import Job, rank
-from minitron_kernels.distillation.cli.record import COMPLETE, RunRecord
+from minitron_kernels.distillation.cli.record import RunRecord, keep_last, mark_complete
 from minitron_kernels.distillation.trainers.hf import DistillationTrainer
 
+_PRECISION = "ACCELERATE_MIXED_PRECISION"
 _SHOWN = {"loss": "loss", "kl": "kl", "tokens_per_second": "tokens/s"}
 
 
@@ -57,7 +59,6 @@ def arguments_of(
         **(_checkpointing() if config["gradient_checkpointing"] else {}),
         save_strategy="steps",
         save_steps=config["save_every"],
-        save_total_limit=config["keep"],
         logging_steps=config["log_every"],
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would replace what must be seen
@@ -82,8 +83,9 @@ def _checkpointing() -> dict[str, Any]:
 class Watch(TrainerCallback):
     """Progress, record, checkpoints' marks and the stop between two steps."""
 
-    def __init__(self, record: RunRecord, interrupt: Interrupt, job: Job, *, quiet: bool) -> None:
+    def __init__(self, record: RunRecord, interrupt: Interrupt, job: Job, *, keep: int, quiet: bool) -> None:
         self._record, self._interrupt, self._job, self._quiet = record, interrupt, job, quiet
+        self._keep = keep
         self._progress: Progress | None = None
         self._group: Any = None
         self.stopped_by: int | None = None
@@ -100,7 +102,8 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Counts the step; stops after it, with a checkpoint, if a signal came."""
         assert self._progress is not None
-        control.should_log |= state.global_step >= self._job.steps  # the last losses, whatever log_every is
+        # the last losses, whatever log_every is; and none is saved that was not looked at
+        control.should_log |= control.should_save or state.global_step >= self._job.steps
         self._progress.advance(more_comes=control.should_log)
         number = self._interrupt.number or 0
         if self._group is not None:
@@ -109,7 +112,7 @@ class Watch(TrainerCallback):
             number = int(shared)
         if number and state.global_step < self._job.steps:
             self.stopped_by = number
-            control.should_save = control.should_training_stop = True
+            control.should_log = control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
         """Shows and keeps what was logged; stops at a loss that is not a number."""
@@ -117,20 +120,21 @@ class Watch(TrainerCallback):
         if self._progress is not None:
             self._progress.show({_SHOWN[name]: logs[name] for name in _SHOWN if name in logs})
         self._record.update(step=state.global_step, log=state.log_history)
-        loss = logs.get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss} at step {state.global_step}: take a lower --lr or a longer --warmup; "
-                "checkpoints of earlier steps are kept"
-            )
+        for name, what in (("loss", "loss"), ("grad_norm", "gradient's norm")):
+            if not math.isfinite(value := logs.get(name, 0.0)):
+                raise ValueError(
+                    f"the {what} is {value} at step {state.global_step}: take a lower --lr or a longer "
+                    "--warmup; checkpoints of earlier steps are kept"
+                )
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Marks the checkpoint: all its files are written."""
+        """Marks the checkpoint, all of whose files are written; only then earlier ones go."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self._group is not None:
             dist.barrier(group=self._group)
         if state.is_world_process_zero:
-            write_text(folder / COMPLETE, f"step {state.global_step}\n")
+            mark_complete(folder)
+            keep_last(folder.parent, self._keep)
         self.saved = folder
         self._record.update(step=state.global_step, log=state.log_history)
 
@@ -138,6 +142,19 @@ class Watch(TrainerCallback):
         """Ends the bar."""
         if self._progress is not None:
             self._progress.close()
+
+
+@contextlib.contextmanager
+def _precision_of_its_own() -> Iterator[None]:
+    """accelerate's variable for mixed precision, which `accelerate launch` sets, is not looked at, and is
+    afterwards as it was: the run's configuration says what it computes in."""
+    before = os.environ.pop(_PRECISION, None)
+    try:
+        yield
+    finally:
+        os.environ.pop(_PRECISION, None)
+        if before is not None:
+            os.environ[_PRECISION] = before
 
 
 def run(
@@ -169,17 +186,18 @@ def run(
     train_data, eval_data = data
     # an expert that got no token has no gradient, which DDP must be prepared for
     has_experts = any(getattr(student.config, name, None) for name in ("num_experts", "num_local_experts"))
-    watch = Watch(record, interrupt, job, quiet=config["quiet"])
-    trainer = DistillationTrainer(
-        student,
-        arguments_of(config, job, device, resumes=checkpoint is not None, has_experts=has_experts),
-        teacher=teacher,
-        loss=loss,
-        train_dataset=Shuffled(train_data, job.steps * job.per_step, config["seed"]),
-        eval_dataset=eval_data,
-        data_collator=collate,
-        callbacks=[watch],
-    )
+    watch = Watch(record, interrupt, job, keep=config["keep"], quiet=config["quiet"])
+    with _precision_of_its_own():
+        trainer = DistillationTrainer(
+            student,
+            arguments_of(config, job, device, resumes=checkpoint is not None, has_experts=has_experts),
+            teacher=teacher,
+            loss=loss,
+            train_dataset=Shuffled(train_data, job.steps * job.per_step, config["seed"]),
+            eval_dataset=eval_data,
+            data_collator=collate,
+            callbacks=[watch],
+        )
     trainer.remove_callback(PrinterCallback)
     try:
         with interrupt:

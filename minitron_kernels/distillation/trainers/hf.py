@@ -8,6 +8,7 @@ evaluation.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -209,7 +210,7 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """As in Trainer, with metrics that are means over tokens."""
         self._evaluation = Sums(self.args.device)
-        with self._training.paused():
+        with self._training.paused(), _generators_as_before(self.args.device):
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
             means = self._evaluation.means(self.accelerator)
         assert output.metrics is not None
@@ -241,3 +242,8 @@ class DistillationTrainer(Trainer):
         super()._load_best_model()
         assert self.state.best_model_checkpoint is not None
         load_loss(self.distillation_loss, self.state.best_model_checkpoint, self.args.process_index)
+
+
+def _generators_as_before(device: torch.device) -> AbstractContextManager[None]:
+    """torch's generators go on as if nothing had been drawn: how often is evaluated changes no dropout."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
