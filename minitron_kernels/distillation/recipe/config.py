@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_kernels.distillation.cli.config import near, parse_toml, toml_of
+from minitron_kernels.distillation.cli.job import check_warmup
 from minitron_kernels.distillation.recipe.tables import (
     AGGREGATIONS,
     LENGTHS,
@@ -274,8 +275,11 @@ def _check_training(config: Mapping[str, Any], where: str, processes: int) -> No
     if config["lr_min"] >= config["lr"] and config["lr_schedule"] != "constant":
         raise ValueError(f"{where} lr_min must be below lr {config['lr']:g}, got {config['lr_min']:g}")
     steps = steps_of(config, processes)
-    if steps is not None and config["warmup"] > steps:
-        raise ValueError(f"{where} warmup must be at most the {steps} steps, got {config['warmup']}")
+    if steps is not None:
+        try:
+            check_warmup(config, steps)
+        except ValueError as error:
+            raise ValueError(f"{where} {str(error).removeprefix('--')}") from None
 
 
 def steps_of(config: Mapping[str, Any], processes: int) -> int | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_kernels._command.documents import kind_of
-from minitron_kernels._files import write_text
+from minitron_kernels._files import sha256_of, write_text
 
 KNOWN = ".hashes.json"  # in the folder of a recipe
 WHOLE_BYTES = 64 << 20  # the hash of a greater file is remembered
@@ -21,7 +21,8 @@ _OF_MODEL = (
     *(".json", ".safetensors", ".bin", ".pt", ".gguf", ".py"),
     *(".model", ".txt", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe"),
 )
-_known: dict[str, list[Any]] = {}  # path -> size, time of its last change, number of its inode, hash
+# path -> size, times of the last change of its content and of the file, number of its inode, hash
+_known: dict[str, list[Any]] = {}
 
 
 def digest_of(value: Any) -> str:
@@ -33,19 +34,16 @@ def digest_of_file(path: Path) -> str:
     """The size and a SHA-256 of all of a file.
 
     That of a file beyond 64 MiB is remembered, and is not computed again while the file's size, inode and
-    time of its last change are the same.
+    times of its last change are the same: that of its content, which programs set as they like, and that of
+    the file, which the system sets.
     """
     about, key = path.stat(), os.path.realpath(path)
-    stamp = [about.st_size, about.st_mtime_ns, about.st_ino]
-    if _known.get(key, [])[:3] == stamp:
-        return str(_known[key][3])
+    stamp = [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
+    if _known.get(key, [])[:-1] == stamp:
+        return str(_known[key][-1])
     _known.pop(key, None)
-    found = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            found.update(piece)
-    digest = f"{about.st_size}:{found.hexdigest()[:32]}"
-    if about.st_size > WHOLE_BYTES and time.time() - about.st_mtime_ns / 1e9 > _NEAR_SECONDS:
+    digest = f"{about.st_size}:{sha256_of(path)[:32]}"
+    if about.st_size > WHOLE_BYTES and time.time() - about.st_ctime_ns / 1e9 > _NEAR_SECONDS:
         _known[key] = [*stamp, digest]
     return digest
 
@@ -55,7 +53,7 @@ def recall(path: Path) -> None:
     _known.clear()
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        _known.update({key: entry for key, entry in found.items() if len(entry) == 4})
+        _known.update({key: entry for key, entry in found.items() if len(entry) == 5})
     except (OSError, ValueError, AttributeError, TypeError):
         return
 

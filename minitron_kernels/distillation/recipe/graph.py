@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from minitron_kernels._command.models import check_model
+from minitron_kernels._files import sha256_of_folder
 from minitron_kernels.distillation.recipe.config import Recipe, Variant
-from minitron_kernels.distillation.recipe.files import digest_of, digest_of_files, digest_of_model, listing
+from minitron_kernels.distillation.recipe.files import digest_of, digest_of_files, digest_of_model
 from minitron_kernels.distillation.recipe.tables import SIZES, options_of
 
 # to be raised where a stage gives something else for the same configuration and inputs
-VERSIONS = {"correct": 1, "score": 1, "plan": 1, "prune": 1, "distill": 1, "evaluate": 1}
+VERSIONS = {"correct": 1, "score": 1, "plan": 1, "prune": 1, "distill": 2, "evaluate": 1}
 TRAINED = ("correct", "distill")  # stages whose results take long
 _NOT_IN_RESULTS = ("enabled", "data", "eval_data", "about", "models")
 _FOR_LOSS = ("samples", "seq_len", "batch_size", "dtype", "device")  # of plan, for layers_by = "loss"
@@ -185,7 +186,7 @@ class _Maker:
     def _tasks(self, folder: str) -> Given:
         path = Path(folder)
         if path.is_dir():
-            return Given((path,), digest_of(listing(path)))
+            return Given((path,), sha256_of_folder(path))
         if not self.dry:
             raise FileNotFoundError(2, "there is no such folder ([evaluate] tasks_path)", folder)
         return Given((path,), digest_of(folder), (path,))

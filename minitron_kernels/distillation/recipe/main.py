@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
         if any(node.config.get("tasks") for node in graph.nodes):
             harness().check_installed()
         context = Context(recipe.out, _say, args.quiet, lock.lock)
-        code = run_stages(graph, state, context, verdicts)
+        code = run_stages(graph, state, context, verdicts, redo=args.redo)
         if code:
             _say("interrupted", "the same command goes on")
             return code

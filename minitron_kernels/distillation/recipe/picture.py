@@ -22,6 +22,12 @@ def title_of(row: Mapping[str, Any]) -> str:
     return f"{name}: {row['variant']}" if row["variant"] else name
 
 
+def bars_of(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[Mapping[str, Any]]]:
+    """The file of the bars, the first that there is, and the rows that were measured on it."""
+    file = next((name for row in rows for name in row.get("perplexity", {})), "")
+    return file, [row for row in rows if file in row.get("perplexity", {})]
+
+
 def draw(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> bool:
     """Draws a report as PNG; False where there is no matplotlib, or nothing to draw.
 
@@ -30,7 +36,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> bool:
         path: of the picture, which appears whole.
         title: above it.
     """
-    measured = [row for row in rows if row.get("perplexity")]
+    file, measured = bars_of(rows)
     trained = [row for row in rows if len(row.get("training", {}).get("losses", ())) > 1]
     if not measured:
         return False
@@ -41,12 +47,11 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> bool:
     height = max(3.8, 0.32 * len(measured) + 1.2)
     figure = Figure(figsize=(11 if trained else 6, height), layout="constrained")
     left = figure.add_subplot(1, 2 if trained else 1, 1)
-    values = [next(iter(row["perplexity"].values()))["perplexity"] for row in measured]
+    values = [row["perplexity"][file]["perplexity"] for row in measured]
     colours = [_COLOURS[row["model"]] for row in measured]
     bars = left.barh([title_of(row) for row in measured][::-1], values[::-1], color=colours[::-1])
     left.bar_label(bars, fmt="%.1f", padding=4)
-    file = Path(next(iter(measured[0]["perplexity"]))).name
-    left.set(xscale="log", xlabel=f"perplexity on {file} (log scale; less is better)")
+    left.set(xscale="log", xlabel=f"perplexity on {Path(file).name} (log scale; less is better)")
     left.set_xlim(right=max(values) * 2.2)
     axes = [left]
     if trained:

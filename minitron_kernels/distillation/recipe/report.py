@@ -60,24 +60,25 @@ def write_report(recipe: Recipe, graph: Graph, state: State) -> str:
     out, rows = recipe.out, rows_of(graph, recipe.out)
     drawn = recipe.base["recipe"]["picture"] and draw(rows, out / PICTURE, out.name)
     stages = [{"stage": node.path, **_entry(state, node)} for node in graph.nodes]
+    made_by = _made_by(graph, state)
     about = recipe.base["recipe"]["about"]
     result = {
         "about": about,
         "rows": rows,
         "variants": {line.variant.name: line.variant.changes for line in graph.lines[1:]},
         "stages": stages,
-        "versions": records.versions(),
+        "versions": made_by,
         "written": records.now(),
     }
     records.write_text(out / RECORD, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     table = _models(rows)
-    parts = [f"# {out.name}", *([about] if about else []), table]
+    parts = [f"# {out.name}", *([about] if about else []), table, *unequal(rows)]
     if drawn:
         parts.append(f"![perplexities and training losses]({PICTURE})")
     if len(graph.lines) > 1:
         parts += ["## Compared", _variants(graph)]
     parts += ["## Plans", *_plans(graph, out), "## Stages", _times(stages)]
-    parts.append(", ".join(f"{name} {version}" for name, version in result["versions"].items()))
+    parts.append(", ".join(f"{name} {' and '.join(found)}" for name, found in made_by.items()))
     records.write_text(out / MARKDOWN, "\n\n".join(parts) + "\n")
     files = ", ".join([MARKDOWN, RECORD, *([PICTURE] if drawn else [])])
     return f"{table}\n\n{out}: {files}"
@@ -86,6 +87,16 @@ def write_report(recipe: Recipe, graph: Graph, state: State) -> str:
 def _entry(state: State, node: Node) -> dict[str, Any]:
     entry = state.entries[node.path]
     return {"finished": entry["finished"], "seconds": entry["seconds"]}
+
+
+def _made_by(graph: Graph, state: State) -> dict[str, list[str]]:
+    """{package: its versions by which the stages were made}: those of an earlier run may be others."""
+    found: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        for name, version in state.entries[node.path].get("versions", {}).items():
+            found.setdefault(name, [])
+            found[name] += [version] * (version not in found[name])
+    return found
 
 
 def markdown_table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
@@ -124,6 +135,23 @@ def _models(rows: list[dict[str, Any]]) -> str:
         cells += [_number(row.get("tasks", {}).get(task, {}).get("value")) for task in tasks]
         lines.append(cells)
     return markdown_table(head, lines)
+
+
+def unequal(rows: list[dict[str, Any]]) -> list[str]:
+    """Sentences on what stands in one column and was measured otherwise: on other text, with other shots."""
+    firsts: dict[str, tuple[str, str]] = {}
+    notes = []
+    for row in rows:
+        how = {file: f"{entry['tokens']:,} tokens" for file, entry in row.get("perplexity", {}).items()}
+        for task, entry in row.get("tasks", {}).items():
+            how[task] = f"{entry.get('shots')} shots, {entry.get('documents')} documents"
+        for name, measured in how.items():
+            first, other = firsts.setdefault(name, (title_of(row), measured))
+            if measured != other:
+                notes.append(
+                    f"{title_of(row)}: {name} is on {measured}; {first}: on {other}. They do not compare."
+                )
+    return notes
 
 
 def task_title(rows: list[dict[str, Any]], task: str) -> str:

@@ -35,22 +35,42 @@ def check_free(graph: Graph, state: State, verdicts: Verdicts, *, redo: bool) ->
     lost = [
         f"{node.path} ({verdicts[node.path][1]})"
         for node in graph.nodes
-        if node.stage in TRAINED and verdicts[node.path][0] == AGAIN and (state.out / node.path).exists()
+        if verdicts[node.path][0] == AGAIN and _is_trained(node, state)
     ]
     if lost and not redo:
-        raise ValueError(
-            f"a trained model would be thrown away and made again: {'; '.join(lost)}. Say --redo, take "
-            "another out, or set the recipe back"
-        )
+        raise _lost("; ".join(lost))
 
 
-def run(graph: Graph, state: State, context: Context, verdicts: Verdicts) -> int:
-    """Makes what is not done; returns 0, or the exit code of a training stage that a signal stopped."""
-    todo = [node for node in graph.nodes if verdicts[node.path][0] != DONE]
-    for number, node in enumerate(todo, 1):
+def _is_trained(node: Node, state: State) -> bool:
+    return node.stage in TRAINED and (state.out / node.path).exists()
+
+
+def _lost(models: str) -> ValueError:
+    return ValueError(
+        f"a trained model would be thrown away and made again: {models}. Say --redo, take another out, or "
+        "set the recipe back"
+    )
+
+
+def run(graph: Graph, state: State, context: Context, verdicts: Verdicts, *, redo: bool = False) -> int:
+    """Makes what is not done; returns 0, or the exit code of a training stage that a signal stopped.
+
+    Raises:
+        ValueError: what a trained model was made of came out otherwise this time, and redo is not given.
+    """
+    number, total = 0, sum(what != DONE for what, _ in verdicts.values())
+    for node in graph.nodes:
         what, why = verdicts[node.path]
+        if what in (DONE, GO_ON) and (remade := state.remade(node)):
+            if _is_trained(node, state) and not redo:
+                raise _lost(f"{node.path} ({remade})")
+            total += what == DONE
+            what, why = AGAIN, remade
+        if what == DONE:
+            continue
+        number += 1
         note = {AGAIN: f", again: {why}", GO_ON: ", goes on", NEW: ""}[what]
-        context.say(f"{number} of {len(todo)}", f"{node.path}{note}")
+        context.say(f"{number} of {total}", f"{node.path}{note}")
         begin = time.monotonic()
         if what != GO_ON:
             clear(node, state)

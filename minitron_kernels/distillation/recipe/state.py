@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minitron_kernels.distillation.cli.record import now, versions, write_text
-from minitron_kernels.distillation.recipe.files import changed, listing
+from minitron_kernels.distillation.cli.record import (
+    CONFIG,
+    PICTURE,
+    RECORD,
+    now,
+    take_lock,
+    versions,
+    write_text,
+)
+from minitron_kernels.distillation.recipe.files import changed, digest_of, listing
 from minitron_kernels.distillation.recipe.graph import Node
 
 FILE, _LOCK = "recipe.json", ".recipe.lock"
@@ -22,8 +29,8 @@ DONE, GO_ON, AGAIN, NEW = "done", "goes on", "again", "new"
 class State:
     """The entries of recipe.json in the folder of a recipe.
 
-    An entry: digest (of configuration and inputs), config and inputs themselves, status ("begun", "done"),
-    files {name: hash}, times in UTC, seconds.
+    An entry: digest (of configuration and inputs), config and inputs themselves, made_of (what the stages
+    that it reads had made, as hashes), status ("begun", "done"), files {name: hash}, times in UTC, seconds.
 
     Raises:
         ValueError: the file is damaged, or of another program or release.
@@ -52,12 +59,7 @@ class State:
         """
         self.out.mkdir(parents=True, exist_ok=True)
         with (self.out / _LOCK).open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ValueError(
-                    f"{self.out}: another run is at work in it; wait for it, or end it"
-                ) from None
+            take_lock(stream.fileno(), self.out)
             self.lock = stream.fileno()
             try:
                 yield
@@ -71,10 +73,34 @@ class State:
             return NEW, ""
         if entry["digest"] != node.digest:
             return AGAIN, _difference(entry, node)
+        if why := self.remade(node):
+            return AGAIN, why
         if entry["status"] != "done":
             return GO_ON, ""
         what = changed(self.out / node.path, entry["files"])
         return (DONE, "") if what is None else (AGAIN, what)
+
+    def remade(self, node: Node) -> str:
+        """Which stages' results are others than those that a stage was made of; empty: none.
+
+        The same configuration and inputs need not make the same bits: on another device, by another release.
+        """
+        made = self.entries.get(node.path, {}).get("made_of", {})
+        now_ = self._made_of(node)
+        names = [name for name in now_ if now_[name] is not None and made.get(name) not in (None, now_[name])]
+        return ", ".join(f"{name} was made again, and is another" for name in names)
+
+    def _made_of(self, node: Node) -> dict[str, str | None]:
+        """{what a stage reads of others: a hash of what these made; None while they are not done}."""
+        found: dict[str, str | None] = {}
+        for name, given in node.inputs.items():
+            if isinstance(given, Node):
+                files = self.entries.get(given.path, {}).get("files", {})
+                # the times and places of a run are no part of what it made
+                about = (RECORD, CONFIG, PICTURE)
+                whole = {file: digest for file, digest in files.items() if file not in about}
+                found[name] = digest_of(whole) if whole else None
+        return found
 
     def begin(self, node: Node) -> None:
         """Notes that a stage is at work."""
@@ -82,6 +108,7 @@ class State:
             "digest": node.digest,
             "config": node.matters,
             "inputs": {name: given.digest for name, given in node.inputs.items()},
+            "made_of": self._made_of(node),
             "status": "begun",
             "begun": now(),
         }

@@ -26,16 +26,18 @@ def train(node: Node, into: Path, context: Context) -> int:
         into: its folder.
         context: see there.
     """
+    from minitron_kernels.distillation.cli.train import note_moved, train
+
     flags = flags_of(node, into, context)
     begun = (into / records.CONFIG).is_file() and (into / records.RECORD).is_file()
     if begun and records.read_record(into).get("status") == "done":  # it was killed before its note
         return 0
     if not begun and into.exists():
         shutil.rmtree(into)
+    if begun:  # texts and folders may have moved: their digests say that they are the same
+        note_moved(into, flags)
     if node.config["processes"] > 1:
         return _by_torchrun(flags, node.config["processes"], into, begun, context.lock)
-    from minitron_kernels.distillation.cli.train import train
-
     how = {"config": None, "print_config": False, "dry_run": False, "overwrite": False, "debug": True}
     return train(argparse.Namespace(command="train", resume=begun, **how, **flags))
 

@@ -62,7 +62,11 @@ WRONG = [
     ({"distill": {"enabled": "yes"}}, r"\[distill\] enabled must be true or false, got 'yes'"),
     ({"distill": {"tokens": 5}}, r"\[distill\] needs one of steps, tokens and epochs, got steps and tokens"),
     ({"distill": {"lr_min": 1.0}}, r"\[distill\] lr_min must be below lr 0\.002, got 1"),
-    ({"distill": {"warmup": 5}}, r"\[distill\] warmup must be at most the 4 steps, got 5"),
+    ({"distill": {"warmup": 5}}, r"\[distill\] warmup must be at most the 4 steps of the run, got 5"),
+    (
+        {"distill": {"warmup": 4, "lr_schedule": "linear"}},
+        r"\[distill\] warmup must be less than the 4 steps of the run, got 4",
+    ),
     ({"recipe": {"data": None}}, r"\[score\] needs data: give it there, or in \[recipe\]"),
     ({"recipe": {"teacher": None}}, r"\[recipe\] needs teacher"),
     ({"plan": {"hidden_size": None, "intermediate_size": None}}, r"\[plan\] needs what stays: sizes"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -12,6 +13,7 @@ import torch
 
 from distillation.recipe.tomls import tables, write
 from minitron_kernels.distillation.recipe import files, graph, stages, train
+from minitron_kernels.distillation.recipe import run as runs
 from minitron_kernels.distillation.recipe.config import load
 from minitron_kernels.distillation.recipe.graph import graph_of
 from minitron_kernels.distillation.recipe.state import State
@@ -77,11 +79,26 @@ def test_a_change_anywhere_in_a_great_file_is_seen(tmp_path, monkeypatch):
     assert files.digest_of_file(tmp_path / "copy") == before  # content alone counts
 
 
+def test_a_change_is_seen_whose_time_was_set_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "WHOLE_BYTES", 1 << 10)
+    monkeypatch.setattr(files, "_NEAR_SECONDS", 0.0)
+    path, found = tmp_path / "weights", []
+    for byte in (1, 2):
+        with path.open("r+b" if found else "wb") as stream:  # in place: the inode stays
+            stream.write(bytes([byte]) * (1 << 12))
+        os.utime(path, ns=(LONG_AGO, LONG_AGO))
+        time.sleep(0.05)  # the system's clock of files has steps of some milliseconds
+        found.append(files.digest_of_file(path))
+    assert found[0] != found[1]
+    assert len(files._known) > 0
+
+
 def test_a_great_file_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "WHOLE_BYTES", 1 << 10)
+    monkeypatch.setattr(files, "_NEAR_SECONDS", 0.0)
     path = tmp_path / "weights"
     path.write_bytes(bytes(1 << 12))
-    os.utime(path, ns=(LONG_AGO, LONG_AGO))
+    time.sleep(0.05)
     files.recall(tmp_path / "hashes.json")
     before = files.digest_of_file(path)
     files.keep(tmp_path / "hashes.json")
@@ -89,6 +106,7 @@ def test_a_great_file_is_read_once(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(type(path), "open", lambda *_: pytest.fail("it was read again"))
         assert files.digest_of_file(path) == before
+    monkeypatch.setattr(files, "_NEAR_SECONDS", 60.0)
     path.write_bytes(bytes(1 << 12))  # the time of this change is too near to tell a further one
     files.digest_of_file(path)
     files.keep(tmp_path / "hashes.json")
@@ -107,6 +125,59 @@ def test_another_harness_evaluates_again(digests, monkeypatch):
     (one, with_tasks), (other, with_others) = found
     assert one == other
     assert differing(with_tasks, with_others) == {path for path in one if path.startswith("evaluate/")}
+
+
+def test_all_files_of_tasks_count_but_what_running_them_leaves(digests, tmp_path):
+    folder = tmp_path / "tasks"
+    (folder / "checkpoint-1").mkdir(parents=True)
+    (folder / "a.yaml").write_text("task: a")
+    tasks = {"evaluate": {"tasks": ["a"], "tasks_path": str(folder)}}
+    before = digests(**tasks)
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__/utils.pyc").write_bytes(b"1")
+    assert digests(**tasks) == before
+    (folder / "checkpoint-1/data.jsonl").write_text("{}")
+    assert differing(before, digests(**tasks)) == {path for path in before if path.startswith("evaluate/")}
+
+
+def test_what_is_made_of_another_result_is_made_again(digests, tmp_path, monkeypatch):
+    """The same configuration, on another device or by another release: other bits."""
+    digests()
+    out, made, contents = tmp_path / "out", [], {}
+
+    def make(node, into, context):
+        made.append(node.path)
+        into.mkdir(exist_ok=True)
+        (into / "model").write_text(contents.get(node.stage, ""))
+        (into / "distillation.json").write_text(str(len(made)))  # has times in it
+        return 0 if node.stage in graph.TRAINED else "said"
+
+    monkeypatch.setattr(runs, "WRITERS", dict.fromkeys(("score", "plan", "prune", "evaluate"), make))
+    monkeypatch.setattr(train, "train", make)
+
+    def run(**options):
+        found, state = graph_of(load(tmp_path / "recipe.toml")), State(out)
+        made.clear()
+        verdicts = runs.verdicts_of(found, state)
+        code = runs.run(found, state, stages.Context(out, lambda *_: None), verdicts, **options)
+        assert code == 0
+        return list(made)
+
+    out.mkdir()
+    every = run()
+    assert len(every) == 7 and run() == []
+    shutil.rmtree(out / "prune")
+    assert run() == ["prune"]  # with the same bits
+    shutil.rmtree(out / "prune")
+    contents["prune"] = "others"
+    with pytest.raises(ValueError, match=r"distill \(student was made again, and is another\).*--redo"):
+        run()
+    with pytest.raises(ValueError, match=r"distill \(student was made again"):  # nor is it taken as done now
+        verdicts = runs.verdicts_of(graph_of(load(tmp_path / "recipe.toml")), state := State(out))
+        runs.check_free(graph_of(load(tmp_path / "recipe.toml")), state, verdicts, redo=False)
+    assert run(redo=True) == ["distill", "evaluate/pruned"]
+    shutil.rmtree(out / "distill")
+    assert run() == ["distill"]  # its record differs, and no result of it
 
 
 def test_the_key_of_the_text_is_that_of_all_stages(digests, tmp_path, monkeypatch):
@@ -144,7 +215,7 @@ def test_a_trained_model_whose_note_is_lacking_is_not_trained_again(digests, tmp
     node = next(n for n in graph_of(load(tmp_path / "recipe.toml")).nodes if n.stage == "distill")
     into = tmp_path / "out/distill"
     into.mkdir(parents=True)
-    (into / "distillation.toml").write_text("")
+    (into / "distillation.toml").write_text("[train]\n")
     about = {"format": train.records.FORMAT, "version": train.records.VERSION}
     trained = []
     command = "minitron_kernels.distillation.cli.train.train"

@@ -18,8 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from distillation.recipe.tomls import error_of, models, run, snapshot, tables, write
 from distillation.test_cli import HELD_OUT, TEXT, after_step, same_weights, windows
+from minitron_kernels import evaluation
 from minitron_kernels.distillation.cli.data import Shuffled
-from minitron_kernels.distillation.recipe import stages
+from minitron_kernels.distillation.cli.record import read_record
+from minitron_kernels.distillation.cli.training import Watch
+from minitron_kernels.distillation.recipe import picture, report, stages
 from minitron_kernels.distillation.recipe.train import command_of
 from minitron_kernels.pruning import ImportanceScores, PruningPlan, collect_importance, make_plan, prune_model
 
@@ -134,6 +137,29 @@ def test_the_report(folder):
     assert (folder / "out/report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_was_measured_otherwise_is_said_and_drawn_apart():
+    def row(name, **measured):
+        tasks = {"toy": {"value": 1.0, "shots": measured.pop("shots", 5), "documents": 9}}
+        text = {file: {"perplexity": 9.0, "tokens": tokens} for file, tokens in measured.items()}
+        return {"variant": name, "model": "pruned", "perplexity": text, "tasks": tasks}
+
+    rows = [row("", a=60, b=8), row("same", a=60), row("longer", a=62), row("other", c=5, shots=0)]
+    longer, other = report.unequal(rows)
+    assert longer == "pruned: longer: a is on 62 tokens; pruned: on 60 tokens. They do not compare."
+    assert other.startswith("pruned: other: toy is on 0 shots, 9 documents; pruned: on 5 shots, 9 documents.")
+    file, drawn = picture.bars_of(rows)
+    assert file == "a" and [row["variant"] for row in drawn] == ["", "same", "longer"]
+
+
+def test_the_report_names_the_versions_that_made_each_stage(again, tmp_path):
+    state = json.loads((tmp_path / "out/recipe.json").read_text())
+    state["stages"]["score"]["versions"]["torch"] = "1.0"
+    (tmp_path / "out/recipe.json").write_text(json.dumps(state))
+    assert run("run", again(), "--quiet") == 0
+    assert f"torch 1.0 and {torch.__version__.partition('+')[0]}" in (tmp_path / "out/report.md").read_text()
+    assert json.loads((tmp_path / "out/report.json").read_text())["versions"]["torch"][0] == "1.0"
+
+
 def test_what_is_done_is_not_done_again(folder, capsys):
     before = snapshot(folder / "out")
     assert run("run", folder / "recipe.toml", "--quiet") == 0
@@ -190,6 +216,49 @@ def test_a_signal_and_the_same_command(again, folder, tmp_path, monkeypatch, cap
     assert "the same command goes on" in capsys.readouterr().err
     assert run("run", file, "--quiet") == 0
     assert same_weights(tmp_path / "out/distill", folder / "out/distill")
+
+
+@pytest.mark.parametrize("stage", ["correct", "distill"])
+def test_a_stopped_training_goes_on_and_does_not_begin_anew(tmp_path, monkeypatch, stage):
+    """Steps before and after the stop are those of the whole, with dropout, and so are the bits."""
+    models(tmp_path)
+    config = json.loads((tmp_path / "teacher/config.json").read_text())
+    (tmp_path / "teacher/config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    changes = {"evaluate": {"enabled": False}, "distill": {"steps": 5, "warmup": 2}}
+    if stage == "correct":
+        length = {"steps": 5, "batch_size": 2, "accumulation": 2, "lr": 2e-3, "warmup": 2, "log_every": 1}
+        changes |= {"correct": length, "distill": {"enabled": False}}
+    step, steps = Watch.on_step_end, []
+
+    def counted(self, args, state, control, **more):
+        steps.append(state.global_step)
+        step(self, args, state, control, **more)
+
+    monkeypatch.setattr(Watch, "on_step_end", counted)
+    for out in ("whole", "stopped"):
+        write(tmp_path / f"{out}.toml", tables(tmp_path, tmp_path / out, **changes))
+    assert run("run", tmp_path / "whole.toml", "--quiet") == 0
+    assert steps == [1, 2, 3, 4, 5]
+    steps.clear()
+    with monkeypatch.context() as patch:
+        after_step(patch, 3, signal.SIGTERM)
+        assert run("run", tmp_path / "stopped.toml", "--quiet") == 143
+    assert steps == [1, 2, 3]
+    (tmp_path / "elsewhere").mkdir()  # text may be moved
+    (tmp_path / "text.txt").rename(tmp_path / "elsewhere/text.txt")
+    changes["recipe"] = {"data": [str(tmp_path / "elsewhere/text.txt")]}
+    write(tmp_path / "stopped.toml", tables(tmp_path, tmp_path / "stopped", **changes))
+    assert run("run", tmp_path / "stopped.toml", "--quiet") == 0
+    assert steps == [1, 2, 3, 4, 5]
+    assert same_weights(tmp_path / "stopped" / stage, tmp_path / "whole" / stage)
+    rates, losses = (
+        [
+            [entry[name] for entry in record["log"] if name in entry]
+            for record in (read_record(tmp_path / out / stage) for out in ("whole", "stopped"))
+        ]
+        for name in ("learning_rate", "loss")
+    )
+    assert rates[0] == rates[1] and losses[0] == losses[1] and len(rates[0]) == 5
 
 
 def test_an_error_leaves_nothing_half_written(folder, tmp_path, monkeypatch, capsys):
@@ -269,6 +338,7 @@ def test_tasks_go_to_the_harness(folder, tmp_path, monkeypatch):
         return types.SimpleNamespace(tasks={"toy": {"value": 62.5, "shots": 3}})
 
     fake.evaluate, fake.check_installed = evaluate, lambda: calls.append("looked")
+    fake.__path__ = evaluation.__path__  # its other modules are as they were
     monkeypatch.setitem(sys.modules, "minitron_kernels.evaluation", fake)
     changes = {
         "recipe": {"held_out": None},
