@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minitron_kernels._tensors import check_tensor
 from minitron_kernels.distillation.hidden_rows import Options, chunk_tokens, hidden_states_loss
-from minitron_kernels.distillation.layer_pairs import layer_pairs_of
+from minitron_kernels.distillation.pairing import layer_pairs_of
 from minitron_kernels.ops.kl_loss.checks import FLOAT_DTYPES, byte_count, check_constant, integer, refuse
 from minitron_kernels.ops.kl_loss.sharded import check_whole, local_head, local_tokens
 from minitron_kernels.ops.kl_loss.tokens import Tokens

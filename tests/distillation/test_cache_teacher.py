@@ -18,7 +18,7 @@ from minitron_kernels.distillation.cache.reader import TeacherCache, UncachedErr
 from minitron_kernels.distillation.cache.teacher import CachedTeacher
 from minitron_kernels.distillation.causal_lm import attach
 from minitron_kernels.distillation.loss import DistillationLoss
-from minitron_kernels.distillation.step import step
+from minitron_kernels.distillation.stepping import step
 from minitron_kernels.distillation.teacher import ModelTeacher
 from pruning.tiny_models import tiny_model
 

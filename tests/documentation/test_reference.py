@@ -21,7 +21,9 @@ def names_in(module: str) -> set[str]:
     base = ROOT / module.replace(".", "/")
     path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
     found = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    body += [inner for node in body if isinstance(node, ast.If) for inner in node.body]  # TYPE_CHECKING
+    for node in body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found.add(node.name)
         elif isinstance(node, ast.ImportFrom):

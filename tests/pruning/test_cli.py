@@ -196,6 +196,9 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
     dst, out = tmp_path / "dst", ["-o", tmp_path / "out"]
     assert "nothing: src must be the folder" in fails(capsys, "prune", tmp_path / "nothing", dst, plan)
     assert "text.txt: " in fails(capsys, "prune", src, dst, text)
+    assert "nothing.json: there is no such file; minitron-prune plan SCORES -o FILE writes it" in fails(
+        capsys, "prune", src, dst, tmp_path / "nothing.json"
+    )
     assert "scores: is there already" in fails(capsys, "prune", src, scores, plan)
     assert "is there already" in fails(capsys, "score", src, text, "-o", scores)
     assert "is there already" in fails(capsys, "plan", scores, "-o", plan, "--ratio", "0.5")

@@ -285,11 +285,20 @@ def test_progress(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_axes_are_a_line_each():
+    scores = collect_importance(tiny_model("qwen3_moe"), [ids(1, 4)])
+    for axis in scores.axes.values():
+        assert "\n" not in repr(axis) and len(repr(axis)) < 150
+        assert f"{len(axis.modules)} layers or norms" in repr(axis) and repr(axis.state) in repr(axis)
+    assert f"{scores.axes['expert_mlp'].experts} experts in each" in repr(scores.axes)
+
+
 def test_imports_are_light():
     code = (
         "import sys, torch\n"
         "before = set(sys.modules)\n"  # torch has its own reasons to load tqdm
-        "import minitron_kernels.pruning\n"
+        "from minitron_kernels import pruning\n"
+        "[getattr(pruning, name) for name in pruning.__all__]\n"
         "heavy = {'transformers', 'matplotlib', 'tqdm', 'safetensors'} & (set(sys.modules) - before)\n"
         "assert not heavy, heavy"
     )

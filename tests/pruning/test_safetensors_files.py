@@ -20,6 +20,7 @@ from minitron_kernels.pruning.checkpoint.safetensors_files import (
     make_header,
     open_folder,
     read_json,
+    torch_dtype,
 )
 
 TENSORS = {
@@ -66,14 +67,20 @@ def test_reads_what_the_package_wrote(tmp_path):
 def test_the_package_reads_what_make_header_wrote(tmp_path):
     names = [name for name in DTYPES if name not in ("F8_E8M0",)]  # which the package's torch side lacks
     header, begins = make_header((name.lower(), name, (2, 3)) for name in names)
-    body = b"".join(bytes(6 * DTYPES[name].itemsize) for name in names)
+    body = b"".join(bytes(6 * DTYPES[name][1]) for name in names)
     (tmp_path / "x.safetensors").write_bytes(header + body)
     assert len(header) % 8 == 0 and begins[0] == len(header)
     with safe_open(tmp_path / "x.safetensors", "pt") as stream:
         assert stream.metadata() == {"format": "pt"}
         for name in names:
-            assert stream.get_tensor(name.lower()).dtype == DTYPES[name]
+            assert stream.get_tensor(name.lower()).dtype == torch_dtype(name)
     SafetensorsFile(tmp_path / "x.safetensors").close()
+
+
+def test_dtypes_have_torchs_sizes():
+    assert {name: torch_dtype(name).itemsize for name in DTYPES} == {
+        name: nbytes for name, (_, nbytes) in DTYPES.items()
+    }
 
 
 def first(text):

@@ -1,16 +1,21 @@
 """A teacher's outputs on disk, found by the tokens of their sequence: see writer, reader and teacher."""
 
-from minitron_kernels.distillation.cache.fill import CacheRun, cache_teacher, teacher_spec
-from minitron_kernels.distillation.cache.fingerprint import (
-    head_fingerprint,
-    model_fingerprint,
-    tokenizer_hash,
-)
-from minitron_kernels.distillation.cache.reader import CacheSummary, TeacherCache, UncachedError
-from minitron_kernels.distillation.cache.sequences import digest
-from minitron_kernels.distillation.cache.spec import CacheSpec
-from minitron_kernels.distillation.cache.teacher import CachedTeacher
-from minitron_kernels.distillation.cache.writer import TeacherCacheWriter
+from typing import TYPE_CHECKING
+
+from minitron_kernels._lazy import load
+
+if TYPE_CHECKING:
+    from minitron_kernels.distillation.cache.fill import CacheRun, cache_teacher, teacher_spec
+    from minitron_kernels.distillation.cache.fingerprint import (
+        head_fingerprint,
+        model_fingerprint,
+        tokenizer_hash,
+    )
+    from minitron_kernels.distillation.cache.reader import CacheSummary, TeacherCache, UncachedError
+    from minitron_kernels.distillation.cache.sequences import digest
+    from minitron_kernels.distillation.cache.spec import CacheSpec
+    from minitron_kernels.distillation.cache.teacher import CachedTeacher
+    from minitron_kernels.distillation.cache.writer import TeacherCacheWriter
 
 __all__ = [
     "CacheRun",
@@ -27,3 +32,28 @@ __all__ = [
     "teacher_spec",
     "tokenizer_hash",
 ]
+# where they are
+_HOMES = {
+    "CacheRun": "minitron_kernels.distillation.cache.fill",
+    "CacheSpec": "minitron_kernels.distillation.cache.spec",
+    "CacheSummary": "minitron_kernels.distillation.cache.reader",
+    "CachedTeacher": "minitron_kernels.distillation.cache.teacher",
+    "TeacherCache": "minitron_kernels.distillation.cache.reader",
+    "TeacherCacheWriter": "minitron_kernels.distillation.cache.writer",
+    "UncachedError": "minitron_kernels.distillation.cache.reader",
+    "cache_teacher": "minitron_kernels.distillation.cache.fill",
+    "digest": "minitron_kernels.distillation.cache.sequences",
+    "head_fingerprint": "minitron_kernels.distillation.cache.fingerprint",
+    "model_fingerprint": "minitron_kernels.distillation.cache.fingerprint",
+    "teacher_spec": "minitron_kernels.distillation.cache.fill",
+    "tokenizer_hash": "minitron_kernels.distillation.cache.fingerprint",
+}
+
+if not TYPE_CHECKING:  # else every name would be known to a type checker
+
+    def __getattr__(name):
+        return load(__name__, _HOMES, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

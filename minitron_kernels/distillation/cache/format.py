@@ -40,11 +40,12 @@ from minitron_kernels.pruning.checkpoint.safetensors_files import (
     SafetensorsFile,
     StoredTensor,
     read_at,
+    torch_dtype,
 )
 
 SHARD_NAME = re.compile(r"rows-[0-9a-f]{12}-\d{6}\.safetensors")
 REMEDY = "delete it and cache its sequences again"
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {torch_dtype(name): name for name in DTYPES}
 
 Fields = Mapping[str, Tensor]
 
@@ -127,7 +128,7 @@ def shard_parts(rows: list[Row], like: Fields, name: str, spec_sha256: str) -> l
 
 
 def _describe(header: dict[str, Any], name: str, dtype: str, shape: tuple[int, ...], at: int) -> int:
-    end = at + math.prod(shape) * DTYPES[dtype].itemsize
+    end = at + math.prod(shape) * DTYPES[dtype][1]
     header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
     return end
 

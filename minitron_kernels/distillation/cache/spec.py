@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from minitron_kernels.distillation.cache.files import disk_error, publish
-from minitron_kernels.distillation.cache.quantise import quantiser
 from minitron_kernels.pruning.checkpoint.safetensors_files import read_json
 
 FORMAT, VERSION = "minitron-teacher-cache", 1
@@ -82,6 +81,8 @@ class CacheSpec:
         set_ = object.__setattr__
         if self.tier == "topk":
             set_(self, "temperatures", tuple(float(t) for t in self.temperatures) or (1.0,))
+            from minitron_kernels.distillation.cache.quantise import quantiser  # torch, which is slow
+
             set_(self, "quantiser", quantiser(self.quantiser or DEFAULT_QUANTISER).name)
         if self.tier == "hidden" and self.logit_scale is None:
             set_(self, "logit_scale", 1.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minitron_kernels.distillation.causal_lm import attach
 from minitron_kernels.distillation.loss import DistillationLoss
-from minitron_kernels.distillation.step import step
+from minitron_kernels.distillation.stepping import step
 from minitron_kernels.distillation.text_teacher import TextTeacher
 
 

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 from minitron_kernels.distillation.causal_lm import attach
 from minitron_kernels.distillation.loss import DistillationLoss, DistillationRecord
 from minitron_kernels.distillation.signals import TeacherSignal
-from minitron_kernels.distillation.step import step
+from minitron_kernels.distillation.stepping import step
 from minitron_kernels.distillation.targets import count_targets
 from minitron_kernels.distillation.teacher import ModelTeacher, Teacher
 from minitron_kernels.distillation.trainers.hf_batches import without_repeats

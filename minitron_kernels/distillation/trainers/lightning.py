@@ -30,7 +30,7 @@ except ImportError as error:
 
 from minitron_kernels.distillation.causal_lm import attach
 from minitron_kernels.distillation.loss import DistillationLoss, DistillationRecord
-from minitron_kernels.distillation.step import step
+from minitron_kernels.distillation.stepping import step
 from minitron_kernels.distillation.teacher import Teacher
 
 _LOGGED = ("loss", "kl", "ce", "entropy", "hidden")

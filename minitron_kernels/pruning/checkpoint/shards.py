@@ -56,7 +56,7 @@ class Output:
     @property
     def nbytes(self) -> int:
         """Its size in the file."""
-        return math.prod(self.cut.shape) * self.source.dtype.itemsize
+        return math.prod(self.cut.shape) * self.source.itemsize
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def plan_shards(cuts: Iterable[tuple[Cut, StoredTensor]], max_shard_bytes: int) 
     shards = []
     for number, group in enumerate(groups, 1):
         name = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else SINGLE_FILE
-        group.sort(key=lambda pair: -pair[1].dtype.itemsize)  # keeps every tensor aligned to its elements
+        group.sort(key=lambda pair: -pair[1].itemsize)  # keeps every tensor aligned to its elements
         header, begins = make_header((cut.name, source.dtype_name, cut.shape) for cut, source in group)
         outputs = tuple(Output(*pair, begin) for pair, begin in zip(group, begins, strict=True))
         shards.append(Shard(name, header, outputs))
@@ -120,7 +120,7 @@ def plan_shards(cuts: Iterable[tuple[Cut, StoredTensor]], max_shard_bytes: int) 
 
 def _pieces(output: Output) -> Iterator[Piece]:
     cut, source, begin = output.cut, output.source, output.begin
-    itemsize = source.dtype.itemsize
+    itemsize = source.itemsize
     if cut.unchanged:
         for done in range(0, output.nbytes, BLOCK_BYTES):
             nbytes = min(BLOCK_BYTES, output.nbytes - done)
@@ -137,7 +137,7 @@ def _pieces(output: Output) -> Iterator[Piece]:
 
 def _row_blocks(cut: Cut, source: StoredTensor, source_begin: int, begin: int) -> Iterator[Piece]:
     """Pieces of the rows that one block of the source holds; all rows if they are blended or not in order."""
-    itemsize = source.dtype.itemsize
+    itemsize = source.itemsize
     rows = None if cut.rows is None else cut.rows.values
     if len(cut.shape) != 2 or cut.blends or (rows is not None and bool((rows[1:] <= rows[:-1]).any())):
         yield Piece(source, cut, source_begin, begin, math.prod(cut.shape) * itemsize)
@@ -225,7 +225,7 @@ def _cut(piece: Piece, source: PageBuffer, out: PageBuffer) -> memoryview:
             stored.file.read_into(read.data, begin)
             np.copyto(data, read)
         return data.data
-    nbytes = math.prod(cut.source_shape) * stored.dtype.itemsize
+    nbytes = math.prod(cut.source_shape) * stored.itemsize
     read = source.at(begin - begin % _ALIGNMENT, nbytes)  # for torch: foreign files may align worse
     stored.file.read_into(read.data, begin)
     result = out.at(piece.begin, piece.nbytes)

@@ -12,7 +12,6 @@ from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 from minitron_kernels.pruning.plan.sizes import size_names
 from minitron_kernels.pruning.score.score_files import ABOUT
-from minitron_kernels.pruning.score.scores import ImportanceScores
 
 
 def describe(path: Path) -> str:
@@ -36,6 +35,8 @@ def describe(path: Path) -> str:
 
 
 def _about_scores(path: Path) -> str:
+    from minitron_kernels.pruning.score.scores import ImportanceScores  # torch, which is slow
+
     scores = ImportanceScores.load(path)
     family = family_of(scores.config)
     lines = [f"{path}: scores of a {scores.config['model_type']} model, {scores.tokens:,} tokens"]

@@ -34,6 +34,7 @@ WORDS = (
     (r'kv_heads="merge"', "--kv-heads merge"),
     (r"rescale_norms=False", "--no-rescale-norms"),
     (r"ImportanceScores\.save\(\) writes", "minitron-prune score writes"),
+    (r"make_plan\(\.\.\.\)\.save\(\) writes it", "minitron-prune plan SCORES -o FILE writes it"),
     (r"\bleave_out\b", "--leave-out"),
     (r"choose another dst, or overwrite it", "choose another dst, or --overwrite"),
     (r"and overwrite replaces nothing else", "and --overwrite replaces nothing else"),

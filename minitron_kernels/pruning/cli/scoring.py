@@ -11,9 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from minitron_kernels import __version__
 from minitron_kernels._command.messages import say, show
@@ -21,6 +19,9 @@ from minitron_kernels._command.models import check_free, check_model, device_of,
 from minitron_kernels._command.progress import tqdm_for
 from minitron_kernels.pruning.cli.estimate import say_estimate
 from minitron_kernels.pruning.cli.targets import windows_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SECONDS = 60.0  # of work that a kill may cost
 _KEY = "command.json"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from minitron_kernels._command.documents import expand, is_ids
 from minitron_kernels._command.messages import say
 from minitron_kernels._command.models import load_tokenizer
 from minitron_kernels.pruning.cli.arguments import SIZES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BUDGETS = ("params", "active_params", "memory_bytes")
 OPTIONS = (

@@ -6,14 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from minitron_kernels.pruning.families.axes import QKV, elements, names_in
 from minitron_kernels.pruning.families.configs import Config
 from minitron_kernels.pruning.families.family import Family, Located
 from minitron_kernels.pruning.families.registry import family_of
+
+if TYPE_CHECKING:
+    import torch
 
 Dims = tuple[tuple[str, ...], ...]
 # (axes of the dimensions, what it is: one of these): how many
@@ -21,6 +22,7 @@ WEIGHT, ROUTED, TOKEN, STATE, WIDE_STATE = "weight", "routed expert", "of a toke
 Kinds = Counter[tuple[Dims, str]]
 
 EXPERTS_PER_TOKEN = "num_experts_per_tok"
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}  # of an element; for others torch is asked
 
 
 class Usage(NamedTuple):
@@ -35,6 +37,18 @@ class Usage(NamedTuple):
     parameters: int
     active_parameters: int
     memory_bytes: int
+
+
+def _dtype_of(dtype: Any) -> tuple[str, int]:
+    """(name, bytes of an element) of a torch dtype, or of its name; TypeError if it is neither."""
+    if isinstance(dtype, str) and dtype in _BYTES:
+        return dtype, _BYTES[dtype]
+    import torch  # slow
+
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"memory_dtype must be a torch dtype or its name, as 'bfloat16', got {dtype!r}")
+    return str(found).removeprefix("torch."), found.itemsize
 
 
 class Footprint:
@@ -52,9 +66,7 @@ class Footprint:
     def __init__(
         self, dtype: str | torch.dtype = "bfloat16", kv_tokens: int = 0, kv_sequences: int = 1
     ) -> None:
-        found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        if not isinstance(found, torch.dtype):
-            raise TypeError(f"memory_dtype must be a torch dtype or its name, as 'bfloat16', got {dtype!r}")
+        self.dtype, self.element_bytes = _dtype_of(dtype)
         for name, value, least in (("kv_tokens", kv_tokens, 0), ("kv_sequences", kv_sequences, 1)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {value!r}")
@@ -65,9 +77,7 @@ class Footprint:
                 f"kv_sequences must be at most kv_tokens, {kv_tokens}, which are those of all sequences "
                 f"together, got {kv_sequences}"
             )
-        self.kv_sequences = kv_sequences
-        self.dtype, self.kv_tokens = str(found).removeprefix("torch."), kv_tokens
-        self.element_bytes = found.itemsize
+        self.kv_tokens, self.kv_sequences = kv_tokens, kv_sequences
 
     @property
     def made_with(self) -> dict[str, Any]:
@@ -205,7 +215,7 @@ class UsageCount:
             if kind == TOKEN:
                 cache += self.footprint.element_bytes * self.footprint.kv_tokens * count
             elif kind in (STATE, WIDE_STATE):
-                each = self.footprint.element_bytes if kind == STATE else torch.float32.itemsize
+                each = self.footprint.element_bytes if kind == STATE else _BYTES["float32"]
                 cache += each * self.footprint.kv_sequences * count if self.footprint.kv_tokens else 0
             else:
                 total += count

@@ -238,8 +238,11 @@ class PruningPlan:
         """Reads what save() wrote, and checks it.
 
         Raises:
+            FileNotFoundError: there is no such file.
             ValueError: the file is not a plan; names the file and the field.
         """
+        if not Path(path).exists():
+            raise FileNotFoundError(2, "there is no such file; make_plan(...).save() writes it", str(path))
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except ValueError as error:

@@ -10,10 +10,10 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Keep = tuple[int, ...]
 ORDERS = ("original", "importance")
@@ -81,6 +81,8 @@ def checked_scores(table: Any, shape: tuple[int, ...], name: str) -> Tensor:
     Raises:
         TypeError, ValueError: not a tensor, another shape, NaN or infinite; names the table.
     """
+    import torch  # slow, and not needed to read plans
+
     try:
         scores = torch.as_tensor(table).detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -101,7 +103,7 @@ def top(scores: Tensor, count: int, order: str) -> Keep:
     """The indices of the `count` highest scores; of equal ones the lower index. All stay in their order."""
     if count == scores.numel():
         return tuple(range(count))
-    best = torch.sort(scores, descending=True, stable=True).indices[:count].tolist()
+    best = scores.sort(descending=True, stable=True).indices[:count].tolist()
     return tuple(best if order == "importance" else sorted(best))
 
 
@@ -141,6 +143,8 @@ def choose_heads(
             head_i - head_{2K-i+1} for i from 2K-L+1 to K, counted from 1.
         order: of the heads in a group, and of kept groups.
     """
+    import torch
+
     group, kept_per_group = before[0] // before[1], after[0] // after[1]
     joined = before[1] // after[1] if merge_kv else 1
     candidates = [

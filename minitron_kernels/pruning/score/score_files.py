@@ -11,11 +11,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from minitron_kernels._files import reason
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ABOUT = "importance.json"
 TENSORS = "importance-{digest}.safetensors"

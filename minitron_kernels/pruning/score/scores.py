@@ -47,7 +47,7 @@ class Options:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
 
 
-@dataclass
+@dataclass(repr=False)
 class Axis:
     """The state of one axis: an equal part of it for each layer or norm, in order.
 
@@ -60,6 +60,11 @@ class Axis:
     state: State
     modules: tuple[ModuleKey, ...]
     experts: int | None = None
+
+    def __repr__(self) -> str:
+        """One line, since the names of the modules are too long for a notebook."""
+        experts = "" if self.experts is None else f", {self.experts} experts in each"
+        return f"<Axis of {len(self.modules)} layers or norms{experts}: {self.state}>"
 
     def by_module(self, scores: Tensor) -> dict[Any, Tensor]:
         """{layer or norm: its scores}, [items], or [experts, neurons] for the neurons of experts."""
