@@ -1,9 +1,15 @@
-"""Documents of files: text, JSON lines, Parquet, Arrow (data sets on disk), token ids; compressed or not."""
+"""Documents of files: text, JSON lines, Parquet, Arrow (data sets on disk), token ids; compressed or not.
+
+Files are read, unpacked and decoded a part at a time: what is in memory is a document, not a file.
+"""
 
 from __future__ import annotations
 
 import bz2
+import codecs
+import functools
 import gzip
+import itertools
 import json
 import lzma
 import zlib
@@ -20,11 +26,14 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 KEYS = ("text", "messages")  # of which the first that a document has is read, unless a key is named
 _ARROW_STREAM = b"\xff\xff\xff\xff"
 
+_CHUNK = 1 << 20  # bytes that are read at once
+_LONGEST_LINE = 1 << 26  # characters in which the first line of a text must end, to be looked at
+
 # first bytes of files that are not text -> what unpacks them
-_UNPACKERS: dict[bytes, Callable[[bytes], bytes]] = {
-    b"\x1f\x8b": gzip.decompress,
-    b"BZh": bz2.decompress,
-    b"\xfd7zXZ": lzma.decompress,
+_UNPACKERS: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
 }
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _ZIP = b"PK\x03\x04"
@@ -93,15 +102,30 @@ def texts(file: Path, tokenizer: Any, text_key: str | None = None) -> Iterator[s
             f'{file}: a .json is not read: write a .jsonl, with an object {{"text": ...}} on each line '
             "(if it has these lines already, rename it)"
         )
-    if kind not in (".jsonl", ".ndjson"):
-        text = _decoded(file, _read(file))
-        _check_not_lines(file, text, text_key)
-        yield text
+    if _is_text(file):
+        yield "".join(piece for piece, _ in _pieces_of_text(file, text_key, _CHUNK))
         return
-    # split at line feeds alone: splitlines() would split inside strings, at U+2028
-    for number, line in enumerate(_decoded(file, _read(file)).split("\n"), 1):
+    for number, line in enumerate(_lines(file), 1):
         if line.strip():
             yield _of_line(line, tokenizer, text_key, f"{file}: line {number}")
+
+
+def pieces(file: Path, tokenizer: Any, text_key: str | None, size: int) -> Iterator[tuple[str, bool]]:
+    """The texts() of a file in pieces of `size` characters, each with whether it is the last of its text.
+
+    A text that is a file of its own is never in memory as a whole.
+    """
+    if _is_text(file):
+        yield from _pieces_of_text(file, text_key, size)
+        return
+    for text in texts(file, tokenizer, text_key):
+        for begin in range(0, max(len(text), 1), size):
+            yield text[begin : begin + size], begin + size >= len(text)
+
+
+def _is_text(file: Path) -> bool:
+    """Whether the file is one text, and not documents."""
+    return kind_of(file) not in (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 
 
 def ids(file: Path) -> np.ndarray:
@@ -119,19 +143,21 @@ def ids(file: Path) -> np.ndarray:
     return array.reshape(-1)
 
 
-def _read(file: Path) -> bytes:
-    """The bytes of a file, unpacked."""
+def _chunks(file: Path) -> Iterator[bytes]:
+    """The bytes of a file, unpacked, some at a time."""
     with file.open("rb") as stream:
         head = stream.read(8)
         stream.seek(0)
-        for magic, unpack in _UNPACKERS.items():
+        for magic, unpacked in _UNPACKERS.items():
             if head.startswith(magic):
                 try:
-                    return unpack(stream.read())
+                    yield from iter(functools.partial(unpacked(stream).read, _CHUNK), b"")
                 except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
                     raise ValueError(f"{file}: cannot be unpacked: {error}") from None
+                return
         if head.startswith(_ZSTD):
-            return _unzstd(file, stream)
+            yield from _unzstd(file, stream)
+            return
         if head.startswith(_ZIP):
             raise ValueError(
                 f"{file}: must be text, .jsonl or .npy, but is a zip archive (.zip, .npz): unpack it first; "
@@ -140,34 +166,77 @@ def _read(file: Path) -> bytes:
         if head.startswith((b"PAR1", b"ARROW1", _ARROW_STREAM)):
             name = "Parquet" if head.startswith(b"PAR1") else "Arrow"
             raise ValueError(f"{file}: is {name}, but is not called so: rename it to .{name.lower()}")
-        return stream.read()
+        yield from iter(functools.partial(stream.read, _CHUNK), b"")
 
 
-def _unzstd(file: Path, stream: IO[bytes]) -> bytes:
+def _unzstd(file: Path, stream: IO[bytes]) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError:
         raise ValueError(
             f"{file}: is compressed by zstd: pip install zstandard, or unpack it by unzstd"
         ) from None
-    data, found = stream.read(), []
-    while data:  # frame by frame
-        frame = zstandard.ZstdDecompressor().decompressobj()
+    frame: Any = None
+    for data in iter(
+        functools.partial(stream.read, max(1, _CHUNK // 16)), b""
+    ):  # it may be far longer unpacked
+        while data:  # frame by frame
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                yield frame.decompress(data)
+            except zstandard.ZstdError as error:
+                raise ValueError(f"{file}: cannot be unpacked: {error}") from None
+            data = frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame is not None:
+        raise ValueError(f"{file}: cannot be unpacked: it ends within a frame")
+
+
+def _characters(file: Path) -> Iterator[str]:
+    """The text of a file, some at a time, without a byte order mark."""
+    decoder, at = codecs.getincrementaldecoder("utf-8-sig")(), 0
+    for chunk in itertools.chain(_chunks(file), (None,)):
+        begin = at - len(decoder.getstate()[0])  # where the first byte is that waits for others
         try:
-            found.append(frame.decompress(data))
-        except zstandard.ZstdError as error:
-            raise ValueError(f"{file}: cannot be unpacked: {error}") from None
-        if not frame.eof:
-            raise ValueError(f"{file}: cannot be unpacked: it ends within a frame")
-        data = frame.unused_data
-    return b"".join(found)
+            text = decoder.decode(chunk or b"", final=chunk is None)
+        except UnicodeDecodeError as error:
+            wrong = begin + error.start
+            raise ValueError(f"{file}: must be text in UTF-8, but byte {wrong} is not") from None
+        at += len(chunk or b"")
+        if text:
+            yield text
 
 
-def _decoded(file: Path, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")  # drops a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: must be text in UTF-8, but byte {error.start} is not") from None
+def _lines(file: Path) -> Iterator[str]:
+    """The lines of a file, ended by line feeds alone: splitlines() would split inside strings, at U+2028."""
+    held: list[str] = []
+    for text in _characters(file):
+        *whole, rest = text.split("\n")
+        for line in whole:
+            yield "".join((*held, line))
+            held = []
+        held.append(rest)
+    yield "".join(held)
+
+
+def _pieces_of_text(file: Path, text_key: str | None, size: int) -> Iterator[tuple[str, bool]]:
+    """A file that is one text, in pieces of `size` characters, each with whether it is the last."""
+    held, looked = "", False
+    for text in itertools.chain(_characters(file), (None,)):
+        held += text or ""
+        if not looked:
+            begin = held.lstrip()
+            line_goes_on = begin.startswith("{") and "\n" not in begin
+            if text is not None and len(held) < _LONGEST_LINE and (line_goes_on or not begin):
+                continue
+            _check_not_lines(file, held, text_key)
+            looked = True
+        followed = max(0, len(held) - 1) // size * size
+        for begins in range(0, followed, size):
+            yield held[begins : begins + size], False
+        held = held[followed:]
+    yield held, True
 
 
 def _check_not_lines(file: Path, text: str, text_key: str | None) -> None:

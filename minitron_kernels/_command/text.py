@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from minitron_kernels._command import documents
 from minitron_kernels._command.progress import tqdm_for
 
-_PIECE_CHARACTERS = 1 << 20  # tokenised in one call
+_PIECE_CHARACTERS = 1 << 20  # of a text, tokenised by itself
+_CALL_CHARACTERS = 1 << 21  # tokenised in one call, on all cores where the tokenizer can
+_IN_MEMORY = 1 << 28  # bytes of tokens; more go to a file
 _PIECE_TOKENS = 1 << 22  # looked at in one call
 _LEAST_CHARACTERS = 1 << 22  # of text that is not tokenised as a whole to draw some windows of it
 _PER_TOKEN = 8  # characters that are looked at for each token of a drawn window
@@ -23,7 +26,9 @@ class TokenWindows:
     """The tokens of files in windows of one length, without overlap, in the order of the text.
 
     Where the tokenizer begins a text with a special token (BOS), each window begins with it too. Token ids
-    out of a .npy stay in the file and are read as they are asked for; text is tokenised as a whole.
+    out of a .npy stay in the file and are read as they are asked for. Text is tokenised at once, since its
+    tokens must be counted, but never in memory as a whole: of its tokens more than 256 MiB are kept in a
+    temporary file, 4 bytes each.
 
     Args:
         files: text in UTF-8; .jsonl (.ndjson), .parquet or .arrow with a "text" or chat "messages" in each
@@ -33,7 +38,8 @@ class TokenWindows:
         text_key: the key or column with the text; None: "text", or else "messages".
 
     Raises:
-        ValueError, OSError: a file cannot be read as its suffix says; there are fewer tokens than one window.
+        ValueError, OSError: a file cannot be read as its suffix says; there are fewer tokens than one window;
+            there is no space for the temporary file.
     """
 
     def __init__(
@@ -188,28 +194,101 @@ def _last_tokens(tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _encoded(tokenizer: Any, text: str) -> list[int]:
+def _encoded(tokenizer: Any, text: Any) -> Any:
+    """The tokens of a text, or of each of several."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _parts(files: Sequence[Path], tokenizer: Any, text_key: str | None) -> Iterator[np.ndarray]:
-    """The token ids of each text, and of each .npy; with progress where it takes long."""
+    """The token ids of the texts, and of each .npy; with progress where it takes long."""
     bar = tqdm_for(None)
     shown = None if bar is None else bar(desc="tokenising", total=None, unit="text", delay=5)
+    store: _Store | None = None
     for file in files:
         if documents.is_ids(file):
             ids = documents.ids(file)
             if len(ids) and ids.dtype.kind == "i" and (least := _range(ids)[0]) < 0:
                 raise ValueError(f"{file}: token ids must be 0 or greater, got {least}")
+            if store is not None:
+                yield store.tokens()
+                store = None
             yield ids
             continue
-        for text in documents.texts(file, tokenizer, text_key):
-            pieces = [
-                np.array(_encoded(tokenizer, text[begin : begin + _PIECE_CHARACTERS]), dtype=np.int32)
-                for begin in range(0, len(text), _PIECE_CHARACTERS)
-            ]
-            yield np.concatenate([*pieces, np.array(_last_tokens(tokenizer), dtype=np.int32)])
+        store, end = store or _Store(), _last_tokens(tokenizer)
+        for pieces in _calls(documents.pieces(file, tokenizer, text_key, _PIECE_CHARACTERS)):
+            ids_of_call: list[int] = []
+            for (_, last), found in zip(pieces, _encoded_all(tokenizer, pieces), strict=True):
+                ids_of_call += found
+                ids_of_call += end if last else []
+            store.add(ids_of_call)
             if shown is not None:
-                shown.update()
+                shown.update(sum(last for _, last in pieces))
+    if store is not None:
+        yield store.tokens()
     if shown is not None:
         shown.close()
+
+
+def _calls(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """As many pieces at a time as are tokenised in one call."""
+    held: list[tuple[str, bool]] = []
+    characters = 0
+    for piece in pieces:
+        held.append(piece)
+        characters += len(piece[0])
+        if characters >= _CALL_CHARACTERS:
+            yield held
+            held, characters = [], 0
+    if held:
+        yield held
+
+
+def _encoded_all(tokenizer: Any, pieces: Sequence[tuple[str, bool]]) -> list[list[int]]:
+    """The tokens of each piece: on all cores by a tokenizer in Rust, which alone can."""
+    texts = [text for text, _ in pieces]
+    if getattr(tokenizer, "is_fast", False):
+        return _encoded(tokenizer, texts)
+    return [_encoded(tokenizer, text) for text in texts]
+
+
+class _Store:
+    """Token ids behind each other: in memory, and from _IN_MEMORY bytes on in a file that has no name."""
+
+    def __init__(self) -> None:
+        self._held: list[np.ndarray] = []
+        self._bytes = 0
+        self._file: IO[bytes] | None = None
+
+    def add(self, ids: Sequence[int]) -> None:
+        """More of them.
+
+        Raises:
+            OSError: there is no space for the file; says where.
+        """
+        self._held.append(np.array(ids, dtype=np.int32))
+        self._bytes += self._held[-1].nbytes
+        if self._bytes >= _IN_MEMORY:
+            self._write()
+
+    def tokens(self) -> np.ndarray:
+        """All of them, int32."""
+        if self._file is None:
+            return np.concatenate(self._held) if self._held else np.empty(0, np.int32)
+        self._write()
+        return np.memmap(self._file, dtype=np.int32, mode="r")
+
+    def _write(self) -> None:
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="minitron-tokens-")  # noqa: SIM115
+            for part in self._held:
+                self._file.write(part.data)
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: the tokens of the text are kept there, 4 bytes each; set TMPDIR to a "
+                "folder with more space, or give token ids, as .npy",
+                tempfile.gettempdir(),
+            ) from None
+        self._held, self._bytes = [], 0

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minitron_kernels.distillation.around import warn_if_around_ddp
 from minitron_kernels.distillation.layers import (
     collect_layers,
     compare_states,
@@ -185,11 +186,15 @@ class CausalLM:
             batch: the model's arguments by name; tensors [B, T] mostly.
             layers: whose outputs are kept, from 0; the last one's output is `hidden`, after the final norm.
 
+        Warns where DistributedDataParallel wraps the model and this is not within a call of the wrapper: the
+        gradients are then not synchronised.
+
         Raises:
             ValueError: see states(); or compiled before its logits could be verified.
             TypeError: logits that are something else than head(hidden) with a factor and a softcap.
         """
         self.ensure_verified()
+        warn_if_around_ddp(self.model)
         states, kept = self.states(batch, layers)
         hidden, weight, bias = self.operands(states)
         scale, softcap = self.logit_options

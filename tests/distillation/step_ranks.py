@@ -3,6 +3,7 @@
 import copy
 import sys
 import tempfile
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -79,6 +80,32 @@ def ddp():
     wrapped = torch.nn.parallel.DistributedDataParallel(attach(student))
     teacher = torch.nn.parallel.DistributedDataParallel(attach(teacher))  # called as it is, too
     check(wrapped, ModelTeacher(teacher), expected)
+
+
+def around_ddp():
+    """A call of what DDP wraps is warned of, once: its gradients are this rank's alone."""
+    student, teacher = models()
+    attach(student)
+    teacher = ModelTeacher(teacher)
+    rows = {name: x[2 * dist.get_rank() :][:2] for name, x in BATCH.items()}
+
+    def said(model, calls=1):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(calls):
+                student.zero_grad()
+                step(model, teacher, rows, DistillationLoss()).loss.backward()
+        grad = student.lm_head.weight.grad
+        both = [torch.empty_like(grad) for _ in range(RANKS)]
+        dist.all_gather(both, grad.contiguous())
+        return [str(x.message) for x in caught if "around it" in str(x.message)], torch.equal(*both)
+
+    assert said(student, 5) == ([], False)  # nothing wraps it yet: its caller may average
+    wrapped = torch.nn.parallel.DistributedDataParallel(student)
+    assert said(wrapped, 2) == ([], True)
+    texts, same = said(wrapped.module, 9)
+    assert len(texts) == 1 and "step(ddp, ...), not step(ddp.module, ...)" in texts[0] and not same
+    assert said(wrapped) == ([], True)
 
 
 def ddp_tied_checkpointed():
@@ -187,8 +214,8 @@ def adapters_of_its_own():
 
 CASES = {
     f.__name__: f
-    for f in (ddp, ddp_tied_checkpointed, fsdp2, fsdp2_before, fsdp2_tied, fsdp2_wrong, fsdp2_layers, fsdp1,
-              adapters_of_its_own)
+    for f in (ddp, around_ddp, ddp_tied_checkpointed, fsdp2, fsdp2_before, fsdp2_tied, fsdp2_wrong,
+              fsdp2_layers, fsdp1, adapters_of_its_own)
 }  # fmt: skip
 
 

@@ -5,10 +5,12 @@ import gzip
 import itertools
 import json
 import lzma
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from minitron_kernels._command import documents
 from minitron_kernels._command import text as text_module
 from minitron_kernels.pruning.score.calibration import calibration_windows
 from pruning.test_calibration import Begun, Letters, in_letters, tokens, windows
@@ -262,3 +264,76 @@ def test_drawn_windows_do_not_overlap_where_spaces_are_rare(tmp_path, short_is_l
     found = windows(tmp_path / "a.txt", length=10, samples=40).flatten()
     found = found[found != ord(" ")]
     assert len(found) >= 360 and len(found.unique()) == len(found)
+
+
+def test_texts_are_read_a_part_at_a_time(tmp_path, monkeypatch):
+    """Tokens are those of the text as a whole, wherever parts of it end."""
+    letters = "".join(chr(code) for code in (*range(0x61, 0x7B), 0xE9, 0x4E2D, 0x1F600, 0x2028)) * 9
+    rows = [{"text": letters[:length]} for length in (0, 1, 7, 64, 65, 200, 3)]
+    whole = [token for row in rows for token in in_letters(row["text"])]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf" + ("\n \n" + letters).encode())
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(letters.encode()))
+    (tmp_path / "d.txt").write_bytes(b"")
+    files = [tmp_path / name for name in ("a.jsonl", "b.txt", "c.txt.gz", "d.txt", "a.jsonl")]
+    expected = whole + in_letters("\n \n" + letters) + in_letters(letters) + in_letters("") + whole
+    for chunk, piece, call, held in ((1, 1, 1, 1), (7, 64, 100, 64), (64, 65, 1, 1 << 20), (1 << 20,) * 4):
+        monkeypatch.setattr(documents, "_CHUNK", chunk)
+        monkeypatch.setattr(text_module, "_PIECE_CHARACTERS", piece)
+        monkeypatch.setattr(text_module, "_CALL_CHARACTERS", call)
+        monkeypatch.setattr(text_module, "_IN_MEMORY", held)
+        found = text_module.TokenWindows(files, Letters(), length=2)
+        assert found.tokens == len(expected)
+        read = [token for index in range(len(found)) for token in found[index].tolist()]
+        assert read == expected[: len(read)] and found.ids_range() == (min(expected), max(expected))
+    np.save(tmp_path / "e.npy", np.arange(5))
+    between = text_module.TokenWindows([files[0], tmp_path / "e.npy", files[3]], Letters(), length=2)
+    assert between.tokens == len(whole) + 5 + 1 and between[len(whole) // 2].tolist()[-1] in range(5)
+
+
+def test_of_a_long_text_a_part_is_in_memory(tmp_path, monkeypatch):
+    with (tmp_path / "a.jsonl").open("w") as lines, (tmp_path / "b.txt").open("w") as text:
+        for number in range(3000):
+            lines.write(json.dumps({"text": f"{number:0500d}"}) + "\n")
+            text.write(f"{number:0500d} ")
+    monkeypatch.setattr(documents, "_CHUNK", 1 << 14)
+    monkeypatch.setattr(text_module, "_PIECE_CHARACTERS", 1 << 14)
+    monkeypatch.setattr(text_module, "_CALL_CHARACTERS", 1 << 14)
+    monkeypatch.setattr(text_module, "_IN_MEMORY", 1 << 16)
+    for name in ("a.jsonl", "b.txt"):
+        tracemalloc.start()
+        found = text_module.TokenWindows([tmp_path / name], Counting(50), length=10)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(found) >= 3000 and peak < (1 << 20) < (tmp_path / name).stat().st_size, (name, peak)
+
+
+def test_fast_tokenizers_get_many_texts_at_once(tmp_path):
+    class Fast(Letters):
+        is_fast, calls = True, 0
+
+        def __call__(self, texts, **options):
+            self.calls += 1
+            one = super().__call__
+            return (
+                one(texts) if isinstance(texts, str) else {"input_ids": [one(t)["input_ids"] for t in texts]}
+            )
+
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(ROWS * 50))
+    fast = Fast()
+    found = text_module.TokenWindows([tmp_path / "a.jsonl"], fast, length=5)
+    plain = text_module.TokenWindows([tmp_path / "a.jsonl"], Letters(), length=5)
+    assert fast.calls <= 3 and found.tokens == plain.tokens
+    assert all(found[index].equal(plain[index]) for index in range(len(plain)))
+
+
+def test_no_space_for_tokens_says_where(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("ab" * 100)
+    monkeypatch.setattr(text_module, "_IN_MEMORY", 1)
+
+    def full(**options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(text_module.tempfile, "TemporaryFile", full)
+    with pytest.raises(OSError, match=r"No space left on device: the tokens.*set TMPDIR"):
+        text_module.TokenWindows([tmp_path / "a.txt"], Letters(), length=2)
