@@ -5,6 +5,7 @@ MINITRON_BUILD=python  no extension
 MINITRON_BUILD=cpu     C++ without CUDA, or an error
 MINITRON_BUILD=cuda    C++ and CUDA, or an error
 MINITRON_CUDA_ARCHS=90 (or 80,90, ...) CUDA kernels for these architectures alone, in a third of the time each
+MAX_JOBS=4             compilers at once; default: one for each core
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def build_extension(root: Path, folder: Path, plan: Plan, version: str) -> Path:
     )
     if ninja := find_ninja():
         _write_if_changed(folder / "build.ninja", ninja_file(steps, folder))
-        command = [ninja, "-f", str(folder / "build.ninja"), "-j", str(os.cpu_count() or 1)]
+        command = [ninja, "-f", str(folder / "build.ninja"), "-j", str(max_jobs())]
         ok = subprocess.run(command, cwd=root).returncode == 0
     else:
         print("ninja was not found: everything is compiled anew (pip install ninja for incremental builds)")
@@ -188,6 +188,16 @@ def ninja_file(steps: list[Step], folder: Path) -> str:
     return "\n".join(lines)
 
 
+def max_jobs() -> int:
+    """How many commands run at once: MAX_JOBS, as for torch's own extensions, or one for each core."""
+    text = os.environ.get("MAX_JOBS", "").strip()
+    if not text:
+        return os.cpu_count() or 1
+    if not text.isdecimal() or int(text) < 1:
+        raise SystemExit(f"error: MAX_JOBS must be a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
 def run_all(steps: list[Step]) -> bool:
     """Runs all commands, for lack of ninja: the last one, the link, after the others."""
 
@@ -196,7 +206,7 @@ def run_all(steps: list[Step]) -> bool:
         print(shlex.join(step.command), flush=True)
         return subprocess.run(step.command).returncode == 0
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(max_jobs()) as pool:
         return all(list(pool.map(run, steps[:-1]))) and run(steps[-1])
 
 

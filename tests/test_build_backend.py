@@ -7,6 +7,7 @@ import re
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,6 +177,23 @@ def test_without_ninja_all_commands_run_and_the_link_last(tmp_path, broken):
     done = (tmp_path / "log").read_text()
     assert sorted(done) == (["0", "1", "2"] if broken in (None, 2) else ["0", "1"])
     assert broken not in (None, 2) or done[-1] == "2"
+
+
+def test_how_many_compilers_run_at_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("MAX_JOBS", "3")
+    monkeypatch.setattr(compile, "find_ninja", lambda: "ninja")
+    seen = []
+    monkeypatch.setattr(
+        compile.subprocess, "run", lambda command, **_: seen.append(command) or SimpleNamespace(returncode=0)
+    )
+    compile.build_extension(ROOT, tmp_path, PLAN, "1.0")
+    assert seen[0][-2:] == ["-j", "3"]
+    for text in ("0", "-1", "all"):
+        monkeypatch.setenv("MAX_JOBS", text)
+        with pytest.raises(SystemExit, match=f"MAX_JOBS must be a whole number from 1 on, got '{text}'"):
+            compile.max_jobs()
+    monkeypatch.setenv("MAX_JOBS", "")
+    assert compile.max_jobs() == (os.cpu_count() or 1)
 
 
 def test_an_unchanged_header_is_not_written(tmp_path):

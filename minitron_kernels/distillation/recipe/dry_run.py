@@ -22,6 +22,12 @@ from minitron_kernels.distillation.recipe.state import AGAIN
 from minitron_kernels.distillation.recipe.targets import preview, round_arguments
 from minitron_kernels.pruning import PruningPlan, make_plan
 
+MEMORY_NOTE = (
+    "memory: of each process of minitron-distill train, which has all of student and teacher (DDP), and",
+    "  so does `processes`. sharded: of each GPU where FSDP2 divides both over the GPUs, which this command",
+    "  does not; DistillationTrainer does it under accelerate",
+)
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -105,17 +111,19 @@ def describe(recipe: Recipe, graph: Graph, verdicts: Verdicts, sizes: Sizes) -> 
         name = "student" if not line.variant.name else line.variant.name
         lines.append(f"  {name:<11} {costs.described(plan.target_config)}, {share:.1%} of the teacher's")
     total = 0.0
-    counts = dict.fromkeys(("stages",), 0)
+    sharded = False
     for node in graph.nodes:
         what, why = verdicts[node.path]
         note = f"{what}: {why}" if what == AGAIN and why else what
         lines += ["", f"{node.path}  ({note})"]
         facts, seconds = _facts(node, recipe, sizes)
         lines += [f"  {name:<9} {text}" for name, text in facts]
-        counts["stages"] += 1
+        sharded |= "sharded" in dict(facts)
         if what != "done":
             total += seconds or 0.0
-    lines += ["", f"{counts['stages']} stages" + (f", about {duration(total)} to go" if total else "")]
+    if sharded:
+        lines += ["", *MEMORY_NOTE]
+    lines += ["", f"{len(graph.nodes)} stages" + (f", about {duration(total)} to go" if total else "")]
     lines += _differences(graph)
     return "\n".join(lines)
 

@@ -118,6 +118,7 @@ def test_published_settings(name, tmp_path, monkeypatch, capsys):
     assert f"teacher     {teacher:,} parameters" in said and f"student     {student:,} parameters" in said
     assert f"steps of {step:,} tokens" in said and "not run here" in said
     assert "sharded" in said and "not planned" not in said and "at the rate of [estimate]" in said
+    assert "which has all of student and teacher (DDP)" in said and said.count("sharded: ") == 1
     assert not list(tmp_path.iterdir())
     assert "NOT RUN HERE" in (FOLDER / f"{name}.toml").read_text()
 
