@@ -83,7 +83,7 @@ class TokenWindows:
         """Indices of `samples` windows drawn at random, in the order of the text; all if they are fewer."""
         if self._count <= samples:
             return list(range(self._count))
-        order = torch.randperm(self._count, generator=torch.Generator().manual_seed(seed))
+        order = _shuffled(self._count, seed)
         return order[:samples].sort().values.tolist()
 
     def ids_range(self) -> tuple[int, int]:
@@ -128,7 +128,7 @@ def drawn_windows(
         if total >= max(_LEAST_CHARACTERS, 2 * samples * stretch):
             windows = _Stretches(texts, tokenizer, length, stretch).draw(samples, seed)
             if len(windows) == samples:  # else the text has fewer tokens than its characters promise
-                return torch.tensor(windows)
+                return torch.tensor(windows, device="cpu")
     all_windows = TokenWindows(files, tokenizer, length=length, text_key=text_key)
     return torch.stack([all_windows[index] for index in all_windows.draw(samples, seed)])
 
@@ -145,7 +145,7 @@ class _Stretches:
     def draw(self, samples: int, seed: int) -> list[list[int]]:
         """Windows of drawn stretches, in the order of the text."""
         count = int(self._ends[-1]) // self._stretch
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+        order = _shuffled(count, seed).tolist()
         found: dict[int, list[int]] = {}
         for index in order:
             window = self._window(index)
@@ -175,6 +175,11 @@ class _Stretches:
             if at == end:
                 ids += self._end
         return ids[: self._length] if len(ids) >= self._length else None
+
+
+def _shuffled(count: int, seed: int) -> Tensor:
+    # on the CPU, as its generator is, wherever new tensors are made
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
 def _range(ids: np.ndarray) -> tuple[int, int]:

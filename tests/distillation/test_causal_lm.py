@@ -33,6 +33,13 @@ from minitron_kernels.distillation import (
 from minitron_kernels.distillation.logits import KNOWN_TYPES, logit_options
 
 
+def test_logits_are_verified_wherever_new_tensors_are_made():
+    model = tiny("gemma2", seed=0)
+    with torch.device("meta"):
+        found = CausalLM(model).verify()
+    assert found == logit_options(model.config)
+
+
 class Keep:
     """A call that keeps the signal."""
 

@@ -15,7 +15,7 @@ from minitron_kernels.pruning.checkpoint.safetensors_files import open_folder
 from minitron_kernels.pruning.cut.model import prune_model
 from minitron_kernels.pruning.plan.make_plan import make_plan
 from pruning.checkpoints import edit_config, plan_for, save_tiny, snapshot
-from pruning.score_tables import random_tables
+from pruning.score_tables import random_tables, smaller_sizes
 from pruning.tiny_models import FAMILIES
 
 
@@ -58,6 +58,21 @@ def test_the_bits_of_prune_model(tmp_path, monkeypatch, name, dtype, change):
     config, wanted = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("dst", "want"))
     config.pop("transformers_version"), wanted.pop("transformers_version")
     assert config == wanted
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_the_bits_wherever_new_tensors_are_made(tmp_path, monkeypatch, name):
+    """What is kept is on the CPU, as weights on a disk are; on "meta" any tensor of another device shows."""
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 700)
+    config = save_tiny(tmp_path / "src", name).config
+    tables, sizes = random_tables(config), {**smaller_sizes(name), "num_key_value_heads": 1, "divisor": 8}
+    plan = make_plan(tables, config, **sizes)
+    prune_checkpoint(tmp_path / "src", tmp_path / "want", plan, progress=False)
+    with torch.device("meta"):
+        again = make_plan(tables, config, **sizes)
+        prune_checkpoint(tmp_path / "src", tmp_path / "dst", again, progress=False)
+    assert again.to_dict() == plan.to_dict()
+    same_bits(weights_of(tmp_path / "dst"), weights_of(tmp_path / "want"))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])

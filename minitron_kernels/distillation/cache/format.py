@@ -214,7 +214,7 @@ class Shard:
         return {
             name: torch.frombuffer(parts[name], dtype=field.dtype).reshape(-1, *field.shape)
             if parts[name]
-            else torch.empty((0, *field.shape), dtype=field.dtype)
+            else torch.empty((0, *field.shape), dtype=field.dtype, device="cpu")
             for name, field in self.fields.items()
         }
 

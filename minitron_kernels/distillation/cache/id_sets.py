@@ -34,7 +34,7 @@ def pack_id_sets(ids: Tensor, k: Tensor, vocab_size: int) -> Tensor:
     ones[((ids >> low) + ranks + starts.repeat_interleave(k)).numpy()] = 1
     high = torch.from_numpy(np.packbits(ones, bitorder="little"))
     lows = pack_bits(ids & ((1 << low) - 1), low) if low else ids.new_empty(0, dtype=torch.uint8)
-    return torch.cat((torch.tensor([low], dtype=torch.uint8), lows, high))
+    return torch.cat((torch.tensor([low], dtype=torch.uint8, device="cpu"), lows, high))
 
 
 def unpack_id_sets(data: Tensor, k: Tensor, vocab_size: int) -> Tensor:
@@ -76,4 +76,4 @@ def _fields(k: Tensor, vocab_size: int, low: int) -> tuple[Tensor, int]:
 def _ranks(k: Tensor) -> Tensor:
     """[E]: 0, 1, ... within each position."""
     ends = k.cumsum(0)
-    return torch.arange(int(k.sum())) - (ends - k).repeat_interleave(k)
+    return torch.arange(int(k.sum()), device="cpu") - (ends - k).repeat_interleave(k)

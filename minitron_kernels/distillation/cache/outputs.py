@@ -22,7 +22,7 @@ Payload = dict[str, Tensor]
 def run_teacher(teacher: Any, sequences: list[Sequence], device: torch.device | None) -> DenseSignal:
     """The teacher's signal for sequences, one a row, padded on the right: every causal model honours that."""
     longest = max(len(found.tokens) for found in sequences)
-    ids = torch.zeros((len(sequences), longest), dtype=torch.int64)
+    ids = torch.zeros((len(sequences), longest), dtype=torch.int64, device="cpu")
     mask = torch.zeros_like(ids)
     for row, found in enumerate(sequences):
         ids[row, : len(found.tokens)] = found.tokens

@@ -112,19 +112,19 @@ def decode(fields: Mapping[str, Tensor], length: int, spec: CacheSpec) -> dict[s
     if spec.tier == "hidden":
         return {"hidden": fields["hidden"]}
     assert spec.k is not None
-    k = torch.full((length,), spec.k)
+    k = torch.full((length,), spec.k, device="cpu")
     if len(fields["k"]):
         k = unpack_bits(fields["k"], _bits_of(spec.k), length)
-    given = torch.arange(int(k.max())) < k[:, None]
+    given = torch.arange(int(k.max()), device="cpu") < k[:, None]
     count = int(k.sum())
-    payload = {"ids": torch.full(given.shape, -1, dtype=torch.int64)}
+    payload = {"ids": torch.full(given.shape, -1, dtype=torch.int64, device="cpu")}
     payload["ids"][given] = unpack_id_sets(fields["ids"], k, spec.vocab_size)
     if spec.tier == "sampled":
-        payload["counts"] = torch.zeros(given.shape, dtype=torch.int64)
+        payload["counts"] = torch.zeros(given.shape, dtype=torch.int64, device="cpu")
         payload["counts"][given] = unpack_bits(fields["counts"], _bits_of(spec.samples), count)
         return payload
     kept = quantiser(spec.quantiser or "")
-    logprobs = torch.full(given.shape, -torch.inf)
+    logprobs = torch.full(given.shape, -torch.inf, dtype=torch.float32, device="cpu")
     logprobs[given] = kept.decode(unpack_bits(fields["logprobs"], kept.bits, count))
     if kept.name != "fp32" and 1.0 in spec.temperatures:
         logprobs = kept.sum_to_one(logprobs, fields["log_tail"][:, spec.temperatures.index(1.0)])

@@ -128,7 +128,8 @@ class Quantiser:
         wanted = -torch.expm1(tail.clamp_max(0.0))
         mass = x.to(torch.float64).exp().sum(-1)
         # p times the error is concave in p: k codes are together at their worst where all have p = 1 / k
-        slack = 2 * float(self.error_at(torch.tensor(-math.log(max(1, x.shape[-1])))))
+        even = torch.tensor(-math.log(max(1, x.shape[-1])), dtype=torch.float32, device="cpu")
+        slack = 2 * float(self.error_at(even))
         off = (mass - wanted).abs() - wanted * slack
         _refuse(~(off <= 0.01), mass + tail.exp(), "the probabilities and exp(log_tail) must sum to 1")
         # nothing to shift where the ids have no probability, and nothing but rounding where the tail has all
@@ -185,7 +186,7 @@ _NAMES = tuple(f"log{bits}" for bits in range(_MIN_BITS, _MAX_BITS + 1))
 @functools.cache
 def _made(name: str, bits: int) -> Quantiser:
     bare = Quantiser(name, bits, 0.0, 0.0, 0.0)
-    grid = torch.linspace(LOWEST, 0.0, 40_001, dtype=torch.float64)
+    grid = torch.linspace(LOWEST, 0.0, 40_001, dtype=torch.float64, device="cpu")
     errors = bare.error_at(grid)
     worst = float(errors.max())
     of_p = float((grid.exp() * errors.expm1()).max())
@@ -196,7 +197,7 @@ def _made(name: str, bits: int) -> Quantiser:
 def _levels(bits: int) -> tuple[Tensor, Tensor]:
     """(log-probabilities [2**bits] float32 by code, the l half-way between two codes [2**bits - 2])."""
     last = (1 << bits) - 2  # of the finite ones
-    u = torch.arange(last + 1, dtype=torch.float64) / last * (-LOWEST / (-LOWEST + _KNEE))
+    u = torch.arange(last + 1, dtype=torch.float64, device="cpu") / last * (-LOWEST / (-LOWEST + _KNEE))
     less = (_KNEE * u / (1 - u)).to(torch.float32)
     less[last] = -LOWEST
     between = ((less[1:].to(torch.float64) + less[:-1].to(torch.float64)) / 2).to(torch.float32)

@@ -203,7 +203,7 @@ def assembled(
     whole = (1, *shape) if len(shape) == 1 else tuple(shape)
     result = {}
     for name, (columns, dtype) in wide.items():
-        x = torch.full((*whole, columns), _FILL[name], dtype=dtype)
+        x = torch.full((*whole, columns), _FILL[name], dtype=dtype, device="cpu")
         for found, payload in zip(sequences, payloads, strict=True):
             values = payload[name]
             x[found.row, found.begin : found.end, : values.shape[1]] = values

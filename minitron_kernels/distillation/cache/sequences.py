@@ -107,7 +107,7 @@ def _integers(value: Any, name: str) -> Tensor:
 def _valid(mask: Any, ids: Tensor) -> Tensor:
     """[B, T] bool, true at valid tokens."""
     if mask is None:
-        return torch.ones(ids.shape, dtype=torch.bool)
+        return torch.ones(ids.shape, dtype=torch.bool, device="cpu")
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask must be a tensor, got {type(mask).__name__}")
     mask = mask.detach().cpu()
@@ -143,7 +143,7 @@ def _begins(batch: Mapping[str, Any], ids: Tensor, valid: Tensor) -> Tensor:
     positions = positions.expand(ids.shape)
     anew = begins.clone()
     anew[:, 1:] |= valid[:, 1:] & (positions.diff(dim=1) != 1)
-    slots = torch.arange(ids.shape[1]).expand(ids.shape)
+    slots = torch.arange(ids.shape[1], device="cpu").expand(ids.shape)
     # counted from the row's first slot, padding included, they are what a model takes by default
     starts_well = (positions == 0) | (begins & (positions == slots))
     if bool((anew & ~starts_well).any()):
@@ -168,10 +168,10 @@ def _check_borders(value: Any, key: str, anew: Tensor) -> None:
         value = value.reshape(-1, anew.shape[1]) if value.numel() else value
         if value.shape[0] not in (1, len(anew)):
             raise ValueError(f"seq_idx must be {tuple(anew.shape)} as input_ids, got {tuple(value.shape)}")
-        given = torch.ones(anew.shape, dtype=torch.bool)
+        given = torch.ones(anew.shape, dtype=torch.bool, device="cpu")
         given[:, 1:] = (value.diff(dim=1) != 0).expand(len(anew), -1)
     else:
-        given = torch.zeros(anew.numel() + 1, dtype=torch.bool)
+        given = torch.zeros(anew.numel() + 1, dtype=torch.bool, device="cpu")
         if value.dim() != 1 or bool(((value < 0) | (value > anew.numel())).any()):
             raise ValueError(f"{key} must be borders in the batch's {anew.numel()} tokens, got {value}")
         given[value] = True

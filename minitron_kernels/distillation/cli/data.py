@@ -51,7 +51,7 @@ class Shuffled(Dataset[dict[str, Tensor]]):
         lap, at = divmod(index, self._size)
         if self._order[0] != lap:
             generator = torch.Generator().manual_seed((self.seed + lap * 0x9E3779B97F4A7C15) % 2**63)
-            self._order = lap, torch.randperm(self._size, generator=generator)
+            self._order = lap, torch.randperm(self._size, generator=generator, device="cpu")
         return self.data[int(self._order[1][at])]
 
 

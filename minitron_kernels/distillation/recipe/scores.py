@@ -27,7 +27,7 @@ def random_tables(tables: Mapping[str, Any], seed: int) -> dict[str, Any]:
     def draw(scores: Any) -> Any:
         if isinstance(scores, Mapping):
             return {key: draw(value) for key, value in scores.items()}
-        return torch.rand(scores.shape, generator=generator, dtype=torch.float64)
+        return torch.rand(scores.shape, generator=generator, dtype=torch.float64, device="cpu")
 
     return {axis: scores if axis == ENERGY else draw(scores) for axis, scores in tables.items()}
 
@@ -57,8 +57,8 @@ def magnitude_tables(model: nn.Module, tables: Mapping[str, Any]) -> dict[str, A
             f'by = "magnitude" knows hidden channels, neurons, heads and layers, and {config.model_type} has '
             f'{", ".join(other)}: take by = "random" to compare with'
         )
-    hidden = torch.zeros(sizes["hidden"], dtype=torch.float64)
-    layers = torch.zeros(sizes["layers"], dtype=torch.float64)
+    hidden = torch.zeros(sizes["hidden"], dtype=torch.float64, device="cpu")
+    layers = torch.zeros(sizes["layers"], dtype=torch.float64, device="cpu")
     found: dict[str, dict[int, Tensor]] = {axis: {} for axis in _BY_LAYER}
     for parameter in family.parameters(config):
         if parameter.buffer:

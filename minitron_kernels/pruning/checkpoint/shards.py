@@ -143,7 +143,8 @@ def _row_blocks(cut: Cut, source: StoredTensor, source_begin: int, begin: int) -
         yield Piece(source, cut, source_begin, begin, math.prod(cut.shape) * itemsize)
         return
     row_bytes, source_row_bytes = cut.shape[1] * itemsize, cut.source_shape[1] * itemsize
-    starts = torch.arange(0, cut.source_shape[0], max(1, BLOCK_BYTES // max(1, source_row_bytes)))
+    step = max(1, BLOCK_BYTES // max(1, source_row_bytes))
+    starts = torch.arange(0, cut.source_shape[0], step, device="cpu")
     ends = starts if rows is None else torch.searchsorted(rows, starts)
     for first, last in itertools.pairwise([*ends.tolist(), cut.shape[0]]):
         if first == last:

@@ -252,39 +252,42 @@ class Cuts:
             kept.append(self._elements(axis, layer, expert) + start)
             start += elements(axis, self.source)
         index = torch.cat(kept)
-        if len(index) == start and torch.equal(index, torch.arange(start)):
+        if len(index) == start and torch.equal(index, torch.arange(start, device="cpu")):
             return None
         return ChannelIndex(index, start, name="+".join(parts))
 
     def _elements(self, part: str, layer: int | None, expert: int | None) -> Tensor:
-        """What is kept of the elements of a part of a dimension."""
+        """What is kept of the elements of a part of a dimension; on the CPU, as all of an index is."""
         if groups_of(part) is not None:
             return self._groups(part, layer, expert)
-        indices = torch.tensor(self._kept(split_part(part)[0], layer, expert), dtype=torch.int64)
+        indices = self._kept_index(split_part(part)[0], layer, expert)
         length = 1 if part == ONE else elements_inside(part, self.source)
-        inside = torch.arange(length)
+        inside = torch.arange(length, device="cpu")
         if split_part(part)[1] in PRUNED:  # the same elements in each
-            inside = torch.tensor(self._kept(split_part(part)[1], layer, expert), dtype=torch.int64)
+            inside = self._kept_index(split_part(part)[1], layer, expert)
         return (indices[:, None] * length + inside).flatten()
 
     def _groups(self, part: str, layer: int | None, expert: int | None) -> Tensor:
         """What is kept of the elements of a part that is made of groups of pieces."""
         axis, pieces = groups_of(part) or ("", ())
-        old = torch.tensor(self._kept(axis, layer, expert), dtype=torch.int64)[:, None]
+        old = self._kept_index(axis, layer, expert)[:, None]
         size, start = elements(part, self.source) // self.source[axis], 0
         kept: list[Tensor] = []
         for piece in pieces:
             inside, length = split_part(piece)[0], of_group(piece, axis, self.source)
             if inside in PRUNED:  # by its own number, since groups may be joined
                 share, each = self.source[inside] // self.source[axis], elements_inside(piece, self.source)
-                at = torch.tensor(self._kept(inside, layer, expert), dtype=torch.int64)
+                at = self._kept_index(inside, layer, expert)
                 first = at // share * size + start + at % share * each
-                rows = (first[:, None] + torch.arange(each)).view(len(old), -1)
+                rows = (first[:, None] + torch.arange(each, device="cpu")).view(len(old), -1)
             else:
-                rows = old * size + start + torch.arange(length)
+                rows = old * size + start + torch.arange(length, device="cpu")
             kept.append(rows)
             start += length
         return torch.cat(kept, 1).flatten()
+
+    def _kept_index(self, axis: str, layer: int | None, expert: int | None) -> Tensor:
+        return torch.tensor(self._kept(axis, layer, expert), dtype=torch.int64, device="cpu")
 
     def _kept(self, axis: str, layer: int | None, expert: int | None) -> tuple[int, ...] | range:
         if axis == "hidden":

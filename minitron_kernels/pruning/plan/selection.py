@@ -84,7 +84,7 @@ def checked_scores(table: Any, shape: tuple[int, ...], name: str) -> Tensor:
     import torch  # slow, and not needed to read plans
 
     try:
-        scores = torch.as_tensor(table).detach().to("cpu", torch.float64)
+        scores = torch.as_tensor(table, device="cpu").detach().to(torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"scores[{name}] must be a tensor, got {type(table).__name__}") from error
     if tuple(scores.shape) != shape:
@@ -151,7 +151,7 @@ def choose_heads(
         tuple(range(first, first + group * joined)) for first in range(0, before[0], group * joined)
     ]
     if scores is None:
-        scores = torch.zeros(before[0], dtype=torch.float64)
+        scores = torch.zeros(before[0], dtype=torch.float64, device="cpu")
     ranked = [
         [heads[i] for i in torch.sort(scores[list(heads)], descending=True, stable=True).indices.tolist()]
         for heads in candidates

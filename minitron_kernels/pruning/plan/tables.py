@@ -144,7 +144,7 @@ def norm_factors(
     if len(hidden) == size:
         return {}
     norms = [f"{family.layers}.{layer}.{norm}" for layer in layers for norm in family.norms_in(config, layer)]
-    factors, kept = {}, torch.tensor(hidden)
+    factors, kept = {}, torch.tensor(hidden, device="cpu")
     for norm in [*norms, family.final_norm]:
         energy = table.get("energy", norm, (size,), "to rescale norms (or rescale_norms=False)")
         if bool((energy < 0).any()):

@@ -135,7 +135,7 @@ def _curves(axes: Any, rows: Tensor, item: str, labels: dict[str, int]) -> None:
 
     ordered = rows.sort(dim=1, descending=True).values.clamp(min=0)
     count = ordered.shape[1]
-    at = torch.arange(1, count + 1) / count * 100
+    at = torch.arange(1, count + 1, device=rows.device) / count * 100
     named = {i: label for label, i in labels.items()}
     shown = torch.linspace(0, len(ordered) - 1, min(len(ordered), MOST_LINES)).long().tolist()
     for i in dict.fromkeys([*shown, *named]):

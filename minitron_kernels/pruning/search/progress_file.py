@@ -133,7 +133,7 @@ def tables_digest(tables: Any) -> str:
             for key in table:
                 add(f"{name}/{key}", table[key])
         else:
-            _add(whole, name, torch.as_tensor(table))
+            _add(whole, name, torch.as_tensor(table, device="cpu"))
 
     add("", tables)
     return whole.hexdigest()

@@ -93,7 +93,7 @@ class DistillKitConfig:
     @property
     def id_bits(self) -> int:
         """Bits of an id: log2(d) in float32, rounded up, as DistillKit has it."""
-        return int(torch.log2(torch.tensor(self.d, dtype=torch.float32)).ceil())
+        return int(torch.log2(torch.tensor(self.d, dtype=torch.float32, device="cpu")).ceil())
 
     @property
     def logprob_bytes(self) -> int:
@@ -203,13 +203,13 @@ def _logprobs(data: Tensor, config: DistillKitConfig) -> Tensor:
 
     exact = take(config.exact_dtype, config.exact_k).to(torch.float64)
     fitted = config.k - config.exact_k
-    approximate = torch.zeros(len(data), fitted, dtype=torch.float64)
+    approximate = torch.zeros(len(data), fitted, dtype=torch.float64, device=data.device)
     if config.polynomial_terms:
         coefficients = take(config.term_dtype, len(config.polynomial_terms))
         if config.normalize_t:
-            t = torch.linspace(0, 1, steps=fitted, dtype=coefficients.dtype)
+            t = torch.linspace(0, 1, steps=fitted, dtype=coefficients.dtype, device=data.device)
         else:
-            t = torch.arange(fitted).to(coefficients.dtype)
+            t = torch.arange(fitted, device=data.device).to(coefficients.dtype)
         terms = [_SPECIAL[i](t) if isinstance(i, str) else t**i for i in config.polynomial_terms]
         # in term_dtype, in which the capture made the residuals
         approximate += (torch.stack(terms, -1) * coefficients[:, None, :]).sum(-1).to(torch.float64)
@@ -228,9 +228,9 @@ def _logprobs(data: Tensor, config: DistillKitConfig) -> Tensor:
 
 def _high_bit_first(data: Tensor, bits: int, count: int) -> Tensor:
     """[T, count] int64 of integers that lie behind each other, each with its highest bit first."""
-    each = (data[..., None] >> torch.arange(7, -1, -1, dtype=torch.uint8)) & 1
+    each = (data[..., None] >> torch.arange(7, -1, -1, dtype=torch.uint8, device=data.device)) & 1
     each = each.reshape(len(data), data.shape[1] * 8)[:, : bits * count].reshape(len(data), count, bits)
-    value = torch.zeros(len(data), count, dtype=torch.int64)
+    value = torch.zeros(len(data), count, dtype=torch.int64, device=data.device)
     for i in range(bits):
         value = (value << 1) | each[..., i]
     return value
@@ -239,7 +239,7 @@ def _high_bit_first(data: Tensor, bits: int, count: int) -> Tensor:
 def _numbers(value: Any) -> Tensor:
     if hasattr(value, "values") and hasattr(value.values, "to_numpy"):  # a list of pyarrow
         return torch.from_numpy(value.values.to_numpy(zero_copy_only=False).astype("int64"))
-    return torch.as_tensor(value)
+    return torch.as_tensor(value, device="cpu")
 
 
 def _matrix(value: Any, width: int, where: str) -> Tensor:
@@ -252,7 +252,9 @@ def _matrix(value: Any, width: int, where: str) -> Tensor:
         rows = value if isinstance(value, Tensor) else list(value)
         widths = {len(row) for row in rows}
         flat = (
-            value.reshape(-1) if isinstance(value, Tensor) else torch.tensor([x for row in rows for x in row])
+            value.reshape(-1)
+            if isinstance(value, Tensor)
+            else torch.tensor([x for row in rows for x in row], device="cpu")
         )
     if widths - {width}:
         refuse(where, f"rows must have {width} bytes by the configuration, got {sorted(map(str, widths))[0]}")

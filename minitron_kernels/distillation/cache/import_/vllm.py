@@ -199,18 +199,18 @@ def _prompt_sequences(
             tokens, entries = request
         if entries is None:
             refuse(where, "has no prompt_logprobs: set SamplingParams(prompt_logprobs=k)")
-        tokens, entries = torch.as_tensor(tokens, dtype=torch.int64), list(entries)
+        tokens, entries = torch.as_tensor(tokens, dtype=torch.int64, device="cpu"), list(entries)
         if len(entries) != len(tokens):
             refuse(where, f"has prompt_logprobs of {len(entries)} tokens for {len(tokens)} token ids")
         if len(tokens) < 2 or entries[0]:
             refuse(where, "must have two tokens at least, and None or nothing for the first")
         known = [_entry(entry, f"{where}: token {t}") for t, entry in enumerate(entries[1:], 1)]
         k = max(len(row) for row in known)
-        ids = torch.full((len(known), k), -1, dtype=torch.int64)
-        logprobs = torch.full((len(known), k), -math.inf)
+        ids = torch.full((len(known), k), -1, dtype=torch.int64, device="cpu")
+        logprobs = torch.full((len(known), k), -math.inf, dtype=torch.float32, device="cpu")
         for t, row in enumerate(known):
-            ids[t, : len(row)] = torch.tensor([token for token, _ in row])
-            logprobs[t, : len(row)] = torch.tensor([logprob for _, logprob in row])
+            ids[t, : len(row)] = torch.tensor([token for token, _ in row], device="cpu")
+            logprobs[t, : len(row)] = torch.tensor([logprob for _, logprob in row], device="cpu")
         yield tokens, topk_payload(where, ids, logprobs, length=len(tokens), **options)
 
 
