@@ -5,6 +5,7 @@ Variants share stages that depend on the same: a comparison of losses shares sco
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 from collections.abc import Mapping
@@ -135,7 +136,9 @@ class _Maker:
             end = f"-{number}" if rounds > 1 else ""
             inputs = {"model": model, **self._text(variant, "score")}
             scores = self._node(variant, "score", f"score{end}", inputs)
-            more = {"round": number} if rounds > 1 else {}
+            more = {}
+            if rounds > 1:
+                more = {"round": number, "seed": seed_of_round(variant["plan"]["seed"], number)}
             inputs = {"scores": scores, "model": model}
             if rounds > 1:
                 inputs["first"] = source
@@ -202,6 +205,13 @@ class _Maker:
             digest = digest_of(files) if lacking else digest_of_files(paths, files if named else ())
             self.texts[files, named] = Given(paths, digest, lacking)
         return {"data": self.texts[files, named]}
+
+
+def seed_of_round(seed: int, number: int) -> int:
+    """By which one of several rounds draws: each anew, and the first as if it were the only one."""
+    if number == 1:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:7], "little")
 
 
 def version_of_harness() -> str | None:

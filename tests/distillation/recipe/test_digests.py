@@ -16,6 +16,7 @@ from minitron_kernels.distillation.recipe import files, graph, stages, train
 from minitron_kernels.distillation.recipe import run as runs
 from minitron_kernels.distillation.recipe.config import load
 from minitron_kernels.distillation.recipe.graph import graph_of
+from minitron_kernels.distillation.recipe.scores import random_tables
 from minitron_kernels.distillation.recipe.state import State
 
 LONG_AGO = 10**18  # nanoseconds
@@ -196,6 +197,20 @@ def test_the_key_of_the_text_is_that_of_all_stages(digests, tmp_path, monkeypatc
             with pytest.raises(ZeroDivisionError):
                 stages.WRITERS[node.stage](node, tmp_path, stages.Context(tmp_path / "out", print))
     assert read == ["body"] * 4
+
+
+def test_each_round_draws_its_own_scores_at_random(digests, tmp_path):
+    def seeds(seed):
+        digests(plan={"by": "random", "rounds": 3, "seed": seed})
+        nodes = graph_of(load(tmp_path / "recipe.toml")).nodes
+        return [node.config["seed"] for node in nodes if node.stage == "plan"]
+
+    first, other = seeds(5), seeds(6)
+    assert first == seeds(5) and (first[0], other[0]) == (5, 6)
+    assert len({*first, *other}) == 6
+    tables = {"hidden": torch.ones(64)}
+    drawn = [random_tables(tables, seed)["hidden"].argsort() for seed in first]
+    assert not any(torch.equal(drawn[0], x) for x in drawn[1:]) and not torch.equal(drawn[1], drawn[2])
 
 
 def test_what_would_fail_later_or_be_left_out(digests):
