@@ -24,7 +24,7 @@ SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson", ".parquet", ".arrow", ".npy")
 _PLAIN = (".txt", ".md")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 KEYS = ("text", "messages")  # of which the first that a document has is read, unless a key is named
-_ARROW_STREAM = b"\xff\xff\xff\xff"
+_ARROW_FILE, _ARROW_STREAM = b"ARROW1", b"\xff\xff\xff\xff"
 
 _CHUNK = 1 << 20  # bytes that are read at once
 _LONGEST_LINE = 1 << 26  # characters in which the first line of a text must end, to be looked at
@@ -37,6 +37,14 @@ _UNPACKERS: dict[bytes, Callable[[Any], Any]] = {
 }
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _ZIP = b"PK\x03\x04"
+# first bytes of files that are read by their suffix alone -> what they are, and that suffix
+_BINARY = {
+    b"PAR1": ("Parquet", ".parquet"),
+    _ARROW_FILE: ("Arrow", ".arrow"),
+    _ARROW_STREAM: ("Arrow", ".arrow"),
+    b"\x93NUMPY": ("an array of NumPy", ".npy"),
+}
+_HEAD = 8  # bytes by which all of these are known
 
 
 def expand(files: Sequence[Path]) -> list[Path]:
@@ -144,29 +152,53 @@ def ids(file: Path) -> np.ndarray:
 
 
 def _chunks(file: Path) -> Iterator[bytes]:
-    """The bytes of a file, unpacked, some at a time."""
+    """The bytes of a file of text, unpacked, some at a time.
+
+    Raises:
+        ValueError: it cannot be unpacked, or holds something else than text; says what to do.
+    """
     with file.open("rb") as stream:
-        head = stream.read(8)
+        head = stream.read(_HEAD)
         stream.seek(0)
-        for magic, unpacked in _UNPACKERS.items():
-            if head.startswith(magic):
-                try:
-                    yield from iter(functools.partial(unpacked(stream).read, _CHUNK), b"")
-                except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-                    raise ValueError(f"{file}: cannot be unpacked: {error}") from None
-                return
-        if head.startswith(_ZSTD):
-            yield from _unzstd(file, stream)
+        if not _is_packed(head):
+            _check_text(file, head)
+            yield from iter(functools.partial(stream.read, _CHUNK), b"")
             return
-        if head.startswith(_ZIP):
-            raise ValueError(
-                f"{file}: must be text, .jsonl or .npy, but is a zip archive (.zip, .npz): unpack it first; "
-                "token ids go into a .npy by numpy.save()"
-            )
-        if head.startswith((b"PAR1", b"ARROW1", _ARROW_STREAM)):
-            name = "Parquet" if head.startswith(b"PAR1") else "Arrow"
-            raise ValueError(f"{file}: is {name}, but is not called so: rename it to .{name.lower()}")
-        yield from iter(functools.partial(stream.read, _CHUNK), b"")
+        begin = b""
+        for chunk in _unpacked(file, head, stream):
+            if len(begin) < _HEAD:
+                begin += chunk[:_HEAD]
+                _check_text(file, begin, packed=True)
+            yield chunk
+
+
+def _check_text(file: Path, head: bytes, *, packed: bool = False) -> None:
+    """Raises ValueError where what begins so is a format of its own, and not text."""
+    if head.startswith(_ZIP):
+        raise ValueError(
+            f"{file}: must be text, .jsonl or .npy, but is a zip archive (.zip, .npz): unpack it first; "
+            "token ids go into a .npy by numpy.save()"
+        )
+    for magic, (name, suffix) in _BINARY.items():
+        if head.startswith(magic) and packed:
+            raise ValueError(f"{file}: holds {name}, compressed as a whole: unpack it, to a {suffix}")
+        if head.startswith(magic):
+            raise ValueError(f"{file}: is {name}, but is not called so: rename it to {suffix}")
+
+
+def _is_packed(head: bytes) -> bool:
+    return head.startswith((*_UNPACKERS, _ZSTD))
+
+
+def _unpacked(file: Path, head: bytes, stream: IO[bytes]) -> Iterator[bytes]:
+    if head.startswith(_ZSTD):
+        yield from _unzstd(file, stream)
+        return
+    unpacked = next(unpacked for magic, unpacked in _UNPACKERS.items() if head.startswith(magic))
+    try:
+        yield from iter(functools.partial(unpacked(stream).read, _CHUNK), b"")
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{file}: cannot be unpacked: {error}") from None
 
 
 def _unzstd(file: Path, stream: IO[bytes]) -> Iterator[bytes]:
@@ -269,6 +301,10 @@ def _of_line(line: str, tokenizer: Any, text_key: str | None, where: str) -> str
 
 def _column(file: Path, kind: str, text_key: str | None) -> Iterator[Any]:
     """The values of a column, read a part at a time."""
+    with file.open("rb") as stream:
+        head = stream.read(_HEAD)
+    if _is_packed(head):
+        raise ValueError(f"{file}: is a {kind} that is compressed as a whole: unpack it, to a {kind}")
     try:
         import pyarrow
         import pyarrow.parquet
@@ -280,8 +316,7 @@ def _column(file: Path, kind: str, text_key: str | None) -> Iterator[Any]:
             key = _key_of(table.schema_arrow.names, text_key, file)
             parts = table.iter_batches(columns=[key], batch_size=1024)
         else:
-            with file.open("rb") as stream:
-                opens = pyarrow.ipc.open_file if stream.read(6) == b"ARROW1" else pyarrow.ipc.open_stream
+            opens = pyarrow.ipc.open_file if head.startswith(_ARROW_FILE) else pyarrow.ipc.open_stream
             source = opens(pyarrow.memory_map(str(file)))
             key = _key_of(source.schema.names, text_key, file)
             whole = opens is pyarrow.ipc.open_file

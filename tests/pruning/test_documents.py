@@ -9,6 +9,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 
 from minitron_kernels._command import documents
 from minitron_kernels._command import text as text_module
@@ -47,6 +48,25 @@ def test_compressed_lines(tmp_path, suffix, pack):
     (tmp_path / f"b.txt{suffix}").write_bytes(pack(b"some text, some text")[:-9])
     with pytest.raises(ValueError, match=r"b\.txt.*: cannot be unpacked"):
         tokens(tmp_path / f"b.txt{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("head", "suffix"),
+    [(b"PAR1", ".parquet"), (b"ARROW1", ".arrow"), (b"\xff" * 4, ".arrow"), (b"\x93NUMPY", ".npy")],
+)
+def test_what_is_not_text_is_named_inside_too(tmp_path, head, suffix):
+    """Compressed as a whole it is read under no name, and each error says what to do."""
+    packed = tmp_path / "data.gz"
+    packed.write_bytes(gzip.compress(head + b"\0\xfe" * 9))
+    for name in ("data.gz", "data.txt.gz", f"data{suffix}.gz", f"data{suffix}"):
+        if name == "data.npy":  # refused by NumPy
+            continue
+        packed = packed.rename(tmp_path / name)
+        with pytest.raises(ValueError, match=rf"{name}: .*compressed as a whole: unpack it, to a \{suffix}"):
+            tokens(packed)
+    packed.rename(tmp_path / "data.txt").write_bytes(head + b"\0\xfe" * 9)
+    with pytest.raises(ValueError, match=rf"data\.txt: is .*, but is not called so: rename it to \{suffix}"):
+        tokens(tmp_path / "data.txt")
 
 
 def test_zstd(tmp_path):
@@ -238,6 +258,16 @@ def test_the_key_that_is_wrong_is_named(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a", None]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r'row 1 must have a string as its "body".*got NoneType'):
         windows(tmp_path / "a.parquet", text_key="body")
+
+
+@pytest.mark.parametrize("length", [2, 10])
+def test_windows_are_drawn_wherever_new_tensors_are_made(tmp_path, short_is_long, length):
+    (tmp_path / "a.txt").write_text("".join(chr(0x4E00 + number) for number in range(8000)))
+    want = windows(tmp_path / "a.txt", length=length, samples=40)
+    with torch.device("meta"):
+        assert torch.equal(windows(tmp_path / "a.txt", length=length, samples=40), want)
+        few = windows(tmp_path / "a.txt", length=4000, samples=1)  # tokenised as a whole
+    assert few.device.type == "cpu" and few.shape == (1, 4000)
 
 
 class Words(Letters):
