@@ -19,7 +19,7 @@ TORCH = ("torch", "ATen", "c10")
 
 
 # parts of the house that are a module, or a package without rooms
-ALONE = ("_native", "_workspace", "_backend", "_tensors", "_files", "_opaque", "_lazy", "_command")
+ALONE = ("_native", "_workspace", "_backend", "_tensors", "_modules", "_files", "_opaque", "_lazy", "_command")
 ALONE += ("distillation", "evaluation")
 
 
@@ -53,8 +53,9 @@ MAY_IMPORT = {
     "_files": set(),
     "_opaque": set(),
     "_lazy": set(),
-    "_command": {"_command", "_files"},
-    "evaluation": {"evaluation", "_command", "_files", "top"},
+    "_modules": set(),
+    "_command": {"_command", "_files", "top"},
+    "evaluation": {"evaluation", "_command", "_files", "_modules", "top"},
     "_backend": {"_native"},
     "ops": set(),
     "reference": set(),
@@ -65,12 +66,12 @@ MAY_IMPORT = {
         "_opaque",
     },
     "pruning.families": {"pruning.families"},
-    "pruning.score": {"pruning.score", "pruning.families", "op", "_command", "_files"},
+    "pruning.score": {"pruning.score", "pruning.families", "op", "_command", "_files", "_modules"},
     "pruning.plan": {"pruning.plan", "pruning.families", "_files"},
     "pruning.cut": {"pruning.cut", "pruning.plan", "pruning.families", "op"},
     "pruning.search": {
         *("pruning.search", "pruning.cut", "pruning.plan", "pruning.score", "pruning.families", "_tensors"),
-        *("_command", "_files"),
+        *("_command", "_files", "_modules"),
     },
     "pruning.checkpoint": {
         *(
@@ -94,6 +95,7 @@ MAY_IMPORT = {
         "op",
         "divergence",
         "_tensors",
+        "_modules",
         "_files",
         "_lazy",
         "_command",

@@ -8,13 +8,13 @@ three sizes to the model's own last steps and looks which proposal they follow.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minitron_kernels._modules import eval_mode
 from minitron_kernels._tensors import is_dtensor
 from minitron_kernels.ops.kl_loss.sharded import local_head
 
@@ -193,9 +193,9 @@ def _ids(model: Any) -> Tensor:
 def _wide(hidden: Tensor, head: Callable[[Tensor], Any], logit_scale: float) -> Tensor:
     """Random hidden states like `hidden`, whose scaled logits have the standard deviations _SIZES in turn."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(hidden.shape, generator=generator).to(hidden)
+    noise = torch.randn(hidden.shape, generator=generator, device="cpu").to(hidden)
     unit = (_product(head, noise).float().std() * abs(logit_scale)).clamp_min(1e-20)
-    sizes = torch.tensor([_SIZES[i % len(_SIZES)] for i in range(hidden.shape[-2])]).to(unit)
+    sizes = unit.new_tensor([_SIZES[i % len(_SIZES)] for i in range(hidden.shape[-2])])
     return noise * (sizes / unit).to(hidden.dtype)[:, None]
 
 
@@ -218,16 +218,3 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 def _eps(x: Tensor) -> float:
     return torch.finfo(x.dtype).eps
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; each module gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from minitron_kernels._modules import eval_mode
 from minitron_kernels._tensors import is_dtensor
 from minitron_kernels.distillation.causal_lm import CausalLM, attach, is_attached
-from minitron_kernels.distillation.logits import eval_mode
 from minitron_kernels.distillation.signals import DenseSignal, TeacherSignal
 from minitron_kernels.ops.kl_loss.heads import EffectiveHead
 

@@ -23,6 +23,7 @@ from minitron_kernels._command.models import (
 )
 from minitron_kernels._command.progress import Progress, in_terminal, lines_wanted
 from minitron_kernels._files import sha256_of_folder
+from minitron_kernels._modules import eval_mode
 from minitron_kernels.evaluation import harness
 from minitron_kernels.evaluation.benchmarks import BENCHMARKS
 from minitron_kernels.evaluation.choice import (
@@ -153,9 +154,8 @@ def _run_all(
     shown: bool,
 ) -> None:
     settings, bars = result.settings, shown and in_terminal()
-    training = model.training
     rows = Progress("evaluating", None, unit="sequence", quiet=not shown or bars, patience=10.0)
-    try:
+    with eval_mode(model), contextlib.closing(rows):
         lm = harness.wrap(
             model,
             tokenizer,
@@ -192,9 +192,6 @@ def _run_all(
                 result.save(output)
             if shown:
                 rows.say(_line(choice, result))
-    finally:
-        model.train(training)
-        rows.close()
 
 
 def _line(choice: Choice, result: Evaluation) -> str:

@@ -97,10 +97,13 @@ def test_a_model_in_memory_is_left_as_it_was(place):
     from_disk = evaluate(model, ["choice"], tasks_path=tasks).tasks["choice"]
     loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     loaded.train()
+    loaded.get_input_embeddings().eval()  # frozen
+    modes = [module.training for module in loaded.modules()]
     torch.manual_seed(7), random.seed(7), np.random.seed(7)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     found = evaluate(loaded, ["choice"], tokenizer=tokenizer, tasks_path=tasks).tasks["choice"]
-    assert found["all"] == from_disk["all"] and loaded.training
+    assert found["all"] == from_disk["all"]
+    assert [module.training for module in loaded.modules()] == modes
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
     assert before[2] == np.random.get_state()[1].tolist()
     with pytest.raises(TypeError, match="tokenizer must be given"):

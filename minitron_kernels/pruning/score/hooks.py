@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minitron_kernels._modules import eval_mode
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
 from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.families.registry import family_of
@@ -149,18 +150,14 @@ class HookedModel:
     @contextlib.contextmanager
     def hooked(self, recorder: Recorder) -> Iterator[None]:
         """Puts the model into eval mode with hooks that feed the recorder; always restores it afterwards."""
-        modes = [(module, module.training) for module in self.root.modules()]
         handles: list[Any] = []
         try:
             self._hook(recorder, handles)
-            self.root.eval()
-            with _uncompiled(self.root):
+            with eval_mode(self.root), _uncompiled(self.root):
                 yield
         finally:
             for handle in handles:
                 handle.remove()
-            for module, training in modes:
-                module.training = training
 
     def _hook(self, recorder: Recorder, handles: list[Any]) -> None:
         axes, taps, options = recorder.scores.axes, self.family.taps, recorder.scores.options

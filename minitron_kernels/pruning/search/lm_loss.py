@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minitron_kernels._modules import eval_mode
 from minitron_kernels._tensors import bytes_of
 from minitron_kernels.pruning.score.collect import BatchReader
 from minitron_kernels.pruning.score.hooks import HookedModel
@@ -65,7 +65,7 @@ class LMLoss:
         hooked = HookedModel(model)
         read = BatchReader(hooked, whole=True)
         total, count = 0.0, 0
-        with torch.no_grad(), _evaluating(hooked.root):
+        with torch.no_grad(), eval_mode(hooked.root):
             for number, batch in enumerate(self.batches):
                 name = f"batches[{number}]"
                 inputs, tokens = read(batch, name)
@@ -98,18 +98,6 @@ def _sum_of_losses(logits: Tensor, at: Tensor, labels: Tensor) -> float:
     for part, label in zip(at.split(rows), labels.split(rows), strict=True):
         total += F.cross_entropy(logits[part].to(wide), label, reduction="none").double().sum()
     return float(total)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; each module's own mode is restored afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _check_labels(batch: Any, name: str) -> None:
