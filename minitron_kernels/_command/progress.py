@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -17,6 +18,23 @@ _lines = False  # whether bars that nobody asked for are lines where there is no
 def in_terminal() -> bool:
     """Whether standard error is a terminal."""
     return sys.stderr.isatty()
+
+
+def without_bars(quiet: bool) -> None:
+    """Turns off the bars of transformers and datasets, for all of the process: in a log nobody wants them.
+
+    Args:
+        quiet: also where there is a terminal.
+    """
+    if not quiet and in_terminal():
+        return
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if importlib.util.find_spec("datasets") is not None:
+        import datasets
+
+        datasets.disable_progress_bars()
 
 
 def lines_wanted() -> bool:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from minitron_kernels import __version__
 from minitron_kernels._command.messages import message_of, say, show
-from minitron_kernels._command.progress import in_terminal, lines_in_logs
+from minitron_kernels._command.parsers import add_debug, program
+from minitron_kernels._command.progress import lines_in_logs, without_bars
 from minitron_kernels._command.values import DTYPES, at_least
 from minitron_kernels.evaluation.benchmarks import BENCHMARKS
 from minitron_kernels.evaluation.results import PUBLISHED_CHOICES, Evaluation, evaluation_table
@@ -73,8 +72,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.model is not None:
         from minitron_kernels.evaluation.run import evaluate
 
-        if args.quiet or not in_terminal():
-            _without_bars()
+        without_bars(args.quiet)
         results.append(
             evaluate(
                 args.model,
@@ -94,17 +92,6 @@ def _run(args: argparse.Namespace) -> None:
             )
         )
     show(evaluation_table([*results, *beside], args.published))
-
-
-def _without_bars() -> None:
-    """No bars of transformers and datasets, which are not asked for in a log."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    if importlib.util.find_spec("datasets") is not None:
-        import datasets
-
-        datasets.disable_progress_bars()
 
 
 def listed() -> list[str]:
@@ -128,13 +115,8 @@ def _in_words(message: str) -> str:
 
 def parser_of() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
-        PROGRAM,
-        description="Evaluate a model on benchmarks, beside what was published of Minitron's models.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    about = "Evaluate a model on benchmarks, beside what was published of Minitron's models."
+    parser = program(argparse.ArgumentParser, PROGRAM, about, EXAMPLES)
     parser.add_argument("model", type=Path, nargs="?", help="folder of the checkpoint, with its tokenizer")
     parser.add_argument("-o", "--output", type=Path, help="JSON file of the results; a table beside it (.md)")
     parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
@@ -189,5 +171,5 @@ def parser_of() -> argparse.ArgumentParser:
         help="which rows (default announcement)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress")
-    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    add_debug(parser)
     return parser

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from minitron_kernels import __version__
+from minitron_kernels._command.parsers import Runs, commands_of, program
 from minitron_kernels.distillation.cli.config import near
 from minitron_kernels.distillation.cli.options import Option
 from minitron_kernels.distillation.cli.tables import TABLES, options_of
@@ -68,31 +67,15 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def parser_of(runs: Mapping[str, Callable[[argparse.Namespace], int | None]]) -> argparse.ArgumentParser:
+def parser_of(runs: Runs) -> argparse.ArgumentParser:
     """The parser of all commands.
 
     Args:
-        runs: {command: the function to call with its arguments}.
+        runs: what is called for each of them.
     """
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(
-        "minitron-distill",
-        description="Distil a pruned language model from its teacher.",
-        epilog=EXAMPLES,
-        formatter_class=shape,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"minitron-distill {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, about: str, epilog: str = "") -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name, help=about, description=about, epilog=epilog, formatter_class=shape, allow_abbrev=False
-        )
-        sub.set_defaults(run=runs[name])
-        sub.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-        return sub
-
+    about = "Distil a pruned language model from its teacher."
+    parser = program(_Parser, "minitron-distill", about, EXAMPLES, allow_abbrev=False)
+    command = commands_of(parser, runs)
     sub = command("train", "Train a student on what its teacher says.", TRAIN_EXAMPLES)
     again = _add_configured(sub, "train")
     again.add_argument(
@@ -101,9 +84,8 @@ def parser_of(runs: Mapping[str, Callable[[argparse.Namespace], int | None]]) ->
         help="go on with the run in --out, from its last checkpoint; its options need not be given again",
     )
     again.add_argument("--overwrite", action="store_true", help="replace a run that is in --out")
-    _add_configured(
-        command("cache", "Run a teacher over text and keep what it says.", CACHE_EXAMPLES), "cache"
-    )
+    sub = command("cache", "Run a teacher over text and keep what it says.", CACHE_EXAMPLES)
+    _add_configured(sub, "cache")
     sub = command("info", "Show what a run or a cache holds.")
     sub.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="folder of a run or a cache")
     sub.add_argument("--verify", action="store_true", help="read all files of a cache, and check their sums")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from minitron_kernels._command.messages import say, show
 from minitron_kernels._command.models import check_free, check_model, load_model
-from minitron_kernels._command.progress import Progress
+from minitron_kernels._command.progress import Progress, without_bars
 from minitron_kernels.distillation.cli import config as configs
 from minitron_kernels.distillation.cli.arguments import flags_of
 from minitron_kernels.distillation.cli.data import Chosen, collate, needs_tokenizer, read_windows
@@ -93,13 +92,10 @@ def cache(args: argparse.Namespace) -> int:
 
 
 def _fill(config: dict[str, Any], out: Path, data: Chosen, device: str) -> int:
-    from transformers.utils import logging
-
     from minitron_kernels.distillation.cache import cache_teacher
     from minitron_kernels.distillation.cli.teachers import tokenizer_if_any
 
-    if config["quiet"] or not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    without_bars(config["quiet"])
     teacher = load_model(Path(config["teacher"]), config["dtype"], otherwise="a teacher", with_head=True)
     tokenizer = tokenizer_if_any(config["teacher"])
     if tokenizer is None and needs_tokenizer(config["data"]):

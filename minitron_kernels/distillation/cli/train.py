@@ -7,13 +7,13 @@ import contextlib
 import hashlib
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from minitron_kernels._command.messages import few, say, show
 from minitron_kernels._command.models import check_free, checkpoint_hash, load_model, model_files
+from minitron_kernels._command.progress import without_bars
 from minitron_kernels._files import write_text
 from minitron_kernels.distillation.cli import config as configs
 from minitron_kernels.distillation.cli import record as records
@@ -79,10 +79,7 @@ def _run(
     *,
     resume: bool,
 ) -> int:
-    from transformers.utils import logging
-
-    if config["quiet"] or not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    without_bars(config["quiet"])
     out = Path(config["out"])
     student = load_model(Path(config["student"]), config["dtype"], otherwise="trained", with_head=True)
     written = _stored_dtype(student, config)

@@ -6,12 +6,13 @@ import argparse
 import re
 import signal
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron_kernels import __version__
 from minitron_kernels._command.messages import message_of, say, show
+from minitron_kernels._command.parsers import commands_of, program
+from minitron_kernels._command.progress import without_bars
 from minitron_kernels.distillation.cli.interrupt import Stopped, exit_code
 from minitron_kernels.distillation.cli.tables import options_of
 from minitron_kernels.distillation.recipe import shipped
@@ -54,24 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    shape = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(
-        "minitron-recipe",
-        description="Make a language model smaller: score, cut, distil, evaluate, compare, by one TOML.",
-        epilog=EXAMPLES,
-        formatter_class=shape,
-        allow_abbrev=False,
-    )
-    top.add_argument("--version", action="version", version=f"minitron-recipe {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, about: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
-        sub.set_defaults(run=run)
-        sub.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-        return sub
-
-    sub = command("run", "Run a recipe, or go on with it.", run)
+    about = "Make a language model smaller: score, cut, distil, evaluate, compare, by one TOML."
+    top = program(argparse.ArgumentParser, "minitron-recipe", about, EXAMPLES, allow_abbrev=False)
+    command = commands_of(top, {"run": run, "list": _list, "show": _show})
+    sub = command("run", "Run a recipe, or go on with it.")
     sub.add_argument("recipe", metavar="RECIPE", help="a TOML file, or one of `minitron-recipe list`")
     sub.add_argument("--dry-run", action="store_true", help="print stages, sizes, memory, time; do nothing")
     sub.add_argument("-o", "--out", metavar="DIR", help="in place of out of [recipe]")
@@ -84,8 +71,8 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--redo", action="store_true", help="throw away models that were trained differently")
     sub.add_argument("--quiet", action="store_true", help="no progress")
-    command("list", "List the recipes with published settings.", _list)
-    sub = command("show", "Print such a recipe.", _show)
+    command("list", "List the recipes with published settings.")
+    sub = command("show", "Print such a recipe.")
     sub.add_argument("name", metavar="NAME")
     return top
 
@@ -112,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         state = State(recipe.out)
         show(describe(recipe, graph, verdicts_of(graph, state), teachers))
         return 0
-    _quieten(args.quiet)
+    without_bars(args.quiet)
     state = State(recipe.out)
     with (lock := state).locked(), _terminated():
         state = State(recipe.out)  # as the run before left it
@@ -147,16 +134,6 @@ def _quoted(path: str) -> str:
     import json
 
     return json.dumps(str(Path(path)), ensure_ascii=False)
-
-
-def _quieten(quiet: bool) -> None:
-    """transformers' own bars, where there is no terminal for them."""
-    import sys
-
-    from transformers.utils import logging
-
-    if quiet or not sys.stderr.isatty():
-        logging.disable_progress_bar()
 
 
 class _terminated:

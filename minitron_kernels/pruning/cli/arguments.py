@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from minitron_kernels import __version__
+from minitron_kernels._command.parsers import Runs, commands_of, program
 from minitron_kernels._command.values import DTYPES, at_least, byte_count, count, typed
 
 EXAMPLES = """\
@@ -71,28 +70,15 @@ def _layers(text: str) -> list[int]:
     return list(parse_runs(text))
 
 
-def parser_of(runs: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse.ArgumentParser:
+def parser_of(runs: Runs) -> argparse.ArgumentParser:
     """The parser of all commands.
 
     Args:
-        runs: {command: the function to call with its arguments}.
+        runs: what is called for each of them.
     """
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "minitron-prune",
-        description="Cut the least useful channels, heads, experts and layers of a language model.",
-        epilog=EXAMPLES,
-        formatter_class=shape,
-    )
-    parser.add_argument("--version", action="version", version=f"minitron-prune {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, about: str, epilog: str = "") -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=about, description=about, epilog=epilog, formatter_class=shape)
-        sub.set_defaults(run=runs[name])
-        sub.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-        return sub
-
+    about = "Cut the least useful channels, heads, experts and layers of a language model."
+    parser = program(argparse.ArgumentParser, "minitron-prune", about, EXAMPLES)
+    command = commands_of(parser, runs)
     _add_score(command("score", "Score a model's channels on calibration text.", SCORE_EXAMPLES))
     _add_plan(command("plan", "Choose what stays, from scores and a target.", PLAN_EXAMPLES))
     _add_search(command("search", "Choose what stays by the loss of pruned models.", SEARCH_EXAMPLES))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from minitron_kernels._command.documents import expand, is_ids
 from minitron_kernels._command.messages import say
 from minitron_kernels._command.models import load_tokenizer
+from minitron_kernels._command.progress import without_bars
 from minitron_kernels.pruning.cli.arguments import SIZES
 
 if TYPE_CHECKING:
@@ -52,14 +52,12 @@ def windows_of(args: argparse.Namespace) -> Tensor:
         ValueError: the text cannot be read, or not by this model.
     """
     from transformers import AutoConfig
-    from transformers.utils import logging
 
     from minitron_kernels.pruning.families.configs import config_value
     from minitron_kernels.pruning.families.registry import family_of
     from minitron_kernels.pruning.score.calibration import calibration_windows
 
-    if args.quiet or not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    without_bars(args.quiet)
     config = AutoConfig.from_pretrained(args.model)
     config = family_of(config).text(config)
     longest = config_value(config, "max_position_embeddings", args.seq_len)
