@@ -85,7 +85,7 @@ class Footprint:
         return {"memory_dtype": self.dtype, "kv_tokens": self.kv_tokens, "kv_sequences": self.kv_sequences}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Budget:
     """What a smaller model may take, and what may be chosen for that: arguments of find_sizes(), by name.
 
@@ -106,9 +106,9 @@ class Budget:
     memory_bytes: float | None = None
     memory_dtype: Any = "bfloat16"
     kv_tokens: int = 0
+    kv_sequences: int = 1
     num_experts_per_tok: int | None = None
     search: Sequence[str] | None = None
-    kv_sequences: int = 1
 
     def __post_init__(self) -> None:
         for name, value in self.limits.items():

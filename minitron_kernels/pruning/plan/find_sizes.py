@@ -97,14 +97,14 @@ def find_sizes(
         {'hidden_size': 4096, 'intermediate_size': 11520}
     """
     budget = Budget(
-        params,
-        active_params,
-        memory_bytes,
-        memory_dtype,
-        kv_tokens,
-        num_experts_per_tok,
-        search,
-        kv_sequences,
+        params=params,
+        active_params=active_params,
+        memory_bytes=memory_bytes,
+        memory_dtype=memory_dtype,
+        kv_tokens=kv_tokens,
+        kv_sequences=kv_sequences,
+        num_experts_per_tok=num_experts_per_tok,
+        search=search,
     )
     return sizes_within(
         config, budget, fixed=fixed, layers=layers, divisor=divisor, loadable=loadable, limit=limit

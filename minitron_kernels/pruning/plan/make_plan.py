@@ -147,14 +147,14 @@ def make_plan(
 
     given = given_sizes(family, config, sizes, ratio, divisor)
     budget = Budget(
-        params,
-        active_params,
-        memory_bytes,
-        memory_dtype,
-        kv_tokens,
-        num_experts_per_tok,
-        search,
-        kv_sequences,
+        params=params,
+        active_params=active_params,
+        memory_bytes=memory_bytes,
+        memory_dtype=memory_dtype,
+        kv_tokens=kv_tokens,
+        kv_sequences=kv_sequences,
+        num_experts_per_tok=num_experts_per_tok,
+        search=search,
     )
     if not sizes and not budget.limits and ratio is drop_layers is num_experts_per_tok is None:
         warnings.warn(

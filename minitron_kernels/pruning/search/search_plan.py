@@ -216,9 +216,15 @@ def search_plan(
     """
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k must be a whole number from 1 on, got {k!r}")
-    per_token = target.get("num_experts_per_tok")
     budget = Budget(
-        params, active_params, memory_bytes, memory_dtype, kv_tokens, per_token, search, kv_sequences
+        params=params,
+        active_params=active_params,
+        memory_bytes=memory_bytes,
+        memory_dtype=memory_dtype,
+        kv_tokens=kv_tokens,
+        kv_sequences=kv_sequences,
+        num_experts_per_tok=target.get("num_experts_per_tok"),
+        search=search,
     )
     if not budget.limits:
         raise ValueError("search_plan needs a budget: params, active_params or memory_bytes")

@@ -59,14 +59,22 @@ def _outer(
 _IN_TRANSFORMER: dict[str, Any] = dict(
     layers="transformer.h", final_norm="transformer.ln_f", embedding="transformer.wte"
 )
-_GPT_TAPS = Taps(
-    attention_out="attn.c_proj",
-    mlp_down="mlp.c_proj",
-    mlp_up="mlp.c_fc",
-    scored_norms=_GPT_NORMS,
-    norms=_GPT_NORMS,
-)
 _MASKS = StoredNames(computed=("attn.bias", "attn.masked_bias"))
+# of GPT-2 and StarCoder, which lay the weights of attention and MLP out differently
+_LIKE_GPT2: dict[str, Any] = dict(
+    outer=_outer("transformer", "wte", "ln_f", positions="wpe"),
+    taps=Taps(
+        attention_out="attn.c_proj",
+        mlp_down="mlp.c_proj",
+        mlp_up="mlp.c_fc",
+        scored_norms=_GPT_NORMS,
+        norms=_GPT_NORMS,
+    ),
+    size_keys=_GPT_SIZES,
+    approximates=_HIDDEN,
+    stored_names=_MASKS,
+    **_IN_TRANSFORMER,
+)
 
 # ---- GPT-2: Conv1D, linear layers whose weights are [in, out]
 
@@ -97,14 +105,9 @@ register_family(
             *_conv1d("mlp.c_proj", "mlp", "hidden"),
             *norms(*_GPT_NORMS, bias=True),
         ),
-        outer=_outer("transformer", "wte", "ln_f", positions="wpe"),
-        taps=_GPT_TAPS,
-        size_keys=_GPT_SIZES,
         computed={"mlp": _gpt2_mlp},
         fixed=_gpt2_fixed,
-        approximates=_HIDDEN,
-        stored_names=_MASKS,
-        **_IN_TRANSFORMER,
+        **_LIKE_GPT2,
     )
 )
 
@@ -128,14 +131,9 @@ register_family(
             *linear("mlp.c_proj", "hidden, mlp", True),
             *norms(*_GPT_NORMS, bias=True),
         ),
-        outer=_outer("transformer", "wte", "ln_f", positions="wpe"),
-        taps=_GPT_TAPS,
-        size_keys=_GPT_SIZES,
         computed={"mlp": _gpt2_mlp, "kv_heads": _one_or_all},
         derived={"num_key_value_heads": lambda sizes, config: sizes["kv_heads"]},
-        approximates=_HIDDEN,
-        stored_names=_MASKS,
-        **_IN_TRANSFORMER,
+        **_LIKE_GPT2,
     )
 )
 
