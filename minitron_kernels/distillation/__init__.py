@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 # what needs more packages than torch, by the module that has it; imported when it is asked for
 _LAZY = {
     "CachedTeacher": "minitron_kernels.distillation.cache.teacher",
-    "DistillationPlan": "minitron_kernels.distillation.scale",
+    "DistillationPlan": "minitron_kernels.distillation.scale.distillation_plan",
     "DistillationTrainer": "minitron_kernels.distillation.trainers.hf",
     "TeacherCache": "minitron_kernels.distillation.cache.reader",
     "TeacherCacheWriter": "minitron_kernels.distillation.cache.writer",
-    "plan_distillation": "minitron_kernels.distillation.scale",
+    "plan_distillation": "minitron_kernels.distillation.scale.plan_distillation",
     "cache_teacher": "minitron_kernels.distillation.cache.fill",
 }
 

@@ -214,7 +214,7 @@ def run(layout, checkpointing):
 
     import minitron_kernels as mk
     from minitron_kernels import _workspace
-    from minitron_kernels.distillation.scale import plan_distillation
+    from minitron_kernels.distillation.scale.plan_distillation import plan_distillation
 
     copies, fsdp, tp = layout
     mesh = init_device_mesh("cpu", (copies, fsdp, tp), mesh_dim_names=("copy", "fsdp", "tp"))
@@ -312,8 +312,8 @@ def run_activations(layout):
     """What a rank of tensor parallelism keeps for its backward: {what: [planned, found]}."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    from minitron_kernels.distillation.scale_activations import kept_bytes
-    from minitron_kernels.distillation.scale_shape import shape_of
+    from minitron_kernels.distillation.scale.activations import kept_bytes
+    from minitron_kernels.distillation.scale.shape import shape_of
 
     mesh = init_device_mesh("cpu", layout, mesh_dim_names=("copy", "fsdp", "tp"))
     model = model_of(STUDENT, 0).to(torch.bfloat16).train()
@@ -345,7 +345,7 @@ def fork_all(folder):
     import torch.distributed.tensor.parallel  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
 
-    import minitron_kernels.distillation.scale
+    import minitron_kernels.distillation.scale.plan_distillation
     import minitron_kernels.pruning  # noqa: F401
 
     fork_ranks(lambda rank: run_rank(rank, folder), RANKS)

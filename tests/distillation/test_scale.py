@@ -12,11 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 from distillation import scale_ranks
 from distillation.scale_ranks import checkpoint_layers, kept_bytes_of
-from minitron_kernels.distillation import plan_distillation, scale_tables
-from minitron_kernels.distillation.scale_activations import COUNTED, kept_bytes, layer_bytes
-from minitron_kernels.distillation.scale_loss import STOCK_LOGIT_BYTES, exchanges
-from minitron_kernels.distillation.scale_parts import Collective, size_text
-from minitron_kernels.distillation.scale_shape import elements, shape_of
+from minitron_kernels.distillation import plan_distillation
+from minitron_kernels.distillation.scale import tables as scale_tables
+from minitron_kernels.distillation.scale.activations import COUNTED, kept_bytes, layer_bytes
+from minitron_kernels.distillation.scale.loss import STOCK_LOGIT_BYTES, exchanges
+from minitron_kernels.distillation.scale.parts import Collective, size_text
+from minitron_kernels.distillation.scale.shape import elements, shape_of
 from pruning.plans import GQA, plan_of
 from pruning.tiny_models import tiny_config
 
@@ -139,7 +140,7 @@ def test_bytes_of_the_stock_way(dtype):
 def test_the_page_says_what_the_function_says():
     page = PAGE.read_text(encoding="utf-8")
     assert scale_tables.written(page) == page, (
-        "run python -m minitron_kernels.distillation.scale_tables --write docs/scale.md"
+        "run python -m minitron_kernels.distillation.scale.tables --write docs/scale.md"
     )
     with pytest.raises(ValueError, match="<!-- traffic -->"):
         scale_tables.written(page.replace("<!-- traffic -->", ""))

@@ -138,8 +138,8 @@ def _autocasts(config: Mapping[str, Any], device: str) -> bool:
 
 def _activations(config: Any, tokens: int, dtype: torch.dtype, checkpointing: bool) -> int | None:
     """What the student keeps for its backward; None where its family is not known."""
-    from minitron_kernels.distillation.scale_activations import kept_bytes
-    from minitron_kernels.distillation.scale_shape import shape_of
+    from minitron_kernels.distillation.scale.activations import kept_bytes
+    from minitron_kernels.distillation.scale.shape import shape_of
 
     try:
         shape = shape_of("student", config, 1)

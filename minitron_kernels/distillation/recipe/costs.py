@@ -125,7 +125,7 @@ def _sharded(
     node: Node, student: Mapping[str, Any], teacher: Mapping[str, Any], estimate: Mapping[str, Any]
 ) -> Facts:
     """What plan_distillation() says of TP × FSDP2; nothing where it does not know the family."""
-    from minitron_kernels.distillation.scale import plan_distillation
+    from minitron_kernels.distillation.scale.plan_distillation import plan_distillation
 
     config, tp = node.config, estimate["tp"]
     fsdp = max(1, estimate["gpus"] // tp)

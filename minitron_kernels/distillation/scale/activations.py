@@ -20,7 +20,7 @@ With activation checkpointing a layer keeps its input alone, b h, and one layer 
 
 from __future__ import annotations
 
-from minitron_kernels.distillation.scale_shape import ModelShape
+from minitron_kernels.distillation.scale.shape import ModelShape
 
 # families whose layers keep what the formulas say; others come near: gemma's norms are all in fp32, phi3
 # keeps fused projections whole, nemotron has a LayerNorm

@@ -4,7 +4,7 @@ What is planned, and confirmed by runs at 2 and 4 ranks (tests/distillation/test
 teacher under tensor parallelism, one input of each block prepared for all of its linear layers; FSDP2 around
 each decoder layer and around the whole model, with its defaults; the loss inside the student's forward, by
 linear_kl_loss(tp_group=); the teacher without gradients. A norm of gradients for clipping and a loss to be
-logged are a few bytes, and left out. scale_tables.py makes the tables of docs/scale.md.
+logged are a few bytes, and left out. tables.py makes the tables of docs/scale.md.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from minitron_kernels.distillation import scale_loss
-from minitron_kernels.distillation.scale_activations import kept_bytes, layer_bytes
-from minitron_kernels.distillation.scale_parts import (
+from minitron_kernels.distillation.scale import loss as scale_loss
+from minitron_kernels.distillation.scale.activations import kept_bytes, layer_bytes
+from minitron_kernels.distillation.scale.distillation_plan import DistillationPlan
+from minitron_kernels.distillation.scale.parts import (
     ALWAYS,
     BACKWARD,
     END,
@@ -26,8 +27,7 @@ from minitron_kernels.distillation.scale_parts import (
     Part,
     Way,
 )
-from minitron_kernels.distillation.scale_plan import DistillationPlan
-from minitron_kernels.distillation.scale_shape import ModelShape, elements, shape_of, shard_elements
+from minitron_kernels.distillation.scale.shape import ModelShape, elements, shape_of, shard_elements
 from minitron_kernels.ops.kl_loss.checks import integer, refuse
 
 __all__ = ["DistillationPlan", "plan_distillation"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minitron_kernels.distillation.scale_activations import COUNTED
-from minitron_kernels.distillation.scale_parts import MOMENTS, Way, size_text
-from minitron_kernels.distillation.scale_shape import ModelShape
+from minitron_kernels.distillation.scale.activations import COUNTED
+from minitron_kernels.distillation.scale.parts import MOMENTS, Way, size_text
+from minitron_kernels.distillation.scale.shape import ModelShape
 from minitron_kernels.ops.kl_loss.plan import LinearKLPlan
 
 

@@ -1,7 +1,7 @@
 """The tables of docs/scale.md, made by plan_distillation(); a test compares them with the page.
 
-python -m minitron_kernels.distillation.scale_tables                        # prints them
-python -m minitron_kernels.distillation.scale_tables --write docs/scale.md
+python -m minitron_kernels.distillation.scale.tables                        # prints them
+python -m minitron_kernels.distillation.scale.tables --write docs/scale.md
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron_kernels.distillation.scale import plan_distillation
-from minitron_kernels.distillation.scale_parts import MOMENTS, size_text
-from minitron_kernels.distillation.scale_plan import DistillationPlan
+from minitron_kernels.distillation.scale.distillation_plan import DistillationPlan
+from minitron_kernels.distillation.scale.parts import MOMENTS, size_text
+from minitron_kernels.distillation.scale.plan_distillation import plan_distillation
 
 # Mistral-NeMo 12B and Mistral-NeMo-Minitron 8B; what else a config.json holds plays no part
 TEACHER: dict[str, Any] = {
@@ -146,7 +146,7 @@ def written(page: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Prints the tables, or writes them into a page."""
     parser = argparse.ArgumentParser(
-        prog="python -m minitron_kernels.distillation.scale_tables",
+        prog="python -m minitron_kernels.distillation.scale.tables",
         description="Prints the tables of docs/scale.md: memory and communication of a distillation step.",
     )
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put them into this page instead")

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from minitron_kernels.distillation.scale_parts import BACKWARD, LOSS, Collective, Part
-from minitron_kernels.distillation.scale_shape import ModelShape
+from minitron_kernels.distillation.scale.parts import BACKWARD, LOSS, Collective, Part
+from minitron_kernels.distillation.scale.shape import ModelShape
 from minitron_kernels.ops.kl_loss.divergence import NUM_METRIC_STATE, NUM_METRICS, NUM_STATE, NUM_STATS
 from minitron_kernels.ops.kl_loss.op_plan import plan_linear_kl_loss
 from minitron_kernels.ops.kl_loss.plan import LinearKLPlan, grad_dtype
