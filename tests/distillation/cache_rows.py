@@ -2,7 +2,9 @@
 
 import torch
 
+from minitron_kernels.distillation.cache.reader import TeacherCache
 from minitron_kernels.distillation.cache.spec import CacheSpec
+from minitron_kernels.distillation.cache.writer import TeacherCacheWriter
 
 V = 96
 TIERS = ("sampled", "topk", "hidden")
@@ -76,3 +78,14 @@ def same(got, want):
         if not equal:
             return False
     return True
+
+
+def filled(folder, tier="topk", numbers=range(6), shard_bytes=1 << 20):
+    """A cache of these sequences."""
+    with TeacherCacheWriter(folder, spec_of(tier), shard_bytes=shard_bytes) as writer:
+        write(writer, numbers, tier)
+    return TeacherCache(folder)
+
+
+def shards_of(folder):
+    return sorted(folder.glob("*.safetensors"))

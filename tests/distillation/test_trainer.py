@@ -17,16 +17,12 @@ from distillation.trainer_cases import (
     assert_no_worse,
     assert_same_gradients,
     big_batch,
-    mapped,
     models,
-    narrow,
     plain_means,
     ragged,
     terms,
     trainer,
 )
-from minitron_kernels.distillation import DistillationLoss
-from pruning.tiny_models import tiny_model
 
 
 def step(family="llama", *, batch=2, steps=2, data=None, teacher_dtype=None, changes=None, **args):
@@ -307,111 +303,6 @@ def test_what_a_run_did_not_log_is_not_logged_by_the_next():
     assert made.state.log_history[0]["kl"] == pytest.approx(expected["kl"], rel=1e-5)
 
 
-def test_parameters_of_the_loss_are_trained(tmp_path):
-    data = ragged()[:4]
-    loss = mapped()
-    made, keep = trainer(*narrow(), data, loss=loss)
-    before = loss.hidden_states.map.weight.detach().clone()
-    made.train()
-    one = keep.gradients
-    assert (loss.hidden_states.map.weight != before).any()
-    log = made.state.log_history[0]
-    assert log["hidden"] > 0 and log["hidden_weight"] == 0.5
-    args = arguments(per_device_train_batch_size=1, gradient_accumulation_steps=4)
-    other, keep = trainer(*narrow(), data, loss=mapped(), args=args)
-    other.train()
-    # one batch of two sequences against four of one
-    assert any("map" in name for name in one) and set(one) == set(keep.gradients)
-    # what is saved is the model that it was
-    plain = set(narrow()[0].state_dict())
-    assert set(made.model.state_dict()) == plain
-    made.save_model(str(tmp_path))
-    from transformers import AutoModelForCausalLM
-
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert set(again.state_dict()) == plain
-    assert not list(tmp_path.glob("distillation_loss*"))
-    made.model.load_state_dict(again.state_dict())
-
-
-@pytest.mark.parametrize("kind", ["map", "adapters"])
-def test_resumed_to_the_bit(tmp_path, kind):
-    """Three steps and three more are six: weights, the loss's map and running means, dropout, logs."""
-    data = ragged((9, 5, 12, 4, 7, 3, 8, 10) * 2)
-
-    def make(**changes):
-        loss = mapped("dynamic", hidden_weight_smoothing=0.5)
-        student, teacher = narrow()
-        if kind == "adapters":
-            peft = pytest.importorskip("peft", reason="adapters are peft's")
-            torch.manual_seed(0)
-            student = peft.get_peft_model(
-                student, peft.LoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj"])
-            )
-        options = {
-            "gradient_accumulation_steps": 2,
-            "max_steps": 6,
-            "save_strategy": "steps",
-            "save_steps": 3,
-        }
-        made, _ = trainer(student, teacher, data, loss=loss, args=arguments(output_dir=tmp_path, **options))
-        return made
-
-    whole = make()
-    whole.train()
-    resumed = make()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    for name, value in whole.model.named_parameters():
-        assert torch.equal(value, dict(resumed.model.named_parameters())[name]), name
-    for name, value in whole.distillation_loss.state_dict().items():
-        assert torch.equal(value, resumed.distillation_loss.state_dict()[name]), name
-    timed = ("tokens_per_second", "teacher_share", "train_runtime")
-    logs = [
-        {key: value for key, value in log.items() if key not in timed}
-        for made in (whole, resumed)
-        for log in made.state.log_history[3:6]
-    ]
-    assert logs[:3] == logs[3:]
-
-
-def test_a_checkpoint_without_the_parameters_of_the_loss(tmp_path):
-    data = ragged()
-    args = arguments(output_dir=tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
-    made, _ = trainer(*narrow(), data, args=args)
-    made.train()
-    other, _ = trainer(*narrow(), data, args=args, loss=mapped())
-    with pytest.raises(ValueError, match=r"distillation_loss\.pt is missing, but the loss has .*map\.weight"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-
-
-def test_a_loss_is_saved_into_a_folder_that_is_not_there_yet(tmp_path):
-    """As it is where shards of a model are saved, which come later."""
-    from minitron_kernels.distillation.trainers.hf_state import load_loss, save_loss
-
-    loss, other = mapped(), mapped()
-    torch.nn.init.normal_(loss.hidden_states.map.weight)
-    save_loss(loss, str(tmp_path / "checkpoint-1"), 0, True)
-    load_loss(other, str(tmp_path / "checkpoint-1"), 0)
-    assert torch.equal(loss.hidden_states.map.weight, other.hidden_states.map.weight)
-
-
-def test_best_model_is_loaded_with_its_loss(tmp_path):
-    data = ragged()
-    args = arguments(
-        output_dir=tmp_path, max_steps=3, learning_rate=3.0, lr_scheduler_type="constant",
-        save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
-        load_best_model_at_end=True, greater_is_better=True,
-    )  # fmt: skip
-    loss = mapped()
-    made, _ = trainer(*narrow(), data, loss=loss, args=args, eval_dataset=data)
-    made.train()
-    history = [log["eval_loss"] for log in made.state.log_history if "eval_loss" in log]
-    assert history[-1] < max(history)  # such a learning rate does no good, and for once that is wanted
-    assert made.evaluate()["eval_loss"] == pytest.approx(max(history), rel=1e-5)
-    saved = torch.load(f"{made.state.best_model_checkpoint}/distillation_loss.pt")
-    assert torch.equal(saved["hidden_states.map.weight"], loss.hidden_states.map.weight)
-
-
 def test_another_kind_of_teacher():
     """Any callable with a signal: here the k largest of a model's, and all others together."""
     from minitron_kernels.distillation import ModelTeacher, SparseSignal
@@ -437,71 +328,3 @@ def test_students_made_by_model_init():
     made = trainer(None, models()[1], ragged(), model_init=lambda: models()[0])[0]
     made.train()
     assert "kl" in made.state.log_history[0]
-
-
-def refused(match, error=ValueError, *, student=None, teacher=None, loss=None, args=None, **options):
-    own, other = models()
-    with pytest.raises(error, match=match):
-        trainer(student or own, teacher or other, ragged(), loss=loss, args=args, **options)
-
-
-def test_what_would_be_ignored_is_refused():
-    refused("compute_loss_func would be ignored", compute_loss_func=lambda *x: 0)
-    refused("compute_metrics needs logits", compute_metrics=lambda x: {})
-    refused("preprocess_logits_for_metrics needs logits", preprocess_logits_for_metrics=lambda x, y: x)
-    refused("label_smoothing_factor=0.1 would be", args=arguments(label_smoothing_factor=0.1))
-    refused("label_names must be", args=arguments(label_names=["target"]))
-    refused("use_liger_kernel replaces", args=arguments(use_liger_kernel=True))
-    refused("unknown arguments: tokeniser", TypeError, tokeniser=None)
-    refused("loss must be a DistillationLoss", TypeError, loss=torch.nn.MSELoss())
-    refused("teacher must be a causal language model or a Teacher", TypeError, teacher="a/name")
-    refused("model_init makes students anew", loss=mapped(), model_init=lambda: narrow()[0])
-    with pytest.raises(RuntimeError, match=r"predict.*returns logits"):
-        trainer(*models(), ragged())[0].predict(ragged())
-
-
-def test_models_that_do_not_fit_are_refused():
-    refused("TypeError|CausalLM|output layer", TypeError, student=torch.nn.Linear(2, 2))
-    refused("no output layer", TypeError, teacher=models()[1].model)
-    refused("model has 96 tokens and teacher 128", teacher=tiny_model("llama", vocab_size=128))
-    trainer(models()[0], tiny_model("llama", vocab_size=128), ragged(), loss=DistillationLoss(vocab_size=96))
-    student, _ = models()
-    refused("memory is also the teacher's", student=student, teacher=student)
-    refused("no parameter that requires grad", student=models()[0].requires_grad_(False))
-    moe = tiny_model("mixtral")
-    moe.config.output_router_logits = True
-    refused("router's auxiliary loss", student=moe, teacher=tiny_model("mixtral", seed=1))
-
-
-def test_a_cache_is_asked_whether_the_student_fits():
-    class Cache:
-        def __call__(self, batch, layers=()):
-            raise AssertionError("never called")
-
-        def check_student(self, vocab_size, tokenizer):
-            raise ValueError(f"{vocab_size}, {tokenizer}")
-
-    refused("96, None", teacher=Cache())
-    refused("None, words", teacher=Cache(), loss=DistillationLoss(vocab_size=64), processing_class="words")
-
-
-def test_several_gpus_in_one_process_are_refused():
-    args = arguments()
-    args._n_gpu = 2
-    refused("this process sees 2 GPUs", args=args)
-
-
-def test_replaced_forward_is_found():
-    """As Liger and Unsloth do it, after attach()."""
-    made, _ = trainer(*models(), ragged(), args=arguments(remove_unused_columns=False))
-    original = type(made.model).__mro__[1].forward
-    made.model.forward = lambda *args, distillation=None, **batch: original(made.model, *args, **batch)
-    with pytest.raises(TypeError, match="distillation=call"):
-        made.train()
-
-
-def test_evaluation_without_labels_is_refused():
-    rows = [{"input_ids": row["input_ids"]} for row in ragged((5, 5))]
-    made, _ = trainer(*models(), ragged(), eval_dataset=rows, data_collator=None)
-    with pytest.raises(ValueError, match="must have labels, got input_ids"):
-        made.evaluate()
