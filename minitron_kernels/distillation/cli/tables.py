@@ -33,6 +33,16 @@ def pair(text: str) -> str:
     return text
 
 
+# a cache serves a run whose windows are the same
+_TEXT = (
+    path("data", TEXT, many=True, metavar="FILE"),
+    Option("text_key", str, 'with the text in the data; default: "text", or else "messages"', metavar="KEY"),
+)
+_WINDOWS = (
+    whole("seq_len", "tokens of a window", 2, default=2048),
+    whole("samples", "windows, drawn at random by --seed; default: all"),
+)
+
 TRAIN: tuple[Group, ...] = (
     (
         "models and data",
@@ -42,12 +52,9 @@ TRAIN: tuple[Group, ...] = (
             path("teacher", "folder of the teacher's; with a cache of hidden states for its head alone",
                  metavar="DIR"),
             path("cache", "folder that `minitron-distill cache` filled", metavar="DIR"),
-            path("data", TEXT, many=True, metavar="FILE"),
-            Option("text_key", str, 'with the text in the data; default: "text", or else "messages"',
-                   metavar="KEY"),
+            *_TEXT,
             path("out", "folder to create: model, record, curves and checkpoints", metavar="DIR", short="-o"),
-            whole("seq_len", "tokens of a window", 2, default=2048),
-            whole("samples", "windows, drawn at random by --seed; default: all"),
+            *_WINDOWS,
             whole("seed", "of drawing, order and training", 0, default=0),
         ),
     ),
@@ -134,12 +141,9 @@ CACHE: tuple[Group, ...] = (
         "the windows are those of `train` with the same data, seq_len, samples and seed",
         (
             path("teacher", "folder of the teacher's checkpoint, with its tokenizer", metavar="DIR"),
-            path("data", TEXT, many=True, metavar="FILE"),
-            Option("text_key", str, 'with the text in the data; default: "text", or else "messages"',
-                   metavar="KEY"),
+            *_TEXT,
             path("out", "folder of the cache; one that is there is gone on with", metavar="DIR", short="-o"),
-            whole("seq_len", "tokens of a window", 2, default=2048),
-            whole("samples", "windows, drawn at random by --seed; default: all"),
+            *_WINDOWS,
             whole("seed", "of drawing", 0, default=0),
             whole("batch_size", "windows of a forward pass", default=1),
         ),
