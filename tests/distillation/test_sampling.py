@@ -8,11 +8,7 @@ import pytest
 import torch
 
 from minitron_kernels.distillation.cache import sampling
-from minitron_kernels.distillation.cache.sampling import (
-    sample_ids,
-    sample_ids_of_hidden,
-    sampled_logprobs,
-)
+from minitron_kernels.distillation.cache.sampling import sample_ids, sampled_logprobs
 from minitron_kernels.ops.kl_loss.op import linear_kl_loss
 from minitron_kernels.ops.kl_loss.sparse import linear_sparse_kl_loss
 
@@ -58,18 +54,13 @@ def test_what_is_impossible_is_not_drawn_at_either_end(u, monkeypatch):
     assert sampled.ids.tolist() == [2 if u == 0 else 4, -1] and sampled.counts.tolist() == [2, 0]
 
 
-def test_positions_at_a_time_change_nothing():
-    hidden = torch.randn(5, 7, 16, generator=seeded())
-    head, bias = torch.randn(40, 16, generator=seeded(1)), torch.randn(40, generator=seeded(2))
-    options = {"bias": bias, "logit_scale": 0.7, "softcap": 5.0, "vocab_size": 37}
-    logits = 5 * torch.tanh((hidden @ head.t() + bias) * 0.7 / 5)
-    expected = sample_ids(logits[..., :37], 6, seeded(3))
-    for workspace_bytes in (1, 5000, 1 << 30):
-        got = sample_ids_of_hidden(hidden, head, 6, seeded(3), workspace_bytes=workspace_bytes, **options)
+def test_positions_at_a_time_change_nothing(monkeypatch):
+    logits = torch.randn(5, 7, 40, generator=seeded())
+    expected = sample_ids(logits, 6, seeded(3))
+    for workspace_bytes in (1, 5000):
+        monkeypatch.setattr(sampling, "_WORKSPACE_BYTES", workspace_bytes)
+        got = sample_ids(logits, 6, seeded(3))
         assert torch.equal(got.ids, expected.ids) and torch.equal(got.counts, expected.counts)
-    assert (expected.ids < 37).all()
-    bare = sample_ids_of_hidden(hidden, head, 6, seeded(3))
-    assert torch.equal(bare.ids, sample_ids(hidden @ head.t(), 6, seeded(3)).ids)
 
 
 def test_log_probabilities_do_as_well_as_logits():
@@ -105,7 +96,7 @@ def test_the_mean_gradient_is_that_of_the_whole_kl():
     loss = linear_kl_loss(hidden, head, teacher_hidden, teacher_head, reduction="sum", backend="reference")
     (whole,) = torch.autograd.grad(loss, hidden)
     many = teacher_hidden[None].expand(repetitions, N, H)
-    sampled = sample_ids_of_hidden(many, teacher_head, n, seeded(5))
+    sampled = sample_ids(many @ teacher_head.t(), n, seeded(5))
     x = hidden.detach()[None].expand(repetitions, N, H).clone().requires_grad_()
     loss = linear_sparse_kl_loss(
         x, head, sampled.ids, sampled_logprobs(sampled.counts), None, reduction="sum", backend="reference"
@@ -127,13 +118,9 @@ def test_the_mean_gradient_is_that_of_the_whole_kl():
 
 
 def test_weights():
-    counts = torch.tensor([[3, 1, 0], [4, 0, 0]], dtype=torch.int32)
-    expected = torch.tensor([[0.75, 0.25, 0.0], [1.0, 0.0, 0.0]])
+    counts = torch.tensor([[3, 1, 0], [4, 0, 0], [0, 0, 0]], dtype=torch.int32)
+    expected = torch.tensor([[0.75, 0.25, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(sampled_logprobs(counts).exp(), expected)
-    with pytest.raises(ValueError, match="counts must be at least 0"):
-        sampled_logprobs(torch.tensor([[0, 0]]))
-    with pytest.raises(ValueError, match="counts must be at least 0"):
-        sampled_logprobs(torch.tensor([[3, -1]]))
     with pytest.raises(TypeError, match="counts must be a tensor of integers"):
         sampled_logprobs(torch.ones(1, 2))
 
@@ -150,7 +137,7 @@ def test_rows_that_are_no_distribution_are_refused(wrong):
 
 
 def test_arguments_are_refused_by_name():
-    logits, hidden, head = torch.zeros(2, 5), torch.zeros(2, 4), torch.zeros(5, 4)
+    logits = torch.zeros(2, 5)
     with pytest.raises(ValueError, match="n must be at least 1"):
         sample_ids(logits, 0)
     with pytest.raises(TypeError, match="n must be an int"):
@@ -159,16 +146,4 @@ def test_arguments_are_refused_by_name():
         sample_ids(logits.long(), 2)
     with pytest.raises(ValueError, match="logits must be"):
         sample_ids(torch.zeros(2, 0), 2)
-    for wrong in ({"vocab_size": 6}, {"vocab_size": 0}):
-        with pytest.raises(ValueError, match=r"vocab_size must be in 1\.\.5"):
-            sample_ids_of_hidden(hidden, head, 2, **wrong)
-    with pytest.raises(ValueError, match="softcap must be above 0"):
-        sample_ids_of_hidden(hidden, head, 2, softcap=0.0)
-    with pytest.raises(ValueError, match=r"bias must be \[5\]"):
-        sample_ids_of_hidden(hidden, head, 2, bias=torch.zeros(4))
-    with pytest.raises(ValueError, match="head must be"):
-        sample_ids_of_hidden(hidden, head.t(), 2)
-    with pytest.raises(TypeError, match="head must be"):
-        sample_ids_of_hidden(hidden, head.long(), 2)
     assert sample_ids(torch.zeros(0, 5), 3).ids.shape == (0, 3)
-    assert sample_ids_of_hidden(torch.zeros(0, 4), head, 3).counts.shape == (0, 3)

@@ -54,86 +54,23 @@ def sample_ids(logits: Tensor, n: int, generator: torch.Generator | None = None)
         raise ValueError(f"logits must be [..., V] with a token at least, got {list(logits.shape)}")
     rows = logits.detach().reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
     u = _uniform(rows.shape[0], n, rows.device, generator)
-    step = _rows_at_a_time(rows.shape[1], _WORKSPACE_BYTES)
+    step = max(1, _WORKSPACE_BYTES // (rows.shape[1] * _BYTES_A_LOGIT))
     drawn = [_draw(rows[i : i + step], u[i : i + step], i) for i in range(0, rows.shape[0], step)]
     return _merged(torch.cat(drawn) if drawn else u.to(torch.int64), logits.shape[:-1])
-
-
-def sample_ids_of_hidden(
-    hidden: Tensor,
-    head: Tensor,
-    n: int,
-    generator: torch.Generator | None = None,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    vocab_size: int | None = None,
-    workspace_bytes: int = _WORKSPACE_BYTES,
-) -> SampledIds:
-    """sample_ids() of softcap(logit_scale (hidden headᵀ + bias)), whose [..., V] is never made as a whole.
-
-    Args:
-        hidden: [..., H] what the head multiplies, after the final norm.
-        head: [V, H], of the same dtype and device.
-        n: draws a position, at least 1.
-        generator: on the device of `hidden`; by default torch's own.
-        bias: [V].
-        logit_scale: factor of the logits, see DenseSignal.
-        softcap: logits become softcap tanh(logits / softcap).
-        vocab_size: number of tokens, where the head has rows behind them that are padding.
-        workspace_bytes: for the logits and sums of some positions at a time; at least one is worked on.
-
-    Returns:
-        SampledIds [..., n].
-
-    Raises:
-        TypeError: as sample_ids().
-        ValueError: as sample_ids(); shapes do not fit.
-    """
-    for name, x in (("hidden", hidden), ("head", head)):
-        if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name} must be a tensor of floating point numbers, got {got}")
-    if head.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != head.shape[1]:
-        raise ValueError(
-            f"head must be [V, H] and hidden [..., H], got {list(head.shape)} and {list(hidden.shape)}"
-        )
-    V = head.shape[0] if vocab_size is None else vocab_size
-    if not 1 <= V <= head.shape[0]:
-        raise ValueError(f"vocab_size must be in 1..{head.shape[0]}, the rows of head; got {vocab_size}")
-    if bias is not None and bias.shape != head.shape[:1]:
-        raise ValueError(f"bias must be [{head.shape[0]}], got {list(bias.shape)}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0 or None, got {softcap}")
-    rows, weight = hidden.detach().reshape(-1, hidden.shape[-1]), head.detach()[:V]
-    u = _uniform(rows.shape[0], n, rows.device, generator)
-    step = _rows_at_a_time(V, workspace_bytes)
-    drawn = []
-    for i in range(0, rows.shape[0], step):
-        logits = (rows[i : i + step] @ weight.t()).to(torch.float32)
-        if bias is not None:
-            logits += bias.detach()[:V]
-        logits *= logit_scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        drawn.append(_draw(logits, u[i : i + step], i))
-    return _merged(torch.cat(drawn) if drawn else u.to(torch.int64), hidden.shape[:-1])
 
 
 def sampled_logprobs(counts: Tensor) -> Tensor:
     """log(counts / n) [..., n] float32, n being a position's sum: what linear_sparse_kl_loss() takes.
 
+    -inf where nothing was drawn, as at all entries of a position of padding.
+
     Raises:
         TypeError: `counts` are not integers.
-        ValueError: a count is negative, or a position has none.
     """
     if not isinstance(counts, Tensor) or counts.dtype.is_floating_point or counts.dtype == torch.bool:
         got = counts.dtype if isinstance(counts, Tensor) else type(counts).__name__
         raise TypeError(f"counts must be a tensor of integers, got {got}")
-    total = counts.sum(-1, keepdim=True)
-    if counts.numel() and (int(counts.min()) < 0 or int(total.min()) < 1):
-        raise ValueError("counts must be at least 0, and some of a position's above 0")
+    total = counts.sum(-1, keepdim=True).clamp(min=1)
     return counts.to(torch.float32).log() - total.to(torch.float32).log()
 
 
@@ -144,10 +81,6 @@ def _uniform(rows: int, n: Any, device: torch.device, generator: torch.Generator
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     return torch.rand(rows, n, dtype=torch.float64, device=device, generator=generator)
-
-
-def _rows_at_a_time(V: int, workspace_bytes: int) -> int:
-    return max(1, workspace_bytes // (V * _BYTES_A_LOGIT))
 
 
 def _draw(logits: Tensor, u: Tensor, first: int) -> Tensor:

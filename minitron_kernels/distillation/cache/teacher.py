@@ -18,6 +18,7 @@ from minitron_kernels.distillation.cache.fingerprint import (
 from minitron_kernels.distillation.cache.outputs import payloads_of
 from minitron_kernels.distillation.cache.payload import decode, encode
 from minitron_kernels.distillation.cache.reader import TeacherCache, assembled
+from minitron_kernels.distillation.cache.sampling import sampled_logprobs
 from minitron_kernels.distillation.cache.sequences import sequences_of
 from minitron_kernels.distillation.cache.spec import CacheSpec
 from minitron_kernels.distillation.signals import DenseSignal, SparseSignal, TeacherSignal
@@ -146,9 +147,7 @@ class CachedTeacher:
             kept = {layer: hidden for layer in layers}
             return DenseSignal(hidden, self._weight, self._bias, spec.logit_scale or 1.0, spec.softcap, kept)
         if spec.tier == "sampled":
-            counts = rows["counts"].float()
-            # as sampled_logprobs(), but for positions of padding, which have none
-            logprobs = counts.log() - counts.sum(-1, keepdim=True).clamp(min=1).log()
+            logprobs = sampled_logprobs(rows["counts"])
             return SparseSignal(rows["ids"], logprobs, None, vocab_size=spec.vocab_size)
         tail = {t: rows["log_tail"][..., i] for i, t in enumerate(spec.temperatures)}
         return SparseSignal(rows["ids"], rows["logprobs"], tail, vocab_size=spec.vocab_size)

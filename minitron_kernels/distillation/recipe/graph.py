@@ -18,7 +18,7 @@ from minitron_kernels._command.models import check_model
 from minitron_kernels._files import sha256_of_folder
 from minitron_kernels.distillation.recipe.config import Recipe, Variant
 from minitron_kernels.distillation.recipe.files import digest_of, digest_of_files, digest_of_model
-from minitron_kernels.distillation.recipe.tables import SIZES, options_of
+from minitron_kernels.distillation.recipe.tables import options_of
 
 # to be raised where a stage gives something else for the same configuration and inputs
 VERSIONS = {"correct": 1, "score": 1, "plan": 1, "prune": 1, "distill": 2, "evaluate": 1}
@@ -242,11 +242,6 @@ def _what_matters(stage: str, config: Mapping[str, Any]) -> dict[str, Any]:
 def folder_of(given: Node | Given, out: Path) -> Path:
     """Where something is."""
     return out / given.path if isinstance(given, Node) else given.paths[0]
-
-
-def sizes_given(config: Mapping[str, Any]) -> dict[str, int]:
-    """{name: size} of those that [plan] gives."""
-    return {name: config[name] for name in SIZES if config[name] is not None}
 
 
 def check_out(recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 COMPILED = "_orig_mod"  # the name under which torch.compile() keeps the module that it wraps
 # names that wrappers add to a parameter's: torch.compile(), activation checkpointing
@@ -72,11 +72,6 @@ def is_fsdp(module: Any) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(module, FSDPModule)
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether a parameter is a DTensor, of which each rank holds a part (FSDP2, tensor parallelism)."""
-    return hasattr(parameter, "device_mesh")
 
 
 def is_offloaded(module: nn.Module) -> bool:
