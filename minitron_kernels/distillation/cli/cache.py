@@ -93,7 +93,7 @@ def cache(args: argparse.Namespace) -> int:
 
 def _fill(config: dict[str, Any], out: Path, data: Chosen, device: str) -> int:
     from minitron_kernels.distillation.cache import cache_teacher
-    from minitron_kernels.distillation.cli.teachers import tokenizer_if_any
+    from minitron_kernels.distillation.cli.models import tokenizer_if_any
 
     without_bars(config["quiet"])
     teacher = load_model(Path(config["teacher"]), config["dtype"], otherwise="a teacher", with_head=True)

@@ -1,4 +1,4 @@
-"""How much a run does: windows, steps, tokens, of how many processes."""
+"""How much a run does, windows, steps, tokens, of how many processes; and on which device."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def choose_device(name: str) -> str:
-    """ "cpu" or "cuda".
+def device_for(name: str) -> str:
+    """ "cpu" or "cuda", the first GPU, for what runs in one process.
 
     Raises:
-        ValueError: there is no such device; one process sees several GPUs.
+        ValueError: it cannot be used here.
     """
     import torch
 
@@ -93,6 +93,18 @@ def choose_device(name: str) -> str:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device_of(name)
+    return name
+
+
+def choose_device(name: str) -> str:
+    """device_for(), for what runs in a process for each GPU.
+
+    Raises:
+        ValueError: there is no such device; one process sees several GPUs.
+    """
+    import torch
+
+    name = device_for(name)
     if name == "cuda" and "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
         count = torch.cuda.device_count()
         raise ValueError(

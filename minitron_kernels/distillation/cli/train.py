@@ -21,7 +21,7 @@ from minitron_kernels.distillation.cli.arguments import flags_of
 from minitron_kernels.distillation.cli.data import Chosen, read_windows
 from minitron_kernels.distillation.cli.interrupt import Interrupt, Stopped, exit_code
 from minitron_kernels.distillation.cli.job import Job, choose_device, job_of, rank
-from minitron_kernels.distillation.cli.teachers import (
+from minitron_kernels.distillation.cli.models import (
     check_sources,
     check_tokenizers,
     load_teacher,

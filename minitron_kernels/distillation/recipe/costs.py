@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from minitron_kernels.distillation.cli.estimate import Sized, memory_of_training, size_text
-from minitron_kernels.distillation.recipe.device import device_for
+from minitron_kernels.distillation.cli.job import device_for
 from minitron_kernels.distillation.recipe.graph import Node, needs_teacher
 from minitron_kernels.pruning import count_usage
 from minitron_kernels.pruning.families.configs import completed, full_config

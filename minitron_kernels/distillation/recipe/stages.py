@@ -16,8 +16,8 @@ import torch
 from minitron_kernels._command.models import load_model
 from minitron_kernels._command.progress import tqdm_for
 from minitron_kernels.distillation.cli.data import read_windows
+from minitron_kernels.distillation.cli.job import device_for
 from minitron_kernels.distillation.cli.record import write_text
-from minitron_kernels.distillation.recipe.device import device_for
 from minitron_kernels.distillation.recipe.graph import Node, folder_of
 from minitron_kernels.distillation.recipe.perplexity import mean_loss
 from minitron_kernels.distillation.recipe.scores import magnitude_tables, random_tables
