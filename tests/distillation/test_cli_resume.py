@@ -20,8 +20,8 @@ from minitron_kernels.distillation.cli import train
 from minitron_kernels.distillation.cli.config import load
 from minitron_kernels.distillation.cli.data import read_windows
 from minitron_kernels.distillation.cli.job import job_of
+from minitron_kernels.distillation.cli.models import make_loss
 from minitron_kernels.distillation.cli.record import checkpoints, read_record
-from minitron_kernels.distillation.cli.teachers import make_loss
 from minitron_kernels.distillation.recipe.scores import even_tables
 from minitron_kernels.pruning import make_plan
 from minitron_kernels.pruning.checkpoint.model_card import PLAN_FILE
