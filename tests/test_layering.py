@@ -19,8 +19,8 @@ TORCH = ("torch", "ATen", "c10")
 
 
 # parts of the house that are a module, or a package without rooms
-ALONE = ("_native", "_workspace", "_backend", "_tensors", "_modules", "_files", "_opaque", "_lazy", "_command")
-ALONE += ("distillation", "evaluation")
+ALONE = ("_native", "_workspace", "_backend", "_tensors", "_modules", "_files", "_opaque", "_lazy")
+ALONE += ("_command", "distillation", "evaluation")
 
 
 def part_of(module: str) -> str:
