@@ -8,13 +8,14 @@ if TYPE_CHECKING:
     from minitron_kernels.pruning.checkpoint.prune import PrunedCheckpoint, prune_checkpoint
     from minitron_kernels.pruning.cut.cuts import Cut, Cuts
     from minitron_kernels.pruning.cut.model import prune_model
-    from minitron_kernels.pruning.families.family import Family, Located, Param, State, Taps
+    from minitron_kernels.pruning.families.family import Family, Located, Param, Taps
     from minitron_kernels.pruning.families.multimodal import Multimodal
     from minitron_kernels.pruning.families.registry import (
         known_families,
         register_family,
         register_multimodal,
     )
+    from minitron_kernels.pruning.families.states import State
     from minitron_kernels.pruning.families.stored_names import StoredNames
     from minitron_kernels.pruning.plan.counts import Usage, count_usage
     from minitron_kernels.pruning.plan.find_sizes import Candidate, find_sizes
@@ -75,7 +76,7 @@ _HOMES = {
     "PlanSearch": "minitron_kernels.pruning.search.search_plan",
     "PrunedCheckpoint": "minitron_kernels.pruning.checkpoint.prune",
     "PruningPlan": "minitron_kernels.pruning.plan.pruning_plan",
-    "State": "minitron_kernels.pruning.families.family",
+    "State": "minitron_kernels.pruning.families.states",
     "StoredNames": "minitron_kernels.pruning.families.stored_names",
     "Taps": "minitron_kernels.pruning.families.family",
     "Usage": "minitron_kernels.pruning.plan.counts",

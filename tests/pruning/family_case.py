@@ -85,9 +85,7 @@ class Case:
         fixed: (axis, name of its size, a size): cannot be pruned, and is not scored.
         unscored: other axes without scores, by the names of their tables.
         transposed: whether the linear layers of a layer have weights [in, out].
-        repeated: how often its class keeps each key and value head in its cache.
         stays: whether all layers stay, since none can go.
-        no_cache: whether a cache is not counted for it.
         kept_layer: one that cannot be dropped; None where each can.
         images: of models that read images: the arguments of a forward pass with one.
         follow: ends of the names of parameters outside of the text model that follow it.
@@ -109,9 +107,7 @@ class Case:
     fixed: tuple[str, str, int] | None = None
     unscored: tuple[str, ...] = ()
     transposed: bool = False
-    repeated: int = 1
     stays: bool = False
-    no_cache: bool = False
     kept_layer: int | None = None
     images: Callable[[], dict[str, Any]] | None = None
     follow: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from minitron_kernels.pruning import collect_importance, make_plan, prune_checkpoint, prune_model
+from minitron_kernels.pruning.checkpoint.head import stored_head
+from minitron_kernels.pruning.checkpoint.safetensors_files import open_folder, read_json
 from minitron_kernels.pruning.families.registry import family_of
 from pruning import oracle
 from pruning.collected import ids
@@ -47,11 +50,12 @@ class FreshProcess:
     """One process beside this one, which loads checkpoints by transformers alone."""
 
     def __init__(self):
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115  (closed below)
         self.process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(LOAD)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.said,  # a pipe that nobody reads would fill up, and stop the process
             text=True,
         )
 
@@ -60,14 +64,20 @@ class FreshProcess:
         self.process.stdin.write(json.dumps([kind, str(folder)]) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
-        assert line, self.process.stderr.read()[-2000:]
+        assert line, self._said()
         said = json.loads(line)[0]
         assert said is None, said
         return torch.load(folder / "logits.pt", weights_only=True)
 
+    def _said(self):
+        self.said.seek(0)
+        return self.said.read()[-2000:].decode(errors="replace")
+
     def close(self):
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
+        """Ends the process, which has nothing left to do: all that it was asked for has been read."""
+        self.process.kill()
+        self.process.communicate()
+        self.said.close()
 
 
 def check_table(case, model):
@@ -131,9 +141,20 @@ def bits(folder):
     }
 
 
+def check_head(model, folder):
+    """The output layer is found among the stored tensors, whatever it is called and tied to."""
+    head, tensors = model.get_output_embeddings(), load_file(folder / "model.safetensors")
+    with open_folder(folder) as source:
+        weight, bias = stored_head(source, read_json(folder / "config.json"))
+    assert torch.equal(tensors[weight.name], head.weight)
+    assert (bias is None) == (getattr(head, "bias", None) is None)
+    assert bias is None or torch.equal(tensors[bias.name], head.bias)
+
+
 def check_cut(case, model, plan, folder, fresh):
     """In memory and on disk the same bits; a fresh process loads them and says what the model here says."""
     model.save_pretrained(folder / "source")
+    check_head(model, folder / "source")
     smaller = prune_model(model, plan)
     if case.images is None:
         assert sum(p.numel() for p in smaller.parameters()) == plan.parameters_after < plan.parameters_before

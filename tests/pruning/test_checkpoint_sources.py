@@ -11,8 +11,11 @@ from transformers import AutoModel, AutoModelForCausalLM
 from minitron_kernels.pruning.checkpoint import matching, prune
 from minitron_kernels.pruning.checkpoint.prune import prune_checkpoint
 from minitron_kernels.pruning.cut.model import prune_model
+from minitron_kernels.pruning.plan.make_plan import make_plan
 from pruning.checkpoints import OTHER_WEIGHTS, edit_config, plan_for, save_tiny, snapshot
-from pruning.tiny_models import tiny_model
+from pruning.family_configs import CASES
+from pruning.score_tables import random_tables
+from pruning.tiny_models import random_model, tiny_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -223,6 +226,38 @@ def test_a_base_model_without_a_head(tmp_path, tied):
     loaded(tmp_path / "dst", AutoModel)
     assert config_of(tmp_path / "dst")["tie_word_embeddings"] == tied
     assert done.parameters_before == sum(p.numel() for p in model.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["phi", "gptj", "opt", "gpt_neox", "deepseek_v2"])
+def test_base_models_of_other_families(tmp_path, name):
+    """A head with a bias, a decoder inside a decoder, other prefixes, experts."""
+    case = CASES[name]
+    model = random_model(case.make_config())
+    model.base_model.save_pretrained(tmp_path / "src")
+    plan = make_plan(random_tables(model.config), model.config, divisor=8, drop_layers=[1], **case.sizes)
+    _, done = pruned(tmp_path, plan)
+    alone = prune_model(model.base_model, plan)
+    assert done.parameters_after == sum(parameter.numel() for parameter in alone.parameters())
+    again, tokens = loaded(tmp_path / "dst", AutoModel), torch.arange(8)[None]
+    with torch.no_grad():
+        found, expected = again(tokens).last_hidden_state, alone(tokens).last_hidden_state
+        assert torch.equal(found, expected)
+        assert torch.equal(prune_model(model, plan).base_model(tokens).last_hidden_state, expected)
+
+
+def test_a_head_with_a_bias_under_a_prefix(tmp_path):
+    model = random_model(CASES["phi"].make_config())
+    model.save_pretrained(tmp_path / "src")
+    edit(tmp_path / "src", lambda tensors: {f"module.{name}": t for name, t in tensors.items()})
+    plan = make_plan(random_tables(model.config), model.config, divisor=8, drop_layers=[1])
+    pruned(tmp_path, plan)
+    same_logits(loaded(tmp_path / "dst"), prune_model(model, plan))
+
+
+def test_a_class_with_a_head_is_no_class_of_a_decoder():
+    for name, alone in (("LlamaModel", True), ("GPT2LMHeadModel", False), ("PhiForCausalLM", False)):
+        config = {"model_type": "gpt2", "architectures": [name]}
+        assert matching.is_class_of_base(config) == alone
 
 
 def test_a_base_model_under_the_names_of_the_whole(tmp_path):

@@ -28,7 +28,7 @@ def test_family(name, fresh, tmp_path):
     case = CASES[name]
     model = random_model(case.make_config(), auto=case.auto)
     checks.check_table(case, model)
-    check_usage(model, case.is_of_text, no_cache=case.no_cache, repeated=case.repeated)
+    check_usage(model, case.is_of_text)
     tables = checks.check_scores(case, model)
     plan = checks.check_plan(case, model, tables)
     checks.check_cut(case, model, plan, tmp_path, fresh)

@@ -67,8 +67,8 @@ def test_taps_are_modules_of_the_model(name):
 def test_unknown_family_says_what_to_do():
     with pytest.raises(ValueError, match=r"llama.*got 'gpt5'.*register_family"):
         family_of({"model_type": "gpt5"})
-    with pytest.raises(ValueError, match=r"'xglm' is not supported: it has positions.*Known are.*llama"):
-        family_of({"model_type": "xglm"})
+    with pytest.raises(ValueError, match=r"'ctrl' is not supported: it has positions.*Known are.*llama"):
+        family_of({"model_type": "ctrl"})
     with pytest.raises(ValueError, match="got None"):
         family_of({})
 

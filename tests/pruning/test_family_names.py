@@ -26,6 +26,10 @@ def test_names_of_a_family_with_a_prefix_of_its_own():
     names = ["transformer.wte.weight", "transformer.h.0.mlp.up_proj.weight", "lm_head.weight"]
     assert list(family_names(names, own).values()) == names
     assert list(family_names(["wte.weight", "h.0.mlp.up_proj.weight"], own).values()) == names[:2]
+    head = ["lm_head.weight", "lm_head.bias"]
+    for front in ("", "module.", "model.language_model."):
+        inside = [f"{front}wte.weight", *(front + name for name in head)]
+        assert list(family_names(inside, own).values()) == ["transformer.wte.weight", *head]
     # only what is called as the head is the head
     heads = ["model.embed_tokens.weight", "vision.lm_head.weight", "xlm_head.weight", "lm_head.weight"]
     assert list(family_names(heads, llama).values()) == heads

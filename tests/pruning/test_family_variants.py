@@ -16,6 +16,7 @@ from pruning.family_configs import CASES
 from pruning.score_tables import random_tables
 from pruning.threads import one_thread  # noqa: F401  (autouse: of every test here)
 from pruning.tiny_models import random_model
+from pruning.usage_checks import check_usage
 
 ONE_NORM = ("input_layernorm",)
 TWO_NORMS = (*ONE_NORM, "post_attention_layernorm")
@@ -73,6 +74,21 @@ def test_variant(name, fresh, tmp_path):
     model = random_model(config)
     checks.check_table(case, model)
     plan = plan_of(model.config, drop_layers=[DROPPED_LAYER], **target)
+    checks.check_cut(case, model, plan, tmp_path, fresh)
+    checks.check_masked(case, model, plan)
+
+
+def test_gemma_4_whose_last_layers_take_their_keys_from_others(fresh, tmp_path):
+    """As E2B and E4B, whose last layers have MLPs twice as wide, and nothing in a cache."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    shared = {"layer_types": kinds, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+    case = CASES["gemma4_text"]
+    case = dataclasses.replace(case, config={**case.config, **shared, "use_double_wide_mlp": True})
+    model = random_model(case.make_config())
+    assert model.model.layers[3].mlp.up_proj.out_features == 160
+    checks.check_table(case, model)
+    check_usage(model)
+    plan = plan_of(model.config, hidden_size=32)
     checks.check_cut(case, model, plan, tmp_path, fresh)
     checks.check_masked(case, model, plan)
 

@@ -120,8 +120,8 @@ def test_the_plan_is_for_this_text_model():
 
 
 def test_a_text_model_that_is_not_known():
-    with pytest.raises(ValueError, match=r"the text_config of this llava: config.model_type 'xglm'"):
-        family_of({"model_type": "llava", "text_config": {"model_type": "xglm"}})
+    with pytest.raises(ValueError, match=r"the text_config of this llava: config.model_type 'ctrl'"):
+        family_of({"model_type": "llava", "text_config": {"model_type": "ctrl"}})
 
 
 def test_images_are_not_read_for_scores():

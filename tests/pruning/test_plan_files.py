@@ -114,7 +114,7 @@ def edit(data, where, value):
         # null is what transformers takes where the key is left out
         ("target_config.hidden_size", None, "hidden must keep 4096 of 64, got 48 indices"),
         ("source_config.hidden_size", [64], "source_config: int() argument must be"),
-        ("source_config.model_type", "xglm", "source_config: config.model_type 'xglm' is not supported"),
+        ("source_config.model_type", "ctrl", "source_config: config.model_type 'ctrl' is not supported"),
         ("parameters.after", 1, "parameters must be {'before'"),
         ("extra", 1, "the plan has an unknown field extra"),
         ("candidates", [{}], "candidates[0] lacks parameters, sizes, spread"),

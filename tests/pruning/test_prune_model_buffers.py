@@ -13,6 +13,7 @@ from minitron_kernels.pruning.families.family import Family, Param, Taps
 from minitron_kernels.pruning.families.parts import attention, norms
 from minitron_kernels.pruning.families.registry import family_of, register_family
 from pruning.pruned_models import assert_unchanged, logits, plan_for, state_of
+from pruning.tiny_models import tiny_model
 
 
 def minimax(*more):
@@ -152,3 +153,47 @@ def test_an_axis_of_no_known_size_is_refused():
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             register_family(dataclasses.replace(llama, layer=(*llama.layer, param)))
+
+
+class Counting(torch.nn.Linear):
+    """A linear layer that keeps something beside its tensors."""
+
+    extra = None
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+@pytest.mark.parametrize("extra", [{"calls": 3}, b"\x00", torch.ones(2)])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_extra_states_are_refused(extra, in_place):
+    """What lies beside the tensors cannot be cut; an empty one is not lost."""
+    model = tiny_model("llama")
+    layer = model.model.layers[1].mlp.down_proj
+    layer.__class__ = Counting
+    plan, expected = plan_for(model.config), logits(prune_model(model, plan_for(model.config)))
+    layer.extra = extra
+    before = logits(model)
+    said = r"a Counting 'model\.layers\.1\.mlp\.down_proj' with an extra state \("
+    with pytest.raises(ValueError, match=said):
+        prune_model(model, plan, in_place=in_place)
+    assert torch.equal(logits(model), before)
+    layer.extra = torch.empty(0)
+    assert torch.equal(logits(prune_model(model, plan)), expected)
+
+
+def test_a_class_with_extra_states_of_its_own(monkeypatch):
+    """One whose every model has them, in the state_dict() of the smaller one as well."""
+    model = tiny_model("llama")
+    plan, expected = plan_for(model.config), logits(prune_model(model, plan_for(model.config)))
+    kind = type(model.model.norm)
+    monkeypatch.setattr(kind, "get_extra_state", lambda self: None, raising=False)
+    monkeypatch.setattr(kind, "set_extra_state", lambda self, state: None, raising=False)
+    assert model.state_dict()["model.norm._extra_state"] is None
+    assert torch.equal(logits(prune_model(model, plan)), expected)
+    monkeypatch.setattr(kind, "get_extra_state", lambda self: {"calls": 3})
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.input_layernorm' with an extra state \(dict"):
+        prune_model(model, plan)

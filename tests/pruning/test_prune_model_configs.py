@@ -6,14 +6,15 @@ import re
 import pytest
 import torch
 
-from minitron_kernels.pruning import make_plan, prune_model
+from minitron_kernels.pruning import count_usage, make_plan, prune_checkpoint, prune_model
 from minitron_kernels.pruning.cut.skeleton import expected_shapes
 from minitron_kernels.pruning.families import registry
 from minitron_kernels.pruning.families.configs import completed
 from minitron_kernels.pruning.families.family import Param
 from minitron_kernels.pruning.families.registry import family_of, register_family
+from pruning.family_configs import CASES
 from pruning.pruned_models import assert_unchanged, logits, plan_for, state_of
-from pruning.tiny_models import tiny_config, tiny_model
+from pruning.tiny_models import random_model, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("name", ["gemma2", "qwen3_moe"])
@@ -147,3 +148,52 @@ def test_a_config_object_that_says_otherwise_than_its_model():
     model.config.mlp_bias = False  # the parameters are there
     with pytest.raises(ValueError, match=r"gate_proj.bias is not in .* the pruned config"):
         prune_model(model, plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong", "key"),
+    [
+        (
+            "cohere2",
+            {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+            {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+            "layer_types",
+        ),
+        ("smollm3", {"no_rope_layers": [1, 1, 0]}, {"no_rope_layers": [0, 1, 1]}, "no_rope_layers"),
+        (
+            "gpt_neo",
+            {"attention_types": [[["global"], 2], [["local"], 1]]},
+            {"attention_types": [[["local"], 1], [["global"], 2]]},
+            "attention_layers",
+        ),
+    ],
+)
+def test_a_plan_for_a_model_with_other_layers_is_refused(name, right, wrong, key, tmp_path):
+    """All sizes and shapes are the same: the plan's layers would be written to the config of the other."""
+    model = random_model(CASES[name].make_config(**right))
+    plan = make_plan({}, CASES[name].make_config(**wrong), drop_layers=[1])
+    with pytest.raises(ValueError, match=f"plan is for a model with other layers: its {key} is "):
+        prune_model(model, plan)
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match=f"config.json: this is not the model that the plan.*: {key} is "):
+        prune_checkpoint(tmp_path / "source", tmp_path / "smaller", plan, progress=False)
+    own = make_plan({}, model.config, drop_layers=[1])
+    prune_checkpoint(tmp_path / "source", tmp_path / "smaller", own, progress=False)
+    assert getattr(prune_model(model, own).config, key)[-1] == getattr(model.config, key)[-1]
+
+
+def test_layers_with_sizes_of_their_own_are_refused(tmp_path):
+    """transformers reads per_layer_config of any type. Its entries would move, and shapes differ."""
+    config = CASES["mistral"].make_config()
+    plan = make_plan({}, config, drop_layers=[1])
+    for entries in ({"sliding_window": 8}, {"intermediate_size": 40}):
+        own = CASES["mistral"].make_config(per_layer_config={1: entries})
+        said = f"has per_layer_config, by which layers differ in {next(iter(entries))}: no table describes"
+        for given in (own, own.to_dict()):
+            for refused in (count_usage, lambda given: make_plan({}, given, drop_layers=[1])):
+                with pytest.raises(ValueError, match=said):
+                    refused(given)
+        folder = tmp_path / next(iter(entries))
+        own.save_pretrained(folder)
+        with pytest.raises(ValueError, match=f"config.json: the config {said}"):
+            prune_checkpoint(folder, tmp_path / "smaller", plan, progress=False)

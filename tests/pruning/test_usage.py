@@ -1,11 +1,15 @@
 """Parameters that serve a token, and bytes of memory, against real models; budgets of them."""
 
+import dataclasses
 import re
 
 import pytest
 import torch
 
 from minitron_kernels.pruning import Usage, count_usage, find_sizes, make_plan
+from minitron_kernels.pruning.families import registry
+from minitron_kernels.pruning.families.registry import family_of
+from pruning.family_configs import CASES
 from pruning.paper_models import NEMO
 from pruning.plans import GQA, plan_of
 from pruning.score_tables import random_tables
@@ -53,10 +57,35 @@ def test_usage_is_that_of_the_model(name, dtype):  # in fp32 of every family: te
     check_usage(tiny_model(name, dtype=dtype, num_hidden_layers=2))
 
 
+def test_a_cache_that_no_table_describes_is_not_counted(monkeypatch):
+    config = CASES["youtu"].make_config()
+    latent = dataclasses.replace(family_of(config), token_states=())
+    monkeypatch.setitem(registry._FAMILIES, "youtu", latent)
+    whole = count_usage(config)
+    assert whole.memory_bytes == 2 * whole.parameters
+    with pytest.raises(ValueError, match="kv_tokens must be 0 for youtu: its table does not say what"):
+        count_usage(config, kv_tokens=14)
+
+
+def test_latents_of_deepseek_by_hand():
+    """DeepSeek-V3 keeps 512 + 64 elements of a token in each of 61 layers: 70272 bytes in bf16."""
+    config = {"model_type": "deepseek_v3"}  # the class's own sizes
+    whole, cached = count_usage(config), count_usage(config, kv_tokens=1000, kv_sequences=3)
+    assert cached.memory_bytes - whole.memory_bytes == 1000 * 61 * (512 + 64) * 2
+
+
+def test_gemma_4_with_experts_is_refused():
+    config = CASES["gemma4_text"].make_config(enable_moe_block=True)
+    with pytest.raises(ValueError, match="enable_moe_block: no table describes its experts"):
+        count_usage(config)
+
+
 def test_budgets_against_brute_force():
     """All budgets, alone and together, on a model with experts: which sizes fit, and which come first."""
     config = tiny_config("qwen3_moe", tie_word_embeddings=False).to_dict()
-    options = dict(search=["hidden_size", "moe_intermediate_size", "num_experts"], divisor=4, limit=10**6)
+    options = dict(
+        search=["hidden_size", "moe_intermediate_size", "num_local_experts"], divisor=4, limit=10**6
+    )
     all_of_them = find_sizes(config, 10**9, kv_tokens=100, **options)
     assert len(all_of_them) == 10 * 5 * 3  # 12, 16, ... 48; 8, 12, ... 24; 2, 3, 4
     for candidate in all_of_them:

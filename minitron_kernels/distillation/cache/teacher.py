@@ -23,8 +23,6 @@ from minitron_kernels.distillation.cache.sequences import sequences_of
 from minitron_kernels.distillation.cache.spec import CacheSpec
 from minitron_kernels.distillation.signals import DenseSignal, SparseSignal, TeacherSignal
 
-_HEAD_NAMES = ("lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight", "embed_out.weight")
-
 
 class CachedTeacher:
     """A Teacher whose signals come from a cache: SparseSignal for tiers sampled and topk, DenseSignal for
@@ -35,7 +33,8 @@ class CachedTeacher:
     Args:
         cache: a folder, or a TeacherCache.
         head: tier hidden: the teacher's output layer: its weight [V, H], (weight, bias), a module, or the
-            folder of a checkpoint, of which nothing else is read. It must be the one that was cached.
+            folder of a checkpoint, of which nothing else is read but config.json. It must be the one that was
+            cached.
         fallback: a ModelTeacher or model that is run for sequences that are not in the cache; by default
             they are an error. It must be the teacher that was cached.
         vocab_size: the student's; must be the cache's.
@@ -182,29 +181,29 @@ def _head(head: Any, spec: CacheSpec) -> tuple[Tensor | None, Tensor | None]:
             f"head {tuple(weight.shape)} {weight.dtype} is not the one that was cached ({spec.head_dtype}): "
             "its values differ. Take the teacher's own, in the dtype that it had"
         )
-    if weight.shape[1] != spec.hidden_size:
-        raise ValueError(f"head must be [V, {spec.hidden_size}], got {tuple(weight.shape)}")
+    if weight.shape[1] != spec.hidden_size or weight.shape[0] < spec.vocab_size:
+        raise ValueError(
+            f"head must be [{spec.vocab_size} or more, {spec.hidden_size}], got {tuple(weight.shape)}"
+        )
     return weight, bias
 
 
 def _read_head(folder: Path, spec: CacheSpec) -> tuple[Tensor, Tensor | None]:
     """The output layer out of a checkpoint, in the dtype that was cached."""
-    from minitron_kernels.pruning.checkpoint.safetensors_files import open_folder
+    from minitron_kernels.pruning.checkpoint.head import stored_head
+    from minitron_kernels.pruning.checkpoint.safetensors_files import open_folder, read_json
 
     with open_folder(folder) as source:
-        name = next((name for name in _HEAD_NAMES if name in source.tensors), None)
-        if name is None:
-            raise ValueError(
-                f"{folder}: has none of {', '.join(_HEAD_NAMES)}: pass the head itself, "
-                "model.get_output_embeddings()"
-            )
-        found = {}
-        for key in (name, name.replace(".weight", ".bias")):
-            if (stored := source.tensors.get(key)) is None:
-                continue
-            data = bytearray(stored.nbytes)
-            stored.file.read_into(memoryview(data), stored.begin)
-            found[key] = torch.frombuffer(data, dtype=stored.dtype).reshape(stored.shape)
-    dtype = getattr(torch, spec.head_dtype or "", found[name].dtype)
-    weight, *bias = (x.to(dtype) for x in found.values())
+        path = folder / "config.json"
+        try:
+            stored = stored_head(source, read_json(path) if path.is_file() else {})
+        except ValueError as error:
+            raise ValueError(f"{error}: pass the head itself, model.get_output_embeddings()") from None
+        found = []
+        for tensor in filter(None, stored):
+            data = bytearray(tensor.nbytes)
+            tensor.file.read_into(memoryview(data), tensor.begin)
+            found.append(torch.frombuffer(data, dtype=tensor.dtype).reshape(tensor.shape))
+    dtype = getattr(torch, spec.head_dtype or "", found[0].dtype)
+    weight, *bias = (x.to(dtype) for x in found)
     return weight, bias[0] if bias else None

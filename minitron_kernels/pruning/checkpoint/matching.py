@@ -97,13 +97,13 @@ def match(
     head = f"{family.head}.weight"
     renamed = has_stored_names(stored, family)
     root = "" if renamed or head in tensors or family.text_key else _lacking_root(tensors, family)
-    headless = head not in tensors and (bool(root) or _is_class_of_base(config))
+    headless = head not in tensors and (bool(root) or is_class_of_base(config))
     tied = family.tied(config) if headless else _is_tied(tensors, family)
     if tied:
         tensors.pop(head, None)  # as save_pretrained() leaves it out
     plan = _with_tied(plan, tied, family)
     cuts = Cuts(plan, rescale_norms=rescale_norms)
-    without = {head} if headless else set()
+    without = set(filter(family.is_in_head, cuts.names())) if headless else set()
     # experts are stored one by one, as transformers does, or stacked, as they are in the model
     one_by_one = not set(cuts.names(stored=False)) - without <= set(tensors)
     wanted = [name for name in cuts.names(stored=one_by_one) if name not in without]
@@ -179,9 +179,11 @@ def _lacking_root(tensors: Mapping[str, StoredTensor], family: Family) -> str:
     return f"{root}." if lacking else ""
 
 
-def _is_class_of_base(config: Mapping[str, Any]) -> bool:
+def is_class_of_base(config: Mapping[str, Any]) -> bool:
+    """Whether a config names classes of a decoder alone, as LlamaModel; LlamaForCausalLM, GPT2LMHeadModel
+    are not."""
     classes = config_value(config, "architectures") or ()
-    return bool(classes) and not any("For" in str(name) for name in classes)
+    return bool(classes) and not any("For" in str(name) or "LMHead" in str(name) for name in classes)
 
 
 def _is_tied(tensors: Mapping[str, StoredTensor], family: Family) -> bool:
@@ -276,7 +278,7 @@ def check_result(matched: Matched, config: Mapping[str, Any], where: object) -> 
             params = family.parameters(config, stored=matched.stored)
             expected = {param.name: param.shape(sizes) for param in params}
         if matched.headless:
-            expected.pop(f"{family.head}.weight", None)
+            expected = {name: shape for name, shape in expected.items() if not family.is_in_head(name)}
         shapes = matched.shapes
         result = {called: shapes[name] for name, called in matched.called.items()}
         if family.refuses(config) is None:

@@ -33,9 +33,10 @@ from minitron_kernels.pruning.checkpoint.safetensors_files import (
 from minitron_kernels.pruning.checkpoint.shards import Shard, is_whole, plan_shards, write_shards
 from minitron_kernels.pruning.checkpoint.side_files import check_plain, side_files
 from minitron_kernels.pruning.checkpoint.staging import Staging, check_target
-from minitron_kernels.pruning.families.configs import config_value, other_names
+from minitron_kernels.pruning.families.configs import check_names, config_value, other_names
 from minitron_kernels.pruning.families.family import MTP_KEYS
 from minitron_kernels.pruning.families.registry import family_of
+from minitron_kernels.pruning.plan.checks import other_layers
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 
 _OURS = ("config.json", "README.md", PLAN_FILE, INDEX_FILE)
@@ -186,8 +187,11 @@ def _check_config(folder: Path, plan: PruningPlan) -> dict[str, Any]:
     check_plain(folder, config)
     planned = plan.source_config
     try:
+        check_names(config)
         family = family_of(config)
-        found, wanted = family.sizes(config), family_of(planned).sizes(planned)
+        same = family_of(planned)
+        found, wanted = family.sizes(config), same.sizes(planned)
+        layers = other_layers(family, config, planned) if family is same and found == wanted else None
     except (ValueError, TypeError, ArithmeticError) as error:  # sizes that are not numbers, or are 0
         raise ValueError(f"{path}: {error}") from None
     kinds = [
@@ -198,6 +202,8 @@ def _check_config(folder: Path, plan: PruningPlan) -> dict[str, Any]:
         raise ValueError(f"{path}: model_type is {here}, the plan is for {there}")
     pairs = {axis: (found.get(axis), wanted.get(axis)) for axis in wanted | found}
     differ = [f"{name} is {here} (plan: {there})" for name, (here, there) in pairs.items() if here != there]
+    if not differ and layers is not None:
+        differ = [layers]
     if differ:
         raise ValueError(f"{path}: this is not the model that the plan was made for: {', '.join(differ)}")
     return config

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from minitron_kernels.pruning.cut.cuts import Cut, Cuts
-from minitron_kernels.pruning.cut.skeleton import check_shapes, skeleton, state_shapes
+from minitron_kernels.pruning.cut.skeleton import check_no_extra_state, check_shapes, skeleton, state_shapes
 from minitron_kernels.pruning.families.configs import config_value, written_value
 from minitron_kernels.pruning.families.family import TIE_KEY, Family
 from minitron_kernels.pruning.families.names import family_names
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.families.wrappers import unwrapped
+from minitron_kernels.pruning.plan.checks import other_layers
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -52,7 +53,8 @@ def prune_model(
 
     Raises:
         TypeError, ValueError: the plan is for another model; the model is quantised, has adapters, is
-            offloaded or sharded, or has parameters or learned buffers that its family does not declare;
+            offloaded or sharded, or has parameters, learned buffers or extra states that its family does not
+            declare;
             transformers makes another model of the pruned config. Names the first, and says what to do.
 
     Warns:
@@ -129,6 +131,7 @@ class _Source:
                 f"in_place cannot change a model inside a {type(model).__name__}, which holds its old "
                 "parameters: give the model inside, and wrap the result anew"
             )
+        check_no_extra_state(inner)
         family = family_of(inner.config)
         named = _named_tensors(inner, family)
         for name, tensor in named.values():
@@ -154,12 +157,14 @@ class _Source:
         for axis, size in wanted.items():
             if sizes.get(axis) != size:
                 raise ValueError(f"plan is for a model of {size} {axis}, got one of {sizes.get(axis)}")
+        if differ := other_layers(family, config, planned):
+            raise ValueError(f"plan is for a model with other layers: its {differ}")
 
     def checked_cuts(self, cuts: Cuts) -> list[tuple[str, Cut]]:
         """(name of the tensor, its cut) for each that stays; raises ValueError unless all fit."""
         names, head = cuts.names(), f"{cuts.family.head}.weight"
-        if head not in self.tensors:
-            names = [name for name in names if name != head]
+        if head not in self.tensors:  # a decoder alone
+            names = [name for name in names if not cuts.family.is_in_head(name)]
         for name in names:
             if name not in self.tensors:
                 raise ValueError(f"model has no parameter {name!r}, which the plan's family has")

@@ -6,13 +6,14 @@ import copy
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minitron_kernels.pruning.families.configs import Config, full_config
 from minitron_kernels.pruning.families.registry import family_of
 
 Model = TypeVar("Model", bound=nn.Module)
 Shapes = dict[str, tuple[int, ...]]
+_EXTRA_STATE = "_extra_state"  # the end of the name under which a state_dict() has what is no tensor
 
 
 def skeleton(kind: type[Model], config: Any) -> Model:
@@ -32,8 +33,30 @@ def skeleton(kind: type[Model], config: Any) -> Model:
 
 
 def state_shapes(model: nn.Module) -> Shapes:
-    """Names and shapes of a model's parameters and persistent buffers, including a tied head."""
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    """Names and shapes of a model's parameters and persistent buffers, including a tied head.
+
+    What a module keeps beside them (get_extra_state()) is no tensor of the model; see check_no_extra_state().
+    """
+    state = model.state_dict().items()
+    return {name: tuple(tensor.shape) for name, tensor in state if not name.endswith(_EXTRA_STATE)}
+
+
+def check_no_extra_state(model: nn.Module) -> None:
+    """Refuses a module that keeps something beside its tensors, which no table says how to cut.
+
+    Raises:
+        ValueError: a module's get_extra_state() gives something; names the module.
+    """
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is nn.Module.get_extra_state:
+            continue
+        state = module.get_extra_state()
+        if state is not None and not (isinstance(state, Tensor) and state.numel() == 0):
+            raise ValueError(
+                f"model has a {type(module).__name__} {name!r} with an extra state ({type(state).__name__}, "
+                "get_extra_state()), which is not cut with the weights and would be lost: put a module "
+                "without one in its place"
+            )
 
 
 def expected_shapes(config: Config, *, stored: bool = False, headless: bool = False) -> Shapes:
@@ -53,12 +76,13 @@ def expected_shapes(config: Config, *, stored: bool = False, headless: bool = Fa
             difference.
     """
     family = family_of(config)
-    head = f"{family.head}.weight"
 
     def table(stored: bool) -> Shapes:
         sizes = family.sizes(config)
         params = family.parameters(config, stored=stored)
-        return {one.name: one.shape(sizes) for one in params if not (headless and one.name == head)}
+        return {
+            one.name: one.shape(sizes) for one in params if not (headless and family.is_in_head(one.name))
+        }
 
     made = _made_by_transformers(config, headless)
     if made is not None:

@@ -28,6 +28,11 @@ PER_HEAD_ONE = {"num_heads": "heads", "num_kv_heads": "kv_heads"}  # axes of one
 Sizes = Mapping[str, int]
 
 
+def dims_of(axes: str) -> tuple[tuple[str, ...], ...]:
+    """The parts of each dimension of what has these axes: "a+b, c" are two dimensions; "" is a scalar."""
+    return tuple(tuple(part.split("+")) for part in axes.split(", ")) if axes else ()
+
+
 def split_part(part: str) -> tuple[str, str]:
     """(axis, what each of its elements holds of the dimension: a number, or the axis whose size it is).
 

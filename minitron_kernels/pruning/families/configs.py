@@ -7,6 +7,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+# older names of kinds of layers, which transformers replaces when it reads a config
+OLDER_KINDS = {"mamba": "linear_attention", "attention": "full_attention"}
+
 Config = Any  # a transformers config, or the dict in a checkpoint's config.json
 
 
@@ -16,7 +19,12 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def completed(config: Config) -> dict[str, Any]:
-    """as_dict() of a config, with transformers' values for the keys that a config.json may leave out."""
+    """as_dict() of a config, with transformers' values for the keys that a config.json may leave out.
+
+    Raises:
+        ValueError: see check_names().
+    """
+    check_names(config)
     try:
         full = full_config(config)
     except ValueError:  # transformers refuses it, but the model may exist in memory: use what is written
@@ -89,7 +97,45 @@ def other_names(config: Config) -> Mapping[str, str]:
     from transformers import CONFIG_MAPPING  # slow
 
     model_type = written_value(config, "model_type")
-    return CONFIG_MAPPING[model_type].attribute_map if model_type in CONFIG_MAPPING else {}
+    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    return CONFIG_MAPPING[model_type].attribute_map if known else {}
+
+
+def check_names(config: Config) -> None:
+    """Refuses a config.json that gives an entry under both of its names, at different values.
+
+    transformers reads both and takes one of the values. A config of transformers has each entry once.
+
+    Raises:
+        ValueError: there is such an entry; names both keys.
+    """
+    if not isinstance(config, Mapping):
+        return
+    for other, own in other_names(config).items():
+        here, there = config.get(own), config.get(other)
+        if None not in (here, there) and newer_kinds(here) != newer_kinds(there):
+            raise ValueError(
+                f"the config has {own} {here!r:.80}, and {other} {there!r:.80}, which is another name of the "
+                "same: leave out the one that is wrong"
+            )
+    for inside in config.values():
+        check_names(inside)
+
+
+def of_layers_alone(config: Config) -> tuple[str, ...]:
+    """The keys of what some layers have for themselves, in an entry per_layer_config; () where none has."""
+    if isinstance(config, Mapping):
+        entries = config.get("per_layer_config")
+        inside = entries.values() if isinstance(entries, Mapping) else ()
+        return tuple(sorted({str(key) for layer in inside if isinstance(layer, Mapping) for key in layer}))
+    return tuple(sorted(getattr(config, "per_layer_attributes", None) or ()))
+
+
+def newer_kinds(value: Any) -> Any:
+    """A config's value, with the new names of kinds of layers."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return [OLDER_KINDS.get(one, one) if isinstance(one, str) else one for one in value]
 
 
 @functools.lru_cache(maxsize=64)

@@ -39,11 +39,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from minitron_kernels.pruning.families.axes import elements, names_in
-from minitron_kernels.pruning.families.configs import Config, config_value, nested, written_value
+from minitron_kernels.pruning.families.axes import dims_of, elements, names_in
+from minitron_kernels.pruning.families.configs import (
+    Config,
+    check_names,
+    config_value,
+    nested,
+    of_layers_alone,
+    written_value,
+)
+from minitron_kernels.pruning.families.states import State, When
 from minitron_kernels.pruning.families.stored_names import StoredNames
-
-When = Callable[[Config, int], bool]
 
 # axis -> the config keys of its size; the first that is present is used
 SIZE_KEYS: dict[str, tuple[str, ...]] = {
@@ -85,7 +91,7 @@ class Param:
     @property
     def dims(self) -> tuple[tuple[str, ...], ...]:
         """The parts of each dimension."""
-        return _dims(self.axes)
+        return dims_of(self.axes)
 
 
 @dataclass(frozen=True)
@@ -151,26 +157,6 @@ class Taps:
 
 
 @dataclass(frozen=True)
-class State:
-    """What a layer keeps of a sequence in a cache, as large for a long one as for a short one.
-
-    Args:
-        axes: of its dimensions, separated by ", ".
-        when: (config, layer) -> whether the layer has it.
-        wide: whether it is in float32 whatever the dtype of the cache, as sums over all tokens are.
-    """
-
-    axes: str
-    when: When
-    wide: bool = False
-
-    @property
-    def dims(self) -> tuple[tuple[str, ...], ...]:
-        """The parts of each dimension."""
-        return _dims(self.axes)
-
-
-@dataclass(frozen=True)
 class Family:
     """The description of one family; register_family() (registry.py) makes it known.
 
@@ -207,11 +193,14 @@ class Family:
         refuses: (config) -> why transformers would not load it; None where it does.
         states: what layers without attention keep in a cache, or layers keep beside keys and values. A family
             that has any says of all its layers what they keep, so that memory can be counted.
+        token_states: what layers keep of each token, where that is not a key and a value for each of
+            kv_heads; a family that has any says so of all its layers.
         approximates: {axis: in what the smaller model differs from the whole one with what is cut put out of
             action}; plans say so where the axis is cut. Leave out an axis that is cut exactly.
         layer_entries: (config, layers that stay) -> the entries of these layers, for what the config has in
             another form than per_layer_keys and layer_index_keys.
         stored_names: other names that checkpoints have than the model.
+        reads_per_layer: whether the table is of models whose config has a per_layer_config.
         text_key, config_follows, adds_to_residual, layouts: of a text model inside another: see Multimodal.
     """
 
@@ -241,6 +230,7 @@ class Family:
     refuses: Callable[[Config], str | None] = field(default=lambda config: None)
     approximates: Mapping[str, str] = field(default_factory=dict)
     states: tuple[State, ...] = ()
+    token_states: tuple[State, ...] = ()
     computed: Mapping[str, Callable[[Config], int]] = field(default_factory=dict)
     follows: Mapping[str, str] = field(default_factory=dict)
     derived: Mapping[str, Callable[[Mapping[str, int], Config], int]] = field(default_factory=dict)
@@ -250,6 +240,7 @@ class Family:
     reads_residual: tuple[str, ...] = ()
     layer_entries: Callable[[Config, list[int]], dict[str, Any]] = field(default=lambda config, layers: {})
     stored_names: StoredNames = field(default_factory=StoredNames)
+    reads_per_layer: bool = False
     text_key: str | None = None
     config_follows: Mapping[str, str] = field(default_factory=dict)
     adds_to_residual: tuple[str, ...] = ()
@@ -266,6 +257,10 @@ class Family:
     def tied(self, config: Config) -> bool:
         """Whether the head is tied to the embedding, as the whole config says, not the text model's."""
         return bool(config_value(config, TIE_KEY, self.defaults.get(TIE_KEY, False)))
+
+    def is_in_head(self, name: str) -> bool:
+        """Whether a parameter of the model is the head's: its weight or its bias."""
+        return name.rpartition(".")[0] == self.head
 
     def outside(self, name: str) -> bool:
         """Whether a tensor is outside of the text model: copied as it is, unless the table has it."""
@@ -288,16 +283,23 @@ class Family:
         """The size of each axis of a model with this config.
 
         Raises:
-            ValueError: the config lacks a size that cannot be inferred.
+            ValueError: the config lacks a size that cannot be inferred, or has it twice, at different values.
         """
         sizes: dict[str, int] = {}
         text = self.text(config)
+        if not self.reads_per_layer and (alone := of_layers_alone(text)):
+            raise ValueError(
+                f"the config has per_layer_config, by which layers differ in {', '.join(alone)}: no table "
+                f"describes such a {self.model_types[0]}"
+            )
         for axis in dict.fromkeys((*SIZE_KEYS, *self.size_keys)):
             if axis in self.computed:  # its key may hold something else than a number
                 continue
             keys = self.keys_of(axis)
             # a key that is written takes precedence over the default of another
             found = [value for key in keys if (value := written_value(text, key)) is not None]
+            if any(value != found[0] for value in found):
+                check_names(text)
             found = found or [value for key in keys if (value := self.value(config, key)) is not None]
             if found:
                 sizes[axis] = int(found[0])
@@ -374,10 +376,6 @@ class Family:
                 size *= length
             total += size
         return total
-
-
-def _dims(axes: str) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(part.split("+")) for part in axes.split(", ")) if axes else ()
 
 
 def _numbered(param: Param) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from minitron_kernels.pruning.families.configs import Config, nested
 from minitron_kernels.pruning.families.family import Family, Param
+from minitron_kernels.pruning.families.states import State
 
 Layout = tuple[tuple[str, str], ...]  # (prefix in the model, prefix in a checkpoint) of names
 
@@ -89,6 +90,9 @@ class Multimodal:
                 for param in table
             )
 
+        def states(table: tuple[State, ...]) -> tuple[State, ...]:
+            return tuple(dataclasses.replace(state, when=of_text(state.when)) for state in table)
+
         folds = dict(inner.folds)
         if inner.final_norm in folds:  # the others are inside a layer
             folds[moved(inner.final_norm)] = tuple(map(moved, folds.pop(inner.final_norm)))
@@ -104,7 +108,8 @@ class Multimodal:
             head=self.head,
             folds=folds,
             is_sparse=of_text(inner.is_sparse),
-            states=tuple(dataclasses.replace(s, when=of_text(s.when)) for s in inner.states),
+            states=states(inner.states),
+            token_states=states(inner.token_states),
             refuses=of_text(inner.refuses),
             computed={axis: of_text(size) for axis, size in inner.computed.items()} | dict(self.computed),
             fixed=lambda config: {**inner.fixed(nested(config, key)), **self.fixed(config)},

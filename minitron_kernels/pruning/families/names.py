@@ -37,14 +37,12 @@ def family_names(names: Iterable[str], family: Family) -> dict[str, str]:
     root = family.layers.rpartition(".")[0]
     root = f"{root}." if root else ""
     prefix = _decoder_prefix(plain.values(), family.embedding.removeprefix(root), root)
-    head = f"{family.head}.weight"
     found: dict[str, str] = {}
     for name, bare in plain.items():
-        if bare.endswith(head) and _is_known(bare.removesuffix(head)):
-            found[name] = head
-        else:
+        called = _in_head(bare, family)
+        if called is None:
             called = root + bare.removeprefix(prefix) if bare.startswith(prefix) else bare
-            found[name] = family.aliases.get(called, called)
+        found[name] = called
     return _once(found)
 
 
@@ -77,6 +75,17 @@ def _inside_names(plain: Mapping[str, str], family: Family) -> dict[str, tuple[s
         if embedding in (own for own, _ in found.values()):
             return found
     return {name: (called, ("", "")) for name, called in plain.items()}
+
+
+def _in_head(name: str, family: Family) -> str | None:
+    """The name in the family's table of a parameter of the head, under known prefixes; None for others."""
+    while True:
+        called = family.aliases.get(name, name)
+        if family.is_in_head(called):
+            return called
+        front, _, name = name.partition(".")
+        if front not in PREFIXES:
+            return None
 
 
 def _unwrapped(name: str) -> str:

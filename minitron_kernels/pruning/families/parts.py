@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from minitron_kernels.pruning.families.configs import Config, config_value
+from minitron_kernels.pruning.families.configs import OLDER_KINDS, Config, config_value
 from minitron_kernels.pruning.families.family import Param, Taps, When
 
 TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -45,7 +45,7 @@ def is_of(kind: str, key: str = "layer_types") -> When:
 
     def when(config: Config, layer: int) -> bool:
         written = config_value(config, key)[layer]
-        return {"mamba": "linear_attention", "attention": "full_attention"}.get(written, written) == kind
+        return OLDER_KINDS.get(written, written) == kind
 
     return when
 

@@ -29,7 +29,7 @@ def register_family(family: Family) -> None:
     if not isinstance(family, Family):
         raise TypeError(f"family must be a Family, got {type(family).__name__}")
     known = {*SIZE_KEYS, *family.size_keys, *family.computed, ONE} - {"layers"}
-    for state in family.states:
+    for state in (*family.states, *family.token_states):
         _check_axes(f"a state of {state.axes!r}", state.dims, known)
     for param in (*family.outer, *family.layer, *(family.stored_layer or ())):
         behind = {name for parts in param.dims[1:] for part in parts for name in names_in(part)}

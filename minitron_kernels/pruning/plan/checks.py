@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minitron_kernels.pruning.families.axes import PRUNED
+from minitron_kernels.pruning.families.configs import Config, newer_kinds
 from minitron_kernels.pruning.families.family import Family
 from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.layer_plan import LISTS, LayerPlan
@@ -18,6 +19,24 @@ def _sizes(config: Mapping[str, Any], where: str) -> dict[str, int]:
         return family_of(config).sizes(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def other_layers(family: Family, config: Config, planned: Config) -> str | None:
+    """The first entry in which the layers of two configs of a family differ; None where they are alike.
+
+    Sizes may be the same, and so may all shapes: a plan that drops layers would write the kinds of the other
+    model's layers to the config. What one of the two does not say is not compared.
+    """
+    for key in (*family.per_layer_keys, *family.layer_index_keys):
+        here, there = (newer_kinds(family.value(each, key)) for each in (config, planned))
+        if None not in (here, there) and here != there:
+            return f"{key} is {here!r:.80} (plan: {there!r:.80})"
+    layers = list(range(family.sizes(planned)["layers"]))
+    here, there = (family.layer_entries(each, layers) for each in (config, planned))
+    for key in there:
+        if here.get(key) != there[key]:
+            return f"{key} is {here.get(key)!r:.80} (plan: {there[key]!r:.80})"
+    return None
 
 
 def check_plan(

@@ -172,8 +172,11 @@ class UsageCount:
                 count = outputs.count("kv_heads") + 2 * outputs.count(QKV)
                 cached[param.layer] = cached.get(param.layer, 0) + count
         for layer, count in cached.items():
-            if count:
+            if count and not family.token_states:
                 self.kinds[layer][(("kv_heads",),), TOKEN] += count
+            for state in family.token_states:
+                if state.when(config, layer):
+                    self.kinds[layer][state.dims, TOKEN] += 1
             for state in family.states:
                 if state.when(config, layer):
                     self.kinds[layer][state.dims, WIDE_STATE if state.wide else STATE] += 1
@@ -182,7 +185,7 @@ class UsageCount:
             self.per_token = family.value(config, EXPERTS_PER_TOKEN)
         known = (0, 2) if family.states else (2,)
         other = [layer for layer, count in cached.items() if count not in known]
-        if self.footprint.kv_tokens and other:
+        if self.footprint.kv_tokens and other and not family.token_states:
             raise ValueError(
                 f"kv_tokens must be 0 for {family.model_types[0]}: its table does not say what layer "
                 f"{other[0]} keeps for a token, since it has no projections to keys and values by kv_heads"
@@ -249,6 +252,9 @@ def count_usage(
     Memory is that of the weights and of the keys and values of `kv_tokens` tokens, all in one dtype: for a
     batch of 8 sequences of 4096 tokens kv_tokens is 32768. Layers with a sliding window are counted as if
     they kept all tokens: an upper bound. Activations, buffers and the runtime's own memory do not count.
+    Layers with latent attention (MLA) keep kv_lora_rank + qk_rope_head_dim of a token in place of keys and
+    values; those of Gemma 4 that take their keys from others keep nothing, and those of full attention have
+    heads of their own sizes.
 
     Layers without attention keep as much for a long sequence as for a short one: of a state space (Mamba-2)
     or gated delta net

@@ -124,6 +124,5 @@ CASES = (
         ),
         fixed=("heads", "num_attention_heads", 2),
         stays=True,
-        no_cache=True,
     ),
 )

@@ -136,7 +136,6 @@ CASES = (
         {"hidden_size": 24},
         places=Places(**QKV, norms=("ln_attn", "ln_mlp"), scored=("ln_attn", "ln_mlp")),
         square=(("self_attention.dense.weight", 1),),
-        repeated=2,
         **MEAN,
     ),
 )

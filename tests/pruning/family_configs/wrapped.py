@@ -119,7 +119,6 @@ CASES = (
         follow=("embed_vision.embedding_projection.weight",),
         fixed=("heads", "num_attention_heads", 2),
         stays=True,
-        no_cache=True,
     ),
     Case(
         "mistral3",

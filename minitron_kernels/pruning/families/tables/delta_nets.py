@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from minitron_kernels.pruning.families.configs import Config, config_value
-from minitron_kernels.pruning.families.family import Family, Param, State, Taps, When
+from minitron_kernels.pruning.families.family import Family, Param, Taps, When
 from minitron_kernels.pruning.families.parts import (
     TWO_NORMS,
     always,
@@ -28,6 +28,7 @@ from minitron_kernels.pruning.families.parts import (
     unless,
 )
 from minitron_kernels.pruning.families.registry import register_family
+from minitron_kernels.pruning.families.states import State
 from minitron_kernels.pruning.families.tables.shared_experts import (
     QWEN_SIZES,
     SHARED_GATE,

@@ -21,6 +21,7 @@ from minitron_kernels.pruning.families.parts import (
     unless,
 )
 from minitron_kernels.pruning.families.registry import register_family
+from minitron_kernels.pruning.families.states import State
 from minitron_kernels.pruning.families.stored_names import StoredNames
 
 _HIDDEN = {"hidden": MEAN_OF_FEWER}
@@ -307,6 +308,7 @@ def _has_two(config: Config, layer: int) -> bool:
 
 
 _PARALLEL = flag("parallel_attn", True)
+_IS_NEW = flag("new_decoder_architecture")
 _TWO = both(_PARALLEL, _has_two)
 _FALCON_NORMS = ("ln_attn", "ln_mlp", "input_layernorm", "post_attention_layernorm")
 register_family(
@@ -332,5 +334,7 @@ register_family(
         fixed=_falcon_fixed,
         restated={"n_embed": lambda config: config["hidden_size"]},
         approximates=_HIDDEN,
+        # the new architecture repeats keys and values for each query head before it keeps them
+        token_states=(State("heads+heads", _IS_NEW), State("kv_heads+kv_heads", unless(_IS_NEW))),
     )
 )

@@ -18,6 +18,7 @@ from minitron_kernels.pruning.families.parts import (
     unless,
 )
 from minitron_kernels.pruning.families.registry import register_family
+from minitron_kernels.pruning.families.states import State
 
 _BIAS = flag("attention_bias")
 
@@ -39,6 +40,13 @@ def _in_full(key: str) -> Callable[[Config], int]:
     return size
 
 
+def _layer_inputs(config: Config) -> int:
+    """The width of all layers' embeddings of a token beside each other."""
+    if config_value(config, "enable_moe_block", False):
+        raise ValueError("the config has enable_moe_block: no table describes its experts beside the MLP")
+    return config_value(config, "num_hidden_layers") * config_value(config, "hidden_size_per_layer_input", 0)
+
+
 def _width(heads: str) -> Callable[[Config], int]:
     dim, count = _in_full("head_dim"), _in_full(heads)
     return lambda config: dim(config) * count(config)
@@ -52,6 +60,11 @@ def _has_keys(config: Config, layer: int) -> bool:
 
 def _has_values(config: Config, layer: int) -> bool:
     return _SLIDING(config, layer) or not config_value(config, "attention_k_eq_v", False)
+
+
+def _is_double(config: Config, layer: int) -> bool:
+    """Whether a layer's MLP has twice intermediate_size neurons."""
+    return bool(config_value(config, "use_double_wide_mlp", False)) and not _has_keys(config, layer)
 
 
 def _layer_input(config: Config, _layer: int) -> bool:
@@ -74,15 +87,17 @@ _GEMMA4_ATTENTION = tuple(
         Param("self_attn.k_norm.weight", dim, both(when, _has_keys)),
     )
 )
+_GEMMA4_KEYS = tuple(State(f"{kv}+{kv}", both(when, _has_keys)) for when, _, kv, _ in _FULL_KINDS)
+_GEMMA4_MLP = (
+    *gated_mlp(when=unless(_is_double)),
+    *linear("mlp.gate_proj", "mlp*2, hidden", when=_is_double),
+    *linear("mlp.up_proj", "mlp*2, hidden", when=_is_double),
+    *linear("mlp.down_proj", "hidden, mlp*2", when=_is_double),
+)
 _INPUT_NORM = "post_per_layer_input_norm"
 
 
 def _gemma4_fixed(config: Config) -> Mapping[str, str]:
-    if config_value(config, "enable_moe_block", False):
-        return dict.fromkeys(
-            ("hidden", "mlp", "heads", "kv_heads", "layers"),
-            "nobody has described its experts beside the MLP",
-        )
     fixed = dict.fromkeys(
         ("heads", "kv_heads"),
         "heads of its layers of full attention have another size, and others of its scores",
@@ -98,7 +113,7 @@ register_family(
         ("gemma4_text",),
         layer=(
             *_GEMMA4_ATTENTION,
-            *gated_mlp(),
+            *_GEMMA4_MLP,
             *norms(*FOUR_NORMS),
             *norms(_INPUT_NORM, when=_layer_input),
             Param("per_layer_input_gate.weight", "layer_input, hidden", _layer_input),
@@ -123,13 +138,12 @@ register_family(
             "full_q": _width("num_attention_heads"),
             "full_kv": _width("num_key_value_heads"),
             "full_dim": _in_full("head_dim"),
-            "layer_inputs": lambda config: (
-                config_value(config, "num_hidden_layers")
-                * config_value(config, "hidden_size_per_layer_input", 0)
-            ),
+            "layer_inputs": _layer_inputs,
         },
         scales_embedding=True,
         reads_residual=("per_layer_input_gate",),
         fixed=_gemma4_fixed,
+        token_states=_GEMMA4_KEYS,
+        reads_per_layer=True,
     )
 )

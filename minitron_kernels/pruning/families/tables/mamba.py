@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from minitron_kernels.pruning.families.configs import Config, config_value
-from minitron_kernels.pruning.families.family import Family, Param, State, Taps, When
+from minitron_kernels.pruning.families.family import Family, Param, Taps, When
 from minitron_kernels.pruning.families.parts import (
     always,
     attention,
@@ -28,6 +28,7 @@ from minitron_kernels.pruning.families.parts import (
     unless,
 )
 from minitron_kernels.pruning.families.registry import register_family
+from minitron_kernels.pruning.families.states import State
 from minitron_kernels.pruning.families.stored_names import StoredNames
 
 _FEWER = "the norm in a state space divides by the root mean square of the channels that stay in a group"

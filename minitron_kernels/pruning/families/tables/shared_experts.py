@@ -10,6 +10,7 @@ from minitron_kernels.pruning.families.configs import Config, config_value
 from minitron_kernels.pruning.families.family import Family, Param, Taps, When
 from minitron_kernels.pruning.families.parts import (
     TWO_NORMS,
+    always,
     attention,
     both,
     experts,
@@ -24,6 +25,7 @@ from minitron_kernels.pruning.families.parts import (
     unless,
 )
 from minitron_kernels.pruning.families.registry import register_family
+from minitron_kernels.pruning.families.states import State
 
 _BIAS = flag("attention_bias")
 _SHARED_SIZE = (
@@ -196,7 +198,10 @@ _LATENT_COMPUTED = {
     "qk_dim": _sum_of("qk_nope_head_dim", "qk_rope_head_dim"),
     "kv_b_dim": _sum_of("qk_nope_head_dim", "v_head_dim"),
 }
+# keys and values are made of these anew for each token that reads them
+_LATENT_STATES = (State("kv_latent+rope_dim", always),)
 _LATENT_SIZES: dict[str, Any] = dict(
+    token_states=_LATENT_STATES,
     size_keys={**_EXPERT_KEYS, **_LATENT_KEYS},
     computed={"shared_mlp": _shared_size, **_LATENT_COMPUTED},
     refuses=one_key_for_each_head,
@@ -225,5 +230,6 @@ register_family(
         size_keys=_LATENT_KEYS,
         computed=_LATENT_COMPUTED,
         refuses=one_key_for_each_head,
+        token_states=_LATENT_STATES,
     )
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minitron_kernels.pruning.families.configs import Config, config_value, written_value
-from minitron_kernels.pruning.families.family import Family, Param, State, Taps, When
+from minitron_kernels.pruning.families.family import Family, Param, Taps, When
 from minitron_kernels.pruning.families.parts import (
     attention,
     both,
@@ -19,6 +19,7 @@ from minitron_kernels.pruning.families.parts import (
     unless,
 )
 from minitron_kernels.pruning.families.registry import register_family
+from minitron_kernels.pruning.families.states import State
 
 _CONV = is_of("conv")
 _BIAS = flag("conv_bias")
