@@ -41,15 +41,17 @@ def test_tokens_beside_change_no_bit(monkeypatch, dtype, engine, step, divergenc
 
 @pytest.mark.parametrize(("dtype", "engine", "step"), [*ENGINES, (torch.float32, "f32", STEP)])
 @pytest.mark.parametrize("schedule", ["store", "recompute"])
-def test_flops_of_few_tokens(monkeypatch, dtype, engine, step, schedule):
-    """Whole steps of tokens, and not whole panels."""
+@pytest.mark.parametrize("width", [128, 70])
+def test_flops_of_few_tokens(monkeypatch, dtype, engine, step, schedule, width):
+    """Whole steps of tokens, and not whole panels; nor are those of columns of the gradients."""
     force_operands(monkeypatch, engine)
     made = force_plan(monkeypatch, tile=PANEL)
-    width, count = 128, torch.ops.minitron_kernels.count_gemm_flops
+    count, depth = torch.ops.minitron_kernels.count_gemm_flops, 32 if step == 32 else 2
     for tokens in (1, step, step + 1, PANEL + 1):
         hidden, head, *teacher = make_linear(tokens, width, width, 4 * PANEL, dtype)
         hidden.requires_grad_(), head.requires_grad_()
         count(True)
         mk.linear_kl_loss(hidden, head, *teacher, schedule=schedule).backward()
         lanes = -(-tokens // step) * step
-        assert count(False) == 2 * lanes * 4 * PANEL * width * made[-1].num_gemms, tokens
+        of_logits = -(-width // depth) * depth * (made[-1].num_gemms - 2)
+        assert count(False) == 2 * lanes * 4 * PANEL * (of_logits + 2 * width), tokens

@@ -2,8 +2,8 @@
 
 #include <cerrno>
 #include <cstring>
-#include <vector>
 
+#include "common/cpu/gemm_trial.h"
 #include "common/cpu/tiles.h"
 
 #if defined(__x86_64__)
@@ -65,35 +65,24 @@ const std::string& why_not_allowed() {
 }
 
 #if defined(MINITRON_HAVE_AMX) || defined(MINITRON_HAVE_AVX512_BF16)
-// Whether small whole numbers are multiplied exactly, in whole blocks (N = kPanel) and at the edges: an
-// instruction that does something else than its flag says must not go unseen.
-bool multiplies(Gemm<bf16, float> gemm, int64_t N) {
-  constexpr int64_t M = 35, K = 70, kDepth = round_up(K, kTileDepth);
-  const auto a_of = [](int64_t m, int64_t k) { return (3 * m + 5 * k) % 8; };
-  const auto b_of = [](int64_t k, int64_t n) { return (k * k + 7 * n) % 8; };
-  const auto whole = [](int64_t i) {
-    const float x = float(i);
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof(bits));
-    return bf16{uint16_t(bits >> 16)};
-  };
-  std::vector<bf16> a(round_up(M, kTileRows) * kDepth, bf16{0}), b(kDepth * kPanel, bf16{0});
-  for (int64_t k = 0; k < K; ++k) {
-    for (int64_t m = 0; m < M; ++m) a[tile_a(m, k, kDepth)] = whole(a_of(m, k));
-    for (int64_t n = 0; n < N; ++n) b[tile_b(k, n)] = whole(b_of(k, n));
-  }
-  std::vector<float> c(M * N, 1.0f);
-  gemm(M, N, K, kDepth, kPanel, N, true, a.data(), b.data(), c.data());
-  for (int64_t m = 0; m < M; ++m) {
-    for (int64_t n = 0; n < N; ++n) {
-      int64_t sum = 1;
-      for (int64_t k = 0; k < K; ++k) sum += a_of(m, k) * b_of(k, n);
-      if (c[m * N + n] != float(sum)) return false;
+// Whether operands in tiles are multiplied: in whole blocks and at the edges, of every number of vectors of
+// columns that the kernels tell apart.
+bool multiplies_tiles(Gemm<bf16, float> gemm) {
+  constexpr GemmTrial kTrials[] = {{35, kPanel, 38, kPanel, true},
+                                   {5, 50, 150, kPanel, false},
+                                   {33, 40, 33, 57, true},
+                                   {19, 19, 70, 19, true},
+                                   {1, 5, 32, kPanel, false}};
+  for (const GemmTrial& trial : kTrials) {
+    const int64_t depth = round_up(trial.K, kTileDepth);  // what there is beyond K and the rows is zero
+    const auto a_at = [&](int64_t m, int64_t k) { return tile_a(m, k, depth); };
+    if (!multiplies(gemm, trial, depth, std::vector<bf16>(round_up(trial.M, kTileRows) * depth, bf16{0}),
+                    std::vector<bf16>(depth * kPanel, bf16{0}), a_at, &tile_b)) {
+      return false;
     }
   }
   return true;
 }
-bool multiplies(Gemm<bf16, float> gemm) { return multiplies(gemm, kPanel) && multiplies(gemm, 19); }
 #endif
 
 }  // namespace
@@ -103,7 +92,7 @@ const std::string& why_no_avx512_bf16() {
     if (!cpu().avx512_bf16) return "this CPU has none";
     if (!cpu().keeps_vectors) return "the operating system does not save its registers";
 #if defined(MINITRON_HAVE_AVX512_BF16)
-    return multiplies(&avx512_bf16::gemm) ? "" : "it multiplied wrongly";
+    return multiplies_tiles(&avx512_bf16::gemm) ? "" : "it multiplied wrongly";
 #else
     return "the compiler of this build did not know it";
 #endif
@@ -118,7 +107,7 @@ const std::string& why_no_amx() {
       return "its operands are packed by AVX512_BF16: " + why_no_avx512_bf16();
 #if defined(MINITRON_HAVE_AMX)
     amx::begin_task();
-    const bool right = multiplies(&amx::gemm);
+    const bool right = multiplies_tiles(&amx::gemm);
     amx::end_task();
     return right ? "" : "it multiplied wrongly";
 #else

@@ -14,17 +14,18 @@ constexpr int kDotRows = 4, kDotVectors = kPanel / kTileRows;
 // k of a panel that is multiplied at a time: 16 KiB of it stay in an L1 cache of 32 KiB.
 constexpr int64_t kDotDepth = 128;
 
-// kDotRows rows of a strip of A by a panel of B: 16 accumulators, more than the cycles that an instruction
-// takes. Of C `rows` rows and N columns are read and written; with kWhole those are all.
-template <bool kWhole, typename Dots>
+// kDotRows rows of a strip of A by kVectors vectors of columns of a panel of B: with all four, 16
+// accumulators, more than the cycles that an instruction takes. Of C `rows` rows and N columns are read and
+// written; with kWhole those are all.
+template <bool kWhole, int kVectors, typename Dots>
 [[gnu::always_inline]] inline void dot_block(int64_t rows, int64_t N, int64_t steps, bool add, const bf16* a,
                                              const bf16* b, float* c, int64_t ldc) {
-  typename Dots::Sums sums[kDotRows][kDotVectors];
+  typename Dots::Sums sums[kDotRows][kVectors];
   const auto columns = [&](int row, int vector) { return row < rows ? N - vector * kTileRows : 0; };
 #pragma GCC unroll 4
   for (int i = 0; i < kDotRows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kDotVectors; ++j) {
+    for (int j = 0; j < kVectors; ++j) {
       const float* from = c + i * ldc + j * kTileRows;
       if (!add) {
         sums[i][j] = Dots::zero();
@@ -37,21 +38,21 @@ template <bool kWhole, typename Dots>
   }
   for (int64_t k = 0; k < steps; ++k, a += kTileElements, b += kTileDepth * kPanel) {
     for (int p = 0; p < kTileDepth; p += 2) {
-      typename Dots::Pairs column[kDotVectors];
+      typename Dots::Pairs column[kVectors];
 #pragma GCC unroll 4
-      for (int j = 0; j < kDotVectors; ++j) column[j] = Dots::pairs(b + j * kTileElements + p * kTileRows);
+      for (int j = 0; j < kVectors; ++j) column[j] = Dots::pairs(b + j * kTileElements + p * kTileRows);
 #pragma GCC unroll 4
       for (int i = 0; i < kDotRows; ++i) {
         const typename Dots::Pairs pair = Dots::broadcast(a + i * kTileDepth + p);
 #pragma GCC unroll 4
-        for (int j = 0; j < kDotVectors; ++j) sums[i][j] = Dots::multiply(sums[i][j], pair, column[j]);
+        for (int j = 0; j < kVectors; ++j) sums[i][j] = Dots::multiply(sums[i][j], pair, column[j]);
       }
     }
   }
 #pragma GCC unroll 4
   for (int i = 0; i < kDotRows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kDotVectors; ++j) {
+    for (int j = 0; j < kVectors; ++j) {
       float* to = c + i * ldc + j * kTileRows;
       if constexpr (kWhole) {
         Dots::store(to, sums[i][j]);
@@ -62,10 +63,22 @@ template <bool kWhole, typename Dots>
   }
 }
 
+// At the edge of C: no more vectors of columns than have one of C's, where a panel may have few. What is left
+// of the rows and columns is padding, of zeros.
 template <typename Dots>
 [[gnu::noinline]] void dot_edge(int64_t rows, int64_t N, int64_t steps, bool add, const bf16* a,
                                 const bf16* b, float* c, int64_t ldc) {
-  dot_block<false, Dots>(rows, N, steps, add, a, b, c, ldc);
+  static_assert(kDotVectors == 4);
+  switch (ceil_div(N, kTileRows)) {
+    case 1:
+      return dot_block<false, 1, Dots>(rows, N, steps, add, a, b, c, ldc);
+    case 2:
+      return dot_block<false, 2, Dots>(rows, N, steps, add, a, b, c, ldc);
+    case 3:
+      return dot_block<false, 3, Dots>(rows, N, steps, add, a, b, c, ldc);
+    default:
+      return dot_block<false, 4, Dots>(rows, N, steps, add, a, b, c, ldc);
+  }
 }
 
 template <typename Dots>
@@ -77,7 +90,8 @@ inline void dot_gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldc, 
       const int64_t rows = std::min<int64_t>(kDotRows, M - m);
       const bf16* strip = a + tile_a(m, k, lda);
       if (rows == kDotRows && N == kPanel) {
-        dot_block<true, Dots>(rows, N, steps, add || k > 0, strip, b + tile_b(k, 0), c + m * ldc, ldc);
+        dot_block<true, kDotVectors, Dots>(rows, N, steps, add || k > 0, strip, b + tile_b(k, 0), c + m * ldc,
+                                           ldc);
       } else {
         dot_edge<Dots>(rows, N, steps, add || k > 0, strip, b + tile_b(k, 0), c + m * ldc, ldc);
       }

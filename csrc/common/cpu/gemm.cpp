@@ -2,9 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
-#include <exception>
-#include <vector>
+#include "common/cpu/gemm_trial.h"
 
 // libtorch's microkernels (torch >= 2.6). They are not part of its stable ABI, so the references are weak:
 // with a libtorch that lacks them they are null pointers, and the portable GEMM is used.
@@ -39,24 +37,6 @@ void call_f32(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t
   at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, a, b, c, false);
 }
 
-// Computes one small product with a known result: an unsupported CPU throws, and a microkernel that means
-// something else by its arguments gives other numbers.
-template <typename Op>
-bool works(Gemm<Op, float> gemm, Op one, Op two) {
-  constexpr int64_t M = 3, K = 4;
-  std::vector<Op> a(M * K, one), b(K * kPanel, two);
-  std::vector<float> c(M * kPanel, 1.0f);
-  try {
-    gemm(M, kPanel, K, K, kPanel, kPanel, true, a.data(), b.data(), c.data());
-  } catch (const std::exception&) {
-    return false;
-  }
-  for (float x : c) {
-    if (x != 9.0f) return false;
-  }
-  return true;
-}
-
 struct Engines {
   Gemm<bf16, float> bf16_engine = nullptr;
   Gemm<float, float> f32_engine = nullptr;
@@ -69,8 +49,8 @@ const Engines& engines() {
     const Bf16Fn bf16_fn = &at::native::cpublas::brgemm;
     const F32Fn f32_fn = &at::native::cpublas::brgemm;
     e.exported = bf16_fn != nullptr && f32_fn != nullptr;
-    if (bf16_fn && works<bf16>(&call_bf16, bf16{0x3f80}, bf16{0x4000})) e.bf16_engine = &call_bf16;
-    if (f32_fn && works<float>(&call_f32, 1.0f, 2.0f)) e.f32_engine = &call_f32;
+    if (bf16_fn && multiplies_panels<bf16>(&call_bf16)) e.bf16_engine = &call_bf16;
+    if (f32_fn && multiplies_panels<float>(&call_f32)) e.f32_engine = &call_f32;
     brgemm_release();
     return e;
   }();

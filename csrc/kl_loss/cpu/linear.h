@@ -304,7 +304,8 @@ class LinearKL {
         const Op* packed = workspace_.head_packed(index, first_tile);
         const auto dz = workspace_.dz(chunk, index, first_tile);
         for (int64_t h = begin; h < end; h += kPanel) {
-          gemm_(std::min(height, chunk.lanes - n), kPanel, depth, dz.ld, kPanel, kPanel, index > 0,
+          const int64_t cols = std::min<int64_t>(kPanel, shape_.student_hidden_size - h);
+          gemm_(std::min(height, chunk.lanes - n), cols, depth, dz.ld, kPanel, kPanel, index > 0,
                 dz.data + n * dz.ld, packed + h * depth, workspace_.hidden_panel(chunk, h) + n * kPanel);
         }
       }
