@@ -74,7 +74,7 @@ def loss_calls():
         ).backward(),
         ("linear_sparse_kl_loss_cpu_",): lambda: mk.linear_sparse_kl_loss(hidden, head, ids, log_p, tail),
         ("kl_loss_forward", "kl_loss_backward"): lambda: mk.kl_loss(logits, other).backward(),
-        ("importance_moments",): lambda: mk.accumulate_importance_(state, x),
+        ("importance_accumulate_",): lambda: mk.accumulate_importance_(state, x),
         ("importance_rows",): lambda: mk.accumulate_block_importance_(layers, 0, x, x),
         ("gather_channels_",): lambda: mk.gather_channels(weight, None, index),
     }

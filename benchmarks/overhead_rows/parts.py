@@ -9,7 +9,6 @@ from minitron_kernels import _workspace
 from minitron_kernels.ops.gather import op as gather
 from minitron_kernels.ops.gather import optimizer
 from minitron_kernels.ops.importance import op as importance
-from minitron_kernels.ops.importance.state import ImportanceState
 from minitron_kernels.ops.kl_loss import linear, linear_cpu, op, rows, sparse
 from minitron_kernels.ops.kl_loss.tokens import Tokens
 from overhead_rows.stopwatch import Boundary, Stopwatch
@@ -24,12 +23,11 @@ PLAN = "plan"
 WORKSPACE = "workspace"
 NATIVE = "native"
 SUMS = "sums over tokens"
-STATE = "added to the state"
 EACH = "gather_channels of each moment"
 BACKWARD = "autograd: the backward of the loss"
 ENGINE = "autograd: its engine; the caller's loop"
 PARTS = (
-    *(CHECKS, TOKENS, TEACHER, INDEX, AUTOGRAD, BEFORE, PLAN, WORKSPACE, NATIVE, SUMS, STATE, EACH),
+    *(CHECKS, TOKENS, TEACHER, INDEX, AUTOGRAD, BEFORE, PLAN, WORKSPACE, NATIVE, SUMS, EACH),
     *(BACKWARD, ENGINE),
 )
 PUBLIC = (
@@ -63,14 +61,13 @@ def watch() -> Stopwatch:
             *(Boundary(module, "linear_result", AUTOGRAD) for module in (op, sparse)),
             Boundary(op, "kl_rows", AUTOGRAD),
             Boundary(linear, "linear_kl_loss_op", BEFORE),
-            Boundary(importance, "moments_of", BEFORE),
             Boundary(linear_cpu, "plan", PLAN),
             Boundary(_workspace, "borrow", WORKSPACE, lends=True),
             *(Boundary(ops, name, NATIVE) for name in OPS),
-            Boundary(ops.importance_moments, "default", NATIVE),
+            Boundary(importance, "_accumulate_native", BEFORE),
+            Boundary(ops.importance_accumulate_, "default", NATIVE),
             Boundary(linear, "_weighted_sum", SUMS),
             Boundary(Tokens, "loss", SUMS),
-            Boundary(ImportanceState, "add_", STATE),
             Boundary(optimizer, "gather_channels", EACH),
             Boundary(linear._Reduced, "backward", BACKWARD),
             Boundary(rows._Rows, "backward", BACKWARD),

@@ -15,6 +15,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minitron_kernels, m) {
   m.def(
       "importance_add_(Tensor(a!) sums, Tensor(b!) squares, Tensor(c!) sequences, Tensor(d!) tokens, "
       "Tensor values, Tensor counts, int[] aggregations, int moments) -> ()");
+  // Both in one, on CPUs, for a state without groups.
+  m.def(
+      "importance_accumulate_(Tensor(a!) sums, Tensor(b!) squares, Tensor(c!) sequences, Tensor(d!) tokens, "
+      "Tensor x, Tensor? mask, Tensor? cu_seqlens, int num_heads, int[] aggregations, int moments) -> ()");
   // Of each row of x its L2 norm, or with y 1 - the cosine of the two rows.
   m.def("importance_rows(Tensor x, Tensor? y) -> Tensor");
 }

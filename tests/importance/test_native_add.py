@@ -1,11 +1,13 @@
-"""ImportanceState.add_ by one native call: what the calls of torch add, and only where that can be."""
+"""ImportanceState.add_ by one native call: what the calls of torch add, and only where that can be. And
+accumulate_importance_ by one, which is importance_moments and that.
+"""
 
 import pytest
 import torch
 
 import minitron_kernels as mk
 from minitron_kernels import _native
-from minitron_kernels.ops.importance.moments import MOMENT_OF, Moments, num_moments
+from minitron_kernels.ops.importance.moments import MOMENT_OF, Moments, moments_of, num_moments
 from minitron_kernels.ops.importance.state import ImportanceState
 
 pytestmark = pytest.mark.native
@@ -136,6 +138,51 @@ def test_the_op_refuses_what_does_not_fit():
     assert not any(x.any() for x in state._tensors().values())
     torch.ops.minitron_kernels.importance_add_(*good)
     assert state.tokens == moments.counts.sum()
+
+
+@pytest.mark.parametrize("seq", SEQ)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_in_one_call_as_in_two(monkeypatch, native_calls, seq, dtype):
+    """Bit for bit, for every kind of argument, onto a state that holds something; nothing else is called."""
+    g, op = torch.Generator().manual_seed(0), mk.ops.importance.op
+    x = torch.randn(3, 50, 84, generator=g).to(dtype)
+    mask, borders = torch.arange(150).reshape(3, 50) % 7 > 1, torch.tensor([0, 30, 30, 149, 150])
+    for arguments in (
+        (x, None, None, 0), (x, mask, None, 0), (x, mask, None, 12), (x.view(150, 84), None, borders, 0),
+        (x.view(150, 84), mask.view(150), borders, 4), (x[:, :, 1:], None, None, 0),
+        (x[:, :0], None, None, 0), (x.transpose(1, 2), None, None, 0), (x[:0], None, None, 0),
+        (x[..., :0], mask, None, 0),
+    ):  # fmt: skip
+        values = arguments[3] or arguments[0].shape[-1]
+        once, twice = (mk.ImportanceState(values, seq=seq) for _ in range(2))
+        for _ in range(2):
+            twice.add_(moments_of(*arguments, twice.kinds, "native"))
+        before = len(native_calls)
+        options = {"mask": arguments[1], "cu_seqlens": arguments[2], "num_heads": arguments[3] or None}
+        with monkeypatch.context() as patch:
+            patch.setattr(op, "moments_by", None)
+            for _ in range(2):
+                assert mk.accumulate_importance_(once, arguments[0], **options) is once
+        assert len(native_calls) == before
+        for name, value in once._tensors().items():
+            assert torch.equal(value, twice._tensors()[name]), (name, arguments[1:])
+
+
+def test_the_op_of_both_refuses_what_does_not_fit():
+    """Before it changes anything."""
+    state, x = ImportanceState(6, seq=("mean", "L2")), torch.randn(2, 3, 6)
+    good = [*state._tensors().values(), x, None, None, 0, [1, 2], 3]
+    for place, wrong in (
+        (0, state.sums[:, :5]), (1, state.squares.float()), (2, torch.zeros(2, dtype=torch.int64)),
+        (3, state.tokens.int()), (4, x[0]), (4, x.double()), (4, x[..., :5]), (5, torch.ones(2, 2).bool()),
+        (6, torch.tensor([0, 6])), (7, 4), (7, 3), (8, [1, 4]), (8, [1]), (9, 8), (9, 1),
+    ):  # fmt: skip
+        with pytest.raises((RuntimeError, ValueError)):
+            torch.ops.minitron_kernels.importance_accumulate_(*good[:place], wrong, *good[place + 1 :])
+        assert not any(x.any() for x in state._tensors().values())
+    torch.ops.minitron_kernels.importance_accumulate_(*good)
+    assert state.tokens == 6 and state.sums.all()
+    torch.library.opcheck(torch.ops.minitron_kernels.importance_accumulate_.default, tuple(good))
 
 
 def test_opcheck_and_inference_mode():

@@ -6,6 +6,7 @@
 #include "common/cpu/parallel.h"
 #include "common/cpu/tensors.h"
 #include "importance/cpu/kernels.h"
+#include "importance/cpu/state.h"
 
 namespace minitron {
 namespace {
@@ -68,49 +69,90 @@ int64_t block_of(int64_t sequences, int64_t values, bool heads, int64_t head_dim
   return std::max<int64_t>(unit, round_up(ceil_div(values, blocks), unit));
 }
 
+// The moments of each sequence, from arguments that are checked here.
+class MomentsCall {
+ public:
+  MomentsCall(const Tensor& x, const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens,
+              int64_t num_heads, int64_t moments)
+      : dtype_(narrow_dtype(x, "x")), sequences_(sequences_of(x, cu_seqlens)), moments_(moments) {
+    const int64_t C = x.size(-1), element_size = bytes_of(dtype_);
+    STD_TORCH_CHECK(moments >= 1 && moments <= 7, "moments must be in 1..7, got ", moments);
+    STD_TORCH_CHECK(C <= 1 || x.stride(-1) == 1, "x must have stride 1 in its last dimension");
+    STD_TORCH_CHECK(num_heads >= 0 && (num_heads == 0 || C % num_heads == 0), "num_heads must divide ", C);
+    heads_ = num_heads > 0;
+    head_dim_ = heads_ ? C / num_heads : 1, values_ = heads_ ? num_heads : C;
+    valid_ = mask_of(mask, cu_seqlens ? x.size(0) : sequences_.count * sequences_.length);
+    data_ = static_cast<const char*>(x.const_data_ptr());
+    token_stride_ = (cu_seqlens ? x.stride(0) : x.stride(1)) * element_size;
+    sequence_stride_ = cu_seqlens ? 0 : x.stride(0) * element_size;
+    threads_ = threads_for(x.numel() * element_size);
+    block_ = block_of(sequences_.count, values_, heads_, head_dim_, threads_);
+    scratch_stride_ = round_up(moments_scratch(moments, block_, heads_), 64);
+  }
+
+  int64_t sequences() const { return sequences_.count; }
+  int64_t values() const { return values_; }
+  int64_t scratch_bytes() const { return threads_ * scratch_stride_; }
+
+  // out [num_sums, B, values], count [B].
+  void run(float* out, int64_t* count, char* scratch) const {
+    // even without values there are tokens to count
+    const int64_t B = sequences_.count, blocks = std::max<int64_t>(1, ceil_div(values_, block_));
+    const auto kernel = importance_kernels().moments;
+    parallel_tasks(B * blocks, threads_, [&](int64_t task, int64_t slot) {
+      const int64_t b = task / blocks, m = task % blocks * block_, begin = sequences_.begin(b);
+      const char* first = data_ + (sequences_.borders.empty() ? b * sequence_stride_ : begin * token_stride_);
+      const int64_t tokens = kernel({.x = first + m * head_dim_ * bytes_of(dtype_),
+                                     .stride = token_stride_,
+                                     .mask = valid_ ? valid_ + begin : nullptr,
+                                     .tokens = sequences_.tokens(b),
+                                     .values = std::min(block_, values_ - m),
+                                     .heads = heads_,
+                                     .head_dim = head_dim_,
+                                     .sums = out + b * values_ + m,
+                                     .sum_stride = B * values_},
+                                    dtype_, moments_, scratch + slot * scratch_stride_);
+      if (m == 0) count[b] = tokens;
+    });
+  }
+
+ private:
+  const DType dtype_;
+  const Sequences sequences_;
+  const int64_t moments_;
+  bool heads_;
+  int64_t head_dim_, values_;
+  const uint8_t* valid_;
+  const char* data_;
+  int64_t token_stride_, sequence_stride_;  // bytes
+  int64_t threads_, block_, scratch_stride_;
+};
+
 std::tuple<Tensor, Tensor> importance_moments(Tensor x, std::optional<Tensor> mask,
                                               std::optional<Tensor> cu_seqlens, int64_t num_heads,
                                               int64_t moments) {
-  const DType dtype = narrow_dtype(x, "x");
-  const Sequences sequences = sequences_of(x, cu_seqlens);
-  const int64_t C = x.size(-1), B = sequences.count, element_size = bytes_of(dtype);
-  STD_TORCH_CHECK(moments >= 1 && moments <= 7, "moments must be in 1..7, got ", moments);
-  STD_TORCH_CHECK(C <= 1 || x.stride(-1) == 1, "x must have stride 1 in its last dimension");
-  STD_TORCH_CHECK(num_heads >= 0 && (num_heads == 0 || C % num_heads == 0), "num_heads must divide ", C);
-  const bool heads = num_heads > 0;
-  const int64_t head_dim = heads ? C / num_heads : 1, M = heads ? num_heads : C;
-  const uint8_t* valid = mask_of(mask, cu_seqlens ? x.size(0) : B * sequences.length);
-
-  Tensor sums = torch::stable::new_empty(x, {num_sums(moments), B, M}, ScalarType::Float);
+  const MomentsCall call(x, mask, cu_seqlens, num_heads, moments);
+  const int64_t B = call.sequences();
+  Tensor sums = torch::stable::new_empty(x, {num_sums(moments), B, call.values()}, ScalarType::Float);
   Tensor counts = torch::stable::new_empty(x, {B}, ScalarType::Long);
-  float* out = static_cast<float*>(sums.data_ptr());
-  int64_t* count = static_cast<int64_t*>(counts.data_ptr());
-  const int64_t token_stride = (cu_seqlens ? x.stride(0) : x.stride(1)) * element_size;
-  const int64_t sequence_stride = cu_seqlens ? 0 : x.stride(0) * element_size;
-  // even without values there are tokens to count
-  const int64_t threads = threads_for(x.numel() * element_size);
-  const int64_t block = block_of(B, M, heads, head_dim, threads);
-  const int64_t blocks = std::max<int64_t>(1, ceil_div(M, block));
-  const int64_t scratch_bytes = round_up(moments_scratch(moments, block, heads), 64);
-  const auto scratch = std::make_unique_for_overwrite<char[]>(threads * scratch_bytes);
-  const auto kernel = importance_kernels().moments;
-  parallel_tasks(B * blocks, threads, [&](int64_t task, int64_t slot) {
-    const int64_t b = task / blocks, m = task % blocks * block, begin = sequences.begin(b);
-    const char* first = static_cast<const char*>(x.const_data_ptr()) +
-                        (cu_seqlens ? begin * token_stride : b * sequence_stride);
-    const int64_t tokens = kernel({.x = first + m * head_dim * element_size,
-                                   .stride = token_stride,
-                                   .mask = valid ? valid + begin : nullptr,
-                                   .tokens = sequences.tokens(b),
-                                   .values = std::min(block, M - m),
-                                   .heads = heads,
-                                   .head_dim = head_dim,
-                                   .sums = out + b * M + m,
-                                   .sum_stride = B * M},
-                                  dtype, moments, scratch.get() + slot * scratch_bytes);
-    if (m == 0) count[b] = tokens;
-  });
+  const auto scratch = std::make_unique_for_overwrite<char[]>(call.scratch_bytes());
+  call.run(static_cast<float*>(sums.data_ptr()), static_cast<int64_t*>(counts.data_ptr()), scratch.get());
   return {sums, counts};
+}
+
+// importance_moments() and importance_add_() in one.
+void importance_accumulate_(Tensor sums, Tensor squares, Tensor sequences, Tensor tokens, Tensor x,
+                            std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens, int64_t num_heads,
+                            std::vector<int64_t> aggregations, int64_t moments) {
+  const MomentsCall call(x, mask, cu_seqlens, num_heads, moments);
+  const StateMemory state(sums, squares, sequences, tokens, aggregations, moments, call.values(), 1);
+  const int64_t B = call.sequences(), of_sums = num_sums(moments) * B * call.values();
+  const auto memory = std::make_unique_for_overwrite<char[]>(
+      call.scratch_bytes() + B * int64_t(sizeof(int64_t)) + of_sums * int64_t(sizeof(float)));
+  auto* const count = reinterpret_cast<int64_t*>(memory.get() + call.scratch_bytes());
+  auto* const out = reinterpret_cast<float*>(count + B);
+  call.run(out, count, memory.get());
+  state.add(out, count, B);
 }
 
 Tensor importance_rows(Tensor x, std::optional<Tensor> y) {
@@ -142,5 +184,6 @@ Tensor importance_rows(Tensor x, std::optional<Tensor> y) {
 
 STABLE_TORCH_LIBRARY_IMPL(minitron_kernels, CPU, m) {
   m.impl("importance_moments", TORCH_BOX(&minitron::importance_moments));
+  m.impl("importance_accumulate_", TORCH_BOX(&minitron::importance_accumulate_));
   m.impl("importance_rows", TORCH_BOX(&minitron::importance_rows));
 }

@@ -30,12 +30,6 @@ inline void load_magnitudes(const bf16* p, V (&out)[2]) {
   out[1] = bit_cast<V>(raw & 0xffff0000u);
 }
 
-// Where the value at place c of a row is kept, if vectors were loaded in pairs.
-int64_t in_pair(int64_t c) {
-  const int64_t at = c % (2 * kL);
-  return c - at + at % 2 * kL + at / 2;
-}
-
 // How far ahead a row is prefetched: hardware prefetchers stop at the end of a page. Rows are read a group at
 // a time, so behind the last bytes of a row comes that of the next group.
 struct Ahead {
@@ -89,9 +83,16 @@ class Sums {
     for (int64_t k = 0; k < kNumSums; ++k) {
       // what was kept is the mean, but what adds up over ranks is the sum
       const double scale = (kMoments & kCentred) && k == kNumSums - 2 ? double(tokens_) : 1.0;
-      for (int64_t c = 0; c < values; ++c) {
-        sums[k * sum_stride + c] = float(total_[k * padded_ + (c < paired_ ? in_pair(c) : c)] * scale);
+      const double* total = total_ + k * padded_;
+      float* sum = sums + k * sum_stride;
+      int64_t c = 0;
+      for (; c < paired_; c += 2 * kL) {
+        for (int64_t i = 0; i < kL; ++i) {
+          sum[c + 2 * i] = float(total[c + i] * scale);
+          sum[c + 2 * i + 1] = float(total[c + kL + i] * scale);
+        }
       }
+      for (; c < values; ++c) sum[c] = float(total[c] * scale);
     }
     return tokens_;
   }

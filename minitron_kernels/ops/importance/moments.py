@@ -78,10 +78,7 @@ def moments_by(
     chosen: str, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, moment_flags: int
 ) -> Moments:
     """moments_of() by the backend `chosen`, for callers that ask backend_for() once for many tensors."""
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        x = x.contiguous()
-    if mask is not None:
-        mask = mask.contiguous()
+    x, mask = operands(x, mask)
     if chosen == "native":
         values, counts = torch.ops.minitron_kernels.importance_moments.default(
             x, mask, cu_seqlens, num_heads, moment_flags
@@ -91,6 +88,13 @@ def moments_by(
     else:
         values, counts = reference.importance_moments(x, mask, cu_seqlens, num_heads, moment_flags)
     return Moments(values, counts, moment_flags)
+
+
+def operands(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Activations and mask as kernels take them: channels side by side, the mask contiguous."""
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        x = x.contiguous()
+    return x, None if mask is None else mask.contiguous()
 
 
 def rows_of(x: Tensor, y: Tensor | None, backend: str) -> Tensor:
@@ -171,4 +175,5 @@ for _suffix in ("_triton", "") if _native.available() else ("_triton",):
     torch.library.register_fake(f"minitron_kernels::importance_moments{_suffix}", _fake_moments)
     torch.library.register_fake(f"minitron_kernels::importance_rows{_suffix}", _fake_rows)
 if _native.available():
-    torch.library.register_fake("minitron_kernels::importance_add_", lambda *_: None)
+    for _name in ("importance_add_", "importance_accumulate_"):
+        torch.library.register_fake(f"minitron_kernels::{_name}", lambda *_: None)

@@ -9,11 +9,18 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from minitron_kernels._tensors import check_no_tangent, check_tensor
-from minitron_kernels.ops.importance.moments import check_activations, combine, moments_of, rows_of
+from minitron_kernels.ops.importance.moments import (
+    MOMENT_OF,
+    backend_for,
+    check_activations,
+    combine,
+    moments_by,
+    operands,
+    rows_of,
+)
 from minitron_kernels.ops.importance.state import ImportanceState, TokenMeanState
 
 
-@torch.no_grad()
 def accumulate_importance_(
     state: ImportanceState,
     x: Tensor,
@@ -85,8 +92,29 @@ def accumulate_importance_(
     if state.sums.device != x.device:
         raise ValueError(f"state must be on x's device {x.device}, got {state.sums.device}: state.to(device)")
     valid = None if mask is None else _check_mask(mask, batch_shape, x.device)
-    moments = moments_of(x.detach(), valid, cu_seqlens, num_heads or 0, state.kinds, backend)
-    return state.add_(moments if group is None else combine(moments, group))
+    chosen, x = backend_for(x, backend), x.detach()
+    if chosen == "native" and group is None and _is_on_host(state):
+        return _accumulate_native(state, x, valid, cu_seqlens, num_heads or 0)
+    with torch.no_grad():
+        moments = moments_by(chosen, x, valid, cu_seqlens, num_heads or 0, state.kinds)
+        return state.add_(moments if group is None else combine(moments, group))
+
+
+def _is_on_host(state: ImportanceState) -> bool:
+    """Whether one native call can do it all; torch.compile sees calls of torch, which it fuses."""
+    return state.sums.device.type == "cpu" and state.groups is None and not torch.compiler.is_compiling()
+
+
+def _accumulate_native(
+    state: ImportanceState, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_heads: int
+) -> ImportanceState:
+    x, mask = operands(x, mask)
+    aggregations = [MOMENT_OF[name] for name in state.seq]
+    of_state = (state.sums, state.squares, state.sequences, state.tokens)
+    torch.ops.minitron_kernels.importance_accumulate_.default(
+        *of_state, x, mask, cu_seqlens, num_heads, aggregations, sum(aggregations)
+    )
+    return state
 
 
 def head_scores_from_channels(scores: Tensor, num_heads: int) -> Tensor:
