@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from build_backend.interface import interface
 from build_backend.tools import (
     ISA_FLAGS,
     SIMD_FLAGS,
@@ -45,7 +46,7 @@ def build_extension(root: Path, folder: Path, plan: Plan, version: str) -> Path:
     """Compiles and links what the plan says into `folder`; returns the path of the shared object."""
     folder.mkdir(parents=True, exist_ok=True)
     sources = sorted((root / "csrc").rglob("*.cpp")) + sorted((root / "csrc").rglob("*.cu"))
-    _write_if_changed(folder / "build_config.h", config_header(plan, version))
+    _write_if_changed(folder / "build_config.h", config_header(plan, version, interface(root / "csrc")))
     steps = compile_steps(root, folder, plan, sources)
     steps.append(
         link_step(folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", [s.output for s in steps], plan)
@@ -157,8 +158,11 @@ def link_step(output: Path, objects: list[Path], plan: Plan) -> Step:
     return Step(output, objects, command + shlex.split(os.environ.get("LDFLAGS", "")))
 
 
-def config_header(plan: Plan, version: str) -> str:
-    """A header with the facts that module.cpp reports: as -D flags, they would need quoting for a shell."""
+def config_header(plan: Plan, version: str, agreed: dict[str, str]) -> str:
+    """A header with the facts that module.cpp reports: as -D flags, they would need quoting for a shell.
+
+    agreed: see interface.py.
+    """
     assert plan.compiler is not None and plan.torch is not None
     archs = (
         [f"sm_{arch}" for arch in plan.cuda.archs] + [f"compute_{plan.cuda.archs[-1]}"] if plan.cuda else []
@@ -166,6 +170,7 @@ def config_header(plan: Plan, version: str) -> str:
     facts = {
         "VERSION": version,
         "TORCH": plan.torch.version,
+        "INTERFACE": " ".join(f"{name}={digest}" for name, digest in agreed.items()),
         "SIMD_COMPILED": " ".join(plan.compiler.simd_levels),
         "CUDA_VERSION": plan.cuda.version if plan.cuda else "",
         "CUDA_ARCHS": " ".join(archs),

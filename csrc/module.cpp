@@ -30,6 +30,16 @@ py::list words(const char* text) {
   return out;
 }
 
+py::dict interface() {
+  py::dict out;
+  std::istringstream stream(MINITRON_BUILD_INTERFACE);  // name=digest
+  for (std::string word; stream >> word;) {
+    const size_t at = word.find('=');
+    out[py::str(word.substr(0, at))] = word.substr(at + 1);
+  }
+  return out;
+}
+
 py::object text_or_none(const std::string& text) {
   if (text.empty()) return py::none();
   return py::str(text);
@@ -54,5 +64,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of minitron_kernels; the ops are under torch.ops.minitron_kernels.";
+  m.def("interface", &interface,
+        "Digests of what Python and C++ must agree on, see build_backend/interface.py.");
   m.def("build_info", &build_info, "How this extension was built and what it chose on this machine.");
 }

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from pathlib import Path
 
 import torch
 
@@ -39,7 +40,7 @@ def facts() -> list[tuple[str, str]]:
     cuda = " ".join(info["cuda_archs"])
     return [
         *out,
-        ("extension", str(_native.location())),
+        ("extension", f"{_native.location()}{_changed_since()}"),
         ("compiled by", f"{info['compiler']}, against torch {info['torch']}"),
         ("SIMD", f"{info['simd_chosen']} chosen, of {' '.join(info['simd_compiled'])}"),
         ("GEMM", info["gemm"]),
@@ -65,6 +66,19 @@ def table(lines: list[tuple[str, ...]]) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
+
+
+def _changed_since() -> str:
+    """In a checkout: which source is newer than the extension, if one is."""
+    location, sources = _native.location(), Path(__file__).resolve().parents[1] / "csrc"
+    if location is None or not sources.is_dir():
+        return ""
+    newest = max(
+        (path for path in sources.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime
+    )
+    if newest.stat().st_mtime <= Path(location).stat().st_mtime:
+        return ""
+    return f", older than {newest}: pip install . (or -e .) in {sources.parent} builds it anew"
 
 
 def _verdict(op: str, backend: str, device: str) -> str:

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -22,6 +24,7 @@ if not (ROOT / "build_backend").is_dir():  # an sdist has it; an installed copy 
 sys.path.insert(0, str(ROOT))
 
 from build_backend import compile, hooks, tools  # noqa: E402
+from build_backend import interface as of_sources  # noqa: E402
 from build_backend.tools import Absent, Compiler, Cuda, Plan, Torch  # noqa: E402
 
 sys.path.remove(str(ROOT))
@@ -132,19 +135,20 @@ def test_link(monkeypatch):
 
 
 def test_facts_of_the_build():
-    text = compile.config_header(PLAN, "1.2.3")
+    text = compile.config_header(PLAN, "1.2.3", {"op": "12", "a/b.h": "34"})
     facts = dict(re.findall(r'#define MINITRON_BUILD_(\w+) "(.*)"', text))
     assert facts == {
         "VERSION": "1.2.3",
         "TORCH": "2.13.1",
+        "INTERFACE": "op=12 a/b.h=34",
         "SIMD_COMPILED": " ".join(LEVELS),
         "CUDA_VERSION": "13.0",
         "CUDA_ARCHS": "sm_80 sm_90 compute_90",
         "CUDA_REASON": "",
     }
     odd = Plan(PLAN.compiler, PLAN.torch, no_cuda='no "nvcc" in C:\\x\nat all')
-    assert r'CUDA_REASON "no \"nvcc\" in C:\\x at all"' in compile.config_header(odd, "1")
-    assert 'CUDA_ARCHS ""' in compile.config_header(odd, "1")
+    assert r'CUDA_REASON "no \"nvcc\" in C:\\x at all"' in compile.config_header(odd, "1", {})
+    assert 'CUDA_ARCHS ""' in compile.config_header(odd, "1", {})
 
 
 def test_ninja_file_of_odd_paths():
@@ -347,6 +351,123 @@ def test_an_extension_that_does_not_load_is_no_extension(monkeypatch, tmp_path):
     module, reason = _native._load()
     assert module is None and reason.startswith(f"{tmp_path}/_C")
     assert f"does not load under torch {torch.__version__}: " in reason
+
+
+def test_python_and_the_sources_agree():
+    """The table in _native.py is that of csrc/. Where it is not, this says what belongs there."""
+    found = of_sources.interface(ROOT / "csrc")
+    lines = "".join(f'    "{name}": "{digest}",\n' for name, digest in found.items())
+    assert found == _native.INTERFACE, f"INTERFACE of _native.py must be {{\n{lines}}}"
+
+
+@pytest.mark.native
+def test_the_sources_are_read_as_torch_reads_them():
+    """Every op that the extension registered, by the same arguments."""
+    registered = {
+        str(schema).partition("::")[2]
+        for name in _native.INTERFACE
+        for schema in torch._C._jit_get_schemas_for_operator(f"minitron_kernels::{name}")
+    }
+    read = [torch._C.parse_schema(f"minitron_kernels::{x}") for x in of_sources.schemas(ROOT / "csrc")]
+    assert registered == {str(schema).partition("::")[2] for schema in read}
+    assert len(registered) == len(_native.INTERFACE) - len(of_sources.NUMBERS)
+
+
+def test_the_digests(tmp_path):
+    """Comments and spaces do not count, all else does."""
+    (tmp_path / "kl_loss/cpu").mkdir(parents=True)
+    source = (
+        'm.def(\n  "f(Tensor x, "  \n "int n) -> ()"); m.def("g() -> int"); module.def("h() -> int", &h);\n'
+    )
+    (tmp_path / "a.cu").write_text(source)
+    header = tmp_path / of_sources.NUMBERS[0]
+    header.write_text("enum { kA, kB };  // a comment\n")
+    before = of_sources.interface(tmp_path)
+    assert list(before) == ["f", "g", of_sources.NUMBERS[0]]
+    assert of_sources.schemas(tmp_path) == ["f(Tensor x, int n) -> ()", "g() -> int"]
+    header.write_text("// another\nenum {kA, kB};\n")
+    (tmp_path / "a.cu").write_text(source.replace("  ", " "))
+    assert of_sources.interface(tmp_path) == before
+    header.write_text("enum { kB, kA };\n")
+    (tmp_path / "a.cu").write_text(source.replace("int n", "int m"))
+    after = of_sources.interface(tmp_path)
+    assert {name for name in before if before[name] != after[name]} == {"f", of_sources.NUMBERS[0]}
+
+
+def an_extension(folder, interface):
+    """Stands in for one: with an interface, or from before there was such a thing."""
+    of_it = "" if interface is None else f"def interface():\n    return {interface!r}\n"
+    (folder / "_C.py").write_text(f"def build_info():\n    return {{}}\n{of_it}")
+
+
+AGES = {
+    "before there were digests": (None, "is older than", []),
+    "older": ({"importance_add_": None}, "is older than", ["it lacks importance_add_"]),
+    "newer": ({"new_": "00000000"}, "is newer than", ["Python does not know new_"]),
+    "other arguments": (
+        {"kl_loss_forward": "0"},
+        "is of another version than",
+        ["differ on kl_loss_forward"],
+    ),
+    "other numbers": ({"kl_loss/loss_options.h": "0"}, "is of another", ["differ on kl_loss/loss_options.h"]),
+    "both": (
+        {"new_": "0", "importance_add_": None, "bf16_engine": "0"},
+        "is of another version than",
+        ["it lacks importance_add_", "Python does not know new_", "they differ on bf16_engine"],
+    ),
+}
+
+
+@pytest.mark.parametrize("checkout", [True, False])
+@pytest.mark.parametrize("age", AGES)
+def test_an_extension_of_other_sources_is_not_used(monkeypatch, tmp_path, age, checkout):
+    changes, which, differences = AGES[age]
+    found = None if changes is None else {k: v for k, v in (_native.INTERFACE | changes).items() if v}
+    an_extension(tmp_path, found)
+    monkeypatch.setattr(_native, "_folders", lambda: [str(tmp_path)])
+    monkeypatch.setattr(_native, "_IS_CHECKOUT", checkout)
+    with pytest.warns(RuntimeWarning, match="minitron_kernels has to do without C\\+\\+: ") as warned:
+        module, reason = _native._load()
+    assert module is None and reason in str(warned[0].message)
+    assert reason.startswith(f"{tmp_path}/_C.py {which}")
+    assert all(words in reason for words in differences) and ("(" in reason.split(": ")[0]) == bool(
+        differences
+    )
+    remedy = f"pip install . (or -e .) in {ROOT} builds it anew" if checkout else "--force-reinstall"
+    assert remedy in reason
+
+
+def test_the_package_goes_on_without_a_stale_extension(tmp_path):
+    """As it is imported and reports: an op that the extension lacks does not stop it."""
+    folder, parts = tmp_path / "minitron_kernels", ("ops", "*.py")
+    for path in (path for part in parts for path in (ROOT / "minitron_kernels").glob(part)):
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        folder.mkdir(exist_ok=True)
+        copy(path, folder / path.name)
+    an_extension(folder, {k: v for k, v in _native.INTERFACE.items() if k != "importance_add_"})
+    code = """import torch, minitron_kernels as mk
+print(mk.accumulate_importance_(mk.ImportanceState(3), torch.ones(1, 2, 3)).scores().tolist())"""
+    for command, expected in (
+        (["-c", code], "[1.0, 1.0, 1.0]"),
+        (["-m", "minitron_kernels"], "not loaded: "),
+    ):
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and expected in done.stdout, done.stderr
+        assert "RuntimeWarning" in done.stderr and "it lacks importance_add_" in done.stderr
+    assert f"not loaded: {folder}/_C.py is older than" in done.stdout and "--force-reinstall" in done.stdout
+
+
+@pytest.mark.native
+def test_the_report_names_sources_that_are_newer(monkeypatch, tmp_path):
+    extension, source = tmp_path / "_C.so", tmp_path / "csrc/a/b.cpp"
+    source.parent.mkdir(parents=True)
+    extension.touch(), source.touch()
+    monkeypatch.setattr(_native, "location", lambda: str(extension))
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "minitron_kernels/__main__.py"))
+    for age, expected in ((0, f"{extension}"), (60, f"{extension}, older than {source}: pip install")):
+        os.utime(source, (1e9 + age, 1e9 + age)), os.utime(extension, (1e9, 1e9))
+        assert dict(report.facts())["extension"].startswith(expected)
+        assert ("older" in dict(report.facts())["extension"]) == (age > 0)
 
 
 def test_why_nothing_was_built(monkeypatch, tmp_path):
