@@ -117,10 +117,26 @@ def test_published_settings(name, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert f"teacher     {teacher:,} parameters" in said and f"student     {student:,} parameters" in said
     assert f"steps of {step:,} tokens" in said and "not run here" in said
-    assert "sharded" in said and "not planned" not in said and "at the rate of [estimate]" in said
-    assert "which has all of student and teacher (DDP)" in said and said.count("sharded: ") == 1
+    assert "sharded" in said and "not planned" not in said
+    assert "at the rate of [estimate]" in said
+    assert "all of student and teacher (DDP)" in said and said.count("sharded: ") == 1
     assert not list(tmp_path.iterdir())
-    assert "NOT RUN HERE" in (FOLDER / f"{name}.toml").read_text()
+    text = (FOLDER / f"{name}.toml").read_text()
+    assert "NOT RUN HERE" in text
+    table = ""
+    for line in text.splitlines():
+        table = line.split()[0] if line.startswith("[") else table
+        if (
+            " = " in line
+            and not line.startswith("#")
+            and table in ("[correct]", "[score]", "[plan]", "[distill]")
+        ):
+            assert "  # " in line or "drop_layers" in line, f"where is this from: {line}"
+
+
+def test_the_layers_that_minitron_dropped():
+    """Layers 16 to 31 of 1 to 32."""
+    assert load(find("llama-3.1-4b-depth")).base["plan"]["drop_layers"] == list(range(15, 31))
 
 
 def test_every_published_setting_is_known():
