@@ -18,7 +18,8 @@ class OpaqueOp:
     def __init__(self, name: str, function: Callable[..., Any], mutates_args: Iterable[str]) -> None:
         self.op = torch.library.custom_op(name, function, mutates_args=tuple(mutates_args))
         self._function = function
-        names = list(inspect.signature(function).parameters)
+        self._signature = inspect.signature(function)
+        names = list(self._signature.parameters)
         self._mutates = [(names.index(name), name) for name in mutates_args]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -31,8 +32,21 @@ class OpaqueOp:
         return self._function(*args, **kwargs)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
-        """As that of the custom_op."""
-        self.op.register_fake(fake)
+        """As that of the custom_op, but `fake` gets those of the function's arguments that it names.
+
+        One that ends in *args gets them all, in order.
+        """
+        wanted = inspect.signature(fake).parameters
+        if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in wanted.values()):
+            self.op.register_fake(fake)
+            return fake
+
+        def of_named(*args: Any, **kwargs: Any) -> Any:
+            given = self._signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            return fake(**{name: given.arguments[name] for name in wanted})
+
+        self.op.register_fake(of_named)
         return fake
 
 

@@ -25,7 +25,8 @@ def add_to_(
 
 
 @add_to_.register_fake
-def _(total, x, factor, count=None):
+def _(x, count):  # of the arguments those that it looks at
+    assert count is None
     return x.new_empty(x.shape)
 
 

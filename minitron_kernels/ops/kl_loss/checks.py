@@ -156,3 +156,10 @@ def check_accumulator(buffer: Tensor | None, head: Tensor) -> None:
             "stride 1 along H and rows that do not overlap, got "
             f"{tuple(buffer.shape)} on {buffer.device} with strides {buffer.stride()}"
         )
+
+
+def check_left_to_autograd(**given: Any) -> None:
+    """The reference makes no gradient itself, and has no use for what says where to."""
+    for name, place in given.items():
+        if place is not None:
+            raise ValueError(f"{name} needs native or triton; the reference leaves gradients to autograd")

@@ -16,7 +16,6 @@ All memory is torch's, on the current stream, so that a call can be captured in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,8 +30,9 @@ from minitron_kernels.ops.kl_loss.gpu_figures import figures_of
 from minitron_kernels.ops.kl_loss.linear_rows import NO_METRICS, Side, TokenMetrics, slices
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.plan_gpu import GpuProblem, padded, plan, sums_with_memory
-from minitron_kernels.ops.kl_loss.row_statistics import Logits, RowStatistics, statistics, store
+from minitron_kernels.ops.kl_loss.row_statistics import Logits, RowStatistics
 from minitron_kernels.ops.kl_loss.sums_gpu import GradientSum, add_rows, gradient_weights
+from minitron_kernels.ops.kl_loss.tile_passes import Pass, statistics, store
 from minitron_kernels.ops.kl_loss.vocab_parallel import HiddenSum, Shard
 
 
@@ -70,8 +70,17 @@ class Call:
             self.buffers[name] = torch.empty(size, dtype=dtype, device=self.student[0].device)
         return self.buffers[name][: rows * width].view(rows, width)[:, :columns]
 
-    def logits(self, rows: slice, columns: slice, slot: int = 0) -> Logits:
-        """A tile of both raw logits in fp32, and the biases of its tokens; a slot has memory of its own."""
+    @property
+    def looks(self) -> int:
+        """See Tiles."""
+        return 1 + self.options.divergence.needs_second_look
+
+    def begin(self, rows: slice, loss: Tensor, stats: Tensor) -> Pass:
+        """See Tiles."""
+        return RowStatistics(self, rows, loss, stats)
+
+    def tile(self, rows: slice, columns: slice, stats: Tensor, slot: int = 0) -> Any:
+        """See Tiles: both raw logits in fp32, and the biases of their tokens."""
         shape = rows.stop - rows.start, columns.stop - columns.start
         tiles, biases = [], []
         for name, (hidden, head, bias) in (("student", self.student), ("teacher", self.teacher)):
@@ -100,7 +109,7 @@ class Call:
         return {
             "teacher_hidden_size": hidden.shape[1],
             "teacher_itemsize": torch.promote_types(hidden.dtype, head.dtype).itemsize,
-            "looks": 1 + self.options.divergence.needs_second_look,
+            "looks": self.looks,
         }
 
     def kl_of(self, loss: Tensor, stats: Tensor) -> Tensor:
@@ -160,9 +169,10 @@ class Call:
         dz: Tensor,
     ) -> None:
         """Dz of a tile. With `loss`, the tile is of the whole vocabulary, and loss and stats come with it."""
-        logits, mask, width = self.logits(rows, columns), self.mask_of(rows), columns.stop - columns.start
+        logits, mask = self.tile(rows, columns, stats), self.mask_of(rows)
         if loss is not None:
             of_ce = {} if ce_weight is None else {"ce_weight": ce_weight[rows]}
+            width = columns.stop - columns.start
             arguments = (weight[rows], loss[rows], stats[rows], dz, width, self.options)
             self.epilogues.forward_grad(logits, mask, *arguments, **self.metrics_of(rows, **of_ce))
             return
@@ -184,14 +194,6 @@ class Call:
             place = {"first_token": self.first_token + columns.start, "total_vocab": self.total_vocab}
             of_ce = self.metrics_of(rows, ce_weight=ce_weight[rows], **place)
         self.epilogues.grad(logits, mask, weight[rows], stats[rows], dz, width, self.options, **of_ce)
-
-    def statistics(self, loss: Tensor, stats: Tensor, chunk_rows: int, tile: int) -> None:
-        """Loss and stats from tiles of logits."""
-        statistics(self, loss, stats, chunk_rows, tile)
-
-    def store(self, chunks: list[slice], loss: Tensor, stats: Tensor) -> Iterator[tuple[slice, Any]]:
-        """Loss and stats of chunks of rows over a shared vocabulary; then each chunk's logits."""
-        return store(self, chunks, loss, stats)
 
 
 def _operands(side: Side, vocab_size: int) -> Side:
@@ -294,13 +296,13 @@ def run(
     )
     chosen = plan(problem, schedule, workspace_bytes)
     if chosen.schedule == "forward":
-        call.statistics(loss, new_stats, chosen.chunk_rows, chosen.tile)
+        statistics(call, loss, new_stats, chosen.chunk_rows, chosen.tile)
         return
     known = stats is not None
     if stats is None:
         stats = new_stats
         if chosen.schedule == "recompute" or stats_first:
-            call.statistics(loss, stats, chosen.chunk_rows, chosen.tile)
+            statistics(call, loss, stats, chosen.chunk_rows, chosen.tile)
             known = True
 
     weight, ce_weight, unscale = gradient_weights(
@@ -313,7 +315,7 @@ def run(
     kept, tiles = list(slices(0, N, chosen.dz_rows)), list(slices(0, vocab_size, chosen.tile))
     if not tiles:  # padding alone: a part of 0 in what the ranks exchange
         for rows in [] if known else kept:
-            for _ in call.store(list(slices(rows.start, rows.stop, chosen.chunk_rows)), loss, stats):
+            for _ in store(call, list(slices(rows.start, rows.stop, chosen.chunk_rows)), loss, stats):
                 pass
         grad_hidden.zero_()
         return
@@ -330,7 +332,7 @@ def run(
                     with_loss = None if known else loss
                     call.grad(part, columns, with_loss, stats, weight, ce_weight, parts[part.start])
             else:
-                for part, logits in call.store(chunks, loss, stats):
+                for part, logits in store(call, chunks, loss, stats):
                     dz_part = parts[part.start]
                     call.grad_of_logits(logits, part, columns, stats, weight, ce_weight, dz_part)
             if needs_grad[0]:

@@ -79,17 +79,19 @@ def linear_kl_loss_op(
     With a group N is the number of all tokens, vocab_size that of the whole vocabulary, 0 if not known.
     """
     options = LossOptions.from_arguments(numbers, values)
-    outputs = _fake(
+    outputs = _empty_outputs(
         student_hidden,
         student_head,
         teacher_outcomes,
         stats,
-        grad_head_accumulator if grad_head_buffer is None else grad_head_buffer,
+        grad_head_accumulator,
         needs_hidden,
         needs_head,
         needs_bias,
         needs_metrics,
-        group if sequence_parallel else None,
+        group,
+        sequence_parallel,
+        grad_head_buffer,
     )
     loss, new_stats, grad_hidden, grad_head, grad_bias, new_metrics = outputs
     lent = needs_head and grad_head_buffer is not None
@@ -161,7 +163,8 @@ def _on_gpu(x: Tensor) -> bool:  # apart, so that tests can run the schedules of
     return x.device.type != "cpu"
 
 
-def _fake(
+@linear_kl_loss_op.register_fake
+def _empty_outputs(
     student_hidden: Tensor,
     student_head: Tensor,
     teacher_outcomes: Tensor | None,
@@ -171,11 +174,14 @@ def _fake(
     needs_head: bool,
     needs_bias: bool,
     needs_metrics: bool,
-    gathered_over: str | None,
+    group: str | None,
+    sequence_parallel: bool,
+    grad_head_buffer: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (N, H), rows = student_hidden.shape, student_head.shape[0]
     loss_dtype = _loss_dtype(student_hidden)
-    tokens = N if gathered_over is None else N * group_size(gathered_over)
+    tokens = N * group_size(group) if group is not None and sequence_parallel else N
+    makes_head = needs_head and grad_head_accumulator is None and grad_head_buffer is None
     columns = NUM_STATS if teacher_outcomes is None else teacher_outcomes.shape[1]
 
     def grad(x: Tensor, shape: tuple[int, ...], wanted: bool) -> Tensor:
@@ -185,54 +191,7 @@ def _fake(
         student_hidden.new_empty(tokens, dtype=loss_dtype),
         student_hidden.new_empty((tokens, columns) if stats is None else (0,), dtype=loss_dtype),
         grad(student_hidden, (N, H), needs_hidden),
-        grad(student_head, (rows, H), needs_head and grad_head_accumulator is None),
+        grad(student_head, (rows, H), makes_head),
         student_hidden.new_empty(rows if needs_bias else 0, dtype=loss_dtype),
         student_hidden.new_empty((tokens, NUM_METRICS) if needs_metrics else (0,), dtype=loss_dtype),
-    )
-
-
-@linear_kl_loss_op.register_fake
-def _(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
-    teacher_bias: Tensor | None,
-    ids: Tensor | None,
-    teacher_outcomes: Tensor | None,
-    mask: Tensor | None,
-    row_weight: Tensor | None,
-    stats: Tensor | None,
-    grad_head_accumulator: Tensor | None,
-    labels: Tensor | None,
-    ce_weight: Tensor | None,
-    metrics: Tensor | None,
-    needs_hidden: bool,
-    needs_head: bool,
-    needs_bias: bool,
-    needs_metrics: bool,
-    vocab_size: int,
-    numbers: Sequence[float],
-    values: Tensor | None,
-    backend: str,
-    schedule: str,
-    workspace_bytes: int,
-    engine: str | None,
-    group: str | None = None,
-    sequence_parallel: bool = False,
-    vocab_range: Sequence[int] | None = None,
-    grad_head_buffer: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _fake(
-        student_hidden,
-        student_head,
-        teacher_outcomes,
-        stats,
-        grad_head_accumulator if grad_head_buffer is None else grad_head_buffer,
-        needs_hidden,
-        needs_head,
-        needs_bias,
-        needs_metrics,
-        group if sequence_parallel else None,
     )

@@ -17,6 +17,7 @@ from minitron_kernels.ops.kl_loss.checks import (
     check_bias,
     check_constant,
     check_floating,
+    check_left_to_autograd,
     check_linear,
     check_transforms,
     positive,
@@ -366,12 +367,7 @@ def linear_kl_loss(
     bias = None if teacher_bias is None else teacher_bias.detach()
     teacher = Teacher(as_rows(teacher_hidden), teacher_head, bias)
     if chosen == "reference":
-        for name, place in (
-            ("grad_head_accumulator", grad_head_accumulator),
-            ("grad_head_buffer", grad_head_buffer),
-        ):
-            if place is not None:
-                raise ValueError(f"{name} needs native or triton; the reference leaves gradients to autograd")
+        check_left_to_autograd(grad_head_accumulator=grad_head_accumulator, grad_head_buffer=grad_head_buffer)
         s = (as_saved(student[0]), as_saved(student[1]), as_saved(student[2]))
         t = (as_saved(as_rows(teacher_hidden)), as_saved(teacher_head), as_saved(teacher.bias))
         of_tokens = as_saved(tokens.computed), as_saved(tokens.targets)

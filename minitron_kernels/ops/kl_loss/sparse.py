@@ -16,6 +16,7 @@ from minitron_kernels.ops.kl_loss.checks import (
     check_accumulator,
     check_bias,
     check_floating,
+    check_left_to_autograd,
     check_linear,
     check_transforms,
     positive,
@@ -200,13 +201,11 @@ def linear_sparse_kl_loss(
     check_buffer(grad_head_buffer, grad_head_accumulator, student_head, parameter, *operands)
     student = (as_rows(student_hidden), student_head, student_bias)
     if chosen == "reference":
-        for name, given in (
-            ("grad_head_accumulator", grad_head_accumulator),
-            ("grad_head_buffer", grad_head_buffer),
-            ("tp_group", tp_group),
-        ):
-            if given is not None:
-                raise ValueError(f"{name} needs native or triton; the reference leaves gradients to autograd")
+        check_left_to_autograd(
+            grad_head_accumulator=grad_head_accumulator,
+            grad_head_buffer=grad_head_buffer,
+            tp_group=tp_group,
+        )
         side = (as_saved(student[0]), as_saved(student[1]), as_saved(student[2]))
         of_tokens = as_saved(tokens.computed), as_saved(tokens.targets)
         terms = TokenTerms(

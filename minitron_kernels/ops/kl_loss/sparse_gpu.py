@@ -13,7 +13,6 @@ What has the size of [N, k] is done by torch's own kernels. See sparse_outcomes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,11 +23,12 @@ from minitron_kernels.ops.kl_loss.divergence import NUM_STATS
 from minitron_kernels.ops.kl_loss.epilogues import Epilogues
 from minitron_kernels.ops.kl_loss.gemm_gpu import summed_in_fp32
 from minitron_kernels.ops.kl_loss.linear_gpu import Call, run
-from minitron_kernels.ops.kl_loss.linear_rows import NO_METRICS, Side, TokenMetrics, slices
+from minitron_kernels.ops.kl_loss.linear_rows import NO_METRICS, Side, TokenMetrics
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.reference import transform_logits
 from minitron_kernels.ops.kl_loss.sparse_outcomes import RowOutcomes
 from minitron_kernels.ops.kl_loss.sparse_teacher import SparseTeacher
+from minitron_kernels.ops.kl_loss.tile_passes import Pass
 from minitron_kernels.ops.kl_loss.vocab_parallel import HiddenSum, Shard
 
 Tail = tuple[Tensor, Tensor | None]  # a tile of the student's logits without the ids', and its bias
@@ -39,6 +39,7 @@ class SparseCall(Call):
 
     # where ids that are not in a tile are read and written, so that nothing depends on how many are
     spare_columns = 1
+    looks = 1  # whatever the divergence: it is that of the outcomes
 
     def __init__(
         self,
@@ -52,10 +53,10 @@ class SparseCall(Call):
         shard: Shard | None = None,
     ) -> None:
         super().__init__(student, None, mask, vocab_size, options, epilogues, of_tokens, shard)
-        self.begin(teacher)
+        self.set_teacher(teacher)
 
-    def begin(self, teacher: SparseTeacher) -> None:
-        """Memory of the size of the outcomes."""
+    def set_teacher(self, teacher: SparseTeacher) -> None:
+        """Takes the teacher, and memory of the size of its outcomes."""
         self.ids, self.outcomes = teacher
         N, count = self.outcomes.shape
         self.weight: Tensor | None = None
@@ -99,10 +100,14 @@ class SparseCall(Call):
         inside = (column >= 0) & (column < width)
         return inside, torch.where(inside, column, width)
 
-    def tail(self, rows: slice, columns: slice, outcomes: Tensor | None, slot: int = 0) -> Tail:
+    def begin(self, rows: slice, loss: Tensor, stats: Tensor) -> Pass:
+        """See Tiles."""
+        return RowOutcomes(self, rows, loss, stats)
+
+    def tile(self, rows: slice, columns: slice, stats: Tensor | None, slot: int = 0) -> Tail:
         """A tile of the student's logits with -inf in place of the ids'.
 
-        The ids' own, transformed, go into `outcomes`.
+        The ids' own, transformed, go into the outcomes that `stats` are.
         """
         bias, width = self.student[2], columns.stop - columns.start
         tile = self.buffer(f"student{slot}", rows.stop - rows.start, width, self.outcomes.dtype)
@@ -110,7 +115,7 @@ class SparseCall(Call):
         wide = _with_spare(tile)
         wide[:, width:] = -math.inf
         inside, places = self._places(rows, columns)
-        if outcomes is not None:
+        if stats is not None:
             at_ids = wide.gather(1, places)
             if bias is not None:
                 at_ids = at_ids + bias[columns][places.clamp(max=width - 1)]
@@ -118,7 +123,7 @@ class SparseCall(Call):
             at_ids = transform_logits(
                 at_ids, scale=options.student_scale, softcap=options.student_softcap, inv_tau=options.inv_tau
             )
-            of_ids = outcomes[rows, :-1]
+            of_ids = stats[rows, :-1]
             of_ids.copy_(torch.where(inside, at_ids, of_ids))
         wide.scatter_(1, places, -math.inf)
         return tile, None if bias is None else bias[columns]
@@ -134,42 +139,6 @@ class SparseCall(Call):
         bias = self.student[2]
         return None if bias is None else (bias == -math.inf).any()
 
-    def statistics(self, loss: Tensor, stats: Tensor, chunk_rows: int, tile: int) -> None:
-        """Loss, outcomes and metrics from tiles of logits; ranks exchange chunks of rows."""
-        N = loss.shape[0]
-        waiting = [
-            RowOutcomes(self, rows, loss, stats)
-            for rows in slices(0, N, N if self.shard is None else chunk_rows)
-        ]
-        tiles = list(slices(0, self.vocab_size, tile)) or [slice(0, 0)]
-        for columns in tiles:
-            for some in waiting:
-                if self.vocab_size:
-                    for rows in slices(some.rows.start, some.rows.stop, chunk_rows):
-                        some.add(self.tail(rows, columns, stats), rows, columns)
-                if columns is tiles[-1]:
-                    some.send()
-        for some in waiting:
-            some.receive()
-
-    def store(self, chunks: list[slice], loss: Tensor, stats: Tensor) -> Iterator[tuple[slice, Any]]:
-        """See Call: while ranks exchange a chunk, the next one's logits are made in another buffer."""
-        columns, before = slice(0, self.vocab_size), None
-        for i, rows in enumerate((*chunks, None)):
-            some = None
-            if rows is not None:
-                some = RowOutcomes(self, rows, loss, stats)
-                logits = None
-                if self.vocab_size:
-                    logits = self.tail(rows, columns, stats, i % 2)
-                    some.add(logits, rows, columns)
-                some.send()
-            if before is not None:
-                before[0].receive()
-                if before[1] is not None:
-                    yield before[0].rows, before[1]
-            before = None if some is None else (some, logits)
-
     def grad(
         self,
         rows: slice,
@@ -182,11 +151,11 @@ class SparseCall(Call):
     ) -> None:
         """See Call."""
         if loss is None:
-            logits = self.tail(rows, columns, None)
+            logits = self.tile(rows, columns, None)
         else:
-            some = RowOutcomes(self, rows, loss, stats)
-            logits = self.tail(rows, columns, stats)
-            some.add(logits, rows, columns)
+            some = self.begin(rows, loss, stats)
+            logits = self.tile(rows, columns, stats)
+            some.add(logits, rows, columns.start)
             some.send()
             some.receive()
         self.grad_of_logits(logits, rows, columns, stats, weight, ce_weight, dz)

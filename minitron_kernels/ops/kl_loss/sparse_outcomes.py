@@ -15,29 +15,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_kernels.ops.kl_loss.divergence import NUM_METRIC_STATE
-from minitron_kernels.ops.kl_loss.epilogues import Epilogues
-from minitron_kernels.ops.kl_loss.linear_rows import TokenMetrics
-from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.states import finite, merge_metric_states
-from minitron_kernels.ops.kl_loss.vocab_parallel import Gathered, Shard
+from minitron_kernels.ops.kl_loss.tile_passes import RowsOfCall
+from minitron_kernels.ops.kl_loss.vocab_parallel import Gathered
 
 _TAIL = 2  # fields: max_s, sum_s
 
 
-class Rows(Protocol):
+class Rows(RowsOfCall, Protocol):
     """One call of a sparse teacher."""
 
     ids: Tensor
-    vocab_size: int  # of this rank
-    first_token: int  # that its column 0 is
-    total_vocab: int
-    options: LossOptions
-    epilogues: Epilogues
-    of_tokens: TokenMetrics
-    shard: Shard | None
-
-    def mask_of(self, rows: slice) -> Tensor | None:
-        """Which of the rows are valid."""
 
     def masked_out(self, rows: slice) -> Tensor | None:
         """Whether a token of the vocabulary is masked out."""
@@ -47,10 +35,7 @@ class Rows(Protocol):
 
 
 class RowOutcomes:
-    """Some rows in one look at their logits: add() for all tiles, send(), receive().
-
-    Between send() and receive() the parts of other ranks are on their way, and this one's may not be touched.
-    """
+    """Some rows in one look at their logits; see Pass."""
 
     def __init__(self, call: Rows, rows: slice, loss: Tensor, outcomes: Tensor) -> None:
         self.rows, self._call, self._loss, self._outcomes = rows, call, loss, outcomes
@@ -66,8 +51,8 @@ class RowOutcomes:
         self._of_ids: Tensor | None = None
         self._work: dist.Work | None = None
 
-    def add(self, logits: tuple[Tensor, Tensor | None], rows: slice, columns: slice) -> None:
-        """A tile of some of the rows, from which the ids have been taken; other tokens stand before it."""
+    def add(self, logits: tuple[Tensor, Tensor | None], rows: slice, first_column: int) -> None:
+        """See Pass; the ids have been taken out of the tile."""
         call, begin = self._call, self.rows.start
         part = self._part[:, rows.start - begin : rows.stop - begin]
         of_metrics: dict[str, Any] = {}
@@ -76,13 +61,13 @@ class RowOutcomes:
             of_metrics = {
                 "labels": None if labels is None else labels[rows],
                 "metric_state": part[_TAIL:],
-                "first_token": call.first_token + columns.start,
+                "first_token": call.first_token + first_column,
             }
-        first, mask = columns.start == 0, call.mask_of(rows)
+        first, mask = first_column == 0, call.mask_of(rows)
         call.epilogues.student_stats(*logits, mask, part[:_TAIL], first, call.options, **of_metrics)
 
     def send(self) -> None:
-        """All tiles have been added: this rank's part goes to the others."""
+        """See Pass."""
         call = self._call
         self._note_masked_out()
         if call.shard is None:

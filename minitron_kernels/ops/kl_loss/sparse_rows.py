@@ -23,6 +23,7 @@ from minitron_kernels.ops.kl_loss.rows import columns, no_second_derivative
 from minitron_kernels.ops.kl_loss.sparse_gpu import SparseCall
 from minitron_kernels.ops.kl_loss.sparse_teacher import SparseTeacher
 from minitron_kernels.ops.kl_loss.student_torch import cpu_epilogues
+from minitron_kernels.ops.kl_loss.tile_passes import statistics
 
 # fp32 logits of the rows that are at work: a CPU's L2 cache, or what fills a GPU
 _CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
@@ -46,7 +47,7 @@ class _Rows(SparseCall):
         self.of_tokens = of_tokens
         self.any_masked_out = torch.zeros(logits.shape[:1], dtype=torch.bool, device=logits.device)
         self.shard, self.first_token, self.total_vocab = None, 0, vocab_size
-        self.begin(teacher)
+        self.set_teacher(teacher)
 
     def make(self, tile: Tensor, rows: slice, columns: slice) -> None:
         tile.copy_(self.student[0][rows, columns])
@@ -147,7 +148,7 @@ def _forward(
     of_tokens = TokenMetrics(labels, metrics if needs_metrics else None)
     call = _call(student, SparseTeacher(ids, outcomes), mask, of_tokens, vocab_size, options, backend)
     if loss.numel():
-        call.statistics(loss, of_student, call.chunk_rows, vocab_size)
+        statistics(call, loss, of_student, call.chunk_rows, vocab_size)
     return loss, of_student, metrics
 
 
