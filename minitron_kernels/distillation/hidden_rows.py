@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minitron_kernels.ops.kl_loss.checks import as_rows, as_saved
 from minitron_kernels.ops.kl_loss.gemm_gpu import matmul
-from minitron_kernels.ops.kl_loss.linear_rows import slices
+from minitron_kernels.ops.kl_loss.operands import slices
 from minitron_kernels.ops.kl_loss.rows import no_second_derivative
 
 

@@ -22,7 +22,7 @@ from minitron_kernels.ops.kl_loss.kernel_triton import launch as k
 from minitron_kernels.ops.kl_loss.kernel_triton import launch_linear as linear_k
 from minitron_kernels.ops.kl_loss.kernel_triton import launch_student as student_k
 from minitron_kernels.ops.kl_loss.kernel_triton import scale
-from minitron_kernels.ops.kl_loss.linear_rows import TokenMetrics
+from minitron_kernels.ops.kl_loss.operands import TokenMetrics
 
 
 def to_compile(target_name):

@@ -28,7 +28,7 @@ from kl_loss.cases import N as ROWS
 from kl_loss.cases import V as TOKENS
 from kl_loss.oracle import oracle_metrics, oracle_rows
 from kl_loss.problems import make_rows
-from minitron_kernels.ops.kl_loss.linear_rows import TokenMetrics
+from minitron_kernels.ops.kl_loss.operands import TokenMetrics
 
 SMOOTHING = 0.1
 # (inv_tau, scales and softcaps, label_smoothing); at temperature 1 no second exponential is made

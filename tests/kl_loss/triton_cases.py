@@ -49,7 +49,7 @@ from kl_loss.student_cases import test_student_of_no_weight_and_nan  # noqa: F40
 from minitron_kernels.ops.kl_loss import gemm_gpu
 from minitron_kernels.ops.kl_loss.epilogues import triton_epilogues
 from minitron_kernels.ops.kl_loss.kernel_triton import launch, launch_linear, launch_student, scale
-from minitron_kernels.ops.kl_loss.linear_rows import TokenMetrics
+from minitron_kernels.ops.kl_loss.operands import TokenMetrics
 
 
 def triton_kernels():

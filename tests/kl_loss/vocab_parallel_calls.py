@@ -16,6 +16,7 @@ from kl_loss.cases import matmul_fp32
 from kl_loss.vocab_parallel_cases import HT, STORE, H, N, Problem, V, check, even, gpu_schedule
 from minitron_kernels import linear_kl_loss, plan_linear_kl_loss
 from minitron_kernels.ops.kl_loss import vocab_parallel
+from minitron_kernels.ops.kl_loss.find_shard import find_shard
 
 COLLECTIVES = (vocab_parallel._all_gather, vocab_parallel._reduce_scatter, "all_reduce")
 
@@ -284,7 +285,7 @@ def heads_are_exchanged_once(group):
     rank, world = group.rank(), group.size()
     parallel = vocab_parallel.Parallel(group.group_name)
     arguments = (parallel, 10 + rank, 10 + rank, 10 * world, 6, (True, "auto"), 1 << 20, torch.device("cpu"))
-    first = vocab_parallel.find_shard(*arguments, waits=False)
+    first = find_shard(*arguments, waits=False)
     reads = []
 
     class Reads(TorchDispatchMode):
@@ -294,13 +295,13 @@ def heads_are_exchanged_once(group):
             return func(*args, **(kwargs or {}))
 
     fewer = (*arguments[:4], 5, *arguments[5:])  # other tokens: no reason to read
-    vocab_parallel.find_shard(*fewer, waits=False)
+    find_shard(*fewer, waits=False)
     with Counted() as sent, Reads():
-        again = [vocab_parallel.find_shard(*a, waits=False) for a in (arguments, fewer)]
+        again = [find_shard(*a, waits=False) for a in (arguments, fewer)]
     assert again == [first, first] and not reads and [nbytes for _, nbytes in sent.calls] == [64, 64]
     try:
         other = (*arguments[:4], 6 + (rank == 0), *arguments[5:])
-        vocab_parallel.find_shard(*other, waits=False)
+        find_shard(*other, waits=False)
     except RuntimeError as e:
         assert "different tokens" in str(e)
     else:

@@ -12,7 +12,7 @@ from minitron_kernels.ops.kl_loss.divergence import NUM_METRIC_STATE, NUM_METRIC
 from minitron_kernels.ops.kl_loss.op_plan import plan_linear_kl_loss
 from minitron_kernels.ops.kl_loss.plan import LinearKLPlan, grad_dtype
 
-HANDSHAKE_BYTES = 64  # each rank says how it calls: vocab_parallel.py
+HANDSHAKE_BYTES = 64  # each rank says how it calls: find_shard.py
 # Of F.kl_div(log_softmax(student_logits.float()), softmax(teacher_logits.float())), forward and backward: the
 # most that lives at once for each pair of logits, by the bytes of a logit. A test measures it.
 STOCK_LOGIT_BYTES = {2: 24, 4: 28}

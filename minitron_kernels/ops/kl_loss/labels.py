@@ -43,21 +43,35 @@ def _labels_to_mask(labels: Tensor, ignore_index: int, vocab_size: int) -> Tenso
     """[N] bool: labels other than ignore_index; an error if one of those is not a token."""
     valid = labels != ignore_index
     wrong = valid & ((labels < 0) | (labels >= vocab_size))
-    if labels.device.type == "cpu":
-        if wrong.any():
-            position = int(wrong.nonzero()[0, 0])
-            raise ValueError(
-                f"labels must be ignore_index={ignore_index} or in [0, {vocab_size}), got "
-                f"{int(labels[position])} at position {position}"
-            )
-    else:  # no synchronisation: the error comes from the device
-        torch._assert_async(~wrong.any())
+    _refuse(labels, wrong, f"ignore_index={ignore_index}", vocab_size)
     return valid
 
 
 @_labels_to_mask.register_fake
 def _(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
     return torch.empty_like(labels, dtype=torch.bool)
+
+
+def _refuse(labels: Tensor, wrong: Tensor, ignored: str, vocab_size: int) -> None:
+    """An error where a label [N] is wrong; on a GPU the device raises it, since nothing waits for the GPU."""
+    if labels.device.type != "cpu":
+        torch._assert_async(~wrong.any())
+    elif wrong.any():
+        position = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"labels must be {ignored} or in [0, {vocab_size}), got {int(labels[position])} at position "
+            f"{position}"
+        )
+
+
+def check_labels(labels: Tensor | None, vocab_size: int) -> None:
+    """The labels of rows, -1 where there is none, are tokens.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if labels is not None:
+        _refuse(labels, labels >= vocab_size, "ignore_index", vocab_size)
 
 
 def rows_mask(

@@ -22,7 +22,7 @@ from minitron_kernels.ops.kl_loss.divergence import METRIC_CE
 from minitron_kernels.ops.kl_loss.linear_op import linear_kl_loss_op
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.record import LossRecord, TokenTerms
-from minitron_kernels.ops.kl_loss.rows import columns, no_second_derivative
+from minitron_kernels.ops.kl_loss.rows import columns, no_second_derivative, returned_terms
 from minitron_kernels.ops.kl_loss.scaling import scaled
 from minitron_kernels.ops.kl_loss.sums import sum_rows
 from minitron_kernels.ops.kl_loss.tokens import Tokens
@@ -162,12 +162,7 @@ class _PerToken(torch.autograd.Function):
         ctx.grad_head_accumulator, ctx.grad_head_buffer = grad_head_accumulator, grad_head_buffer
         ctx.version = head_buffer.version_of(grad_head_buffer)
         ctx.needs_grad, ctx.rest = needs_grad, rest
-        ctx.set_materialize_grads(False)
-        if not needs_metrics:
-            return loss, None, None, None
-        ce, entropy, label_logprob = columns(metrics)
-        ctx.mark_non_differentiable(entropy, label_logprob)
-        return loss, ce, entropy, label_logprob
+        return returned_terms(ctx, loss, metrics if needs_metrics else None)
 
     @staticmethod
     @no_second_derivative("linear_kl_loss")

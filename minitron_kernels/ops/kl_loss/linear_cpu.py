@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minitron_kernels import _workspace
 from minitron_kernels._tensors import with_unit_stride
-from minitron_kernels.ops.kl_loss.linear_rows import NO_METRICS, Side, TokenMetrics
+from minitron_kernels.ops.kl_loss.operands import NO_METRICS, Side, TokenMetrics
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.plan_cpu import operand_type, plan
 from minitron_kernels.ops.kl_loss.sparse_teacher import SparseTeacher

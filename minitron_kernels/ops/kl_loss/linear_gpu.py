@@ -27,7 +27,7 @@ from minitron_kernels.ops.kl_loss.divergence import STAT_KL, Divergence
 from minitron_kernels.ops.kl_loss.epilogues import Epilogues
 from minitron_kernels.ops.kl_loss.gemm_gpu import summed_in_fp32
 from minitron_kernels.ops.kl_loss.gpu_figures import figures_of
-from minitron_kernels.ops.kl_loss.linear_rows import NO_METRICS, Side, TokenMetrics, slices
+from minitron_kernels.ops.kl_loss.operands import NO_METRICS, Side, TokenMetrics, slices
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.plan_gpu import GpuProblem, padded, plan, sums_with_memory
 from minitron_kernels.ops.kl_loss.row_statistics import Logits, RowStatistics

@@ -12,22 +12,18 @@ from minitron_kernels._opaque import opaque_op
 from minitron_kernels._tensors import with_unit_stride
 from minitron_kernels.ops.kl_loss.divergence import NUM_METRICS, NUM_STATS
 from minitron_kernels.ops.kl_loss.epilogues import EPILOGUES
+from minitron_kernels.ops.kl_loss.find_shard import find_shard
+from minitron_kernels.ops.kl_loss.labels import check_labels
 from minitron_kernels.ops.kl_loss.linear_cpu import linear_kl_loss_cpu_, linear_sparse_kl_loss_cpu_
 from minitron_kernels.ops.kl_loss.linear_gpu import linear_kl_loss_
-from minitron_kernels.ops.kl_loss.linear_rows import TokenMetrics
 from minitron_kernels.ops.kl_loss.linear_shard import linear_kl_loss_of_shard
+from minitron_kernels.ops.kl_loss.operands import TokenMetrics
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.plan import grad_dtype
 from minitron_kernels.ops.kl_loss.sparse_gpu import linear_sparse_kl_loss_
 from minitron_kernels.ops.kl_loss.sparse_teacher import SparseTeacher
 from minitron_kernels.ops.kl_loss.student_torch import cpu_epilogues
-from minitron_kernels.ops.kl_loss.vocab_parallel import (
-    HiddenSum,
-    Parallel,
-    check_labels,
-    find_shard,
-    group_size,
-)
+from minitron_kernels.ops.kl_loss.vocab_parallel import HiddenSum, Parallel, group_size
 
 
 def _loss_dtype(x: Tensor) -> torch.dtype:

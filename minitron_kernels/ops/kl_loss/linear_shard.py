@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minitron_kernels.ops.kl_loss.divergence import NUM_METRIC_STATE, NUM_STATE, NUM_STATS, NUM_SUMS, STAT_KL
-from minitron_kernels.ops.kl_loss.linear_rows import NO_METRICS, TokenMetrics
+from minitron_kernels.ops.kl_loss.operands import NO_METRICS, TokenMetrics
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.states import (
     empty_state,

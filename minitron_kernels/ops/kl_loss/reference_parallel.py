@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_kernels.ops.kl_loss.linear_rows import Side
-from minitron_kernels.ops.kl_loss.vocab_parallel import Parallel, Shard, check_labels, find_shard
+from minitron_kernels.ops.kl_loss.find_shard import find_shard
+from minitron_kernels.ops.kl_loss.labels import check_labels
+from minitron_kernels.ops.kl_loss.operands import Side
+from minitron_kernels.ops.kl_loss.vocab_parallel import Parallel, Shard
 
 
 class _Gather(torch.autograd.Function):

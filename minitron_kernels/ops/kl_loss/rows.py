@@ -57,6 +57,19 @@ def columns(metrics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ce, entropy, label_logprob
 
 
+def returned_terms(ctx: Any, loss: Tensor, metrics: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What an autograd.Function's forward returns of rows: loss, cross-entropy, entropy and log p(label).
+
+    The latter two have no gradient; without metrics there is the loss alone.
+    """
+    ctx.set_materialize_grads(False)
+    if metrics is None:
+        return loss, None, None, None
+    ce, entropy, label_logprob = columns(metrics)
+    ctx.mark_non_differentiable(entropy, label_logprob)
+    return loss, ce, entropy, label_logprob
+
+
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad: Tensor, name: str) -> Tensor:
@@ -118,14 +131,11 @@ class _RowsWithMetrics(torch.autograd.Function):
         mask: Tensor | None,
         labels: Tensor | None,
         arguments: tuple[Any, ...],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, ...]:
         loss, stats, metrics = _forward_metrics(student, teacher, mask, labels, arguments)
         ctx.save_for_backward(*map(as_saved, (student, teacher, mask, labels)), stats, metrics)
         ctx.arguments = arguments
-        ctx.set_materialize_grads(False)
-        ce, entropy, label_logprob = columns(metrics)
-        ctx.mark_non_differentiable(entropy, label_logprob)
-        return loss, ce, entropy, label_logprob
+        return returned_terms(ctx, loss, metrics)
 
     @staticmethod
     @no_second_derivative("kl_loss")

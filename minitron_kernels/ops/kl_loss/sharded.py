@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minitron_kernels._tensors import check_gathered, is_dtensor
-from minitron_kernels.ops.kl_loss.linear_rows import Side
+from minitron_kernels.ops.kl_loss.operands import Side
 
 
 def local_side(

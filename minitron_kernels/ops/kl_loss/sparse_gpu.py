@@ -8,6 +8,7 @@ kernel; its gradient g goes to the ids as it is, and over the tail in the propor
     store      3 GEMMs: logits, dX, dW.     recompute  4 GEMMs.     forward  1 GEMM.
 
 What has the size of [N, k] is done by torch's own kernels. See sparse_outcomes.py for what is known of rows.
+On the CPU, too, where logits exist (sparse_rows.py) or ranks share the vocabulary: student_torch.py.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from minitron_kernels.ops.kl_loss.divergence import NUM_STATS
 from minitron_kernels.ops.kl_loss.epilogues import Epilogues
 from minitron_kernels.ops.kl_loss.gemm_gpu import summed_in_fp32
 from minitron_kernels.ops.kl_loss.linear_gpu import Call, run
-from minitron_kernels.ops.kl_loss.linear_rows import NO_METRICS, Side, TokenMetrics
+from minitron_kernels.ops.kl_loss.operands import NO_METRICS, Side, TokenMetrics
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.reference import transform_logits
 from minitron_kernels.ops.kl_loss.sparse_outcomes import RowOutcomes

@@ -16,10 +16,10 @@ from minitron_kernels._opaque import opaque_op
 from minitron_kernels.ops.kl_loss.checks import as_saved
 from minitron_kernels.ops.kl_loss.divergence import NUM_METRICS
 from minitron_kernels.ops.kl_loss.epilogues import EPILOGUES, Epilogues
-from minitron_kernels.ops.kl_loss.linear_rows import TokenMetrics, slices
+from minitron_kernels.ops.kl_loss.operands import TokenMetrics, slices
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.record import TokenTerms
-from minitron_kernels.ops.kl_loss.rows import columns, no_second_derivative
+from minitron_kernels.ops.kl_loss.rows import columns, no_second_derivative, returned_terms
 from minitron_kernels.ops.kl_loss.sparse_gpu import SparseCall
 from minitron_kernels.ops.kl_loss.sparse_teacher import SparseTeacher
 from minitron_kernels.ops.kl_loss.student_torch import cpu_epilogues
@@ -98,12 +98,7 @@ class _SparseRows(torch.autograd.Function):
         loss, of_student, metrics = _forward(*inputs, needs_metrics, *arguments)
         ctx.save_for_backward(*map(as_saved, inputs), of_student, metrics)
         ctx.arguments = arguments
-        ctx.set_materialize_grads(False)
-        if not needs_metrics:
-            return loss, None, None, None
-        ce, entropy, label_logprob = columns(metrics)
-        ctx.mark_non_differentiable(entropy, label_logprob)
-        return loss, ce, entropy, label_logprob
+        return returned_terms(ctx, loss, metrics if needs_metrics else None)
 
     @staticmethod
     @no_second_derivative("sparse_kl_loss")

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from minitron_kernels.ops.kl_loss.epilogues import Epilogues
-from minitron_kernels.ops.kl_loss.linear_rows import TokenMetrics, slices
+from minitron_kernels.ops.kl_loss.operands import TokenMetrics, slices
 from minitron_kernels.ops.kl_loss.options import LossOptions
 from minitron_kernels.ops.kl_loss.vocab_parallel import Shard
 

@@ -1,4 +1,4 @@
-"""What a call of linear_kl_loss is given of each token, and how rows are cut."""
+"""The operands of a call: a model's side of it, what it has to do with labels; and rows cut into slices."""
 
 from __future__ import annotations
 
