@@ -1,7 +1,7 @@
 """The whole Minitron recipe on SmolLM2-135M: score, cut, distil, compare, on a CPU.
 
     python examples/minitron_smollm2.py --quick        # a few minutes on 2 cores
-    python examples/minitron_smollm2.py                # with all comparisons; about two hours
+    python examples/minitron_smollm2.py                # with all comparisons; one to two hours
 
 It fetches the model, writes text as token ids, and runs `minitron-recipe run examples/recipes/smollm2.toml`
 (with --quick smollm2_quick.toml), which can be stopped and started again. What it does:
@@ -43,14 +43,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", nargs="+", type=Path, default=[], help="files and folders of text")
     parser.add_argument("--also", type=Path, help="text of another kind to evaluate on too")
     parser.add_argument("--calibration", type=int, help="windows of 512 tokens; default 128, quick 32")
-    parser.add_argument("--steps", type=int, help="training steps of 1024 tokens; default 64, quick 24")
+    parser.add_argument("--steps", type=int, help="training steps of 1024 tokens; default 48, quick 24")
     parser.add_argument("--evaluation", type=int, help="windows of 512 tokens; default 32, quick 12")
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default 5e-4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("minitron_smollm2"), help="folder for the results")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     args = parser.parse_args(argv)
-    for name, quick, full in (("calibration", 32, 128), ("steps", 24, 64), ("evaluation", 12, 32)):
+    for name, quick, full in (("calibration", 32, 128), ("steps", 24, 48), ("evaluation", 12, 32)):
         if getattr(args, name) is None:
             setattr(args, name, quick if args.quick else full)
         if getattr(args, name) < 1:
