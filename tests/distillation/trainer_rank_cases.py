@@ -34,31 +34,10 @@ def groups(count, batch):
 
 def fsdp2(family="llama"):
     """Options of TrainingArguments for FSDP2."""
-    fsdp_on_cpu()
     return {
         "fsdp": True,
         "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [DECODER_LAYERS[family]]},
     }
-
-
-@functools.cache
-def fsdp_on_cpu():
-    """Lets accelerate take its FSDP2 path on a CPU too, where it would leave the plugin aside, silently."""
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
-
-    original = AcceleratorState.__init__
-
-    def init(self, *args, fsdp_plugin=None, **kwargs):
-        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.distributed_type = DistributedType.FSDP
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-            if self._mixed_precision != "no":
-                fsdp_plugin.set_mixed_precision(self._mixed_precision)
-            self.fsdp_plugin = fsdp_plugin
-
-    AcceleratorState.__init__ = init
 
 
 def gradient(
@@ -110,6 +89,18 @@ def rounded(folder, *, options=None):
     made, keep = trainer(*models(), data, args=args)
     made.train()
     assert_no_worse(keep.gradients, plain, truth)
+
+
+def unrounded(folder):
+    """Under bf16 the loss and its parts are in fp32, and so are sums of gradients."""
+    args = arguments(output_dir=str(folder), **bf16(fsdp2))
+    made, _ = trainer(*models(), ragged(), args=args)
+    made.train()
+    record = made.compute_loss(made.model, made._prepare_inputs(collate(ragged())), return_outputs=True)[1]
+    parts = {name: x for name, x in record._asdict().items() if x is not None and x.is_floating_point()}
+    assert {"loss", "kl", "ce", "entropy"} <= parts.keys()
+    assert all(x.dtype == torch.float32 for x in parts.values()), {k: x.dtype for k, x in parts.items()}
+    assert made.accelerator.state.fsdp_plugin.mixed_precision_policy.reduce_dtype == torch.float32
 
 
 def adapters(folder, *, options=None):
@@ -245,6 +236,7 @@ CASES = {
     "evaluation_packed": functools.partial(evaluation, packed=True),
     "logs": logs,
     "fsdp_bf16": functools.partial(rounded, options=fsdp2),
+    "fsdp_bf16_unrounded": unrounded,
     "fsdp_adapters": functools.partial(adapters, options=fsdp2),
     "fsdp_map": functools.partial(map_gradient, options=fsdp2),
     "fsdp_resumed": functools.partial(resumed, options=fsdp2),

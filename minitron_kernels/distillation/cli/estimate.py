@@ -14,11 +14,21 @@ _ACTIVATIONS = "activations of the student"
 
 
 class Sized(NamedTuple):
-    """What a model takes: its config, how many parameters it has (tied ones once), and their dtype."""
+    """What a model takes: its config, how many parameters it has (tied ones once), and their dtype.
+
+    `shapes` are those of the parameters, where they are known.
+    """
 
     config: Any
     parameters: int
     dtype: torch.dtype
+    shapes: tuple[tuple[int, ...], ...] = ()
+
+    def shard(self, processes: int) -> int:
+        """Elements of the first process, which has most: FSDP2 cuts the rows of each parameter."""
+        if not self.shapes:
+            return -(-self.parameters // processes)
+        return sum(-(-rows // processes) * math.prod(row) for rows, *row in self.shapes)
 
 
 def of_training(config: Mapping[str, Any], job: Job, device: str, held_out: int) -> str:
@@ -37,7 +47,7 @@ def of_training(config: Mapping[str, Any], job: Job, device: str, held_out: int)
 
         summary = TeacherCache(config["cache"]).summary()
         lines.append(f"  cache     {summary}".replace("\n", "\n          "))
-    parts = memory_of_training(config, student, teacher, device)
+    parts = memory_of_training(config, student, teacher, device, job.processes)
     lines.append(f"  memory of {'each' if job.processes > 1 else 'the'} process, estimated:")
     lines += [f"    {size_text(nbytes):>12}  {name}" for name, nbytes in parts.items()]
     unknown = _ACTIVATIONS not in parts
@@ -45,7 +55,7 @@ def of_training(config: Mapping[str, Any], job: Job, device: str, held_out: int)
     lines.append(f"    {size_text(sum(parts.values())):>12}  in all{note}")
     if device == "cuda":
         lines.append(f"    {size_text(torch.cuda.mem_get_info(own_device(device))[1]):>12}  the GPU has")
-    checkpoint = 3 * student.parameters * student.dtype.itemsize
+    checkpoint = checkpoint_bytes(config, student)
     lines.append(
         f"  disk      {size_text(checkpoint)} a checkpoint, {config['keep']} are kept; and the model"
     )
@@ -57,7 +67,7 @@ def of_training(config: Mapping[str, Any], job: Job, device: str, held_out: int)
 
 
 def memory_of_training(
-    config: Mapping[str, Any], student: Sized, teacher: Sized | None, device: str
+    config: Mapping[str, Any], student: Sized, teacher: Sized | None, device: str, processes: int
 ) -> dict[str, int]:
     """{part: bytes} of a process that trains; a part that is not known is left out.
 
@@ -66,12 +76,17 @@ def memory_of_training(
         student: the model that is trained.
         teacher: a live one; None with a cache, or the text alone.
         device: "cpu" or "cuda".
+        processes: that train together; with config["fsdp"] each holds a shard of both models.
     """
-    weights = student.parameters * student.dtype.itemsize
-    parts = {"student's weights": weights, "its gradients": weights, "AdamW's moments": 2 * weights}
-    if teacher is not None:
-        parts["teacher's weights"] = teacher.parameters * teacher.dtype.itemsize
     computed = torch.bfloat16 if _autocasts(config, device) else student.dtype
+    shards, note = (processes, ", its shard") if config["fsdp"] else (1, "")
+    weights = student.shard(shards) * student.dtype.itemsize
+    parts = {f"student's weights{note}": weights, f"its gradients{note}": weights}
+    parts[f"AdamW's moments{note}"] = 2 * weights
+    if teacher is not None:
+        parts[f"teacher's weights{note}"] = teacher.shard(shards) * teacher.dtype.itemsize
+    if config["fsdp"]:
+        parts |= _gathered(student, teacher, computed)
     tokens = config["batch_size"] * config["seq_len"]
     activations = _activations(student.config, tokens, computed, config["gradient_checkpointing"])
     if activations is not None:
@@ -80,6 +95,39 @@ def memory_of_training(
     if loss is not None:
         parts["scratch memory of the loss"] = loss
     return parts
+
+
+def _gathered(student: Sized, teacher: Sized | None, computed: torch.dtype) -> dict[str, int]:
+    """What of sharded models is whole at the loss and in the backward of the first layer.
+
+    The head stays from the forward on, and the teacher's embedding too; of layers two are there at once.
+    """
+    head = student.config.vocab_size * student.config.hidden_size
+    parts = {
+        "student's head and two layers, gathered": computed.itemsize * (head + 2 * _layer(student)),
+        "gradient of the head, and its sum in float32": (computed.itemsize + 4) * head,
+    }
+    if teacher is not None:
+        whole = _around(teacher) + 2 * _layer(teacher)
+        parts["teacher's embedding, head and two layers, gathered"] = teacher.dtype.itemsize * whole
+    return parts
+
+
+def _around(model: Sized) -> int:
+    """Elements of embedding and head."""
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    elements: int = model.config.vocab_size * model.config.hidden_size * (1 if tied else 2)
+    return elements
+
+
+def _layer(model: Sized) -> int:
+    """Elements of a layer, all alike."""
+    return -(-(model.parameters - _around(model)) // int(model.config.num_hidden_layers))
+
+
+def checkpoint_bytes(config: Mapping[str, Any], student: Sized) -> int:
+    """Of a checkpoint: weights and AdamW's moments; under FSDP2 accelerate writes the weights once more."""
+    return (4 if config["fsdp"] else 3) * student.parameters * student.dtype.itemsize
 
 
 def of_cache(config: Mapping[str, Any], windows: int, device: str) -> str:
@@ -121,7 +169,8 @@ def _meta(folder: str, dtype: str) -> Sized:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     kind = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-    return Sized(model.config, sum(p.numel() for p in model.parameters()), kind)  # tied ones once
+    shapes = tuple(tuple(p.shape) or (1,) for p in model.parameters())  # tied ones once
+    return Sized(model.config, sum(map(math.prod, shapes)), kind, shapes)
 
 
 def _described(model: Sized) -> str:

@@ -80,6 +80,19 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def check_sharding(config: Mapping[str, Any]) -> None:
+    """Checks that there are processes to shard over.
+
+    Raises:
+        ValueError: there is one alone.
+    """
+    if config["fsdp"] and world_size() < 2:
+        raise ValueError(
+            "--fsdp shards models over the processes that torchrun starts, and there is one alone: torchrun "
+            "--nproc-per-node N -m minitron_kernels.distillation train ..., or --no-fsdp"
+        )
+
+
 def device_for(name: str) -> str:
     """ "cpu" or "cuda", the first GPU, for what runs in one process.
 

@@ -116,6 +116,7 @@ TRAIN: tuple[Group, ...] = (
             one_of("save_dtype", DTYPES, "of the model that is written; auto: the checkpoint's",
                    default="auto"),
             switch("gradient_checkpointing", "compute activations twice instead of keeping them"),
+            switch("fsdp", "shard student and teacher over the processes of torchrun (FSDP2)"),
         ),
     ),
     (

@@ -20,7 +20,7 @@ from minitron_kernels.distillation.cli import record as records
 from minitron_kernels.distillation.cli.arguments import flags_of
 from minitron_kernels.distillation.cli.data import Chosen, read_windows
 from minitron_kernels.distillation.cli.interrupt import Interrupt, Stopped, exit_code
-from minitron_kernels.distillation.cli.job import Job, choose_device, job_of, rank
+from minitron_kernels.distillation.cli.job import Job, check_sharding, choose_device, job_of, rank
 from minitron_kernels.distillation.cli.models import (
     check_sources,
     check_tokenizers,
@@ -47,11 +47,13 @@ def train(args: argparse.Namespace) -> int:
     if args.resume:
         config = _of_the_run(config, args)
     if args.print_config:
-        show(configs.to_toml("train", config).rstrip("\n"))
+        if rank() == 0:
+            show(configs.to_toml("train", config).rstrip("\n"))
         return 0
     configs.check_required("train", config)
     if config["lr_min"] >= config["lr"] and config["lr_schedule"] != "constant":
         raise ValueError(f"--lr-min must be below --lr {config['lr']:g}, got {config['lr_min']:g}")
+    check_sharding(config)
     check_sources(config)
     config = _absolute(config)
     if not args.dry_run:
@@ -64,7 +66,8 @@ def train(args: argparse.Namespace) -> int:
     if args.dry_run:
         from minitron_kernels.distillation.cli.estimate import of_training
 
-        show(of_training(config, job, device, len(held_out) if held_out is not None else 0))
+        if rank() == 0:
+            show(of_training(config, job, device, len(held_out) if held_out is not None else 0))
         return 0
     return _run(config, job, device, data, held_out, tokenizer, resume=args.resume)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from minitron_kernels._command.progress import Progress
@@ -21,15 +22,36 @@ from minitron_kernels.distillation.cli.interrupt import Interrupt
 from minitron_kernels.distillation.cli.job import Job, rank
 from minitron_kernels.distillation.cli.record import RunRecord, keep_last, mark_complete
 from minitron_kernels.distillation.trainers.hf import DistillationTrainer
+from minitron_kernels.distillation.trainers.hf_fsdp import (
+    check_shardable,
+    layer_classes,
+    shard_teacher,
+    whole_state,
+)
 
 _PRECISION = "ACCELERATE_MIXED_PRECISION"
 _SHOWN = {"loss": "loss", "kl": "kl", "tokens_per_second": "tokens/s"}
 
 
 def arguments_of(
-    config: Mapping[str, Any], job: Job, device: str, *, resumes: bool, has_experts: bool
+    config: Mapping[str, Any],
+    job: Job,
+    device: str,
+    *,
+    resumes: bool,
+    has_experts: bool,
+    sharded: list[str] | None = None,
 ) -> TrainingArguments:
-    """TrainingArguments as configured."""
+    """TrainingArguments as configured.
+
+    Args:
+        config: of train.
+        job: how much.
+        device: "cpu" or "cuda".
+        resumes: whether the run goes on from a checkpoint.
+        has_experts: whether parameters may have no gradient.
+        sharded: the classes of the layers that FSDP2 shards one by one; None: DDP.
+    """
     autocast = config["autocast"]
     schedules: dict[str, tuple[str, dict[str, float]]] = {
         "cosine": ("cosine_with_min_lr", {"min_lr": config["lr_min"]}),
@@ -57,6 +79,7 @@ def arguments_of(
         ddp_backend="gloo" if device == "cpu" and job.processes > 1 else None,
         ddp_find_unused_parameters=has_experts if job.processes > 1 else None,
         **(_checkpointing() if config["gradient_checkpointing"] else {}),
+        **(_sharding(sharded) if sharded is not None else {}),
         save_strategy="steps",
         save_steps=config["save_every"],
         logging_steps=config["log_every"],
@@ -78,6 +101,16 @@ def _checkpointing() -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     name = "activation" if "activation_checkpointing" in names else "gradient"
     return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
+
+
+def _sharding(layers: list[str]) -> dict[str, Any]:
+    """Arguments for FSDP2. Gradients are summed into the shards after each micro-batch: else each process
+    would hold all of them, whole, until the last one."""
+    return {
+        "fsdp": True,
+        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": layers},
+        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+    }
 
 
 class Watch(TrainerCallback):
@@ -187,10 +220,20 @@ def run(
     # an expert that got no token has no gradient, which DDP must be prepared for
     has_experts = any(getattr(student.config, name, None) for name in ("num_experts", "num_local_experts"))
     watch = Watch(record, interrupt, job, keep=config["keep"], quiet=config["quiet"])
+    sharded = None
+    if config["fsdp"]:
+        check_shardable(student)
+        sharded = layer_classes(student)
     with _precision_of_its_own():
+        resumes = checkpoint is not None
+        arguments = arguments_of(
+            config, job, device, resumes=resumes, has_experts=has_experts, sharded=sharded
+        )
+        if config["fsdp"] and isinstance(teacher, nn.Module):
+            shard_teacher(teacher, arguments.device)  # asking for the device joins the processes
         trainer = DistillationTrainer(
             student,
-            arguments_of(config, job, device, resumes=checkpoint is not None, has_experts=has_experts),
+            arguments,
             teacher=teacher,
             loss=loss,
             train_dataset=Shuffled(train_data, job.steps * job.per_step, config["seed"]),
@@ -208,9 +251,12 @@ def run(
 
 
 def save(student: Any, tokenizer: Any, config: Mapping[str, Any], dtype: Any) -> None:
-    """Writes the model and its tokenizer into the run's folder, on the first process."""
+    """Writes the model and its tokenizer into the run's folder, on the first process; all call."""
+    state = whole_state(student, dtype) if config["fsdp"] else None
     if rank() == 0:
-        student.to(dtype).save_pretrained(config["out"])
+        if state is None:
+            student.to(dtype)
+        student.save_pretrained(config["out"], state_dict=state)
         if tokenizer is not None:
             tokenizer.save_pretrained(config["out"])
 

@@ -274,6 +274,8 @@ def _check_training(config: Mapping[str, Any], where: str, processes: int) -> No
         raise ValueError(f"{where} needs one of steps, tokens and epochs, got {' and '.join(given)}")
     if config["lr_min"] >= config["lr"] and config["lr_schedule"] != "constant":
         raise ValueError(f"{where} lr_min must be below lr {config['lr']:g}, got {config['lr_min']:g}")
+    if config["fsdp"] and processes < 2:
+        raise ValueError(f"{where} fsdp = true shards over processes: [recipe] needs more than {processes}")
     steps = steps_of(config, processes)
     if steps is not None:
         try:

@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 
-from minitron_kernels.distillation.cli.estimate import Sized, memory_of_training, size_text
+from minitron_kernels.distillation.cli.estimate import (
+    Sized,
+    checkpoint_bytes,
+    memory_of_training,
+    size_text,
+)
 from minitron_kernels.distillation.cli.job import device_for
 from minitron_kernels.distillation.recipe.graph import Node, needs_teacher
 from minitron_kernels.pruning import count_usage
@@ -97,10 +102,10 @@ def training_memory(
     device = "cuda" if estimate["gpus"] > 1 else device_for(config["device"])
     own = _sized(student, config["dtype"])
     other = None if teacher is None else _sized(teacher, config.get("teacher_dtype", "auto"))
-    parts = memory_of_training(config, own, other, device)
+    parts = memory_of_training(config, own, other, device, config["processes"])
     most = ", ".join(f"{name} {size_text(nbytes)}" for name, nbytes in parts.items())
     facts = [("memory", f"{size_text(sum(parts.values()))} in each process: {most}")]
-    checkpoint = 3 * own.parameters * own.dtype.itemsize
+    checkpoint = checkpoint_bytes(config, own)
     facts.append(("disk", f"{size_text(checkpoint)} a checkpoint, {config['keep']} are kept while it trains"))
     if estimate["gpus"] > 1 and teacher is not None:
         facts += _sharded(node, student, teacher, estimate)

@@ -23,9 +23,9 @@ from minitron_kernels.distillation.recipe.targets import preview, round_argument
 from minitron_kernels.pruning import PruningPlan, make_plan
 
 MEMORY_NOTE = (
-    "memory: of each process of minitron-distill train, which has all of student and teacher (DDP), and",
-    "  so does `processes`. sharded: of each GPU where FSDP2 divides both over the GPUs, which this command",
-    "  does not; DistillationTrainer does it under accelerate",
+    "memory: of each process of minitron-distill train: with fsdp = true its shard of both models, and what",
+    "  is gathered; else all of student and teacher (DDP), whatever `processes` is. sharded: of each GPU,",
+    "  where FSDP2 divides both over the GPUs of [estimate]",
 )
 
 

@@ -29,6 +29,7 @@ from minitron_kernels.distillation.trainers.hf_checks import (
     check_options,
     check_setup,
 )
+from minitron_kernels.distillation.trainers.hf_fsdp import prepare_fsdp, tied_names
 from minitron_kernels.distillation.trainers.hf_metrics import Sums, Window
 from minitron_kernels.distillation.trainers.hf_state import add_to_student, load_loss, save_loss
 
@@ -112,6 +113,11 @@ class DistillationTrainer(Trainer):
         attach(model)
         check_models(model, self.teacher, self.distillation_loss, self._tokenizer)
         add_to_student(model, self.distillation_loss)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in Trainer; FSDP2 on CPUs too, and with the loss and the sums of gradients in fp32."""
+        super().create_accelerator_and_postprocess()
+        prepare_fsdp(self)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """The model that `model_init` makes, ready for distillation."""
@@ -229,6 +235,13 @@ class DistillationTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None:
             save_loss(self.distillation_loss, output_dir, self.args.process_index, self.args.should_save)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As in Trainer; of a sharded model a tied weight is written once, as of a plain one."""
+        if state_dict is not None and self.is_fsdp_enabled:
+            again = tied_names(self.model)
+            state_dict = {name: x for name, x in state_dict.items() if name not in again}
+        super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._training.paused():

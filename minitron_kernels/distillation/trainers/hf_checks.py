@@ -112,6 +112,11 @@ def check_setup(trainer: Any) -> None:
             "cannot gather the loss's parts: start one process a GPU (torchrun --nproc-per-node ...), or set "
             "CUDA_VISIBLE_DEVICES to one"
         )
+    if trainer.args.fsdp and not (trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled):
+        raise ValueError(
+            "args.fsdp would be ignored, since accelerate leaves it aside here: start the processes by "
+            "torchrun, or leave it out"
+        )
     for name in ("tp", "cp", "sp"):
         if (size := getattr(trainer, f"get_{name}_size")()) > 1:
             raise ValueError(

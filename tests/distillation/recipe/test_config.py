@@ -70,6 +70,7 @@ WRONG = [
     ({"recipe": {"data": None}}, r"\[score\] needs data: give it there, or in \[recipe\]"),
     ({"recipe": {"teacher": None}}, r"\[recipe\] needs teacher"),
     ({"plan": {"hidden_size": None, "intermediate_size": None}}, r"\[plan\] needs what stays: sizes"),
+    ({"distill": {"fsdp": True}}, r"\[distill\] fsdp = true shards over processes: \[recipe\] needs more"),
     ({"plan": {"layers_by": "loss"}}, r'layers_by = "loss" needs num_hidden_layers'),
     ({"plan": {"rounds": 2, "drop_layers": [1]}}, r"drop_layers names layers of the teacher"),
     ({"compare": {"a": {"plan": {"bye": "random"}}}}, r"\[compare\.a\] plan has an unknown key bye; did you"),
@@ -117,7 +118,7 @@ def test_published_settings(name, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert f"teacher     {teacher:,} parameters" in said and f"student     {student:,} parameters" in said
     assert f"steps of {step:,} tokens" in said and "not run here" in said
-    assert "sharded" in said and "not planned" not in said
+    assert "its shard" in said and "sharded" in said and "not planned" not in said
     assert "at the rate of [estimate]" in said
     assert "all of student and teacher (DDP)" in said and said.count("sharded: ") == 1
     assert not list(tmp_path.iterdir())
