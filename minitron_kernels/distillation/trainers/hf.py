@@ -238,7 +238,7 @@ class DistillationTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As in Trainer; of a sharded model a tied weight is written once, as of a plain one."""
-        if state_dict is not None and self.is_fsdp_enabled:
+        if state_dict is not None and self.model is not None and self.is_fsdp_enabled:
             again = tied_names(self.model)
             state_dict = {name: x for name, x in state_dict.items() if name not in again}
         super()._save(output_dir, state_dict)
