@@ -29,7 +29,7 @@ Options can stand in a TOML file too: --print-config writes one, --config reads 
 TRAIN_EXAMPLES = """\
 examples:
   minitron-distill train --config distill.toml --dry-run
-  minitron-distill train --config distill.toml --lr 5e-5 -o other
+  minitron-distill train --config distill.toml --seed 1 -o other
   minitron-distill train -o distilled --resume
   torchrun --nproc-per-node 8 -m minitron_kernels.distillation train --config distill.toml
 

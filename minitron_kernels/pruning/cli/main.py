@@ -150,7 +150,7 @@ def prune(args: argparse.Namespace) -> None:
     files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}{kept}"
     show(
         f"{args.dst}: {done.parameters_before:,} → {done.parameters_after:,} parameters, "
-        f"{done.nbytes / 1e9:.2f} GB in {files}"
+        f"{done.nbytes / 1e9:.3g} GB in {files}"
     )
 
 
