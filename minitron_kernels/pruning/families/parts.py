@@ -208,9 +208,12 @@ def heads_alike(config: Config) -> str | None:
     return one_key_for_each_head(config) or heads_fill_hidden(config)
 
 
-def two_experts(config: Config) -> str | None:
-    """A `refuses` for routers that add up the two best experts of each group, of which there may be one."""
-    experts, groups = config_value(config, "n_routed_experts", 2), config_value(config, "n_group", 1) or 1
+def two_experts(config: Config, key: str = "n_routed_experts") -> str | None:
+    """A `refuses` for routers that add up the two best experts of each group, of which there may be one.
+
+    key: of the number of experts.
+    """
+    experts, groups = config_value(config, key, 2), config_value(config, "n_group", 1) or 1
     if not experts or experts // groups >= 2:
         return None
-    return f"its router compares groups by their two best experts, but n_routed_experts is {experts}"
+    return f"its router compares groups by their two best experts, but {key} is {experts}"

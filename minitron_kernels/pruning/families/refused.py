@@ -82,11 +82,10 @@ REFUSALS: tuple[Refusal, ...] = (
         ),
     ),
     Refusal(
-        "positions that are added to the residual stream as sines of a channel's number (CTRL, XGLM), "
-        "LayerNorms behind each addition (the first GPT), or embeddings that are scaled where the config "
-        "says so (BioGPT)",
-        f"{_TABLE}, for MLP, layers and, but for the first two, hidden",
-        ("biogpt", "ctrl", "openai-gpt", "xglm"),
+        "positions that are added to the residual stream as sines of a channel's number (CTRL, XGLM), or "
+        "LayerNorms behind each addition (the first GPT)",
+        f"{_TABLE}, for MLP and layers",
+        ("ctrl", "openai-gpt", "xglm"),
     ),
     Refusal(
         "the config of gpt2 under another name",
@@ -94,15 +93,9 @@ REFUSALS: tuple[Refusal, ...] = (
         ("gpt-sw3",),
     ),
     Refusal(
-        "slopes of ALiBi that follow from a head's number, which changes when heads are cut",
-        f"{_TABLE}, for layers, as that of BLOOM",
-        ("mpt",),
-    ),
-    Refusal(
-        "one projection to queries, keys and values in another order than KV group after KV group, or an MLP "
-        "whose size follows from hidden_size",
+        "an MLP whose size follows from hidden_size, and a bias in the last layer alone",
         _TABLE,
-        ("codegen", "gpt_neox_japanese"),
+        ("gpt_neox_japanese",),
     ),
     Refusal(
         "keys and values that are projected through a latent of all heads (MLA), and key and value heads of "
@@ -177,14 +170,13 @@ REFUSALS: tuple[Refusal, ...] = (
         "experts whose router, shared experts or stored names no table describes",
         _TABLE,
         (
-            *("afmoe", "cohere2_moe", "dbrx", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint"),
+            *("afmoe", "cohere2_moe", "dbrx", "ernie4_5_moe", "flint"),
             *(
-                "granitemoe_swa",
                 "hunyuan_v1_moe",
                 "hy_v3",
             ),
-            *("jetmoe", "kolibri1", "laguna", "mellum", "mimo_v2_flash", "phimoe"),
-            *("sarvam_moe", "solar_open"),
+            *("jetmoe", "kolibri1", "laguna", "mimo_v2_flash", "phimoe"),
+            "sarvam_moe",
         ),
     ),
 )

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from pruning.family_case import Case, Places
-from pruning.family_configs.dense import WIDE
+from pruning.family_configs.dense import OLMO2, WIDE, WINDOWS
 
 DENSE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 CHOICE = {"num_experts": 4, **DENSE}
@@ -22,6 +22,18 @@ LATENT = {
 SQUARE = (
     *((f"self_attn.{name}.{kind}", 0) for name in ("q_proj", "q_norm") for kind in ("weight", "bias")),
     ("self_attn.o_proj.weight", 1),
+)
+
+
+GRANITE_SHARED = {
+    **{"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True},
+    **{"intermediate_size": 24, "shared_intermediate_size": 80, "residual_multiplier": 0.5},
+}
+GRANITE_PLACES = Places(
+    mlp_in="shared_mlp.input_linear",
+    mlp_part=(1, 2),
+    mlp_out="shared_mlp.output_linear",
+    experts="block_sparse_moe.experts",
 )
 
 
@@ -139,6 +151,14 @@ CASES = (
         **WIDE,
     ),
     Case(
+        "flex_olmo",
+        {"num_experts": 4, "num_experts_per_tok": 2, "attention_bias": True},
+        {"num_experts": 3},
+        route=route(softmax, False),
+        **OLMO2,
+        **WIDE,
+    ),
+    Case(
         "granitemoe",
         {
             "num_local_experts": 4,
@@ -155,18 +175,23 @@ CASES = (
     ),
     Case(
         "granitemoeshared",
-        {
-            **{"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True},
-            **{"intermediate_size": 24, "shared_intermediate_size": 80, "residual_multiplier": 0.5},
-        },
+        GRANITE_SHARED,
         {"intermediate_size": 16, "shared_intermediate_size": 48, "num_local_experts": 3},
-        places=Places(
-            mlp_in="shared_mlp.input_linear",
-            mlp_part=(1, 2),
-            mlp_out="shared_mlp.output_linear",
-            experts="block_sparse_moe.experts",
-        ),
+        places=GRANITE_PLACES,
         route=route(softmax, True, "block_sparse_moe.router"),
+    ),
+    Case(
+        "granitemoe_swa",
+        {**GRANITE_SHARED, **WINDOWS, "layer_rope_theta": [10000.0, 0.0, 500.0]},
+        {"intermediate_size": 16, "shared_intermediate_size": 48, "num_local_experts": 3},
+        places=GRANITE_PLACES,
+        route=route(softmax, True, "block_sparse_moe.router"),
+    ),
+    Case(
+        "mellum",
+        {**{**CHOICE, **WINDOWS, "attention_bias": True}, "mlp_layer_types": ["dense", "dense", "sparse"]},
+        {"num_experts": 3, "moe_intermediate_size": 16},
+        route=route(softmax, True),
     ),
     Case(
         "dots1",
@@ -175,6 +200,26 @@ CASES = (
             **{"attention_bias": True, "norm_topk_prob": True, "routed_scaling_factor": 1.5},
         },
         {"n_routed_experts": 3},
+        route=route(sigmoid, True),
+        fixed=("expert_mlp", "moe_intermediate_size", 16),
+    ),
+    Case(
+        "exaone_moe",
+        {
+            **{**CHOICE, "num_shared_experts": 2, "mlp_layer_types": ["dense", "dense", "sparse"]},
+            **{**WINDOWS, "routed_scaling_factor": 1.5},
+        },
+        {"num_experts": 3},
+        route=route(sigmoid, True),
+        fixed=("expert_mlp", "moe_intermediate_size", 16),
+    ),
+    Case(
+        "solar_open",
+        {
+            **{**DENSE, "n_routed_experts": 4, "intermediate_size": None},
+            **{"attention_bias": True, "routed_scaling_factor": 1.5},
+        },
+        {"n_routed_experts": 3, "intermediate_size": None},
         route=route(sigmoid, True),
         fixed=("expert_mlp", "moe_intermediate_size", 16),
     ),

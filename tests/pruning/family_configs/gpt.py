@@ -16,6 +16,21 @@ IN_TRANSFORMER = dict(
     layers="transformer.h", embedding="transformer.wte", final_norm="transformer.ln_f", mlp_in="mlp.c_fc"
 )
 GPT_NORMS = dict(norms=("ln_1", "ln_2"), scored=("ln_1", "ln_2"))
+# a target without what the others have
+NOTHING = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"))
+LIKE_OPT = dict(
+    attention_out="self_attn.out_proj",
+    mlp_in="fc1",
+    mlp_out="fc2",
+    norms=("self_attn_layer_norm", "final_layer_norm"),
+    scored=("self_attn_layer_norm", "final_layer_norm"),
+)
+BIOGPT = dict(
+    layers="biogpt.layers",
+    embedding="biogpt.embed_tokens",
+    positions="biogpt.embed_positions",
+    final_norm="biogpt.layer_norm",
+)
 WPE = dict(positions="transformer.wpe")
 QKV = dict(
     layers="transformer.h",
@@ -59,8 +74,7 @@ CASES = (
         "gptj",
         {**GPT, "rotary_dim": 8},
         # by the names that its config has
-        {**dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"))}
-        | {"n_embd": 24, "n_inner": 48, "n_head": 2},
+        {**NOTHING, "n_embd": 24, "n_inner": 48, "n_head": 2},
         places=Places(
             **{**IN_TRANSFORMER, "mlp_in": "mlp.fc_in"},
             mlp_out="mlp.fc_out",
@@ -101,11 +115,7 @@ CASES = (
             embedding="model.decoder.embed_tokens",
             positions="model.decoder.embed_positions",
             final_norm="model.decoder.final_layer_norm",
-            attention_out="self_attn.out_proj",
-            mlp_in="fc1",
-            mlp_out="fc2",
-            norms=("self_attn_layer_norm", "final_layer_norm"),
-            scored=("self_attn_layer_norm", "final_layer_norm"),
+            **LIKE_OPT,
         ),
         square=square("self_attn", "out_proj"),
         **MEAN,
@@ -118,7 +128,7 @@ CASES = (
             "n_layer": 3,
             "n_head": 4,
         },
-        dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")),
+        NOTHING,
         places=Places(**QKV),
         fixed=("hidden", "hidden_size", 32),
         unscored=("energy", "heads", "mlp"),
@@ -137,5 +147,44 @@ CASES = (
         places=Places(**QKV, norms=("ln_attn", "ln_mlp"), scored=("ln_attn", "ln_mlp")),
         square=(("self_attention.dense.weight", 1),),
         **MEAN,
+    ),
+    Case(
+        "biogpt",
+        NO_HEAD_DIM,
+        ALL_HEADS,
+        places=Places(**BIOGPT, **LIKE_OPT),
+        square=square("self_attn", "out_proj"),
+        **MEAN,
+    ),
+    Case(
+        "codegen",
+        {**GPT, "rotary_dim": 8},
+        {**NOTHING, "n_inner": 48},
+        places=Places(
+            **{**IN_TRANSFORMER, "mlp_in": "mlp.fc_in"},
+            mlp_out="mlp.fc_out",
+            attention_out="attn.out_proj",
+            norms=("ln_1",),
+            scored=("ln_1",),
+        ),
+        fixed=("hidden", "n_embd", 24),
+        unscored=("energy", "heads"),
+    ),
+    Case(
+        "mpt",
+        {**OTHER, "d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 64},
+        NOTHING,
+        places=Places(
+            layers="transformer.blocks",
+            embedding="transformer.wte",
+            final_norm="transformer.norm_f",
+            attention_out="attn.out_proj",
+            mlp_in="ffn.up_proj",
+            mlp_out="ffn.down_proj",
+            norms=("norm_1", "norm_2"),
+            scored=("norm_1", "norm_2"),
+        ),
+        fixed=("hidden", "d_model", 24),
+        unscored=("energy", "heads", "mlp"),
     ),
 )

@@ -8,6 +8,7 @@ from minitron_kernels.pruning.families.tables import (  # noqa: F401  they regis
     hybrid_heads,
     layernorm,
     mamba,
+    older,
     shared_experts,
     short_convolutions,
     wrapped,

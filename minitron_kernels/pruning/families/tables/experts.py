@@ -7,6 +7,7 @@ import dataclasses
 from minitron_kernels.pruning.families.configs import Config, config_value
 from minitron_kernels.pruning.families.family import Family, Param, Taps
 from minitron_kernels.pruning.families.parts import (
+    POST_NORMS,
     TWO_NORMS,
     WIDE_NORM,
     always,
@@ -14,6 +15,7 @@ from minitron_kernels.pruning.families.parts import (
     experts,
     flag,
     gated_mlp,
+    is_of,
     linear,
     norms,
     one_by_one,
@@ -71,6 +73,28 @@ register_family(
     )
 )
 
+# Mellum 2: the same, where the config has the kind of each layer's MLP and of its attention
+_MELLUM_SPARSE = is_of("sparse", "mlp_layer_types")
+_MELLUM = (
+    *attention(qkv_bias=_BIAS, out_bias=_BIAS, qk_norm=True),
+    *_NORMS,
+    *gated_mlp(when=unless(_MELLUM_SPARSE)),
+)
+register_family(
+    Family(
+        ("mellum",),
+        layer=(*_MELLUM, *experts("mlp", _MELLUM_SPARSE)),
+        stored_layer=(*_MELLUM, *one_by_one("mlp", _MELLUM_SPARSE)),
+        taps=Taps(experts="mlp.experts"),
+        size_keys={
+            "expert_mlp": ("moe_intermediate_size",),
+            "experts": ("num_experts", "num_local_experts"),
+        },
+        is_sparse=_MELLUM_SPARSE,
+        per_layer_keys=("layer_types", "mlp_layer_types"),
+    )
+)
+
 # ---- MiniMax-M2: norms over all heads, and a learned correction of the router's choice
 
 _MINIMAX = (*attention(wide_norm=True), *_NORMS)
@@ -122,6 +146,21 @@ register_family(
     )
 )
 
+# ---- FlexOlmo: OLMo 2, whose norms are behind attention and MLP, with OLMoE's experts
+
+_FLEX = (*attention(qkv_bias=_BIAS, out_bias=_BIAS, wide_norm=True), *norms(*POST_NORMS))
+register_family(
+    Family(
+        ("flex_olmo",),
+        layer=(*_FLEX, *experts("mlp")),
+        stored_layer=(*_FLEX, *one_by_one("mlp")),
+        taps=dataclasses.replace(_EXPERT_TAPS, scored_norms=POST_NORMS, norms=POST_NORMS),
+        size_keys={**_ONLY_EXPERTS, "experts": ("num_experts", "num_local_experts")},
+        is_sparse=always,
+        approximates={"heads": WIDE_NORM, "kv_heads": WIDE_NORM},
+    )
+)
+
 # ---- Granite-MoE
 
 _GRANITE = (*attention(qkv_bias=_BIAS, out_bias=_BIAS), *_NORMS)
@@ -169,6 +208,17 @@ register_family(
             experts=f"{_GRANITE_BLOCK}.experts",
         ),
         size_keys={**_ONLY_EXPERTS, "mlp": ("shared_intermediate_size",)},
+    )
+)
+
+_shared = family_of({"model_type": "granitemoeshared"})
+register_family(
+    dataclasses.replace(
+        _shared,
+        model_types=("granitemoe_swa",),
+        layer=(*_shared.layer, Param("self_attn.sinks", "num_heads")),
+        stored_layer=None,
+        per_layer_keys=("layer_types", "layer_rope_theta"),
     )
 )
 

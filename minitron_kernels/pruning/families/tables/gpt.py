@@ -24,11 +24,11 @@ from minitron_kernels.pruning.families.registry import register_family
 from minitron_kernels.pruning.families.states import State
 from minitron_kernels.pruning.families.stored_names import StoredNames
 
-_HIDDEN = {"hidden": MEAN_OF_FEWER}
+HIDDEN = {"hidden": MEAN_OF_FEWER}
 # a head of its own for each query; no head_dim
-_NO_KEYS: dict[str, tuple[str, ...]] = {"kv_heads": (), "head_dim": ()}
-_GPT_SIZES = {
-    **_NO_KEYS,
+NO_KEYS: dict[str, tuple[str, ...]] = {"kv_heads": (), "head_dim": ()}
+GPT_SIZES = {
+    **NO_KEYS,
     "hidden": ("n_embd", "hidden_size"),
     "layers": ("n_layer", "num_hidden_layers"),
     "heads": ("n_head", "num_attention_heads"),
@@ -36,16 +36,16 @@ _GPT_SIZES = {
     "positions": ("n_positions", "max_position_embeddings"),
 }
 _GPT_NORMS = ("ln_1", "ln_2")
-_ALIBI = "ALiBi gives each head a slope by its number and by the number of heads"
-_ALIBI_HIDDEN = f"a head has hidden_size / heads channels, and heads stay: {_ALIBI}"
+ALIBI = "ALiBi gives each head a slope by its number and by the number of heads"
+ALIBI_HIDDEN = f"a head has hidden_size / heads channels, and heads stay: {ALIBI}"
 
 
-def _or_four_times(key: str, hidden: str) -> Callable[[Config], int]:
+def or_four_times(key: str, hidden: str) -> Callable[[Config], int]:
     """The size of an MLP that is 4 · hidden where the config does not say it."""
     return lambda config: config_value(config, key) or 4 * config_value(config, hidden)
 
 
-def _outer(
+def outer_of(
     root: str, embedding: str, norm: str, *, positions: str = "", head_bias: bool = False
 ) -> tuple[Param, ...]:
     """The parameters around the layers; positions: the name of their embedding, "" where there is none."""
@@ -57,13 +57,13 @@ def _outer(
     )
 
 
-_IN_TRANSFORMER: dict[str, Any] = dict(
+IN_TRANSFORMER: dict[str, Any] = dict(
     layers="transformer.h", final_norm="transformer.ln_f", embedding="transformer.wte"
 )
 _MASKS = StoredNames(computed=("attn.bias", "attn.masked_bias"))
 # of GPT-2 and StarCoder, which lay the weights of attention and MLP out differently
 _LIKE_GPT2: dict[str, Any] = dict(
-    outer=_outer("transformer", "wte", "ln_f", positions="wpe"),
+    outer=outer_of("transformer", "wte", "ln_f", positions="wpe"),
     taps=Taps(
         attention_out="attn.c_proj",
         mlp_down="mlp.c_proj",
@@ -71,10 +71,10 @@ _LIKE_GPT2: dict[str, Any] = dict(
         scored_norms=_GPT_NORMS,
         norms=_GPT_NORMS,
     ),
-    size_keys=_GPT_SIZES,
-    approximates=_HIDDEN,
+    size_keys=GPT_SIZES,
+    approximates=HIDDEN,
     stored_names=_MASKS,
-    **_IN_TRANSFORMER,
+    **IN_TRANSFORMER,
 )
 
 # ---- GPT-2: Conv1D, linear layers whose weights are [in, out]
@@ -87,7 +87,7 @@ def _conv1d(name: str, inputs: str, outputs: str) -> tuple[Param, ...]:
 def _gpt2_mlp(config: Config) -> int:
     if config_value(config, "add_cross_attention", False):
         raise ValueError("the config has add_cross_attention: prune a decoder without cross-attention")
-    return _or_four_times("n_inner", "n_embd")(config)
+    return or_four_times("n_inner", "n_embd")(config)
 
 
 def _gpt2_fixed(config: Config) -> Mapping[str, str]:
@@ -140,7 +140,7 @@ register_family(
 
 # ---- GPT-J: rotary positions, attention and MLP beside each other, a bias of the head
 
-_ONE_NORM = ("ln_1",)
+ONE_NORM = ("ln_1",)
 register_family(
     Family(
         ("gptj",),
@@ -148,15 +148,15 @@ register_family(
             *attention(block="attn", out="out_proj"),
             *linear("mlp.fc_in", "mlp, hidden", True),
             *linear("mlp.fc_out", "hidden, mlp", True),
-            *norms(*_ONE_NORM, bias=True),
+            *norms(*ONE_NORM, bias=True),
         ),
-        outer=_outer("transformer", "wte", "ln_f", head_bias=True),
-        taps=Taps("attn.out_proj", "mlp.fc_out", "mlp.fc_in", scored_norms=_ONE_NORM, norms=_ONE_NORM),
-        size_keys=_GPT_SIZES,
-        computed={"mlp": _or_four_times("n_inner", "n_embd")},
-        approximates=_HIDDEN,
+        outer=outer_of("transformer", "wte", "ln_f", head_bias=True),
+        taps=Taps("attn.out_proj", "mlp.fc_out", "mlp.fc_in", scored_norms=ONE_NORM, norms=ONE_NORM),
+        size_keys=GPT_SIZES,
+        computed={"mlp": or_four_times("n_inner", "n_embd")},
+        approximates=HIDDEN,
         stored_names=_MASKS,
-        **_IN_TRANSFORMER,
+        **IN_TRANSFORMER,
     )
 )
 
@@ -177,28 +177,28 @@ register_family(
             *linear("mlp.c_proj", "hidden, mlp", True),
             *norms(*_GPT_NORMS, bias=True),
         ),
-        outer=_outer("transformer", "wte", "ln_f", positions="wpe"),
+        outer=outer_of("transformer", "wte", "ln_f", positions="wpe"),
         taps=Taps(
             "attn.attention.out_proj", "mlp.c_proj", "mlp.c_fc", scored_norms=_GPT_NORMS, norms=_GPT_NORMS
         ),
         size_keys={
-            **_NO_KEYS,
+            **NO_KEYS,
             "layers": ("num_layers", "num_hidden_layers"),
             "heads": ("num_heads", "num_attention_heads"),
             "positions": ("max_position_embeddings",),
         },
-        computed={"mlp": _or_four_times("intermediate_size", "hidden_size")},
+        computed={"mlp": or_four_times("intermediate_size", "hidden_size")},
         layer_entries=_gpt_neo_layers,
-        approximates=_HIDDEN,
+        approximates=HIDDEN,
         stored_names=StoredNames(computed=("attn.attention.bias", "attn.attention.masked_bias")),
-        **_IN_TRANSFORMER,
+        **IN_TRANSFORMER,
     )
 )
 
 # ---- OPT
 
 _OPT_BIAS = flag("enable_bias", True)
-_OPT_NORMS = ("self_attn_layer_norm", "final_layer_norm")
+OPT_NORMS = ("self_attn_layer_norm", "final_layer_norm")
 
 
 def _opt_positions(config: Config) -> int:
@@ -225,17 +225,17 @@ register_family(
             *attention(qkv_bias=_OPT_BIAS, out_bias=_OPT_BIAS, out="out_proj"),
             *linear("fc1", "mlp, hidden", _OPT_BIAS),
             *linear("fc2", "hidden, mlp", _OPT_BIAS),
-            *norms(*_OPT_NORMS, bias=True),
+            *norms(*OPT_NORMS, bias=True),
         ),
-        outer=_outer("model.decoder", "embed_tokens", "final_layer_norm", positions="embed_positions"),
-        taps=Taps("self_attn.out_proj", "fc2", "fc1", scored_norms=_OPT_NORMS, norms=_OPT_NORMS),
+        outer=outer_of("model.decoder", "embed_tokens", "final_layer_norm", positions="embed_positions"),
+        taps=Taps("self_attn.out_proj", "fc2", "fc1", scored_norms=OPT_NORMS, norms=OPT_NORMS),
         layers="model.decoder.layers",
         final_norm="model.decoder.final_layer_norm",
         embedding="model.decoder.embed_tokens",
-        size_keys={**_NO_KEYS, "mlp": ("ffn_dim", "intermediate_size")},
+        size_keys={**NO_KEYS, "mlp": ("ffn_dim", "intermediate_size")},
         computed={"positions": _opt_positions},
         derived={"word_embed_proj_dim": lambda sizes, config: sizes["hidden"]},
-        approximates=_HIDDEN,
+        approximates=HIDDEN,
     )
 )
 
@@ -262,22 +262,22 @@ register_family(
         layer=(*_qkv_layer(True), *norms(*_BLOOM_NORMS, bias=True)),
         outer=(
             *norms("transformer.word_embeddings_layernorm", bias=True),
-            *_outer("transformer", "word_embeddings", "ln_f"),
+            *outer_of("transformer", "word_embeddings", "ln_f"),
         ),
         taps=Taps(**_QKV_TAPS, scored_norms=_BLOOM_NORMS, norms=_BLOOM_NORMS),
         layers="transformer.h",
         final_norm="transformer.ln_f",
         embedding="transformer.word_embeddings",
         size_keys={
-            **_NO_KEYS,
+            **NO_KEYS,
             "layers": ("n_layer", "num_hidden_layers"),
             "heads": ("n_head", "num_attention_heads"),
             "mlp": (),
         },
         computed={"mlp": lambda config: 4 * config_value(config, "hidden_size")},
         fixed=lambda config: {
-            **dict.fromkeys(("heads", "kv_heads"), _ALIBI),
-            "hidden": _ALIBI_HIDDEN,
+            **dict.fromkeys(("heads", "kv_heads"), ALIBI),
+            "hidden": ALIBI_HIDDEN,
             "mlp": "it has 4 · hidden_size neurons",
         },
     )
@@ -297,7 +297,7 @@ def _falcon_fixed(config: Config) -> Mapping[str, str]:
     if not config_value(config, "new_decoder_architecture", False):
         fixed["kv_heads"] = "without new_decoder_architecture there is one, or one for each query head"
     if config_value(config, "alibi", False):
-        fixed |= {**dict.fromkeys(("heads", "kv_heads"), _ALIBI), "hidden": _ALIBI_HIDDEN}
+        fixed |= {**dict.fromkeys(("heads", "kv_heads"), ALIBI), "hidden": ALIBI_HIDDEN}
     return fixed
 
 
@@ -320,7 +320,7 @@ register_family(
             *norms("input_layernorm", bias=True, when=unless(_TWO)),
             *norms("post_attention_layernorm", bias=True, when=unless(_PARALLEL)),
         ),
-        outer=_outer("transformer", "word_embeddings", "ln_f"),
+        outer=outer_of("transformer", "word_embeddings", "ln_f"),
         taps=Taps(**_QKV_TAPS, scored_norms=_FALCON_NORMS, norms=_FALCON_NORMS),
         layers="transformer.h",
         final_norm="transformer.ln_f",
@@ -333,7 +333,7 @@ register_family(
         computed={"kv_heads": _kv_heads},
         fixed=_falcon_fixed,
         restated={"n_embed": lambda config: config["hidden_size"]},
-        approximates=_HIDDEN,
+        approximates=HIDDEN,
         # the new architecture repeats keys and values for each query head before it keeps them
         token_states=(State("heads+heads", _IS_NEW), State("kv_heads+kv_heads", unless(_IS_NEW))),
     )

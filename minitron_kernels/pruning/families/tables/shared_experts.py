@@ -104,7 +104,7 @@ def _fixed(config: Config) -> Mapping[str, str]:
     return {**fixed, "expert_mlp": _SHARED_SIZE}
 
 
-_CORRECTION = Param("mlp.gate.e_score_correction_bias", "experts", _is_sparse, buffer=True)
+_CORRECTION = "mlp.gate.e_score_correction_bias"
 _FIRST_DENSE: dict[str, Any] = dict(dense_layers=lambda layers: {"first_k_dense_replace": len(layers)})
 
 
@@ -113,32 +113,38 @@ def _deepseek_like(
     attention: tuple[Param, ...],
     *,
     corrected: bool = True,
+    stored_correction: str = _CORRECTION,
     mlp_bias: When | bool = False,
     sparse: When = _is_sparse,
+    experts_key: str = "n_routed_experts",
     refuses: Callable[[Config], str | None] = lambda config: None,
     **more: Any,
 ) -> Family:
     """Dense layers, and others with experts that are chosen and shared ones.
 
-    corrected: whether a learned correction is added for the router's choice. mlp_bias: of dense layers and
-    shared experts. sparse: which layers have experts.
+    corrected: whether a learned correction is added for the router's choice; stored_correction: its name in
+    checkpoints. mlp_bias: of dense layers and shared experts. sparse: which layers have experts.
+    experts_key: of how many.
     """
     common = (
         *attention,
         *norms(*TWO_NORMS),
         *gated_mlp(mlp_bias, unless(sparse)),
         *shared_expert("mlp.shared_experts", sparse, mlp_bias),
-        *((dataclasses.replace(_CORRECTION, when=sparse),) if corrected else ()),
     )
+
+    def correction(name: str) -> tuple[Param, ...]:
+        return (Param(name, "experts", sparse, buffer=True),) if corrected else ()
+
     return Family(
         (model_type,),
-        layer=(*common, *experts("mlp", sparse)),
-        stored_layer=(*common, *one_by_one("mlp", sparse)),
+        layer=(*common, *correction(_CORRECTION), *experts("mlp", sparse)),
+        stored_layer=(*common, *correction(stored_correction), *one_by_one("mlp", sparse)),
         taps=Taps(experts="mlp.experts"),
         is_sparse=sparse,
         fixed=_fixed,
         # of these the routers compare groups by the sum of their two best
-        refuses=lambda config: refuses(config) or (two_experts(config) if corrected else None),
+        refuses=lambda config: refuses(config) or (two_experts(config, experts_key) if corrected else None),
         **more,
     )
 
@@ -149,8 +155,13 @@ _EXPERT_KEYS = {
 }
 
 
-def _shared_size(config: Config) -> int:
-    return config_value(config, "moe_intermediate_size") * config_value(config, "n_shared_experts", 1)
+def _neurons(number_key: str) -> Callable[[Config], int]:
+    """The neurons of all shared experts, of which the config has the number under this key."""
+    return lambda config: config_value(config, "moe_intermediate_size") * config_value(config, number_key, 1)
+
+
+_shared_size = _neurons("n_shared_experts")
+_MLP_KINDS = is_of("sparse", "mlp_layer_types")  # where the config has the kind of each layer's MLP
 
 
 _GLM4 = attention(qkv_bias=_BIAS, qk_norm=flag("use_qk_norm"))
@@ -165,6 +176,32 @@ for _type, _attention in (("glm4_moe", _GLM4), ("dots1", _DOTS)):
             **_FIRST_DENSE,
         )
     )
+# K-EXAONE: dots.llm1 by other keys, and windows
+register_family(
+    _deepseek_like(
+        "exaone_moe",
+        attention(qk_norm=True),
+        stored_correction="mlp.e_score_correction_bias",
+        sparse=_MLP_KINDS,
+        experts_key="num_experts",
+        per_layer_keys=("layer_types", "mlp_layer_types"),
+        size_keys={"expert_mlp": ("moe_intermediate_size",), "experts": ("num_experts",)},
+        computed={"shared_mlp": _neurons("num_shared_experts")},
+    )
+)
+# Solar Open: no dense layers
+register_family(
+    dataclasses.replace(
+        _deepseek_like(
+            "solar_open",
+            attention(qkv_bias=_BIAS),
+            sparse=always,
+            size_keys={**_EXPERT_KEYS, "mlp": ()},
+            computed={"shared_mlp": _shared_size},
+        ),
+        taps=Taps(mlp_down=None, mlp_up=None, experts="mlp.experts"),
+    )
+)
 
 
 def _compresses_queries(config: Config, layer: int) -> bool:
@@ -217,7 +254,7 @@ register_family(
     _deepseek_like(
         "glm4_moe_lite",
         _LATENT,
-        sparse=is_of("sparse", "mlp_layer_types"),
+        sparse=_MLP_KINDS,
         per_layer_keys=("layer_types", "mlp_layer_types"),
         **_LATENT_SIZES,
     )
