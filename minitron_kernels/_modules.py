@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:  # commands that need no torch import this
+    from torch import nn
 
 
 @contextmanager
