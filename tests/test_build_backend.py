@@ -433,7 +433,11 @@ def test_an_extension_of_other_sources_is_not_used(monkeypatch, tmp_path, age, c
     assert all(words in reason for words in differences) and ("(" in reason.split(": ")[0]) == bool(
         differences
     )
-    remedy = f"pip install . (or -e .) in {ROOT} builds it anew" if checkout else "--force-reinstall"
+    remedy = (
+        f"pip install . (or -e .) in {_native._HERE.parent} builds it anew"
+        if checkout
+        else "--force-reinstall"
+    )
     assert remedy in reason
 
 

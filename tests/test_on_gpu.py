@@ -91,8 +91,14 @@ def run(tmp_path):
         env |= {"MINITRON_ON_GPU_GRACE": "1", "TMPDIR": str(tmp_path / "tmp")} | settings
         (tmp_path / "tmp").mkdir(exist_ok=True)
         command = ["bash", str(script), str(tmp_path / "out"), *arguments]
+        # what ignores SIGINT when it begins, as jobs in the background do, cannot catch it
         process = subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         started.append(process)
         if not wait:
