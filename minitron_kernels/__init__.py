@@ -9,7 +9,7 @@ torch is loaded already all are imported at once: the ops are then under torch.o
 import sys
 from typing import TYPE_CHECKING
 
-from minitron_kernels._lazy import load
+from minitron_kernels._lazy import attach, load
 
 if TYPE_CHECKING:
     from minitron_kernels._workspace import release_workspaces, workspace_bytes_held
@@ -92,13 +92,7 @@ _HOMES = {
 }
 
 if not TYPE_CHECKING:  # else every name would be known to a type checker
-
-    def __getattr__(name):
-        return load(__name__, _HOMES, name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    __getattr__, __dir__ = attach(__name__, _HOMES)
 
 
 if "torch" in sys.modules:

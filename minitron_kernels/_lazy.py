@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -24,3 +24,12 @@ def load(package: str, homes: Mapping[str, str], name: str) -> Any:
     value = getattr(importlib.import_module(homes[name]), name)
     setattr(sys.modules[package], name, value)
     return value
+
+
+def attach(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of a package all of whose public names are imported so; see load()."""
+
+    def get(name: str) -> Any:
+        return load(package, homes, name)
+
+    return get, lambda: sorted(homes)

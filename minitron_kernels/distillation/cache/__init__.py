@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from minitron_kernels._lazy import load
+from minitron_kernels._lazy import attach
 
 if TYPE_CHECKING:
     from minitron_kernels.distillation.cache.fill import CacheRun, cache_teacher, teacher_spec
@@ -50,10 +50,4 @@ _HOMES = {
 }
 
 if not TYPE_CHECKING:  # else every name would be known to a type checker
-
-    def __getattr__(name):
-        return load(__name__, _HOMES, name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    __getattr__, __dir__ = attach(__name__, _HOMES)
