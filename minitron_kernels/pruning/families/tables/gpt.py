@@ -27,7 +27,7 @@ from minitron_kernels.pruning.families.stored_names import StoredNames
 HIDDEN = {"hidden": MEAN_OF_FEWER}
 # a head of its own for each query; no head_dim
 NO_KEYS: dict[str, tuple[str, ...]] = {"kv_heads": (), "head_dim": ()}
-GPT_SIZES = {
+_GPT_SIZES = {
     **NO_KEYS,
     "hidden": ("n_embd", "hidden_size"),
     "layers": ("n_layer", "num_hidden_layers"),
@@ -40,12 +40,12 @@ ALIBI = "ALiBi gives each head a slope by its number and by the number of heads"
 ALIBI_HIDDEN = f"a head has hidden_size / heads channels, and heads stay: {ALIBI}"
 
 
-def or_four_times(key: str, hidden: str) -> Callable[[Config], int]:
+def _or_four_times(key: str, hidden: str) -> Callable[[Config], int]:
     """The size of an MLP that is 4 · hidden where the config does not say it."""
     return lambda config: config_value(config, key) or 4 * config_value(config, hidden)
 
 
-def outer_of(
+def _outer_of(
     root: str, embedding: str, norm: str, *, positions: str = "", head_bias: bool = False
 ) -> tuple[Param, ...]:
     """The parameters around the layers; positions: the name of their embedding, "" where there is none."""
@@ -57,13 +57,13 @@ def outer_of(
     )
 
 
-IN_TRANSFORMER: dict[str, Any] = dict(
+_IN_TRANSFORMER: dict[str, Any] = dict(
     layers="transformer.h", final_norm="transformer.ln_f", embedding="transformer.wte"
 )
 _MASKS = StoredNames(computed=("attn.bias", "attn.masked_bias"))
 # of GPT-2 and StarCoder, which lay the weights of attention and MLP out differently
 _LIKE_GPT2: dict[str, Any] = dict(
-    outer=outer_of("transformer", "wte", "ln_f", positions="wpe"),
+    outer=_outer_of("transformer", "wte", "ln_f", positions="wpe"),
     taps=Taps(
         attention_out="attn.c_proj",
         mlp_down="mlp.c_proj",
@@ -71,10 +71,10 @@ _LIKE_GPT2: dict[str, Any] = dict(
         scored_norms=_GPT_NORMS,
         norms=_GPT_NORMS,
     ),
-    size_keys=GPT_SIZES,
+    size_keys=_GPT_SIZES,
     approximates=HIDDEN,
     stored_names=_MASKS,
-    **IN_TRANSFORMER,
+    **_IN_TRANSFORMER,
 )
 
 # ---- GPT-2: Conv1D, linear layers whose weights are [in, out]
@@ -87,7 +87,7 @@ def _conv1d(name: str, inputs: str, outputs: str) -> tuple[Param, ...]:
 def _gpt2_mlp(config: Config) -> int:
     if config_value(config, "add_cross_attention", False):
         raise ValueError("the config has add_cross_attention: prune a decoder without cross-attention")
-    return or_four_times("n_inner", "n_embd")(config)
+    return _or_four_times("n_inner", "n_embd")(config)
 
 
 def _gpt2_fixed(config: Config) -> Mapping[str, str]:
@@ -141,22 +141,26 @@ register_family(
 # ---- GPT-J: rotary positions, attention and MLP beside each other, a bias of the head
 
 ONE_NORM = ("ln_1",)
+GPTJ_MLP = (*linear("mlp.fc_in", "mlp, hidden", True), *linear("mlp.fc_out", "hidden, mlp", True))
+# of GPT-J and CodeGen, which order queries, keys and values differently
+LIKE_GPTJ: dict[str, Any] = dict(
+    outer=_outer_of("transformer", "wte", "ln_f", head_bias=True),
+    taps=Taps("attn.out_proj", "mlp.fc_out", "mlp.fc_in", scored_norms=ONE_NORM, norms=ONE_NORM),
+    size_keys=_GPT_SIZES,
+    computed={"mlp": _or_four_times("n_inner", "n_embd")},
+    **_IN_TRANSFORMER,
+)
 register_family(
     Family(
         ("gptj",),
         layer=(
             *attention(block="attn", out="out_proj"),
-            *linear("mlp.fc_in", "mlp, hidden", True),
-            *linear("mlp.fc_out", "hidden, mlp", True),
+            *GPTJ_MLP,
             *norms(*ONE_NORM, bias=True),
         ),
-        outer=outer_of("transformer", "wte", "ln_f", head_bias=True),
-        taps=Taps("attn.out_proj", "mlp.fc_out", "mlp.fc_in", scored_norms=ONE_NORM, norms=ONE_NORM),
-        size_keys=GPT_SIZES,
-        computed={"mlp": or_four_times("n_inner", "n_embd")},
         approximates=HIDDEN,
         stored_names=_MASKS,
-        **IN_TRANSFORMER,
+        **LIKE_GPTJ,
     )
 )
 
@@ -177,7 +181,7 @@ register_family(
             *linear("mlp.c_proj", "hidden, mlp", True),
             *norms(*_GPT_NORMS, bias=True),
         ),
-        outer=outer_of("transformer", "wte", "ln_f", positions="wpe"),
+        outer=_outer_of("transformer", "wte", "ln_f", positions="wpe"),
         taps=Taps(
             "attn.attention.out_proj", "mlp.c_proj", "mlp.c_fc", scored_norms=_GPT_NORMS, norms=_GPT_NORMS
         ),
@@ -187,11 +191,11 @@ register_family(
             "heads": ("num_heads", "num_attention_heads"),
             "positions": ("max_position_embeddings",),
         },
-        computed={"mlp": or_four_times("intermediate_size", "hidden_size")},
+        computed={"mlp": _or_four_times("intermediate_size", "hidden_size")},
         layer_entries=_gpt_neo_layers,
         approximates=HIDDEN,
         stored_names=StoredNames(computed=("attn.attention.bias", "attn.attention.masked_bias")),
-        **IN_TRANSFORMER,
+        **_IN_TRANSFORMER,
     )
 )
 
@@ -227,7 +231,7 @@ register_family(
             *linear("fc2", "hidden, mlp", _OPT_BIAS),
             *norms(*OPT_NORMS, bias=True),
         ),
-        outer=outer_of("model.decoder", "embed_tokens", "final_layer_norm", positions="embed_positions"),
+        outer=_outer_of("model.decoder", "embed_tokens", "final_layer_norm", positions="embed_positions"),
         taps=Taps("self_attn.out_proj", "fc2", "fc1", scored_norms=OPT_NORMS, norms=OPT_NORMS),
         layers="model.decoder.layers",
         final_norm="model.decoder.final_layer_norm",
@@ -262,7 +266,7 @@ register_family(
         layer=(*_qkv_layer(True), *norms(*_BLOOM_NORMS, bias=True)),
         outer=(
             *norms("transformer.word_embeddings_layernorm", bias=True),
-            *outer_of("transformer", "word_embeddings", "ln_f"),
+            *_outer_of("transformer", "word_embeddings", "ln_f"),
         ),
         taps=Taps(**_QKV_TAPS, scored_norms=_BLOOM_NORMS, norms=_BLOOM_NORMS),
         layers="transformer.h",
@@ -320,7 +324,7 @@ register_family(
             *norms("input_layernorm", bias=True, when=unless(_TWO)),
             *norms("post_attention_layernorm", bias=True, when=unless(_PARALLEL)),
         ),
-        outer=outer_of("transformer", "word_embeddings", "ln_f"),
+        outer=_outer_of("transformer", "word_embeddings", "ln_f"),
         taps=Taps(**_QKV_TAPS, scored_norms=_FALCON_NORMS, norms=_FALCON_NORMS),
         layers="transformer.h",
         final_norm="transformer.ln_f",

@@ -12,14 +12,12 @@ from minitron_kernels.pruning.families.stored_names import StoredNames
 from minitron_kernels.pruning.families.tables.gpt import (
     ALIBI,
     ALIBI_HIDDEN,
-    GPT_SIZES,
+    GPTJ_MLP,
     HIDDEN,
-    IN_TRANSFORMER,
+    LIKE_GPTJ,
     NO_KEYS,
     ONE_NORM,
     OPT_NORMS,
-    or_four_times,
-    outer_of,
 )
 
 # ---- BioGPT: OPT with embeddings that are multiplied by √hidden_size, and positions that are not
@@ -73,17 +71,12 @@ register_family(
         layer=(
             *linear("attn.qkv_proj", "heads+kv_heads+kv_heads, hidden"),
             *linear("attn.out_proj", "hidden, heads"),
-            *linear("mlp.fc_in", "mlp, hidden", True),
-            *linear("mlp.fc_out", "hidden, mlp", True),
+            *GPTJ_MLP,
             *norms(*ONE_NORM, bias=True),
         ),
-        outer=outer_of("transformer", "wte", "ln_f", head_bias=True),
-        taps=Taps("attn.out_proj", "mlp.fc_out", "mlp.fc_in", scored_norms=ONE_NORM, norms=ONE_NORM),
-        size_keys=GPT_SIZES,
-        computed={"mlp": or_four_times("n_inner", "n_embd")},
         fixed=lambda config: dict.fromkeys(("hidden", "heads", "kv_heads"), _QUARTERS),
         stored_names=StoredNames(computed=("attn.causal_mask",)),
-        **IN_TRANSFORMER,
+        **LIKE_GPTJ,
     )
 )
 
