@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minitron_kernels._command import documents
 from minitron_kernels._command.progress import tqdm_for
+from minitron_kernels._files import reason
 
 _PIECE_CHARACTERS = 1 << 20  # of a text, tokenised by itself
 _CALL_CHARACTERS = 1 << 21  # tokenised in one call, on all cores where the tokenizer can
@@ -292,7 +293,7 @@ class _Store:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"{error.strerror}: the tokens of the text are kept there, 4 bytes each; set TMPDIR to a "
+                f"{reason(error)}: the tokens of the text are kept there, 4 bytes each; set TMPDIR to a "
                 "folder with more space, or give token ids, as .npy",
                 tempfile.gettempdir(),
             ) from None

@@ -123,6 +123,8 @@ def test_weights():
     torch.testing.assert_close(sampled_logprobs(counts).exp(), expected)
     with pytest.raises(TypeError, match="counts must be a tensor of integers"):
         sampled_logprobs(torch.ones(1, 2))
+    with pytest.raises(ValueError, match="counts must be at least 0"):
+        sampled_logprobs(torch.tensor([[3, -1]]))
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, "none"])

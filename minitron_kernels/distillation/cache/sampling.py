@@ -66,10 +66,15 @@ def sampled_logprobs(counts: Tensor) -> Tensor:
 
     Raises:
         TypeError: `counts` are not integers.
+        ValueError: a count is negative; on a GPU the device asserts it.
     """
     if not isinstance(counts, Tensor) or counts.dtype.is_floating_point or counts.dtype == torch.bool:
         got = counts.dtype if isinstance(counts, Tensor) else type(counts).__name__
         raise TypeError(f"counts must be a tensor of integers, got {got}")
+    if counts.device.type != "cpu":  # the device raises it: a cached teacher's step does not wait for the GPU
+        torch._assert_async((counts >= 0).all(), "counts must be at least 0")
+    elif counts.numel() and int(counts.min()) < 0:
+        raise ValueError(f"counts must be at least 0, got {int(counts.min())}")
     total = counts.sum(-1, keepdim=True).clamp(min=1)
     return counts.to(torch.float32).log() - total.to(torch.float32).log()
 
