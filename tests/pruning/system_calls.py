@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minitron_kernels.pruning.checkpoint.output_file import PAGE
+from minitron_kernels.pruning.checkpoint.pages import PAGE
 
 # what takes a descriptor first, and what takes a path; os.open is apart, for it makes the one of the other
 OF_DESCRIPTORS = ("pwrite", "preadv", "fsync", "posix_fallocate", "ftruncate", "close")

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from minitron_kernels.pruning.checkpoint import output_file
-from minitron_kernels.pruning.checkpoint.output_file import PAGE, OutputFile, PageBuffer, copies_fast
+from minitron_kernels.pruning.checkpoint.output_file import OutputFile
+from minitron_kernels.pruning.checkpoint.pages import PAGE, PageBuffer, copies_fast
 from minitron_kernels.pruning.checkpoint.shards import _Work
 
 SIZE = 40 * PAGE + 123

@@ -163,9 +163,13 @@ class SafetensorsFile:
         try:
             count = read_at(self.fd, buffer, begin)
         except OSError as error:
-            raise OSError(error.errno, f"could not be read ({reason(error)})", str(self.path)) from None
+            raise self.read_error(error) from None
         if count < len(buffer):
             raise ValueError(f"{self.path}: ends at byte {begin + count}, inside a tensor; {AGAIN}")
+
+    def read_error(self, error: OSError) -> OSError:
+        """`error` of a read, which names the file."""
+        return OSError(error.errno, f"could not be read ({reason(error)})", str(self.path))
 
     def _read_header(self) -> bytes:
         path, size = self.path, self.size

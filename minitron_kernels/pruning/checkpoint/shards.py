@@ -2,9 +2,9 @@
 
 The position of every output tensor in its file is known before any is read. Threads take blocks of rows, in
 the order of the positions: they read a block, cut it, and write it to its position. In memory at any time is
-one block for each thread, or a whole tensor where its rows cannot be cut separately. While a block goes
-straight to the disk (see `output_file`), its thread only waits, so there are a few threads more than may
-compute at once.
+one block for each thread, or a whole tensor where its rows cannot be cut separately. While a block comes
+straight from the disk or goes there (see `pages`), its thread only waits, so there are a few threads more
+than may compute at once.
 """
 
 from __future__ import annotations
@@ -25,12 +25,9 @@ import numpy as np
 import torch
 
 from minitron_kernels.ops.gather.index import ChannelIndex
-from minitron_kernels.pruning.checkpoint.output_file import (
-    DIRECT_FILE_BYTES,
-    OutputFile,
-    PageBuffer,
-    copies_fast,
-)
+from minitron_kernels.pruning.checkpoint.input_file import InputFile
+from minitron_kernels.pruning.checkpoint.output_file import OutputFile
+from minitron_kernels.pruning.checkpoint.pages import DIRECT_FILE_BYTES, PageBuffer, copies_fast
 from minitron_kernels.pruning.checkpoint.safetensors_files import (
     SINGLE_FILE,
     StoredTensor,
@@ -41,8 +38,8 @@ from minitron_kernels.pruning.checkpoint.staging import write_error
 from minitron_kernels.pruning.cut.cuts import Cut
 
 BLOCK_BYTES = 4 << 20  # bytes of source rows in one piece of work
-_ALIGNMENT = 64  # bytes, of tensors that are cut
-_WRITERS = 2  # threads beyond those that compute, where writing is waiting
+_ALIGNMENT = 8  # bytes, of tensors that are cut, for torch: a file of others may align elements worse
+_WAITING = 2  # threads beyond those that compute, where reading and writing is waiting
 
 
 @dataclass(frozen=True)
@@ -71,6 +68,11 @@ class Piece:
     source_begin: int
     begin: int
     nbytes: int
+
+    @property
+    def source_bytes(self) -> int:
+        """How many bytes of the source are read for it."""
+        return self.nbytes if self.cut is None else math.prod(self.cut.source_shape) * self.source.itemsize
 
 
 @dataclass(frozen=True)
@@ -214,23 +216,31 @@ class _OpenShard:
             raise
 
 
-def _cut(piece: Piece, source: PageBuffer, out: PageBuffer) -> memoryview:
-    """The bytes of a piece, in one of the buffers, at an address for OutputFile.write()."""
-    cut, stored, begin = piece.cut, piece.source, piece.source_begin
-    if cut is None:
-        data = out.at(piece.begin, piece.nbytes)
-        if copies_fast(begin, piece.begin):
-            stored.file.read_into(data.data, begin)
-        else:
-            read = source.at(begin, piece.nbytes)
-            stored.file.read_into(read.data, begin)
-            np.copyto(data, read)
-        return data.data
-    nbytes = math.prod(cut.source_shape) * stored.itemsize
-    read = source.at(begin - begin % _ALIGNMENT, nbytes)  # for torch: foreign files may align worse
-    stored.file.read_into(read.data, begin)
+def _place(piece: Piece, source: PageBuffer, out: PageBuffer) -> np.ndarray:
+    """Where a piece is read to: to its place if it is copied and the kernel does that at full speed."""
+    begin = piece.source_begin
+    if piece.cut is None and copies_fast(begin, piece.begin):
+        return out.at(piece.begin, piece.nbytes)
+    return source.at(begin - begin % _ALIGNMENT, piece.source_bytes)
+
+
+def _read_rest(piece: Piece, file: InputFile, place: np.ndarray, source: PageBuffer) -> np.ndarray:
+    """Reads a piece that is not in the cache, and waits for it."""
+    begin = piece.source_begin
+    if piece.cut is not None and begin % _ALIGNMENT:
+        piece.source.file.read_into(place.data, begin)
+        return place
+    return file.read_rest(source, begin, piece.source_bytes)
+
+
+def _cut(piece: Piece, read: np.ndarray, out: PageBuffer) -> memoryview:
+    """The bytes of a piece, in `out`, at an address for OutputFile.write()."""
+    cut, stored = piece.cut, piece.source
     result = out.at(piece.begin, piece.nbytes)
-    cut.apply(_tensor(read, cut.source_shape, stored.dtype), out=_tensor(result, cut.shape, stored.dtype))
+    if cut is not None:
+        cut.apply(_tensor(read, cut.source_shape, stored.dtype), out=_tensor(result, cut.shape, stored.dtype))
+    elif read.ctypes.data != result.ctypes.data:
+        np.copyto(result, read)
     return result.data
 
 
@@ -243,7 +253,7 @@ class _Work:
 
     def __init__(
         self,
-        shards: Iterable[Shard],
+        shards: Sequence[Shard],
         folder: Path,
         on_bytes: Callable[[int], object],
         on_shard: Callable[[Shard, str], None],
@@ -255,6 +265,8 @@ class _Work:
         self._current: _OpenShard | None = None
         self._open: set[_OpenShard] = set()
         self._computing = threading.Semaphore(threads)
+        sources = {output.source.file for shard in shards for output in shard.outputs}
+        self._inputs = {file: InputFile(file) for file in sources}
         self.stop = threading.Event()
 
     def run(self) -> None:
@@ -276,6 +288,8 @@ class _Work:
         for shard in self._open:
             with contextlib.suppress(OSError):
                 shard.file.close()
+        for file in self._inputs.values():
+            file.close()
 
     def _take(self) -> tuple[_OpenShard, int] | None:
         while self._current is None or self._current.taken == len(self._current.pieces):
@@ -294,14 +308,20 @@ class _Work:
 
     def _one_piece(self, source: PageBuffer, out: PageBuffer) -> bool:
         """Reads, cuts and writes the next piece; False: there is none, or another thread has failed."""
+        with self._lock:
+            taken = None if self.stop.is_set() else self._take()
+        if taken is None:
+            return False
+        shard, number = taken
+        piece = shard.pieces[number]
+        file = self._inputs[piece.source.file]
         with self._computing:
-            with self._lock:
-                taken = None if self.stop.is_set() else self._take()
-            if taken is None:
-                return False
-            shard, number = taken
-            piece = shard.pieces[number]
-            data = _cut(piece, source, out)
+            read = _place(piece, source, out)
+            whole = file.read_cached(read.data, piece.source_begin) == len(read)
+        if not whole:
+            read = _read_rest(piece, file, read, source)
+        with self._computing:
+            data = _cut(piece, read, out)
             shard.sums[number] = checksum(data)
             waits = shard.file.direct
             if not waits:
@@ -353,7 +373,7 @@ def write_shards(
     """
     shards = list(shards)
     work = _Work(shards, folder, on_bytes, on_shard, threads)
-    workers = threads + (_WRITERS if any(shard.size >= DIRECT_FILE_BYTES for shard in shards) else 0)
+    workers = threads + (_WAITING if any(shard.size >= DIRECT_FILE_BYTES for shard in shards) else 0)
     threads_of_torch = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(workers, "minitron-prune") as pool:
