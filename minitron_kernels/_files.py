@@ -22,10 +22,21 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     return found.hexdigest()
 
 
-def sha256_of_folder(folder: str | os.PathLike[str]) -> str:
-    """Of the names and bytes of all files below a folder, but for what Python compiles beside its modules."""
+def sha256_of_folder(folder: str | os.PathLike[str], *, hidden: bool = True) -> str:
+    """Of the names and bytes of all files below a folder, but for what Python compiles beside its modules.
+
+    Args:
+        folder: which.
+        hidden: whether files in hidden folders count, such as what a download keeps of its own (`.cache`).
+    """
     folder = Path(folder)
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+    paths = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and "__pycache__" not in path.parts
+        and (hidden or not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1]))
+    ]
     lines = [f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n" for path in paths]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -12,8 +12,43 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# of pass@1 in the papers: temperature 0.2, nucleus of 0.95
-_SAMPLED = {"do_sample": True, "temperature": 0.2, "top_p": 0.95}
+# of pass@1 in the papers: temperature 0.2, nucleus of 0.95; transformers would take the 50 likeliest tokens
+_SAMPLED = {"do_sample": True, "temperature": 0.2, "top_p": 0.95, "top_k": 0}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a benchmark takes from the Hugging Face hub.
+
+    Args:
+        repository: "owner/name".
+        kind: "dataset", or "space": a program, of the library `evaluate`.
+        revision: a branch; None: the repository's first one.
+        files: a pattern of those that are needed; None: all.
+        place: in a folder of data sets, where lm-eval looks; None: as the repository is called.
+    """
+
+    repository: str
+    kind: str = "dataset"
+    revision: str | None = None
+    files: str | None = None
+    place: str | None = None
+
+    @property
+    def path(self) -> str:
+        """Where it is in a folder of data sets."""
+        return self.place or self.repository
+
+    def command(self, folder: str) -> str:
+        """The command that brings it into a folder of data sets, where there is a network."""
+        parts = ["hf download", self.repository, f"--repo-type {self.kind}"]
+        parts += [f"--revision {self.revision}"] if self.revision else []
+        parts += [f"--include '{self.files}'"] if self.files else []
+        return " ".join([*parts, f"--local-dir {folder}/{self.path}"])
+
+
+# runs code that a model wrote against the tests of a problem
+_CODE_EVAL = Source("evaluate-metric/code_eval", "space", place="code_eval")
 
 
 @dataclass(frozen=True)
@@ -27,6 +62,8 @@ class Benchmark:
         shots: examples in the prompt.
         metric: the key of lm-eval's result, "metric,filter".
         label: the metric, as the papers name it.
+        documents: how many there are.
+        sources: what it takes from the hub.
         runs_code: whether it runs code that the model wrote.
         config: what is changed in lm-eval's configuration of the task; mappings are merged.
     """
@@ -37,6 +74,8 @@ class Benchmark:
     shots: int
     metric: str
     label: str
+    documents: int
+    sources: tuple[Source, ...]
     runs_code: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -44,20 +83,43 @@ class Benchmark:
 BENCHMARKS: dict[str, Benchmark] = {
     one.name: one
     for one in (
-        Benchmark("winogrande", "WinoGrande", "winogrande", 5, "acc,none", "acc"),
-        Benchmark("arc_challenge", "ARC-Challenge", "arc_challenge", 25, "acc_norm,none", "acc_norm"),
-        Benchmark("mmlu", "MMLU", "mmlu", 5, "acc,none", "acc"),
-        Benchmark("hellaswag", "HellaSwag", "hellaswag", 10, "acc_norm,none", "acc_norm"),
-        Benchmark("gsm8k", "GSM8K", "gsm8k", 5, "exact_match,strict-match", "exact_match"),
-        Benchmark("truthfulqa", "TruthfulQA", "truthfulqa_mc2", 0, "acc,none", "mc2"),
-        Benchmark("xlsum_en", "XLSum en (20 %)", "xlsum_en", 3, "rougeL,none", "rougeL"),
         Benchmark(
-            *("mbpp", "MBPP", "mbpp", 0, "pass_at_1,none", "pass@1"),
+            *("winogrande", "WinoGrande", "winogrande", 5, "acc,none", "acc", 1267),
+            sources=(Source("allenai/winogrande"),),
+        ),
+        Benchmark(
+            *("arc_challenge", "ARC-Challenge", "arc_challenge", 25, "acc_norm,none", "acc_norm", 1172),
+            sources=(Source("allenai/ai2_arc"),),
+        ),
+        Benchmark(
+            *("mmlu", "MMLU", "mmlu", 5, "acc,none", "acc", 14042),
+            sources=(Source("cais/mmlu"),),
+        ),
+        Benchmark(
+            *("hellaswag", "HellaSwag", "hellaswag", 10, "acc_norm,none", "acc_norm", 10042),
+            sources=(Source("Rowan/hellaswag"),),
+        ),
+        Benchmark(
+            *("gsm8k", "GSM8K", "gsm8k", 5, "exact_match,strict-match", "exact_match", 1319),
+            sources=(Source("openai/gsm8k"),),
+        ),
+        Benchmark(
+            *("truthfulqa", "TruthfulQA", "truthfulqa_mc2", 0, "acc,none", "mc2", 817),
+            sources=(Source("truthfulqa/truthful_qa"),),
+        ),
+        Benchmark(
+            *("xlsum_en", "XLSum en (20 %)", "xlsum_en", 3, "rougeL,none", "rougeL", 2307),
+            sources=(Source("csebuetnlp/xlsum", revision="refs/convert/parquet", files="english/*"),),
+        ),
+        Benchmark(
+            *("mbpp", "MBPP", "mbpp", 0, "pass_at_1,none", "pass@1", 500),
+            sources=(Source("google-research-datasets/mbpp"), _CODE_EVAL),
             runs_code=True,
             config={"generation_kwargs": _SAMPLED},
         ),
         Benchmark(
-            *("humaneval", "HumanEval", "humaneval", 0, "pass@1,create_test", "pass@1"),
+            *("humaneval", "HumanEval", "humaneval", 0, "pass@1,create_test", "pass@1", 164),
+            sources=(Source("openai/openai_humaneval"), _CODE_EVAL),
             runs_code=True,
             config={"generation_kwargs": _SAMPLED, "repeats": 20},
         ),

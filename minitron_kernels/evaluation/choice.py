@@ -78,20 +78,26 @@ def check_known(choices: Sequence[Choice], known: Sequence[str], where: str) -> 
 
 def running_code(choices: Sequence[Choice], index: Mapping[str, Any]) -> list[str]:
     """The names of those choices that run code which the model wrote."""
-
-    def runs(task: str, seen: frozenset[str]) -> bool:
-        entry = index.get(task)
-        if entry is None or task in seen:
-            return False
-        config = entry.cfg or {}
-        members = [*_members(entry), *getattr(entry, "tags", ())] if entry.kind.name != "TASK" else []
-        return bool(config.get("unsafe_code")) or any(runs(name, seen | {task}) for name in members)
-
     return [
         choice.name
         for choice in choices
-        if (choice.benchmark is not None and choice.benchmark.runs_code) or runs(choice.task, frozenset())
+        if (choice.benchmark is not None and choice.benchmark.runs_code)
+        or any(config.get("unsafe_code") for config in configs_of(choice.task, index))
     ]
+
+
+def configs_of(task: str, index: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The configurations of a task, or of a group, a tag and all that is in it."""
+    found: dict[str, Mapping[str, Any]] = {}
+    todo = [task]
+    while todo:
+        entry = index.get(name := todo.pop())
+        if entry is None or name in found:
+            continue
+        found[name] = entry.cfg or {}
+        # the tags of a group are those it belongs to, those of a tag its tasks
+        todo += [*entry.tags] if entry.kind.name == "TAG" else _members(entry)
+    return list(found.values())
 
 
 def _members(entry: Any) -> list[str]:

@@ -13,6 +13,7 @@ from minitron_kernels._command.parsers import add_debug, program
 from minitron_kernels._command.progress import lines_in_logs, without_bars
 from minitron_kernels._command.values import DTYPES, at_least
 from minitron_kernels.evaluation.benchmarks import BENCHMARKS
+from minitron_kernels.evaluation.loading import Availability
 from minitron_kernels.evaluation.results import PUBLISHED_CHOICES, Evaluation, evaluation_table
 
 PROGRAM = "minitron-evaluate"
@@ -22,6 +23,7 @@ examples:
   minitron-evaluate Minitron-8B -o minitron-8b.json --tasks hellaswag arc_easy:25 --device cuda
   minitron-evaluate student -o student.json --tasks-path tasks --beside teacher.json
   minitron-evaluate --beside teacher.json student.json --published all
+  minitron-evaluate --check --datasets datasets
 
 Without --tasks it runs the nine benchmarks by which Mistral-NeMo-Minitron 8B was announced, with their shots.
 Results are written after each task; the same command goes on with those that are lacking. It needs
@@ -35,6 +37,8 @@ WORDS = (
     (r"^tasks(?=[: ])", "--tasks"),
     (r"^output must", "--output must"),
     (r"\btasks_path\b", "--tasks-path"),
+    (r"data sets, as datasets,", "data sets, as --datasets,"),
+    (r"check_tasks\(\) says", "--check says"),
     (r"take another output, or overwrite it", "take another --output, or --overwrite"),
     (r"^(batch_size|limit|max_length) must", lambda found: f"--{found[1].replace('_', '-')} must"),
 )
@@ -44,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 1 after an error, 2 for a wrong command line."""
     parser = parser_of()
     args = parser.parse_args(argv)
-    if args.model is None and not args.beside and not args.list:
+    if args.model is None and not args.beside and not args.list and not args.check:
         parser.error("give a model's folder, or results to show by --beside")
     try:
         with warnings.catch_warnings(), lines_in_logs():
             warnings.showwarning = lambda message, *where: say(PROGRAM, "warning", _in_words(str(message)))
-            _run(args)
+            return _run(args)
     except KeyboardInterrupt:
         kept = args.output is not None and args.output.exists()
         again = "without --overwrite goes on" if args.overwrite else "goes on from here"
@@ -60,13 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         say(PROGRAM, "error", message_of(error, _in_words))
         return 1
-    return 0
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> int:
     if args.list:
         show("\n".join(listed()))
-        return
+        return 0
+    if args.check:
+        return _check(args)
     beside = [Evaluation.load(path) for path in args.beside]
     results = []
     if args.model is not None:
@@ -78,6 +83,7 @@ def _run(args: argparse.Namespace) -> None:
                 args.model,
                 args.tasks,
                 tasks_path=args.tasks_path,
+                datasets=args.datasets,
                 batch_size=args.batch_size,
                 device=args.device,
                 dtype=args.dtype,
@@ -92,6 +98,34 @@ def _run(args: argparse.Namespace) -> None:
             )
         )
     show(evaluation_table([*results, *beside], args.published))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    """Shows which tasks can be run here; 1 if one cannot."""
+    from minitron_kernels.evaluation.loading import check_tasks
+
+    without_bars(args.quiet)
+    found = check_tasks(args.tasks, tasks_path=args.tasks_path, datasets=args.datasets)
+    show("\n".join(checked(found)))
+    return 1 if any(one.reason for one in found) else 0
+
+
+def checked(found: Sequence[Availability]) -> list[str]:
+    """A line for each task, what is wrong with those that cannot be run, and how to get what they lack."""
+    lines = [f"{'task':<15}{'shots':>5}{'documents':>11}"]
+    for one in found:
+        shots = "" if one.shots is None else str(one.shots)
+        if one.reason is not None:
+            lines.append(f"{one.name:<15}{shots:>5}{'none':>11}  {_in_words(one.reason)}")
+            continue
+        other = one.expected not in (None, one.documents)
+        note = f"  not the benchmark's {one.expected:,}: not comparable" if other else ""
+        lines.append(f"{one.name:<15}{shots:>5}{one.documents:>11,}{note}")
+    commands = dict.fromkeys(command for one in found for command in one.commands)
+    if commands:
+        lines += ["", "where there is a network, for --datasets DIR:", *commands]
+    return lines
 
 
 def listed() -> list[str]:
@@ -121,6 +155,11 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--output", type=Path, help="JSON file of the results; a table beside it (.md)")
     parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
     parser.add_argument("--list", action="store_true", help="show the benchmarks, and stop")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="show which tasks can be run here and what the others lack, without a model, and stop",
+    )
     what = parser.add_argument_group("what is run")
     what.add_argument(
         "--tasks",
@@ -133,6 +172,12 @@ def parser_of() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="folder of tasks as YAML files, with their data; needs no network",
+    )
+    what.add_argument(
+        "--datasets",
+        type=Path,
+        metavar="DIR",
+        help="folder of data sets, OWNER/NAME as the hub calls them, instead of the hub's",
     )
     code = what.add_mutually_exclusive_group()
     code.add_argument(

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.metadata
 import importlib.util
-import logging
 import math
-import os
-import random
-import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minitron_kernels.evaluation import xlsum
 from minitron_kernels.evaluation.choice import Choice
+from minitron_kernels.evaluation.contexts import bars_shown, seeded, warnings_of_lm_eval
+from minitron_kernels.evaluation.local_data import Places, digests
 
 VERSION = "0.4.13"
 PIP = f"pip install 'lm_eval[hf]=={VERSION}'"
 # metrics that are shares, shown in per cent; an earlier one is rather the headline of a task
 # (squadv2's and SCROLLS' f1 are in per cent already: a share is at most 1)
 SHARES = ("acc_norm", "acc", "exact_match", "pass@1", "pass_at_1", "f1", "em", "mcc", "rougeL")
-# what lm-eval says of every model that it did not load itself
-_ALWAYS_SAID = ("`pretrained` model kwarg is not of type", "Passed an already-initialized model")
 
 
 def check_installed() -> None:
@@ -49,28 +48,77 @@ def manager_of(folder: Path | None, *, defaults: bool) -> Any:
     """lm-eval's index of tasks: those of a folder and, with `defaults`, its own; the folder's win."""
     from lm_eval.tasks import TaskManager
 
+    if folder is not None:
+        _check_files(folder)
     with warnings_of_lm_eval():  # one for each of its own tasks that the folder replaces
         return TaskManager(include_path=None if folder is None else str(folder), include_defaults=defaults)
 
 
-def load_task(manager: Any, choice: Choice, folder: Path | None) -> dict[str, Any]:
-    """The tasks of a choice as TaskManager.load() gives them, with their data, shots and options.
+def _check_files(folder: Path) -> None:
+    """Raises ValueError if lm-eval would pass over one of the folder's files: it cannot be read, or
+    describes a task of the same name as another."""
+    from lm_eval.tasks._yaml_loader import load_yaml
 
-    Relative paths of data begin at `folder`, for tasks that come from there.
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("**/*.yaml")):
+        try:
+            config = load_yaml(path, resolve_func=False)
+        except Exception as error:  # of YAML, of files that it includes, of lm-eval
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{path}: cannot be read: {type(error).__name__}: {reason}") from error
+        name = (config or {}).get("group") or (config or {}).get("task")
+        if isinstance(name, str) and found.setdefault(name, path) != path:
+            raise ValueError(f"{path}: describes {name}, as {found[name]} does already")
+
+
+@dataclass
+class Loaded:
+    """A choice, ready to run.
+
+    Attributes:
+        tasks: what TaskManager.load() returns.
+        data: {data set: a hash}, of those in the user's folder of data sets.
+        said: lm-eval's warnings, and how often.
+    """
+
+    tasks: dict[str, Any]
+    data: dict[str, str] = field(default_factory=dict)
+    said: Counter[str] = field(default_factory=Counter)
+
+
+class NotLoadedError(ValueError):
+    """A task's data cannot be loaded, or its configuration is wrong.
+
+    Attributes:
+        choice: which task.
+        reason: what was wrong.
+        advice: what to do.
+    """
+
+    def __init__(self, choice: Choice, reason: str, advice: str) -> None:
+        super().__init__(f"tasks: {choice.name} cannot be loaded: {reason}; {advice}")
+        self.choice, self.reason, self.advice = choice, reason, advice
+
+
+def load_task(manager: Any, choice: Choice, places: Places) -> Loaded:
+    """The tasks of a choice, with their data, shots and options.
 
     Raises:
-        ValueError: the data cannot be loaded, or the configuration is wrong; says what to do.
+        NotLoadedError: the data cannot be loaded, or the configuration is wrong.
+        ValueError: a task is of a kind that is not known, or has too few examples for its shots.
     """
     from lm_eval.api.task import Task
 
     entry = manager.task_index.get(choice.task)
-    mine = folder is not None and entry is not None and is_inside(entry.yaml_path, folder)
-    spec = xlsum.config() if entry is None and choice.task == "xlsum_en" else choice.task
+    mine = entry is not None and is_inside(entry.yaml_path, places.tasks)
+    data = {} if mine else digests(choice, manager.task_index, places.datasets)
     try:
-        with _working_in(folder if mine else None), warnings_of_lm_eval():
+        own = entry is None and choice.task == "xlsum_en"
+        spec = xlsum.config(places.datasets) if own else choice.task
+        with places.reading(mine, data), warnings_of_lm_eval() as said:
             loaded = manager.load([spec])
     except Exception as error:  # the library of data sets raises many kinds
-        raise ValueError(_why_not(choice, error, mine)) from error
+        raise _not_loaded(choice, error, mine) from error
     for task in loaded["tasks"].values():
         if not isinstance(task, Task):
             raise ValueError(f"tasks: {choice.name} has a task of a kind that is not known: {type(task)}")
@@ -78,17 +126,61 @@ def load_task(manager: Any, choice: Choice, folder: Path | None) -> dict[str, An
             task.set_config("num_fewshot", choice.shots)
         for key, value in (choice.benchmark.config if choice.benchmark else {}).items():
             task.set_config(key, value, update=isinstance(value, Mapping))
-    return loaded
+        _check_examples(choice, task)
+    return Loaded(loaded, data, said)
 
 
-def is_inside(path: Path | None, folder: Path) -> bool:
+def _check_examples(choice: Choice, task: Any) -> None:
+    """Sees to it that no prompt shows its own answer.
+
+    Where there are only the documents that are evaluated, lm-eval draws examples from them. It leaves out the
+    one that is asked about if the split of the examples is named, and only then.
+
+    Raises:
+        ValueError: there are fewer examples than shots.
+    """
+    shots, own = int(task.config.num_fewshot or 0), getattr(task, "fewshot_cfg", None)
+    if not shots or own is None:
+        return
+    if (
+        own.split is None
+        and own.samples is None
+        and not (task.has_training_docs() or task.has_validation_docs())
+    ):
+        own.split = task.config.test_split
+    there = len(getattr(getattr(task, "sampler", None), "df", ()))
+    needed = shots + (own.split == task.config.test_split)  # one of which may be the document itself
+    if there < needed:
+        raise ValueError(
+            f"tasks: {choice.name} has {there} examples in {task.config.task}, too few for {shots} shots"
+        )
+
+
+def is_inside(path: Path | None, folder: Path | None) -> bool:
     """Whether a file is somewhere in a folder."""
-    return path is not None and Path(path).resolve().is_relative_to(folder.resolve())
+    return path is not None and folder is not None and Path(path).resolve().is_relative_to(folder.resolve())
 
 
-def runs_code(loaded: Mapping[str, Any]) -> bool:
+def runs_code(loaded: Loaded) -> bool:
     """Whether one of the loaded tasks runs code that the model wrote."""
-    return any(bool(getattr(task, "UNSAFE_CODE", False)) for task in loaded["tasks"].values())
+    return any(bool(getattr(task, "UNSAFE_CODE", False)) for task in loaded.tasks["tasks"].values())
+
+
+def generates(loaded: Loaded) -> bool:
+    """Whether one of the loaded tasks lets the model write."""
+    kinds = {getattr(task, "OUTPUT_TYPE", None) for task in loaded.tasks["tasks"].values()}
+    return "generate_until" in kinds
+
+
+def shots_of(loaded: Loaded) -> int | None:
+    """Examples in a prompt; None: the tasks differ."""
+    found = {int(task.config.num_fewshot or 0) for task in loaded.tasks["tasks"].values()}
+    return found.pop() if len(found) == 1 else None
+
+
+def documents_of(loaded: Loaded) -> int:
+    """How many documents the loaded tasks have."""
+    return sum(len(task.eval_docs) for task in loaded.tasks["tasks"].values())
 
 
 def wrap(
@@ -96,8 +188,11 @@ def wrap(
 ) -> Any:
     """A model as lm-eval wants it.
 
+    Log-probabilities are of logits in fp32 at least. By itself lm-eval rounds them to the model's dtype, and
+    in bf16 (8 bits) answers tie, of which the first then counts.
+
     Args:
-        model, tokenizer: of transformers.
+        model, tokenizer: of transformers. The tokenizer is copied, since lm-eval gives it a padding token.
         batch_size: sequences of a forward pass, or "auto".
         max_length: tokens of a prompt with its answer; None: as many as the model has positions.
         bars: whether lm-eval's bars are shown.
@@ -130,8 +225,9 @@ def wrap(
     with warnings_of_lm_eval():
         return Counted(
             pretrained=model,
-            tokenizer=tokenizer,
+            tokenizer=copy.deepcopy(tokenizer),
             backend="causal",
+            softmax_dtype="float32" if model.dtype.itemsize < 4 else None,
             batch_size=batch_size,
             max_length=max_length,
         )
@@ -139,7 +235,7 @@ def wrap(
 
 def run(
     lm: Any,
-    loaded: Mapping[str, Any],
+    loaded: Loaded,
     *,
     limit: int | None,
     seed: int,
@@ -152,12 +248,13 @@ def run(
     """
     import lm_eval
 
-    for task in loaded["tasks"].values():
+    for task in loaded.tasks["tasks"].values():
         task.set_fewshot_seed(seed)
-    with seeded(seed), _bars(bars):
+    # what is printed is for standard error: the table goes to standard output
+    with seeded(seed), bars_shown(bars), contextlib.redirect_stdout(sys.stderr):
         return lm_eval.evaluate(
             lm=lm,
-            task_dict=loaded,
+            task_dict=loaded.tasks,
             limit=limit,
             log_samples=False,
             apply_chat_template=chat_template,
@@ -166,14 +263,12 @@ def run(
         )
 
 
-def entries_of(
-    choice: Choice, loaded: Mapping[str, Any], done: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
+def entries_of(choice: Choice, loaded: Loaded, done: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The entries of Evaluation.tasks that a run gives: one, or one a member of a group without a mean."""
     results = done["results"]
     if choice.task in results and _metrics(results[choice.task]):
-        return {choice.name: _entry(choice, choice.task, list(loaded["tasks"]), done)}
-    members = [name for name in loaded["tasks"] if _metrics(results[name])]
+        return {choice.name: _entry(choice, choice.task, list(loaded.tasks["tasks"]), done)}
+    members = [name for name in loaded.tasks["tasks"] if _metrics(results[name])]
     if not members:
         raise ValueError(f"tasks: lm-eval gave no number for {choice.name}")
     return {name: _entry(Choice(name, name, choice.shots, None), name, [name], done) for name in members}
@@ -186,7 +281,8 @@ def _entry(choice: Choice, key: str, leaves: list[str], done: Mapping[str, Any])
     else:
         ranks = {name: rank for rank, name in enumerate(SHARES)}
         metric = min(metrics, key=lambda name: ranks.get(name.split(",")[0], len(ranks)))
-        label, title = metric.split(",")[0], choice.name
+        # a benchmark's metric behind another filter is another metric
+        label, title = metric if benchmark else metric.split(",")[0], choice.name
     is_share = metric.split(",")[0] in SHARES
     name, kind = metric.split(",", 1)
     # of a task in per cent already, a part or a bound of the metric shows it where the metric itself is small
@@ -221,7 +317,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _why_not(choice: Choice, error: Exception, mine: bool) -> str:
+def _not_loaded(choice: Choice, error: Exception, mine: bool) -> NotLoadedError:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, KeyError):
         reason = f"its configuration or its data lack {reason}"
@@ -229,78 +325,7 @@ def _why_not(choice: Choice, error: Exception, mine: bool) -> str:
         "relative paths in its YAML begin at tasks_path"
         if mine
         else "lm-eval takes its data from the Hugging Face hub: without a network, run it where there is one "
-        "and bring the cache (HF_HOME) here, or describe the task with data of your own in a folder, as "
-        "tasks_path"
+        "and bring the cache (HF_HOME) here, or give a folder of data sets, as datasets, or describe the "
+        "task with data of your own in a folder, as tasks_path"
     )
-    return f"tasks: {choice.name} cannot be loaded: {type(error).__name__}: {reason}; {where}"
-
-
-@contextlib.contextmanager
-def _working_in(folder: Path | None) -> Iterator[None]:
-    """The process's working folder, for relative paths in YAML files."""
-    if folder is None:
-        yield
-        return
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
-@contextlib.contextmanager
-def warnings_of_lm_eval() -> Iterator[Counter[str]]:
-    """Collects the warnings of lm-eval's loggers, each text once, instead of printing them."""
-    found: Counter[str] = Counter()
-
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            text = " ".join(record.getMessage().split())
-            if not text.startswith(_ALWAYS_SAID):
-                found[re.sub(r"\d+", "#", text)] += 1  # of numbers one example is enough
-
-    logger, handler = logging.getLogger("lm_eval"), Collect(logging.WARNING)
-    propagates = logger.propagate
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        yield found
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagates
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seeds what tasks and generation draw from; afterwards all generators are as they were."""
-    import numpy
-    import torch
-
-    states = random.getstate(), numpy.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        random.seed(seed)
-        numpy.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            numpy.random.set_state(states[1])
-
-
-@contextlib.contextmanager
-def _bars(shown: bool) -> Iterator[None]:
-    """Leaves out the bar over prompts, for which lm-eval has no option."""
-    import lm_eval.api.task as module
-
-    bar: Callable[..., Any] | None = getattr(module, "tqdm", None)
-    if shown or bar is None:
-        yield
-        return
-    module.tqdm = lambda items, *args, **options: items
-    try:
-        yield
-    finally:
-        module.tqdm = bar
+    return NotLoadedError(choice, f"{type(error).__name__}: {reason}", where)

@@ -15,6 +15,7 @@ from minitron_kernels.evaluation.benchmarks import ANNOUNCEMENT, BENCHMARKS, PUB
 FORMAT = "minitron_kernels.evaluation"
 VERSION = 1
 PUBLISHED_CHOICES = ("announcement", "all", "none")
+_CUT = "runcat"  # in lm-eval's warnings of prompts that are too long
 _FIELDS = ("model", "settings", "versions", "tasks", "left_out", "fingerprint")
 
 
@@ -30,7 +31,8 @@ class Evaluation:
         model: its folder, or its class's name.
         tasks: {task: {"value": of the metric, in per cent where it is a share; "stderr": its standard error
             in the same unit, or None; "metric", "shots", "title", "unit": "%" or ""; "documents" that were
-            evaluated, "of": that there are; "seconds"; "warnings" of lm-eval; "all": what lm-eval returned}}.
+            evaluated, "of": that there are; "data": {data set of a folder: a hash}; "batch_size"; "seconds";
+            "warnings" of lm-eval; "all": what lm-eval returned}}.
         settings: limit, dtype, chat_template, max_length, seed, tasks_path (a hash of the files in it),
             tokenizer (a hash of one that was given): what the results depend on.
         versions: of lm_eval, transformers, torch and this library.
@@ -132,6 +134,12 @@ def _comparable(name: str, column: tuple[Any, ...]) -> bool:
     return benchmark is not None and column[1:] == (benchmark.label, benchmark.shots)
 
 
+def _on_other_data(entry: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
+    """Whether both tell their files, and these differ."""
+    mine, theirs = entry.get("data") or {}, (other or {}).get("data") or {}
+    return any(theirs.get(name, digest) != digest for name, digest in mine.items())
+
+
 def _differences(first: Evaluation, other: Evaluation) -> list[str]:
     """What rows of the same tasks differ in beside the model: settings, and the harness that ran them."""
     found = {**first.settings, "lm_eval": first.versions.get("lm_eval")}
@@ -153,7 +161,9 @@ def _notes(results: Sequence[Evaluation], published: bool) -> list[str]:
         )
     for number, result in enumerate(results):
         first = next((one for one in results[:number] if set(one.tasks) & set(result.tasks)), result)
-        if differ := _differences(first, result):
+        data = [name for name in result.tasks if _on_other_data(result.tasks[name], first.tasks.get(name))]
+        differ = _differences(first, result) + ([f"data of {', '.join(data)}"] if data else [])
+        if differ:
             notes.append(f"{result.model}: evaluated otherwise than {first.model}: {', '.join(differ)}.")
     for result in results:
         parts = [
@@ -165,6 +175,23 @@ def _notes(results: Sequence[Evaluation], published: bool) -> list[str]:
             notes.append(
                 f"{result.model}: the first documents alone ({'; '.join(parts)}): not comparable with others."
             )
+        other = [
+            f"{name}: {entry['of']:,}, not {BENCHMARKS[name].documents:,}"
+            for name, entry in result.tasks.items()
+            if name in BENCHMARKS and entry["of"] != BENCHMARKS[name].documents
+        ]
+        if other:
+            notes.append(
+                f"{result.model}: other documents than the benchmark's ({'; '.join(other)}): not comparable "
+                "with others."
+            )
+        cut = [
+            name
+            for name, entry in result.tasks.items()
+            if any(_CUT in text for text in entry.get("warnings", ()))
+        ]
+        if cut:
+            notes.append(f"{result.model}: prompts were cut off at the left to fit: {', '.join(cut)}.")
         if result.left_out:
             notes.append(f"{result.model}: left out, as they run code: {', '.join(result.left_out)}.")
     return [line for note in notes for line in ("", note)]

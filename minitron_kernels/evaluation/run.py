@@ -8,7 +8,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,18 @@ from minitron_kernels._command.models import (
     load_tokenizer,
 )
 from minitron_kernels._command.progress import Progress, in_terminal, lines_wanted
-from minitron_kernels._files import sha256_of_folder
 from minitron_kernels._modules import eval_mode
 from minitron_kernels.evaluation import harness
-from minitron_kernels.evaluation.benchmarks import BENCHMARKS
-from minitron_kernels.evaluation.choice import (
-    Choice,
-    check_folder,
-    check_known,
-    of_folder,
-    running_code,
-    written,
+from minitron_kernels.evaluation.choice import Choice
+from minitron_kernels.evaluation.contexts import (
+    code_allowed,
+    plain_generation,
+    seeded,
+    warnings_of_lm_eval,
 )
+from minitron_kernels.evaluation.loading import allowed, choices_of, load_all, places_of
+from minitron_kernels.evaluation.local_data import Places, digests
 from minitron_kernels.evaluation.results import Evaluation, OtherResultsError
-
-ALLOW_CODE = "HF_ALLOW_CODE_EVAL"  # asked for by the library that runs the code
 
 
 def evaluate(
@@ -45,6 +42,7 @@ def evaluate(
     *,
     tokenizer: Any = None,
     tasks_path: str | os.PathLike[str] | None = None,
+    datasets: str | os.PathLike[str] | None = None,
     batch_size: int | str = 1,
     device: str = "cpu",
     dtype: str = "auto",
@@ -71,6 +69,8 @@ def evaluate(
         tokenizer: of transformers; needed for a model that is not a folder.
         tasks_path: a folder with tasks as lm-eval's YAML files describe them; they replace its own of the
             same name. Relative paths of data begin at this folder. Needs no network where the data do not.
+        datasets: a folder of data sets, each as OWNER/NAME as the hub calls it, which are taken instead of
+            the hub's; check_tasks() says which are lacking and how to get them.
         batch_size: sequences of a forward pass; "auto": as many as fit a GPU.
         device: of a folder's model; "auto" divides it over the GPUs, the CPU and the disk (accelerate).
         dtype: of a folder's model: "auto", "float32", "bfloat16", "float16", "float64".
@@ -104,9 +104,9 @@ def evaluate(
     """
     harness.check_installed()
     _check_numbers(batch_size=batch_size, limit=limit, max_length=max_length)
-    folder = None if tasks_path is None else Path(tasks_path)
-    if folder is not None:
-        check_folder(folder)
+    places = places_of(
+        None if tasks_path is None else Path(tasks_path), None if datasets is None else Path(datasets)
+    )
     in_memory = not isinstance(model, str | os.PathLike)
     if in_memory and tokenizer is None:
         raise TypeError(f"tokenizer must be given with a model in memory ({type(model).__name__})")
@@ -116,7 +116,7 @@ def evaluate(
         "chat_template": chat_template,
         "max_length": max_length,
         "seed": seed,
-        "tasks_path": None if folder is None else sha256_of_folder(folder)[:16],
+        "tasks_path": places.key,
         "tokenizer": None if in_memory or tokenizer is None else _hash_of_tokenizer(tokenizer),
     }
     if not in_memory:
@@ -129,12 +129,14 @@ def evaluate(
     )
     if output is not None:
         result = _resumed(result, Path(output), overwrite)
-    manager, choices = _choices(tasks, folder)
-    choices = _allowed(choices, manager, run_code, result)
-    todo = [choice for choice in choices if not _is_done(choice, result)]
+    manager, choices = choices_of(tasks, places.tasks)
+    choices, result.left_out = allowed(choices, manager, run_code)
+    todo = [choice for choice in choices if not _is_done(choice, result, manager.task_index, places)]
+    if batch_size == "auto" and todo:
+        _check_auto(str(model.device) if in_memory else device)
     shown = in_terminal() or lines_wanted() if progress is None else progress
-    with harness.seeded(seed), _code_allowed(run_code is True):
-        loaded = {choice.name: _load(manager, choice, folder, run_code) for choice in todo}
+    with seeded(seed), code_allowed(run_code is True):
+        loaded = load_all(manager, todo, places, run_code)
         if loaded:
             if not in_memory:
                 model, tokenizer = _from_folder(Path(model), tokenizer, device, dtype)
@@ -145,7 +147,7 @@ def evaluate(
 def _run_all(
     result: Evaluation,
     todo: list[Choice],
-    loaded: dict[str, dict[str, Any]],
+    loaded: dict[str, harness.Loaded],
     model: Any,
     tokenizer: Any,
     batch_size: int | str,
@@ -155,7 +157,7 @@ def _run_all(
 ) -> None:
     settings, bars = result.settings, shown and in_terminal()
     rows = Progress("evaluating", None, unit="sequence", quiet=not shown or bars, patience=10.0)
-    with eval_mode(model), contextlib.closing(rows):
+    with eval_mode(model), contextlib.closing(rows), plain_generation(model) as ignored:
         lm = harness.wrap(
             model,
             tokenizer,
@@ -168,7 +170,7 @@ def _run_all(
             begin = time.monotonic()
             rows.what = f"evaluating {choice.name} ({number} of {len(todo)})"
             tasks = loaded.pop(choice.name)
-            with harness.warnings_of_lm_eval() as said:
+            with warnings_of_lm_eval() as said:
                 done = harness.run(
                     lm,
                     tasks,
@@ -178,8 +180,13 @@ def _run_all(
                     chat_template=settings["chat_template"],
                     bars=bars,
                 )
+            said.update(tasks.said)
+            if ignored and harness.generates(tasks):
+                said[f"generation_config.json is not followed: {ignored}"] += 1
             for name, entry in harness.entries_of(choice, tasks, done).items():
                 more = {
+                    "data": tasks.data,
+                    "batch_size": batch_size,
                     "seconds": round(time.monotonic() - begin, 3),
                     "warnings": sorted(said),
                     "asked": choice.name,
@@ -207,52 +214,6 @@ def _line(choice: Choice, result: Evaluation) -> str:
     return f"{choice.name}: {', '.join(parts[:3])}{more} in {seconds:.0f} s"
 
 
-def _choices(tasks: Sequence[str] | None, folder: Path | None) -> tuple[Any, list[Choice]]:
-    """(lm-eval's index, the choices). Its own tasks, thousands of files, are read only if one is wanted."""
-    own = None if folder is None else harness.manager_of(folder, defaults=False)
-    if tasks is None:
-        tasks = list(BENCHMARKS) if own is None else of_folder(own.task_index)
-        if not tasks:
-            raise ValueError(f"{folder}: describes no task: its .yaml files need a key `task` or `group`")
-    choices = written(tasks)
-    if own is not None and all(choice.task in own.task_index for choice in choices):
-        return own, choices
-    manager = harness.manager_of(folder, defaults=True)
-    where = f"lm_eval {harness.version()}" + ("" if folder is None else f" or {folder}")
-    check_known([choice for choice in choices if choice.task != "xlsum_en"], list(manager.task_index), where)
-    return manager, choices
-
-
-def _allowed(choices: list[Choice], manager: Any, run_code: bool | None, result: Evaluation) -> list[Choice]:
-    """The choices without those that run code, where that is not wanted.
-
-    Raises:
-        ValueError: there are such, and it was not said whether they may.
-    """
-    running = running_code(choices, manager.task_index)
-    if not running or run_code:
-        return choices
-    if run_code is None:
-        raise ValueError(
-            f"tasks: {', '.join(running)} run code that the model wrote, on this machine with your rights: "
-            "allow it by run_code=True, best in a container without network, or leave them out by "
-            "run_code=False"
-        )
-    warnings.warn(f"tasks: {', '.join(running)} are left out, since they run code", stacklevel=3)
-    result.left_out = running
-    kept = [choice for choice in choices if choice.name not in running]
-    if not kept:
-        raise ValueError(f"tasks: all of {', '.join(running)} run code, and run_code=False leaves them out")
-    return kept
-
-
-def _load(manager: Any, choice: Choice, folder: Path | None, run_code: bool | None) -> dict[str, Any]:
-    loaded = harness.load_task(manager, choice, folder)
-    if harness.runs_code(loaded) and not run_code:
-        raise ValueError(f"tasks: {choice.name} runs code that the model wrote: allow it by run_code=True")
-    return loaded
-
-
 def _from_folder(path: Path, tokenizer: Any, device: str, dtype: str) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
     if device == "auto":
@@ -261,13 +222,20 @@ def _from_folder(path: Path, tokenizer: Any, device: str, dtype: str) -> tuple[A
     return load_model(path, dtype, otherwise="evaluated", with_head=True).to(place), tokenizer
 
 
-def _is_done(choice: Choice, result: Evaluation) -> bool:
-    """Whether results of this choice are there, with its shots.
+def _is_done(choice: Choice, result: Evaluation, index: Any, places: Places) -> bool:
+    """Whether results of this choice are there, with its shots and its data.
 
     Raises:
         OtherResultsError: they are, with others.
     """
     there = [entry for entry in result.tasks.values() if entry["asked"] == choice.name]
+    then = {name: digest for entry in there for name, digest in entry.get("data", {}).items()}
+    now = digests(choice, index, places.datasets) if then else {}
+    if other := [name for name, digest in now.items() if then.get(name, digest) != digest]:
+        raise OtherResultsError(
+            f"output holds {choice.name} with other files in {', '.join(other)}: take another output, or "
+            "overwrite it"
+        )
     for entry in there:
         asked = entry.get("asked_shots")
         if choice.shots is None and asked is not None:
@@ -307,6 +275,14 @@ def _resumed(new: Evaluation, output: Path, overwrite: bool) -> Evaluation:
     return old
 
 
+def _check_auto(device: str) -> None:
+    """Raises ValueError where there is no limit of memory by which sequences could be counted."""
+    import torch
+
+    if device.startswith("cpu") or (device == "auto" and not torch.accelerator.is_available()):
+        raise ValueError(f'batch_size must be a number on {device}: "auto" fills the memory of a GPU')
+
+
 def _hash_of_tokenizer(tokenizer: Any) -> str:
     """Of what a tokenizer in memory makes of text: all of a fast one, the vocabulary of another; and the
     special tokens and the chat template."""
@@ -338,18 +314,3 @@ def _check_numbers(*, batch_size: int | str, limit: int | None, max_length: int 
 
 def _is_positive(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-@contextlib.contextmanager
-def _code_allowed(allowed: bool) -> Iterator[None]:
-    """Sets what the library that runs code asks for; afterwards it is as before."""
-    before = os.environ.get(ALLOW_CODE)
-    if allowed:
-        os.environ[ALLOW_CODE] = "1"
-    try:
-        yield
-    finally:
-        if allowed:
-            os.environ.pop(ALLOW_CODE)
-            if before is not None:
-                os.environ[ALLOW_CODE] = before

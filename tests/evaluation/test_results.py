@@ -3,11 +3,11 @@
 import importlib.util
 import json
 import os
-from types import SimpleNamespace
 
 import pytest
 
 from evaluation import tiny
+from evaluation.stub import index_of
 from minitron_kernels.evaluation import (
     BENCHMARKS,
     PUBLISHED,
@@ -16,17 +16,18 @@ from minitron_kernels.evaluation import (
     evaluate,
     evaluation_table,
     harness,
-    run,
     xlsum,
 )
 from minitron_kernels.evaluation.choice import Choice, check_known, of_folder, running_code, written
 from minitron_kernels.evaluation.cli import main
+from minitron_kernels.evaluation.contexts import ALLOW_CODE
 
 
 def entry(name="hellaswag", value=50.0, stderr=0.5, **more):
     one = BENCHMARKS.get(name)
     about = {"title": one.title, "metric": one.label, "shots": one.shots} if one else {}
-    fixed = {"value": value, "stderr": stderr, "unit": "%", "documents": 9, "of": 9, "seconds": 1.0}
+    count = one.documents if one else 9
+    fixed = {"value": value, "stderr": stderr, "unit": "%", "documents": count, "of": count, "seconds": 1.0}
     return {**fixed, "warnings": [], "all": {}, "asked": name, **about, **more}
 
 
@@ -60,16 +61,6 @@ def test_names_and_shots():
             written(wrong)
     with pytest.raises(TypeError, match="tasks must be a list"):
         written("arc_challenge")
-
-
-def index_of(**configs):
-    """An index as lm-eval makes it."""
-    return {
-        name: SimpleNamespace(
-            kind=SimpleNamespace(name="GROUP" if "group" in config else "TASK"), cfg=config, tags=set()
-        )
-        for name, config in configs.items()
-    }
 
 
 def test_tasks_of_a_folder_and_which_run_code():
@@ -109,7 +100,11 @@ def test_the_table():
     few = Evaluation("few", {"hellaswag": entry(shots=0), "mmlu": entry("mmlu", documents=3)})
     shown = evaluation_table([few])
     assert "| *Llama 3.1 8B* | 65.28 | – |" in shown  # other shots are not the announcement's
-    assert "mmlu: 3 of 9): not comparable" in shown
+    assert "mmlu: 3 of 14,042): not comparable" in shown
+    short = Evaluation("short", {"mmlu": entry("mmlu", documents=9, of=9), "gsm8k": entry("gsm8k")})
+    assert "short: other documents than the benchmark's (mmlu: 9, not 14,042): not" in short.table()
+    cut = Evaluation("cut", {"gsm8k": entry("gsm8k", warnings=["Left truncation applied. ..."])})
+    assert "cut: prompts were cut off at the left to fit: gsm8k." in cut.table()
     with pytest.raises(ValueError, match="published must be one of"):
         mine.table("some")
 
@@ -141,42 +136,27 @@ def test_rows_that_were_evaluated_otherwise_say_so():
     assert "otherwise" not in evaluation_table([first, apart, like])
 
 
-class Stub:
-    """evaluate() without lm-eval, of tasks a, b and c with the values 1, 2 and 3.
-
-    Attributes:
-        model: a checkpoint's folder.
-        ran: the tasks that ran.
-        interrupted: at which task Ctrl-C comes.
-    """
-
-    def __init__(self, model):
-        self.model, self.ran, self.interrupted = model, [], ""
-        self.values = {"a": 0.01, "b": 0.02, "c": 0.03}
-        self.index = index_of(**{name: {"task": name} for name in (*self.values, "mbpp")})
-
-    def run(self, lm, loaded, **options):
-        (name,) = loaded["tasks"]
-        if name == self.interrupted:
-            raise KeyboardInterrupt
-        self.ran.append(name)
-        metrics = {"acc,none": self.values[name], "acc_stderr,none": "N/A", "alias": name}
-        counts = {"original": 5, "effective": 5}
-        return {"results": {name: metrics}, "n-shot": {name: None}, "n-samples": {name: counts}}
+def test_rows_on_other_files_say_so():
+    settings = {"limit": None}
+    rows = [
+        Evaluation(name, {"mmlu": entry("mmlu", data=data)}, settings)
+        for name, data in (("one", {"cais/mmlu": "1"}), ("two", {"cais/mmlu": "2"}), ("hub", {}))
+    ]
+    assert "two: evaluated otherwise than one: data of mmlu." in evaluation_table(rows[:2])
+    assert "otherwise" not in evaluation_table([rows[0], rows[0], rows[2]])
 
 
-@pytest.fixture
-def stub(monkeypatch, tmp_path):
-    tiny.save_model(tmp_path / "model")
-    stub = Stub(tmp_path / "model")
-    monkeypatch.setattr(harness, "check_installed", lambda: None)
-    monkeypatch.setattr(harness, "version", lambda: "0")
-    manager = SimpleNamespace(task_index=stub.index)
-    monkeypatch.setattr(harness, "manager_of", lambda folder, defaults: manager)
-    monkeypatch.setattr(harness, "load_task", lambda manager, choice, folder: {"tasks": {choice.task: None}})
-    monkeypatch.setattr(harness, "wrap", lambda model, tokenizer, **options: None)
-    monkeypatch.setattr(harness, "run", stub.run)
-    return stub
+def test_another_filter_is_another_metric():
+    """Of gsm8k the strict match was published, and not what is found anywhere in the answer."""
+    done = {"n-shot": {"gsm8k": 5}, "n-samples": {"gsm8k": {"original": 1319, "effective": 1319}}}
+    loaded, found = harness.Loaded({"tasks": {"gsm8k": None}}), {}
+    for name in ("strict-match", "flexible-extract", "none"):
+        done["results"] = {"gsm8k": {f"exact_match,{name}": 0.5}}
+        found[name] = harness.entries_of(written(["gsm8k"])[0], loaded, done)["gsm8k"]
+    tables = {name: Evaluation("m", {"gsm8k": each}).table() for name, each in found.items()}
+    assert "*Llama 3.1 8B*" in tables["strict-match"]
+    for name in ("flexible-extract", "none"):
+        assert found[name]["metric"] == f"exact_match,{name}" and "Llama" not in tables[name]
 
 
 def test_an_interrupted_one_goes_on(stub, tmp_path):
@@ -262,16 +242,16 @@ def test_other_tokenizers_tasks_and_shots_are_other_results(stub, tmp_path):
 def test_shares_that_are_in_per_cent_already():
     """Of squadv2, f1 is one of 0 to 100."""
     done = {"n-shot": {"s": 0}, "n-samples": {"s": {"original": 4, "effective": 4}}}
-    found = {}
+    loaded, found = harness.Loaded({"tasks": {"s": None}}), {}
     for value in (0.25, 25.0):
         done["results"] = {"s": {"f1,none": value, "f1_stderr,none": value / 10}}
-        found[value] = harness.entries_of(Choice("s", "s", None, None), {"tasks": {"s": None}}, done)["s"]
+        found[value] = harness.entries_of(Choice("s", "s", None, None), loaded, done)["s"]
     assert [(one["value"], one["stderr"], one["unit"]) for one in found.values()] == [(25.0, 2.5, "%")] * 2
     # 0.9 % of a model that knows nothing is not 90 %: the metric's parts show what it is counted in
     done["results"] = {
         "s": {"f1,none": 0.9, "f1_stderr,none": 0.1, "HasAns_f1,none": 1.8, "acc_x,none": 50.0}
     }
-    small = harness.entries_of(Choice("s", "s", None, None), {"tasks": {"s": None}}, done)["s"]
+    small = harness.entries_of(Choice("s", "s", None, None), loaded, done)["s"]
     assert (small["value"], small["stderr"]) == (0.9, 0.1)
 
 
@@ -286,6 +266,8 @@ def test_arguments(stub, tmp_path):
         (dict(output=tmp_path / "no" / "a.json"), "no such folder to write"),
         (dict(output=tmp_path / "a.md"), "output must be a .json file"),
         (dict(device="mars"), "mars: cannot be used"),
+        (dict(datasets=tmp_path / "no"), r"no such folder \(of data sets"),
+        (dict(batch_size="auto"), 'batch_size must be a number on cpu: "auto" fills'),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             evaluate(model, ["a"], **options)
@@ -328,8 +310,13 @@ class Docs(list):
         return [self[number] for number in numbers]
 
 
-def test_xlsum_is_a_fifth():
+def test_xlsum_is_a_fifth(monkeypatch, tmp_path):
     assert xlsum.first_fifth(Docs(range(11))) == [0, 1, 2]
+    monkeypatch.setattr(xlsum, "_scorer", lambda: None)
+    (tmp_path / "csebuetnlp/xlsum").mkdir(parents=True)
+    for folder, begin in ((tmp_path, "csebuetnlp/xlsum/english"), (None, "hf://datasets/csebuetnlp/xlsum@")):
+        files = xlsum.config(folder)["dataset_kwargs"]["data_files"]
+        assert set(files) == {"validation", "test"} and all(path.startswith(begin) for path in files.values())
     config = xlsum.config()
     assert json.dumps(config["dataset_kwargs"]).count("english") == 2 and config["num_fewshot"] == 3
 
@@ -338,4 +325,4 @@ def test_rouge(monkeypatch):
     pytest.importorskip("rouge_score", reason=f"needs {harness.PIP}")
     # the longest common subsequence has 3 of 4 and of 5 words: 2·(3/4)(3/5)/(3/4 + 3/5)
     assert xlsum.rougeL(["the cats sat down"], ["the cat quickly sat up"]) == pytest.approx(2 / 3)
-    assert run.ALLOW_CODE == "HF_ALLOW_CODE_EVAL"
+    assert ALLOW_CODE == "HF_ALLOW_CODE_EVAL"

@@ -242,8 +242,9 @@ def _check(tables: Tables, where: str) -> None:
         if not tables[table]["data"]:
             raise ValueError(f"{where}: [{table}] needs data: give it there, or in [recipe] for all stages")
     evaluate = tables["evaluate"]
-    if evaluate["tasks_path"] and not evaluate["tasks"]:
-        raise ValueError(f"{where}: [evaluate] tasks_path needs tasks: the names of those that are run")
+    for key in ("tasks_path", "datasets"):
+        if evaluate[key] and not evaluate["tasks"]:
+            raise ValueError(f"{where}: [evaluate] {key} needs tasks: the names of those that are run")
     if evaluate["enabled"] and evaluate["tasks"]:
         _check_tasks(evaluate, f"{where}: [evaluate]")
     if evaluate["enabled"] and not evaluate["data"] and not evaluate["tasks"]:

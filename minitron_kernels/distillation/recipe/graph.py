@@ -167,7 +167,9 @@ class _Maker:
                 if config["data"]:
                     inputs |= self._text(line.variant, "evaluate", named=True)
                 if config["tasks_path"] and config["tasks"]:
-                    inputs["tasks"] = self._tasks(config["tasks_path"])
+                    inputs["tasks"] = self._folder("tasks_path", config["tasks_path"])
+                if config["datasets"] and config["tasks"]:
+                    inputs["datasets"] = self._folder("datasets", config["datasets"])
                 path = f"evaluate/{name}"
                 line.evaluations[name] = self._node(line.variant, "evaluate", path, inputs, more)
 
@@ -186,12 +188,12 @@ class _Maker:
         node = Node(stage, path, config, _what_matters(stage, config), inputs, variant.name)
         return self.nodes.setdefault(node.digest, node)
 
-    def _tasks(self, folder: str) -> Given:
+    def _folder(self, key: str, folder: str) -> Given:
         path = Path(folder)
-        if path.is_dir():
-            return Given((path,), sha256_of_folder(path))
+        if path.is_dir():  # in hidden folders downloads keep what is their own
+            return Given((path,), sha256_of_folder(path, hidden=key != "datasets"))
         if not self.dry:
-            raise FileNotFoundError(2, "there is no such folder ([evaluate] tasks_path)", folder)
+            raise FileNotFoundError(2, f"there is no such folder ([evaluate] {key})", folder)
         return Given((path,), digest_of(folder), (path,))
 
     def _text(self, variant: Variant, stage: str, *, named: bool = False) -> dict[str, Node | Given]:

@@ -185,6 +185,7 @@ def _tasks(
         str(folder),
         config["tasks"],
         tasks_path=config["tasks_path"],
+        datasets=config["datasets"],
         batch_size=config["batch_size"],
         device=device,
         dtype=config["dtype"],

@@ -148,6 +148,7 @@ TABLES: dict[str, tuple[Option, ...]] = {
         one_of("models", MODELS, "which are evaluated", many=True, default=list(MODELS)),
         Option("tasks", str, "of lm-eval", many=True),
         path("tasks_path", "folder with lm-eval's tasks", metavar="DIR"),
+        path("datasets", "folder of data sets for lm-eval's tasks, instead of the hub's", metavar="DIR"),
         whole("limit", "documents of a task"),
         switch("run_code", "run code that a model writes for a task; false: without such tasks",
                default=None),

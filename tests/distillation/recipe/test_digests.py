@@ -141,6 +141,18 @@ def test_all_files_of_tasks_count_but_what_running_them_leaves(digests, tmp_path
     assert differing(before, digests(**tasks)) == {path for path in before if path.startswith("evaluate/")}
 
 
+def test_data_sets_of_tasks_count_but_what_downloads_keep(digests, tmp_path):
+    folder = tmp_path / "datasets"
+    (folder / "of/a/.cache").mkdir(parents=True)
+    (folder / "of/a/rows.jsonl").write_text("{}")
+    tasks = {"evaluate": {"tasks": ["a"], "datasets": str(folder)}}
+    before = digests(**tasks)
+    (folder / "of/a/.cache/time").write_text("1")
+    assert digests(**tasks) == before
+    (folder / "of/a/rows.jsonl").write_text("[]")
+    assert differing(before, digests(**tasks)) == {path for path in before if path.startswith("evaluate/")}
+
+
 def test_what_is_made_of_another_result_is_made_again(digests, tmp_path, monkeypatch):
     """The same configuration, on another device or by another release: other bits."""
     digests()
@@ -216,6 +228,7 @@ def test_each_round_draws_its_own_scores_at_random(digests, tmp_path):
 def test_what_would_fail_later_or_be_left_out(digests):
     for changes, message in (
         ({"evaluate": {"tasks_path": "tasks"}}, r"\[evaluate\] tasks_path needs tasks"),
+        ({"evaluate": {"datasets": "sets"}}, r"\[evaluate\] datasets needs tasks"),
         ({"score": {"seq": ["L2"]}}, r"\[plan\] seq must be one that \[score\] seq .*L2\), got 'mean'"),
         ({"evaluate": {"tasks": ["mbpp"]}}, r"\[evaluate\] tasks: mbpp run code .* say run_code"),
         ({"evaluate": {"tasks": ["a", "a:1"]}}, r"\[evaluate\] tasks must be different names"),
@@ -279,7 +292,7 @@ def test_tasks_that_another_harness_did_are_done_again(tmp_path, monkeypatch):
 
     fake.evaluate, fake.OtherResultsError = evaluate, OtherResultsError
     monkeypatch.setitem(sys.modules, "minitron_kernels.evaluation", fake)
-    names = ("tasks_path", "batch_size", "dtype", "limit", "run_code")
+    names = ("tasks_path", "datasets", "batch_size", "dtype", "limit", "run_code")
     config = {"tasks": ["toy"], **dict.fromkeys(names)}
     context = stages.Context(tmp_path, print, quiet=True)
     assert stages._tasks(tmp_path, config, "cpu", tmp_path, context) == {"toy": {"value": 1.0}}
