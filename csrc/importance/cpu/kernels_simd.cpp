@@ -255,7 +255,8 @@ float distance(const T* x, const T* y, int64_t n, int64_t ahead) {
 
 constexpr int64_t kLongRow = 16 << 10;  // bytes
 constexpr int64_t kAhead = 512;         // bytes, along one row
-constexpr int64_t kGroupAhead = 256;    // bytes, along each of the rows of a group
+// Bytes, along each of the rows of a group: the best on the processors that were tried, by what they have.
+constexpr int64_t kGroupAhead = MINITRON_VECTOR_BYTES == 64 ? 512 : 256;
 // The rows of a group are this many tokens apart. So groups, one after the other, read kGroup long stretches
 // side by side; rows that follow each other would be as many short ones that all end at once.
 constexpr int64_t kApart = 8;
