@@ -131,25 +131,36 @@ def load_model(
     Raises:
         ValueError: weights are missing, or there is an adapter; accelerate is needed and not installed.
     """
-    import transformers
+    from transformers import AutoConfig
 
     check_no_adapter(path)
-    config = transformers.AutoConfig.from_pretrained(path)
-    kind: Any = transformers.AutoModelForCausalLM
-    options: dict[str, Any] = {"key_mapping": PREFIXES}
-    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:  # whose names have such prefixes
-        kind, options = transformers.AutoModelForImageTextToText, {}
-    if device_map is not None:
-        options |= _divided(device_map)
-    loaded: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+    kind, key_mapping = auto_class(AutoConfig.from_pretrained(path))
+    options: dict[str, Any] = {} if device_map is None else _divided(device_map)
+    loaded: Any = kind.from_pretrained(
+        path, dtype=dtype, output_loading_info=True, key_mapping=key_mapping, **options
+    )
     model, report = loaded
     lacking = sorted(name for name in report["missing_keys"] if with_head or not name.startswith("lm_head."))
     if lacking or report["mismatched_keys"]:
         wrong = lacking or sorted(str(entry[0]) for entry in report["mismatched_keys"])
-        raise ValueError(
-            f"{path}: does not hold {few(wrong)} as config.json says: random weights would be {otherwise}"
-        )
+        raise lacking_error(path, wrong, otherwise)
     return model
+
+
+def auto_class(config: Any) -> tuple[Any, dict[str, str] | None]:
+    """The class of transformers that makes a config's model, and the `key_mapping` that it loads with."""
+    import transformers
+
+    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:  # whose names have such prefixes
+        return transformers.AutoModelForImageTextToText, None
+    return transformers.AutoModelForCausalLM, PREFIXES
+
+
+def lacking_error(path: Path, names: list[str], otherwise: str) -> ValueError:
+    """The error about weights that a checkpoint does not hold; see load_model()."""
+    return ValueError(
+        f"{path}: does not hold {few(names)} as config.json says: random weights would be {otherwise}"
+    )
 
 
 def _divided(device_map: str) -> dict[str, Any]:

@@ -215,9 +215,9 @@ class DistillationLoss(nn.Module):
         student.parameters() then has it: an optimizer trains it, DDP averages its gradient, FSDP2 shards it,
         checkpoints keep it. The loss keeps using it, inside the student's forward as step() and the trainers
         call it. Call it before the student is wrapped and before the optimizer is made. The map goes to the
-        student's device; in a student that FSDP2 shards in one dtype, give it that first:
-        loss.hidden_states.to(dtype). Without a map nothing is done. Who does not call this must give the
-        optimizer loss.parameters() too, and average the ranks' gradients of it; a warning says so.
+        student's device, but not to the meta device; in a student that FSDP2 shards in one dtype, give it
+        that first: loss.hidden_states.to(dtype). Without a map nothing is done. Who does not call this must
+        give the optimizer loss.parameters() too, and average the ranks' gradients of it; a warning says so.
 
         Raises:
             ValueError: the student is wrapped already, or has another loss's map.
@@ -236,8 +236,9 @@ class DistillationLoss(nn.Module):
             raise ValueError(
                 f"the student has a {MAP_NAME} of another loss: that one's detach_map(student) removes it"
             )
-        device = next((p.device for p in student.parameters()), torch.device("cpu"))
-        self.to(device)
+        places = (p.device for p in student.parameters() if p.device.type != "meta")
+        if (device := next(places, None)) is not None:  # on the meta device its values would be lost
+            self.to(device)
         student.add_module(MAP_NAME, chosen)
         self._watch.attached = True
         return student

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from distillation.cli_runs import run, train_of
 from minitron_kernels._command.progress import Progress
 from minitron_kernels.distillation.cli import training
+from minitron_kernels.distillation.trainers import hf_loading
 
 STEPS = 4
 HELD_OUT = ("held.jsonl", "--eval-every", 2)
@@ -20,6 +21,15 @@ def options(folder, *more):
     """Of both processes together four windows a step, as train_of() has of one."""
     own = ["--fsdp", "--batch-size", 1, "--steps", STEPS, "--save-every", 2, "--no-picture"]
     return [*own, "--eval-data", folder / HELD_OUT[0], *HELD_OUT[1:], *more]
+
+
+@contextlib.contextmanager
+def loaded_whole():
+    """Each process loads both models as it does where they cannot be read by shards."""
+    why = hf_loading.NotByShardsError("a test wants it so")
+    with mock.patch.object(hf_loading, "empty_model", side_effect=why) as asked:
+        yield
+    assert asked.call_count == 2
 
 
 @contextlib.contextmanager
@@ -63,7 +73,7 @@ def trained(place):
 
 
 def stopped(place):
-    """A signal comes to one process alone; then the run goes on to its end."""
+    """A signal comes to one process alone; then the run goes on to its end, its models loaded another way."""
     advance = Progress.advance
 
     def counted(self, steps=1, *figures, **more):
@@ -72,7 +82,7 @@ def stopped(place):
             os.kill(os.getpid(), signal.SIGTERM)
 
     folder, out = place.parent, place / "out"
-    with mock.patch.object(Progress, "advance", counted):
+    with loaded_whole(), mock.patch.object(Progress, "advance", counted):
         assert run(*train_of(folder, out, *options(folder))) == 143
     assert (out / "checkpoint-3" / "complete").exists() and not (out / "model.safetensors").exists()
     assert run("train", "--resume", "-o", out) == 0
@@ -84,6 +94,21 @@ def tied(place):
     terms = ["--hidden-layers", "0:0", "1:2", "--hidden-weight", 0.5, "--gradient-checkpointing"]
     how = ["--student", folder / "tied", "--steps", 2, "--save-dtype", "bfloat16"]
     assert run(*train_of(folder, place / "out", *options(folder), *terms, *how)) == 0
+    with loaded_whole():
+        assert run(*train_of(folder, place / "whole", *options(folder), *terms, *how)) == 0
 
 
-CASES = {"trained": trained, "stopped": stopped, "tied": tied}
+def one_row(place):
+    """Experts, and parameters of one row, which the second process has none of; both processes know them."""
+    folder = place.parent
+    how = ["--fsdp", "--batch-size", 1, "--student", folder / "experts", "--steps", 2, "--no-picture"]
+    with trainers() as made:
+        assert run(*train_of(folder, place / "out", *how)) == 0
+    groups = made[0].optimizer.param_groups
+    trained = {id(p) for group in groups for p in group["params"]}
+    assert trained == {id(p) for p in made[0].model.parameters()}
+    with loaded_whole():
+        assert run(*train_of(folder, place / "whole", *how)) == 0
+
+
+CASES = {"trained": trained, "stopped": stopped, "tied": tied, "one_row": one_row}

@@ -15,7 +15,8 @@ from distillation.cli_rank_cases import CASES, HELD_OUT, STEPS
 from distillation.cli_runs import STUDENT, one_line, run, save_models, save_tokenizer, train_of
 from distillation.trainer_ranks import start
 from minitron_kernels.distillation.cli.record import read_record
-from pruning.tiny_models import tiny_model
+from pruning.family_configs import CASES as CASES_OF
+from pruning.tiny_models import random_model, tiny_model
 from tools.ranks import errors_of
 
 ONE = {"one": [], "split": ["--batch-size", 1, "--accumulation", 4]}  # runs of one process
@@ -28,6 +29,8 @@ def folder(tmp_path_factory):
     save_models(folder)
     tiny_model("llama", seed=0, **STUDENT, tie_word_embeddings=True).save_pretrained(folder / "tied")
     save_tokenizer(folder / "tied")
+    random_model(CASES_OF["qwen2_moe"].make_config()).save_pretrained(folder / "experts")
+    save_tokenizer(folder / "experts")
     held_out = ["--eval-data", folder / HELD_OUT[0], *HELD_OUT[1:]]
     with forget_accelerator():
         for name, how in ONE.items():
@@ -75,6 +78,19 @@ def test_a_resumed_run_ends_with_the_same_bits(folder):
         for name in ("trained", "stopped")
     ]
     assert logs[0] == logs[1] and len(logs[0]) == STEPS
+
+
+@pytest.mark.parametrize("name", ["tied", "one_row"])
+def test_models_read_by_shards_train_to_the_same_bits(folder, name):
+    """As those that every process loads whole; "stopped" began with such ones."""
+    runs = [folder / name / way for way in ("out", "whole")]
+    logs = [[entry["loss"] for entry in read_record(run)["log"] if "loss" in entry] for run in runs]
+    assert logs[0] == logs[1] and len(logs[0]) == 2
+    for place in ("", "checkpoint-2"):
+        shards, whole = (weights(run / place) for run in runs)
+        assert max(apart(shards, whole).values()) == 0
+        for file in ("config.json", "generation_config.json"):
+            assert (runs[0] / place / file).read_text() == (runs[1] / place / file).read_text()
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("trained", torch.float32), ("tied", torch.bfloat16)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +56,10 @@ def of_training(config: Mapping[str, Any], job: Job, device: str, held_out: int)
     lines.append(f"    {size_text(sum(parts.values())):>12}  in all{note}")
     if device == "cuda":
         lines.append(f"    {size_text(torch.cuda.mem_get_info(own_device(device))[1]):>12}  the GPU has")
+    if config["fsdp"]:
+        lines.append(_loading("student", config["student"], config["dtype"], job.processes))
+    if config["fsdp"] and teacher is not None:
+        lines.append(_loading("teacher", config["teacher"], config["teacher_dtype"], job.processes))
     checkpoint = checkpoint_bytes(config, student)
     lines.append(
         f"  disk      {size_text(checkpoint)} a checkpoint, {config['keep']} are kept; and the model"
@@ -171,6 +176,19 @@ def _meta(folder: str, dtype: str) -> Sized:
     kind = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     shapes = tuple(tuple(p.shape) or (1,) for p in model.parameters())  # tied ones once
     return Sized(model.config, sum(map(math.prod, shapes)), kind, shapes)
+
+
+def _loading(which: str, folder: str, dtype: str, processes: int) -> str:
+    """How much of a checkpoint a process reads to have its shards."""
+    from minitron_kernels.distillation.trainers.hf_loading import NotByShardsError, empty_model
+
+    begin = f"  loading   {which}: each process "
+    try:
+        _, weights = empty_model(Path(folder), dtype, otherwise="used")
+    except NotByShardsError as why:
+        return f"{begin}reads all of it into its memory, since {why}"
+    share, whole = weights.bytes_of_share(processes)
+    return f"{begin}reads {size_text(share)} of {size_text(whole)}"
 
 
 def _described(model: Sized) -> str:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minitron_kernels._command.models import check_model, load_model, load_tokenizer
 from minitron_kernels.distillation.cli.data import Chosen, needs_tokenizer
+
+
+class Models(NamedTuple):
+    """What trains and teaches; weights fill a model that is empty until it is sharded, None: it is whole."""
+
+    student: Any
+    teacher: Any
+    loss: Any
+    student_weights: Any
+    teacher_weights: Any
 
 
 def check_sources(config: Mapping[str, Any]) -> None:
@@ -92,24 +103,43 @@ def tokenizer_if_any(folder: str) -> Any:
         return None
 
 
-def load_teacher(config: Mapping[str, Any], tokenizer: Any, student_tokens: int) -> Any:
-    """A model, a CachedTeacher, or a TextTeacher where there is neither."""
+def load_student(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(the model, None), or (a model without weights, what fills it): see load_teacher()."""
+    return _load(config, Path(config["student"]), config["dtype"], "trained")
+
+
+def load_teacher(config: Mapping[str, Any], tokenizer: Any, student_tokens: int) -> tuple[Any, Any]:
+    """(A model, a CachedTeacher, or a TextTeacher where there is neither; None).
+
+    With --fsdp a model has no weights, and comes with ShardedWeights, which fill it once it is sharded.
+    """
     if config["cache"] is None and config["teacher"] is None:
         from minitron_kernels.distillation.text_teacher import TextTeacher
 
-        return TextTeacher()
+        return TextTeacher(), None
     if config["cache"] is None:
-        return load_model(
-            Path(config["teacher"]), config["teacher_dtype"], otherwise="a teacher", with_head=True
-        )
+        return _load(config, Path(config["teacher"]), config["teacher_dtype"], "a teacher")
     from minitron_kernels.distillation.cache import CachedTeacher
 
-    return CachedTeacher(
+    teacher = CachedTeacher(
         config["cache"],
         head=config["teacher"],
         vocab_size=config["vocab_size"] or student_tokens,
         tokenizer=tokenizer,
     )
+    return teacher, None
+
+
+def _load(config: Mapping[str, Any], folder: Path, dtype: str, otherwise: str) -> tuple[Any, Any]:
+    """The model in a folder; with --fsdp an empty one and what fills it, where it can be read by shards."""
+    if config["fsdp"]:
+        from minitron_kernels.distillation.trainers.hf_loading import NotByShardsError, empty_model
+
+        try:
+            return empty_model(folder, dtype, otherwise=otherwise)
+        except NotByShardsError as why:
+            warnings.warn(f"{folder}: each process loads it whole, since {why}", stacklevel=2)
+    return load_model(folder, dtype, otherwise=otherwise, with_head=True), None
 
 
 def only_cached(config: Mapping[str, Any], data: Chosen, option: str = "--data") -> int:

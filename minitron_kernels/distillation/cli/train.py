@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_kernels._command.messages import few, say, show
-from minitron_kernels._command.models import check_free, checkpoint_hash, load_model, model_files
+from minitron_kernels._command.models import check_free, checkpoint_hash, model_files
 from minitron_kernels._command.progress import without_bars
 from minitron_kernels._files import write_text
 from minitron_kernels.distillation.cli import config as configs
@@ -22,8 +22,10 @@ from minitron_kernels.distillation.cli.data import Chosen, read_windows
 from minitron_kernels.distillation.cli.interrupt import Interrupt, Stopped, exit_code
 from minitron_kernels.distillation.cli.job import Job, check_sharding, choose_device, job_of, rank
 from minitron_kernels.distillation.cli.models import (
+    Models,
     check_sources,
     check_tokenizers,
+    load_student,
     load_teacher,
     make_loss,
     only_cached,
@@ -84,10 +86,10 @@ def _run(
 ) -> int:
     without_bars(config["quiet"])
     out = Path(config["out"])
-    student = load_model(Path(config["student"]), config["dtype"], otherwise="trained", with_head=True)
+    student, student_weights = load_student(config)
     written = _stored_dtype(student, config)
     head = student.get_output_embeddings().weight.shape[0]
-    teacher = load_teacher(config, tokenizer, head)
+    teacher, teacher_weights = load_teacher(config, tokenizer, head)
     loss = make_loss(config, student, teacher)
     about = {"config": config, "job": vars(job), "data": _digest(data), "teacher": _teacher_of(config)}
     if rank() == 0:
@@ -102,7 +104,8 @@ def _run(
         record.update(parameters=sum(p.numel() for p in student.parameters()))
         if not config["quiet"]:
             tell("distilling", f"{job}, on {device}")
-        models, windows = (student, teacher, loss), (data, held_out)
+        models = Models(student, teacher, loss, student_weights, teacher_weights)
+        windows = data, held_out
         return _train(config, job, device, models, windows, record, checkpoint, tokenizer, written)
 
 
@@ -110,7 +113,7 @@ def _train(
     config: dict[str, Any],
     job: Job,
     device: str,
-    models: tuple[Any, Any, Any],
+    models: Models,
     windows: tuple[Chosen, Chosen | None],
     record: records.RunRecord,
     checkpoint: Path | None,

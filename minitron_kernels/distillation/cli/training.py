@@ -20,11 +20,13 @@ from minitron_kernels._command.progress import Progress
 from minitron_kernels.distillation.cli.data import Shuffled, collate
 from minitron_kernels.distillation.cli.interrupt import Interrupt
 from minitron_kernels.distillation.cli.job import Job, rank
+from minitron_kernels.distillation.cli.models import Models
 from minitron_kernels.distillation.cli.record import RunRecord, keep_last, mark_complete
 from minitron_kernels.distillation.trainers.hf import DistillationTrainer
 from minitron_kernels.distillation.trainers.hf_fsdp import (
     check_shardable,
     layer_classes,
+    shard_student,
     shard_teacher,
     whole_state,
 )
@@ -194,7 +196,7 @@ def run(
     config: Mapping[str, Any],
     job: Job,
     device: str,
-    models: tuple[Any, Any, Any],
+    models: Models,
     data: tuple[Any, Any],
     record: RunRecord,
     interrupt: Interrupt,
@@ -206,7 +208,7 @@ def run(
         config: of train.
         job: how much.
         device: "cpu" or "cuda".
-        models: student, teacher, loss.
+        models: student, teacher, loss, and the weights of empty models.
         data: windows for training, and held-out ones or None.
         record: to be kept up to date.
         interrupt: entered while it trains.
@@ -215,7 +217,7 @@ def run(
     Returns:
         The student, and what happened.
     """
-    student, teacher, loss = models
+    student, teacher, loss = models[:3]
     train_data, eval_data = data
     # an expert that got no token has no gradient, which DDP must be prepared for
     has_experts = any(getattr(student.config, name, None) for name in ("num_experts", "num_local_experts"))
@@ -231,6 +233,8 @@ def run(
         )
         if config["fsdp"] and isinstance(teacher, nn.Module):
             shard_teacher(teacher, arguments.device)  # asking for the device joins the processes
+            if models.teacher_weights is not None:
+                models.teacher_weights.fill(teacher, arguments.device)
         trainer = DistillationTrainer(
             student,
             arguments,
@@ -241,6 +245,9 @@ def run(
             data_collator=collate,
             callbacks=[watch],
         )
+        if models.student_weights is not None:
+            shard_student(trainer)
+            models.student_weights.fill(trainer.model, arguments.device)
     trainer.remove_callback(PrinterCallback)
     try:
         with interrupt:

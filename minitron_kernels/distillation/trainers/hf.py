@@ -29,7 +29,7 @@ from minitron_kernels.distillation.trainers.hf_checks import (
     check_options,
     check_setup,
 )
-from minitron_kernels.distillation.trainers.hf_fsdp import prepare_fsdp, tied_names
+from minitron_kernels.distillation.trainers.hf_fsdp import parameters_of, prepare_fsdp, tied_names
 from minitron_kernels.distillation.trainers.hf_metrics import Sums, Window
 from minitron_kernels.distillation.trainers.hf_state import add_to_student, load_loss, save_loss
 
@@ -97,6 +97,7 @@ class DistillationTrainer(Trainer):
         self.distillation_loss = loss
         self.teacher: Teacher = ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
         self._tokenizer = options.get("processing_class")
+        self._sharded_before: list[list[Any]] | None = None
         if model is not None:
             self._take(model)
         super().__init__(model=model, args=args, **options)
@@ -118,6 +119,20 @@ class DistillationTrainer(Trainer):
         """As in Trainer; FSDP2 on CPUs too, and with the loss and the sums of gradients in fp32."""
         super().create_accelerator_and_postprocess()
         prepare_fsdp(self)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; of a student that is sharded already its parameters are kept in mind."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._sharded_before = parameters_of(optimizer)
+        return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer, which has just prepared the optimizer: it gets the parameters that it had."""
+        if self._sharded_before is not None and self.optimizer is not None:
+            for group, parameters in zip(self.optimizer.param_groups, self._sharded_before, strict=True):
+                group["params"] = parameters
+            self._sharded_before = None
+        return super().create_scheduler(*args, **kwargs)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """The model that `model_init` makes, ready for distillation."""

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from minitron_kernels._tensors import is_dtensor
 from minitron_kernels.distillation.causal_lm import CausalLM, attach
 from minitron_kernels.distillation.layers import decoder_layers
 
@@ -81,7 +82,8 @@ def shard_teacher(model: nn.Module, device: torch.device) -> nn.Module:
     """fully_shard() of each decoder layer of a teacher, and of what is around them, over all processes.
 
     The processes have joined already. The model is attached before, so that its logits are verified while its
-    weights are whole. Each layer goes to the device by itself: the whole model is never there.
+    weights are whole; one on the meta device stays there. Each layer goes to the device by itself: the whole
+    model is never there.
 
     Returns:
         The same model.
@@ -98,6 +100,34 @@ def shard_teacher(model: nn.Module, device: torch.device) -> nn.Module:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def shard_student(trainer: Any) -> None:
+    """Shards a trainer's student as train() would do, in the same groups, while it is on the meta device."""
+    from accelerate.utils import fsdp2_prepare_model
+
+    trainer.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # there is nothing to send
+    fsdp2_prepare_model(trainer.accelerator, trainer.model)
+
+
+def parameters_of(optimizer: Any) -> list[list[Any]] | None:
+    """The parameters of an optimizer by group, if they are sharded; None: they are not, and will be replaced.
+
+    accelerate's prepare() finds them again by the address of their memory, which those of which this process
+    has no rows do not have: it would take one of them for all.
+
+    Raises:
+        ValueError: some are sharded and some are not.
+    """
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    sharded = [is_dtensor(parameter) for group in groups for parameter in group]
+    if any(sharded) and not all(sharded):
+        raise ValueError(
+            f"{len(sharded) - sum(sharded)} of the student's {len(sharded)} trained parameters are not "
+            "sharded, and the others are: a forward pass before train() gathered them, or they were added "
+            "after fully_shard(); processes would not train them alike"
+        )
+    return groups if any(sharded) else None
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:
