@@ -2,120 +2,37 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import argparse
 import os
-import platform
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
-import torch
+from minitron_kernels import __version__
 
-from minitron_kernels import _backend, _native
-
-
-def main() -> None:
-    """Prints the facts and the tables."""
-    for name, value in facts():
-        print(f"{name:<14}{value}")
-    print()
-    for line in table([("op", "backend", "device", "usable here"), *rows()]):
-        print(line)
-    print()
-    print('backend="auto" takes')
-    picked = [(op, *(_auto(op, device) for device in ("cpu", "cuda"))) for op in _backend.OPS]
-    for line in table([("op", "on cpu", "on cuda"), *picked]):
-        print(f"  {line}")
+NAME = "python -m minitron_kernels"
 
 
-def facts() -> list[tuple[str, str]]:
-    """(name, value) of each line above the tables."""
-    info = _native.build_info()
-    out = [
-        ("version", info.get("version") or _installed_version()),
-        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ("torch", f"{torch.__version__}, {_gpus()}"),
-    ]
-    if not _native.available():
-        return [*out, ("extension", f"not loaded: {_native.reason()}")]
-    cuda = " ".join(info["cuda_archs"])
-    return [
-        *out,
-        ("extension", f"{_native.location()}{_changed_since()}"),
-        ("compiled by", f"{info['compiler']}, against torch {info['torch']}"),
-        ("SIMD", f"{info['simd_chosen']} chosen, of {' '.join(info['simd_compiled'])}"),
-        ("GEMM", info["gemm"]),
-        ("CUDA", f"{cuda}, by nvcc {info['cuda_version']}" if cuda else f"not built: {info['cuda_reason']}"),
-    ]
-
-
-def rows() -> list[tuple[str, str, str, str]]:
-    """One row for each op, backend and kind of device; xpu only where there is one."""
-    out = []
-    for op in _backend.OPS:
-        for backend in _backend.BACKENDS:
-            for device in _backend.DEVICES:
-                if device != "xpu" or _present("xpu"):  # xpu is rare: left out where it is absent
-                    out.append((op, backend, device, _verdict(op, backend, device)))
-    return out
-
-
-def table(lines: list[tuple[str, ...]]) -> list[str]:
-    """The lines, with aligned columns."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
-
-
-def _changed_since() -> str:
-    """In a checkout: which source is newer than the extension, if one is."""
-    location, sources = _native.location(), Path(__file__).resolve().parents[1] / "csrc"
-    if location is None or not sources.is_dir():
-        return ""
-    newest = max(
-        (path for path in sources.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime
-    )
-    if newest.stat().st_mtime <= Path(location).stat().st_mtime:
-        return ""
-    return f", older than {newest}: pip install . (or -e .) in {sources.parent} builds it anew"
-
-
-def _verdict(op: str, backend: str, device: str) -> str:
-    reason = _backend.why_not(op, backend, torch.device(device))
-    if reason is not None:
-        return f"no: {reason}"
-    return "yes" if _present(device) else f"no: there is no {device} device here"
-
-
-def _auto(op: str, device: str) -> str:
-    name = _backend.pick(op, torch.device(device), "auto")
-    return name if _present(device) else f"{name} (no such device here)"
-
-
-def _present(device: str) -> bool:
-    if device == "cuda":
-        return torch.cuda.is_available()
-    return device == "cpu" or torch.xpu.is_available()
-
-
-def _gpus() -> str:
-    if not torch.cuda.is_available():
-        return "no GPU"
-    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-
-
-def _installed_version() -> str:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the report; returns the exit code: 0, 1 after an error, 2 for a wrong command line."""
+    about = "Show what is built, which backends can serve each op on this machine, and why not the others."
+    parser = argparse.ArgumentParser(prog=NAME, description=about)
+    parser.add_argument("--version", action="version", version=f"minitron_kernels {__version__}")
+    parser.parse_args(argv)
     try:
-        return importlib.metadata.version("minitron-kernels")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        from minitron_kernels._report import report  # torch, which is slow
+
+        print(report(), flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail
+        return 141  # the status of a program that SIGPIPE ended
+    except KeyboardInterrupt:
+        print(f"{NAME}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # as where torch is there and cannot be loaded
+        print(f"{NAME}: error: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail
-        sys.exit(141)  # the status of a program that SIGPIPE ended
+    raise SystemExit(main())

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import secrets
+import shutil
 from pathlib import Path
 
 
 def reason(error: OSError) -> str:
     """What went wrong, without the file. An error that was raised with a text alone has no `strerror`."""
     return error.strerror or str(error)
+
+
+# what safetensors (Rust) and torch say of a full disk
+_FULL = re.compile(
+    r"No space left on device|Disk quota exceeded|os error 28\b|"
+    r"PytorchStreamWriter failed writing file|inline_container.*unexpected pos"
+)
+
+
+def full_disk(error: BaseException, folder: str | os.PathLike[str]) -> str:
+    """What to say where an error means that the disk of `folder` is full; "" where it does not.
+
+    Libraries raise errors of their own, with the text alone.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return reason(seen)
+        if _FULL.search(str(seen)):
+            free = shutil.disk_usage(folder).free
+            return f"the disk is full ({free / 1e9:.2f} GB are free)"
+        seen = seen.__cause__ or seen.__context__
+    return ""
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

@@ -9,13 +9,12 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from minitron_kernels import __main__ as report
 from minitron_kernels import _backend, _native
+from minitron_kernels import _report as report
 from tools.toolchains import script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -187,11 +186,10 @@ def test_how_many_compilers_run_at_once(monkeypatch, tmp_path):
     monkeypatch.setenv("MAX_JOBS", "3")
     monkeypatch.setattr(compile, "find_ninja", lambda: "ninja")
     seen = []
-    monkeypatch.setattr(
-        compile.subprocess, "run", lambda command, **_: seen.append(command) or SimpleNamespace(returncode=0)
-    )
+    monkeypatch.setattr(compile, "run_ninja", lambda *given: seen.append(given) or True)
     compile.build_extension(ROOT, tmp_path, PLAN, "1.0")
-    assert seen[0][-2:] == ["-j", "3"]
+    ((command, root, archs, jobs),) = seen
+    assert command[-2:] == ["-j", "3"] and (root, archs, jobs) == (ROOT, CUDA.archs, 3)
     for text in ("0", "-1", "all"):
         monkeypatch.setenv("MAX_JOBS", text)
         with pytest.raises(SystemExit, match=f"MAX_JOBS must be a whole number from 1 on, got '{text}'"):
@@ -467,7 +465,7 @@ def test_the_report_names_sources_that_are_newer(monkeypatch, tmp_path):
     source.parent.mkdir(parents=True)
     extension.touch(), source.touch()
     monkeypatch.setattr(_native, "location", lambda: str(extension))
-    monkeypatch.setattr(report, "__file__", str(tmp_path / "minitron_kernels/__main__.py"))
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "minitron_kernels/_report.py"))
     for age, expected in ((0, f"{extension}"), (60, f"{extension}, older than {source}: pip install")):
         os.utime(source, (1e9 + age, 1e9 + age)), os.utime(extension, (1e9, 1e9))
         assert dict(report.facts())["extension"].startswith(expected)
@@ -484,11 +482,10 @@ def test_why_nothing_was_built(monkeypatch, tmp_path):
     assert _native._load() == (None, "minitron_kernels was installed without C++: no compiler")
 
 
-def test_the_report(monkeypatch, capsys):
+def test_the_report(monkeypatch):
     """Every verdict is that of pick(); a device that is absent is said to be."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    report.main()
-    lines = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    lines = [re.split(r"  +", line.strip()) for line in report.report().splitlines()]
     for op in _backend.OPS:
         for backend in _backend.BACKENDS:
             for device in ("cpu", "cuda"):

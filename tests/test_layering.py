@@ -20,7 +20,7 @@ TORCH = ("torch", "ATen", "c10")
 
 # parts of the house that are a module, or a package without rooms
 ALONE = ("_native", "_workspace", "_backend", "_tensors", "_modules", "_files", "_opaque", "_lazy")
-ALONE += ("_command", "distillation", "evaluation")
+ALONE += ("_command", "_report", "distillation", "evaluation")
 
 
 def part_of(module: str) -> str:
@@ -57,6 +57,7 @@ MAY_IMPORT = {
     "_command": {"_command", "_files", "top"},
     "evaluation": {"evaluation", "_command", "_files", "_modules", "top"},
     "_backend": {"_native"},
+    "_report": {"_native", "_backend"},
     "ops": set(),
     "reference": set(),
     "divergence": set(),
@@ -102,7 +103,7 @@ MAY_IMPORT = {
         "top",
     },
     # not pruning nor distillation: who imports the kernels alone must not load them
-    "top": {"_native", "_workspace", "_backend", "_lazy", "op"},
+    "top": {"_native", "_workspace", "_backend", "_lazy", "_report", "op"},
 }
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import errno
 import functools
 import gzip
 import itertools
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -62,6 +64,8 @@ def expand(files: Sequence[Path]) -> list[Path]:
         if not file.is_dir():
             found.append(file)
             continue
+        if not os.access(file, os.R_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
         inside = [path for path in sorted(file.rglob("*")) if kind_of(path) in SUFFIXES]
         inside = [path for path in inside if path.is_file() and not _is_hidden(path.relative_to(file))]
         if any(kind_of(path) not in _PLAIN for path in inside):
@@ -85,6 +89,23 @@ def kind_of(file: Path) -> str:
 def is_ids(file: Path) -> bool:
     """Whether the file holds token ids, for which no tokenizer is needed."""
     return file.suffix.lower() == ".npy"
+
+
+def has_text(files: Sequence[Path]) -> bool:
+    """Whether one of the files, or of those in folders, is text, for which a tokenizer is needed."""
+    return any(not is_ids(file) for file in expand(files))
+
+
+def check_files(files: Sequence[str], option: str) -> None:
+    """Checks that there are files, before anything is loaded.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, said with the option; a folder has none.
+    """
+    for file in files:
+        if not Path(file).exists():
+            raise FileNotFoundError(2, f"there is no such file ({option})", file)
+    expand([Path(file) for file in files])
 
 
 def texts(file: Path, tokenizer: Any, text_key: str | None = None) -> Iterator[str]:

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
+
+from minitron_kernels._files import reason
+
+# what to do about an error of which the system's own words are all that is said
+_ADVICE = {
+    errno.ENOSPC: "free some space, or take another disk",
+    errno.EDQUOT: "free some space, or take another disk",
+    errno.EACCES: "change its rights, or take another",
+    errno.EROFS: "take a place that can be written to",
+    errno.EISDIR: "give a file, not a folder",
+    errno.ENOTDIR: "a part of this path is a file, not a folder",
+}
+CLOSED = 141  # the exit code of a program that SIGPIPE ended
 
 
 def say(program: str, kind: str, message: object) -> None:
@@ -18,22 +33,38 @@ def message_of(error: Exception, in_words: Callable[[str], str] = str) -> str:
         error: what was raised.
         in_words: puts options of the command line in place of the library's arguments.
     """
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory{f': {error}' if str(error) else ''}"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return in_words(f"{error.filename}: {error.strerror}")
+        advice = _ADVICE.get(error.errno or 0, "")
+        advice = f": {advice}" if advice and error.strerror == os.strerror(error.errno or 0) else ""
+        return in_words(f"{error.filename}: {error.strerror}{advice}")
     if isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError) and str(error):
         return in_words(str(error))
     return f"{type(error).__name__}: {error} (--debug shows where)"  # an unexpected error
 
 
 def show(text: str) -> None:
-    """Prints with substitutes for characters that standard output cannot encode, so that it never fails."""
+    """Prints with substitutes for characters that standard output cannot encode.
+
+    Raises:
+        SystemExit: its reader has closed it, and wants no more.
+        OSError: it cannot be written to, as a file on a full disk.
+    """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     for sign, plain in (("→", "->"), ("·", "*"), ("√", "root of "), ("τ", "temperature")):
         if sign.encode(encoding, errors="ignore") == b"":
             text = text.replace(sign, plain)
-    print(text.encode(encoding, errors="replace").decode(encoding))
+    try:
+        print(text.encode(encoding, errors="replace").decode(encoding), flush=True)
+    except OSError as error:
+        # what is left in its buffer would fail once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has closed the pipe
+            raise SystemExit(CLOSED) from None
+        raise OSError(error.errno, f"cannot be written to ({reason(error)})", "standard output") from None
 
 
-def few(names: Sequence[str]) -> str:
+def few(names: Sequence[str], most: int = 8) -> str:
     """The first of many names, and how many there are besides."""
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import hashlib
 import importlib.util
 import os
 import re
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +93,28 @@ def device_of(name: str) -> Any:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "meta":
+            raise NotImplementedError("it holds no data")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name}: cannot be used here: {reason}") from None
     return device
+
+
+def load_config(path: Path) -> Any:
+    """transformers' config of a checkpoint's folder.
+
+    Raises:
+        ValueError: its config.json is damaged, or of no model that transformers knows; names it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:  # of many kinds, by what is wrong
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise ValueError(f"{path / 'config.json'}: is not the config of a model: {_said(error)}") from error
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -104,11 +124,27 @@ def load_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # tokenizers raise different errors for missing files
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"{path}: has no tokenizer that transformers loads ({reason}): put its files there, or give "
-            "token ids, as .npy"
-        ) from None
+            f"{path}: has no tokenizer that transformers loads ({_said(error)}): put its files there, or "
+            "give token ids, as .npy"
+        ) from error
+
+
+def tokenizer_if_any(path: Path) -> Any:
+    """The tokenizer of a checkpoint's folder; None where there is none, with a warning if its files are there
+    and cannot be loaded."""
+    try:
+        return load_tokenizer(path)
+    except ValueError as error:
+        if any(path.glob("tokenizer*")) or any(path.glob("vocab.*")):
+            warnings.warn(f"{error}; it goes on without", stacklevel=2)
+        return None
+
+
+def _said(error: Exception) -> str:
+    """What a library said, on one line that is not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else f"{text[:230]} ..."
 
 
 def load_model(
@@ -129,21 +165,31 @@ def load_model(
         device_map: "auto" divides the model over GPUs, memory and disk (accelerate); None: it is on the CPU.
 
     Raises:
-        ValueError: weights are missing, or there is an adapter; accelerate is needed and not installed.
+        ValueError: weights are missing or damaged, or there is an adapter; accelerate is needed and not
+            installed.
     """
-    from transformers import AutoConfig
-
     check_no_adapter(path)
-    kind, key_mapping = auto_class(AutoConfig.from_pretrained(path))
+    kind, key_mapping = auto_class(load_config(path))
     options: dict[str, Any] = {} if device_map is None else _divided(device_map)
-    loaded: Any = kind.from_pretrained(
-        path, dtype=dtype, output_loading_info=True, key_mapping=key_mapping, **options
-    )
+    try:
+        loaded: Any = kind.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, key_mapping=key_mapping, **options
+        )
+    except Exception as error:  # of safetensors, torch and transformers, few of which name the file
+        file = _damaged(path) or path
+        if not os.access(file, os.R_OK):  # safetensors says that there is no such file
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file)) from error
+        raise ValueError(f"{file}: cannot be loaded: {_said(error)}") from error
     model, report = loaded
     lacking = sorted(name for name in report["missing_keys"] if with_head or not name.startswith("lm_head."))
     if lacking or report["mismatched_keys"]:
         wrong = lacking or sorted(str(entry[0]) for entry in report["mismatched_keys"])
         raise lacking_error(path, wrong, otherwise)
+    if unused := sorted(report["unexpected_keys"]):
+        warnings.warn(
+            f"{path}: config.json describes no {few(unused, 3)}, which its files hold: they are not used",
+            stacklevel=2,
+        )
     return model
 
 
@@ -159,8 +205,21 @@ def auto_class(config: Any) -> tuple[Any, dict[str, str] | None]:
 def lacking_error(path: Path, names: list[str], otherwise: str) -> ValueError:
     """The error about weights that a checkpoint does not hold; see load_model()."""
     return ValueError(
-        f"{path}: does not hold {few(names)} as config.json says: random weights would be {otherwise}"
+        f"{path}: does not hold {few(names, 3)} as config.json says: random weights would be {otherwise}"
     )
+
+
+def _damaged(path: Path) -> Path | None:
+    """The first file of weights in a folder, of those that transformers reads, with a damaged header."""
+    from safetensors import safe_open
+
+    for file in sorted(path.glob("model*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except Exception:
+            return file
+    return None
 
 
 def _divided(device_map: str) -> dict[str, Any]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from typing import Any
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+MOST = 2**53  # of anything: what more is would only overflow somewhere, without saying where
 
 
 def count(text: str) -> float:
     """A number such as 8.4e9, 8.4B or 500M."""
     units = {"K": 1e3, "M": 1e6, "B": 1e9}
     number = float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
-    if not 0 < number < math.inf:
+    if not 0 < number <= MOST:  # NaN too
         raise ValueError(text)
     return number
 
@@ -24,36 +24,41 @@ def byte_count(text: str) -> int:
     units = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "KB": 10**3}
     for unit, size in units.items():
         if text.endswith(unit):
-            return _positive(int(float(text.removesuffix(unit)) * size))
-    return _positive(int(text))
+            number = float(text.removesuffix(unit)) * size
+            break
+    else:
+        number = int(text)
+    if not 1 <= number <= MOST:  # NaN too
+        raise ValueError(text)
+    return int(number)
 
 
-def _positive(size: int) -> int:
-    if size < 1:
-        raise ValueError(size)
-    return size
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """A parser of whole numbers that must not be less."""
+def at_least(least: int, most: int = MOST) -> Callable[[str], int]:
+    """A parser of whole numbers that must not be less, nor more than `most`."""
 
     def read(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {least} on, got {text!r}")
+        if not least <= value <= most:
+            end = f"to {most}" if value > most or most < MOST else "on"
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} {end}, got {text!r}")
         return value
 
     return read
 
 
-def typed(name: str, parse: Any) -> Any:
-    """`parse`, with the name that argparse shows in error messages."""
+MOST_SEED = 2**32 - 1  # that NumPy takes, and so all libraries that draw
 
-    def typed(text: str) -> Any:
-        return parse(text)
 
-    typed.__name__ = name
-    return typed
+def typed(wanted: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse`, whose errors say what is wanted."""
+
+    def read(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}") from None
+
+    return read

@@ -1,5 +1,6 @@
 """What a run of train goes on from: checkpoints that are whole, the same text, the same teacher."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import torch
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from distillation.cli_runs import cache_of, one_line, run, save_models, train_of
 from distillation.test_cli import after_step, same_weights
@@ -60,6 +62,49 @@ def test_a_kill_while_an_old_checkpoint_goes(folder, tmp_path, monkeypatch):
     assert same_weights(out, folder / "whole") and names(out) == [["checkpoint-4"], []]
 
 
+@pytest.mark.parametrize("name", ["distillation.toml", "distillation.json"])
+def test_a_run_that_cannot_begin_leaves_nothing(folder, tmp_path, monkeypatch, capsys, name):
+    """Else the same command would be told that its output is there already."""
+
+    def full(path, text):
+        if Path(path).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        Path(path).write_text(text)
+
+    monkeypatch.setattr("minitron_kernels.distillation.cli.record.write_text", full)
+    said = one_line(capsys, *train_of(folder, tmp_path / "a", "--steps", 1))
+    assert (
+        said == f"{tmp_path / 'a' / name}: No space left on device: free some space, or take another disk\n"
+    )
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
+def test_no_half_of_a_model_is_left(folder, tmp_path, monkeypatch, capsys, error):
+    """Where the disk is full, or Ctrl-C comes, while it is written; the run goes on from its checkpoint."""
+    out, saved = tmp_path / "a", PreTrainedModel.save_pretrained
+
+    def fails(self, where, **options):
+        if "checkpoint-" in str(where):
+            return saved(self, where, **options)
+        Path(where, "model.safetensors").write_bytes(b"half")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", fails)
+        capsys.readouterr()
+        code = run(*train_of(folder, out, "--steps", STEPS))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"minitron-distill train --resume -o {out} goes on from checkpoint-{STEPS}" in line
+    if isinstance(error, OSError):
+        assert code == 1 and f"error: {out}: No space left on device: free some space; " in line
+    else:
+        assert code == 130 and "stopped: at once; " in line
+    assert not list(out.glob("*.safetensors")) and not list(out.glob(".*"))
+    assert read_record(out)["status"] == ("failed" if code == 1 else "stopped")
+    assert run("train", "--resume", "-o", out) == 0 and same_weights(out, folder / "whole")
+
+
 def test_a_checkpoint_that_lost_a_byte_is_not_complete(folder, tmp_path, capsys):
     """Trainer goes on without an optimizer's state that is not there, and says nothing."""
     out = tmp_path / "a"
@@ -81,6 +126,35 @@ def test_no_checkpoint_of_a_loss_that_is_not_a_number(folder, tmp_path, capsys):
     assert "the loss is " in one_line(capsys, *train_of(folder, out, *how))
     (whole,), _ = checkpoints(out)
     assert all(bool(x.isfinite().all()) for x in load_file(whole / "model.safetensors").values())
+
+
+def test_a_configuration_that_is_cut_off_is_seen(folder, tmp_path, capsys):
+    """The first lines of a TOML file are TOML too, and the rest would be defaults."""
+    shutil.copytree(folder / "whole", tmp_path / "a")
+    path = tmp_path / "a" / "distillation.toml"
+    text = path.read_text()
+    path.write_text(text[: text.index("lr =")])
+    said = one_line(capsys, "train", "--resume", "-o", tmp_path / "a")
+    assert said.startswith(f"{path}: is not as the run wrote it, --lr, --lr-min, --warmup")
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "said"),
+    [
+        ("job", {}, "lacks job.steps"),
+        ("config", {"student": "a"}, "lacks config.teacher"),
+        ("log", [5], "is damaged"),
+        ("log", [{"loss": 1.0}], "lacks 'step'"),
+        ("step", None, "step must be a whole number"),
+        ("status", 5, "status must be a string"),
+    ],
+)
+def test_a_record_that_is_damaged_is_named(folder, tmp_path, capsys, entry, value, said):
+    shutil.copytree(folder / "whole", tmp_path / "a")
+    path = tmp_path / "a" / "distillation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), entry: value}))
+    error = one_line(capsys, "info", tmp_path / "a")
+    assert error.startswith(f"{path}: is damaged: ") and said in error
 
 
 def test_other_text_anywhere_is_seen(folder, tmp_path):

@@ -217,7 +217,7 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
     np.save(tmp_path / "floats.npy", np.ones(100))
     assert "must be integers" in fails(capsys, "score", src, tmp_path / "floats.npy", *out, *short)
     np.save(tmp_path / "large.npy", np.full(100, 96))
-    assert "must be in [0, 96), got 96 to 96" in fails(
+    assert f"must be in [0, 96) of {src}, got 96 to 96" in fails(
         capsys, "score", src, tmp_path / "large.npy", *out, *short
     )
     np.save(tmp_path / "pickle.npy", np.array([{}]), allow_pickle=True)
@@ -273,6 +273,8 @@ def test_interrupted(folder, tmp_path, capsys, monkeypatch):
         ["plan", "scores", "-o", "x", "--params", "-1"],
         ["plan", "scores", "-o", "x", "--drop-layers", "3-"],
         ["plan", "scores", "-o", "x", "--drop-layers", "0-99999999999"],
+        ["plan", "scores", "-o", "x", "--drop-layers", ""],
+        ["plan", "scores", "-o", "x", "--memory", "infGB"],
         ["plan", "scores", "-o", "x", "--hidden-size", "0"],
         ["plan", "scores", "-o", "x", "--divisor", "0"],
         ["plan", "scores", "-o", "x", "--num-experts-per-tok", "0"],
@@ -283,6 +285,8 @@ def test_interrupted(folder, tmp_path, capsys, monkeypatch):
         ["score", "a", "b", "-o", "c", "--samples", "0"],
         ["score", "a", "b", "-o", "c", "--seq-len", "1"],
         ["score", "a", "b", "-o", "c", "--dtype", "foo"],
+        ["score", "a", "b", "-o", "c", "--seed", "-1"],
+        ["score", "a", "b", "-o", "c", "--batch-size", "9" * 30],
         ["score", "a", "b"],
     ],
 )

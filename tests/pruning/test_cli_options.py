@@ -1,7 +1,9 @@
 """minitron-prune: each option changes what it says; what cannot work is said before, in its words."""
 
 import io
+import json
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -13,6 +15,7 @@ import minitron_kernels
 from minitron_kernels.pruning import ImportanceScores, PruningPlan
 from minitron_kernels.pruning.cli import scoring
 from minitron_kernels.pruning.cli.main import main
+from minitron_kernels.pruning.score.score_files import ABOUT
 from pruning.checkpoints import save_tiny
 
 
@@ -174,7 +177,7 @@ def test_what_each_option_of_prune_is_for(folder, tmp_path, monkeypatch):
         raise ValueError("seen")
 
     monkeypatch.setattr("minitron_kernels.pruning.checkpoint.prune.prune_checkpoint", note)
-    command = ["prune", "src", "dst", folder / "plan.json"]
+    command = ["prune", folder / "llama", tmp_path / "dst", folder / "plan.json"]
     options = ["--threads", 3, "--max-shard-size", "2KB", "--leave-out", "a", "b", "--overwrite", "--quiet"]
     assert run(*command) == run(*command, *options, "--no-rescale-norms") == 1
     plain = {"max_shard_bytes": 5 * 10**9, "threads": None, "rescale_norms": True, "leave_out": []}
@@ -238,6 +241,7 @@ def test_what_cannot_work_is_said_before_the_work(folder, tmp_path, capsys, monk
     nowhere = fails(capsys, *plan, tmp_path / "nowhere" / "plan.json")
     assert nowhere == f"{tmp_path / 'nowhere'}: there is no such folder to write --output to\n"
     assert "--device mars: cannot be used here" in fails(capsys, *command, tmp_path / "s", "--device", "mars")
+    assert "--device meta: cannot be used" in fails(capsys, *command, tmp_path / "s", "--device", "meta")
     if not torch.cuda.is_available():
         assert "--device cuda: cannot" in fails(capsys, *command, tmp_path / "s", "--device", "cuda")
 
@@ -250,6 +254,65 @@ def test_what_a_model_is_missing(folder, tmp_path, capsys):
     assert "hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M" in hub
     assert "no tokenizer" in (error := fails(capsys, "score", folder / "llama", text, *out, "--seq-len", 9))
     assert ".npy" in error
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("model_type", "foo", "model_type 'foo' is not known: docs/families.md lists those that are"),
+        (
+            "model_type",
+            "bert",
+            "prune a decoder of one stack of layers instead; docs/families.md lists those",
+        ),
+        ("hidden_size", "big", "its sizes must be whole numbers from 1 on: "),
+        ("hidden_size", [1], "list"),
+        ("num_attention_heads", 0, "its sizes must be whole numbers from 1 on: integer division"),
+    ],
+)
+def test_a_config_that_is_wrong_is_named(folder, tmp_path, capsys, key, value, said):
+    shutil.copytree(folder / "llama", tmp_path / "model")
+    shutil.copytree(folder / "scores", tmp_path / "scores")
+    for path, keys in ((tmp_path / "model" / "config.json", ()), (tmp_path / "scores" / ABOUT, ("config",))):
+        whole = inside = json.loads(path.read_text())
+        for name in keys:
+            inside = inside[name]
+        inside[key] = value
+        path.write_text(json.dumps(whole))
+    text = [folder / "tokens.npy", "-o", tmp_path / "out", "--seq-len", 32]
+    for command, name in (
+        (["info", tmp_path / "model"], "model/config.json"),
+        (["score", tmp_path / "model", *text], "model/config.json"),
+        (["info", tmp_path / "scores"], ABOUT),
+        (["plan", tmp_path / "scores", *text[1:3], "--ratio", 0.5], ABOUT),
+    ):
+        error = fails(capsys, *command)
+        assert f"{tmp_path}" in error and name in error and len(error) < 500, error
+        assert said in error or command[0] == "score", error  # where transformers has its own words
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_config_json_does_not_describe_are_said(folder, tmp_path, capsys):
+    """As the layers of a model whose config says fewer: they would go without a word."""
+    shutil.copytree(folder / "llama", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["num_hidden_layers"] -= 1
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != "layer_types"}))
+    capsys.readouterr()
+    few = ["--seq-len", 32, "--samples", 2, "--quiet"]
+    assert run("score", tmp_path / "model", folder / "tokens.npy", "-o", tmp_path / "out", *few) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if ": warning: " in line]
+    assert f"{tmp_path / 'model'}: config.json describes no model.layers.2." in line and "more" in line
+
+
+def test_a_file_of_weights_that_is_cut_off_is_named(folder, tmp_path, capsys):
+    shutil.copytree(folder / "llama", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    few = ["-o", tmp_path / "out", "--seq-len", 32, "--samples", 2]
+    error = fails(capsys, "score", tmp_path / "model", folder / "tokens.npy", *few)
+    assert error.startswith(f"{path}: cannot be loaded: ")
 
 
 def test_errors_name_options(folder, tmp_path, capsys):

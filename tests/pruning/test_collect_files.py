@@ -1,5 +1,7 @@
 """Scores that are saved, resumed from and plotted."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,29 @@ def test_files_are_checked(tmp_path):
     tensors.unlink()
     with pytest.raises(FileNotFoundError, match=tensors.name):
         ImportanceScores.load(tmp_path)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_full_disk_leaves_no_folder_behind(tmp_path, monkeypatch, step):
+    """Else the same command would be told that its output is there already."""
+    scores = collect_importance(tiny_model("llama"), [ids(1, 4)], progress=False)
+    synced = []
+
+    def full(handle):
+        synced.append(handle)
+        if len(synced) > step:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        scores.save(tmp_path / "new" / "scores")
+    assert caught.value.filename.startswith(str(tmp_path / "new" / "scores" / "importance"))
+    assert list(tmp_path.iterdir()) == []
+    synced.clear()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(OSError, match="No space left"):
+        scores.save(tmp_path / "mine")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
 
 
 @pytest.mark.parametrize("step", [0, 1])

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
         model_fingerprint,
         tokenizer_hash,
     )
-    from minitron_kernels.distillation.cache.reader import CacheSummary, TeacherCache, UncachedError
+    from minitron_kernels.distillation.cache.reader import TeacherCache, UncachedError
     from minitron_kernels.distillation.cache.sequences import digest
     from minitron_kernels.distillation.cache.spec import CacheSpec
+    from minitron_kernels.distillation.cache.summary import CacheSummary
     from minitron_kernels.distillation.cache.teacher import CachedTeacher
     from minitron_kernels.distillation.cache.writer import TeacherCacheWriter
 
@@ -36,7 +37,7 @@ __all__ = [
 _HOMES = {
     "CacheRun": "minitron_kernels.distillation.cache.fill",
     "CacheSpec": "minitron_kernels.distillation.cache.spec",
-    "CacheSummary": "minitron_kernels.distillation.cache.reader",
+    "CacheSummary": "minitron_kernels.distillation.cache.summary",
     "CachedTeacher": "minitron_kernels.distillation.cache.teacher",
     "TeacherCache": "minitron_kernels.distillation.cache.reader",
     "TeacherCacheWriter": "minitron_kernels.distillation.cache.writer",

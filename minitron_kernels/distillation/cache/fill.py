@@ -18,9 +18,10 @@ from minitron_kernels.distillation.cache.fingerprint import (
     tokenizer_hash,
 )
 from minitron_kernels.distillation.cache.outputs import payloads_of, run_teacher
-from minitron_kernels.distillation.cache.reader import CacheSummary, TeacherCache
+from minitron_kernels.distillation.cache.reader import TeacherCache
 from minitron_kernels.distillation.cache.sequences import Sequence, sequences_of
 from minitron_kernels.distillation.cache.spec import SPEC_FILE, CacheSpec
+from minitron_kernels.distillation.cache.summary import CacheSummary
 from minitron_kernels.distillation.cache.writer import SHARD_BYTES, TeacherCacheWriter
 from minitron_kernels.distillation.teacher import ModelTeacher
 

@@ -20,12 +20,10 @@ import hashlib
 import json
 import math
 import os
-import re
 import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,18 +31,11 @@ import torch
 from torch import Tensor
 
 from minitron_kernels._files import reason
-from minitron_kernels.distillation.cache.sequences import DIGEST_BYTES, described, digest
+from minitron_kernels.distillation.cache.sequences import described, digest
+from minitron_kernels.distillation.cache.shard_index import DIGEST_BYTES, REMEDY, ShardIndex, seal_of
 from minitron_kernels.distillation.cache.spec import FORMAT, VERSION
-from minitron_kernels.pruning.checkpoint.safetensors_files import (
-    DTYPES,
-    SafetensorsFile,
-    StoredTensor,
-    read_at,
-    torch_dtype,
-)
+from minitron_kernels.pruning.checkpoint.safetensors_files import DTYPES, read_at, torch_dtype
 
-SHARD_NAME = re.compile(r"rows-[0-9a-f]{12}-\d{6}\.safetensors")
-REMEDY = "delete it and cache its sequences again"
 _NAMES = {torch_dtype(name): name for name in DTYPES}
 
 Fields = Mapping[str, Tensor]
@@ -134,67 +125,12 @@ def _describe(header: dict[str, Any], name: str, dtype: str, shape: tuple[int, .
 
 
 def seal(header: bytes, tables: list[bytes]) -> bytes:
-    """What index.seal holds."""
-    return _seal(hashlib.sha256(header).digest(), tables)
+    """What index.seal holds, of a header as it is written."""
+    return seal_of(hashlib.sha256(header).digest(), tables)
 
 
-def _seal(header_sha256: bytes, tables: list[bytes]) -> bytes:
-    whole = hashlib.sha256(header_sha256)
-    for table in tables:
-        whole.update(table)
-    return whole.digest()
-
-
-class Shard:
-    """A shard whose header and index have been checked. No file stays open.
-
-    Raises:
-        ValueError: it is damaged, of another cache, another shard, or no shard of a cache at all.
-    """
-
-    def __init__(self, path: Path, spec_sha256: str) -> None:
-        self.path = path
-        file = SafetensorsFile(path)
-        try:
-            self.size = file.size
-            self._check_metadata(file, spec_sha256)
-            names = [name for name in file.tensors if name.startswith("index.")]
-            tables = {name: _read(file, file.tensors[name]) for name in names}
-            sealed = tables.pop("index.seal", b"")
-            if sealed != _seal(bytes.fromhex(file.header_sha256), list(tables.values())):
-                raise ValueError(f"{path}: its index does not match its seal: it is damaged; {REMEDY}")
-            self.fields = {
-                name: _Field(x.dtype, x.shape[1:], x.begin)
-                for name, x in file.tensors.items()
-                if name not in names
-            }
-            self.digests = np.frombuffer(tables.pop("index.digest"), np.uint8).reshape(-1, DIGEST_BYTES)
-            self.lengths = np.frombuffer(tables.pop("index.length"), "<i8")
-            self._crc32s = np.frombuffer(tables.pop("index.crc32"), "<i8")
-            self._begins = {
-                name.removeprefix("index."): np.frombuffer(table, "<i8") for name, table in tables.items()
-            }
-        finally:
-            file.close()
-
-    def _check_metadata(self, file: SafetensorsFile, spec_sha256: str) -> None:
-        path, found = file.path, file.metadata
-        if found.get("format") != FORMAT:
-            raise ValueError(f"{path}: is not a shard of a teacher's cache: move it out of the folder")
-        if found.get("version") != str(VERSION):
-            raise ValueError(f"{path}: is of version {found.get('version')} of the format, not {VERSION}")
-        if found.get("spec") != spec_sha256:
-            raise ValueError(
-                f"{path}: belongs to a cache of another spec (another teacher, tier or setting): move it "
-                "back to its own folder"
-            )
-        if found.get("shard") != path.name:
-            raise ValueError(
-                f"{path}: is the shard {found.get('shard')} under another name: rename it, or delete the copy"
-            )
-
-    def __len__(self) -> int:
-        return len(self.lengths)
+class Shard(ShardIndex):
+    """A shard whose sequences can be read. No file stays open."""
 
     def read(self, number: int, *, check: bool = True) -> dict[str, Tensor]:
         """The fields of the sequence of this number.
@@ -207,14 +143,15 @@ class Shard:
             parts = {name: self._read_field(fd, name, number) for name in self.fields}
         finally:
             os.close(fd)
-        if check and crc32(parts) != int(self._crc32s[number]):
+        if check and crc32(parts) != int(self.crc32s[number]):
             raise ValueError(
                 f"{self.path}: sequence {number} does not match its checksum: it is damaged; {REMEDY}"
             )
+        dtypes = {name: torch_dtype(field.dtype_name) for name, field in self.fields.items()}
         return {
-            name: torch.frombuffer(parts[name], dtype=field.dtype).reshape(-1, *field.shape)
+            name: torch.frombuffer(parts[name], dtype=dtypes[name]).reshape(-1, *field.shape)
             if parts[name]
-            else torch.empty((0, *field.shape), dtype=field.dtype, device="cpu")
+            else torch.empty((0, *field.shape), dtype=dtypes[name], device="cpu")
             for name, field in self.fields.items()
         }
 
@@ -229,7 +166,7 @@ class Shard:
         return fd
 
     def _read_field(self, fd: int, name: str, number: int) -> bytearray:
-        field, begins = self.fields[name], self._begins[name]
+        field, begins = self.fields[name], self.begins[name]
         begin, end = int(begins[number]), int(begins[number + 1])
         data = bytearray((end - begin) * field.row_bytes)
         if read_at(fd, memoryview(data), field.begin + begin * field.row_bytes) < len(data):
@@ -239,20 +176,3 @@ class Shard:
     def name_of(self, number: int, tokens: Tensor) -> str:
         """A sequence as error messages name it."""
         return f"{self.path}: sequence {number}, {described(tokens)}"
-
-
-@dataclass(frozen=True)
-class _Field:
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def _read(file: SafetensorsFile, tensor: StoredTensor) -> bytes:
-    data = bytearray(tensor.nbytes)
-    file.read_into(memoryview(data), tensor.begin)
-    return bytes(data)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minitron_kernels.distillation.cache.format import SHARD_NAME, Shard
+from minitron_kernels.distillation.cache.format import Shard
+from minitron_kernels.distillation.cache.shard_index import open_shards
 from minitron_kernels.distillation.cache.spec import CacheSpec
 
 
@@ -18,13 +19,7 @@ class CacheIndex:
     """
 
     def __init__(self, folder: Path, spec: CacheSpec) -> None:
-        names = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
-        for name in names:
-            if not SHARD_NAME.fullmatch(name):
-                raise ValueError(
-                    f"{folder / name}: is not a shard of a teacher's cache: move it out of the folder"
-                )
-        self.shards = [Shard(folder / name, spec.sha256) for name in names]
+        self.shards = open_shards(folder, spec.sha256, Shard)
         digests = [shard.digests for shard in self.shards]
         whole = np.concatenate(digests) if digests else np.zeros((0, 32), np.uint8)
         prefixes = np.ascontiguousarray(whole[:, :8]).view("<u8").reshape(-1)
@@ -47,13 +42,3 @@ class CacheIndex:
                 return shard, number
             at += 1
         return None
-
-    def totals(self) -> tuple[int, int]:
-        """(different sequences, their tokens): what several writers have both is counted once."""
-        if not self.shards:
-            return 0, 0
-        whole = np.concatenate([shard.digests for shard in self.shards])
-        lengths = np.concatenate([shard.lengths for shard in self.shards])
-        keys = np.ascontiguousarray(whole).view("V32").reshape(-1)
-        _, first = np.unique(keys, return_index=True)
-        return len(first), int(lengths[first].sum())

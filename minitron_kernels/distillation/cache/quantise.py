@@ -19,11 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minitron_kernels.distillation.cache.spec import bits_of
+
 LOWEST = -40.0  # the range [LOWEST, 0] in which worst errors are declared: exp(-40) = 4e-18
 _KNEE = 8.0  # the a of u = l / (l + a)
 # x - logsumexp(x) is above 0 by so much in fp32, for |x| of some hundreds
 _ROUNDING = 1e-4
-_MIN_BITS, _MAX_BITS = 8, 16
 
 
 @dataclass(frozen=True)
@@ -171,16 +172,7 @@ def quantiser(name: str) -> Quantiser:
     Raises:
         ValueError: there is none of this name.
     """
-    if name in ("fp32", "fp16"):
-        bits = int(name[2:])
-    elif isinstance(name, str) and name in _NAMES:
-        bits = int(name[3:])
-    else:
-        raise ValueError(f"quantiser must be one of fp32, fp16, {', '.join(_NAMES)}; got {name!r}")
-    return _made(name, bits)
-
-
-_NAMES = tuple(f"log{bits}" for bits in range(_MIN_BITS, _MAX_BITS + 1))
+    return _made(name, bits_of(name))
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +13,9 @@ from minitron_kernels.distillation.cache.format import Shard
 from minitron_kernels.distillation.cache.index import CacheIndex
 from minitron_kernels.distillation.cache.payload import decode, decode_tokens
 from minitron_kernels.distillation.cache.sequences import Sequence, described, digest, sequences_of
+from minitron_kernels.distillation.cache.shard_index import totals
 from minitron_kernels.distillation.cache.spec import CacheSpec, read_spec
-
-
-@dataclass(frozen=True)
-class CacheSummary:
-    """What a cache holds, in figures."""
-
-    folder: Path
-    spec: CacheSpec
-    shards: int
-    sequences: int
-    tokens: int
-    nbytes: int
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes on the disk for each token."""
-        return self.nbytes / max(self.tokens, 1)
-
-    def __str__(self) -> str:
-        spec = self.spec
-        of_tier = {
-            "sampled": f"up to {spec.k} ids of {spec.samples} draws a position",
-            "topk": f"up to {spec.k} ids a position, tail at temperature "
-            f"{', '.join(f'{t:g}' for t in spec.temperatures)}, log-probabilities as {spec.quantiser}",
-            "hidden": f"hidden states of {spec.hidden_size} in bfloat16",
-        }[spec.tier]
-        return (
-            f"{self.folder}: {spec.tier} ({of_tier})\n"
-            f"  {self.sequences} sequences, {self.tokens} tokens, {self.shards} shards, "
-            f"{self.nbytes / 2**20:.1f} MiB, {self.bytes_per_token:.1f} bytes a token\n"
-            f"  teacher {spec.teacher}, vocabulary {spec.vocab_size}, "
-            f"tokenizer {spec.tokenizer or 'not known'}"
-        )
+from minitron_kernels.distillation.cache.summary import CacheSummary, summary_of
 
 
 class UncachedError(ValueError):
@@ -91,12 +59,12 @@ class TeacherCache:
 
     def __len__(self) -> int:
         """Number of sequences."""
-        return self.index.totals()[0]
+        return totals(self.index.shards)[0]
 
     @property
     def tokens(self) -> int:
         """Number of tokens of all sequences."""
-        return self.index.totals()[1]
+        return totals(self.index.shards)[1]
 
     def __contains__(self, token_ids: Tensor) -> bool:
         return self.index.find(digest(token_ids)) is not None
@@ -157,10 +125,7 @@ class TeacherCache:
 
     def summary(self) -> CacheSummary:
         """What it holds, in figures."""
-        sequences, tokens = self.index.totals()
-        shards = self.index.shards
-        nbytes = sum(shard.size for shard in shards)
-        return CacheSummary(self.folder, self.spec, len(shards), sequences, tokens, nbytes)
+        return summary_of(self.folder, self.spec, self.index.shards)
 
     def verify(self) -> CacheSummary:
         """Reads everything, and checks each checksum and digest.

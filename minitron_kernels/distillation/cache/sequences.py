@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-DIGEST_BYTES = 32
 _INTEGERS = (torch.int64, torch.int32)
 _BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 # entries that say nothing about which tokens are seen

@@ -1,4 +1,7 @@
-"""What a cache holds: the tier, whose outputs they are, and how they are stored. Kept in its cache.json."""
+"""What a cache holds: the tier, whose outputs they are, and how they are stored. Kept in its cache.json.
+
+Reading it needs no torch, which takes seconds to load.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ from minitron_kernels.pruning.checkpoint.safetensors_files import read_json
 FORMAT, VERSION = "minitron-teacher-cache", 1
 SPEC_FILE = "cache.json"
 DEFAULT_QUANTISER = "log8"
+# name -> bits of a code; what they do is in quantise.py
+QUANTISERS = {"fp32": 32, "fp16": 16, **{f"log{bits}": bits for bits in range(8, 17)}}
 TIERS = ("sampled", "topk", "hidden")
 _OF_TIER = {
     "k": ("sampled", "topk"),
@@ -31,6 +36,17 @@ _OF_TIER = {
     "logit_scale": ("hidden",),
     "softcap": ("hidden",),
 }
+
+
+def bits_of(name: Any) -> int:
+    """The bits of a quantiser's codes.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if not isinstance(name, str) or name not in QUANTISERS:
+        raise ValueError(f"quantiser must be one of {', '.join(QUANTISERS)}; got {name!r}")
+    return QUANTISERS[name]
 
 
 @dataclass(frozen=True)
@@ -81,9 +97,8 @@ class CacheSpec:
         set_ = object.__setattr__
         if self.tier == "topk":
             set_(self, "temperatures", tuple(float(t) for t in self.temperatures) or (1.0,))
-            from minitron_kernels.distillation.cache.quantise import quantiser  # torch, which is slow
-
-            set_(self, "quantiser", quantiser(self.quantiser or DEFAULT_QUANTISER).name)
+            set_(self, "quantiser", self.quantiser or DEFAULT_QUANTISER)
+            bits_of(self.quantiser)
         if self.tier == "hidden" and self.logit_scale is None:
             set_(self, "logit_scale", 1.0)
         for name, tiers in _OF_TIER.items():

@@ -7,16 +7,20 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from minitron_kernels._command.documents import check_files, has_text
 from minitron_kernels._command.messages import say, show
-from minitron_kernels._command.models import check_free, check_model, load_model
+from minitron_kernels._command.models import check_free, check_model, load_model, tokenizer_if_any
 from minitron_kernels._command.progress import Progress, without_bars
+from minitron_kernels.distillation.cache.spec import SPEC_FILE, bits_of
 from minitron_kernels.distillation.cli import config as configs
 from minitron_kernels.distillation.cli.arguments import flags_of
-from minitron_kernels.distillation.cli.data import Chosen, collate, needs_tokenizer, read_windows
 from minitron_kernels.distillation.cli.interrupt import Interrupt, Stopped, exit_code
 from minitron_kernels.distillation.cli.job import choose_device, own_device, rank, world_size
+
+if TYPE_CHECKING:
+    from minitron_kernels.distillation.cli.data import Chosen
 
 _OF_TIER = {"k": "topk", "mass": "topk", "temperatures": "topk", "quantiser": "topk", "draws": "sampled"}
 
@@ -39,6 +43,8 @@ class Batches:
         return len(self._begins)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        from minitron_kernels.distillation.cli.data import collate
+
         progress = Progress("caching", len(self), unit="batch", quiet=self._quiet or rank() > 0)
         begin, tokens = time.monotonic(), 0
         try:
@@ -67,10 +73,15 @@ def cache(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name} is for --tier {tier}, got --tier {config['tier']}")
     if config["k"] is not None and config["vocab_size"] is not None and config["k"] > config["vocab_size"]:
         raise ValueError(f"--k must be at most --vocab-size {config['vocab_size']}, got {config['k']}")
+    if config["quantiser"] is not None:
+        bits_of(config["quantiser"])
     out = Path(config["out"])
     if not args.dry_run:
         _check_out(out)
     check_model(Path(config["teacher"]))
+    check_files(config["data"], "--data")
+    from minitron_kernels.distillation.cli.data import read_windows  # torch, which is slow
+
     device = choose_device(config["device"])
     data = read_windows(
         config["data"],
@@ -93,12 +104,11 @@ def cache(args: argparse.Namespace) -> int:
 
 def _fill(config: dict[str, Any], out: Path, data: Chosen, device: str) -> int:
     from minitron_kernels.distillation.cache import cache_teacher
-    from minitron_kernels.distillation.cli.models import tokenizer_if_any
 
     without_bars(config["quiet"])
     teacher = load_model(Path(config["teacher"]), config["dtype"], otherwise="a teacher", with_head=True)
-    tokenizer = tokenizer_if_any(config["teacher"])
-    if tokenizer is None and needs_tokenizer(config["data"]):
+    tokenizer = tokenizer_if_any(Path(config["teacher"]))
+    if tokenizer is None and has_text([Path(file) for file in config["data"]]):
         raise ValueError(f"--teacher {config['teacher']}: has no tokenizer")
     more = {} if config["shard_size"] is None else {"shard_bytes": config["shard_size"]}
     interrupt = Interrupt(_say_wait)
@@ -136,8 +146,6 @@ def _fill(config: dict[str, Any], out: Path, data: Chosen, device: str) -> int:
 
 def _check_out(out: Path) -> None:
     """Checks that the cache's folder can be written: a new one, an empty one, or a cache."""
-    from minitron_kernels.distillation.cache.spec import SPEC_FILE
-
     # what is hidden may be the spec that another process is writing
     if out.is_dir() and (all(p.name.startswith(".") for p in out.iterdir()) or (out / SPEC_FILE).is_file()):
         check_free(out, True, folder=True, option="--out")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from minitron_kernels._command import documents
-from minitron_kernels._command.models import load_tokenizer
+from minitron_kernels._command.documents import check_files, has_text
+from minitron_kernels._command.models import load_config, load_tokenizer
 from minitron_kernels._command.text import TokenWindows
 
 
@@ -60,11 +60,6 @@ def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
-def needs_tokenizer(files: Sequence[str]) -> bool:
-    """Whether one of the files is text, and not token ids."""
-    return any(not documents.is_ids(file) for file in documents.expand([Path(file) for file in files]))
-
-
 def read_windows(
     files: Sequence[str],
     folder: str,
@@ -80,19 +75,16 @@ def read_windows(
     Raises:
         ValueError, OSError: a file cannot be read; there is no tokenizer; a token that the model lacks.
     """
-    from transformers import AutoConfig
-
     from minitron_kernels.pruning.families.configs import config_value
 
-    for file in files:
-        if not Path(file).exists():
-            raise FileNotFoundError(2, f"there is no such file ({option})", file)
-    tokenizer: Any = load_tokenizer(Path(folder)) if needs_tokenizer(files) else None
-    config = AutoConfig.from_pretrained(folder)
+    check_files(files, option)
+    paths = [Path(file) for file in files]
+    tokenizer: Any = load_tokenizer(Path(folder)) if has_text(paths) else None
+    config = load_config(Path(folder))
     longest = config_value(config, "max_position_embeddings", seq_len)
     if seq_len > longest:
         raise ValueError(f"--seq-len must be at most {folder}'s {longest} positions, got {seq_len}")
-    windows = TokenWindows([Path(file) for file in files], tokenizer, length=seq_len, text_key=text_key)
+    windows = TokenWindows(paths, tokenizer, length=seq_len, text_key=text_key)
     low, high = windows.ids_range()
     vocab = config_value(config, "vocab_size")
     if not 0 <= low <= high < vocab:

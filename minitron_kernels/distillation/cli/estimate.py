@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from minitron_kernels._command.models import load_config
 from minitron_kernels.distillation.cli.job import Job, own_device
 
 _ACTIVATIONS = "activations of the student"
@@ -168,9 +169,9 @@ def size_text(nbytes: float) -> str:
 
 def _meta(folder: str, dtype: str) -> Sized:
     """What the model in a checkpoint's folder takes; its weights are not read."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(Path(folder))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     kind = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)

@@ -1,10 +1,12 @@
-"""Describes the run or the cache in a folder, for `minitron-distill info`. Loads no model."""
+"""Describes the run or the cache in a folder, for `minitron-distill info`. Only --verify loads torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from minitron_kernels.distillation.cache.spec import SPEC_FILE
+from minitron_kernels.distillation.cache.summary import summarise
 from minitron_kernels.distillation.cli import record as records
 
 
@@ -20,8 +22,6 @@ def describe(path: Path, *, verify: bool = False) -> str:
     """
     if not path.exists():
         raise FileNotFoundError(2, "No such file or folder", str(path))
-    from minitron_kernels.distillation.cache.spec import SPEC_FILE
-
     if (path / records.RECORD).is_file():
         return _about_run(path, verify)
     if (path / SPEC_FILE).is_file():
@@ -33,17 +33,24 @@ def describe(path: Path, *, verify: bool = False) -> str:
 
 
 def _about_cache(path: Path, verify: bool) -> str:
-    from minitron_kernels.distillation.cache import TeacherCache
+    if not verify:
+        return str(summarise(path))
+    from minitron_kernels.distillation.cache import TeacherCache  # torch, which is slow
 
-    cache = TeacherCache(path)
-    lines = [str(cache.verify() if verify else cache.summary())]
-    if verify:
-        lines.append("  verified: every checksum and every sequence's tokens are right")
-    return "\n".join(lines)
+    checked = "  verified: every checksum and every sequence's tokens are right"
+    return f"{TeacherCache(path).verify()}\n{checked}"
 
 
 def _about_run(path: Path, verify: bool) -> str:
     record = records.read_record(path)
+    try:
+        return _described(path, record, verify)
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path / records.RECORD}: is damaged: {what}") from None
+
+
+def _described(path: Path, record: dict[str, Any], verify: bool) -> str:
     config, job, log = record["config"], record["job"], record.get("log", [])
     step = record.get("step", 0)
     teacher = config["cache"] or config["teacher"] or "the text alone"

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from minitron_kernels._command.values import MOST
+
 LENGTHS = ("steps", "tokens", "epochs")
 
 
@@ -43,13 +45,9 @@ def job_of(config: Mapping[str, Any], windows: int) -> Job:
     """The job of a configuration of train, on so many windows.
 
     Raises:
-        ValueError: it says twice how long.
+        ValueError: it says twice how long; its warm-up is too long.
     """
-    given = [name for name in LENGTHS if config[name] is not None]
-    if len(given) > 1:
-        raise ValueError(
-            f"give one of --steps, --tokens and --epochs, got {' and '.join(map('--'.__add__, given))}"
-        )
+    check_length(config)
     processes = world_size()
     per_step = config["batch_size"] * config["accumulation"] * processes
     if config["steps"] is not None:
@@ -57,9 +55,23 @@ def job_of(config: Mapping[str, Any], windows: int) -> Job:
     elif config["tokens"] is not None:
         steps = -(-config["tokens"] // (per_step * config["seq_len"]))
     else:
-        steps = math.ceil((config["epochs"] or 1) * windows / per_step)
+        passes = (config["epochs"] or 1) * windows / per_step
+        if passes > MOST:
+            raise ValueError(
+                f"--epochs must be so few that there are at most 2^53 steps, got {config['epochs']:g}"
+            )
+        steps = math.ceil(passes)
     check_warmup(config, steps)
     return Job(windows, config["seq_len"], processes, per_step, steps)
+
+
+def check_length(config: Mapping[str, Any]) -> None:
+    """Raises ValueError if a configuration of train says twice how long."""
+    given = [name for name in LENGTHS if config[name] is not None]
+    if len(given) > 1:
+        raise ValueError(
+            f"give one of --steps, --tokens and --epochs, got {' and '.join(map('--'.__add__, given))}"
+        )
 
 
 def check_warmup(config: Mapping[str, Any], steps: int) -> None:

@@ -14,6 +14,7 @@ from minitron_kernels.distillation.cli.tables import TABLES, options_of
 
 # patterns in the library's messages -> options of the command line
 WORDS = (
+    (r"\btext_key\b", "--text-key"),
     (r"\bDistillationLoss\(vocab_size=(\d+)\)", r"--vocab-size \1"),
     (r"cache it by cache_teacher\(\), or give fallback=", "cache it by minitron-distill cache"),
     (r"^head must be given", "--teacher must be given"),

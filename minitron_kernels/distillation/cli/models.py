@@ -5,10 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from minitron_kernels._command.models import check_model, load_model, load_tokenizer
-from minitron_kernels.distillation.cli.data import Chosen, needs_tokenizer
+from minitron_kernels._command.documents import has_text
+from minitron_kernels._command.models import check_model, load_config, load_model, tokenizer_if_any
+from minitron_kernels.distillation.cache.spec import read_spec
+
+if TYPE_CHECKING:
+    from minitron_kernels.distillation.cli.data import Chosen
 
 
 class Models(NamedTuple):
@@ -34,9 +38,7 @@ def check_sources(config: Mapping[str, Any]) -> None:
             return
         check_model(Path(config["teacher"]))
         return
-    from minitron_kernels.distillation.cache import TeacherCache
-
-    spec = TeacherCache(config["cache"]).spec
+    spec = read_spec(Path(config["cache"]))
     tier = spec.tier
     if tier == "hidden":
         if config["teacher"] is None:
@@ -76,10 +78,10 @@ def check_tokenizers(config: Mapping[str, Any]) -> Any:
     """
     from minitron_kernels.distillation.cache import tokenizer_hash
 
-    own = tokenizer_if_any(config["student"])
+    own = tokenizer_if_any(Path(config["student"]))
     if own is None or config["teacher"] is None:
         return own
-    other = tokenizer_if_any(config["teacher"])
+    other = tokenizer_if_any(Path(config["teacher"]))
     if other is None or tokenizer_hash(own) == tokenizer_hash(other):
         return own
     ours, theirs = own.get_vocab(), other.get_vocab()
@@ -93,14 +95,6 @@ def check_tokenizers(config: Mapping[str, Any]) -> Any:
             "the same, give --vocab-size"
         )
     return own
-
-
-def tokenizer_if_any(folder: str) -> Any:
-    """The tokenizer in a checkpoint's folder; None where there is none that transformers loads."""
-    try:
-        return load_tokenizer(Path(folder))
-    except ValueError:
-        return None
 
 
 def load_student(config: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -156,7 +150,8 @@ def only_cached(config: Mapping[str, Any], data: Chosen, option: str = "--data")
     found = [index for index in data.chosen if data.windows[index] in cache]
     absent = len(data.chosen) - len(found)
     if not found:
-        advice = "the tokenizer's files and --seq-len" if needs_tokenizer(config["data"]) else "--seq-len"
+        text = has_text([Path(file) for file in config["data"]])
+        advice = "the tokenizer's files and --seq-len" if text else "--seq-len"
         raise ValueError(
             f"{config['cache']}: has none of the {absent} windows of {option}: it was made of other text, or "
             f"with other {advice}"
@@ -165,11 +160,27 @@ def only_cached(config: Mapping[str, Any], data: Chosen, option: str = "--data")
     return absent
 
 
-def make_loss(config: Mapping[str, Any], student: Any, teacher: Any) -> Any:
-    """DistillationLoss as configured.
+def check_loss(config: Mapping[str, Any]) -> None:
+    """Checks that the options of the loss fit each other and the models, before these are loaded.
 
     Raises:
-        ValueError, TypeError: options that contradict each other; layers that there are not.
+        ValueError: they do not; there are no such layers.
+    """
+    if config["label_smoothing"] and not config["ce_weight"]:
+        raise ValueError("--label-smoothing is that of the cross-entropy: give --ce-weight too")
+    if config["hidden_layers"]:
+        _layers_of(config, *(load_config(Path(config[name])) for name in ("student", "teacher")))
+    elif config["hidden_weight"] != "dynamic" or config["hidden_kind"] != "cosine":
+        raise ValueError(
+            "--hidden-weight and --hidden-kind are of the hidden-state term: give --hidden-layers"
+        )
+
+
+def make_loss(config: Mapping[str, Any], student: Any, teacher: Any) -> Any:
+    """DistillationLoss as configured; check_loss() has passed.
+
+    Raises:
+        ValueError, TypeError: options that contradict each other.
     """
     from minitron_kernels.distillation import DistillationLoss
 
@@ -180,14 +191,8 @@ def make_loss(config: Mapping[str, Any], student: Any, teacher: Any) -> Any:
             *("label_smoothing", "vocab_size"),
         )
     }
-    if config["label_smoothing"] and not config["ce_weight"]:
-        raise ValueError("--label-smoothing is that of the cross-entropy: give --ce-weight too")
     if config["hidden_layers"]:
         options |= _hidden_states(config, student.config, getattr(teacher, "config", None))
-    elif config["hidden_weight"] != "dynamic" or config["hidden_kind"] != "cosine":
-        raise ValueError(
-            "--hidden-weight and --hidden-kind are of the hidden-state term: give --hidden-layers"
-        )
     return DistillationLoss(
         **options, schedule=config["loss_schedule"], workspace_bytes=config["loss_workspace"]
     )
@@ -200,19 +205,8 @@ def _hidden_states(config: Mapping[str, Any], student: Any, teacher: Any) -> dic
     from minitron_kernels.distillation.hidden_states import HiddenStatesLoss
 
     if teacher is None:  # a cache of hidden states: a map is learnt without the teacher's channels
-        from transformers import AutoConfig
-
-        teacher = AutoConfig.from_pretrained(config["teacher"])
-    layers: dict[int, int] = {}
-    for text in config["hidden_layers"]:
-        own, other = map(int, text.split(":"))
-        for layer, model, which in ((own, student, "student"), (other, teacher, "teacher")):
-            if layer >= model.num_hidden_layers:
-                last = model.num_hidden_layers - 1
-                raise ValueError(f"--hidden-layers {text}: the {which}'s layers are 0 to {last}")
-        if own in layers:
-            raise ValueError(f"--hidden-layers {text}: the student's layer {own} is given twice")
-        layers[own] = other
+        teacher = load_config(Path(config["teacher"]))
+    layers = _layers_of(config, student, teacher)
     kept = None
     if student.hidden_size != teacher.hidden_size:
         kept = _kept_channels(Path(config["student"]), student.hidden_size, teacher.hidden_size)
@@ -226,6 +220,21 @@ def _hidden_states(config: Mapping[str, Any], student: Any, teacher: Any) -> dic
             kept_channels=kept,
         )
     return {"hidden_states": term, "hidden_weight": config["hidden_weight"]}
+
+
+def _layers_of(config: Mapping[str, Any], student: Any, teacher: Any) -> dict[int, int]:
+    """{layer of the student: layer of the teacher} of the hidden-state term, by the configs of both."""
+    layers: dict[int, int] = {}
+    for text in config["hidden_layers"]:
+        own, other = map(int, text.split(":"))
+        for layer, model, which in ((own, student, "student"), (other, teacher, "teacher")):
+            if layer >= model.num_hidden_layers:
+                last = model.num_hidden_layers - 1
+                raise ValueError(f"--hidden-layers {text}: the {which}'s layers are 0 to {last}")
+        if own in layers:
+            raise ValueError(f"--hidden-layers {text}: the student's layer {own} is given twice")
+        layers[own] = other
+    return layers
 
 
 def _kept_channels(folder: Path, width: int, of: int) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from minitron_kernels._command.values import at_least, byte_count, count
+from minitron_kernels._command.values import MOST, MOST_SEED, at_least, byte_count, count
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,14 @@ def path(name: str, help: str, **more: Any) -> Option:
     return Option(name, str, help, **{"metavar": "PATH", **more})
 
 
-def whole(name: str, help: str, least: int = 1, **more: Any) -> Option:
-    """A whole number from `least` on."""
-    return Option(name, at_least(least), help, metavar="N", toml=(int,), **more)
+def whole(name: str, help: str, least: int = 1, most: int = MOST, **more: Any) -> Option:
+    """A whole number from `least` to `most`."""
+    return Option(name, at_least(least, most), help, metavar="N", toml=(int,), **more)
+
+
+def seed(help: str, **more: Any) -> Option:
+    """The seed of random numbers."""
+    return whole("seed", help, 0, MOST_SEED, **more)
 
 
 def amount(name: str, help: str, **more: Any) -> Option:

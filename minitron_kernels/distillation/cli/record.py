@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -18,6 +19,14 @@ from minitron_kernels._files import write_text
 CONFIG, RECORD, PICTURE = "distillation.toml", "distillation.json", "distillation.png"
 COMPLETE = "complete"  # a file in a checkpoint's folder, written after all others: their names and sizes
 FORMAT, VERSION = "minitron-distillation-run", 1
+# what every record has; the rest comes with the run
+_ENTRIES = {
+    **{"status": str, "started": str, "config": dict, "job": dict, "versions": dict},
+    **{"step": int, "parameters": int, "log": list},
+}
+_SHOWN = {str: "a string", dict: "an object", int: "a whole number", list: "a list"}
+_OF_CONFIG = ("student", "teacher", "cache")
+_OF_JOB = ("steps", "per_step", "seq_len", "processes")
 _PACKAGES = ("torch", "transformers", "accelerate", "triton", "numpy", "safetensors")
 
 
@@ -52,6 +61,20 @@ class RunRecord:
             "versions": versions(),
             "started": now(),
         }
+
+    def begin(self, toml: str, parameters: int, *, resumed: bool) -> None:
+        """Writes the configuration and the record; where they cannot be written, a new run leaves nothing."""
+        config = self.path.with_name(CONFIG)
+        try:
+            if self._writes:
+                write_text(config, toml)
+            self.update(parameters=parameters)
+        except OSError:
+            if not resumed:
+                config.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # it has other files
+                    config.parent.rmdir()
+            raise
 
     def update(self, **entries: Any) -> None:
         """Sets entries and writes the file."""
@@ -93,6 +116,13 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: is damaged: {error}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version") != VERSION:
         raise ValueError(f"{path}: is not the record of a run of this release of minitron-distill")
+    for name, kind in _ENTRIES.items():
+        if not isinstance(found.get(name, [] if name == "log" else 0), kind):
+            raise ValueError(f"{path}: is damaged: {name} must be {_SHOWN[kind]}")
+    lacking = [f"job.{name}" for name in _OF_JOB if not isinstance(found["job"].get(name), int)]
+    lacking += [f"config.{name}" for name in _OF_CONFIG if name not in found["config"]]
+    if lacking:
+        raise ValueError(f"{path}: is damaged: it lacks {', '.join(lacking)}")
     return found
 
 

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from minitron_kernels._command.documents import check_files
 from minitron_kernels._command.messages import few, say, show
-from minitron_kernels._command.models import check_free, checkpoint_hash, model_files
+from minitron_kernels._command.models import check_free, checkpoint_hash, load_config, model_files
 from minitron_kernels._command.progress import without_bars
-from minitron_kernels._files import write_text
+from minitron_kernels._files import full_disk, write_text
 from minitron_kernels.distillation.cli import config as configs
 from minitron_kernels.distillation.cli import record as records
 from minitron_kernels.distillation.cli.arguments import flags_of
-from minitron_kernels.distillation.cli.data import Chosen, read_windows
 from minitron_kernels.distillation.cli.interrupt import Interrupt, Stopped, exit_code
-from minitron_kernels.distillation.cli.job import Job, check_sharding, choose_device, job_of, rank
+from minitron_kernels.distillation.cli.job import (
+    Job,
+    check_length,
+    check_sharding,
+    choose_device,
+    job_of,
+    rank,
+)
 from minitron_kernels.distillation.cli.models import (
     Models,
+    check_loss,
     check_sources,
     check_tokenizers,
     load_student,
@@ -30,6 +40,9 @@ from minitron_kernels.distillation.cli.models import (
     make_loss,
     only_cached,
 )
+
+if TYPE_CHECKING:
+    from minitron_kernels.distillation.cli.data import Chosen
 
 _PATHS = ("student", "teacher", "cache", "data", "eval_data", "out")
 _ABOUT = "of this run; `minitron-distill train --resume` reads it"
@@ -56,10 +69,14 @@ def train(args: argparse.Namespace) -> int:
     if config["lr_min"] >= config["lr"] and config["lr_schedule"] != "constant":
         raise ValueError(f"--lr-min must be below --lr {config['lr']:g}, got {config['lr_min']:g}")
     check_sharding(config)
+    check_length(config)
     check_sources(config)
+    for name in ("data", "eval_data"):
+        check_files(config[name] or (), "--" + name.replace("_", "-"))
     config = _absolute(config)
     if not args.dry_run:
         _check_out(config, resume=args.resume, overwrite=args.overwrite)
+    check_loss(config)
     device = choose_device(config["device"])
     data = _windows(config, "data", "samples")
     held_out = _windows(config, "eval_data", "eval_samples") if config["eval_data"] else None
@@ -97,11 +114,10 @@ def _run(
     with _alone(out):
         checkpoint = _last_checkpoint(out, about) if resume else None
         record = records.RunRecord(out, about, writes=rank() == 0)
-        if rank() == 0:
-            if not resume:  # --overwrite
-                _clear(out)
-            write_text(out / records.CONFIG, configs.to_toml("train", config, about=_ABOUT))
-        record.update(parameters=sum(p.numel() for p in student.parameters()))
+        if rank() == 0 and not resume:  # --overwrite
+            _clear(out)
+        toml = configs.to_toml("train", config, about=_ABOUT)
+        record.begin(toml, sum(p.numel() for p in student.parameters()), resumed=resume)
         if not config["quiet"]:
             tell("distilling", f"{job}, on {device}")
         models = Models(student, teacher, loss, student_weights, teacher_weights)
@@ -126,12 +142,17 @@ def _train(
     out, interrupt = Path(config["out"]), Interrupt(_say_wait)
     try:
         student, watch = training.run(config, job, device, models, windows, record, interrupt, checkpoint)
-    except Stopped as stop:
+        if watch.stopped_by is None:
+            training.save(student, tokenizer, config, written)
+    except (Stopped, KeyboardInterrupt) as stop:
         record.update(status="stopped")
         tell("stopped", f"at once; {_how_to_go_on(out)}")
-        return exit_code(stop.number)
-    except BaseException:
-        record.update(status="failed")
+        return exit_code(stop.number if isinstance(stop, Stopped) else signal.SIGINT)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the disk may be full, and that was said
+            record.update(status="failed")
+        if full := full_disk(error, out):
+            raise OSError(errno.ENOSPC, f"{full}: free some space; {_how_to_go_on(out)}", str(out)) from error
         raise
     drawn = config["picture"] and rank() == 0
     drawn = drawn and records.draw(record.entries.get("log", ()), out / records.PICTURE, out.name)
@@ -141,7 +162,6 @@ def _train(
         name = training.name_of(watch.stopped_by)
         tell("interrupted", f"by {name} after step {step} of {job.steps}; {_how_to_go_on(out)}")
         return exit_code(watch.stopped_by)
-    training.save(student, tokenizer, config, written)
     record.update(status="done")
     if rank() == 0:
         show(_summary(out, job, record.entries.get("log", ()), drawn))
@@ -178,6 +198,7 @@ def _of_the_run(config: dict[str, Any], args: argparse.Namespace) -> dict[str, A
     if not (out / records.CONFIG).is_file():
         raise FileNotFoundError(2, f"has no {records.CONFIG}: there is no run to resume", str(out))
     before = configs.load("train", out / records.CONFIG, {})
+    _check_whole(out, before)
     given = {} if args.config is None else configs.read_toml("train", args.config)
     given = _absolute({**given, **flags_of(args)})
     now = {**before, **given, "out": config["out"]}
@@ -186,6 +207,23 @@ def _of_the_run(config: dict[str, Any], args: argparse.Namespace) -> dict[str, A
             f"{out}: the run to resume has another {few(changed)}; start a new one in another --out"
         )
     return now
+
+
+def _check_whole(out: Path, config: Mapping[str, Any]) -> None:
+    """Checks that the configuration of a run is what its record says: a file that was cut off is TOML too.
+
+    Raises:
+        ValueError: it differs in what must not change.
+    """
+    if not (out / records.RECORD).is_file():  # the run was killed before it wrote the record
+        return
+    of_record = records.read_record(out)["config"]
+    now = {name: of_record.get(name) if name in _PATHS else value for name, value in config.items()}
+    if changed := configs.differences("train", of_record, now):
+        raise ValueError(
+            f"{out / records.CONFIG}: is not as the run wrote it, {few(changed)} differ from its record: "
+            "bring it back, or start another run in another --out"
+        )
 
 
 def note_moved(out: Path, config: Mapping[str, Any]) -> None:
@@ -236,6 +274,8 @@ def _clear(out: Path) -> None:
 
 def _windows(config: dict[str, Any], key: str, samples: str) -> Chosen:
     """The windows of --data or --eval-data."""
+    from minitron_kernels.distillation.cli.data import read_windows  # torch, which is slow
+
     option = "--" + key.replace("_", "-")
     data = read_windows(
         config[key],
@@ -285,11 +325,10 @@ def _teacher_of(config: dict[str, Any]) -> str | None:
 def _stored_dtype(student: Any, config: dict[str, Any]) -> Any:
     """The dtype in which the student is written."""
     import torch
-    from transformers import AutoConfig
 
     name = config["save_dtype"]
     if name == "auto":
-        found = AutoConfig.from_pretrained(config["student"]).dtype
+        found = load_config(Path(config["student"])).dtype
         return found or student.dtype
     return getattr(torch, name)
 

@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import math
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -258,14 +260,23 @@ def run(
 
 
 def save(student: Any, tokenizer: Any, config: Mapping[str, Any], dtype: Any) -> None:
-    """Writes the model and its tokenizer into the run's folder, on the first process; all call."""
+    """Writes the model and its tokenizer into the run's folder, on the first process; all call.
+
+    They are made in a hidden folder there: a full disk leaves no half of a model.
+    """
     state = whole_state(student, dtype) if config["fsdp"] else None
     if rank() == 0:
         if state is None:
             student.to(dtype)
-        student.save_pretrained(config["out"], state_dict=state)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(config["out"])
+        out = Path(config["out"])
+        with tempfile.TemporaryDirectory(prefix=".model-", dir=out) as made:
+            student.save_pretrained(made, state_dict=state)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(made)
+            for path in sorted(Path(made).iterdir()):
+                if path.is_dir():  # of chat templates
+                    shutil.rmtree(out / path.name, ignore_errors=True)
+                os.replace(path, out / path.name)
 
 
 def name_of(number: int) -> str:

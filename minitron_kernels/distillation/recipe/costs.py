@@ -104,7 +104,8 @@ def training_memory(
     other = None if teacher is None else _sized(teacher, config.get("teacher_dtype", "auto"))
     parts = memory_of_training(config, own, other, device, config["processes"])
     most = ", ".join(f"{name} {size_text(nbytes)}" for name, nbytes in parts.items())
-    facts = [("memory", f"{size_text(sum(parts.values()))} in each process: {most}")]
+    which = "each" if config["processes"] > 1 else "the"
+    facts = [("memory", f"{size_text(sum(parts.values()))} in {which} process: {most}")]
     checkpoint = checkpoint_bytes(config, own)
     facts.append(("disk", f"{size_text(checkpoint)} a checkpoint, {config['keep']} are kept while it trains"))
     if estimate["gpus"] > 1 and teacher is not None:

@@ -13,6 +13,7 @@ from minitron_kernels.distillation.cli.options import (
     one_of,
     path,
     real,
+    seed,
     size,
     switch,
     whole,
@@ -63,7 +64,7 @@ def _windows(samples: int | None) -> tuple[Option, ...]:
         whole("samples", "windows, drawn at random by seed", default=samples),
         whole("seq_len", "tokens of a window; default: that of [recipe], else 2048", 2, default=2048),
         whole("batch_size", "windows of a forward pass", default=1, may_change=True),
-        whole("seed", "of drawing; default: that of [recipe], else 0", 0, default=0),
+        seed("of drawing; default: that of [recipe], else 0", default=0),
         _text_key("that of [recipe], else "),
     )
 
@@ -91,7 +92,7 @@ TABLES: dict[str, tuple[Option, ...]] = {
         path("data", f"for all stages that do not name their own: {TEXT}", many=True, metavar="FILE"),
         path("held_out", f"to evaluate on: {TEXT}", many=True, metavar="FILE"),
         whole("seq_len", "tokens of a window, of all stages that do not say", 2),
-        whole("seed", "of all stages that do not say", 0),
+        seed("of all stages that do not say"),
         _text_key(""),
         one_of("device", DEVICES, "of all stages that do not say"),
         whole("processes", "that torchrun starts for [correct] and [distill]", default=1),

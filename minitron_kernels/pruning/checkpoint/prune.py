@@ -32,7 +32,7 @@ from minitron_kernels.pruning.checkpoint.safetensors_files import (
 )
 from minitron_kernels.pruning.checkpoint.shards import Shard, is_whole, plan_shards, write_shards
 from minitron_kernels.pruning.checkpoint.side_files import check_plain, side_files
-from minitron_kernels.pruning.checkpoint.staging import Staging, check_target
+from minitron_kernels.pruning.checkpoint.staging import Staging, check_paths
 from minitron_kernels.pruning.families.configs import check_names, config_value, other_names
 from minitron_kernels.pruning.families.family import MTP_KEYS
 from minitron_kernels.pruning.families.registry import family_of
@@ -117,7 +117,7 @@ def prune_checkpoint(
     """
     if not isinstance(plan, PruningPlan):
         raise TypeError(f"plan must be a PruningPlan, got {type(plan).__name__}")
-    source_path, target = _check_paths(Path(src), Path(dst), overwrite)
+    source_path, target = check_paths(Path(src), Path(dst), overwrite)
     threads = _check_numbers(max_shard_bytes, threads)
     config = _check_config(source_path, plan)
     with open_folder(source_path) as source:
@@ -156,17 +156,6 @@ def prune_checkpoint(
         left_out_files=others.left_out,
         left_out_tensors=matched.left_out,
     )
-
-
-def _check_paths(src: Path, dst: Path, overwrite: bool) -> tuple[Path, Path]:
-    if not src.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "src must be the folder of a checkpoint", str(src))
-    target = Path(os.path.abspath(dst))
-    inside, around = target.resolve(), src.resolve()
-    if inside == around or inside in around.parents or around in inside.parents:
-        raise ValueError(f"dst must be neither src, nor inside it, nor around it; got {dst} for src {src}")
-    check_target(target, overwrite)
-    return src, target
 
 
 def _check_numbers(max_shard_bytes: int, threads: int | None) -> int:

@@ -75,6 +75,24 @@ def check_target(dst: Path, overwrite: bool) -> None:
         )
 
 
+def check_paths(src: Path, dst: Path, overwrite: bool) -> tuple[Path, Path]:
+    """(src, dst as an absolute path), checked before anything is read.
+
+    Raises:
+        FileNotFoundError, FileExistsError: `src` is not a folder; `dst` is there and may not be replaced.
+        ValueError: one of them is inside the other.
+    """
+    if not src.is_dir():
+        why = "this is a file" if src.exists() else "there is none"
+        raise FileNotFoundError(errno.ENOENT, f"src must be the folder of a checkpoint: {why}", str(src))
+    target = Path(os.path.abspath(dst))
+    inside, around = target.resolve(), src.resolve()
+    if inside == around or inside in around.parents or around in inside.parents:
+        raise ValueError(f"dst must be neither src, nor inside it, nor around it; got {dst} for src {src}")
+    check_target(target, overwrite)
+    return src, target
+
+
 class Staging:
     """Makes `dst`; `with Staging.open(dst, job) as staging`, then write into `staging.folder`.
 
@@ -108,6 +126,7 @@ class Staging:
         path = partial_path(dst)
         if path.is_dir() and any(path.iterdir()) and not (path / "lock").exists():
             raise FileExistsError(errno.EEXIST, "was not made here, and is in the way: move it", str(path))
+        was_there = path.exists()
         try:
             dst.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(exist_ok=True)
@@ -115,9 +134,10 @@ class Staging:
         except OSError as error:
             message = f"cannot be written to ({reason(error)}): choose another dst, or change its rights"
             raise OSError(error.errno, message, str(path)) from None
-        staging = None
+        staging, mine = None, False
         try:
             _take_lock(lock, path)
+            mine = not was_there
             _put_back(path / ASIDE, dst)
             check_target(dst, overwrite)
             staging = cls(dst, job)
@@ -125,6 +145,8 @@ class Staging:
         finally:
             if staging is not None:
                 staging._leave()
+            elif mine:  # its journal could not be written
+                shutil.rmtree(path, ignore_errors=True)
             with suppress(OSError):  # nothing was written to the lock file
                 os.close(lock)
 

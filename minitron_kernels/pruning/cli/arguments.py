@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from minitron_kernels._command.parsers import Runs, commands_of, program
-from minitron_kernels._command.values import DTYPES, at_least, byte_count, count, typed
+from minitron_kernels._command.values import DTYPES, MOST_SEED, at_least, byte_count, count, typed
 
 EXAMPLES = """\
 from a checkpoint and text to a smaller checkpoint:
@@ -67,7 +67,14 @@ def _layers(text: str) -> list[int]:
 
     if any(len(number) > 6 for number in text.replace(",", "-").split("-")):
         raise ValueError(text)  # before a range with billions of entries is made a list
-    return list(parse_runs(text))
+    if not (layers := list(parse_runs(text))):
+        raise ValueError(text)
+    return layers
+
+
+_NUMBER = typed("a number such as 8.4e9 or 8.4B", count)
+_BYTES = typed("a size such as 16GB, 500MB or 1GiB", byte_count)
+_LAYERS = typed("layers such as 16-20,23", _layers)
 
 
 def parser_of(runs: Runs) -> argparse.ArgumentParser:
@@ -152,7 +159,9 @@ def _add_windows(sub: argparse.ArgumentParser, samples: int) -> None:
     sub.add_argument(
         "--batch-size", type=at_least(1), default=1, help="windows of a forward pass (default 1)"
     )
-    sub.add_argument("--seed", type=int, default=0, help="of the random choice (default 0)")
+    sub.add_argument(
+        "--seed", type=at_least(0, MOST_SEED), default=0, help="of the random choice (default 0)"
+    )
 
 
 def _add_where(sub: argparse.ArgumentParser, device: str = "default: cpu") -> None:
@@ -169,18 +178,21 @@ def _add_target(sub: argparse.ArgumentParser) -> None:
         target.add_argument(f"--{option}", type=at_least(1), metavar="N")
     target.add_argument("--ratio", nargs="+", metavar="[NAME=]X", help="of hidden and MLP sizes, or by name")
     target.add_argument(
-        "--params", type=typed("number", count), metavar="N", help="parameter budget: 8.4e9 or 8.4B"
+        "--params",
+        type=_NUMBER,
+        metavar="N",
+        help="parameter budget: 8.4e9 or 8.4B",
     )
     target.add_argument(
         "--active-params",
-        type=typed("number", count),
+        type=_NUMBER,
         metavar="N",
         help="budget of parameters that serve a token, for models with experts",
     )
     target.add_argument(
         "--memory",
         dest="memory_bytes",
-        type=typed("size", byte_count),
+        type=_BYTES,
         metavar="SIZE",
         help="budget of memory for weights and cache: 16GB, 16GiB",
     )
@@ -204,7 +216,10 @@ def _add_target(sub: argparse.ArgumentParser) -> None:
         "--search", nargs="+", metavar="NAME", help="sizes that a budget may choose; default: hidden and MLP"
     )
     target.add_argument(
-        "--drop-layers", type=typed("layers", _layers), metavar="LAYERS", help="layers to drop, as 16-20,23"
+        "--drop-layers",
+        type=_LAYERS,
+        metavar="LAYERS",
+        help="layers to drop, as 16-20,23",
     )
     target.add_argument("--num-experts-per-tok", type=at_least(1), metavar="N", help="for the new config")
     how = sub.add_argument_group("how")
@@ -239,7 +254,7 @@ def _add_prune(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is at dst")
     sub.add_argument(
         "--max-shard-size",
-        type=typed("size", byte_count),
+        type=_BYTES,
         default=5_000_000_000,
         metavar="SIZE",
         help="of one file: 5GB (default), 500MB, 1GiB",

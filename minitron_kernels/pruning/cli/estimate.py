@@ -23,8 +23,8 @@ def say_estimate(folder: Path, dtype: str, device: str, tokens: int) -> None:
     config = read_json(folder / "config.json")
     try:
         usage = count_usage(config, memory_dtype=dtype_of(config, dtype))
-    except TypeError:  # a dtype that torch does not have: the model's loader has more to say
-        return
+    except (TypeError, ValueError, ArithmeticError):
+        return  # no dtype of torch's, or no sizes of a model: its loader has more to say
     operations = 2.0 * usage.active_parameters * tokens
     size = usage.memory_bytes / 1e9
     name = dtype_of(config, dtype)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from minitron_kernels._command.documents import expand
 from minitron_kernels._command.messages import few, message_of, say, show
 from minitron_kernels._command.models import check_free, check_model, device_of, load_model
 from minitron_kernels._command.progress import lines_in_logs
 from minitron_kernels.pruning.cli.arguments import SIZES, parser_of
+from minitron_kernels.pruning.cli.estimate import say_estimate
 from minitron_kernels.pruning.cli.scoring import kept_folder, score
-from minitron_kernels.pruning.cli.targets import searched, target_of, windows_of
+from minitron_kernels.pruning.cli.targets import BUDGETS, searched, target_of, windows_of
+from minitron_kernels.pruning.score.score_files import config_of
 
 WHY_FILES = "they may describe the old weights; copy those that you know to be valid still"
 WHY_TENSORS = "tensors that are not part of the model"
@@ -28,8 +33,15 @@ ARGUMENTS = (
     "ratio",
     "num_experts_per_tok",
 )
+LISTED = "docs/families.md lists those that are"
 # patterns in the library's messages -> options of the command line; None: see _as_option()
+_KNOWN = r"[\w-]+(?:, [\w-]+){20,}"
 WORDS = (
+    (
+        rf"config\.model_type must be one of {_KNOWN}, got (.+?)\. Describe .*",
+        rf"model_type \1 is not known: {LISTED}",
+    ),
+    (rf"\. Known are {_KNOWN}", f"; {LISTED}"),
     (r"(,? or )loadable=False", r"\1--allow-unloadable"),
     (r'kv_heads="merge"', "--kv-heads merge"),
     (r"rescale_norms=False", "--no-rescale-norms"),
@@ -95,13 +107,12 @@ def _as_option(found: re.Match[str]) -> str:
 
 def plan(args: argparse.Namespace) -> None:
     """Scores folder and a target -> plan.json."""
+    check_free(args.output, args.overwrite, folder=False)
+    target = target_of(args, config_of(args.scores))
     from minitron_kernels.pruning.plan.make_plan import make_plan
     from minitron_kernels.pruning.score.scores import ImportanceScores
 
-    check_free(args.output, args.overwrite, folder=False)
-    scores = ImportanceScores.load(args.scores)
-    target = target_of(args, scores.config)
-    made = make_plan(scores, **target)
+    made = make_plan(ImportanceScores.load(args.scores), **target)
     made.save(args.output)
     show(made.summary())
 
@@ -111,14 +122,20 @@ def search(args: argparse.Namespace) -> None:
     check_free(args.output, args.overwrite, folder=False)
     if args.table is not None:
         check_free(args.table, args.overwrite, folder=False, option="--table")
+    if args.progress_file is not None:
+        check_free(args.progress_file, True, folder=False, option="--progress-file")
+    _check_different(args)
     check_model(args.model)
+    target = target_of(args, config_of(args.scores))
+    expand(args.text)
     device = device_of(args.device)
     from minitron_kernels.pruning.score.scores import ImportanceScores
     from minitron_kernels.pruning.search.lm_loss import LMLoss
 
     scores = ImportanceScores.load(args.scores)
-    target = target_of(args, scores.config)
-    loss = LMLoss(list(windows_of(args).split(args.batch_size)))
+    windows = windows_of(args)
+    say_estimate(args.model, args.dtype, args.device, windows.numel() * _candidates(args, target))
+    loss = LMLoss(list(windows.split(args.batch_size)))
     model = load_model(args.model, args.dtype, with_head=True).to(device)
     found, made = searched(args, model, scores, loss, target)
     made.save(args.output)
@@ -127,15 +144,37 @@ def search(args: argparse.Namespace) -> None:
     show(found.summary())
 
 
+def _candidates(args: argparse.Namespace, target: Mapping[str, Any]) -> int:
+    """How many models are scored at least: those of a budget, or one for each block of layers that may go."""
+    if any(target[name] for name in BUDGETS):
+        return int(args.k)
+    return int(target.get("num_hidden_layers") or 0) + 1
+
+
+def _check_different(args: argparse.Namespace) -> None:
+    """Raises ValueError if two of the files that search writes are one."""
+    written = {"--output": args.output, "--table": args.table, "--progress-file": args.progress_file}
+    options: dict[Path, str] = {}
+    for option, path in written.items():
+        if path is not None:
+            other = options.setdefault(path.resolve(), option)
+            if other != option:
+                raise ValueError(f"{option} must be another file than {other}, got {path} for both")
+
+
 def prune(args: argparse.Namespace) -> None:
     """Checkpoint and plan -> smaller checkpoint."""
-    from minitron_kernels.pruning.checkpoint.prune import prune_checkpoint
+    from minitron_kernels.pruning.checkpoint.staging import check_paths
     from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
+
+    check_paths(args.src, args.dst, args.overwrite)
+    plan = PruningPlan.load(args.plan)
+    from minitron_kernels.pruning.checkpoint.prune import prune_checkpoint  # torch, which is slow
 
     done = prune_checkpoint(
         args.src,
         args.dst,
-        PruningPlan.load(args.plan),
+        plan,
         max_shard_bytes=args.max_shard_size,
         threads=args.threads,
         rescale_norms=args.rescale_norms,

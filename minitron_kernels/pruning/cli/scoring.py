@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron_kernels import __version__
+from minitron_kernels._command.documents import expand
 from minitron_kernels._command.messages import say, show
 from minitron_kernels._command.models import check_free, check_model, device_of, load_model
 from minitron_kernels._command.progress import tqdm_for
@@ -42,6 +43,7 @@ def score(args: argparse.Namespace) -> None:
     """Calibration text -> scores folder."""
     check_free(args.output, args.overwrite, folder=True)
     check_model(args.model)
+    expand(args.text)
     device = None if args.device == "auto" else device_of(args.device)
     from minitron_kernels.pruning.score.collect import collect_importance
 

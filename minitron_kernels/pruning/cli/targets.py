@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from minitron_kernels._command.documents import expand, is_ids
+from minitron_kernels._command.documents import has_text
 from minitron_kernels._command.messages import say
-from minitron_kernels._command.models import load_tokenizer
+from minitron_kernels._command.models import load_config, load_tokenizer
 from minitron_kernels._command.progress import without_bars
 from minitron_kernels.pruning.cli.arguments import SIZES
 
@@ -51,20 +51,17 @@ def windows_of(args: argparse.Namespace) -> Tensor:
     Raises:
         ValueError: the text cannot be read, or not by this model.
     """
-    from transformers import AutoConfig
-
     from minitron_kernels.pruning.families.configs import config_value
-    from minitron_kernels.pruning.families.registry import family_of
+    from minitron_kernels.pruning.families.registry import family_in
     from minitron_kernels.pruning.score.calibration import calibration_windows
 
     without_bars(args.quiet)
-    config = AutoConfig.from_pretrained(args.model)
-    config = family_of(config).text(config)
+    config = load_config(args.model)
+    config = family_in(args.model / "config.json", config).text(config)
     longest = config_value(config, "max_position_embeddings", args.seq_len)
     if args.seq_len > longest:
         raise ValueError(f"--seq-len must be at most the model's {longest} positions, got {args.seq_len}")
-    text = not all(is_ids(file) for file in expand(args.text))
-    tokenizer = load_tokenizer(args.model) if text else None
+    tokenizer = load_tokenizer(args.model) if has_text(args.text) else None
     windows = calibration_windows(
         args.text,
         tokenizer,
@@ -76,7 +73,7 @@ def windows_of(args: argparse.Namespace) -> Tensor:
     vocab = config_value(config, "vocab_size")
     if not 0 <= int(windows.min()) <= int(windows.max()) < vocab:
         raise ValueError(
-            f"{args.text[0]}: token ids must be in [0, {vocab}), "
+            f"{args.text[0]}: token ids must be in [0, {vocab}) of {args.model}, "
             f"got {int(windows.min())} to {int(windows.max())}"
         )
     if len(windows) < args.samples:

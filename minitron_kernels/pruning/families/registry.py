@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from minitron_kernels.pruning.families.axes import ONE, PRUNED, names_in
-from minitron_kernels.pruning.families.configs import Config, config_value, nested
+from minitron_kernels.pruning.families.configs import Config, as_dict, config_value, nested
 from minitron_kernels.pruning.families.family import SIZE_KEYS, Family
 from minitron_kernels.pruning.families.multimodal import Multimodal
 from minitron_kernels.pruning.families.refused import refusal_of
@@ -103,3 +105,20 @@ def family_of(config: Config) -> Family:
         f"config.model_type must be one of {', '.join(known_families())}, got {model_type!r}. Describe its "
         "parameters and taps in a minitron_kernels.pruning.Family and pass it to register_family()"
     )
+
+
+def family_in(path: Path, config: Config) -> Family:
+    """family_of() a config that is in a file.
+
+    Raises:
+        ValueError: it is not known, or its sizes are no numbers that a model can have; names the file.
+    """
+    try:
+        family = family_of(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    try:
+        family.sizes(as_dict(config))
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{path}: its sizes must be whole numbers from 1 on: {error}") from None
+    return family

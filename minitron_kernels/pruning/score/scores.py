@@ -281,8 +281,7 @@ class ImportanceScores:
             )
             scores.reduced = bool(about["reduced"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{path}: not the scores that ImportanceScores.save() writes: {what}") from None
+            raise score_files.not_scores(path, error) from None
         return scores
 
     def __repr__(self) -> str:
