@@ -15,11 +15,13 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from build_backend.interface import interface
+from build_backend.progress import Progress, run_ninja, terminal
 from build_backend.tools import (
     ISA_FLAGS,
     SIMD_FLAGS,
@@ -54,10 +56,10 @@ def build_extension(root: Path, folder: Path, plan: Plan, version: str) -> Path:
     if ninja := find_ninja():
         _write_if_changed(folder / "build.ninja", ninja_file(steps, folder))
         command = [ninja, "-f", str(folder / "build.ninja"), "-j", str(max_jobs())]
-        ok = subprocess.run(command, cwd=root).returncode == 0
+        ok = run_ninja(command, root, plan.cuda.archs if plan.cuda else (), max_jobs())
     else:
         print("ninja was not found: everything is compiled anew (pip install ninja for incremental builds)")
-        ok = run_all(steps)
+        ok = run_all(steps, plan.cuda.archs if plan.cuda else ())
     if not ok:
         hint = "; MINITRON_BUILD=cpu builds without CUDA" if plan.cuda else ""
         raise SystemExit(
@@ -203,15 +205,19 @@ def max_jobs() -> int:
     return int(text)
 
 
-def run_all(steps: list[Step]) -> bool:
+def run_all(steps: list[Step], archs: Sequence[int] = ()) -> bool:
     """Runs all commands, for lack of ninja: the last one, the link, after the others."""
 
     def run(step: Step) -> bool:
         step.output.parent.mkdir(parents=True, exist_ok=True)
         print(shlex.join(step.command), flush=True)
-        return subprocess.run(step.command).returncode == 0
+        ok = subprocess.run(step.command).returncode == 0
+        progress.finished(str(step.output))
+        return ok
 
-    with ThreadPoolExecutor(max_jobs()) as pool:
+    with terminal() as screen, ThreadPoolExecutor(max_jobs()) as pool:
+        progress = Progress([str(step.output) for step in steps], archs, max_jobs(), screen)
+        progress.begin()
         return all(list(pool.map(run, steps[:-1]))) and run(steps[-1])
 
 
