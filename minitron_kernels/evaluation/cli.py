@@ -11,7 +11,7 @@ from pathlib import Path
 from minitron_kernels._command.messages import message_of, say, show
 from minitron_kernels._command.parsers import add_debug, program
 from minitron_kernels._command.progress import lines_in_logs, without_bars
-from minitron_kernels._command.values import DTYPES, at_least
+from minitron_kernels._command.values import DTYPES, MOST_SEED, at_least
 from minitron_kernels.evaluation.benchmarks import BENCHMARKS
 from minitron_kernels.evaluation.loading import Availability
 from minitron_kernels.evaluation.results import PUBLISHED_CHOICES, Evaluation, evaluation_table
@@ -193,7 +193,10 @@ def parser_of() -> argparse.ArgumentParser:
         "--limit", type=at_least(1), metavar="N", help="the first N documents of each task alone"
     )
     what.add_argument(
-        "--seed", type=int, default=1234, help="of few-shot examples and sampling (default 1234)"
+        "--seed",
+        type=at_least(0, MOST_SEED),
+        default=1234,
+        help="of few-shot examples and sampling (default 1234)",
     )
     how = parser.add_argument_group("how")
     how.add_argument("--batch-size", type=_batch_size, default=1, help='sequences, or "auto" (default 1)')

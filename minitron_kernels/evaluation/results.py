@@ -16,6 +16,8 @@ FORMAT = "minitron_kernels.evaluation"
 VERSION = 1
 PUBLISHED_CHOICES = ("announcement", "all", "none")
 _CUT = "runcat"  # in lm-eval's warnings of prompts that are too long
+_KINDS = {"model": str, "settings": dict, "versions": dict, "tasks": dict, "left_out": list}
+_OF_TASK = ("title", "metric", "shots", "unit", "value", "stderr", "documents", "of", "asked", "seconds")
 _FIELDS = ("model", "settings", "versions", "tasks", "left_out", "fingerprint")
 
 
@@ -77,6 +79,14 @@ class Evaluation:
             raise ValueError(f"{path}: is not an evaluation's results ({FORMAT}, version {VERSION})")
         if lacking := [name for name in _FIELDS if name not in data]:
             raise ValueError(f"{path}: lacks {', '.join(lacking)}")
+        for name, kind in _KINDS.items():
+            if not isinstance(data[name], kind):
+                raise ValueError(f"{path}: {name} must be a {kind.__name__}, got {data[name]!r:.80}")
+        for name, entry in data["tasks"].items():
+            wrong = not isinstance(entry, dict) or [key for key in _OF_TASK if key not in entry]
+            if wrong:
+                what = f"lacks {', '.join(wrong)}" if isinstance(wrong, list) else "is not an object"
+                raise ValueError(f"{path}: the task {name} {what}")
         return cls(**{name: data[name] for name in _FIELDS})
 
 

@@ -119,8 +119,10 @@ def evaluate(
         "tasks_path": places.key,
         "tokenizer": None if in_memory or tokenizer is None else _hash_of_tokenizer(tokenizer),
     }
+    if output is not None:
+        _check_output(Path(output))
     if not in_memory:
-        check_model(Path(model))
+        check_model(Path(model))  # and only then read it whole
     result = Evaluation(
         type(model).__name__ if in_memory else Path(model).resolve().name,
         settings=settings,
@@ -251,16 +253,25 @@ def _is_done(choice: Choice, result: Evaluation, index: Any, places: Places) -> 
     return bool(there)
 
 
+def _check_output(output: Path) -> None:
+    """Checks that results and the table beside them can be written.
+
+    Raises:
+        ValueError, OSError: they cannot.
+    """
+    if output.suffix != ".json":
+        raise ValueError(f"output must be a .json file (the table goes into a .md beside it), got {output}")
+    for path in (output, output.with_suffix(".md")):
+        check_free(path, True, folder=False, option="output")
+
+
 def _resumed(new: Evaluation, output: Path, overwrite: bool) -> Evaluation:
     """The results in `output`, if they are of the same model and settings.
 
     Raises:
         OtherResultsError: they are of others.
-        ValueError, OSError: it is something else; it cannot be written.
+        ValueError, OSError: it is something else.
     """
-    if output.suffix != ".json":
-        raise ValueError(f"output must be a .json file (the table goes into a .md beside it), got {output}")
-    check_free(output, True, folder=False, option="output")
     if overwrite or not output.exists():
         return new
     old = Evaluation.load(output)

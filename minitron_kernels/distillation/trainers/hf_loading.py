@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from minitron_kernels._command.messages import few
-from minitron_kernels._command.models import auto_class, check_no_adapter, lacking_error
+from minitron_kernels._command.models import auto_class, check_no_adapter, lacking_error, load_config
 from minitron_kernels._tensors import is_dtensor
 from minitron_kernels.distillation.trainers.hf_names import (
     Names,
@@ -186,10 +186,10 @@ def empty_model(folder: Path, dtype: str, *, otherwise: str) -> tuple[Any, Shard
         NotByShardsError: from_pretrained() must take it; says why.
         ValueError: the folder does not hold what its config says; there is an adapter.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     check_no_adapter(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     _check_config(config)
     found: Any = config.dtype if dtype == "auto" else getattr(torch, dtype)
     if found is None:
