@@ -19,6 +19,7 @@ from distillation.cli_runs import run, save_models, train_of
 from minitron_kernels._command.models import load_model
 from minitron_kernels.distillation import DistillationLoss, HiddenStatesLoss
 from minitron_kernels.distillation.trainers import hf_names
+from minitron_kernels.distillation.trainers.hf_fsdp import parameters_of
 from minitron_kernels.distillation.trainers.hf_loading import NotByShardsError, empty_model
 from pruning.family_configs import CASES
 from pruning.tiny_models import random_model, tiny_model
@@ -105,6 +106,31 @@ def test_each_process_reads_its_rows_and_no_others(stored, asked, as_rank, tmp_p
     for rank, nbytes in enumerate(read):
         assert nbytes == sum(rows_of(rank, x).nbytes for x in model.parameters())
     assert empty_model(tmp_path, asked, otherwise="used")[1].bytes_of_share(RANKS) == (read[0], sum(read))
+
+
+def test_values_are_rounded_to_the_dtype_asked_for(as_rank, tmp_path):
+    """Though the trainer holds parameters in float32, as it does under bf16."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    as_rank(1)
+    empty, weights = empty_model(tmp_path, "bfloat16", otherwise="used")
+    weights.fill(sharded(empty.float()), CPU)
+    for name, x in empty.named_parameters():
+        wanted = rows_of(1, model.get_parameter(name).detach()).bfloat16().float()
+        assert x.dtype == torch.float32 and torch.equal(x.to_local(), wanted), name
+
+
+def test_parameters_that_are_not_sharded_are_refused(as_rank, tmp_path):
+    """Beside sharded ones: no process would tell the others of their gradients."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    as_rank(1)
+    empty, weights = empty_model(tmp_path, "float32", otherwise="used")
+    weights.fill(sharded(empty), CPU)
+    own = list(empty.parameters())
+    assert parameters_of(torch.optim.SGD(own)) == [own]
+    with pytest.raises(ValueError, match=rf"1 of the student's {len(own) + 1} trained parameters are not"):
+        parameters_of(torch.optim.SGD([*own, torch.nn.Parameter(torch.zeros(2))]))
+    assert parameters_of(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))])) is None
 
 
 def test_names_are_mapped_as_from_pretrained_maps_them(as_rank, tmp_path):
