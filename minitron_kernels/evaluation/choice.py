@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,13 @@ class Choice:
     benchmark: Benchmark | None
 
 
-def written(tasks: Sequence[str]) -> list[Choice]:
+def written(tasks: Sequence[str], own: Collection[str] = ()) -> list[Choice]:
     """The choices that `tasks` name: benchmarks, or tasks and groups of lm-eval, as "name" or "name:shots".
+
+    Args:
+        tasks: what the user wrote.
+        own: tasks and groups in a folder of the user's; one that is called as a benchmark is what that name
+            means, also where lm-eval calls its own task otherwise (truthfulqa: truthfulqa_mc2).
 
     Raises:
         TypeError, ValueError: none, not strings, or one twice.
@@ -50,7 +55,8 @@ def written(tasks: Sequence[str]) -> list[Choice]:
             found.append(Choice(name, name, shots, None))
             continue
         shots = benchmark.shots if shots is None else shots
-        found.append(Choice(benchmark.name, benchmark.task, shots, benchmark))
+        task = name if name in own else benchmark.task
+        found.append(Choice(benchmark.name, task, shots, benchmark))
     names = [choice.name for choice in found]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"tasks must be different names, at least one, got {list(tasks)}")

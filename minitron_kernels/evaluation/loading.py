@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,19 +89,16 @@ def check_tasks(
 
 
 def places_of(tasks_path: str | Path | None, datasets: str | Path | None) -> Places:
-    """The folders that were named.
+    """The folders that were named, absolute: tasks are loaded with theirs as the working folder.
 
     Raises:
         ValueError, OSError: one is not there, or is something else.
     """
-    places = Places(
-        None if tasks_path is None else Path(tasks_path), None if datasets is None else Path(datasets)
-    )
-    if places.tasks is not None:
-        check_folder(places.tasks)
-    if places.datasets is not None:
-        check_datasets(places.datasets)
-    return places
+    if tasks_path is not None:
+        check_folder(Path(tasks_path))
+    if datasets is not None:
+        check_datasets(Path(datasets))
+    return Places(*(None if path is None else Path(os.path.abspath(path)) for path in (tasks_path, datasets)))
 
 
 def load_all(
@@ -143,7 +141,7 @@ def choices_of(tasks: Sequence[str] | None, folder: Path | None) -> tuple[Any, l
         tasks = list(BENCHMARKS) if own is None else of_folder(own.task_index)
         if not tasks:
             raise ValueError(f"{folder}: describes no task: its .yaml files need a key `task` or `group`")
-    choices = written(tasks)
+    choices = written(tasks, () if own is None else own.task_index)
     if own is not None and all(choice.task in own.task_index for choice in choices):
         return own, choices
     manager = harness.manager_of(folder, defaults=True)

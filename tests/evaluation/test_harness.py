@@ -3,14 +3,17 @@
 import json
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from documentation.snippets import ROOT, blocks, commands
 from evaluation import tiny
 from minitron_kernels.evaluation import Evaluation, check_installed, evaluate
+from minitron_kernels.evaluation.benchmarks import BENCHMARKS
 from minitron_kernels.evaluation.cli import main
 
 pytestmark = tiny.needs_lm_eval
@@ -53,6 +56,25 @@ def test_accuracies_are_those_by_hand(place):
     assert "| *Mistral-NeMo-Minitron 8B* | 80.35 | – |" in result.table()
 
 
+def test_a_folder_has_each_of_the_nine_by_its_name(place, tmp_path):
+    """Also the one for whose name lm-eval has another: not its task, with data of the hub's, in its place."""
+    model, _, data = place
+    tiny.save_tasks(tmp_path)
+    for name in ("choice", "winogrande", "both"):
+        (tmp_path / f"{name}.yaml").unlink()
+    few = data["shots"][:5]
+    names = [one.name for one in BENCHMARKS.values() if not one.runs_code and one.shots <= len(few)]
+    for name in names:
+        (tmp_path / f"{name}.yaml").write_text(tiny.CHOICE.format(name=name, data="choice"))
+    result = evaluate(model, tasks_path=tmp_path)
+    assert sorted(result.tasks) == sorted(names)
+    for name, entry in result.tasks.items():
+        assert entry["shots"] == BENCHMARKS[name].shots, name
+    assert result.tasks["truthfulqa"]["all"]["acc,none"] == pytest.approx(
+        wanted(model, data, "choice", 0)["acc"]
+    )
+
+
 def test_the_shots_matter(place):
     """Else the test above would pass with none."""
     model, tasks, data = place
@@ -76,6 +98,25 @@ def test_a_group_has_the_mean_of_its_documents(place):
     mean = sum(count * acc for count, acc in parts) / sum(count for count, _ in parts)
     assert result.tasks["both"]["value"] == pytest.approx(100 * mean)
     assert (result.tasks["both"]["documents"], result.tasks["both"]["shots"]) == (11, 0)
+
+
+def test_the_page_as_it_is_printed(place, tmp_path, monkeypatch, capsys):
+    """Its folder, named as there: relative to the working folder, which stays what it is."""
+    page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    facts = next(block for block in blocks(page) if block.language == "yaml")
+    row = next(block.lines for block in blocks(page) if block.lines[0].startswith("{"))
+    (command,) = [words for words in commands(page) if "--tasks-path" in words]
+    (tmp_path / "student").symlink_to(place[0])
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "facts.yaml").write_text("\n".join(facts.lines))
+    asked = json.loads(row[0])
+    write = {"test": [asked], "shots": [asked | {"question": f"What do {n} bees make?"} for n in (2, 3, 4)]}
+    for name, rows in write.items():
+        tiny.write_jsonl(tmp_path / "tasks" / "facts" / f"{name}.jsonl", rows)
+    monkeypatch.chdir(tmp_path)
+    assert main(command[1:]) == 0
+    assert "facts (acc) 3-shot" in capsys.readouterr().out
+    assert Path.cwd() == tmp_path and Evaluation.load("student.json").tasks["facts"]["documents"] == 1
 
 
 def test_written_answers(place, tmp_path):

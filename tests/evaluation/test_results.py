@@ -56,6 +56,8 @@ def test_names_and_shots():
         ("mine::part", "mine::part", 3),
         ("hellaswag", "hellaswag", 0),
     ]
+    mine = written(["truthfulqa"], {"truthfulqa": None})  # not lm-eval's, for which it is another name
+    assert [(one.task, one.shots, one.benchmark.label) for one in mine] == [("truthfulqa", 0, "mc2")]
     for wrong in ([], ["a", "a:1"], ["truthfulqa", "truthfulqa_mc2"]):
         with pytest.raises(ValueError, match="tasks must be different names"):
             written(wrong)
