@@ -25,6 +25,7 @@ from minitron_kernels.pruning import (
     search_layers,
     search_plan,
 )
+from minitron_kernels.pruning.cli import estimate
 from minitron_kernels.pruning.cli.main import main
 from minitron_kernels.pruning.score.calibration import calibration_windows
 from pruning.checkpoints import save_tiny
@@ -357,6 +358,35 @@ def test_search_by_loss(folder, tmp_path, capsys):
     plan = PruningPlan.load(tmp_path / "plan.json")
     assert plan.dropped_layers == layers.drop_layers and len(plan.hidden) == 32
     assert "give what to search" in fails(capsys, *new, "--overwrite", "--hidden-size", 32)
+
+
+def test_what_a_search_will_take_is_said(folder, tmp_path, capsys, monkeypatch):
+    """Before the model is loaded, which takes minutes: how many models, and what all of them take."""
+    arguments = ["search", folder / "src", folder / "scores", folder / "text.txt", "--quiet"]
+    arguments += ["--samples", 3, "--seq-len", 32, "--divisor", 16, "-o", tmp_path / "plan.json"]
+    whole = AutoModelForCausalLM.from_pretrained(folder / "src").num_parameters()
+    monkeypatch.setattr(estimate, "_MUCH", 1.0)
+    monkeypatch.setattr(importlib.import_module(main.__module__), "load_model", not_yet)
+
+    def said(*target):
+        capsys.readouterr()
+        assert run(*arguments, *target) == 1
+        return capsys.readouterr().err
+
+    budget, depth = ["--params", "60K", "-k", 4], ["--num-hidden-layers", 2]
+    assert f"96 tokens through each of 4 models of fewer than {whole:,} parameters" in said(*budget)
+    assert f"3 models of fewer than {whole:,}" in (err := said(*depth))
+    assert f": at most {2.0 * whole * 96 * 3:.1e} operations" in err and "loaded" in err
+    assert "each of 7 models" in said(*budget, *depth, "--layers-by-loss")
+    monkeypatch.setattr(estimate, "free_bytes", lambda device: 1000)
+    assert "--device auto" not in (err := said(*depth)) and "room for a smaller model beside it" in err
+    assert "give what to search" in said("--hidden-size", 32)
+    assert "must be at least" in (err := said("--params", 1)) and err.endswith(", got 1\n")
+    assert ", got 1,000,000,000: nothing would be cut" in said("--params", "1B")
+
+
+def not_yet(*arguments, **options):
+    raise ValueError("loaded")
 
 
 def windows_of_text(samples):

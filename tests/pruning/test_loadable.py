@@ -1,13 +1,14 @@
 """Where transformers refuses a size: what is said, and the way round it that docs/pruning.md shows."""
 
 import json
+import warnings
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from minitron_kernels._files import write_text
-from minitron_kernels.pruning import make_plan
+from minitron_kernels.pruning import make_plan, search_plan
 from minitron_kernels.pruning.score import score_files
 from pruning.score_tables import random_tables
 
@@ -38,6 +39,19 @@ def test_a_budget_that_leaves_the_hidden_size_says_so():
     ):
         plan = planned(params=50_000, divisor=8)
     assert plan.target_config["hidden_size"] == 72 and plan.target_config["intermediate_size"] < 96
+
+
+def test_a_search_that_leaves_the_hidden_size_says_so():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**NINE))
+    scores = random_tables(model.config, 0)
+    options = {"params": 50_000, "divisor": 8, "k": 2, "progress": False}
+    with pytest.warns(UserWarning, match=r"hidden_size stays 72: .*no smaller multiple of 8") as caught:
+        found = search_plan(model, scores, lambda smaller: smaller.num_parameters(), **options)
+    assert {row.candidate.sizes["hidden_size"] for row in found.rows} == {72} and len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        search_plan(model, scores, lambda smaller: 1.0, **options, search=["intermediate_size"])
 
 
 def test_a_budget_that_can_cut_the_hidden_size_is_silent(recwarn):

@@ -1,4 +1,4 @@
-"""What scoring will take, said before it begins: memory, and operations."""
+"""What scoring, or a search, will take, said before it begins: memory, and operations."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from pathlib import Path
 
 from minitron_kernels._command.messages import say
 
-_MUCH = 1e14  # operations worth a line: about a minute of a desktop's CPU
+_MUCH = 1e13  # operations worth a line: about a minute of two cores
 
 
-def say_estimate(folder: Path, dtype: str, device: str, tokens: int) -> None:
+def say_estimate(folder: Path, dtype: str, device: str, tokens: int, smaller: int | None = None) -> None:
     """Prints a line about a long run, and a warning where the weights exceed the memory that is free.
 
     Args:
         folder: of the checkpoint.
         dtype, device: of the command line.
         tokens: of all windows.
+        smaller: how many models, cut from this one, read them at most; None: this one alone.
     """
     from minitron_kernels.pruning.checkpoint.safetensors_files import read_json
     from minitron_kernels.pruning.plan.counts import count_usage
@@ -25,23 +26,31 @@ def say_estimate(folder: Path, dtype: str, device: str, tokens: int) -> None:
         usage = count_usage(config, memory_dtype=dtype_of(config, dtype))
     except (TypeError, ValueError, ArithmeticError):
         return  # no dtype of torch's, or no sizes of a model: its loader has more to say
-    operations = 2.0 * usage.active_parameters * tokens
+    operations = 2.0 * usage.active_parameters * tokens * (smaller or 1)
+    through, most = (
+        ("", "") if smaller is None else (f"each of {smaller:,} models of fewer than ", "at most ")
+    )
     size = usage.memory_bytes / 1e9
     name = dtype_of(config, dtype)
     if operations >= _MUCH:
         say(
             "minitron-prune",
             "estimate",
-            f"{tokens:,} tokens through {usage.parameters:,} parameters ({size:.1f} GB in {name}): "
-            f"{operations:.1e} operations and the attention's",
+            f"{tokens:,} tokens through {through}{usage.parameters:,} parameters ({size:.1f} GB in {name}): "
+            f"{most}{operations:.1e} operations and the attention's",
         )
+    advice = "--dtype bfloat16 halves float32"
+    if smaller is None:
+        advice = f"--device auto divides a model over GPUs, memory and disk, {advice}"
+    else:
+        advice += ", and a search needs room for a smaller model beside it"
     free = free_bytes(device)
     if free is not None and usage.memory_bytes > free:
         say(
             "minitron-prune",
             "warning",
             f"the weights are {size:.1f} GB in {name}, and {free / 1e9:.1f} GB are free on {device}: "
-            "--device auto divides a model over GPUs, memory and disk, --dtype bfloat16 halves float32",
+            f"{advice}",
         )
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from minitron_kernels._command.documents import expand
 from minitron_kernels._command.messages import few, message_of, say, show
@@ -16,7 +15,7 @@ from minitron_kernels._command.progress import lines_in_logs
 from minitron_kernels.pruning.cli.arguments import SIZES, parser_of
 from minitron_kernels.pruning.cli.estimate import say_estimate
 from minitron_kernels.pruning.cli.scoring import kept_folder, score
-from minitron_kernels.pruning.cli.targets import BUDGETS, searched, target_of, windows_of
+from minitron_kernels.pruning.cli.targets import models_of_search, searched, target_of, windows_of
 from minitron_kernels.pruning.score.score_files import config_of
 
 WHY_FILES = "they may describe the old weights; copy those that you know to be valid still"
@@ -133,8 +132,9 @@ def search(args: argparse.Namespace) -> None:
     from minitron_kernels.pruning.search.lm_loss import LMLoss
 
     scores = ImportanceScores.load(args.scores)
+    models = models_of_search(args, scores, target)
     windows = windows_of(args)
-    say_estimate(args.model, args.dtype, args.device, windows.numel() * _candidates(args, target))
+    say_estimate(args.model, args.dtype, args.device, windows.numel(), models)
     loss = LMLoss(list(windows.split(args.batch_size)))
     model = load_model(args.model, args.dtype, with_head=True).to(device)
     found, made = searched(args, model, scores, loss, target)
@@ -142,13 +142,6 @@ def search(args: argparse.Namespace) -> None:
     if args.table is not None:
         found.save(args.table)
     show(found.summary())
-
-
-def _candidates(args: argparse.Namespace, target: Mapping[str, Any]) -> int:
-    """How many models are scored at least: those of a budget, or one for each block of layers that may go."""
-    if any(target[name] for name in BUDGETS):
-        return int(args.k)
-    return int(target.get("num_hidden_layers") or 0) + 1
 
 
 def _check_different(args: argparse.Namespace) -> None:

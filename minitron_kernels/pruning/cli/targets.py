@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -85,14 +86,37 @@ def windows_of(args: argparse.Namespace) -> Tensor:
     return windows
 
 
+def models_of_search(args: argparse.Namespace, scores: Any, target: dict[str, Any]) -> int:
+    """How many smaller models a search scores, at most.
+
+    Raises:
+        ValueError: there is neither a budget nor a number of layers; a budget cannot be met, which is then
+            said before the model is loaded.
+    """
+    from minitron_kernels.pruning.families.registry import family_of
+    from minitron_kernels.pruning.plan.make_plan import make_plan
+    from minitron_kernels.pruning.search.search_layers import models_for
+
+    depth, layers = target.get("num_hidden_layers"), family_of(scores.config).sizes(scores.config)["layers"]
+    blocks = 0 if depth is None else models_for(layers, layers - depth, True)
+    if any(target[name] for name in BUDGETS):
+        if not args.layers_by_loss:  # else scores need not tell which layers go
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the search says them
+                make_plan(scores, **target)
+        return args.k + (blocks if args.layers_by_loss else 0)
+    if depth is None or target["drop_layers"] is not None:
+        raise ValueError(
+            "give what to search: sizes for a budget (--params, --active-params, --memory), or the layers "
+            "that go (--num-hidden-layers)"
+        )
+    return blocks
+
+
 def searched(
     args: argparse.Namespace, model: Any, scores: Any, loss: Any, target: dict[str, Any]
 ) -> tuple[Any, Any]:
-    """(the result of the search, the best plan): of sizes where there is a budget, else of layers.
-
-    Raises:
-        ValueError: there is neither a budget nor a number of layers.
-    """
+    """(the result of the search, the best plan): of sizes where there is a budget, else of layers."""
     from minitron_kernels.pruning.plan.make_plan import make_plan
     from minitron_kernels.pruning.search.search_layers import search_layers
     from minitron_kernels.pruning.search.search_plan import search_plan
@@ -103,13 +127,7 @@ def searched(
             model, scores, loss, k=args.k, layers_by_score=args.layers_by_loss, **how, **target
         )
         return found, found.plan
-    depth = target.get("num_hidden_layers")
-    if depth is None or target["drop_layers"] is not None:
-        raise ValueError(
-            "give what to search: sizes for a budget (--params, --active-params, --memory), or the layers "
-            "that go (--num-hidden-layers)"
-        )
-    by_loss = search_layers(model, depth, loss, scores=scores, **how)
+    by_loss = search_layers(model, target["num_hidden_layers"], loss, scores=scores, **how)
     return by_loss, make_plan(scores, **{**target, "drop_layers": by_loss.drop_layers})
 
 

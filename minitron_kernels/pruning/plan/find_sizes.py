@@ -202,7 +202,7 @@ def sizes_within(
             if least[name] > most:
                 raise ValueError(
                     f"{name} must be at least {least[name]:,}, the smallest of sizes {list(search)}, got "
-                    f"{most:,}"
+                    f"{most:,.0f}"
                 )
         raise ValueError(f"{' and '.join(limits)} are each met by sizes {list(search)}, but not together")
     enough = NEARLY * max(full for full, _ in found)
@@ -227,7 +227,7 @@ def nothing_to_cut(budget: Budget, whole: Candidate) -> str:
     counted = (whole.parameters, whole.active_parameters, whole.memory_bytes)
     taken = dict(zip(Budget.LIMITS, counted, strict=True))
     said = (
-        f"{name} must be less than the {taken[name]:,} of the whole model, got {most:,}"
+        f"{name} must be less than the {taken[name]:,} of the whole model, got {most:,.0f}"
         for name, most in budget.limits.items()
     )
     return f"{'; '.join(said)}: nothing would be cut"

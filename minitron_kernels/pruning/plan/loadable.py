@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from minitron_kernels.pruning.families.configs import Config, config_value
 from minitron_kernels.pruning.families.family import Family
@@ -35,15 +35,23 @@ def remedy(family: Family, config: Config, sizes: Mapping[str, int]) -> str:
 
 
 def warn_of_hidden(
-    family: Family, config: Config, sizes: Mapping[str, int], divisor: int | Mapping[str, int] | None
+    family: Family,
+    config: Config,
+    sizes: Mapping[str, int],
+    searched: Collection[str],
+    divisor: int | Mapping[str, int] | None,
 ) -> None:
     """Warns if a budget had to leave the hidden size as it is, since transformers loads no smaller multiple.
 
     Args:
         family, config: of the source.
         sizes: that were chosen, by axis.
+        searched: the axes among which the budget was free to choose.
         divisor: of make_plan().
     """
+    # where the config has no head_dim, hidden and heads are cut alike, if both are searched
+    if "hidden" not in searched or ("heads" in searched and not family.keys_of("head_dim")):
+        return
     whole, name = family.sizes(config)["hidden"], family.keys_of("hidden")[0]
     step = divisor_of(divisor, name, "hidden", SEARCH_DIVISOR)
     smaller = range(-(-whole // 4 // step) * step or step, whole, step)

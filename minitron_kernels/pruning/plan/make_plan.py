@@ -122,7 +122,8 @@ def make_plan(
             is missing, has another shape or holds NaN; says what is possible.
 
     Warns:
-        UserWarning: no target was given; the plan keeps everything.
+        UserWarning: no target was given; the plan keeps everything. A budget had to leave the hidden size as
+            it is, since transformers would load no smaller multiple of the divisor.
 
     Source: Minitron (arXiv 2407.14679) section 2; its sequel (arXiv 2408.11796) section 3.
 
@@ -180,10 +181,9 @@ def make_plan(
         given.update({names[name]: size for name, size in candidates[0].sizes.items()})
         if all(before[axis] == size for axis, size in given.items()) and len(layers) == before["layers"]:
             raise ValueError(nothing_to_cut(budget, candidates[0]))
-        searched = {names[name] for name in candidates[0].sizes}
-        # where the config has no head_dim, hidden and heads are cut alike, if both are searched
-        if loadable and "hidden" in searched and ("heads" not in searched or family.keys_of("head_dim")):
-            warn_of_hidden(family, config, {**before, **given}, divisor)
+        if loadable:
+            searched = {names[name] for name in candidates[0].sizes}
+            warn_of_hidden(family, config, {**before, **given}, searched, divisor)
         if len(layers) != given.get("layers", len(layers)):
             layers = kept_layers(table, before["layers"], given["layers"], True, None, block_losses)
             check_layers(family, config, layers)

@@ -18,6 +18,7 @@ from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.families.wrappers import unwrapped
 from minitron_kernels.pruning.plan.counts import Budget
 from minitron_kernels.pruning.plan.find_sizes import Candidate, nothing_to_cut, sizes_within
+from minitron_kernels.pruning.plan.loadable import warn_of_hidden
 from minitron_kernels.pruning.plan.make_plan import make_plan
 from minitron_kernels.pruning.plan.pruning_plan import PruningPlan
 from minitron_kernels.pruning.plan.sizes import given_sizes, named_sizes, size_names
@@ -205,6 +206,7 @@ def search_plan(
 
     Warns:
         UserWarning: score_func raised for a candidate, or did not return a finite number; the others go on.
+            The hidden size stays, since transformers would load no smaller multiple of the divisor.
 
     Source: Minitron (arXiv 2407.14679) section 2.3; its sequel (arXiv 2408.11796) section 3.
 
@@ -260,6 +262,10 @@ def search_plan(
     )
     if goal.keeps_everything(candidates[0]):
         raise ValueError(nothing_to_cut(budget, candidates[0]))
+    if target.get("loadable", True):
+        searched = {goal.names[name] for name in candidates[0].sizes}
+        sizes = goal.sizes_of(candidates[0])
+        warn_of_hidden(goal.family, config, sizes, searched, target.get("divisor"))
     plans = [goal.plan(candidate, by_score) for candidate in candidates]
     outcomes = []
     with bar(progress, len(plans)) as shown:
