@@ -253,6 +253,24 @@ def test_info(folder, tmp_path, capsys):
     assert shard.name in one_line(capsys, "info", tmp_path / "cache", "--verify")
 
 
+@pytest.mark.parametrize("damage", ["cut off", "gone", "config"])
+def test_info_looks_at_the_model_of_a_run(folder, tmp_path, capsys, damage):
+    shutil.copytree(folder / "live", tmp_path / "run")
+    assert run("info", tmp_path / "run", "--verify") == 0
+    out = capsys.readouterr().out
+    assert "GB in 1 file\n" in out and "verified: complete: the model's files, checkpoint-6" in out
+    name = "config.json" if damage == "config" else "model.safetensors"
+    file = tmp_path / "run" / name
+    if damage == "cut off":
+        file.write_bytes(file.read_bytes()[:-8])
+    else:
+        file.unlink()
+    assert name in one_line(capsys, "info", tmp_path / "run", "--verify")
+    assert run("info", tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert "model: not complete: " in out and name in out and "--resume -o" in out
+
+
 def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
     before = snapshot(folder)
     (tmp_path / "a.toml").write_text('[train]\ntokens = "1K"\neval_data = "%s"\n' % (folder / "held.jsonl"))

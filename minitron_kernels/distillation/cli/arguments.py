@@ -88,7 +88,11 @@ def parser_of(runs: Runs) -> argparse.ArgumentParser:
     _add_configured(sub, "cache")
     sub = command("info", "Show what a run or a cache holds.")
     sub.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="folder of a run or a cache")
-    sub.add_argument("--verify", action="store_true", help="read all files of a cache, and check their sums")
+    sub.add_argument(
+        "--verify",
+        action="store_true",
+        help="read all files of a cache, and check their sums; of a run, that its files are complete",
+    )
     return parser
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from minitron_kernels._command.messages import message_of
 from minitron_kernels.distillation.cache.spec import SPEC_FILE
 from minitron_kernels.distillation.cache.summary import summarise
 from minitron_kernels.distillation.cli import record as records
@@ -15,10 +16,12 @@ def describe(path: Path, *, verify: bool = False) -> str:
 
     Args:
         path: the folder.
-        verify: read all files of a cache and check their sums; of a run, that its checkpoints are complete.
+        verify: read all files of a cache and check their sums; of a run, that its checkpoints and, where it
+            is done, the model's files are complete.
 
     Raises:
-        FileNotFoundError, ValueError: there is nothing, something else, or a damaged file.
+        FileNotFoundError, ValueError: there is nothing, something else, or a damaged file; without `verify`
+            an incomplete model or checkpoint is a line.
     """
     if not path.exists():
         raise FileNotFoundError(2, "No such file or folder", str(path))
@@ -72,7 +75,35 @@ def _described(path: Path, record: dict[str, Any], verify: bool) -> str:
         lines.append(f"  minitron-distill train --resume -o {path} goes on")
     if verify and broken:
         raise ValueError(f"{broken[0]}: is not complete: delete it; the run goes on from another one")
+    has_model = record["status"] == "done"
+    if has_model:
+        try:
+            lines.append(f"  model: {_about_model(path)}")
+        except (OSError, ValueError) as error:
+            again = f"; minitron-distill train --resume -o {path} writes it again" if whole else ""
+            reason = f"{message_of(error)}{again}"
+            if verify:
+                raise ValueError(reason) from None
+            lines.append(f"  model: not complete: {reason}")
+    if verify:
+        what = ["the model's files"] if has_model else []
+        what += [names] if whole else []
+        lines.append(f"  verified: complete: {', '.join(what)}" if what else "  nothing to verify yet")
     return "\n".join(lines)
+
+
+def _about_model(path: Path) -> str:
+    """How large the weights in a folder are; their files must be as long as their headers say.
+
+    Raises:
+        OSError, ValueError: a file is missing or damaged.
+    """
+    from minitron_kernels.pruning.checkpoint.safetensors_files import open_folder, read_json
+
+    read_json(path / "config.json")
+    with open_folder(path) as folder:
+        size, files = sum(file.size for file in folder.files), len(folder.files)
+    return f"{size / 1e9:.3g} GB in {files} file{'s' if files > 1 else ''}"
 
 
 def _losses(log: list[dict[str, Any]]) -> list[str]:
