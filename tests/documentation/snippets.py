@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 # in the line before a block
 NOT_RUN = re.compile(r"^<!-- not run: (.+) -->$")
-COMMAND = re.compile(r"^(?:\$ )?(minitron-(?:prune|distill|recipe) [a-z].*)$")
+COMMAND = re.compile(r"^\s*(?:\$ )?(minitron-(?:(?:prune|distill|recipe) [a-z]|evaluate [\w-]).*)$")
+# run by torchrun, whose own options end with the module's name
+MODULE = re.compile(r"^(\s*)torchrun .*? -m minitron_kernels\.distillation (?=[a-z])")
 
 
 class Block(NamedTuple):
@@ -88,10 +90,15 @@ def run(
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The calls of minitron-prune and minitron-distill in blocks without a language, as words."""
+    """The calls of this library's commands in blocks without a language, as words."""
     for block in blocks(text):
         if not block.language:
-            for line in "\n".join(block.lines).replace("\\\n", " ").split("\n"):
-                if match := COMMAND.match(line):
-                    words = shlex.split(match[1], comments=True)
-                    yield words[: words.index(">")] if ">" in words else words
+            yield from calls("\n".join(block.lines))
+
+
+def calls(text: str) -> Iterator[list[str]]:
+    """The calls of this library's commands that are lines of a text, as words."""
+    for line in text.replace("\\\n", " ").split("\n"):
+        if match := COMMAND.match(MODULE.sub(r"\1minitron-distill ", line)):
+            words = shlex.split(match[1], comments=True)
+            yield words[: words.index(">")] if ">" in words else words

@@ -6,9 +6,10 @@ import pytest
 import torch.distributed as dist
 
 from documentation.given import GIVEN, NUMBERS, PARSED
-from documentation.snippets import blocks, commands, numbers_in, pages, run
+from documentation.snippets import blocks, calls, commands, numbers_in, pages, run
 from minitron_kernels.distillation.cli import arguments as distill
 from minitron_kernels.distillation.recipe import main as recipe
+from minitron_kernels.evaluation import cli as evaluation
 from minitron_kernels.pruning.cli import arguments as prune
 
 PAGES = pages()
@@ -53,15 +54,32 @@ def test_almost_everything_is_run():
     assert len(python) > 20 and sum(block.not_run is not None for block in python) <= len(python) // 10
 
 
-@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if any(commands(text))])
-def test_commands_are_known(page):
-    parsers = {
+@pytest.fixture
+def parsers():
+    """{command: its parser}"""
+    return {
         "minitron-prune": prune.parser_of(dict.fromkeys(("score", "plan", "search", "prune", "info"))),
         "minitron-recipe": recipe.parser(),
         "minitron-distill": distill.parser_of(dict.fromkeys(("train", "cache", "info"))),
+        "minitron-evaluate": evaluation.parser_of(),
     }
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if any(commands(text))])
+def test_commands_are_known(page, parsers):
     for name, *arguments in commands(PAGES[page]):
         parsers[name].parse_args(arguments)  # SystemExit, if not
+
+
+def test_commands_that_help_shows_are_known(parsers):
+    shown = {}
+    for name, parser in parsers.items():
+        subs = [action.choices for action in parser._actions if hasattr(action.choices, "values")]
+        texts = [one.epilog for one in (parser, *(sub for choices in subs for sub in choices.values()))]
+        shown[name] = [call for text in texts if text for call in calls(text)]
+    for name, *arguments in (call for found in shown.values() for call in found):
+        parsers[name].parse_args(arguments)  # SystemExit, if not
+    assert min(map(len, shown.values())) >= 4, shown
 
 
 def test_a_page_that_fails_is_seen():
