@@ -218,8 +218,10 @@ def _written(figures: Mapping[str, float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 45 s, 3:20 min or 27:05 h."""
+    """Seconds as 45 s, 3:20 min, 27:05 h or 184 days."""
     whole = round(seconds)
+    if whole >= 4 * 86400:
+        return f"{whole / 86400:,.0f} days"
     if whole < 60:
         return f"{whole} s"
     hours, minutes = whole // 3600, whole // 60 % 60

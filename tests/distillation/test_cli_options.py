@@ -197,3 +197,4 @@ def test_progress_without_a_terminal(capsys, monkeypatch):
     quiet.advance(2)
     assert capsys.readouterr().err == ""
     assert [duration(s) for s in (0.4, 59.6, 3599, 97500)] == ["0 s", "1:00 min", "59:59 min", "27:05 h"]
+    assert [duration(3600.0 * hours) for hours in (95, 96, 4425.3)] == ["95:00 h", "4 days", "184 days"]

@@ -20,7 +20,7 @@ Distil the result from its source before use. Another plan can be made from the 
 PLAN_EXAMPLES = """\
 examples:
   minitron-prune plan scores -o plan.json --hidden-size 4096 --intermediate-size 11520
-  minitron-prune plan scores -o plan.json --params 8.4B
+  minitron-prune plan scores -o plan.json --params 8.5B
   minitron-prune plan scores -o plan.json --ratio 0.75
   minitron-prune plan scores -o plan.json --ratio intermediate_size=0.5 --num-hidden-layers 32
 """
