@@ -216,6 +216,12 @@ def wrap(
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not bars)
 
+        def _loglikelihood_tokens(
+            self, requests: Any, disable_tqdm: bool = False, *args: Any, **options: Any
+        ) -> Any:
+            # loglikelihood_rolling() shows a bar for each document, whatever it is told
+            return super()._loglikelihood_tokens(requests, disable_tqdm or not bars, *args, **options)
+
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not bars)
 

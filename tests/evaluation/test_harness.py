@@ -133,6 +133,18 @@ def test_written_answers(place, tmp_path):
     assert (entry["value"], entry["metric"]) == (75.0, "exact_match")
 
 
+def test_a_log_has_no_bars(place, tmp_path, capfd):
+    """Not even of perplexities, for which lm-eval shows one a document."""
+    model, _, data = place
+    tiny.write_jsonl(tmp_path / "data" / "choice.jsonl", data["choice"])
+    (tmp_path / "rolling.yaml").write_text(tiny.ROLLING)
+    capfd.readouterr()
+    entry = evaluate(model, tasks_path=tmp_path, progress=True).tasks["rolling"]
+    assert entry["metric"] == "word_perplexity" and math.isfinite(entry["value"])
+    err = capfd.readouterr().err
+    assert "rolling: word_perplexity" in err and "%|" not in err and "requests" not in err
+
+
 def test_a_model_in_memory_is_left_as_it_was(place):
     model, tasks, _ = place
     from_disk = evaluate(model, ["choice"], tasks_path=tasks).tasks["choice"]

@@ -87,6 +87,21 @@ metric_list:
 metadata:
   version: 1.0
 """
+ROLLING = """\
+task: rolling
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: data/choice.jsonl
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list:
+  - metric: word_perplexity
+metadata:
+  version: 1.0
+"""
 GROUP = """\
 group: both
 task: [choice, winogrande]
