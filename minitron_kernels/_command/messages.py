@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from minitron_kernels._files import reason
 
@@ -63,6 +63,12 @@ def show(text: str) -> None:
         if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has closed the pipe
             raise SystemExit(CLOSED) from None
         raise OSError(error.errno, f"cannot be written to ({reason(error)})", "standard output") from None
+
+
+def show_each(texts: Iterable[str]) -> None:
+    """Prints texts, an empty line between them, each when it is made: an error hides none before it."""
+    for number, text in enumerate(texts):
+        show(f"\n{text}" if number else text)
 
 
 def few(names: Sequence[str], most: int = 8) -> str:

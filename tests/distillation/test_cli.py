@@ -253,6 +253,20 @@ def test_info(folder, tmp_path, capsys):
     assert shard.name in one_line(capsys, "info", tmp_path / "cache", "--verify")
 
 
+def test_info_of_what_has_nothing_to_verify(folder, tmp_path, capsys):
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    for shard in tmp_path.glob("cache/*.safetensors"):
+        shard.unlink()
+    assert "holds no sequence" in one_line(capsys, "info", tmp_path / "cache", "--verify")
+    assert run("info", folder / "live", tmp_path / "nothing") == 1
+    assert capsys.readouterr().out.startswith(f"{folder / 'live'}: distillation run, done")
+    shutil.copytree(folder / "live", tmp_path / "run")
+    (checkpoint,) = tmp_path.glob("run/checkpoint-*")
+    (checkpoint / "model.safetensors").unlink()
+    said = one_line(capsys, "info", tmp_path / "run", "--verify")
+    assert f"{checkpoint}: is not complete: delete it; the run is done, and does not need it" in said
+
+
 @pytest.mark.parametrize("damage", ["cut off", "gone", "config"])
 def test_info_looks_at_the_model_of_a_run(folder, tmp_path, capsys, damage):
     shutil.copytree(folder / "live", tmp_path / "run")

@@ -99,6 +99,8 @@ doc_to_text: ""
 doc_to_target: "{{question}}"
 metric_list:
   - metric: word_perplexity
+    aggregation: weighted_perplexity
+    higher_is_better: false
 metadata:
   version: 1.0
 """

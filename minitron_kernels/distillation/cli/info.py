@@ -40,8 +40,10 @@ def _about_cache(path: Path, verify: bool) -> str:
         return str(summarise(path))
     from minitron_kernels.distillation.cache import TeacherCache  # torch, which is slow
 
-    checked = "  verified: every checksum and every sequence's tokens are right"
-    return f"{TeacherCache(path).verify()}\n{checked}"
+    summary = TeacherCache(path).verify()
+    if not summary.sequences:
+        raise ValueError(f"{path}: holds no sequence to verify; minitron-distill cache puts some in")
+    return f"{summary}\n  verified: every checksum and every sequence's tokens are right"
 
 
 def _about_run(path: Path, verify: bool) -> str:
@@ -73,9 +75,11 @@ def _described(path: Path, record: dict[str, Any], verify: bool) -> str:
     lines.append(f"  checkpoints: {names}" + (f"; not complete: {len(broken)}" if broken else ""))
     if record["status"] not in ("done", "running") and whole:
         lines.append(f"  minitron-distill train --resume -o {path} goes on")
-    if verify and broken:
-        raise ValueError(f"{broken[0]}: is not complete: delete it; the run goes on from another one")
     has_model = record["status"] == "done"
+    if verify and broken:
+        rest = f"the run goes on from {whole[-1].name}" if whole else "there is no other to go on from"
+        rest = "the run is done, and does not need it" if has_model else rest
+        raise ValueError(f"{broken[0]}: is not complete: delete it; {rest}")
     if has_model:
         try:
             lines.append(f"  model: {_about_model(path)}")

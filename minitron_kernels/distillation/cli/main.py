@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Sequence
 
-from minitron_kernels._command.messages import message_of, say, show
+from minitron_kernels._command.messages import message_of, say, show_each
 from minitron_kernels.distillation.cli.arguments import parser_of
 from minitron_kernels.distillation.cli.job import rank, world_size
 from minitron_kernels.distillation.cli.tables import TABLES, options_of
@@ -61,7 +61,7 @@ def info(args: argparse.Namespace) -> int:
     """Prints what each path is."""
     from minitron_kernels.distillation.cli.info import describe
 
-    show("\n\n".join(describe(path, verify=args.verify) for path in args.paths))
+    show_each(describe(path, verify=args.verify) for path in args.paths)
     return 0
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minitron_kernels._command.documents import expand
-from minitron_kernels._command.messages import few, message_of, say, show
+from minitron_kernels._command.messages import few, message_of, say, show, show_each
 from minitron_kernels._command.models import check_free, check_model, device_of, load_model
 from minitron_kernels._command.progress import lines_in_logs
 from minitron_kernels.pruning.cli.arguments import SIZES, parser_of
@@ -190,4 +190,4 @@ def info(args: argparse.Namespace) -> None:
     """Prints what each path is."""
     from minitron_kernels.pruning.cli.info import describe
 
-    show("\n\n".join(describe(path) for path in args.paths))
+    show_each(describe(path) for path in args.paths)
