@@ -45,7 +45,7 @@ def _words(number: int, count: int) -> str:
     return " ".join(WORDS[(7 * number + 3 * place + number * place) % len(WORDS)] for place in range(count))
 
 
-def _write(folder: Path, configs: dict[str, dict[str, list[dict[str, Any]]]], place: str = "{}") -> None:
+def write(folder: Path, configs: dict[str, dict[str, list[dict[str, Any]]]], place: str = "{}") -> None:
     """Parquet files, and a README that tells configurations and splits, as repositories of the hub."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -171,15 +171,15 @@ def subjects() -> list[str]:
 
 def save(folder: Path) -> None:
     """All nine, and what runs code, as OWNER/NAME."""
-    _write(folder / "allenai/winogrande", {"winogrande_xs": arc(), "winogrande_xl": winogrande()})
-    _write(folder / "allenai/ai2_arc", {"ARC-Easy": arc(5000), "ARC-Challenge": arc()})
-    _write(folder / "cais/mmlu", {name: mmlu(number) for number, name in enumerate(subjects())})
-    _write(folder / "Rowan/hellaswag", {"default": hellaswag()}, "data")
-    _write(folder / "openai/gsm8k", {"main": gsm8k(), "socratic": arc()})
+    write(folder / "allenai/winogrande", {"winogrande_xs": arc(), "winogrande_xl": winogrande()})
+    write(folder / "allenai/ai2_arc", {"ARC-Easy": arc(5000), "ARC-Challenge": arc()})
+    write(folder / "cais/mmlu", {name: mmlu(number) for number, name in enumerate(subjects())})
+    write(folder / "Rowan/hellaswag", {"default": hellaswag()}, "data")
+    write(folder / "openai/gsm8k", {"main": gsm8k(), "socratic": arc()})
     truth = {"generation": {"validation": arc()["test"]}, "multiple_choice": {"validation": truthfulqa()}}
-    _write(folder / "truthfulqa/truthful_qa", truth)
-    _write(folder / "google-research-datasets/mbpp", {"full": {"train": mbpp(), "test": mbpp()}})
-    _write(folder / "openai/openai_humaneval", {"openai_humaneval": {"test": humaneval()}})
+    write(folder / "truthfulqa/truthful_qa", truth)
+    write(folder / "google-research-datasets/mbpp", {"full": {"train": mbpp(), "test": mbpp()}})
+    write(folder / "openai/openai_humaneval", {"openai_humaneval": {"test": humaneval()}})
     for split, rows in xlsum().items():
         import pyarrow as pa
         import pyarrow.parquet as pq

@@ -42,7 +42,10 @@ def test_other_data_is_another_result(place, tmp_path):
     rows = nine.truthfulqa()
     for row in rows:
         row["mc2_targets"]["labels"].reverse()
-    nine._write(tmp_path / "later/truthfulqa/truthful_qa", {"multiple_choice": {"validation": rows}})
+    later = tmp_path / "later/truthfulqa/truthful_qa"
+    readme = (later / "README.md").read_text()
+    nine.write(later, {"multiple_choice": {"validation": rows}})
+    (later / "README.md").write_text(readme)
     for path in tmp_path.rglob("*"):
         os.utime(path, (10**9, 10**9))
     output = tmp_path / "out.json"
