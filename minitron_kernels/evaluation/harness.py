@@ -327,6 +327,8 @@ def _not_loaded(choice: Choice, error: Exception, mine: bool) -> NotLoadedError:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, KeyError):
         reason = f"its configuration or its data lack {reason}"
+    if "BuilderConfig" in reason and not mine:
+        reason += " (which files these are is said by the README.md that the data set has on the hub)"
     where = (
         "relative paths in its YAML begin at tasks_path"
         if mine

@@ -30,6 +30,10 @@ def test_what_can_be_run(place, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "winogrande         5          5  not the benchmark's 1,267: not comparable" in shown
     assert "hf download csebuetnlp/xlsum --repo-type dataset --revision refs/convert/parquet" in shown
+    (tmp_path / "allenai/ai2_arc/README.md").unlink()  # and never all configurations at once
+    (found,) = check_tasks(["arc_challenge"], datasets=tmp_path)
+    assert found.documents is None and "'ARC-Challenge' not found" in found.reason
+    assert "README.md that the data set has on the hub" in found.reason
     with pytest.raises(ValueError, match=r"mbpp, gsm8k cannot be loaded \(check_tasks\(\) says"):
         evaluate(place[0], ["winogrande", "mbpp", "gsm8k"], datasets=tmp_path, run_code=True)
 
