@@ -52,7 +52,9 @@ def check_gathered(name: str, x: Tensor) -> None:
 
 def with_unit_stride(x: Tensor) -> Tensor:
     """The tensor, or a copy of it, with stride 1 in its last dimension."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    # clone(), since any strides of an empty tensor pass for contiguous
+    unit = x.stride(-1) == 1 or x.shape[-1] == 1
+    return x if unit else x.clone(memory_format=torch.contiguous_format)
 
 
 def check_no_tangent(op: str, **tensors: Tensor) -> None:
@@ -64,10 +66,44 @@ def check_no_tangent(op: str, **tensors: Tensor) -> None:
     if torch.autograd.forward_ad._current_level < 0:  # nothing has a tangent
         return
     for name, x in tensors.items():
-        if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
-            raise ValueError(
-                f"{name} carries a forward-mode tangent, and {op} has no derivative: pass {name}.detach()"
-            )
+        if _is_within(x):
+            kind = "may carry a forward-mode tangent of an outer transform of torch.func"
+        elif torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            kind = "carries a forward-mode tangent"
+        else:
+            continue
+        raise ValueError(f"{name} {kind}, and {op} has no derivative: pass {name}.detach()")
+
+
+def levels_of(x: Tensor) -> Iterator[Tensor]:
+    """The tensor, and what it is to those transforms of torch.func that the innermost one runs in."""
+    yield x
+    while _in_transforms() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+        yield x
+
+
+def _is_within(x: Tensor) -> bool:
+    """Whether `x` belongs to a transform that the innermost one runs in: this one hides its tangent."""
+    if not _in_transforms():
+        return False
+    functorch = torch._C._functorch
+    level = functorch.peek_interpreter_stack().level()
+    return any(
+        functorch.is_functorch_wrapped_tensor(part) and functorch.maybe_get_level(part) < level
+        for part in levels_of(x)
+    )
+
+
+def _in_transforms() -> bool:
+    # torch.compile traces transforms without these functions
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def extent(x: Tensor) -> tuple[int, int]:
+    """The addresses of a dense tensor's first byte and of the one after its last."""
+    reach = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
+    return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
 
 
 def is_dtensor(x: Any) -> bool:

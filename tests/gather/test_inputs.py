@@ -93,6 +93,31 @@ def test_no_derivative_is_lost_in_silence():
                 mk.gather_channels(**arguments)
 
 
+@pytest.mark.parametrize("outer", ["jvp", "grad"])
+@pytest.mark.parametrize("inner", ["grad", "grad of another", "vmap"])
+def test_no_derivative_is_lost_in_nested_transforms(outer, inner):
+    """The innermost transform sees a weight that neither requires grad nor has a tangent."""
+
+    def within(y, weight):
+        return (y * mk.gather_channels(weight, ONE, backend="reference")).sum()
+
+    def function(weight):
+        if inner == "vmap":  # over both
+            return torch.func.vmap(within)(torch.ones(3, 1, 6), weight * torch.ones(3, 1, 1)).sum()
+        if inner == "grad":  # which takes all arguments into its level
+            return torch.func.grad(within)(torch.ones(1, 6), weight).sum()
+        return torch.func.grad(lambda y: within(y, weight))(torch.ones(1, 6)).sum()
+
+    with pytest.raises(ValueError, match=r"weight (may carry a forward-mode tangent|requires grad)"):
+        if outer == "jvp":
+            torch.func.jvp(function, (WEIGHT,), (torch.ones(4, 6),))
+        else:
+            torch.func.grad(function)(WEIGHT)
+    ones = (torch.ones(1, 6),)
+    constant = torch.func.jvp(lambda y: torch.func.grad(within)(y, WEIGHT).sum(), ones, ones)
+    assert constant[1] == 0  # nothing to lose
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inference_mode(backend):
     """Tensors made in it, inside and outside of it."""

@@ -75,6 +75,16 @@ def test_freed_storages_are_refused(name):
         FREED[name](x)
 
 
+def test_no_tokens_with_strides():
+    """Any strides of a tensor without elements pass for contiguous: torch copies nothing then."""
+    x = torch.empty(0, 5, 12)[..., ::2]
+    state, means = mk.ImportanceState(6), mk.TokenMeanState(1)
+    mk.accumulate_importance_(state, x)
+    mk.accumulate_block_importance_(means, 0, x, x)
+    mk.accumulate_expert_importance_(means, x[:, 0], torch.empty(0, dtype=torch.int64))
+    assert state.tokens == 0 and means.counts == 0 and not state.sums.any() and not means.sums.any()
+
+
 def test_no_derivative_is_lost_in_silence():
     x, index = activations(3, 4), torch.arange(3)
     with torch.autograd.forward_ad.dual_level():

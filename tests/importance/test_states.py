@@ -194,6 +194,20 @@ def test_scores_of_all_ranks_stay_so(tmp_path):
         assert b.reduced == other
 
 
+@pytest.mark.parametrize("seq", ["mean", ("L2", "mean"), ("mean", "var")])
+def test_a_state_dict_says_which_aggregations_it_is_of(seq):
+    """Sums of others have the same shapes."""
+    other = channels(1, seq={"mean": "L2", ("L2", "mean"): ("mean", "L2")}.get(seq, ("mean", "L2")))
+    state = channels(2, seq=seq)
+    before = [x.clone() for x in tensors_of(state)]
+    with pytest.raises(ValueError, match=r"state's seq must be \[.*other aggregations"):
+        state.load_state_dict(other.state_dict())
+    assert all(map(torch.equal, tensors_of(state), before))
+    again = ImportanceState(6, seq=seq)
+    again.load_state_dict(state.state_dict())
+    assert all(map(torch.equal, tensors_of(again), before))
+
+
 def test_groups_that_saw_different_tokens_are_divided_by_their_own():
     state = ImportanceState(4, seq=("mean", "L2", "var"), groups=2)
     values = torch.tensor([[[6.0, 6, 6, 6]], [[12.0, 12, 12, 12]], [[1.0, 1, 1, 1]], [[8.0, 8, 8, 8]]])

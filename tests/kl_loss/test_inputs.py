@@ -176,6 +176,43 @@ def test_strided_inputs():
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(inputs, plain, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_no_tokens_with_strides(backend):
+    """Any strides of a tensor without elements pass for contiguous: torch copies nothing then."""
+
+    def every_other(x):
+        return torch.cat([x, x], -1)[..., ::2].requires_grad_()
+
+    hidden, head, teacher_hidden, teacher_head = make_linear(0, H, HT, V, torch.float32)
+    inputs = every_other(hidden), head.requires_grad_(), every_other(teacher_hidden).detach(), teacher_head
+    logits = every_other(torch.empty(0, V)), every_other(torch.empty(0, V)).detach()
+    for loss in (mk.linear_kl_loss(*inputs, backend=backend), mk.kl_loss(*logits, backend=backend)):
+        assert loss == 0
+        loss.backward()
+    assert inputs[0].grad_fn is None and (head.grad == 0).all()
+
+
+@pytest.mark.parametrize("name", ["student_head", "teacher_head", "student_hidden"])
+def test_an_accumulator_that_is_an_input(name):
+    """What is added to it would change the problem; beside an input, as in a flat buffer, it may lie."""
+    memory = torch.zeros(3, V, V)
+    tensors = dict(
+        zip(
+            ("student_hidden", "student_head", "teacher_hidden", "teacher_head"),
+            make_linear(V, V, V, V, torch.float32),
+            strict=True,
+        )
+    )
+    memory[1] = tensors[name]
+    tensors[name] = memory[1]
+    tensors["student_hidden"] = tensors["student_hidden"].detach().requires_grad_()
+    for buffer in (memory[1], memory.view(-1)[7 : 7 + V * V].view(V, V)):
+        with pytest.raises(ValueError, match="grad_head_accumulator shares memory with an input"):
+            mk.linear_kl_loss(**tensors, grad_head_accumulator=buffer)
+    mk.linear_kl_loss(**tensors, grad_head_accumulator=memory[2]).backward()
+    assert torch.equal(memory[1], tensors[name]) and memory[2].any() and not memory[0].any()
+
+
 def test_numbers_of_numpy_and_round_floats_are_taken():
     for scalar in (np.float32, np.float64, np.int64, np.float16):
         options = {"temperature": scalar(3), "student_softcap": scalar(9), "temperature_squared": True}

@@ -30,3 +30,13 @@ def test_shift_labels_is_what_transformers_do():
     record = mk.kl_loss(logits, logits, labels=mk.shift_labels(labels), return_parts=True)
     expected = F.cross_entropy(logits[:, :-1].reshape(-1, 30), labels[:, 1:].reshape(-1))
     assert record.ce.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("ignore_index", [2**32 + 5, -(2**40), 2**31])
+def test_an_ignore_index_that_the_labels_cannot_hold(ignore_index):
+    """It is no label of theirs; wrapped around to int32 it would be that of a token."""
+    logits = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 5], dtype=torch.int32)
+    options = {"ignore_index": ignore_index, "reduction": "none"}
+    loss = mk.kl_loss(logits[0], logits[1], labels=labels, **options)
+    assert torch.equal(loss, mk.kl_loss(logits[0], logits[1], reduction="none")) and (loss > 0).all()

@@ -131,6 +131,29 @@ def test_autocast():
         assert torch.equal(a, b.float())
 
 
+@pytest.mark.parametrize("teacher_of", ["a head", "few tokens"])
+def test_autocast_leaves_the_reference_its_logits(teacher_of):
+    """Operands are rounded to bf16, logits are not: close to the teacher that would cost a sixth."""
+    hidden, head, *_ = (x.bfloat16().float() for x in make_linear(64, 32, 40, 500, torch.float32))
+    teacher_head = (head + 0.01 * torch.randn(head.shape)).bfloat16().float()
+    logprobs = (hidden.double() @ teacher_head.double().T).log_softmax(-1)
+    top, ids = logprobs.topk(20)
+    tail = torch.log1p(-top.exp().sum(-1))
+
+    def run(dtype):
+        x, w = (t.to(dtype, copy=True).requires_grad_() for t in (hidden, head))
+        if teacher_of == "a head":
+            loss = mk.linear_kl_loss(x, w, hidden.to(dtype), teacher_head.to(dtype), backend="reference")
+        else:
+            loss = mk.linear_sparse_kl_loss(x, w, ids, top.to(dtype), tail.to(dtype), backend="reference")
+        return grads_of(loss, x, w)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = run(torch.float32)
+    for a, b in zip(actual, run(torch.float64), strict=True):
+        assert (a.double() - b).norm() < 2.0**-7 * b.norm()
+
+
 def test_accumulation_over_micro_batches_and_tied_heads():
     """Two micro-batches by num_items and a lent fp32 buffer = one batch; the embedding is tied."""
     torch.manual_seed(0)

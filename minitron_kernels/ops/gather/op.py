@@ -10,7 +10,7 @@ from torch import Tensor
 from minitron_kernels import _native
 from minitron_kernels._backend import pick
 from minitron_kernels._opaque import opaque_op
-from minitron_kernels._tensors import check_no_tangent, check_tensor
+from minitron_kernels._tensors import check_no_tangent, check_tensor, extent, levels_of
 from minitron_kernels.ops.gather import reference
 from minitron_kernels.ops.gather.index import ChannelIndex, check_index_tensor
 
@@ -138,7 +138,7 @@ def _check_one_channel_each(weight: Tensor) -> None:
 
 
 def _check_no_grad(name: str, x: Tensor) -> None:
-    if x.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(level.requires_grad for level in levels_of(x)):
         raise ValueError(
             f"{name} requires grad, and gather_channels has no gradient: call it under torch.no_grad(), or "
             f"pass {name}.detach()"
@@ -163,7 +163,7 @@ def _check_out(out: Any, weight: Tensor, shape: list[int]) -> None:
         raise ValueError(f"out must not overlap itself, got strides {out.stride()} for {tuple(out.shape)}")
     if torch.compiler.is_compiling() or weight.device.type == "meta" or not weight.numel():
         return
-    (out_begin, out_end), (begin, end) = _extent(out), _extent(weight)
+    (out_begin, out_end), (begin, end) = extent(out), extent(weight)
     if out_begin < end and begin < out_end:
         raise ValueError("out must not lie within the memory that weight spans")
 
@@ -181,12 +181,6 @@ def _overlaps_itself(x: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
-
-
-def _extent(x: Tensor) -> tuple[int, int]:
-    """The addresses of the first byte and of the one after the last."""
-    reach = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
-    return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
 
 
 # custom_op reads the schema off the signature: the arguments of the native op, and col_block, the number of

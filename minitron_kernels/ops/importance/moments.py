@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from minitron_kernels import _native
 from minitron_kernels._backend import pick
 from minitron_kernels._opaque import opaque_op
+from minitron_kernels._tensors import with_unit_stride
 from minitron_kernels.ops.importance import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -92,9 +93,7 @@ def moments_by(
 
 def operands(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Activations and mask as kernels take them: channels side by side, the mask contiguous."""
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        x = x.contiguous()
-    return x, None if mask is None else mask.contiguous()
+    return with_unit_stride(x), None if mask is None else mask.contiguous()
 
 
 def rows_of(x: Tensor, y: Tensor | None, backend: str) -> Tensor:
@@ -104,9 +103,7 @@ def rows_of(x: Tensor, y: Tensor | None, backend: str) -> Tensor:
 
 def rows_by(chosen: str, x: Tensor, y: Tensor | None) -> Tensor:
     """rows_of() by the backend `chosen`, as backend_for() gives it."""
-    if x.shape[-1] > 1:
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        y = y if y is None or y.stride(-1) == 1 else y.contiguous()
+    x, y = with_unit_stride(x), None if y is None else with_unit_stride(y)
     if chosen == "native":
         return torch.ops.minitron_kernels.importance_rows.default(x, y)
     if chosen == "triton":

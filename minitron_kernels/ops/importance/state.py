@@ -12,65 +12,12 @@ from torch.distributed import ProcessGroup
 
 from minitron_kernels import _native
 from minitron_kernels.ops.importance.moments import MOMENT_OF, Moments, num_moments
+from minitron_kernels.ops.importance.sums import Sums
 
 BATCH_AGGREGATIONS = ("L2", "mean", "var")
 
 
-class _Sums:
-    """Named tensors that can be added: over batches, over data-parallel ranks, and after a resume."""
-
-    _names: tuple[str, ...] = ()
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self._names}
-
-    def _check_alike(self, other: Any) -> None:
-        if type(other) is not type(self):
-            raise TypeError(f"other must be a {type(self).__name__}, got {type(other).__name__}")
-        for name, x in self._tensors().items():
-            y = getattr(other, name)
-            if x.shape != y.shape:
-                raise ValueError(
-                    f"other must have the same channels and aggregations: its {name} is {tuple(y.shape)}, "
-                    f"this one's {tuple(x.shape)}"
-                )
-
-    def _merge(self, other: Any) -> None:
-        self._check_alike(other)
-        for name, x in self._tensors().items():
-            x.add_(getattr(other, name).to(x.device))
-
-    def _all_reduce(self, group: ProcessGroup | None) -> None:
-        for x in self._tensors().values():
-            torch.distributed.all_reduce(x, group=group)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the tensors, by name."""
-        return {name: x.detach().clone() for name, x in self._tensors().items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copies in what state_dict() gave. Scores are then bitwise the same as without an interruption.
-
-        Raises:
-            ValueError: a tensor is missing, or has another shape; nothing is changed then.
-        """
-        for name, x in self._tensors().items():
-            if name not in state:
-                raise ValueError(f"state must have {', '.join(self._names)}; {name} is missing")
-            if state[name].shape != x.shape:
-                raise ValueError(
-                    f"state's {name} must be {tuple(x.shape)}, got {tuple(state[name].shape)}: it has "
-                    "other channels or aggregations"
-                )
-        for name, x in self._tensors().items():
-            x.copy_(state[name])
-
-    def _move(self, device: torch.device | str) -> None:
-        for name, x in self._tensors().items():
-            setattr(self, name, x.to(device))
-
-
-class ImportanceState(_Sums):
+class ImportanceState(Sums):
     """Moments, over the calibration sequences, of the activations of one axis: C channels (or heads).
 
     With a[b, c] the sequence aggregation of sequence b, (1/n)Σ|x|, √Σx² or (1/n)Σ(x−x̄)² over its n tokens:
@@ -124,6 +71,10 @@ class ImportanceState(_Sums):
         counts = () if groups is None else (groups,)
         self.sequences = torch.zeros(counts, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(counts, dtype=torch.int64, device=device)
+
+    @property
+    def _kept(self) -> dict[str, Tensor]:
+        return {"seq": torch.tensor([MOMENT_OF[name] for name in self.seq], device="cpu")}
 
     @property
     def num_channels(self) -> int:
@@ -303,7 +254,7 @@ class ImportanceState(_Sums):
         )
 
 
-class TokenMeanState(_Sums):
+class TokenMeanState(Sums):
     """Means over tokens of one number per token: for layers (block importance) and experts.
 
     Args:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minitron_kernels._tensors import check_tensor
+from minitron_kernels._tensors import check_tensor, extent
 
 _OWN = "lend each call a buffer of its own"
 _TWICE = f"grad_head_buffer holds the gradient of another call of this backward, which would be lost: {_OWN}"
@@ -23,6 +23,8 @@ def check_buffer(
 ) -> None:
     """Memory for the gradient to `head`, shared with nothing. `parameter`: what the caller gave as head."""
     check_places(accumulator is not None, buffer is not None, head.dtype)
+    if accumulator is not None:
+        _check_apart(accumulator, parameter, *inputs)
     if buffer is None:
         return
     if torch.compiler.is_compiling():
@@ -62,6 +64,23 @@ def check_buffer(
         _given.discard(memory)
     elif memory in _given:
         raise RuntimeError(_TWICE)
+
+
+def _check_apart(accumulator: Tensor, *inputs: Tensor | None) -> None:
+    """Checks that adding to the accumulator changes no input."""
+    if torch.compiler.is_compiling() or not _has_memory(accumulator):
+        return
+    begin, end = extent(accumulator)
+    for x in inputs:
+        if x is not None and _has_memory(x):
+            first, last = extent(x)
+            if first < end and begin < last:
+                raise ValueError("grad_head_accumulator shares memory with an input, which would be changed")
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Neither empty, nor without data, nor a subclass (a fake tensor, say), whose address is not known."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and x.numel() > 0
 
 
 def check_places(accumulator: bool, buffer: bool, dtype: torch.dtype) -> None:

@@ -247,9 +247,9 @@ def linear_kl_loss(
         teacher_softcap: see kl_loss().
         student_logit_scale: see kl_loss().
         teacher_logit_scale: see kl_loss().
-        grad_head_accumulator: [V, H] float32 (float64 for float64), contiguous rows. The backward adds the
-            gradient to student_head to it, with the factor that comes in, and student_head gets none: once
-            per backward, whether or not a checkpoint runs the forward again.
+        grad_head_accumulator: [V, H] float32 (float64 for float64), contiguous rows, in memory of no input.
+            The backward adds the gradient to student_head to it, with the factor that comes in, and
+            student_head gets none: once per backward, whether or not a checkpoint runs the forward again.
         grad_head_buffer: [V, H] in student_head's dtype (not float16), contiguous: memory in which its
             gradient is made, instead of new memory, whose pages cost more than what is written to them. After
             the backward student_head.grad, if it was None, is this memory: a loop with

@@ -6,6 +6,7 @@ arXiv 2306.13649 (GKD) with beta = 0 read as forward and beta = 1 as reverse KL.
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -170,8 +171,15 @@ def _logits(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     if keep is not None:
         hidden = hidden.masked_fill(~keep[:, None], 0.0)
-    z = hidden.to(dtype) @ head[:vocab_size].to(dtype).T
+    with _exact_products(hidden.device.type):
+        z = hidden.to(dtype) @ head[:vocab_size].to(dtype).T
     return z if bias is None else z + bias[:vocab_size].to(dtype)
+
+
+def _exact_products(device: str) -> AbstractContextManager[object]:
+    """Within it, autocast does not round operands that have been widened, nor the logits that come out."""
+    # meta has no autocast
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def _in_blocks(
