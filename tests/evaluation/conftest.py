@@ -35,7 +35,7 @@ def place(tmp_path_factory):
         # lm-eval's thousands of files are read once, not by each test
         patch.setattr(harness, "manager_of", functools.cache(harness.manager_of))
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        patch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         yield folder / "model", folder / "datasets"
 
 

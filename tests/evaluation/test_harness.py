@@ -28,7 +28,7 @@ def place(tmp_path_factory):
     data = tiny.save_tasks(folder / "tasks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        patch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         yield folder / "model", folder / "tasks", data
 
 
