@@ -198,3 +198,19 @@ def test_progress_without_a_terminal(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
     assert [duration(s) for s in (0.4, 59.6, 3599, 97500)] == ["0 s", "1:00 min", "59:59 min", "27:05 h"]
     assert [duration(3600.0 * hours) for hours in (95, 96, 4425.3)] == ["95:00 h", "4 days", "184 days"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "again"),
+    [(["train"], "begins anew"), (["train", "--resume"], "goes on"), (["cache"], "goes on")],
+)
+def test_ctrl_c_before_anything_was_made(capsys, monkeypatch, arguments, again):
+    """The same command of a new training does not go on: that needs --resume."""
+
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    for name in ("train", "cache"):
+        monkeypatch.setattr(f"minitron_kernels.distillation.cli.{name}.{name}", interrupt)
+    assert main(arguments) == 130
+    assert capsys.readouterr().err.startswith(f"minitron-distill: interrupted: the same command {again}")

@@ -34,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = lambda message, *where: _tell("warning", message)
             return args.run(args) or 0
     except KeyboardInterrupt:
-        _tell("interrupted", "the same command again goes on, or begins where nothing was made yet")
+        # a training that has begun says itself how to go on
+        begins = args.command == "train" and not args.resume
+        again = "begins anew" if begins else "goes on, or begins where nothing was made yet"
+        _tell("interrupted", f"the same command {again}")
         return 130
     except Exception as error:
         if args.debug:
