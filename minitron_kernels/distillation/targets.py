@@ -86,7 +86,7 @@ def targets_of(batch: Mapping[str, Any], ignore_index: int = -100) -> tuple[Tens
 def count_targets(batch: Mapping[str, Any], ignore_index: int = -100) -> Tensor:
     """How many positions of a batch count, 0-dim int64: what num_items is the sum of over micro-batches."""
     targets, mask = targets_of(batch, ignore_index)
-    valid = mask if targets is None else targets != ignore_index
+    valid = mask if targets is None else targets.to(torch.int64) != ignore_index
     assert valid is not None
     return valid.sum()
 

@@ -93,6 +93,34 @@ def test_mixtures_of_almost_one_model(beta):
         assert_rows(rows.names, loss, student.grad, truth_of(rows, torch.float32, **options), **options)
 
 
+def mixture_truth(student, teacher, beta):
+    """Losses of rows and d (their sum) / d student, by log1p and expm1 in float64: no digit is lost."""
+    s, t = student.double().requires_grad_(), teacher.double()
+    log_s, log_t = s.log_softmax(-1), t.log_softmax(-1)
+    s_over_m = -torch.log1p(beta * torch.expm1(log_t - log_s))
+    t_over_m = log_t - log_s + s_over_m
+    loss = (beta * log_t.exp() * t_over_m + (1 - beta) * log_s.exp() * s_over_m).sum(-1)
+    loss.sum().backward()
+    return loss.detach(), s.grad
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("distance", [1.0, 0.01])
+@pytest.mark.parametrize("beta", [1e-8, 1e-5, 1e-3, 0.3, 1 - 1e-3, 1 - 1e-5, 1 - 1e-8])
+def test_a_share_near_0_leaves_loss_and_gradient_their_digits(beta, distance, backend, simd_level):
+    """They are then many digits smaller than the probabilities that they are made of."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(16, 1000, generator=generator) * 2
+    teacher = student + distance * torch.randn(16, 1000, generator=generator)
+    loss, grad = mixture_truth(student, teacher, beta)
+    student.requires_grad_()
+    got = mk.kl_loss(student, teacher, divergence=beta, reduction="none", backend=backend)
+    got.sum().backward()
+    # a loss goes with the square of the log-ratios, which are of logits of about 8 in fp32
+    assert ((got.double() - loss).abs() / loss).max() < (1e-5 if distance == 1 else 5e-4)
+    assert (student.grad.double() - grad).norm() / grad.norm() < 1e-5
+
+
 ENGINES = [
     (torch.float32, None),
     (torch.float32, "portable"),

@@ -58,9 +58,9 @@ inline Vec<A> expm1_nonpositive(Vec<A> x) {
   return x < ExpConstants<A>::lowest ? splat(A(-1)) : y;
 }
 
-// log(1 + u) for -1 <= u <= 0. w = 1 + u is given too: near w = 0 it has digits that u has lost.
+// log(1 + u) for u >= -1. w = 1 + u is given too: near w = 0 it has digits that u has lost.
 template <typename A>
-inline Vec<A> log1p_nonpositive(Vec<A> u, Vec<A> w) {
+inline Vec<A> log1p_of(Vec<A> u, Vec<A> w) {
   using C = ExpConstants<A>;
   const auto bits = bit_cast<Mask<A>>(w);
   // w = 2^k f with sqrt(1/2) <= f < sqrt(2)

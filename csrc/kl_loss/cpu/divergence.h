@@ -118,11 +118,14 @@ inline Terms<A> divergence_terms(Vec<A> s, Vec<A> t, const RowStats<A>& row, con
     const Vec<A> distance = student_larger ? d : minus_d;
     const Vec<A> far = student_larger ? splat(shares.teacher) : splat(shares.student);
     const Vec<A> near = student_larger ? splat(shares.student) : splat(shares.teacher);
-    const Vec<A> log_m_over_larger =
-        log1p_nonpositive<A>(far * expm1_nonpositive<A>(distance), near + far * exp_nonpositive<A>(distance));
-    const Vec<A> s_over_m =
-        student_larger ? -log_m_over_larger : minus_d - log_m_over_larger;                // log p_s - log m
-    const Vec<A> t_over_m = student_larger ? d - log_m_over_larger : -log_m_over_larger;  // log p_t - log m
+    const Vec<A> em1 = expm1_nonpositive<A>(distance), power = exp_nonpositive<A>(distance);
+    const Vec<A> larger_over_m = -log1p_of<A>(far * em1, near + far * power);  // log (larger / m)
+    // Where m is mostly the smaller one it is measured from that, m = smaller (1 + b): the difference of two
+    // similar logarithms would be larger than all that a share near 0 leaves of loss and gradient.
+    const Vec<A> b = near * (-em1 / power);
+    const Vec<A> smaller_over_m = b < A(0.7) ? -log1p_of<A>(b, A(1) + b) : distance + larger_over_m;
+    const Vec<A> s_over_m = student_larger ? larger_over_m : smaller_over_m;
+    const Vec<A> t_over_m = student_larger ? smaller_over_m : larger_over_m;
     const Vec<A> kl = weigh<A>(p_s, s_over_m);
     return {weigh<A>(p_t, t_over_m) * shares.teacher + kl * shares.student, kl,
             weigh<A>(p_s, s_over_m - row.kl) * shares.student, p_s};

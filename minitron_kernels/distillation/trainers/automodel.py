@@ -85,7 +85,7 @@ class KDLoss(nn.Module):
             _, teacher_logits = _local("teacher_logits", teacher_logits, group)
         if is_dtensor(labels):
             labels = labels.full_tensor()  # type: ignore[attr-defined]
-        valid = labels != self.ignore_index
+        valid = labels.long() != self.ignore_index
         if valid.numel() == student_logits.shape[:-1].numel():
             valid = valid.reshape(student_logits.shape[:-1])  # labels [B T] of logits [B, T, V], and reverse
         options: dict[str, Any] = {"temperature": self.temperature, "num_items": num_batch_labels}
