@@ -196,6 +196,52 @@ def test_flush_tries_again_after_a_full_disk(tmp_path, monkeypatch):
     assert TeacherCache(tmp_path / "c").verify().sequences == 4
 
 
+def test_a_shard_that_was_deleted_is_missed(tmp_path):
+    """Whichever of a writer's shards it is, the last too, until its sequences are in another shard."""
+    folder = tmp_path / "c"
+    cache = filled(folder, numbers=range(6), shard_bytes=1)
+    assert not cache.verify().lost
+    assert len(shards_of(folder)) == 6
+    for path in shards_of(folder):
+        whole = path.read_bytes()
+        path.unlink()
+        with pytest.raises(ValueError, match=f"{path.name}: is gone, with 1 sequence that"):
+            TeacherCache(folder).verify()
+        (line,) = TeacherCache(folder).summary().lost
+        assert path.name in line and f"  not whole: {line}" in str(TeacherCache(folder).summary())
+        path.write_bytes(whole)
+    path.unlink()
+    filled(folder, numbers=range(6))
+    assert TeacherCache(folder).verify().sequences == 6
+    listed = path.with_suffix(".json")
+    listed.write_text("{}")
+    with pytest.raises(ValueError, match=f"{listed.name}: is damaged"):
+        TeacherCache(folder).verify()
+
+
+def test_the_list_of_a_shard_is_written_after_a_full_disk(tmp_path, monkeypatch):
+    """The shard is there, and is not written twice."""
+    writer = TeacherCacheWriter(tmp_path / "c", spec_of("topk"))
+    write(writer, range(4), "topk")
+    rename, left = os.rename, [1]
+
+    def once(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space")
+        rename(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", once)
+        with pytest.raises(OSError, match="free some space"):
+            writer.flush()
+    (path,) = shards_of(tmp_path / "c")
+    assert TeacherCache(tmp_path / "c").verify().sequences == 4  # a shard without a list is whole
+    assert not path.with_suffix(".json").exists()
+    writer.flush()
+    assert shards_of(tmp_path / "c") == [path] and path.with_suffix(".json").exists()
+
+
 def test_an_error_in_the_loop_keeps_what_was_added(tmp_path):
     with (
         pytest.raises(RuntimeError, match="mine"),

@@ -131,13 +131,16 @@ class TeacherCache:
         """Reads everything, and checks each checksum and digest.
 
         Raises:
-            ValueError: something is damaged; names the first file.
+            ValueError: something is damaged, or a shard was deleted; names the first file.
         """
         self.refresh()
         for shard in self.index.shards:
             for number in range(len(shard)):
                 _verify(shard, number, self.spec)
-        return self.summary()
+        summary = self.summary()
+        if summary.lost:
+            raise ValueError(summary.lost[0])
+        return summary
 
 
 def _verify(shard: Shard, number: int, spec: CacheSpec) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_kernels.distillation.cache.shard_index import ShardIndex, open_shards, totals
+from minitron_kernels.distillation.cache.shard_list import lost_shards
 from minitron_kernels.distillation.cache.spec import CacheSpec, read_spec
 
 
@@ -20,6 +21,7 @@ class CacheSummary:
     sequences: int
     tokens: int
     nbytes: int
+    lost: tuple[str, ...] = ()  # shards that were deleted, each in a line with what to do
 
     @property
     def bytes_per_token(self) -> float:
@@ -40,14 +42,15 @@ class CacheSummary:
             f"{self.nbytes / 2**20:.1f} MiB, {self.bytes_per_token:.1f} bytes a token\n"
             f"  teacher {spec.teacher}, vocabulary {spec.vocab_size}, "
             f"tokenizer {spec.tokenizer or 'not known'}"
-        )
+        ) + "".join(f"\n  not whole: {line}" for line in self.lost)
 
 
 def summary_of(folder: Path, spec: CacheSpec, shards: Sequence[ShardIndex]) -> CacheSummary:
     """The figures of a cache with these shards."""
     sequences, tokens = totals(shards)
     nbytes = sum(shard.size for shard in shards)
-    return CacheSummary(folder, spec, len(shards), sequences, tokens, nbytes)
+    lost = lost_shards(folder, shards)
+    return CacheSummary(folder, spec, len(shards), sequences, tokens, nbytes, lost)
 
 
 def summarise(folder: Path) -> CacheSummary:

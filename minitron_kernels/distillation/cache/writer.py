@@ -16,6 +16,7 @@ from minitron_kernels.distillation.cache.format import Fields, Row, as_row, shar
 from minitron_kernels.distillation.cache.index import CacheIndex
 from minitron_kernels.distillation.cache.payload import check_tokens, encode
 from minitron_kernels.distillation.cache.sequences import digest
+from minitron_kernels.distillation.cache.shard_list import write_list
 from minitron_kernels.distillation.cache.spec import CacheSpec, create_spec
 
 SHARD_BYTES = 256 << 20
@@ -56,6 +57,7 @@ class TeacherCacheWriter:
         self._name = secrets.token_hex(6)
         self._shards = 0
         self._rows: list[Row] = []
+        self._unlisted: dict[Path, list[bytes]] = {}
         self._nbytes = 0
         self._like: Fields = {}
 
@@ -94,14 +96,23 @@ class TeacherCacheWriter:
         Raises:
             OSError: it could not be written. Nothing half-written is left, and a later call tries again.
         """
-        if not self._rows:
-            return
+        if self._rows:
+            self._write_shard()
+        for path in list(self._unlisted):
+            try:
+                write_list(path, self._unlisted[path])
+            except OSError as error:
+                raise disk_error(error, path) from None
+            del self._unlisted[path]
+
+    def _write_shard(self) -> None:
         name = f"rows-{self._name}-{self._shards:06d}.safetensors"
         path = self.folder / name
         try:
             publish(path, shard_parts(self._rows, self._like, name, self.spec.sha256), replace=True)
         except OSError as error:
             raise disk_error(error, path) from None
+        self._unlisted[path] = [row.digest for row in self._rows]
         self._shards += 1
         self._rows, self._nbytes = [], 0
 
