@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import random
+import resource
 
 import pytest
 import torch
@@ -177,6 +178,21 @@ def test_another_file_under_the_name_is_not_read(file, monkeypatch):
 def test_small_files_are_read_plainly(file, monkeypatch):
     monkeypatch.setattr(input_file, "DIRECT_FILE_BYTES", SIZE * 2)
     assert not direct_here(file)
+
+
+def test_many_files_leave_descriptors_for_others(file):
+    """A checkpoint may consist of hundreds of files, each of which is open already."""
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    readers = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * highest + 40, before[1]))
+    try:
+        readers = [InputFile(file) for _ in range(2 * highest + 40)]
+        os.close(os.open(file.path, os.O_RDONLY))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for reader in readers:
+            reader.close()
 
 
 @needs_nowait

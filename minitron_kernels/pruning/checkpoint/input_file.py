@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 
 import numpy as np
 
@@ -35,8 +36,11 @@ class InputFile:
         if _NO_WAIT is not None and file.size >= DIRECT_FILE_BYTES:
             with contextlib.suppress(OSError):  # the plain way is there
                 self._direct = open_direct(file.path, os.O_RDONLY | os.O_NONBLOCK)
-        if self._direct is not None and not os.path.samestat(os.fstat(self._direct), os.fstat(file.fd)):
-            self.close()  # another file has its name now
+        if self._direct is None:
+            return
+        another = not os.path.samestat(os.fstat(self._direct), os.fstat(file.fd))  # has its name now
+        if another or not _leaves_half(self._direct):
+            self.close()
 
     def close(self) -> None:
         """Closes it. Errors are ignored, since it was only read."""
@@ -93,3 +97,12 @@ class InputFile:
         if done < wanted:  # refused, or at its end: the plain way knows which
             self._file.read_into(pages[first:wanted].data, begin)
         return pages[first:wanted]
+
+
+def _leaves_half(descriptor: int) -> bool:
+    """Whether half of the descriptors that a process may have are free: a new one is the lowest free number.
+
+    A checkpoint in hundreds of files would else take all, and none would be left for what is written.
+    """
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most == resource.RLIM_INFINITY or 2 * descriptor < most
