@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class Places:
 
         config, before = datasets.config, os.getcwd()
         cache = config.HF_DATASETS_CACHE
-        if key := self.key if mine else "-".join(data.values()):
+        if key := self.key if mine else _key_of(data):
             config.HF_DATASETS_CACHE = Path(cache) / "minitron_kernels" / key
         os.chdir(folder)
         try:
@@ -86,3 +87,8 @@ class Places:
         finally:
             os.chdir(before)
             config.HF_DATASETS_CACHE = cache
+
+
+def _key_of(data: Mapping[str, str]) -> str | None:
+    """One hash of several, since groups of tasks may have more data sets than a file's name has room for."""
+    return hashlib.sha256("-".join(data.values()).encode()).hexdigest()[:16] if data else None

@@ -1,5 +1,6 @@
 """Data sets in a folder, what is lacking, and how answers are written, without lm-evaluation-harness."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from minitron_kernels.evaluation import OtherResultsError, check_tasks, evaluate
 from minitron_kernels.evaluation.cli import main
 from minitron_kernels.evaluation.contexts import plain_generation
+from minitron_kernels.evaluation.local_data import Places
 
 
 def data_sets(folder, **texts):
@@ -53,6 +55,18 @@ def test_all_that_is_lacking_is_named(stub, capsys):
     stub.lost = ()
     assert main(["--check", "--tasks", "a", "winogrande"]) == 0
     assert capsys.readouterr().out.endswith("5  not the benchmark's 1,267: not comparable\n")
+
+
+def test_what_is_made_of_many_data_sets_has_a_name_that_fits(tmp_path, monkeypatch):
+    """Groups of lm-eval have dozens, and a file's name at most 255 bytes."""
+    config = SimpleNamespace(HF_DATASETS_CACHE=tmp_path / "cache")
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(config=config))
+    data, found = {f"of/{number}": f"{number:016x}" for number in range(30)}, set()
+    for digests in (data, data | {"of/7": "f" * 16}, {"of/7": "0" * 16}, data):
+        with Places(datasets=tmp_path).reading(False, digests):
+            config.HF_DATASETS_CACHE.mkdir(parents=True, exist_ok=True)
+            found.add(config.HF_DATASETS_CACHE)
+    assert len(found) == 3 and tmp_path / "cache" == config.HF_DATASETS_CACHE
 
 
 def test_tasks_say_how_answers_are_written():
