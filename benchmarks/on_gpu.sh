@@ -55,12 +55,22 @@ if [[ $device != cuda && $device != cpu ]]; then
   exit 2
 fi
 
+python=${PYTHON:-python3}
+# a torch that cannot be imported is a matter of the steps, whose logs say why
+looks='import torch, sys; sys.exit(0 if torch.cuda.is_available() else 9)'
+if [[ $device == cuda ]]; then
+  timeout 60 "$python" -c "$looks" > /dev/null 2>&1
+  if [[ $? == 9 ]]; then
+    echo 'on_gpu.sh: torch sees no GPU here; --device cpu --quick tries each step on the CPU' >&2
+    exit 1
+  fi
+fi
+
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 mkdir -p "$out" || exit 1
 out=$(cd "$out" && pwd)
 total=${MINITRON_ON_GPU_SECONDS:-570}
 most=${MINITRON_ON_GPU_LIMIT:-$total}
-python=${PYTHON:-python3}
 reserve=5 # seconds kept for the summary
 grace=${MINITRON_ON_GPU_GRACE:-5}
 steps=$out/steps.tsv

@@ -50,6 +50,7 @@ line="MINITRON_BUILD=${MINITRON_BUILD:-} ARCHS=${MINITRON_CUDA_ARCHS:-} ${argume
 echo "$line" >> "$FAKE/calls"
 echo "output of $arguments"
 [[ -n ${FAKE_FAIL:-} && $arguments =~ $FAKE_FAIL ]] && exit 3
+[[ -n ${FAKE_NO_GPU:-} && $arguments == *is_available* ]] && exit 9
 if [[ -n ${FAKE_HANG:-} && $arguments =~ $FAKE_HANG ]]; then
   trap '' TERM
   sleep 300 &
@@ -158,6 +159,16 @@ def test_every_step_is_started_in_order(run, tmp_path):
     summary = (tmp_path / "out/summary.txt").read_text()
     assert "stopped after 2 s" in summary and "output of" in summary
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_without_a_gpu_nothing_is_started(run, tmp_path):
+    """One line says how to try it on a CPU; there --device cpu asks for none."""
+    process = run(wait=False, FAKE_NO_GPU="1")
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and text.count("\n") == 1, text
+    assert "no GPU here" in text and "--device cpu --quick" in text
+    assert not (tmp_path / "out").exists() and len(calls(tmp_path)) == 1
+    assert run("--device", "cpu", "--quick", "--only", "self", FAKE_NO_GPU="1")["self"]["note"] == "ok"
 
 
 def test_all_steps_together_are_bounded(run):
