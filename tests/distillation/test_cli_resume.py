@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from distillation.cli_runs import cache_of, one_line, run, save_models, train_of
-from distillation.test_cli import after_step, same_weights
+from distillation.test_cli import after_step, same_weights, snapshot
 from minitron_kernels.distillation.cli import train
 from minitron_kernels.distillation.cli.config import load
 from minitron_kernels.distillation.cli.data import read_windows
@@ -103,6 +103,28 @@ def test_no_half_of_a_model_is_left(folder, tmp_path, monkeypatch, capsys, error
     assert not list(out.glob("*.safetensors")) and not list(out.glob(".*"))
     assert read_record(out)["status"] == ("failed" if code == 1 else "stopped")
     assert run("train", "--resume", "-o", out) == 0 and same_weights(out, folder / "whole")
+
+
+def test_a_finished_run_is_left_as_it_is(folder, tmp_path, capsys):
+    """But for a model that is gone, which is written again; the run began when it began."""
+    out = tmp_path / "a"
+    shutil.copytree(folder / "whole", out)
+    record = json.loads((out / "distillation.json").read_text()) | {"started": "2020-01-02T03:04:05Z"}
+    (out / "distillation.json").write_text(json.dumps(record))
+    before = snapshot(out)
+    capsys.readouterr()
+    assert run("train", "--resume", "-o", out, "--keep", 1) == 0
+    said, err = capsys.readouterr()
+    assert f"{out}: {STEPS} steps, " in said and snapshot(out) == before
+    assert err == ""  # the run is quiet
+    (out / "model.safetensors").unlink()
+    assert run("train", "--resume", "-o", out) == 0 and same_weights(out, folder / "whole")
+    assert read_record(out)["started"] == record["started"]
+    toml = (out / "distillation.toml").read_text()
+    (out / "distillation.toml").write_text(toml.replace("quiet = true", "quiet = false"))
+    capsys.readouterr()
+    assert run("train", "--resume", "-o", out) == 0
+    assert "finished: 4 steps are done; the run is left as it is" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_lost_a_byte_is_not_complete(folder, tmp_path, capsys):

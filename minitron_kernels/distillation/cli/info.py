@@ -97,16 +97,8 @@ def _described(path: Path, record: dict[str, Any], verify: bool) -> str:
 
 
 def _about_model(path: Path) -> str:
-    """How large the weights in a folder are; their files must be as long as their headers say.
-
-    Raises:
-        OSError, ValueError: a file is missing or damaged.
-    """
-    from minitron_kernels.pruning.checkpoint.safetensors_files import open_folder, read_json
-
-    read_json(path / "config.json")
-    with open_folder(path) as folder:
-        size, files = sum(file.size for file in folder.files), len(folder.files)
+    """How large the weights in a folder are; raises as records.model_of() does."""
+    size, files = records.model_of(path)
     return f"{size / 1e9:.3g} GB in {files} file{'s' if files > 1 else ''}"
 
 

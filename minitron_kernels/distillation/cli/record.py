@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_kernels._files import write_text
+from minitron_kernels.pruning.checkpoint.safetensors_files import open_folder, read_json
 
 CONFIG, RECORD, PICTURE = "distillation.toml", "distillation.json", "distillation.png"
 COMPLETE = "complete"  # a file in a checkpoint's folder, written after all others: their names and sizes
@@ -50,7 +51,9 @@ class RunRecord:
     the run, step, log (what was logged, in order: of training and of evaluation), times in UTC.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any], *, writes: bool) -> None:
+    def __init__(
+        self, folder: Path, about: Mapping[str, Any], *, writes: bool, started: str | None = None
+    ) -> None:
         self.path = folder / RECORD
         self._writes = writes
         self.entries: dict[str, Any] = {
@@ -59,7 +62,7 @@ class RunRecord:
             "status": "running",
             **about,
             "versions": versions(),
-            "started": now(),
+            "started": started or now(),
         }
 
     def begin(self, toml: str, parameters: int, *, resumed: bool) -> None:
@@ -126,6 +129,28 @@ def read_record(folder: Path) -> dict[str, Any]:
     return found
 
 
+def model_of(folder: Path) -> tuple[int, int]:
+    """(bytes, number) of the files of weights in a folder, which must be as long as their headers say.
+
+    Raises:
+        OSError, ValueError: a file is missing or damaged.
+    """
+    read_json(folder / "config.json")
+    with open_folder(folder) as found:
+        return sum(file.size for file in found.files), len(found.files)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in a folder is done, and its model whole."""
+    if read_record(folder)["status"] != "done":
+        return False
+    try:
+        model_of(folder)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def mark_complete(checkpoint: Path) -> None:
     """Marks a checkpoint all of whose files are written."""
     files = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in _files_of(checkpoint)}
@@ -179,6 +204,23 @@ def curves(log: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[
             steps.append(entry["step"])
             values.append(value)
     return found
+
+
+def summary(out: Path, steps: int, tokens: int, log: Any, drawn: bool) -> str:
+    """The run in a line or two."""
+    last: Any = next((entry for entry in reversed(log) if "loss" in entry), {})
+    held_out = [entry for entry in log if "eval_kl" in entry]
+    figures = ", ".join(f"{name} {last[name]:.4f}" for name in ("loss", "kl", "ce") if name in last)
+    lines = [f"{out}: {steps:,} steps, {tokens:,} tokens; at the end {figures}"]
+    if held_out:
+        first, final = held_out[0], held_out[-1]
+        lines.append(
+            f"  held out: kl {first['eval_kl']:.4f} → {final['eval_kl']:.4f}, perplexity "
+            f"{first['eval_perplexity']:.4g} → {final['eval_perplexity']:.4g}"
+        )
+    names = [RECORD, CONFIG] + [PICTURE] * drawn
+    lines.append(f"  the model, its tokenizer, {', '.join(names)}")
+    return "\n".join(lines)
 
 
 def draw(log: Sequence[Mapping[str, Any]], path: Path, title: str) -> bool:

@@ -103,17 +103,21 @@ def _run(
 ) -> int:
     without_bars(config["quiet"])
     out = Path(config["out"])
+    if resume and records.is_finished(out):
+        with _alone(out):
+            return _say_finished(out, {"job": vars(job), **_sources(config, data)}, config)
     student, student_weights = load_student(config)
     written = _stored_dtype(student, config)
     head = student.get_output_embeddings().weight.shape[0]
     teacher, teacher_weights = load_teacher(config, tokenizer, head)
     loss = make_loss(config, student, teacher)
-    about = {"config": config, "job": vars(job), "data": _digest(data), "teacher": _teacher_of(config)}
+    about = {"config": config, "job": vars(job), **_sources(config, data)}
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
         checkpoint = _last_checkpoint(out, about) if resume else None
-        record = records.RunRecord(out, about, writes=rank() == 0)
+        started = records.read_record(out)["started"] if checkpoint is not None else None
+        record = records.RunRecord(out, about, writes=rank() == 0, started=started)
         if rank() == 0 and not resume:  # --overwrite
             _clear(out)
         toml = configs.to_toml("train", config, about=_ABOUT)
@@ -164,7 +168,7 @@ def _train(
         return exit_code(watch.stopped_by)
     record.update(status="done")
     if rank() == 0:
-        show(_summary(out, job, record.entries.get("log", ()), drawn))
+        show(records.summary(out, job.steps, job.tokens, record.entries.get("log", ()), bool(drawn)))
     return 0
 
 
@@ -311,6 +315,11 @@ def _digest(data: Chosen) -> dict[str, Any]:
     return {"windows": len(data), "sha256": sums.hexdigest()}
 
 
+def _sources(config: dict[str, Any], data: Chosen) -> dict[str, Any]:
+    """What a run learns from, by content."""
+    return {"data": _digest(data), "teacher": _teacher_of(config)}
+
+
 def _teacher_of(config: dict[str, Any]) -> str | None:
     """Who teaches, by content; of the first process alone, since it is read whole."""
     if rank() > 0:
@@ -333,8 +342,20 @@ def _stored_dtype(student: Any, config: dict[str, Any]) -> Any:
     return getattr(torch, name)
 
 
-def _last_checkpoint(out: Path, about: dict[str, Any]) -> Path | None:
-    """The newest complete checkpoint of the run; None: it begins anew.
+def _say_finished(out: Path, about: dict[str, Any], config: dict[str, Any]) -> int:
+    """Of a run that is done: it stays as it is."""
+    record = _check_same(out, about)
+    if rank() == 0:
+        job, log = record["job"], record.get("log", [])
+        tokens = job["steps"] * job["per_step"] * job["seq_len"]
+        if not config["quiet"]:
+            tell("finished", f"{job['steps']:,} steps are done; the run is left as it is")
+        show(records.summary(out, job["steps"], tokens, log, (out / records.PICTURE).is_file()))
+    return 0
+
+
+def _check_same(out: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The record of the run in `out`, which is to be one of the same.
 
     Raises:
         ValueError: the data, the teacher, or the number of windows in a step are others than the run's.
@@ -343,7 +364,7 @@ def _last_checkpoint(out: Path, about: dict[str, Any]) -> Path | None:
     if before["data"] != about["data"]:
         raise ValueError(f"{out}: the run to resume has other --data: its files have changed since")
     if rank() == 0 and before["teacher"] != about["teacher"]:
-        which = "cache" if about["config"]["cache"] else "teacher"
+        which = "cache" if before["config"]["cache"] else "teacher"
         raise ValueError(f"{out}: the run to resume has another --{which}: its files have changed since")
     if before["job"]["per_step"] != about["job"]["per_step"]:
         raise ValueError(
@@ -351,6 +372,12 @@ def _last_checkpoint(out: Path, about: dict[str, Any]) -> Path | None:
             f"{before['job']['processes']} processes; with {about['job']['processes']} they are "
             f"{about['job']['per_step']}"
         )
+    return before
+
+
+def _last_checkpoint(out: Path, about: dict[str, Any]) -> Path | None:
+    """The newest complete checkpoint of the run; None: it begins anew. Raises as _check_same() does."""
+    _check_same(out, about)
     whole, broken = records.checkpoints(out)
     if broken:
         tell("warning", f"{few([path.name for path in broken])}: not complete, and not used")
@@ -369,20 +396,3 @@ def _how_to_go_on(out: Path) -> str:
     whole, _ = records.checkpoints(out)
     where = f"from {whole[-1].name}" if whole else "from the beginning, there is no checkpoint yet"
     return f"minitron-distill train --resume -o {out} goes on {where}"
-
-
-def _summary(out: Path, job: Job, log: Any, drawn: bool) -> str:
-    """The run in a line or two."""
-    last: Any = next((entry for entry in reversed(log) if "loss" in entry), {})
-    held_out = [entry for entry in log if "eval_kl" in entry]
-    figures = ", ".join(f"{name} {last[name]:.4f}" for name in ("loss", "kl", "ce") if name in last)
-    lines = [f"{out}: {job.steps:,} steps, {job.tokens:,} tokens; at the end {figures}"]
-    if held_out:
-        first, final = held_out[0], held_out[-1]
-        lines.append(
-            f"  held out: kl {first['eval_kl']:.4f} → {final['eval_kl']:.4f}, perplexity "
-            f"{first['eval_perplexity']:.4g} → {final['eval_perplexity']:.4g}"
-        )
-    names = [records.RECORD, records.CONFIG] + [records.PICTURE] * bool(drawn)
-    lines.append(f"  the model, its tokenizer, {', '.join(names)}")
-    return "\n".join(lines)
