@@ -250,6 +250,15 @@ def test_transforms_are_right_or_refused(function):
             torch.testing.assert_close(actual, truth[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["grad_head_accumulator", "grad_head_buffer"])
+def test_within_transforms_memory_for_the_reference_is_refused_as_outside(name):
+    """Tensors there have no address that could be looked at."""
+    hidden, *rest = (x.detach() for x in problem())
+    memory = {name: torch.zeros_like(rest[0])}
+    with pytest.raises(ValueError, match=f"{name} needs native or triton"):
+        torch.func.grad(lambda x: linear(x, *rest, backend="reference", **memory))(hidden)
+
+
 @pytest.mark.parametrize("function", [linear, rows])
 def test_dual_numbers_are_right_or_refused(function):
     hidden, *rest = (x.detach() for x in problem())

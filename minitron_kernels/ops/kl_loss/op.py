@@ -362,12 +362,13 @@ def linear_kl_loss(
     student_hidden, student_head = autocast(student_hidden, student_head)
     teacher_hidden, teacher_head = autocast(teacher_hidden.detach(), teacher_head.detach())
     operands = (student_hidden, student_head, student_bias, teacher_hidden, teacher_head, teacher_bias)
+    if chosen == "reference":
+        check_left_to_autograd(grad_head_accumulator=grad_head_accumulator, grad_head_buffer=grad_head_buffer)
     check_buffer(grad_head_buffer, grad_head_accumulator, student_head, parameter, *operands)
     student = (as_rows(student_hidden), student_head, student_bias)
     bias = None if teacher_bias is None else teacher_bias.detach()
     teacher = Teacher(as_rows(teacher_hidden), teacher_head, bias)
     if chosen == "reference":
-        check_left_to_autograd(grad_head_accumulator=grad_head_accumulator, grad_head_buffer=grad_head_buffer)
         s = (as_saved(student[0]), as_saved(student[1]), as_saved(student[2]))
         t = (as_saved(as_rows(teacher_hidden)), as_saved(teacher_head), as_saved(teacher.bias))
         of_tokens = as_saved(tokens.computed), as_saved(tokens.targets)

@@ -198,14 +198,15 @@ def linear_sparse_kl_loss(
     )
     student_hidden, student_head = autocast(student_hidden, student_head)
     operands = (student_hidden, student_head, student_bias, teacher.outcomes)
-    check_buffer(grad_head_buffer, grad_head_accumulator, student_head, parameter, *operands)
-    student = (as_rows(student_hidden), student_head, student_bias)
     if chosen == "reference":
         check_left_to_autograd(
             grad_head_accumulator=grad_head_accumulator,
             grad_head_buffer=grad_head_buffer,
             tp_group=tp_group,
         )
+    check_buffer(grad_head_buffer, grad_head_accumulator, student_head, parameter, *operands)
+    student = (as_rows(student_hidden), student_head, student_bias)
+    if chosen == "reference":
         side = (as_saved(student[0]), as_saved(student[1]), as_saved(student[2]))
         of_tokens = as_saved(tokens.computed), as_saved(tokens.targets)
         terms = TokenTerms(
