@@ -102,7 +102,10 @@ def test_no_half_of_a_model_is_left(folder, tmp_path, monkeypatch, capsys, error
         assert code == 130 and "stopped: at once; " in line
     assert not list(out.glob("*.safetensors")) and not list(out.glob(".*"))
     assert read_record(out)["status"] == ("failed" if code == 1 else "stopped")
+    (out / ".model-killed").mkdir()  # by SIGKILL, while it wrote
+    (out / ".model-killed/model.safetensors").write_bytes(b"half")
     assert run("train", "--resume", "-o", out) == 0 and same_weights(out, folder / "whole")
+    assert not list(out.glob(".*"))
 
 
 def test_a_finished_run_is_left_as_it_is(folder, tmp_path, capsys):

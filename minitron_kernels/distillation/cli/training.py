@@ -34,6 +34,7 @@ from minitron_kernels.distillation.trainers.hf_fsdp import (
 )
 
 _PRECISION = "ACCELERATE_MIXED_PRECISION"
+_UNFINISHED = ".model-"  # begins the name of a folder in which a model is written
 _SHOWN = {"loss": "loss", "kl": "kl", "tokens_per_second": "tokens/s"}
 
 
@@ -262,14 +263,17 @@ def run(
 def save(student: Any, tokenizer: Any, config: Mapping[str, Any], dtype: Any) -> None:
     """Writes the model and its tokenizer into the run's folder, on the first process; all call.
 
-    They are made in a hidden folder there: a full disk leaves no half of a model.
+    They are made in a hidden folder there: a full disk leaves no half of a model. One that a killed process
+    left is removed.
     """
     state = whole_state(student, dtype) if config["fsdp"] else None
     if rank() == 0:
         if state is None:
             student.to(dtype)
         out = Path(config["out"])
-        with tempfile.TemporaryDirectory(prefix=".model-", dir=out) as made:
+        for left in out.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=out) as made:
             student.save_pretrained(made, state_dict=state)
             if tokenizer is not None:
                 tokenizer.save_pretrained(made)
