@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from minitron_kernels.pruning.checkpoint import matching, prune
 from minitron_kernels.pruning.checkpoint.prune import prune_checkpoint
 from minitron_kernels.pruning.cut.model import prune_model
+from minitron_kernels.pruning.families.registry import family_of
 from minitron_kernels.pruning.plan.make_plan import make_plan
 from pruning.checkpoints import OTHER_WEIGHTS, edit_config, plan_for, save_tiny, snapshot
 from pruning.family_configs import CASES
@@ -138,6 +139,11 @@ def test_the_head_is_what_the_files_hold(tmp_path, name, said, head):
     assert again.config.tie_word_embeddings == (head != "another")
     same_logits(again, prune_model(model, plan))
     assert done.parameters_before == sum(parameter.numel() for parameter in model.parameters())
+    tied = family_of(config_of(tmp_path / "src")).tied(config_of(tmp_path / "src"))
+    assert ("its bytes are the embedding's" in done.head) == (head == "the same")
+    assert ("is not stored: it is tied" in done.head) == (head == "absent" and not tied)
+    assert ("is its own, and stays" in done.head) == (head == "another" and tied)
+    assert ("config.json said tie_word_embeddings" in done.head) == (tied == (head == "another"))
 
 
 @pytest.mark.parametrize("planned", [True, False])

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from minitron_kernels.pruning import (
@@ -106,6 +107,19 @@ def test_the_plan_is_that_of_the_library(folder):
     scores = ImportanceScores.load(folder / "scores")
     want = make_plan(scores, hidden_size=32, intermediate_size=48, num_hidden_layers=2, divisor=16)
     assert PruningPlan.load(folder / "plan.json") == want
+
+
+def test_a_head_with_the_bytes_of_the_embedding_is_mentioned(folder, tmp_path, capsys):
+    """The result has one tensor for both."""
+    shutil.copytree(folder / "src", tmp_path / "src")
+    path = tmp_path / "src/model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, path, {"format": "pt"})
+    capsys.readouterr()
+    assert run("prune", tmp_path / "src", tmp_path / "dst", folder / "plan.json") == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "head: " in line]
+    assert line.startswith("minitron-prune: head: its bytes are the embedding's: it is tied to it")
 
 
 def test_prune_and_info(folder, tmp_path, capsys):

@@ -43,6 +43,8 @@ class Matched:
         parameters: their number in the source; a tied head counts once.
         left_out: names of tensors that are not part of the model: those in leave_out, and MTP layers.
         called: {name to be written: name in the family's table} of the tensors in its tables.
+        head: whether the head is tied, and why, where the files hold another than config.json says, or a copy
+            of the embedding; else empty.
     """
 
     plan: PruningPlan
@@ -53,6 +55,7 @@ class Matched:
     parameters: int
     left_out: tuple[str, ...]
     called: Mapping[str, str]
+    head: str
 
     @property
     def shapes(self) -> Shapes:
@@ -99,6 +102,7 @@ def match(
     root = "" if renamed or head in tensors or family.text_key else _lacking_root(tensors, family)
     headless = head not in tensors and (bool(root) or is_class_of_base(config))
     tied = family.tied(config) if headless else _is_tied(tensors, family)
+    about_head = "" if headless else _about_head(tied, head in tensors, family.tied(config))
     if tied:
         tensors.pop(head, None)  # as save_pretrained() leaves it out
     plan = _with_tied(plan, tied, family)
@@ -130,7 +134,7 @@ def match(
         }
     parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
     left_out = tuple(name for name in source.tensors if name in asked | mtp)
-    return Matched(plan, pairs, one_by_one, headless, root, parameters, left_out, called)
+    return Matched(plan, pairs, one_by_one, headless, root, parameters, left_out, called, about_head)
 
 
 def _as_stored(pairs: list[tuple[Cut, StoredTensor]], family: Family) -> list[tuple[Cut, StoredTensor]]:
@@ -193,6 +197,17 @@ def _is_tied(tensors: Mapping[str, StoredTensor], family: Family) -> bool:
     """
     head, embedding = (tensors.get(f"{name}.weight") for name in (family.head, family.embedding))
     return head is None or (embedding is not None and _same_bytes(head, embedding))
+
+
+def _about_head(tied: bool, stored: bool, said: bool) -> str:
+    """What is told of a head: tied to the embedding or not, stored in the files, tied as config.json says."""
+    if tied and stored:
+        why = "its bytes are the embedding's: it is tied to it, and stored once"
+    elif tied != said:
+        why = "is its own, and stays" if not tied else "is not stored: it is tied to the embedding"
+    else:
+        return ""
+    return f"{why}; config.json said {TIE_KEY} {str(said).lower()}" if tied != said else why
 
 
 def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:

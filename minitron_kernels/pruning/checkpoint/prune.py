@@ -55,6 +55,8 @@ class PrunedCheckpoint:
         resumed_files: those of `files` that an earlier call had finished.
         left_out_files: files beside the source's weights that were not copied.
         left_out_tensors: tensors of the source that were left out: those in leave_out, and MTP layers.
+        head: whether the head is tied, and why, where the files hold another than config.json said, or a copy
+            of the embedding; else empty.
     """
 
     path: Path
@@ -65,6 +67,7 @@ class PrunedCheckpoint:
     resumed_files: tuple[str, ...]
     left_out_files: tuple[str, ...] = ()
     left_out_tensors: tuple[str, ...] = ()
+    head: str = ""
 
 
 def prune_checkpoint(
@@ -155,6 +158,7 @@ def prune_checkpoint(
         resumed_files=resumed,
         left_out_files=others.left_out,
         left_out_tensors=matched.left_out,
+        head=matched.head,
     )
 
 

@@ -178,6 +178,8 @@ def prune(args: argparse.Namespace) -> None:
     for what in (done.left_out_files, done.left_out_tensors):
         if what:
             _say("left out", f"{few(what)}: {WHY_FILES if what is done.left_out_files else WHY_TENSORS}")
+    if done.head:
+        _say("head", done.head)
     kept = f", {len(done.resumed_files)} of them from before" if done.resumed_files else ""
     files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}{kept}"
     show(
