@@ -90,8 +90,11 @@ def terminal() -> Iterator[TextIO | None]:
     except OSError:
         yield None
         return
-    with stream:
+    try:
         yield stream
+    finally:
+        with contextlib.suppress(OSError):  # it may be gone, as after nohup
+            stream.close()
 
 
 def run_ninja(command: Sequence[str], root: Path, archs: Sequence[int], jobs: int) -> bool:

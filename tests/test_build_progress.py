@@ -66,6 +66,16 @@ def test_a_terminal_that_is_gone_stops_nothing(capsys):
     assert "2 CUDA files" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_terminal_that_goes_while_it_compiles_stops_nothing(monkeypatch, capsys):
+    """What could not be written is written once more when it is closed."""
+    full = Path("/dev/full").open
+    monkeypatch.setattr(progress, "open", lambda name, mode: full(mode), raising=False)
+    with progress.terminal() as screen:
+        progress.Progress(OUTPUTS, (90,), 2, screen).begin()
+    assert screen.closed and "2 CUDA files" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("code", [0, 1])
 def test_ninja_is_followed(tmp_path, capfd, monkeypatch, code):
     lines = "\n".join(f'echo "[{n}/3, 0.1 s] compile {name}"' for n, name in enumerate(OUTPUTS[1:4], 1))
