@@ -114,6 +114,10 @@ def test_a_finished_run_is_left_as_it_is(folder, tmp_path, capsys):
     shutil.copytree(folder / "whole", out)
     record = json.loads((out / "distillation.json").read_text()) | {"started": "2020-01-02T03:04:05Z"}
     (out / "distillation.json").write_text(json.dumps(record))
+    of_two = {**record, "job": {**record["job"], "processes": 2, "per_step": 2 * record["job"]["per_step"]}}
+    (out / "distillation.json").write_text(json.dumps(of_two))
+    assert run("train", "--resume", "-o", out) == 0  # by how many processes does not matter any more
+    (out / "distillation.json").write_text(json.dumps(record))
     before = snapshot(out)
     capsys.readouterr()
     assert run("train", "--resume", "-o", out, "--keep", 1) == 0

@@ -105,7 +105,7 @@ def _run(
     out = Path(config["out"])
     if resume and records.is_finished(out):
         with _alone(out):
-            return _say_finished(out, {"job": vars(job), **_sources(config, data)}, config)
+            return _say_finished(out, _sources(config, data), config)
     student, student_weights = load_student(config)
     written = _stored_dtype(student, config)
     head = student.get_output_embeddings().weight.shape[0]
@@ -358,7 +358,7 @@ def _check_same(out: Path, about: dict[str, Any]) -> dict[str, Any]:
     """The record of the run in `out`, which is to be one of the same.
 
     Raises:
-        ValueError: the data, the teacher, or the number of windows in a step are others than the run's.
+        ValueError: the data or the teacher are others than the run's.
     """
     before = records.read_record(out)
     if before["data"] != about["data"]:
@@ -366,18 +366,20 @@ def _check_same(out: Path, about: dict[str, Any]) -> dict[str, Any]:
     if rank() == 0 and before["teacher"] != about["teacher"]:
         which = "cache" if before["config"]["cache"] else "teacher"
         raise ValueError(f"{out}: the run to resume has another --{which}: its files have changed since")
+    return before
+
+
+def _last_checkpoint(out: Path, about: dict[str, Any]) -> Path | None:
+    """The newest complete checkpoint of the run; None: it begins anew.
+
+    Raises ValueError as _check_same(), and for another number of windows in a step."""
+    before = _check_same(out, about)
     if before["job"]["per_step"] != about["job"]["per_step"]:
         raise ValueError(
             f"{out}: the run to resume has {before['job']['per_step']} windows in a step, of "
             f"{before['job']['processes']} processes; with {about['job']['processes']} they are "
             f"{about['job']['per_step']}"
         )
-    return before
-
-
-def _last_checkpoint(out: Path, about: dict[str, Any]) -> Path | None:
-    """The newest complete checkpoint of the run; None: it begins anew. Raises as _check_same() does."""
-    _check_same(out, about)
     whole, broken = records.checkpoints(out)
     if broken:
         tell("warning", f"{few([path.name for path in broken])}: not complete, and not used")
