@@ -281,6 +281,10 @@ def _resumed(new: Evaluation, output: Path, overwrite: bool) -> Evaluation:
     for name in ("model", "fingerprint", "settings", "versions"):
         mine, theirs = getattr(new, name), getattr(old, name)
         if mine != theirs:
+            if isinstance(mine, dict):  # those that differ alone
+                both = sorted({*mine, *theirs})
+                keys = [key for key in both if mine.get(key) != theirs.get(key)] or both
+                mine, theirs = ({key: them.get(key) for key in keys} for them in (mine, theirs))
             raise OtherResultsError(f"{output}: holds results with {name} {theirs!r}, not {mine!r}: {again}")
     old.left_out = []
     return old
