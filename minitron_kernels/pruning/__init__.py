@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from minitron_kernels.pruning.families.family import Family, Located, Param, Taps
     from minitron_kernels.pruning.families.multimodal import Multimodal
     from minitron_kernels.pruning.families.registry import (
+        family_of,
         known_families,
         register_family,
         register_multimodal,
@@ -49,6 +50,7 @@ __all__ = [
     "Usage",
     "collect_importance",
     "count_usage",
+    "family_of",
     "find_sizes",
     "known_families",
     "make_plan",
@@ -82,6 +84,7 @@ _HOMES = {
     "Usage": "minitron_kernels.pruning.plan.counts",
     "collect_importance": "minitron_kernels.pruning.score.collect",
     "count_usage": "minitron_kernels.pruning.plan.counts",
+    "family_of": "minitron_kernels.pruning.families.registry",
     "find_sizes": "minitron_kernels.pruning.plan.find_sizes",
     "known_families": "minitron_kernels.pruning.families.registry",
     "make_plan": "minitron_kernels.pruning.plan.make_plan",

@@ -6,12 +6,18 @@ import re
 import pytest
 import torch
 
-from minitron_kernels.pruning import count_usage, make_plan, prune_checkpoint, prune_model
+from minitron_kernels.pruning import (
+    count_usage,
+    family_of,
+    make_plan,
+    prune_checkpoint,
+    prune_model,
+    register_family,
+)
 from minitron_kernels.pruning.cut.skeleton import expected_shapes
 from minitron_kernels.pruning.families import registry
 from minitron_kernels.pruning.families.configs import completed
 from minitron_kernels.pruning.families.family import Param
-from minitron_kernels.pruning.families.registry import family_of, register_family
 from pruning.family_configs import CASES
 from pruning.pruned_models import assert_unchanged, logits, plan_for, state_of
 from pruning.tiny_models import random_model, tiny_config, tiny_model
