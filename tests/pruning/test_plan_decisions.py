@@ -276,9 +276,8 @@ def test_a_plan_that_cuts_nothing_says_so():
     assert "nothing is cut" in plan.summary()
     whole = family_of(GQA).count_parameters(GQA)
     for params in (whole, 1e12):
-        message = (
-            f"params must be less than the {whole:,} of the whole model, got {params:,}: nothing would be"
-        )
+        given = f"{int(params):,}"
+        message = f"params must be less than the {whole:,} of the whole model, got {given}: nothing would be"
         with pytest.raises(ValueError, match=re.escape(message)):
             plan_of(GQA, params=params)
     assert plan_of(GQA, params=whole - 1, divisor=8).parameters_after < whole

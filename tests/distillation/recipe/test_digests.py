@@ -244,7 +244,9 @@ def test_a_trained_model_whose_note_is_lacking_is_not_trained_again(digests, tmp
     into = tmp_path / "out/distill"
     into.mkdir(parents=True)
     (into / "distillation.toml").write_text("[train]\n")
-    about = {"format": train.records.FORMAT, "version": train.records.VERSION}
+    about = {"format": train.records.FORMAT, "version": train.records.VERSION, "started": "", "versions": {}}
+    about |= {"step": 1, "parameters": 1, "job": dict.fromkeys(train.records._OF_JOB, 1)}
+    about["config"] = dict.fromkeys(train.records._OF_CONFIG)
     trained = []
     command = "minitron_kernels.distillation.cli.train.train"
     monkeypatch.setattr(command, lambda args: trained.append(args) or 0)
