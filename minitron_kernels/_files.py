@@ -16,6 +16,7 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # what safetensors (Rust) and torch say of a full disk
 _FULL = re.compile(
     r"No space left on device|Disk quota exceeded|os error 28\b|"
@@ -30,7 +31,7 @@ def full_disk(error: BaseException, folder: str | os.PathLike[str]) -> str:
     """
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(seen, OSError) and seen.errno in DISK_IS_FULL:
             return reason(seen)
         if _FULL.search(str(seen)):
             free = shutil.disk_usage(folder).free

@@ -106,6 +106,12 @@ def extent(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
 
 
+def extents_meet(x: Tensor, y: Tensor) -> bool:
+    """Whether the memory that two dense tensors of elements span has a byte in common."""
+    (begin, end), (first, last) = extent(x), extent(y)
+    return first < end and begin < last
+
+
 def is_dtensor(x: Any) -> bool:
     """Whether `x` is a DTensor; does not import torch.distributed.tensor."""
     if type(x) is Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_kernels.ops.kl_loss.labels import shift_labels
+from minitron_kernels.ops.kl_loss.labels import counted, shift_labels
 
 # of packed sequences: [n + 1] token offsets at which they begin, the last one their end
 _OFFSETS = ("cu_seq_lens_q", "cu_seqlens", "cu_seqlens_q", "cu_seq_lens")
@@ -86,7 +86,7 @@ def targets_of(batch: Mapping[str, Any], ignore_index: int = -100) -> tuple[Tens
 def count_targets(batch: Mapping[str, Any], ignore_index: int = -100) -> Tensor:
     """How many positions of a batch count, 0-dim int64: what num_items is the sum of over micro-batches."""
     targets, mask = targets_of(batch, ignore_index)
-    valid = mask if targets is None else targets.to(torch.int64) != ignore_index
+    valid = mask if targets is None else counted(targets, ignore_index)
     assert valid is not None
     return valid.sum()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minitron_kernels._modules import eval_mode
-from minitron_kernels._tensors import is_dtensor
+from minitron_kernels._tensors import extent, is_dtensor
 from minitron_kernels.distillation.causal_lm import CausalLM, attach, is_attached
 from minitron_kernels.distillation.signals import DenseSignal, TeacherSignal
 from minitron_kernels.ops.kl_loss.heads import EffectiveHead
@@ -208,6 +208,4 @@ def _memory(x: Any) -> tuple[str, int, int] | None:
     local = x._local_tensor if is_dtensor(x) else x
     if local.device.type == "meta" or local.numel() == 0 or local.untyped_storage().nbytes() == 0:
         return None
-    start = local.data_ptr()
-    extent = 1 + sum((n - 1) * stride for n, stride in zip(local.shape, local.stride(), strict=True))
-    return str(local.device), start, start + extent * local.element_size()
+    return str(local.device), *extent(local)

@@ -13,7 +13,7 @@ from minitron_kernels._command.parsers import add_debug, program
 from minitron_kernels._command.progress import lines_in_logs, without_bars
 from minitron_kernels._command.values import DTYPES, MOST_SEED, at_least
 from minitron_kernels.evaluation.benchmarks import BENCHMARKS
-from minitron_kernels.evaluation.loading import Availability
+from minitron_kernels.evaluation.loading import Availability, check_tasks
 from minitron_kernels.evaluation.results import PUBLISHED_CHOICES, Evaluation, evaluation_table
 
 PROGRAM = "minitron-evaluate"
@@ -103,8 +103,6 @@ def _run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     """Shows which tasks can be run here; 1 if one cannot."""
-    from minitron_kernels.evaluation.loading import check_tasks
-
     without_bars(args.quiet)
     found = check_tasks(args.tasks, tasks_path=args.tasks_path, datasets=args.datasets)
     show("\n".join(checked(found)))

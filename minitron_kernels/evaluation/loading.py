@@ -88,7 +88,7 @@ def check_tasks(
     return found
 
 
-def places_of(tasks_path: str | Path | None, datasets: str | Path | None) -> Places:
+def places_of(tasks_path: str | os.PathLike[str] | None, datasets: str | os.PathLike[str] | None) -> Places:
     """The folders that were named, absolute: tasks are loaded with theirs as the working folder.
 
     Raises:

@@ -104,9 +104,7 @@ def evaluate(
     """
     harness.check_installed()
     _check_numbers(batch_size=batch_size, limit=limit, max_length=max_length)
-    places = places_of(
-        None if tasks_path is None else Path(tasks_path), None if datasets is None else Path(datasets)
-    )
+    places = places_of(tasks_path, datasets)
     in_memory = not isinstance(model, str | os.PathLike)
     if in_memory and tokenizer is None:
         raise TypeError(f"tokenizer must be given with a model in memory ({type(model).__name__})")

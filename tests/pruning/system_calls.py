@@ -1,6 +1,7 @@
 """A layer over the calls by which pruning meets the disk: notes them, makes one fail, or all come short."""
 
 import errno
+import fcntl
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,11 @@ from minitron_kernels.pruning.checkpoint.pages import PAGE
 # what takes a descriptor first, and what takes a path; os.open is apart, for it makes the one of the other
 OF_DESCRIPTORS = ("pwrite", "preadv", "fsync", "posix_fallocate", "ftruncate", "close")
 OF_PATHS = ("rename", "mkdir", "unlink")
+
+
+def is_direct(fd):
+    """Whether a descriptor goes around the page cache."""
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Each call by which a checkpoint meets the disk fails in turn, or does less than asked; and their order."""
 
 import errno
-import fcntl
 import os
 import shutil
 import warnings
@@ -16,7 +15,7 @@ from minitron_kernels.pruning.checkpoint import input_file, output_file, prune, 
 from minitron_kernels.pruning.checkpoint.pages import PAGE, copies_fast
 from minitron_kernels.pruning.checkpoint.prune import prune_checkpoint
 from pruning.checkpoints import plan_for, save_tiny, snapshot
-from pruning.system_calls import Call, Disk
+from pruning.system_calls import Call, Disk, is_direct
 
 OPTIONS = {"max_shard_bytes": 12_000, "threads": 1, "progress": False}
 MADE = ("config.json", "README.md", "minitron_plan.json", "model.safetensors.index.json")
@@ -237,7 +236,7 @@ def test_where_pages_begin(source, tmp_path, monkeypatch, direct):
     def write(fd, data, begin):
         if is_tensor(fd, begin) and len(data):
             assert address(data) % PAGE == begin % PAGE
-            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            if is_direct(fd):
                 around.append(len(data))
             else:
                 assert len(data) < 2 * PAGE or not on_disk  # no whole page in it

@@ -1,7 +1,6 @@
 """Files read from the page cache or around it: every byte, whatever is cached and whatever is refused."""
 
 import errno
-import fcntl
 import os
 import random
 import resource
@@ -16,6 +15,7 @@ from minitron_kernels.pruning.checkpoint.pages import PAGE, REFUSED, PageBuffer
 from minitron_kernels.pruning.checkpoint.prune import prune_checkpoint
 from minitron_kernels.pruning.checkpoint.safetensors_files import SafetensorsFile
 from pruning.checkpoints import plan_for, save_tiny, snapshot
+from pruning.system_calls import is_direct
 
 SIZE = 9 * PAGE + 77
 
@@ -36,10 +36,6 @@ def file(tmp_path):
     opened = SafetensorsFile(tmp_path / "x.safetensors")
     yield opened
     opened.close()
-
-
-def is_direct(fd):
-    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
 
 
 class Cache:

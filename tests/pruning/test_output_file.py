@@ -1,7 +1,6 @@
 """Files written around the page cache: every byte, wherever pages begin, whatever the file system refuses."""
 
 import errno
-import fcntl
 import itertools
 import os
 import random
@@ -13,6 +12,7 @@ from minitron_kernels.pruning.checkpoint import output_file
 from minitron_kernels.pruning.checkpoint.output_file import OutputFile
 from minitron_kernels.pruning.checkpoint.pages import PAGE, PageBuffer, copies_fast
 from minitron_kernels.pruning.checkpoint.shards import _Work
+from pruning.system_calls import is_direct
 
 SIZE = 40 * PAGE + 123
 
@@ -22,10 +22,6 @@ def small(monkeypatch):
     """Every file is written directly, down to a single page."""
     monkeypatch.setattr(output_file, "DIRECT_FILE_BYTES", 0)
     monkeypatch.setattr(output_file, "DIRECT_BYTES", 1)
-
-
-def is_direct(fd):
-    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
 
 
 class Writes:

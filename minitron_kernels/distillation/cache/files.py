@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from minitron_kernels._files import reason
+from minitron_kernels._files import DISK_IS_FULL, reason
 from minitron_kernels.pruning.checkpoint.staging import fsync_path, write_all
 
 BLOCK_BYTES = 4 << 20  # of one write
@@ -25,7 +25,7 @@ _TEMPORARY = re.compile(r"\.minitron-cache-[0-9a-f]{16}\.tmp")
 
 def disk_error(error: OSError, path: Path) -> OSError:
     """The same error, saying which file could not be written and what to do."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in DISK_IS_FULL:
         advice = "free some space; the finished shards are kept, and the same call goes on from there"
     else:
         advice = "choose another folder, or change its rights; finished shards are kept"

@@ -11,8 +11,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from minitron_kernels.distillation.cache.files import publish
 from minitron_kernels.distillation.cache.shard_index import DIGEST_BYTES, SHARD_NAME, ShardIndex
 from minitron_kernels.pruning.checkpoint.safetensors_files import read_json
@@ -52,7 +50,7 @@ def lost_shards(folder: Path, shards: Sequence[ShardIndex]) -> tuple[str, ...]:
     ]
     if not gone:
         return ()
-    there = {row.tobytes() for shard in shards for row in np.asarray(shard.digests)}
+    there = {row.tobytes() for shard in shards for row in shard.digests}
     lost = []
     for path in gone:
         if count := len(_read_list(path) - there):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minitron_kernels._tensors import is_dtensor
 from minitron_kernels.distillation.trainers.sharded_logits import sharded_forward_kl
 from minitron_kernels.ops.kl_loss.checks import integer, positive
+from minitron_kernels.ops.kl_loss.labels import counted
 from minitron_kernels.ops.kl_loss.op import kl_loss
 
 
@@ -85,7 +86,7 @@ class KDLoss(nn.Module):
             _, teacher_logits = _local("teacher_logits", teacher_logits, group)
         if is_dtensor(labels):
             labels = labels.full_tensor()  # type: ignore[attr-defined]
-        valid = labels.long() != self.ignore_index
+        valid = counted(labels, self.ignore_index)
         if valid.numel() == student_logits.shape[:-1].numel():
             valid = valid.reshape(student_logits.shape[:-1])  # labels [B T] of logits [B, T, V], and reverse
         options: dict[str, Any] = {"temperature": self.temperature, "num_items": num_batch_labels}

@@ -10,7 +10,7 @@ from torch import Tensor
 from minitron_kernels import _native
 from minitron_kernels._backend import pick
 from minitron_kernels._opaque import opaque_op
-from minitron_kernels._tensors import check_no_tangent, check_tensor, extent, levels_of
+from minitron_kernels._tensors import check_no_tangent, check_tensor, extents_meet, levels_of
 from minitron_kernels.ops.gather import reference
 from minitron_kernels.ops.gather.index import ChannelIndex, check_index_tensor
 
@@ -163,8 +163,7 @@ def _check_out(out: Any, weight: Tensor, shape: list[int]) -> None:
         raise ValueError(f"out must not overlap itself, got strides {out.stride()} for {tuple(out.shape)}")
     if torch.compiler.is_compiling() or weight.device.type == "meta" or not weight.numel():
         return
-    (out_begin, out_end), (begin, end) = extent(out), extent(weight)
-    if out_begin < end and begin < out_end:
+    if extents_meet(out, weight):
         raise ValueError("out must not lie within the memory that weight spans")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minitron_kernels._tensors import check_tensor, extent
+from minitron_kernels._tensors import check_tensor, extents_meet
 
 _OWN = "lend each call a buffer of its own"
 _TWICE = f"grad_head_buffer holds the gradient of another call of this backward, which would be lost: {_OWN}"
@@ -70,12 +70,8 @@ def _check_apart(accumulator: Tensor, *inputs: Tensor | None) -> None:
     """Checks that adding to the accumulator changes no input."""
     if torch.compiler.is_compiling() or not _has_memory(accumulator):
         return
-    begin, end = extent(accumulator)
-    for x in inputs:
-        if x is not None and _has_memory(x):
-            first, last = extent(x)
-            if first < end and begin < last:
-                raise ValueError("grad_head_accumulator shares memory with an input, which would be changed")
+    if any(x is not None and _has_memory(x) and extents_meet(accumulator, x) for x in inputs):
+        raise ValueError("grad_head_accumulator shares memory with an input, which would be changed")
 
 
 def _has_memory(x: Tensor) -> bool:

@@ -38,11 +38,16 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     return torch.cat((labels[..., 1:], last), -1)
 
 
+def counted(labels: Tensor, ignore_index: int) -> Tensor:
+    """Where labels are not ignore_index, bool of their shape."""
+    # in int32 torch would wrap an ignore_index beyond it around, to some token
+    return labels.to(torch.int64) != ignore_index
+
+
 @opaque_op("minitron_kernels::labels_to_mask")
 def _labels_to_mask(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
     """[N] bool: labels other than ignore_index; an error if one of those is not a token."""
-    # torch would wrap an ignore_index beyond int32 around, to some token
-    valid = labels.to(torch.int64) != ignore_index
+    valid = counted(labels, ignore_index)
     wrong = valid & ((labels < 0) | (labels >= vocab_size))
     _refuse(labels, wrong, f"ignore_index={ignore_index}", vocab_size)
     return valid

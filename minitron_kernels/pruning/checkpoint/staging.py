@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from minitron_kernels._files import reason
+from minitron_kernels._files import DISK_IS_FULL, reason
 
 ASIDE = "replaced"  # folder of a checkpoint that is being replaced
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # arguments of renameat2 on Linux
@@ -56,7 +56,7 @@ def partial_path(dst: Path) -> Path:
 def write_error(error: OSError, path: Path) -> OSError:
     """The same error, saying which file could not be written and what to do."""
     advice = "the finished files are kept, and the same call goes on from there"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in DISK_IS_FULL:
         advice = f"free some space; {advice}"
     return OSError(error.errno, f"could not be written ({reason(error)}): {advice}", str(path))
 

@@ -40,7 +40,7 @@ def describe(path: Path) -> str:
 
 def _about_scores(path: Path) -> str:
     about, tensors = score_files.read_about(path)
-    config = score_files.config_of(path)
+    config = score_files.config_in(path, about)
     with contextlib.closing(SafetensorsFile(tensors)) as file:
         try:
             return _described(path, about, config, file)

@@ -102,7 +102,12 @@ def config_of(folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: as read_about() does; it is not in the JSON, or of no model.
     """
-    config = read_about(folder)[0].get("config")
+    return config_in(folder, read_about(folder)[0])
+
+
+def config_in(folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """config_of() a folder whose JSON has been read."""
+    config = about.get("config")
     if not isinstance(config, dict):
         raise not_scores(folder / ABOUT, KeyError("config"))
     family_in(folder / ABOUT, config)
