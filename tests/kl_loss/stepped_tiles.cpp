@@ -36,9 +36,11 @@ struct PackCall {
 
 void multiply(void* argument) {
   const GemmCall& x = *static_cast<GemmCall*>(argument);
-  if (!x.amx) return avx512_bf16::gemm(x.M, x.N, x.K, x.lda, kPanel, x.ldc, x.add, x.a, x.b, x.c);
+  // what is fetched ahead lies anywhere, here beyond the operands: a prefetch reads nothing
+  const Ahead ahead{MemoryRows::of(x.a, 200, 3), MemoryRows::of(x.b, 5000)};
+  if (!x.amx) return avx512_bf16::gemm(x.M, x.N, x.K, x.lda, kPanel, x.ldc, x.add, x.a, x.b, x.c, ahead);
   amx::begin_task();
-  amx::gemm(x.M, x.N, x.K, x.lda, kPanel, x.ldc, x.add, x.a, x.b, x.c);
+  amx::gemm(x.M, x.N, x.K, x.lda, kPanel, x.ldc, x.add, x.a, x.b, x.c, ahead);
   amx::end_task();
 }
 
@@ -83,9 +85,9 @@ extern "C" {
 [[gnu::visibility("default")]] void twin_gemm(int amx, int64_t M, int64_t N, int64_t K, int64_t lda,
                                               int64_t ldc, int add, const bf16* a, const bf16* b, float* c) {
   using namespace minitron::MINITRON_SIMD;
-  if (!amx) return dot_gemm<PortableDots>(M, N, K, lda, ldc, add, a, b, c);
+  if (!amx) return dot_gemm<PortableDots>(M, N, K, lda, ldc, add, a, b, c, {});
   PortableTiles tiles;
-  tile_gemm(tiles, M, N, K, lda, ldc, add, a, b, c);
+  tile_gemm(tiles, M, N, K, lda, ldc, add, a, b, c, {});
 }
 
 [[gnu::visibility("default")]] const char* stepped_pack(int kind, const void* src, int64_t src_bytes,

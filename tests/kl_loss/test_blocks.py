@@ -14,7 +14,6 @@ KIB, MIB = 1 << 10, 1 << 20
 CASES = [
     (torch.float64, None),
     (torch.float32, "f32"),
-    (torch.float32, "portable"),
     (torch.bfloat16, "f32"),
     (torch.bfloat16, "bf16"),
     (torch.bfloat16, "portable_bf16"),

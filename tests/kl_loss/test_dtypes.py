@@ -58,13 +58,13 @@ def test_every_combination(schedule, biased):
         check_linear(dtypes, schedule=schedule, biased=biased, seed=seed)
 
 
-@pytest.mark.parametrize("engine", ["f32", "portable", "bf16", "portable_bf16", "portable_amx"])
+@pytest.mark.parametrize("engine", ["f32", "bf16", "portable_bf16", "portable_amx"])
 def test_every_engine(monkeypatch, engine):
     """fp32 operands serve all; bf16 ones what is bf16 throughout, and refuse the rest."""
     force_operands(monkeypatch, engine)
     for seed, dtypes in enumerate(itertools.product(NARROW, repeat=4)):
         for schedule in ("store", "recompute"):
-            if engine in ("f32", "portable") or set(dtypes) == {torch.bfloat16}:
+            if engine == "f32" or set(dtypes) == {torch.bfloat16}:
                 check_linear(dtypes, schedule=schedule, biased=True, seed=seed)
                 continue
             tensors = [
@@ -95,7 +95,7 @@ def test_float64_needs_float64():
         mixed = [x.float() if i == which else x for i, x in enumerate(tensors)]
         with pytest.raises(TypeError, match="float64"):
             mk.linear_kl_loss(*mixed)
-    for engine, dtype in (("f64", torch.float32), ("f32", torch.float64), ("portable", torch.float64)):
+    for engine, dtype in (("f64", torch.float32), ("f32", torch.float64)):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="cannot take"):
             force_operands(patch, engine)
             mk.linear_kl_loss(*(x.to(dtype) for x in tensors))

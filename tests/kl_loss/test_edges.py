@@ -123,7 +123,6 @@ def test_a_share_near_0_leaves_loss_and_gradient_their_digits(beta, distance, ba
 
 ENGINES = [
     (torch.float32, None),
-    (torch.float32, "portable"),
     (torch.bfloat16, "bf16"),
     (torch.bfloat16, "portable_bf16"),
     (torch.float64, None),

@@ -12,7 +12,7 @@ H, HT, V = 40, 72, 200
 # this library's own GEMMs; libtorch's may choose their instructions by a matrix' size
 ENGINES = [
     (torch.float64, None, STEP),
-    (torch.float32, "portable", STEP),
+    (torch.float32, "f32", STEP),
     (torch.bfloat16, "portable_bf16", STEP),
     (torch.bfloat16, "portable_amx", 32),
     (torch.bfloat16, "portable_avx512_bf16", 32),

@@ -26,7 +26,6 @@ SCHEDULES = ["store", "recompute"]
 CASES = [
     (torch.float64, None),
     (torch.float32, None),
-    (torch.float32, "portable"),
     (torch.bfloat16, "bf16"),
     (torch.bfloat16, "portable_bf16"),
     (torch.bfloat16, "f32"),
@@ -262,7 +261,7 @@ def test_schedules_and_forward_only_agree():
     "dtype,operands",
     [
         (torch.float64, None),
-        (torch.float32, "portable"),
+        (torch.float32, None),
         (torch.bfloat16, "bf16"),
         (torch.bfloat16, "portable_bf16"),
         (torch.float16, None),

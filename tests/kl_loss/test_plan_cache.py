@@ -35,7 +35,7 @@ PAIRS = [
     (RECOMPUTE, RECOMPUTE | {"divergence_needs_kl": True}),
     (STORE, RECOMPUTE),
     ({}, {"workspace_bytes": 16 << 20}),
-    ({}, {"engine": "portable"}),
+    ({}, {"engine": "portable_bf16"}),
     ({}, {"metrics": True}),
     ({"teacher_hidden_size": 0}, {"teacher_hidden_size": 0, "outcomes": 5}),
     ({}, {"threads": 3}),

@@ -25,7 +25,6 @@ pytestmark = pytest.mark.native
 SCHEDULES = ["store", "recompute"]
 ENGINES = [
     (torch.float32, None),
-    (torch.float32, "portable"),
     (torch.bfloat16, "bf16"),
     (torch.bfloat16, "portable_bf16"),
     (torch.float16, None),

@@ -30,7 +30,6 @@ SCHEDULES = ["store", "recompute"]
 ENGINES = [
     (torch.float64, None),
     (torch.float32, None),
-    (torch.float32, "portable"),
     (torch.bfloat16, "bf16"),
     (torch.bfloat16, "portable_bf16"),
     (torch.bfloat16, "f32"),

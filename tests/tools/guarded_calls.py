@@ -37,10 +37,10 @@ def guarded(pages: GuardPages, *tensors: Tensor, gap: int = 0) -> list[Tensor]:
 def engines(dtype: torch.dtype) -> list[str]:
     """Those that multiply operands of this dtype here, exactly."""
     if dtype != torch.bfloat16:
-        return ["f32", "portable"]
+        return ["f32"]
     own = [name for name in ("amx", "avx512_bf16") if not OPS.why_no_engine(name)]
     libtorch = ["bf16"] if _native.build_info()["bf16_microkernel"] else []
-    return ["f32", "portable", "portable_bf16", "portable_amx", "portable_avx512_bf16", *libtorch, *own]
+    return ["f32", "portable_bf16", "portable_amx", "portable_avx512_bf16", *libtorch, *own]
 
 
 def dense(size: tuple[int, ...], dtype: torch.dtype, engine: str, gap: int, **options: object) -> Call:

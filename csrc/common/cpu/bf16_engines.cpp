@@ -129,8 +129,8 @@ const char* bf16_engine() {
 }
 
 std::string gemm_engine_report() {
-  const std::string f32 = brgemm_f32() ? "brgemm f32" : "portable f32", chosen = bf16_engine();
-  std::string report = "fp32, fp16: " + f32 + "; bf16: ";
+  const std::string chosen = bf16_engine();
+  std::string report = "float64, fp32, fp16: vector code; bf16: ";
   const std::string without =
       " (AMX: " + why_no_amx() +
       "; AVX512_BF16: " + (why_no_avx512_bf16().empty() ? "slower than fp32 here" : why_no_avx512_bf16()) +
@@ -142,9 +142,8 @@ std::string gemm_engine_report() {
   } else if (chosen == "bf16") {
     report += "brgemm bf16" + without;
   } else {
-    report += f32 + " on operands widened to fp32" + without;
+    report += "vector code on operands widened to fp32" + without;
   }
-  report += "; float64: portable";
   if (!exports_brgemm()) report += ". libtorch does not export brgemm";
   return report;
 }

@@ -15,11 +15,11 @@ namespace amx {
 void begin_task();
 void end_task();
 void gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const bf16* a,
-          const bf16* b, float* c);
+          const bf16* b, float* c, const Ahead& ahead);
 }  // namespace amx
 namespace avx512_bf16 {
 void gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const bf16* a,
-          const bf16* b, float* c);
+          const bf16* b, float* c, const Ahead& ahead);
 }  // namespace avx512_bf16
 
 // Why the kernels cannot be used here; "" where they can. The first call asks the operating system for AMX,

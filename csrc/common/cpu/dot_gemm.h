@@ -6,6 +6,7 @@
 #include <bit>
 #include <cstring>
 
+#include "common/cpu/ahead.h"
 #include "common/cpu/tiles.h"
 
 namespace minitron::MINITRON_SIMD {
@@ -13,13 +14,15 @@ namespace minitron::MINITRON_SIMD {
 constexpr int kDotRows = 4, kDotVectors = kPanel / kTileRows;
 // k of a panel that is multiplied at a time: 16 KiB of it stay in an L1 cache of 32 KiB.
 constexpr int64_t kDotDepth = 128;
+// Between so many k a line is fetched of what comes after the GEMM.
+constexpr int64_t kDotFetchEvery = 16;
 
 // kDotRows rows of a strip of A by kVectors vectors of columns of a panel of B: with all four, 16
 // accumulators, more than the cycles that an instruction takes. Of C `rows` rows and N columns are read and
 // written; with kWhole those are all.
 template <bool kWhole, int kVectors, typename Dots>
 [[gnu::always_inline]] inline void dot_block(int64_t rows, int64_t N, int64_t steps, bool add, const bf16* a,
-                                             const bf16* b, float* c, int64_t ldc) {
+                                             const bf16* b, float* c, int64_t ldc, Fetcher& fetcher) {
   typename Dots::Sums sums[kDotRows][kVectors];
   const auto columns = [&](int row, int vector) { return row < rows ? N - vector * kTileRows : 0; };
 #pragma GCC unroll 4
@@ -38,6 +41,7 @@ template <bool kWhole, int kVectors, typename Dots>
   }
   for (int64_t k = 0; k < steps; ++k, a += kTileElements, b += kTileDepth * kPanel) {
     for (int p = 0; p < kTileDepth; p += 2) {
+      if (p % kDotFetchEvery == 0) fetcher.next();
       typename Dots::Pairs column[kVectors];
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) column[j] = Dots::pairs(b + j * kTileElements + p * kTileRows);
@@ -67,23 +71,24 @@ template <bool kWhole, int kVectors, typename Dots>
 // of the rows and columns is padding, of zeros.
 template <typename Dots>
 [[gnu::noinline]] void dot_edge(int64_t rows, int64_t N, int64_t steps, bool add, const bf16* a,
-                                const bf16* b, float* c, int64_t ldc) {
+                                const bf16* b, float* c, int64_t ldc, Fetcher& fetcher) {
   static_assert(kDotVectors == 4);
   switch (ceil_div(N, kTileRows)) {
     case 1:
-      return dot_block<false, 1, Dots>(rows, N, steps, add, a, b, c, ldc);
+      return dot_block<false, 1, Dots>(rows, N, steps, add, a, b, c, ldc, fetcher);
     case 2:
-      return dot_block<false, 2, Dots>(rows, N, steps, add, a, b, c, ldc);
+      return dot_block<false, 2, Dots>(rows, N, steps, add, a, b, c, ldc, fetcher);
     case 3:
-      return dot_block<false, 3, Dots>(rows, N, steps, add, a, b, c, ldc);
+      return dot_block<false, 3, Dots>(rows, N, steps, add, a, b, c, ldc, fetcher);
     default:
-      return dot_block<false, 4, Dots>(rows, N, steps, add, a, b, c, ldc);
+      return dot_block<false, 4, Dots>(rows, N, steps, add, a, b, c, ldc, fetcher);
   }
 }
 
 template <typename Dots>
 inline void dot_gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldc, bool add, const bf16* a,
-                     const bf16* b, float* c) {
+                     const bf16* b, float* c, const Ahead& ahead) {
+  Fetcher fetcher(ahead);
   for (int64_t k = 0; k < K; k += kDotDepth) {
     const int64_t steps = ceil_div(std::min(kDotDepth, K - k), kTileDepth);
     for (int64_t m = 0; m < M; m += kDotRows) {
@@ -91,9 +96,9 @@ inline void dot_gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldc, 
       const bf16* strip = a + tile_a(m, k, lda);
       if (rows == kDotRows && N == kPanel) {
         dot_block<true, kDotVectors, Dots>(rows, N, steps, add || k > 0, strip, b + tile_b(k, 0), c + m * ldc,
-                                           ldc);
+                                           ldc, fetcher);
       } else {
-        dot_edge<Dots>(rows, N, steps, add || k > 0, strip, b + tile_b(k, 0), c + m * ldc, ldc);
+        dot_edge<Dots>(rows, N, steps, add || k > 0, strip, b + tile_b(k, 0), c + m * ldc, ldc, fetcher);
       }
     }
   }

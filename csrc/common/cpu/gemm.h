@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "common/cpu/ahead.h"
 #include "common/types.h"
 
 namespace minitron {
@@ -22,15 +23,14 @@ struct PanelSize {
 constexpr int64_t kMaxChain = 256;
 
 // C[M, N] = A[M, K] B[K, N], or += with add. N <= kPanel, ldb = kPanel. Op is float, double or bf16 (B in
-// pairs of rows).
+// pairs of rows). Kernels of this library fetch `ahead` into the L2 cache meanwhile.
 template <typename Op, typename A>
 using Gemm = void (*)(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add,
-                      const Op* a, const Op* b, A* c);
+                      const Op* a, const Op* b, A* c, const Ahead& ahead);
 
-// torch's brgemm microkernels, or nullptr where libtorch does not export them or this CPU cannot run them.
+// torch's brgemm microkernel, or nullptr where libtorch does not export it or this CPU cannot run it.
 Gemm<bf16, float> brgemm_bf16();
-Gemm<float, float> brgemm_f32();
-// Whether this libtorch has them at all.
+// Whether this libtorch has it at all.
 bool exports_brgemm();
 // Releases the tile registers (AMX) that brgemm_bf16 may have configured on this thread.
 void brgemm_release();
@@ -44,9 +44,9 @@ Gemm<Op, A> counted(Gemm<Op, A> gemm) {
   if (!counting_flops()) return gemm;
   inner = gemm;
   return [](int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const Op* a,
-            const Op* b, A* c) {
+            const Op* b, A* c, const Ahead& ahead) {
     add_flops(2 * M * N * K);
-    inner.load()(M, N, K, lda, ldb, ldc, add, a, b, c);
+    inner.load()(M, N, K, lda, ldb, ldc, add, a, b, c, ahead);
   };
 }
 

@@ -49,9 +49,9 @@ void begin_task() { asm volatile("ldtilecfg %0" ::"m"(kConfig) : "memory"); }
 void end_task() { asm volatile("tilerelease" ::: "memory"); }
 
 void gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t, int64_t ldc, bool add, const bf16* a,
-          const bf16* b, float* c) {
+          const bf16* b, float* c, const Ahead& ahead) {
   AmxTiles tiles;
-  tile_gemm(tiles, M, N, K, lda, ldc, add, a, b, c);
+  tile_gemm(tiles, M, N, K, lda, ldc, add, a, b, c, ahead.a);
 }
 
 }  // namespace minitron::amx

@@ -30,8 +30,8 @@ struct Avx512Dots {
 }  // namespace
 
 void gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t, int64_t ldc, bool add, const bf16* a,
-          const bf16* b, float* c) {
-  dot_gemm<Avx512Dots>(M, N, K, lda, ldc, add, a, b, c);
+          const bf16* b, float* c, const Ahead& ahead) {
+  dot_gemm<Avx512Dots>(M, N, K, lda, ldc, add, a, b, c, ahead);
 }
 
 }  // namespace minitron::avx512_bf16

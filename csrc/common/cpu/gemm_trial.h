@@ -48,7 +48,7 @@ bool multiplies(Gemm<Op, float> gemm, const GemmTrial& trial, int64_t lda, std::
     for (int64_t n = 0; n < N; ++n) c[m * ldc + n] = add ? 1.0f : kUnwritten;
   }
   try {
-    gemm(M, N, K, lda, kPanel, ldc, add, a.data(), b.data(), c.data());
+    gemm(M, N, K, lda, kPanel, ldc, add, a.data(), b.data(), c.data(), {});
   } catch (const std::exception&) {
     return false;
   }

@@ -11,10 +11,6 @@
 #include "common/memory.h"
 #include "common/types.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace minitron {
 
 using torch::stable::Tensor;
@@ -79,20 +75,6 @@ inline const int64_t* labels_of(const std::optional<Tensor>& x, int64_t length) 
       "labels must be a contiguous int64 tensor of ", length, " elements");
   check_memory(*x, "labels");
   return static_cast<const int64_t*>(x->const_data_ptr());
-}
-
-// For memory that is kept and used again: pages of 2 MiB cause fewer TLB misses. Not for outputs, which are
-// new in every call: on virtual machines that return free huge pages to the host, a new one can cost ten
-// times as much as a small one.
-inline void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = 2u << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
 }
 
 }  // namespace minitron

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/cpu/ahead.h"
 #include "common/cpu/tiles.h"
 
 namespace minitron::MINITRON_SIMD {
@@ -14,12 +15,13 @@ namespace minitron::MINITRON_SIMD {
 constexpr int kTileBlock = 2 * kTileRows;  // rows and columns of C that are in registers
 
 // kStrips strips of A by two neighbouring column tiles of B. Registers 0 to 3 are C, 4 and 5 A, 6 and 7 B: an
-// operand that is loaded serves two products. `ahead` rows of `next`, the block that comes after this one,
-// are fetched with each step.
+// operand that is loaded serves two products. With each step `ahead` rows of `next`, the block that comes
+// after this one, are fetched, and `lines` of what comes after the GEMM.
 template <int kStrips, typename Tiles>
 [[gnu::always_inline]] inline void tile_block(Tiles& t, const bf16* a, int64_t lda, const bf16* b,
                                               int64_t steps, bool add, float* c, int64_t ldc,
-                                              const float* next, int64_t ahead) {
+                                              const float* next, int64_t ahead, Fetcher& fetcher,
+                                              int64_t lines) {
   const int64_t row_bytes = ldc * int64_t(sizeof(float));
   float* const lower = c + kTileRows * ldc;
   if (add) {
@@ -52,6 +54,7 @@ template <int kStrips, typename Tiles>
       __builtin_prefetch(next, 1);
       __builtin_prefetch(next + kTileRows, 1);
     }
+    for (int64_t i = 0; i < lines; ++i) fetcher.next();
   }
   t.template store<0>(c, row_bytes);
   t.template store<1>(c + kTileRows, row_bytes);
@@ -64,26 +67,32 @@ template <int kStrips, typename Tiles>
 // A block of which only some rows and columns are C's.
 template <typename Tiles>
 [[gnu::noinline]] void tile_edge(Tiles& t, int64_t rows, int64_t cols, const bf16* a, int64_t lda,
-                                 const bf16* b, int64_t steps, bool add, float* c, int64_t ldc) {
+                                 const bf16* b, int64_t steps, bool add, float* c, int64_t ldc,
+                                 Fetcher& fetcher, int64_t lines) {
   alignas(64) float block[kTileBlock * kTileBlock] = {};
   for (int64_t r = 0; add && r < rows; ++r) {
     std::memcpy(block + r * kTileBlock, c + r * ldc, cols * sizeof(float));
   }
   if (rows > kTileRows) {
-    tile_block<2>(t, a, lda, b, steps, add, block, kTileBlock, nullptr, 0);
+    tile_block<2>(t, a, lda, b, steps, add, block, kTileBlock, nullptr, 0, fetcher, lines);
   } else {
-    tile_block<1>(t, a, lda, b, steps, add, block, kTileBlock, nullptr, 0);
+    tile_block<1>(t, a, lda, b, steps, add, block, kTileBlock, nullptr, 0, fetcher, lines);
   }
   for (int64_t r = 0; r < rows; ++r) {
     std::memcpy(c + r * ldc, block + r * kTileBlock, cols * sizeof(float));
   }
 }
 
-// Two column tiles of B at a time, which stay in the L1 cache while all of A streams past.
+// Two column tiles of B at a time, which stay in the L1 cache while all of A streams past. What is fetched
+// ahead is of A, which comes from memory: all of B is in the L2 where it has the usual sizes.
 template <typename Tiles>
 [[gnu::always_inline]] inline void tile_gemm(Tiles& t, int64_t M, int64_t N, int64_t K, int64_t lda,
-                                             int64_t ldc, bool add, const bf16* a, const bf16* b, float* c) {
-  const int64_t steps = ceil_div(K, kTileDepth), lines = steps ? ceil_div(kTileBlock, steps) : 0;
+                                             int64_t ldc, bool add, const bf16* a, const bf16* b, float* c,
+                                             const MemoryRows& next_a) {
+  const int64_t steps = ceil_div(K, kTileDepth), c_rows = steps ? ceil_div(kTileBlock, steps) : 0;
+  const int64_t all_steps = ceil_div(M, kTileBlock) * ceil_div(N, kTileBlock) * steps;
+  const int64_t lines = all_steps ? ceil_div(next_a.lines(), all_steps) : 0;
+  Fetcher fetcher({next_a, {}});
   for (int64_t n = 0; n < N; n += kTileBlock) {
     const bf16* columns = b + tile_b(0, n);
     const int64_t cols = std::min<int64_t>(kTileBlock, N - n);
@@ -91,10 +100,11 @@ template <typename Tiles>
       const int64_t rows = std::min<int64_t>(kTileBlock, M - m);
       float* block = c + m * ldc + n;
       if (rows == kTileBlock && cols == kTileBlock) {
-        const int64_t ahead = m + 2 * kTileBlock <= M ? lines : 0;
-        tile_block<2>(t, a + m * lda, lda, columns, steps, add, block, ldc, block + kTileBlock * ldc, ahead);
+        const int64_t ahead = m + 2 * kTileBlock <= M ? c_rows : 0;
+        tile_block<2>(t, a + m * lda, lda, columns, steps, add, block, ldc, block + kTileBlock * ldc, ahead,
+                      fetcher, lines);
       } else {
-        tile_edge(t, rows, cols, a + m * lda, lda, columns, steps, add, block, ldc);
+        tile_edge(t, rows, cols, a + m * lda, lda, columns, steps, add, block, ldc, fetcher, lines);
       }
     }
   }

@@ -97,15 +97,13 @@ inline Engine<bf16, float> tile_engine(Implementation implementation) {
 template <typename F>
 void with_engine(const LinearPlan& plan, F&& f) {
   const CpuKernels& kernels = cpu_kernels();
-  const bool portable = plan.implementation == Implementation::kPortable;
   if (plan.operands == DType::kFloat64) {
     f(Engine<double, double>{kernels.f64.gemm, &kernels.pack_f64, nullptr, nullptr});
   } else if (plan.operands == DType::kFloat32) {
-    const Gemm<float, float> own = kernels.f32.gemm, theirs = portable ? nullptr : brgemm_f32();
-    f(Engine<float, float>{theirs ? theirs : own, &kernels.pack_f32, nullptr, nullptr});
+    f(Engine<float, float>{kernels.f32.gemm, &kernels.pack_f32, nullptr, nullptr});
   } else if (plan.implementation >= Implementation::kAmx) {
     f(tile_engine(plan.implementation));
-  } else if (portable) {
+  } else if (plan.implementation == Implementation::kPortable) {
     f(Engine<bf16, float>{kernels.gemm_bf16, &kernels.pack_bf16, nullptr, nullptr});
   } else {
     if (!brgemm_bf16()) throw std::invalid_argument("this CPU or this libtorch has no bf16 microkernel");

@@ -2,6 +2,7 @@
 // chunks of tokens or a caller's accumulator, else gathered in cache and written once, by whole rows.
 #pragma once
 
+#include "common/cpu/pages.h"
 #include "common/cpu/stream.h"
 #include "kl_loss/cpu/engine.h"
 #include "kl_loss/cpu/linear_workspace.h"
@@ -40,6 +41,9 @@ class HeadGradient {
     const int64_t row = one_group ? tile.begin - first_tile * shape_.plan.tile : tile.begin;
     A* rows = target_.data + row * target_.ld;
     const bool add = chunk.index > 0 || target_.has_value;
+    if (!add && target_.ld == shape_.student_hidden_size) {
+      map_pages(rows, tile.entries * target_.ld * int64_t(sizeof(A)));
+    }
     for (int64_t h = 0; h < shape_.student_hidden_size; h += kPanel) {
       multiply(chunk, tile.entries, dz_transposed, h, add, rows + h, target_.ld);
     }
@@ -66,8 +70,13 @@ class HeadGradient {
     const int64_t cols = std::min<int64_t>(kPanel, shape_.student_hidden_size - h);
     const Op* hidden = workspace_.hidden_packed() + h * chunk.padded;
     for (int64_t n = 0; n < chunk.lanes; n += kMaxChain) {
-      gemm_(rows, cols, std::min(kMaxChain, chunk.lanes - n), chunk.padded, kPanel, ld, add || n > 0,
-            dz_transposed + n * operands_.k_stride, hidden + n * kPanel, out);
+      const int64_t chain = std::min(kMaxChain, chunk.lanes - n);
+      // panels follow each other: behind the last chain the next panel begins
+      const Op* next = hidden + (n + chain < chunk.lanes ? n + chain : chunk.padded) * kPanel;
+      const bool is_last = n + chain >= chunk.lanes && h + kPanel >= shape_.student_hidden_size;
+      const Ahead ahead{{}, MemoryRows::of(next, is_last ? 0 : chain * kPanel)};
+      gemm_(rows, cols, chain, chunk.padded, kPanel, ld, add || n > 0, dz_transposed + n * operands_.k_stride,
+            hidden + n * kPanel, out, ahead);
     }
   }
 
@@ -95,6 +104,7 @@ class HeadGradient {
     if (shape_.plan.stream_head) {
       stream_copy(to, from, bytes);
     } else {
+      map_pages(to, bytes);
       std::memcpy(to, from, bytes);
     }
   }

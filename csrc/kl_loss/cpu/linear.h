@@ -131,10 +131,10 @@ class LinearKL {
   }
 
   // C[tile, panels of tokens] = W[tile, :] X^T for panels [first, last) of the packed hidden states; `done`
-  // is called with each panel when it is finished, and in cache.
+  // is called with each panel when it is finished, and in cache. `then`: of the head that is read after this.
   template <typename F>
   void make_logits(const Matrix& head, const Op* packed, const Chunk& chunk, const Tile& tile, int64_t first,
-                   int64_t last, A* out, int64_t slot, F&& done) const {
+                   int64_t last, A* out, int64_t slot, const MemoryRows& then, F&& done) const {
     const int64_t depth = shape_.depth(head.cols);
     const bool direct = operands_.in_place && head.dtype == kDTypeOf<Op> && depth == head.cols;
     if (depth == 0) {  // of a sum without terms nothing would be written
@@ -153,12 +153,32 @@ class LinearKL {
                       converted);
         a = converted;
       }
+      const bool more = k + chain < depth;
+      const MemoryRows next = more ? block_of(head, tile, k + chain) : then;
       for (int64_t panel = first; panel < last; ++panel) {
-        gemm_(tile.entries, chunk.width(panel), chain, direct ? head.ld : chain, kPanel, kPanel, k > 0, a,
-              packed + (panel * depth + k) * kPanel, out + (panel - first) * panel_size());
+        const Op* b = packed + (panel * depth + k) * kPanel;
+        // the next panel, or the first one's next chain
+        const bool is_last = panel + 1 == last;
+        const Op* next_b = is_last ? packed + (first * depth + k + chain) * kPanel : b + depth * kPanel;
+        const Ahead ahead{next.part(panel - first, last - first),
+                          MemoryRows::of(next_b, is_last && !more ? 0 : chain * kPanel)};
+        gemm_(tile.entries, chunk.width(panel), chain, direct ? head.ld : chain, kPanel, kPanel, k > 0, a, b,
+              out + (panel - first) * panel_size(), ahead);
         if (k + chain == depth) done(panel);
       }
     }
+  }
+
+  // What make_logits reads of a head as one A operand, from column k on.
+  MemoryRows block_of(const Matrix& head, const Tile& tile, int64_t k) const {
+    const int64_t element = bytes_of(head.dtype);
+    return {head.row(tile.begin) + k * element, tile.entries, std::min(kMaxChain, head.cols - k) * element,
+            head.ld * element};
+  }
+  // That of the tile which this thread is likely to take next.
+  MemoryRows block_after(const Matrix& head, const Tile& tile) const {
+    const int64_t next = tile.index + std::min(max_threads(), shape_.plan.threads);
+    return next < shape_.tiles() ? block_of(head, shape_.tile(next), 0) : MemoryRows{};
   }
 
   // Makes the logits of a tile and calls f(panel, logits) for each panel, in scratch memory or where they are
@@ -173,10 +193,11 @@ class LinearKL {
                                         : kept_logits(chunk, tile).at(first * panel_size());
       if (logits.teacher) {
         make_logits(problem_.teacher_head, workspace_.teacher_packed(), chunk, tile, first, last,
-                    logits.teacher, slot, [](int64_t) {});
+                    logits.teacher, slot, block_of(problem_.student_head, tile, 0), [](int64_t) {});
       }
       make_logits(problem_.student_head, workspace_.student_packed(), chunk, tile, first, last,
                   logits.student, slot,
+                  block_after(logits.teacher ? problem_.teacher_head : problem_.student_head, tile),
                   [&](int64_t panel) { f(panel, logits.at((panel - first) * panel_size())); });
     }
   }
@@ -303,10 +324,18 @@ class LinearKL {
         const int64_t depth = shape_.depth(shape_.tile(index).entries);
         const Op* packed = workspace_.head_packed(index, first_tile);
         const auto dz = workspace_.dz(chunk, index, first_tile);
+        const int64_t rows = std::min(height, chunk.lanes - n);
+        MemoryRows next{};
+        if (index + 1 < last_tile) {
+          next = MemoryRows::of(workspace_.dz(chunk, index + 1, first_tile).data + n * dz.ld, dz.ld, rows);
+        }
         for (int64_t h = begin; h < end; h += kPanel) {
           const int64_t cols = std::min<int64_t>(kPanel, shape_.student_hidden_size - h);
-          gemm_(std::min(height, chunk.lanes - n), cols, depth, dz.ld, kPanel, kPanel, index > 0,
-                dz.data + n * dz.ld, packed + h * depth, workspace_.hidden_panel(chunk, h) + n * kPanel);
+          const Op* b = packed + h * depth;
+          const Ahead ahead{next.part((h - begin) / kPanel, ceil_div(end - begin, kPanel)),
+                            MemoryRows::of(b + depth * kPanel, h + kPanel < end ? depth * kPanel : 0)};
+          gemm_(rows, cols, depth, dz.ld, kPanel, kPanel, index > 0, dz.data + n * dz.ld, b,
+                workspace_.hidden_panel(chunk, h) + n * kPanel, ahead);
         }
       }
     });

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "common/cpu/pages.h"
 #include "kl_loss/cpu/linear.h"
 
 namespace minitron {

@@ -9,14 +9,14 @@ namespace minitron::MINITRON_SIMD {
 namespace {
 
 void like_amx(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t, int64_t ldc, bool add, const bf16* a,
-              const bf16* b, float* c) {
+              const bf16* b, float* c, const Ahead& ahead) {
   PortableTiles tiles;
-  tile_gemm(tiles, M, N, K, lda, ldc, add, a, b, c);
+  tile_gemm(tiles, M, N, K, lda, ldc, add, a, b, c, ahead.a);
 }
 
 void like_avx512_bf16(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t, int64_t ldc, bool add,
-                      const bf16* a, const bf16* b, float* c) {
-  dot_gemm<PortableDots>(M, N, K, lda, ldc, add, a, b, c);
+                      const bf16* a, const bf16* b, float* c, const Ahead& ahead) {
+  dot_gemm<PortableDots>(M, N, K, lda, ldc, add, a, b, c, ahead);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ import torch
 from minitron_kernels.ops.kl_loss.checks import byte_count
 
 SCHEDULES = ("auto", "store", "recompute")
-CPU_WORKSPACE_BYTES = 512 << 20  # by default
+CPU_WORKSPACE_BYTES = 576 << 20  # by default: both logits of 512 rows of 131072, and what goes with them
 GPU_WORKSPACE_BYTES = 4 << 30  # by default: dz of 8192 rows of 131072, and logits of 2048 of them
 
 

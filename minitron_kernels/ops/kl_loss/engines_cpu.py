@@ -14,8 +14,7 @@ ENGINES = {
     "avx512_bf16": (torch.bfloat16, "avx512_bf16"),
     "portable_amx": (torch.bfloat16, "portable_amx"),
     "portable_avx512_bf16": (torch.bfloat16, "portable_avx512_bf16"),
-    "f32": (torch.float32, "libtorch"),
-    "portable": (torch.float32, "portable"),
+    "f32": (torch.float32, "portable"),
     "f64": (torch.float64, "portable"),
 }
 # the numbers of LinearPlan in csrc/kl_loss/cpu/linear_plan.h, which a test compares

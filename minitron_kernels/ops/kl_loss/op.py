@@ -260,7 +260,7 @@ def linear_kl_loss(
         schedule: "auto", "store" (4 GEMMs, keeps the logits of a chunk of tokens; on a GPU the dz
             of all tokens, or of as many as the budget allows), or "recompute" (6 GEMMs,
             keeps a part of the vocabulary); see plan_linear_kl_loss().
-        workspace_bytes: budget in bytes for scratch memory, by default 512 MiB on the CPU, where it is kept
+        workspace_bytes: budget in bytes for scratch memory, by default 576 MiB on the CPU, where it is kept
             between calls (see release_workspaces()), and 4 GiB of torch's own on a GPU, of
             which a call takes what its plan needs.
         return_parts: see kl_loss().

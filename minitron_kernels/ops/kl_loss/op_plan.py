@@ -59,12 +59,12 @@ def plan_linear_kl_loss(
             the GEMMs and flops are those of forward and backward.
         divergence_needs_kl: JSD with 0 < beta < 1, which looks at the logits once more.
         schedule: "auto", "store" or "recompute".
-        workspace_bytes: budget in bytes, 512 MiB by default, 4 GiB on a GPU. It bounds all that the call
+        workspace_bytes: budget in bytes, 576 MiB by default, 4 GiB on a GPU. It bounds all that the call
             allocates beyond inputs and outputs, but for fp32 sums of gradients (accumulator_bytes).
-        engine: what multiplies, by default what runs fastest here. CPU only. "f32" or "f64" operands; bf16
-            ones by "amx" or "avx512_bf16", kernels of this library for these instructions, or "bf16",
-            libtorch's. On any CPU "portable" and "portable_bf16", fp32 and bf16 operands in vector code of
-            this library, and for tests "portable_amx" and "portable_avx512_bf16".
+        engine: what multiplies, by default what runs fastest here. CPU only. "f32" or "f64" operands, in
+            vector code of this library; bf16 ones by "amx" or "avx512_bf16", its kernels for these
+            instructions, or "bf16", libtorch's. For tests, on any CPU, bf16 ones by "portable_bf16",
+            "portable_amx" and "portable_avx512_bf16".
         device: "cpu", or "cuda" for CUDA and ROCm.
         gpu: "A100", "H100", "H200" or "B200", whose rates are assumed. By default those of the GPU at
             `device`, or of an H100 where there is none.

@@ -33,9 +33,9 @@ _MAX_FORWARD_CHUNK = 1024
 # smaller chunks multiply slowly, and a tight budget is not meant to buy an fp32 head gradient
 _MIN_STORE_ROWS = 128
 _MIN_STORED_SHARE = 0.75  # with schedule="store"
-# chunks leave room for the scratch memory of so many threads, if one thread then takes at most so much longer
-_THREADS_OF_CHUNKS = (64, 8)
-_PRICE_OF_ROOM = 1.1
+_THREADS_OF_MEMORY = 8  # use all of its bandwidth
+# threads of the machines that chunks are chosen for
+_THREADS_OF_CHUNKS = (1, 8, 64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,33 +139,40 @@ class Planner:
     def plan(self, schedule: str) -> CpuPlan:
         """The cheapest plan within the budget; ValueError if there is none."""
         usual = self.in_usual_chunks(schedule)
+        return self.cheapest(schedule, [usual.chunk_rows]) or usual
+
+    def cheapest(self, schedule: str, chunk_rows: Sequence[int] | None = None) -> CpuPlan | None:
+        """The cheapest plan for all threads, or fewer; None if there is none."""
         plans: list[CpuPlan] = []
         for threads in halves(self.threads):
             here = dataclasses.replace(self, threads=threads)
-            plans += here.plans(schedule, [usual.chunk_rows])
+            plans += here.plans(schedule, chunk_rows)
             if any(p.tile_group == here.tile_groups(p.chunk_rows)[0] for p in plans):
                 break  # more memory for fewer threads would gain nothing
-        return min(plans, key=self.cost) if plans else usual
+        return min(plans, key=self.cost, default=None)
 
     def in_usual_chunks(self, schedule: str) -> CpuPlan:
         """The plan of one thread with caches of usual sizes, whose chunks every machine takes.
 
-        Where it costs little, they are those for several threads, each of which needs scratch memory: else
-        the memory of a machine with many would go to it, and not to logits.
+        They are those which suit one thread, or several, each of which needs scratch memory that is then not
+        there for logits: the ones with the least cost on such machines, each in multiples of its best.
         """
-        alone = dataclasses.replace(self, threads=1, caches=Caches())
-        plans = alone.plans(schedule)
-        if not plans:
+        usual = [dataclasses.replace(self, threads=n, caches=Caches()) for n in _THREADS_OF_CHUNKS]
+        best = [machine.cheapest(schedule) for machine in usual]
+        found = [plan for plan in best if plan is not None]
+        if not found:
             self.refuse(schedule)
-        best = min(plans, key=self.cost)
-        for threads in _THREADS_OF_CHUNKS:
-            shared = dataclasses.replace(alone, threads=threads).plans(schedule)
-            if shared:
-                rows = min(shared, key=self.cost).chunk_rows
-                roomy = min(alone.plans(schedule, [rows]), key=self.cost)
-                if self.cost(roomy) <= _PRICE_OF_ROOM * self.cost(best):
-                    return roomy
-        return best
+        least = [self.cost(plan) for plan in found]
+
+        def multiples(rows: int) -> float:
+            plans = [machine.cheapest(schedule, [rows]) for machine in usual]
+            costs = [self.cost(p) if p else math.inf for p in plans]
+            return sum((cost + 1) / (lowest + 1) for cost, lowest in zip(costs, least, strict=True))
+
+        rows = min(dict.fromkeys(p.chunk_rows for p in found), key=multiples)
+        plan = usual[0].cheapest(schedule, [rows])
+        assert plan is not None  # what serves several threads has memory for one
+        return plan
 
     def refuse(self, schedule: str) -> NoReturn:
         """The error for a budget with which not even one thread has a plan."""
@@ -259,8 +266,9 @@ class Planner:
         """Time: flops of a thread, and what else takes time in units of flops, as measured on AVX-512 CPUs.
 
         An element of a head that is widened or fetched for a chunk costs as much as about 50 flops, one of
-        its gradient that is read and written once more 100, one of a hidden state that is packed 100, and a
-        barrier between threads 1e6 each. In a group each tile is a task: threads beyond its tiles wait.
+        its gradient that is added up over one chunk more 300, one of a hidden state that is packed 100, and a
+        barrier between threads 1e6 each. In a group each tile is a task: threads beyond its tiles wait. What
+        goes through memory does so no faster with more than a few threads.
         """
         heads = self.student_hidden_size + self.teacher_hidden_size
         passes = plan.num_chunks * (2 - plan.stored_share if plan.schedule != "forward" else 1)
@@ -274,8 +282,9 @@ class Planner:
         of_tiles = made_again * heads + self.student_hidden_size * self.grad_head
         turns = whole * -(-plan.tile_group // plan.threads) + -(-rest // plan.threads)
         waits = (turns * plan.threads - self.num_tiles) * 2 * self.num_tokens * self.tile * of_tiles
-        work = plan.flops + 50 * fetched + 100 * again + 100 * packed
-        return (work + waits) / plan.threads + 1e6 * groups * plan.num_chunks
+        work = (plan.flops + 100 * packed + waits) / plan.threads
+        moved = (50 * fetched + 300 * again) / min(plan.threads, _THREADS_OF_MEMORY)
+        return work + moved + 1e6 * groups * plan.num_chunks
 
     def fits(self, plan: CpuPlan) -> bool:
         """Whether a plan is within the budget."""
