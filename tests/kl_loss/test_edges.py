@@ -116,9 +116,36 @@ def test_a_share_near_0_leaves_loss_and_gradient_their_digits(beta, distance, ba
     student.requires_grad_()
     got = mk.kl_loss(student, teacher, divergence=beta, reduction="none", backend=backend)
     got.sum().backward()
-    # a loss goes with the square of the log-ratios, which are of logits of about 8 in fp32
-    assert ((got.double() - loss).abs() / loss).max() < (1e-5 if distance == 1 else 5e-4)
+    assert ((got.double() - loss).abs() / loss).max() < 1e-5
     assert (student.grad.double() - grad).norm() / grad.norm() < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("distance", [1e-4, 1e-5])
+@pytest.mark.parametrize("beta", [1e-8, 1e-5, 0.5, 1 - 1e-5])
+def test_a_mixture_close_to_its_models(beta, distance, backend, simd_level):
+    """Its loss goes with the square of log-ratios, and no term of it is below 0."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(16, 1000, generator=generator) * 2
+    teacher = student + distance * torch.randn(16, 1000, generator=generator)
+    loss, grad = mixture_truth(student, teacher, beta)
+    student.requires_grad_()
+    got = mk.kl_loss(student, teacher, divergence=beta, reduction="none", backend=backend)
+    got.sum().backward()
+    # log-sum-exps are rounded to fp32, and the loss has the square of that
+    allowed = 1e-5 * loss + 3e-14 * beta * (1 - beta)
+    assert ((got.double() - loss).abs() <= allowed).all()
+    assert (student.grad.double() - grad).norm() / grad.norm() < 1e-5
+
+
+def test_a_mixture_of_models_that_all_but_agree_is_not_negative(simd_level):
+    for V in (2, 17, 1000):
+        for distance in (1e-5, 1e-6, 1e-7, 1e-8):
+            generator = torch.Generator().manual_seed(V)
+            teacher = torch.randn(64, V, generator=generator)
+            student = teacher + distance * torch.randn(64, V, generator=generator)
+            for beta in (1e-5, 0.1, 0.5):
+                assert (mk.kl_loss(student, teacher, divergence=beta, reduction="none") >= 0).all()
 
 
 ENGINES = [

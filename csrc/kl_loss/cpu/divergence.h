@@ -72,6 +72,18 @@ inline Vec<A> expm1_minus_x(Vec<A> x) {
   return x * x * series;
 }
 
+// x - log(1 + x) >= 0 for -0.4 < x < 0.7, to a few ulps: log(1 + x) = 2 atanh(y), y = x / (2 + x), by its
+// series.
+template <typename A>
+inline Vec<A> x_minus_log1p(Vec<A> x) {
+  constexpr int kTerms = sizeof(A) == 4 ? 6 : 14;
+  const Vec<A> y = x / (x + A(2)), y2 = y * y;
+  Vec<A> series = splat(A(1) / (2 * kTerms + 1));
+#pragma GCC unroll 16
+  for (int i = kTerms - 1; i > 0; --i) series = series * y2 + A(1) / (2 * i + 1);
+  return y * (x - A(2) * y2 * series);
+}
+
 // A token's term of KL(P || Q), p (log p - log q) + q - p, with log_ratio = log p - log q and excess =
 // expm1_minus_x(-log_ratio). All terms are >= 0 and the extra q - p sums to 0, so nothing cancels in the sum.
 // Close to each other, p and q are not subtracted at all: the last bits of their normalisers would be as
@@ -112,22 +124,30 @@ inline Terms<A> divergence_terms(Vec<A> s, Vec<A> t, const RowStats<A>& row, con
     return {kl_term<A>(p_s, p_t, minus_d, excess, small), Vec<A>{}, weigh<A>(p_s, minus_d - row.kl), p_s};
   } else {
     static_assert(kDivergence == Divergence::kJSD);
-    // log m, m = beta p_t + (1 - beta) p_s, measured from the larger of the two, so that no exponential
-    // overflows
-    const auto student_larger = d <= A(0);
-    const Vec<A> distance = student_larger ? d : minus_d;
-    const Vec<A> far = student_larger ? splat(shares.teacher) : splat(shares.student);
-    const Vec<A> near = student_larger ? splat(shares.student) : splat(shares.teacher);
-    const Vec<A> em1 = expm1_nonpositive<A>(distance), power = exp_nonpositive<A>(distance);
-    const Vec<A> larger_over_m = -log1p_of<A>(far * em1, near + far * power);  // log (larger / m)
-    // Where m is mostly the smaller one it is measured from that, m = smaller (1 + b): the difference of two
-    // similar logarithms would be larger than all that a share near 0 leaves of loss and gradient.
-    const Vec<A> b = near * (-em1 / power);
-    const Vec<A> smaller_over_m = b < A(0.7) ? -log1p_of<A>(b, A(1) + b) : distance + larger_over_m;
-    const Vec<A> s_over_m = student_larger ? larger_over_m : smaller_over_m;
-    const Vec<A> t_over_m = student_larger ? smaller_over_m : larger_over_m;
-    const Vec<A> kl = weigh<A>(p_s, s_over_m);
-    return {weigh<A>(p_t, t_over_m) * shares.teacher + kl * shares.student, kl,
+    // A token by the larger of its probabilities, p, with `own` and `other`, the shares in M of that model
+    // and of the other one:
+    //   smaller = p e = p (1 + u)    m = p (1 + a), a = other u    m = smaller (1 + b), b = own (-u / e)
+    // Nothing overflows but b, to infinity. A model's term is its probability times log (probability / m),
+    // plus m less the probability, as in kl_term(): no term is negative, and none is the small difference of
+    // two.
+    const Mask<A> student_larger = d <= A(0);
+    const Vec<A> p = student_larger ? p_s : p_t, distance = student_larger ? d : minus_d;
+    const Vec<A> own = student_larger ? splat(shares.student) : splat(shares.teacher);
+    const Vec<A> other = student_larger ? splat(shares.teacher) : splat(shares.student);
+    const Vec<A> u = expm1_nonpositive<A>(distance), e = exp_nonpositive<A>(distance);
+    const Vec<A> a = other * u, b = own * (-u / e);
+    const Vec<A> log_m = log1p_of<A>(a, own + other * e);  // log (m / p)
+    const Vec<A> excess = x_minus_log1p<A>(b);
+    const Mask<A> near = b < A(0.7);
+    const Vec<A> larger = weigh<A>(p, a > A(-0.4) ? x_minus_log1p<A>(a) : a - log_m);
+    const Vec<A> smaller = weigh<A>(p, near ? e * excess : weigh<A>(e, distance - log_m) - own * u);
+    const Vec<A> smaller_over_m = near ? excess - b : distance - log_m;
+    const Vec<A> of_teacher = student_larger ? smaller : larger;
+    const Vec<A> of_student = student_larger ? larger : smaller;
+    // kl without the extra part: what an error of lse_diff adds to all log-ratios of a row is then in kl too,
+    // and the gradient, which is their difference, is without it.
+    const Vec<A> s_over_m = student_larger ? -log_m : smaller_over_m, kl = weigh<A>(p_s, s_over_m);
+    return {of_teacher * shares.teacher + of_student * shares.student, kl,
             weigh<A>(p_s, s_over_m - row.kl) * shares.student, p_s};
   }
 }

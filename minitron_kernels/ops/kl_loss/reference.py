@@ -30,6 +30,20 @@ def _expectation(p: Tensor, values: Tensor) -> Tensor:
     return (p * values.masked_fill(without_mass, 0.0)).sum(-1)
 
 
+def _over_mixture(log_s: Tensor, log_t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log(S / M) and log(T / M), M = beta T + (1 - beta) S, of tokens that one of the two may mask out.
+
+    From the log-ratio, by log1p and expm1: logarithms of about 10 would have no digits left of a log-ratio
+    of 1e-6, or of beta = 1e-8.
+    """
+    nowhere = (log_s == -math.inf) & (log_t == -math.inf)
+    d = (log_t - log_s).masked_fill(nowhere, 0.0)
+    apart = d > 30.0  # what its exponential might overflow; each side computes with 0 where the other holds
+    near = -torch.log1p(beta * torch.expm1(d.masked_fill(apart, 0.0)))
+    far = -torch.log(beta + (1.0 - beta) * torch.exp(-d.masked_fill(~apart, 0.0)))
+    return torch.where(apart, far - d, near), torch.where(apart, far, d + near)
+
+
 def kl_divergence_rows(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -64,13 +78,8 @@ def kl_divergence_rows(
         return _expectation(p_t, log_t - log_s)
     if beta == 1.0:
         return _expectation(p_s, log_s - log_t)
-    nowhere = (log_s == -math.inf) & (log_t == -math.inf)  # logaddexp has no derivative there
-    # logarithms of tensors: torch.compile keeps those symbolic, and no new beta compiles anew
-    log_beta, log_rest = (s.new_ones((), dtype=torch.float64).mul(x).log() for x in (beta, 1.0 - beta))
-    log_m = torch.logaddexp(
-        log_t.masked_fill(nowhere, 0.0) + log_beta, log_s.masked_fill(nowhere, 0.0) + log_rest
-    )
-    loss = beta * _expectation(p_t, log_t - log_m) + (1.0 - beta) * _expectation(p_s, log_s - log_m)
+    s_over_m, t_over_m = _over_mixture(log_s, log_t, beta)
+    loss = beta * _expectation(p_t, t_over_m) + (1.0 - beta) * _expectation(p_s, s_over_m)
     return loss.to(dtype)
 
 
