@@ -95,6 +95,27 @@ def test_no_ids_leave_the_cross_entropy_alone(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_kl_of_weight_0_is_left_out_though_it_is_infinite(backend, reduction):
+    """Reverse KL is, where the ids have all of the teacher's probability."""
+    hidden, head = student()
+    log_p, ids, _, _ = teacher(5)
+    logprobs = log_p.gather(1, ids).log_softmax(-1)
+    labels = torch.arange(N) * 7 % V
+    rest = (ids, logprobs, torch.full((N,), -math.inf, dtype=torch.float64))
+    options = {"labels": labels, "kl_weight": 0.0, "ce_weight": 1.0, "divergence": "reverse_kl"}
+    options |= {"reduction": reduction, "backend": backend}
+    truth = torch.nn.functional.cross_entropy(hidden @ head.T, labels, reduction=reduction)
+    expected = torch.autograd.grad(truth.sum(), (hidden, head))
+    linear = mk.linear_sparse_kl_loss(hidden, head, *rest, **options)
+    rows = mk.sparse_kl_loss(hidden @ head.T, *rest, **options)
+    for loss in (linear, rows):
+        torch.testing.assert_close(loss, truth, rtol=1e-11, atol=0)
+        for actual, grad in zip(torch.autograd.grad(loss.sum(), (hidden, head)), expected, strict=True):
+            assert relative(actual, grad.numpy()) < 1e-11
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_padded_row_is_the_row_without_padding(backend):
     hidden, head = student()
     log_p, ids, logprobs, _ = teacher(6)
@@ -213,15 +234,16 @@ def test_from_logits(monkeypatch, dtype, reduction, divergence):
     assert relative(grad[:, :V], true_grad[:, :V].numpy()) < max(rounds, 3e-3 * (dtype == torch.bfloat16))
 
 
-@pytest.mark.native
-def test_all_smoothing_and_a_label_that_is_masked_out():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_smoothing_and_a_label_that_is_masked_out(backend):
     """The label's own part has no weight then; the mean over all tokens is infinite."""
     hidden, head = student()
     logits = (hidden @ head.T).detach()
     logits[1, 7] = -math.inf
     labels = torch.full((N,), 7)
     setup = {"labels": labels, "ce_weight": 1.0, "kl_weight": 0.0, "label_smoothing": 1.0}
-    record = mk.sparse_kl_loss(logits, *teacher(3)[1:], return_parts=True, reduction="none", **setup)
+    setup |= {"return_parts": True, "reduction": "none", "backend": backend}
+    record = mk.sparse_kl_loss(logits, *teacher(3)[1:], **setup)
     assert record.ce[1] == math.inf and record.ce.isfinite().sum() == N - 1
 
 

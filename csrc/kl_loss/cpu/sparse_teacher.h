@@ -139,8 +139,12 @@ class SparseTeacher : public TokenRows<Op, A> {
     kernels_.row_forward(row, row_options_, &loss, stats, nullptr, nullptr);
     set_loss(chunk, n, loss);
     if (!shape_.has_grad()) return;
-    kernels_.row_backward(row, row_options_, stats, workspace_.row_weights(chunk)[n], nullptr,
-                          grads(chunk, n));
+    const A weight = workspace_.row_weights(chunk)[n];
+    if (weight == A(0)) {  // leaves the divergence out, even if its gradient is not finite
+      std::fill_n(grads(chunk, n), sparse_.k + 1, A(0));
+    } else {
+      kernels_.row_backward(row, row_options_, stats, weight, nullptr, grads(chunk, n));
+    }
     tail_lse(chunk)[n] = outcomes[sparse_.k];
     tail_grad(chunk)[n] = grads(chunk, n)[sparse_.k];
   }

@@ -107,7 +107,8 @@ def metrics_rows(
         zero = torch.zeros_like(entropy)
         return zero, entropy, zero
     label_logprob = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    ce = -(1.0 - label_smoothing) * label_logprob
+    # neither part where it has no weight: it may be infinite
+    ce = -(1.0 - label_smoothing) * label_logprob if label_smoothing < 1 else torch.zeros_like(entropy)
     if label_smoothing:
         ce = ce - label_smoothing * log_p.mean(-1)
     return ce.masked_fill(labels < 0, 0.0), entropy, label_logprob.masked_fill(labels < 0, 0.0)

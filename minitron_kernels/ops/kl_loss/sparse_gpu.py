@@ -93,6 +93,8 @@ class SparseCall(Call):
         if self.weight is not None:
             weight, out = self.weight[rows], self.grad_outcomes[rows]
             self.epilogues.grad(logits, mask, weight, stats, out, count, self.row_options)
+            if self.of_tokens.metrics is not None:  # a KL of weight 0 is left out, even if it is infinite
+                out.masked_fill_((weight == 0)[:, None], 0.0)
 
     def _places(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """Which ids are in a tile, and their columns: for the others one behind the tile's last."""
