@@ -17,6 +17,7 @@ from distillation.trainer_cases import (
     assert_no_worse,
     assert_same_gradients,
     big_batch,
+    checkpointing,
     models,
     plain_means,
     ragged,
@@ -63,7 +64,7 @@ def test_micro_batches_without_tokens(masked):
 
 
 def test_gradient_checkpointing():
-    gradients, expected, _ = step(activation_checkpointing=True)
+    gradients, expected, _ = step(**checkpointing())
     assert_same_gradients(gradients, expected)
 
 

@@ -1,5 +1,7 @@
 """What DistillationTrainer refuses, and how it says so."""
 
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("transformers", reason="DistillationTrainer is a transformers.Trainer")
@@ -78,3 +80,23 @@ def test_evaluation_without_labels_is_refused():
     made, _ = trainer(*models(), ragged(), eval_dataset=rows, data_collator=None)
     with pytest.raises(ValueError, match="must have labels, got input_ids"):
         made.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("version", "is_old"), [("1.12.0", True), ("0.34.2", True), ("1.13.0", False), ("2.0.0.dev0", False)]
+)
+def test_an_accelerate_that_would_resume_fsdp_wrongly_is_refused(version, is_old, monkeypatch):
+    from minitron_kernels.distillation.trainers import hf_fsdp
+
+    monkeypatch.setattr(hf_fsdp.importlib.metadata, "version", lambda name: version)
+    made = SimpleNamespace(
+        args=SimpleNamespace(fsdp=True, device=torch.device("cpu"), world_size=1),
+        accelerator=SimpleNamespace(state=SimpleNamespace()),
+    )
+    if is_old:
+        with pytest.raises(ValueError, match=rf"fsdp needs accelerate 1\.13 or later, here is {version}"):
+            hf_fsdp.prepare_fsdp(made)
+    else:
+        hf_fsdp.prepare_fsdp(made)
+    made.args.fsdp = False
+    hf_fsdp.prepare_fsdp(made)

@@ -10,6 +10,7 @@ from distillation.trainer_cases import (
     assert_no_worse,
     assert_same_gradients,
     big_batch,
+    checkpointing,
     collate,
     doubled,
     grads,
@@ -72,7 +73,7 @@ def fsdp2_with_sharded_checkpoints():
 
 def ddp_with_checkpointing():
     """Without a search for unused parameters."""
-    return {"activation_checkpointing": True}
+    return checkpointing()
 
 
 def bf16(options=None):

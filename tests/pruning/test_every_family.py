@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from minitron_kernels.pruning.families.refused import REFUSALS
 from minitron_kernels.pruning.families.registry import family_of
@@ -54,6 +55,7 @@ def test_the_page_is_up_to_date():
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     if f"transformers {family_page.version()} has" not in page:
         pytest.skip("the page is about another version of transformers")
+    assert [case.model_type for case in CASES.values() if case.model_type not in CONFIG_MAPPING] == []
     assert family_page.written(page) == page, (
         "run python -m tools.family_page --write ../docs/families.md in tests/"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from typing import Any
 
 import torch
@@ -12,6 +14,10 @@ from minitron_kernels._tensors import is_dtensor
 from minitron_kernels.distillation.causal_lm import CausalLM, attach
 from minitron_kernels.distillation.layers import decoder_layers
 
+# accelerate 1.6 puts the states of an optimizer of FSDP2 back wrongly, without a word; in 1.13 shards too are
+# read into what the optimizer has then
+OLDEST_ACCELERATE = (1, 13)
+
 
 def prepare_fsdp(trainer: Any) -> None:
     """Lets a trainer, whose accelerator is new, have the FSDP2 that its args ask for.
@@ -21,11 +27,13 @@ def prepare_fsdp(trainer: Any) -> None:
     here both stay in fp32.
 
     Raises:
-        ValueError: args.use_cpu with a torch that would shard onto a GPU.
+        ValueError: accelerate is older than OLDEST_ACCELERATE; args.use_cpu with a torch that would shard
+            onto a GPU.
     """
     args, state = trainer.args, trainer.accelerator.state
     if not args.fsdp or getattr(trainer, "is_fsdp_xla_enabled", False):
         return
+    _check_accelerate()
     if args.device.type == "cpu" and args.world_size > 1:
         _take_on_cpu(state, args)
         trainer.is_fsdp_enabled = True
@@ -34,6 +42,15 @@ def prepare_fsdp(trainer: Any) -> None:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def _check_accelerate() -> None:
+    version, oldest = importlib.metadata.version("accelerate"), ".".join(map(str, OLDEST_ACCELERATE))
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_ACCELERATE:
+        raise ValueError(
+            f"fsdp needs accelerate {oldest} or later, here is {version}: what an older one resumes "
+            "may go on with other states of the optimizer (pip install -U accelerate)"
+        )
 
 
 def _take_on_cpu(state: Any, args: Any) -> None:
