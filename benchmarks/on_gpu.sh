@@ -222,7 +222,7 @@ sys.exit(not (mk.__file__.startswith(sys.argv[1]) and _native.available()))' "$s
 install_package() {
   local pip=("$python" -m pip install --quiet --no-deps --no-index --disable-pip-version-check)
   pip+=(--target "$site")
-  local wheel arch
+  local wheel arch known
   if [[ -d $site/minitron_kernels ]] && installed; then return 0; fi
   for wheel in "$root"/minitron_kernels*.whl "$root"/dist/minitron_kernels*.whl; do
     [[ -e $wheel ]] || continue
@@ -234,9 +234,12 @@ install_package() {
   if [[ $device == cuda ]]; then
     arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' | tail -n 1)
     [[ -n $arch ]] || return 1
-    export MINITRON_CUDA_ARCHS=$arch
+    # a compiler older than this GPU: the newest that it knows, whose PTX the driver compiles
+    known=$(nvcc --list-gpu-arch 2> /dev/null | tr -dc '0-9\n' | sort -n \
+      | awk -v a="$arch" '$1 <= a' | tail -n 1)
+    export MINITRON_CUDA_ARCHS=${known:-$arch}
   fi
-  echo "build: $device, architecture ${arch:-none}"
+  echo "build: $device, architecture ${MINITRON_CUDA_ARCHS:-none} of a GPU ${arch:-none}"
   MINITRON_BUILD=$device "${pip[@]}" --upgrade --no-build-isolation "$root" && installed
 }
 
@@ -259,6 +262,7 @@ gpu_tests() {
   if [[ $device == cpu ]]; then
     options+=(--collect-only)
   elif "$python" -c 'import xdist' 2> /dev/null; then options+=("$@"); fi
+  trap : TERM # at the step's limit pytest still says what has failed: wait for it
   cd "$root" && "$python" -m pytest "${options[@]}" "${files[@]}"
   local code=$?
   [[ $code == 5 ]] && echo 'no such tests' && return 0 # nothing was collected

@@ -2,7 +2,8 @@
 
 CPU tensor: native C++ if built, else the reference. CUDA tensor: native CUDA if built, else Triton. ROCm
 tensor: Triton. Any other: the reference. A backend that the caller names never falls back to another; only
-"auto" does. pick() and why_not() are look-ups in tables, so that torch.compile traces through them.
+"auto" does. pick() and why_not() are look-ups in tables, so that torch.compile traces through them; but the
+first time that a GPU is met, a native kernel is launched on it, to see that it can be.
 """
 
 from __future__ import annotations
@@ -72,11 +73,34 @@ _AUTO: dict[tuple[str, str], str] = {
 }
 
 
+# index of a GPU -> why the native kernels do not run on it, or None
+_ON_GPU: dict[int, str | None] = {}
+
+
 def why_not(op: str, backend: str, device: torch.device) -> str | None:
     """Why `backend` cannot serve `op` for tensors on `device`; None where it can."""
     if device.type not in DEVICES:
         return None if backend == "reference" else f"there are no {backend} kernels for {device.type}"
-    return _WHY_NOT[op, backend, device.type]
+    reason = _WHY_NOT[op, backend, device.type]
+    if reason is None and backend == "native" and device.type == "cuda":
+        return _why_not_on_gpu(device.index)
+    return reason
+
+
+def _why_not_on_gpu(index: int | None) -> str | None:
+    """Found out once, where that can be: not by who only traces, nor for a tensor without memory."""
+    if index in _ON_GPU:
+        return _ON_GPU[index]
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return None
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    if index is None:
+        return _why_not_on_gpu(torch.cuda.current_device())
+    _ON_GPU[index] = _native.why_not_on_gpu(index)
+    return _ON_GPU[index]
 
 
 def pick(op: str, device: torch.device, backend: str, dtype: torch.dtype = torch.float32) -> str:
@@ -95,7 +119,10 @@ def pick(op: str, device: torch.device, backend: str, dtype: torch.dtype = torch
     if backend == "auto" and dtype == torch.float64 and device.type != "cpu":
         return "reference"
     if backend == "auto":
-        return _AUTO.get((op, device.type), "reference")
+        chosen = _AUTO.get((op, device.type), "reference")
+        if chosen == "native" and device.type == "cuda" and _why_not_on_gpu(device.index) is not None:
+            return "triton" if _WHY_NOT[op, "triton", "cuda"] is None else "reference"
+        return chosen
     if backend not in BACKENDS:
         raise ValueError(f'backend must be "auto", "native", "triton" or "reference", got {backend!r}')
     reason = why_not(op, backend, device)

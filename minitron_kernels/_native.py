@@ -138,3 +138,21 @@ def build_info() -> dict[str, Any]:
 def location() -> str | None:
     """The path of the extension's file; None where it is not loaded."""
     return _MODULE.__file__ if _MODULE is not None else None
+
+
+def why_not_on_gpu(index: int) -> str | None:
+    """Why the CUDA kernels do not run on this GPU; None where they do. Launches one, which changes nothing.
+
+    A GPU may be older than all that was compiled, or newer than what its driver can compile; and a driver
+    may be older than the toolkit.
+    """
+    device = torch.device("cuda", index)
+    # before: that there is no memory is another error
+    grad, one = torch.ones(2, 1, dtype=torch.float32, device=device).unbind()
+    try:
+        torch.ops.minitron_kernels.kl_scale_grad_(grad, one[0])
+    except RuntimeError as error:
+        built = " ".join(build_info()["cuda_archs"])
+        found = str(error).splitlines()[0]
+        return f"the kernels, built for {built}, do not run on {torch.cuda.get_device_name(index)}: {found}"
+    return None

@@ -13,6 +13,8 @@ from minitron_kernels import _backend, _native
 
 def report() -> str:
     """The facts and the tables."""
+    if torch.cuda.is_available():
+        torch.cuda.init()  # else nobody asks the GPU whether the kernels run on it
     picked = [(op, *(_auto(op, device) for device in ("cpu", "cuda"))) for op in _backend.OPS]
     lines = [f"{name:<14}{value}" for name, value in facts()]
     lines += ["", *table([("op", "backend", "device", "usable here"), *rows()])]

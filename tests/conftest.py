@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import filecmp
 import importlib.machinery
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,6 +101,9 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     if config.getoption("--require-native") and not _native.available():
         raise pytest.UsageError(f"--require-native, but {_native.reason()}")
+    # a run that is stopped, as by `timeout`, says what has failed until then; workers of xdist just end
+    if not hasattr(config, "workerinput") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -243,6 +243,21 @@ def test_a_wheel_is_installed_beside_the_image(run, tmp_path, checkout):
         )
 
 
+@pytest.mark.parametrize(
+    ("listed", "arch"), [("75 80 89 90 100", 90), ("75 80 86", 86), ("100", 90), ("", 90)]
+)
+def test_a_compiler_that_does_not_know_the_gpu_builds_for_an_older_one(run, tmp_path, checkout, listed, arch):
+    """Its PTX serves a newer GPU."""
+    script, site = checkout
+    lines = "".join(f"echo compute_{number}; " for number in listed.split())
+    nvcc = tmp_path / "fake/nvcc"
+    nvcc.write_text(f"#!/bin/sh\n{lines or 'exit 1'}\n")
+    nvcc.chmod(0o755)
+    run("--only", "self", script=script, MINITRON_ON_GPU_SITE=str(site), FAKE_FAIL=r"\.whl")
+    (built,) = [line for line in calls(tmp_path) if "--no-build-isolation" in line]
+    assert built.startswith(f"MINITRON_BUILD=cuda ARCHS={arch} ")
+
+
 @pytest.mark.parametrize("wrong", ["cannot be installed", "other files", "nor CUDA"])
 def test_without_a_wheel_that_serves_it_is_built(run, tmp_path, checkout, wrong):
     """For this GPU's architecture; without its kernels where these cannot be compiled."""
@@ -263,6 +278,55 @@ def test_without_a_wheel_that_serves_it_is_built(run, tmp_path, checkout, wrong)
         assert got["install_python"]["note"] == "left out: something is installed"
     log = (tmp_path / "out/02_install.log").read_text()
     assert ("it is not of this checkout" in log) == (wrong == "other files")
+
+
+SLOW = """
+import time
+from pathlib import Path
+
+def test_wrong():
+    assert "what was found" == "what was wanted"
+
+def test_slow():
+    Path({began!r}).touch()
+    time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tests_that_are_stopped_say_what_failed(tmp_path, workers):
+    """As gpu_tests runs them, by `timeout`: with a traceback of what went wrong before."""
+    if workers:
+        pytest.importorskip("xdist")
+    began = tmp_path / "began"
+    (tmp_path / "test_slow.py").write_text(SLOW.format(began=str(began)))
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    # the lines of gpu_tests that start pytest
+    lines = SCRIPT.read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("  trap : TERM"))
+    start = lines[first : first + 2]
+    assert '-m pytest "${options[@]}" "${files[@]}"' in start[1]
+    options = f"-q -rfE -p conftest -p no:cacheprovider {f'-n {workers}' * bool(workers)}"
+    setup = f"root={tmp_path} python={sys.executable} options=({options}) files=(test_slow.py)"
+    command = "\n".join((setup, *start, "exit $?"))
+    process = subprocess.Popen(
+        ["timeout", "--kill-after=20", "300", "bash", "-c", command],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not began.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)  # the other worker's failure is on its way
+        process.terminate()  # passed on, as where the time is up
+        text, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "what was wanted" in text and "FAILED test_slow.py::test_wrong" in text, text[-3000:]
+    assert process.returncode != -signal.SIGKILL
 
 
 BLOCKED = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minitron_kernels.ops.kl_loss.checks import as_rows, as_saved
-from minitron_kernels.ops.kl_loss.gemm_gpu import matmul
+from minitron_kernels.ops.kl_loss.gemm_gpu import matmul, summed_in_fp32
 from minitron_kernels.ops.kl_loss.operands import slices
 from minitron_kernels.ops.kl_loss.rows import no_second_derivative
 
@@ -295,6 +295,7 @@ def _mse(u: Tensor, t: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor | 
 _KINDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {"cosine": _cosine, "mse": _mse}
 
 
+@summed_in_fp32()
 def loss_of_chunks(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
@@ -313,6 +314,7 @@ def loss_of_chunks(
     return total.to(call.dtype)
 
 
+@summed_in_fp32()
 def grads_of_chunks(
     grad_loss: Tensor,
     student: Sequence[Tensor],

@@ -11,6 +11,7 @@ import torch
 
 from kl_loss.cases import linear, problem
 from kl_loss.shim_tiles import kernels_fixture, shim_fixture  # noqa: F401
+from minitron_kernels.distillation import HiddenStatesLoss, hidden_rows
 from minitron_kernels.ops.kl_loss import gemm_gpu
 from tools.host_shim import missing_tool
 
@@ -87,6 +88,27 @@ def test_all_products_of_a_call_are_pinned(kernels, monkeypatch):
         linear(kernels, problem(kernels, torch.bfloat16), schedule=schedule, needs_grad=(needs_grad,) * 3)
     assert len(seen) > 10 and set(seen) == {(False, False)}
     assert flags.allow_bf16_reduced_precision_reduction == before
+
+
+def test_products_of_the_hidden_states_are_pinned(monkeypatch):
+    """Those with the map, of loss and gradients."""
+    flags, seen, product = torch.backends.cuda.matmul, [], hidden_rows.matmul
+
+    def matmul(*arguments):
+        seen.append((flags.fp32_precision == "tf32", flags.allow_bf16_reduced_precision_reduction))
+        product(*arguments)
+
+    monkeypatch.setattr(hidden_rows, "matmul", matmul)
+    loss = HiddenStatesLoss({0: 1}, student_width=6, teacher_width=9)
+    before = flags.allow_tf32
+    flags.allow_tf32 = True
+    try:
+        student = torch.randn(5, 6, requires_grad=True)
+        loss({0: student}, {1: torch.randn(5, 9)}, None).backward()
+        assert flags.allow_tf32
+    finally:
+        flags.allow_tf32 = before
+    assert len(seen) >= 3 and set(seen) == {(False, False)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,6 +9,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import minitron_kernels as mk
 from kl_loss.cases import Kernels, linear, numpy_of, problem
+from kl_loss.public_calls import NAMES, Call, assert_as_reference
 from kl_loss.triton_cases import *  # noqa: F403
 from kl_loss.triton_cases import triton_kernels
 from minitron_kernels import _backend
@@ -182,6 +183,40 @@ def test_public_functions_in_a_cuda_graph(kernels, full_blocks):
     graph.replay()
     torch.cuda.synchronize()
     assert all_equal(captured, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_with_everything_wait_for_nothing(kernels, full_blocks, name):
+    """Labels, weights, a divisor on the GPU and the record, with a teacher's logits or k ids: a step under
+    set_sync_debug_mode("error"), and one that is captured and replayed on new data.
+    """
+    call = Call(name, "cuda")
+    expected = call.step(kernels.backend)
+    assert_as_reference(expected, call.step("reference"))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call.step(kernels.backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call.step(kernels.backend)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call.step(kernels.backend)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all_equal(captured, expected)
+    with torch.no_grad():
+        call.leaves[0].mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    found = [x.clone() for x in captured]
+    again = call.step(kernels.backend)
+    assert all_equal(found, again) and not torch.equal(again[0], expected[0])
 
 
 @pytest.mark.parametrize("schedule", ["store", "recompute"])

@@ -97,18 +97,19 @@ def gather_channels_(
     programs = matrices * triton.cdiv(row_count, BLOCK_R) * triton.cdiv(group_count, block_g)
     if programs >= 1 << 31:
         raise ValueError(f"out must fit one launch of fewer than 2^31 programs, needs {programs}")
-    gather_kernel[(programs,)](
-        out, source, rows, cols,
-        batch_dims[1].size, batch_dims[2].size, row_count, group_count,
-        *(dim.out_stride for dim in batch_dims), out.stride(-3), out.stride(-2),
-        *(dim.source_stride for dim in batch_dims), source.stride(-3), source.stride(-2),
-        GROUP=group, BLOCK_R=BLOCK_R, BLOCK_G=block_g,
-        OUT_DENSE=out.stride(-2) == group,
-        SOURCE_DENSE=source.stride(-2) == group,
-        OUT_ALIGN=16 // word if aligned[0] else 1,
-        SOURCE_ALIGN=16 // word if aligned[1] else 1,
-        num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        gather_kernel[(programs,)](
+            out, source, rows, cols,
+            batch_dims[1].size, batch_dims[2].size, row_count, group_count,
+            *(dim.out_stride for dim in batch_dims), out.stride(-3), out.stride(-2),
+            *(dim.source_stride for dim in batch_dims), source.stride(-3), source.stride(-2),
+            GROUP=group, BLOCK_R=BLOCK_R, BLOCK_G=block_g,
+            OUT_DENSE=out.stride(-2) == group,
+            SOURCE_DENSE=source.stride(-2) == group,
+            OUT_ALIGN=16 // word if aligned[0] else 1,
+            SOURCE_ALIGN=16 // word if aligned[1] else 1,
+            num_warps=4,
+        )  # fmt: skip
 
 
 def _is_dense(x: Tensor) -> bool:

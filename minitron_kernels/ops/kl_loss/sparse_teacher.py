@@ -167,7 +167,9 @@ def _sorted_by_torch(
     if k > 1:
         twice[:, 1:] = given[:, 1:] & (order[:, 1:] == order[:, :-1])
     _refuse(twice, "ids must differ within a token's", order)
-    wrong = given & ~((logprobs < math.inf) & (logprobs <= logprobs.new_tensor(_SLACK).log1p()))
+    # new_full and not new_tensor: on a GPU that would copy from the host, and wait
+    most = logprobs.new_full((), _SLACK).log1p()
+    wrong = given & ~((logprobs < math.inf) & (logprobs <= most))
     if tail is None:
         wrong = given & ~(logprobs < math.inf)
     _refuse(wrong, "logprobs must be logarithms of probabilities, at most 0 and not NaN", logprobs)

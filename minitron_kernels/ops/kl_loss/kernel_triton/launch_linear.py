@@ -154,7 +154,8 @@ def _linear(
     (rows, H), Ht = hidden.shape, teacher_hidden.shape[1]
     o = kernel_options(*options)
     of = OfLabels.of(metrics, labels, o)
-    blocks = linear_blocks(stats is not None, any(of.kinds.values()))
+    with torch.cuda.device_of(hidden):  # which need not be the current GPU
+        blocks = linear_blocks(stats is not None, any(of.kinds.values()))
     tiles = triton.cdiv(vocab_size, blocks.vocab)
     per_split = triton.cdiv(tiles, splits_for(rows, vocab_size, blocks, processors(hidden.device)))
     splits = triton.cdiv(tiles, per_split)
