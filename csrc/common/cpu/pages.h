@@ -23,15 +23,28 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-// For new memory that is about to be written, in pieces that stay in the cache: its pages are made by one
-// call, where each would be a fault. Linux before 5.14 refuses, and pages that are there stay as they are.
+constexpr int64_t kSmallPage = 4096;
+
+// Whether memory is new: its last page has never been written, or read. False where nobody can tell.
+inline bool is_new(const void* data, int64_t bytes) {
+#if defined(__linux__)
+  if (bytes <= 0) return false;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes - 1) / kSmallPage * kSmallPage;
+  unsigned char resident = 1;
+  return mincore(reinterpret_cast<void*>(last), 1, &resident) == 0 && !(resident & 1);
+#else
+  return false;
+#endif
+}
+
+// Makes the pages of new memory that is about to be written, in pieces that stay in the cache: one call for
+// all of them, where each would be a fault. Linux before 5.14 refuses, and nothing happens.
 inline void map_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
   constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which older headers lack
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / kPage * kPage;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / kSmallPage * kSmallPage;
   const uintptr_t end = reinterpret_cast<uintptr_t>(data) + bytes;
-  if (bytes >= int64_t(4 * kPage)) madvise(reinterpret_cast<void*>(begin), end - begin, kPopulateWrite);
+  if (bytes > 0) madvise(reinterpret_cast<void*>(begin), end - begin, kPopulateWrite);
 #else
   (void)data, (void)bytes;
 #endif

@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "common/cpu/pages.h"
 #include "common/cpu/parallel.h"
 #include "common/cpu/stream.h"
 #include "gather/cpu/plan.h"
@@ -22,6 +23,7 @@ constexpr int64_t kPlanRows = 4;          // a plan costs as much as a few rows
 struct Job : GatherArguments {
   int64_t matrices;
   bool stream;
+  bool new_out = false;  // rows that follow each other, in memory that was never written
 
   int64_t row_bytes() const { return cols.count * element_size; }
   const char* source_row(const char* matrix, int64_t r) const { return matrix + rows[r] * source.row_stride; }
@@ -47,8 +49,10 @@ void for_row_runs(const Job& job, F&& f) {
   const int64_t tasks = ceil_div(job.rows.count, per_task);
   parallel_tasks(job.matrices * tasks, [&](int64_t task, int64_t slot) {
     const int64_t matrix = task / tasks, begin = task % tasks * per_task;
-    f(matrix_of(job.source, matrix), matrix_of(job.out, matrix), begin,
-      std::min(job.rows.count, begin + per_task), slot);
+    const int64_t end = std::min(job.rows.count, begin + per_task);
+    char* out = matrix_of(job.out, matrix);
+    if (job.new_out) map_pages(out + begin * job.row_bytes(), (end - begin) * job.row_bytes());
+    f(matrix_of(job.source, matrix), out, begin, end, slot);
     if (job.stream) stream_fence();
   });
 }
@@ -153,7 +157,9 @@ void gather_channels(Tensor out, Tensor weight, std::optional<Tensor> rows, std:
   arguments.cols.check(arguments.source.cols, "cols");
   if (arguments.empty()) return;
   arguments.prefer_rows();
-  const Job job{arguments, arguments.out.matrices(), out.numel() * arguments.element_size >= kStreamBytes};
+  Job job{arguments, arguments.out.matrices(), out.numel() * arguments.element_size >= kStreamBytes};
+  job.new_out = job.stream && job.out.row_stride == job.row_bytes() &&
+                is_new(matrix_of(job.out, job.matrices - 1), job.rows.count * job.row_bytes());
   const int64_t source_bytes = job.source.cols * job.element_size;
   const bool plans = job.matrices * job.rows.count >= kPlanRows && source_bytes <= kMaxRowBytes;
   if (job.side_by_side() && !job.cols.index) {

@@ -30,6 +30,10 @@ class HeadGradient {
     } else {
       target_ = {workspace_.head_accumulator(), shape_.student_hidden_size, false};
     }
+    const Matrix& out = problem_.grad_head;
+    if (out.data && out.ld == out.cols) {  // padding behind the vocabulary has been zeroed, in its last page
+      is_new_ = is_new(out.data, shape_.vocab_size * out.cols * bytes_of(out.dtype) - kSmallPage);
+    }
   }
 
   // A tile's part, from the tokens of a chunk. dz_transposed: the A operand [entries, tokens].
@@ -41,14 +45,14 @@ class HeadGradient {
     const int64_t row = one_group ? tile.begin - first_tile * shape_.plan.tile : tile.begin;
     A* rows = target_.data + row * target_.ld;
     const bool add = chunk.index > 0 || target_.has_value;
-    if (!add && target_.ld == shape_.student_hidden_size) {
-      map_pages(rows, tile.entries * target_.ld * int64_t(sizeof(A)));
-    }
+    const Matrix& out = problem_.grad_head;
+    const bool is_output = out.data && shape_.head_in_place;
+    if (!add && is_output) map_rows(tile);
     for (int64_t h = 0; h < shape_.student_hidden_size; h += kPanel) {
       multiply(chunk, tile.entries, dz_transposed, h, add, rows + h, target_.ld);
     }
-    const Matrix& out = problem_.grad_head;
-    if (chunk.index + 1 == shape_.chunks() && out.data && !shape_.head_in_place) {
+    if (chunk.index + 1 == shape_.chunks() && out.data && !is_output) {
+      map_rows(tile);
       pack_.narrow(rows, target_.ld, tile.entries, shape_.student_hidden_size, row_of(out, tile.begin),
                    out.dtype, out.ld);
     }
@@ -62,6 +66,11 @@ class HeadGradient {
     bool has_value = false;  // to which the first chunk adds, too
   };
 
+  // The rows of a tile are written next.
+  void map_rows(const Tile& tile) const {
+    const Matrix& out = problem_.grad_head;
+    if (is_new_) map_pages(row_of(out, tile.begin), tile.entries * out.cols * bytes_of(out.dtype));
+  }
   static char* row_of(const Matrix& out, int64_t row) { return const_cast<char*>(out.row(row)); }
 
   // kPanel columns from h on, in chains of kMaxChain.
@@ -104,7 +113,7 @@ class HeadGradient {
     if (shape_.plan.stream_head) {
       stream_copy(to, from, bytes);
     } else {
-      map_pages(to, bytes);
+      if (is_new_) map_pages(to, bytes);
       std::memcpy(to, from, bytes);
     }
   }
@@ -116,6 +125,7 @@ class HeadGradient {
   const Gemm<Op, A>& gemm_;
   const OperandLayout operands_;
   Target target_;
+  bool is_new_ = false;  // the output: rows that follow each other, in memory that was never written
 };
 
 }  // namespace minitron
