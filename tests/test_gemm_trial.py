@@ -27,7 +27,7 @@ float number(bf16 x) {
 // The product as it should be but for one fault.
 template <typename Op>
 void gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const Op* a,
-          const Op* b, float* c) {
+          const Op* b, float* c, const Ahead&) {
   const auto is = [](int which) { return fault == which; };
   const int64_t pairs = sizeof(Op) == 2 ? 2 : 1;
   if (is(1)) throw std::runtime_error("not on this CPU");

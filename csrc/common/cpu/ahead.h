@@ -20,7 +20,7 @@ struct MemoryRows {
     const int64_t bytes = count * int64_t(sizeof(T));
     return {reinterpret_cast<const char*>(data), rows, bytes, bytes};
   }
-  int64_t lines() const { return rows * ((bytes + kLine - 1) / kLine); }
+  [[gnu::always_inline]] int64_t lines() const { return rows * ((bytes + kLine - 1) / kLine); }
   // The i-th of n parts.
   MemoryRows part(int64_t i, int64_t n) const {
     const int64_t first = rows * i / n;
@@ -34,19 +34,23 @@ struct Ahead {
   MemoryRows a{}, b{};
 };
 
-// Goes through the lines of both. next() is for inner loops: a comparison and a prefetch into the L2.
+// Goes through the lines of both. next() is for inner loops: a comparison and a prefetch into the L2. All of
+// it is always inline: a copy of its own, compiled for one instruction set, could be called on a CPU without
+// it.
 class Fetcher {
  public:
-  explicit Fetcher(const Ahead& ahead) : rows_(ahead.a), then_(ahead.b) { begin_row(); }
+  [[gnu::always_inline]] explicit Fetcher(const Ahead& ahead) : rows_(ahead.a), then_(ahead.b) {
+    begin_row();
+  }
 
-  void next() {
+  [[gnu::always_inline]] void next() {
     if (line_ >= end_ && !begin_row()) return;
     __builtin_prefetch(line_, 0, 2);
     line_ += MemoryRows::kLine;
   }
 
  private:
-  bool begin_row() {
+  [[gnu::always_inline]] bool begin_row() {
     if (rows_.rows <= 0) {
       rows_ = then_;
       then_ = {};
