@@ -1,20 +1,18 @@
 """New memory is told from old, and its pages are made without a byte being changed."""
 
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+from tools.programs import exit_status, needs_compiler
+
 PROGRAM = """
 #include "common/cpu/pages.h"
 
 #include <sys/mman.h>
 
 using namespace minitron;
-constexpr int64_t kPages = 16, kBytes = kPages * kSmallPage;
+constexpr int64_t kPages = 16, kBytes = kPages * kPageBytes;
 
 static bool resident(const char* page) {
   unsigned char found = 0;
@@ -23,39 +21,34 @@ static bool resident(const char* page) {
 
 int main() {
   void* mapped =
-      mmap(nullptr, kBytes + kSmallPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      mmap(nullptr, kBytes + kPageBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   char* memory = static_cast<char*>(mapped);
-  mprotect(memory + kBytes, kSmallPage, PROT_NONE);  // what lies behind is nobody's
+  mprotect(memory + kBytes, kPageBytes, PROT_NONE);  // what lies behind is nobody's
   if (!is_new(memory, kBytes) || is_new(memory, 0) || is_new(memory, -5)) return 1;
 
-  memory[2 * kSmallPage + 7] = 3;  // in a page that is there already
-  map_pages(memory + kSmallPage + 100, 2 * kSmallPage);
-  if (memory[2 * kSmallPage + 7] != 3) return 2;
-  const bool made = resident(memory + kSmallPage);
-  if (made != resident(memory + 3 * kSmallPage) || resident(memory + 4 * kSmallPage)) return 3;
+  memory[2 * kPageBytes + 7] = 3;  // in a page that is there already
+  map_pages(memory + kPageBytes + 100, 2 * kPageBytes);
+  if (memory[2 * kPageBytes + 7] != 3) return 2;
+  const bool made = resident(memory + kPageBytes);
+  if (made != resident(memory + 3 * kPageBytes) || resident(memory + 4 * kPageBytes)) return 3;
   if (!is_new(memory, kBytes)) return 4;
   map_pages(memory, 0);
 
   map_pages(memory, kBytes);
-  if (resident(memory + kBytes - kSmallPage) != made || is_new(memory, kBytes) == made) return 5;
+  if (resident(memory + kBytes - kPageBytes) != made || is_new(memory, kBytes) == made) return 5;
   for (int64_t i = 0; i < kBytes; ++i) {
-    if (memory[i] != (i == 2 * kSmallPage + 7 ? 3 : 0)) return 6;
+    if (memory[i] != (i == 2 * kPageBytes + 7 ? 3 : 0)) return 6;
   }
   memory[kBytes - 1] = 1;
   if (is_new(memory, kBytes)) return 7;
   mprotect(memory, kBytes, PROT_READ);
   map_pages(memory, kBytes);  // is refused, without a word
-  return memory[2 * kSmallPage + 7] == 3 ? 0 : 8;
+  return memory[2 * kPageBytes + 7] == 3 ? 0 : 8;
 }
 """
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or not CSRC.is_dir() or not shutil.which("g++"),
-    reason="needs Linux, csrc/ and g++",
-)
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 def test_pages(tmp_path):
-    (tmp_path / "pages.cpp").write_text(PROGRAM)
-    command = ["g++", "-std=c++20", f"-I{CSRC}", str(tmp_path / "pages.cpp"), "-o", str(tmp_path / "pages")]
-    subprocess.run(command, check=True)
-    assert subprocess.run([str(tmp_path / "pages")]).returncode == 0
+    assert exit_status(PROGRAM, tmp_path) == 0

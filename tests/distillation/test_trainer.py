@@ -17,7 +17,6 @@ from distillation.trainer_cases import (
     assert_no_worse,
     assert_same_gradients,
     big_batch,
-    checkpointing,
     models,
     plain_means,
     ragged,
@@ -64,7 +63,7 @@ def test_micro_batches_without_tokens(masked):
 
 
 def test_gradient_checkpointing():
-    gradients, expected, _ = step(**checkpointing())
+    gradients, expected, _ = step(activation_checkpointing=True)
     assert_same_gradients(gradients, expected)
 
 

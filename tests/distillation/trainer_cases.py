@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import math
 import tempfile
@@ -173,15 +172,6 @@ def arguments(**changes):
         "train_sampling_strategy": "sequential",
     }
     return TrainingArguments(**(options | changes))
-
-
-def checkpointing():
-    """The argument for gradient checkpointing, which transformers has renamed."""
-    from transformers import TrainingArguments
-
-    names = {field.name for field in dataclasses.fields(TrainingArguments)}
-    new = "activation_checkpointing"
-    return {new if new in names else "gradient_checkpointing": True}
 
 
 def gradients_callback():

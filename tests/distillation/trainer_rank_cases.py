@@ -10,7 +10,6 @@ from distillation.trainer_cases import (
     assert_no_worse,
     assert_same_gradients,
     big_batch,
-    checkpointing,
     collate,
     doubled,
     grads,
@@ -73,7 +72,7 @@ def fsdp2_with_sharded_checkpoints():
 
 def ddp_with_checkpointing():
     """Without a search for unused parameters."""
-    return checkpointing()
+    return {"activation_checkpointing": True}
 
 
 def bf16(options=None):

@@ -1,12 +1,7 @@
 """What a GEMM fetches ahead: every line of what is read next, once and in order, and nothing behind it."""
 
-import shutil
-import subprocess
-from pathlib import Path
+from tools.programs import exit_status, needs_compiler
 
-import pytest
-
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
 PROGRAM = """
 #include <cstdio>
 #include <initializer_list>
@@ -64,9 +59,6 @@ int main() {
 """
 
 
-@pytest.mark.skipif(not CSRC.is_dir() or not shutil.which("g++"), reason="needs csrc/ and g++")
+@needs_compiler
 def test_every_line_is_fetched_once(tmp_path):
-    (tmp_path / "ahead.cpp").write_text(PROGRAM)
-    command = ["g++", "-std=c++20", f"-I{CSRC}", str(tmp_path / "ahead.cpp"), "-o", str(tmp_path / "ahead")]
-    subprocess.run(command, check=True)
-    assert subprocess.run([str(tmp_path / "ahead")]).returncode == 0
+    assert exit_status(PROGRAM, tmp_path) == 0

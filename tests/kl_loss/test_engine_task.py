@@ -1,12 +1,7 @@
 """A task of GEMMs ends what it began, however it ends: tiles left configured would slow down others."""
 
-import shutil
-import subprocess
-from pathlib import Path
+from tools.programs import exit_status, needs_compiler
 
-import pytest
-
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
 PROGRAM = """
 #include "kl_loss/cpu/engine.h"
 
@@ -30,9 +25,6 @@ int main() {
 """
 
 
-@pytest.mark.skipif(not CSRC.is_dir() or not shutil.which("g++"), reason="needs csrc/ and g++")
+@needs_compiler
 def test_a_task_that_throws_ends_its_engine(tmp_path):
-    (tmp_path / "task.cpp").write_text(PROGRAM)
-    command = ["g++", "-std=c++20", f"-I{CSRC}", str(tmp_path / "task.cpp"), "-o", str(tmp_path / "task")]
-    subprocess.run(command, check=True)
-    assert subprocess.run([str(tmp_path / "task")]).returncode == 0
+    assert exit_status(PROGRAM, tmp_path) == 0

@@ -3,14 +3,12 @@
 // for the first of them.
 #pragma once
 
-#include <cstdint>
+#include "common/cpu/memory_sizes.h"
 
 namespace minitron {
 
 // Rows of so many bytes, `stride` bytes apart.
 struct MemoryRows {
-  static constexpr int64_t kLine = 64;
-
   const char* data = nullptr;
   int64_t rows = 0, bytes = 0, stride = 0;
 
@@ -20,7 +18,7 @@ struct MemoryRows {
     const int64_t bytes = count * int64_t(sizeof(T));
     return {reinterpret_cast<const char*>(data), rows, bytes, bytes};
   }
-  [[gnu::always_inline]] int64_t lines() const { return rows * ((bytes + kLine - 1) / kLine); }
+  [[gnu::always_inline]] int64_t lines() const { return rows * ((bytes + kLineBytes - 1) / kLineBytes); }
   // The i-th of n parts.
   MemoryRows part(int64_t i, int64_t n) const {
     const int64_t first = rows * i / n;
@@ -46,7 +44,7 @@ class Fetcher {
   [[gnu::always_inline]] void next() {
     if (line_ >= end_ && !begin_row()) return;
     __builtin_prefetch(line_, 0, 2);
-    line_ += MemoryRows::kLine;
+    line_ += kLineBytes;
   }
 
  private:

@@ -20,9 +20,9 @@ int64_t bytes_in(const Tensor& x, const char* name) {
 MemoryWay way_of(int64_t streams, int64_t apart, int64_t ahead, int64_t hint) {
   STD_TORCH_CHECK(streams == 1 || streams == 2 || streams == 4 || streams == 8,
                   "streams must be 1, 2, 4 or 8, got ", streams);
-  STD_TORCH_CHECK(apart >= kStreamLine && apart % kStreamLine == 0 && apart <= kTask,
+  STD_TORCH_CHECK(apart >= kLineBytes && apart % kLineBytes == 0 && apart <= kTask,
                   "apart must be a multiple of 64 up to 1 MiB, got ", apart);
-  STD_TORCH_CHECK(ahead >= 0 && ahead % kStreamLine == 0 && ahead <= apart,
+  STD_TORCH_CHECK(ahead >= 0 && ahead % kLineBytes == 0 && ahead <= apart,
                   "ahead must be a multiple of 64 from 0 to apart, got ", ahead);
   STD_TORCH_CHECK(hint >= 0 && hint <= int64_t(Hint::kPass), "hint must be 0, 1 or 2, got ", hint);
   return {streams, apart, ahead, Hint(hint)};
@@ -56,7 +56,7 @@ void copy_floor(Tensor out, Tensor x, int64_t store, int64_t streams, int64_t ap
   STD_TORCH_CHECK(store >= 0 && store <= int64_t(Store::kMovsb), "store must be in 0..3, got ", store);
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(out.data_ptr());
-  STD_TORCH_CHECK(Store(store) != Store::kStream || reinterpret_cast<uintptr_t>(to) % kStreamLine == 0,
+  STD_TORCH_CHECK(Store(store) != Store::kStream || reinterpret_cast<uintptr_t>(to) % kLineBytes == 0,
                   "out must begin at a multiple of 64 bytes for streaming stores");
   const auto copy = memory_floor_kernels().copy;
   divide(bytes, way.piece(), stretches,

@@ -9,7 +9,7 @@ namespace minitron::MINITRON_SIMD {
 namespace {
 
 using V = Vec<uint64_t>;
-constexpr int64_t kLine = 64, kVectors = kLine / sizeof(V);
+constexpr int64_t kVectors = kLineBytes / sizeof(V);
 
 template <Hint kHint>
 void prefetch(const char* at) {
@@ -23,7 +23,7 @@ int64_t each_line(const char* data, int64_t bytes, const MemoryWay& way, F&& f) 
   const int64_t piece = way.piece(), end = bytes / piece * piece, ahead = way.ahead;
   for (int64_t begin = 0; begin < end; begin += piece) {
     const auto lines = [&](int64_t first, int64_t last, int64_t distance) {
-      for (int64_t i = begin + first; i < begin + last; i += kLine) {
+      for (int64_t i = begin + first; i < begin + last; i += kLineBytes) {
         for (int64_t s = 0; s < kStreams; ++s) {
           const int64_t at = i + s * way.apart;
           prefetch<kHint>(data + at + distance);
@@ -77,7 +77,7 @@ template <int64_t kStreams, Hint kHint, bool kStream>
 void copy_lines(char* to, const char* from, int64_t bytes, const MemoryWay& way) {
   const int64_t done = each_line<kStreams, kHint>(from, bytes, way, [&](int64_t at, int64_t) {
     V line[kVectors];  // all loads of a line, then all its stores, or the CPU writes parts of lines
-    std::memcpy(line, from + at, kLine);
+    std::memcpy(line, from + at, kLineBytes);
     for (int64_t j = 0; j < kVectors; ++j) {
       if constexpr (kStream) {
         stream(to + at + j * sizeof(V), line[j]);

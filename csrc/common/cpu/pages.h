@@ -1,11 +1,11 @@
 // What the operating system is told of memory, where it listens (Linux); else nothing happens.
 #pragma once
 
-#include <cstdint>
-
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+
+#include "common/cpu/memory_sizes.h"
 
 namespace minitron {
 
@@ -23,13 +23,11 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-constexpr int64_t kSmallPage = 4096;
-
 // Whether memory is new: its last page has never been written, or read. False where nobody can tell.
 inline bool is_new(const void* data, int64_t bytes) {
 #if defined(__linux__)
   if (bytes <= 0) return false;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes - 1) / kSmallPage * kSmallPage;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes - 1) / kPageBytes * kPageBytes;
   unsigned char resident = 1;
   return mincore(reinterpret_cast<void*>(last), 1, &resident) == 0 && !(resident & 1);
 #else
@@ -42,7 +40,7 @@ inline bool is_new(const void* data, int64_t bytes) {
 inline void map_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
   constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which older headers lack
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / kSmallPage * kSmallPage;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / kPageBytes * kPageBytes;
   const uintptr_t end = reinterpret_cast<uintptr_t>(data) + bytes;
   if (bytes > 0) madvise(reinterpret_cast<void*>(begin), end - begin, kPopulateWrite);
 #else

@@ -17,7 +17,6 @@ constexpr int64_t kTile = 64;
 // A result this large will not be found in the caches later: streaming stores need not read its lines first.
 constexpr int64_t kStreamBytes = 4 << 20;
 constexpr int64_t kMaxScratch = 1 << 18;  // a row of this size, made in scratch first, stays in the L2 cache
-constexpr int64_t kPageBytes = 4096;      // of the smallest pages
 constexpr int64_t kPlanRows = 4;          // a plan costs as much as a few rows
 
 struct Job : GatherArguments {

@@ -4,13 +4,13 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/cpu/memory_sizes.h"
 #include "common/cpu/simd.h"
 #include "common/types.h"
 
 namespace minitron {
 
-// A cache line: what a plan decides about one by one, and what a streaming store must fill at once.
-constexpr int64_t kLineBytes = 64;
+// A plan decides about cache lines one by one, and a streaming store must fill one at once: kLineBytes.
 constexpr int64_t kMaxRowBytes = INT32_MAX;
 
 // What a level's shuffle can do: move units of `unit` bytes from anywhere in a `window` of a row to anywhere

@@ -32,7 +32,7 @@ class HeadGradient {
     }
     const Matrix& out = problem_.grad_head;
     if (out.data && out.ld == out.cols) {  // padding behind the vocabulary has been zeroed, in its last page
-      is_new_ = is_new(out.data, shape_.vocab_size * out.cols * bytes_of(out.dtype) - kSmallPage);
+      is_new_ = is_new(out.data, shape_.vocab_size * out.cols * bytes_of(out.dtype) - kPageBytes);
     }
   }
 

@@ -158,21 +158,21 @@ class Planner:
         there for logits: the ones with the least cost on such machines, each in multiples of its best.
         """
         usual = [dataclasses.replace(self, threads=n, caches=Caches()) for n in _THREADS_OF_CHUNKS]
-        best = [machine.cheapest(schedule) for machine in usual]
-        found = [plan for plan in best if plan is not None]
-        if not found:
+
+        def of_each(chunk_rows: Sequence[int] | None = None) -> list[CpuPlan]:
+            """A plan of each machine, which may use one thread: so all have one, or none."""
+            return [plan for m in usual if (plan := m.cheapest(schedule, chunk_rows)) is not None]
+
+        best = of_each()
+        if not best:
             self.refuse(schedule)
-        least = [self.cost(plan) for plan in found]
+        plans = [of_each([rows]) for rows in dict.fromkeys(plan.chunk_rows for plan in best)]
+        return min(plans, key=lambda given: self.multiples(given, best))[0]
 
-        def multiples(rows: int) -> float:
-            plans = [machine.cheapest(schedule, [rows]) for machine in usual]
-            costs = [self.cost(p) if p else math.inf for p in plans]
-            return sum((cost + 1) / (lowest + 1) for cost, lowest in zip(costs, least, strict=True))
-
-        rows = min(dict.fromkeys(p.chunk_rows for p in found), key=multiples)
-        plan = usual[0].cheapest(schedule, [rows])
-        assert plan is not None  # what serves several threads has memory for one
-        return plan
+    def multiples(self, plans: Sequence[CpuPlan], best: Sequence[CpuPlan]) -> float:
+        """What plans cost in multiples of the best, in all; a problem without tokens costs nothing."""
+        pairs = zip(plans, best, strict=True)
+        return sum((self.cost(plan) + 1) / (self.cost(least) + 1) for plan, least in pairs)
 
     def refuse(self, schedule: str) -> NoReturn:
         """The error for a budget with which not even one thread has a plan."""
